@@ -102,7 +102,7 @@ def convert(
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.compress.output import NewFolder, list_files
-    from compressknow.pages.model_card import model_card_for
+    from compressknow.pages.model_card import make_model_card
 
     on_stage, wanted = listener(on_progress), chosen.calibration
     with begun(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
@@ -110,7 +110,7 @@ def convert(
         if dry_run:
             refuse_unsmoothable(plan, plan.tree)
             return Manifest({**preview(plan), "planned_files": list_files(plan)})
-        new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=model_card_for)
+        new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
         if not wanted:
             return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
         text = make_text(plan, trust_remote_code=trust_remote_code, advance=advance)

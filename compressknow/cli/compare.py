@@ -37,7 +37,7 @@ from compressknow.pages.diff.tables import (
     worst,
 )
 from compressknow.pages.records import Checkpoint
-from compressknow.pages.texts import in_short
+from compressknow.pages.texts import summarize_text
 
 if TYPE_CHECKING:
     from compressknow.comparison.differences import Difference
@@ -214,4 +214,4 @@ def _knowledge(behaviour: Behaviour) -> Iterator[str]:
             yield f"  {name:<40}{figure:>36}"
     for figures in behaviour.b_against_a.comparisons[0].texts:
         yield ""
-        yield from in_short(figures, ("of A", "of B"))
+        yield from summarize_text(figures, ("of A", "of B"))

@@ -34,7 +34,7 @@ from compressknow.compress.schemes import SCHEMES, known, word_of
 from compressknow.compress.steps import ROUNDINGS, SHARED
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.model.scopes import DEFAULT_SCOPES
-from compressknow.pages.model_card import warnings_of, where_it_runs
+from compressknow.pages.model_card import describe_runtimes, list_warnings
 
 EPILOG = """\b
 Scopes (--scope):
@@ -221,9 +221,9 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
     if told := " ".join(calibrated_in_words(calibration_of(manifest))):
         yield "\n" + fill(told)
-    for warning in warnings_of(manifest):
+    for warning in list_warnings(manifest):
         yield "\n" + fill(f"Warning: {warning}")
-    yield "\n" + fill(where_it_runs(manifest))
+    yield "\n" + fill(describe_runtimes(manifest))
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
         told = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."

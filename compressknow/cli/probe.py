@@ -27,7 +27,8 @@ from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.comparison.text import perplexity
-from compressknow.pages.texts import perplexity_to_json, within
+from compressknow.pages.as_json import perplexity_to_json
+from compressknow.pages.texts import write_measured
 
 if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answers
@@ -82,12 +83,12 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
 def _page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.evaluate.answers import GRADES
     from compressknow.evaluate.grades import merge_wordings
-    from compressknow.pages.card.warnings import of_changes
+    from compressknow.pages.card.warnings import warn_of_changes
 
     answers = merge_wordings(answers)
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
-    for warning in of_changes(model):
+    for warning in warn_of_changes(model):
         yield from textwrap.wrap(f"Warning: {warning}", WIDTH)
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
     yield ""
@@ -115,11 +116,11 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
 
 def _of_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
     found = perplexity(chunks)
-    per_byte = f", {within(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
+    per_byte = f", {write_measured(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
     context = (entry.text or {})["context"]
     return (
-        f"{_short(name)}: perplexity {within(found.value, 3)}{per_byte}; {count(found.tokens)} tokens scored in "
-        f"{count(len(chunks))} chunks of {count(context)}"
+        f"{_short(name)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens scored "
+        f"in {count(len(chunks))} chunks of {count(context)}"
     )
 
 

@@ -28,7 +28,7 @@ from compressknow.cli.run import RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json
 from compressknow.comparison.records import Estimate
 from compressknow.pages.records import Card, Comparison
-from compressknow.pages.texts import in_short
+from compressknow.pages.texts import summarize_text
 
 
 @command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)
@@ -209,7 +209,7 @@ def grades_line(grades: Mapping[str, int]) -> str:
 def _texts(comparison: Comparison) -> Iterator[str]:
     for figures in comparison.texts:
         yield ""
-        for line in in_short(figures, ("before", "after")):
+        for line in summarize_text(figures, ("before", "after")):
             yield from _wrapped(line)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.format import number, plain, share
 from compressknow.comparison.records import Estimate
-from compressknow.pages.svg import COLOURS, inline
+from compressknow.pages.svg import COLOURS, make_inline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,13 +96,13 @@ class Chart:
 
     def svg(self, id: str) -> str:
         """The SVG element; `id` as in `axes`."""
-        with axes(self.height, id, self.title, self.told) as (plot, drawn):
+        with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
             self.draw(plot)
         return drawn()
 
 
 @contextmanager
-def axes(
+def open_axes(
     height: int,
     id: str,
     title: str,
@@ -121,11 +121,11 @@ def axes(
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         figure.patch.set_visible(False)
-        yield figure.add_subplot(), lambda: inline(written.getvalue(), id, title, description, hover)
+        yield figure.add_subplot(), lambda: make_inline(written.getvalue(), id, title, description, hover)
         figure.savefig(written, format="svg", metadata={"Date": None})
 
 
-def lines(
+def draw_lines(
     drawn_lines: Sequence[Line],
     id: str,
     title: str,
@@ -146,60 +146,60 @@ def lines(
     """
     told = "; ".join(
         f"{plain(line.scope, 40)}: "
-        + ", ".join(f"{written(y.value, unit)} at {amount:g} %" for amount, y in line.points)
+        + ", ".join(f"{write_value(y.value, unit)} at {amount:g} %" for amount, y in line.points)
         for line in drawn_lines
     )
-    with axes(260, id, title, f"{told}.{_levels_in_words(levels, unit)}") as (plot, drawn):
-        ends = [_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
+    with open_axes(260, id, title, f"{told}.{_describe_levels(levels, unit)}") as (plot, drawn):
+        ends = [_draw_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
-        bottom, top = round_range([100 * start, *reach(drawn_lines, levels), *within])
-        _end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
+        bottom, top = round_range([100 * start, *find_reach(drawn_lines, levels), *within])
+        _draw_end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
-        _amount_axis(plot, drawn_lines, largest)
-        percent_axis(plot, bottom, top, unit)
+        _set_amount_axis(plot, drawn_lines, largest)
+        set_percent_axis(plot, bottom, top, unit)
     return drawn()
 
 
-def reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
+def find_reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
     """The least and the largest that is drawn of these, in percent: of bars with their intervals, of lines without."""
     ends = [100 * level.value for level in levels]
     for each in plotted:
-        ends += percents(each.value) if isinstance(each, Bar) else [percents(y)[0] for _, y in each.points]
+        ends += to_percents(each.value) if isinstance(each, Bar) else [to_percents(y)[0] for _, y in each.points]
     return min(ends), max(ends)
 
 
-def _line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
+def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
     """Draw it; where it ends, its name and its colour."""
     colour = SERIES[place]
     # The original itself is at 0 %.
     amounts = [0.0, *(amount for amount, _ in line.points)]
-    values = [start, *(percents(value)[0] for _, value in line.points)]
+    values = [start, *(to_percents(value)[0] for _, value in line.points)]
     plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
     plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
-    return amounts[-1], values[-1], _label(line.scope, 22), colour
+    return amounts[-1], values[-1], _shorten(line.scope, 22), colour
 
 
-def _end_labels(
+def _draw_end_labels(
     plot: Axes, ends: Sequence[tuple[float, float, str, str]], largest: float, gap: float, bottom: float
 ) -> None:
-    places = apart([y for _, y, *_ in ends], gap, bottom)
+    places = move_apart([y for _, y, *_ in ends], gap, bottom)
     for (x, y, label, colour), place in zip(ends, places, strict=True):
         plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
         plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
 
 
-def _amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
+def _set_amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
     amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
     plot.set_xlim(-largest * 0.03, largest * 1.45)
-    plot.set_xticks(_spaced(amounts, 0.18 * largest))
+    plot.set_xticks(_space_out(amounts, 0.18 * largest))
     plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
     plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
 
 
-def _spaced(amounts: Sequence[float], gap: float) -> list[float]:
+def _space_out(amounts: Sequence[float], gap: float) -> list[float]:
     """From the least up, those that are `gap` from the last that is kept.
 
-    >>> _spaced([0, 10, 15, 20, 40], gap=10)
+    >>> _space_out([0, 10, 15, 20, 40], gap=10)
     [0, 10, 20, 40]
     """
     kept = list(amounts[:1])
@@ -215,7 +215,7 @@ def _draw_levels(
 ) -> None:
     gap = _APART * (limits[1] - limits[0])
     for level, place in zip(levels, _level_places(levels, gap), strict=True):
-        y, label = 100 * level.value, _label(level.name, 40)
+        y, label = 100 * level.value, _shorten(level.name, 40)
         # On the left, but for a level near the start: there all lines lie.
         x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
@@ -225,14 +225,14 @@ def _draw_levels(
 
 
 def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
-    return apart([100 * level.value for level in levels], gap, float("-inf"))
+    return move_apart([100 * level.value for level in levels], gap, float("-inf"))
 
 
-def _levels_in_words(levels: Sequence[Level], unit: str) -> str:
-    return "".join(f" {plain(level.name, 40)}: {written(level.value, unit)}." for level in levels)
+def _describe_levels(levels: Sequence[Level], unit: str) -> str:
+    return "".join(f" {plain(level.name, 40)}: {write_value(level.value, unit)}." for level in levels)
 
 
-def bars(
+def draw_bars(
     drawn_bars: Sequence[Bar],
     id: str,
     title: str,
@@ -249,42 +249,47 @@ def bars(
     high : the axis reaches so far at least, and over `within`; that and `levels` as in `lines`.
     """
     told = ", ".join(
-        f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {written(bar.value.value, unit)}"
+        f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
     )
-    places = _bar_places(drawn_bars)
+    places = _place_bars(drawn_bars)
     last = places[-1]
-    with axes(
-        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_levels_in_words(levels, unit)}"
+    with open_axes(
+        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_describe_levels(levels, unit)}"
     ) as (
         plot,
         drawn,
     ):
-        ends = (*reach(drawn_bars, levels), *within)
+        ends = (*find_reach(drawn_bars, levels), *within)
         left, right = min(0, *ends), max(high, *ends)
         for y, bar in zip(places, drawn_bars, strict=True):
-            _bar(plot, y, bar, right - left, unit)
-        for y, name in _headings(drawn_bars, places):
+            _draw_bar(plot, y, bar, right - left, unit)
+        for y, name in _place_headings(drawn_bars, places):
             # From the edge, above the names of its bars, where there is room for most of them.
             plot.annotate(
-                _label(name, 48), (0.01, y), xycoords=("figure fraction", "data"), va="center", fontsize=11, color=MUTED
+                _shorten(name, 48),
+                (0.01, y),
+                xycoords=("figure fraction", "data"),
+                va="center",
+                fontsize=11,
+                color=MUTED,
             )
         for i, level in enumerate(levels):
             x = 100 * level.value
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-            plot.text(x, -0.75 - 0.9 * i, _label(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+            plot.text(x, -0.75 - 0.9 * i, _shorten(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
-        plot.set_yticks(places, [_label(bar.name, 24) for bar in drawn_bars])
+        plot.set_yticks(places, [_shorten(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
-        ticks = _ticks(left, right)
-        plot.set_xticks(ticks, [_tick(tick, unit) for tick in ticks])
+        ticks = _list_ticks(left, right)
+        plot.set_xticks(ticks, [_write_tick(tick, unit) for tick in ticks])
         plot.grid(axis="x")
         plot.set_axisbelow(True)
         plot.spines["bottom"].set_visible(False)
     return drawn()
 
 
-def _bar_places(drawn_bars: Sequence[Bar]) -> list[float]:
+def _place_bars(drawn_bars: Sequence[Bar]) -> list[float]:
     """Where each bar lies; a named group has a heading above its first."""
     places = [0.9 if drawn_bars[0].group else 0.0]
     for before, bar in pairwise(drawn_bars):
@@ -292,36 +297,36 @@ def _bar_places(drawn_bars: Sequence[Bar]) -> list[float]:
     return places
 
 
-def _headings(drawn_bars: Sequence[Bar], places: Sequence[float]) -> list[tuple[float, str]]:
+def _place_headings(drawn_bars: Sequence[Bar], places: Sequence[float]) -> list[tuple[float, str]]:
     firsts = [i for i, bar in enumerate(drawn_bars) if bar.group and (not i or drawn_bars[i - 1].group != bar.group)]
     return [(places[i] - 0.85, drawn_bars[i].group) for i in firsts]
 
 
-def _bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
-    value, low, high = percents(bar.value)
+def _draw_bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
+    value, low, high = to_percents(bar.value)
     plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
     plot.plot([low, high], [y, y], color=INK, linewidth=1.4)
-    plot.text(max(value, high, 0) + 0.02 * width, y, written(bar.value.value, unit), va="center", fontsize=11)
+    plot.text(max(value, high, 0) + 0.02 * width, y, write_value(bar.value.value, unit), va="center", fontsize=11)
 
 
-def written(value: float | None, unit: str) -> str:
+def write_value(value: float | None, unit: str) -> str:
     """A figure of 1 in percent, or in points of 100 with one digit."""
     return share(value) if unit == PERCENT or value is None else number(round(100 * value, 1), 1)
 
 
-def percents(value: Estimate) -> tuple[float, float, float]:
+def to_percents(value: Estimate) -> tuple[float, float, float]:
     """The figure and the ends of its interval, in percent; the figure itself where there is none."""
     middle = 100 * (value.value or 0.0)
     low = middle if value.low is None else 100 * value.low
     return middle, low, middle if value.high is None else 100 * value.high
 
 
-def percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCENT) -> None:
+def set_percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCENT) -> None:
     """A vertical axis in percent, with a little room above."""
     room = 0.02 * (top - bottom) * (1 if bottom else 2)
     plot.set_ylim(bottom, top + room)
-    plot.set_yticks(_ticks(bottom, top))
-    plot.yaxis.set_major_formatter(lambda value, _: _tick(value, unit))
+    plot.set_yticks(_list_ticks(bottom, top))
+    plot.yaxis.set_major_formatter(lambda value, _: _write_tick(value, unit))
     plot.grid(axis="y")
     plot.set_axisbelow(True)
 
@@ -333,26 +338,26 @@ def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float
     return step * (low // step), -step * (-high // step)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _list_ticks(low: float, high: float) -> list[float]:
     """Multiples of a round step between the two."""
     step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
     first = -(-low // step) * step
     return [first + step * i for i in range(int((high - first) // step) + 1)]
 
 
-def _label(name: str, limit: int) -> str:
+def _shorten(name: str, limit: int) -> str:
     # Twice, since a character that is named takes the room of eight.
     return plain(plain(name, limit), limit)
 
 
-def _tick(value: float, unit: str) -> str:
+def _write_tick(value: float, unit: str) -> str:
     return f"{value:g}{unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
+def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
     """The places moved as little as needed for each to be `gap` from the next, downwards from the highest.
 
-    >>> apart([50, 49, 10], gap=7)
+    >>> move_apart([50, 49, 10], gap=7)
     [50, 43, 10]
     """
     moved = list(places)

@@ -22,7 +22,7 @@ from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_li
 from compressknow.compress.schemes import known, word_of
 from compressknow.model.checkpoint import some_of
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
-from compressknow.pages.pages import code_span, render, yaml_text
+from compressknow.pages.pages import render, to_code_span, to_yaml
 
 if TYPE_CHECKING:
     from compressknow.pages.records import Card, Comparison, ModelFacts
@@ -39,7 +39,7 @@ PRUNED_SHARE = 0.01
 _OURS = "knowledge-kept"
 
 
-def model_card_for(manifest: Mapping[str, Any], source: Path) -> str:
+def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
     """The model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
     return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"))
 
@@ -65,43 +65,43 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
     """
     source, totals = manifest["source"], manifest["totals"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
-    schemes = _schemes(manifest)
+    schemes = _list_schemes(manifest)
     return render(
         "model_card.md.j2",
-        metadata=_metadata(manifest, source_card_metadata, schemes),
+        metadata=_make_metadata(manifest, source_card_metadata, schemes),
         name=source["name"],
         revision=source.get("revision"),
         architecture=architecture,
         setup=manifest["setup"],
         version=manifest["versions"]["compressknow"],
-        deeds=_deeds(manifest, schemes),
+        deeds=_list_deeds(manifest, schemes),
         size_before=size(totals["bytes_before"]),
         size_after=size(totals["bytes_after"]),
         zeros_before=count(totals["zeros_before"]),
         zeros_after=count(totals["zeros_after"]),
-        rows=_rows(manifest),
+        rows=_make_rows(manifest),
         removed=" ".join(removed_in_words(manifest.get("removed"))),
         pruned=totals["pruned"] > 0,
         quantized=bool(schemes),
         untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
-        transformers_code=_transformers_code(architecture, model_type),
+        transformers_code=_write_transformers_code(architecture, model_type),
         word=word_of(known(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
-        warnings=list(warnings_of(manifest)),
-        runs=where_it_runs(manifest),
+        warnings=list(list_warnings(manifest)),
+        runs=describe_runtimes(manifest),
         vllm=vllm_obstacle(manifest) is None,
         vllm_limit=vllm_limit(manifest),
         calibrated=list(calibrated_in_words(calibration_of(manifest))),
         recipe=to_toml(manifest["recipe"]),
-        command=_command(source),
+        command=_write_command(source),
     )
 
 
-def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
+def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
     metadata = {key: clean for key in _CARRIED_OVER if (clean := _clean(carried.get(key)))}
     metadata.setdefault("library_name", "transformers")
-    if base := _base_model(manifest["source"], carried):
+    if base := _find_base_model(manifest["source"], carried):
         metadata["base_model"] = base
         if schemes:
             metadata["base_model_relation"] = "quantized"
@@ -114,7 +114,7 @@ def _metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set
     return metadata
 
 
-def _base_model(source: dict[str, Any], carried: dict[str, Any]) -> str | list[str] | None:
+def _find_base_model(source: dict[str, Any], carried: dict[str, Any]) -> str | list[str] | None:
     """The hub id that was converted or, for a local folder, the one that its own card names."""
     if source.get("revision"):
         return _clean(source["name"])
@@ -130,11 +130,11 @@ def _clean(value: object) -> str | list[str] | None:
     return None
 
 
-def _schemes(manifest: Mapping[str, Any]) -> set[str]:
+def _list_schemes(manifest: Mapping[str, Any]) -> set[str]:
     return {str(tensor["scheme"]) for tensor in manifest["tensors"] if tensor.get("scheme")}
 
 
-def _deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
+def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
     """What was done, as the parts of a sentence."""
     deeds, totals = [], manifest["totals"]
     if removed := manifest.get("removed"):
@@ -143,17 +143,17 @@ def _deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
         share = percent(totals["pruned"], totals["in_scope"])
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
     if totals["quantized"]:
-        names = ", ".join(code_span(scheme) for scheme in sorted(schemes))
-        deeds.append(f"{count(totals['quantized'])} weights quantized to {_nouns(schemes)} (scheme {names})")
+        names = ", ".join(to_code_span(scheme) for scheme in sorted(schemes))
+        deeds.append(f"{count(totals['quantized'])} weights quantized to {_write_nouns(schemes)} (scheme {names})")
     return deeds or ["nothing changed"]
 
 
-def _nouns(schemes: set[str]) -> str:
+def _write_nouns(schemes: set[str]) -> str:
     nouns = sorted({scheme.noun for scheme in known(schemes)})
     return " and ".join(nouns) or "low-bit values"
 
 
-def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+def _make_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
     groups = {**manifest["groups"], "whole model": manifest["totals"]}
     return [
         {
@@ -171,9 +171,9 @@ def _rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _transformers_code(architecture: str, model_type: str) -> str:
+def _write_transformers_code(architecture: str, model_type: str) -> str:
     # The name comes from a config that anyone may have written, and goes into code that people paste.
-    name = auto_class(architecture, model_type)
+    name = find_auto_class(architecture, model_type)
     name = name if name.isidentifier() and name.isascii() else "AutoModel"
     return (
         f"from transformers import {', '.join(sorted([name, 'AutoTokenizer']))}\n\n"
@@ -182,7 +182,7 @@ def _transformers_code(architecture: str, model_type: str) -> str:
     )
 
 
-def _command(source: dict[str, Any]) -> str:
+def _write_command(source: dict[str, Any]) -> str:
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
     return shlex.join(["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision])
 
@@ -194,10 +194,10 @@ _TEXT_ENCODER_DECODERS = frozenset(
 _BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
 
 
-def auto_class(architecture: str, model_type: str) -> str:
+def find_auto_class(architecture: str, model_type: str) -> str:
     """The Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
 
-    >>> auto_class("BertForMaskedLM", "bert"), auto_class("T5ForConditionalGeneration", "t5")
+    >>> find_auto_class("BertForMaskedLM", "bert"), find_auto_class("T5ForConditionalGeneration", "t5")
     ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
     """
     if is_encoder_decoder(architecture, model_type):
@@ -212,7 +212,7 @@ def is_encoder_decoder(architecture: str, model_type: str) -> bool:
     return model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel"))
 
 
-def where_it_runs(manifest: Mapping[str, Any]) -> str:
+def describe_runtimes(manifest: Mapping[str, Any]) -> str:
     """A sentence, or two where a decoder that vLLM knows does not run there."""
     limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
     told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
@@ -220,14 +220,14 @@ def where_it_runs(manifest: Mapping[str, Any]) -> str:
     return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
 
 
-def warnings_of(manifest: Mapping[str, Any]) -> Iterator[str]:
+def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield what to know before the output is used."""
-    yield from growth(manifest)
-    yield from left_over(manifest)
-    yield from refilled(manifest)
+    yield from warn_of_growth(manifest)
+    yield from warn_of_unused(manifest)
+    yield from warn_of_refilled(manifest)
 
 
-def refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
+def warn_of_refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield that weights which the source had pruned have values again, and its pattern with them."""
     rows = [row for row in manifest["tensors"] if row.get("refilled", 0) >= PRUNED_SHARE * row["numel"]]
     if rows:
@@ -239,14 +239,14 @@ def refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def left_over(manifest: Mapping[str, Any]) -> Iterator[str]:
+def warn_of_unused(manifest: Mapping[str, Any]) -> Iterator[str]:
     """That the model has no place for some of the tensors; nothing where it has."""
     if unused := manifest.get("unused", []):
         tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
         yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
 
 
-def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
+def warn_of_growth(manifest: Mapping[str, Any]) -> Iterator[str]:
     """That the output is larger than the input, and why; nothing where it is not."""
     before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
     if after <= before:
@@ -255,7 +255,7 @@ def growth(manifest: Mapping[str, Any]) -> Iterator[str]:
         "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
         "`blocks` leaves it out"
         if manifest.get("untied")
-        else f"the scales of its narrow layers take more than {word_of(known(_schemes(manifest)))} saves"
+        else f"the scales of its narrow layers take more than {word_of(known(_list_schemes(manifest)))} saves"
     )
     yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
 
@@ -281,19 +281,19 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
     return metadata
 
 
-def with_results(front_matter: str, comparison: Comparison) -> str:
+def add_results(front_matter: str, comparison: Comparison) -> str:
     """The front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
-    results = {KEY: _merged(metadata.get(KEY) or [], comparison)}
-    added = yaml_text(results)
-    kept = _without_index(front_matter)
+    results = {KEY: _merge_results(metadata.get(KEY) or [], comparison)}
+    added = to_yaml(results)
+    kept = _cut_index(front_matter)
     if kept is None:
         rest = {key: value for key, value in metadata.items() if key != KEY}
-        kept = yaml_text(rest)
+        kept = to_yaml(rest)
     return f"{kept.rstrip()}\n{added}" if kept.strip() else added
 
 
-def _without_index(front_matter: str) -> str | None:
+def _cut_index(front_matter: str) -> str | None:
     """The text less its results: what the user wrote stays as written, comments too. None where it is in braces."""
     node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
@@ -313,11 +313,11 @@ def _without_index(front_matter: str) -> str | None:
     return "".join(lines[:start] + lines[end:])
 
 
-def _merged(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
+def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     """The user's own results, and beside them the comparison's."""
     kept = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
     kept = [model for model in kept if model["results"]]
-    ours, name = _results(comparison), comparison.model.name
+    ours, name = _make_results(comparison), comparison.model.name
     if kept:
         # The Hub knows one model a card: its name is the user's.
         kept[0]["results"] += ours
@@ -325,7 +325,7 @@ def _merged(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[st
     return [{"name": name, "results": ours}]
 
 
-def _results(comparison: Comparison) -> list[dict[str, Any]]:
+def _make_results(comparison: Comparison) -> list[dict[str, Any]]:
     """Of each probe the accuracy and the knowledge kept."""
     results = []
     for probe in comparison.probes:
@@ -372,7 +372,7 @@ def check_model_cards(models: Sequence[str | Path]) -> None:
                 f"{model} is no checkpoint folder: there is no model card to write into.",
                 hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
             )
-        with _named(folder / CARD):
+        with _name_errors(folder / CARD):
             _split(_read(folder / CARD))
 
 
@@ -380,18 +380,18 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
     """Write each comparison of `card` into the README.md of its model's folder, in the order of `models`."""
     for comparison, model in zip(card.comparisons, models, strict=True):
         path = Path(model) / CARD
-        with _named(path):
-            text = with_report(_read(path), card.original, comparison)
+        with _name_errors(path):
+            text = add_report(_read(path), card.original, comparison)
         write_whole(path, text.encode("utf-8"))
 
 
-def with_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
+def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
     """A model card with the report in it: its section replaced or added, its results in the metadata too.
 
     Raises OutputError where the card's metadata cannot be read: writing would lose it.
     """
     # The marks must not come from a name: it would cut the section short when it is replaced.
-    inner = _section(original, comparison).replace("<!--", "<\u200b!--")
+    inner = _render_section(original, comparison).replace("<!--", "<\u200b!--")
     section = f"{BEGIN}\n{inner}{END}"
     head, body = _split(text)
     body = body.lstrip("\n").replace(_NOT_MEASURED, "")
@@ -399,10 +399,10 @@ def with_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
         body = _SECTION.sub(lambda _: section, body, count=1)
     else:
         body = f"{body.rstrip()}\n\n{section}\n" if body.strip() else f"{section}\n"
-    return f"---\n{with_results(head, comparison)}---\n\n{body}"
+    return f"---\n{add_results(head, comparison)}---\n\n{body}"
 
 
-def _section(original: ModelFacts, comparison: Comparison) -> str:
+def _render_section(original: ModelFacts, comparison: Comparison) -> str:
     return render(
         "model_card_report.md.j2",
         verdict=comparison.verdict,
@@ -410,7 +410,7 @@ def _section(original: ModelFacts, comparison: Comparison) -> str:
             {
                 "subject": grade.subject,
                 "known": count(grade.counts.known_before),
-                "kept": _written(grade.kept),
+                "kept": _write_estimate(grade.kept),
                 "grade": grade.range or grade.grade,
             }
             for grade in comparison.grades
@@ -419,8 +419,8 @@ def _section(original: ModelFacts, comparison: Comparison) -> str:
             {
                 "name": probe.probe,
                 "facts": count(probe.counts.n),
-                "before": _written(probe.accuracy_original),
-                "after": _written(probe.accuracy_compressed),
+                "before": _write_estimate(probe.accuracy_original),
+                "after": _write_estimate(probe.accuracy_compressed),
             }
             for probe in comparison.probes
         ],
@@ -432,7 +432,7 @@ def _section(original: ModelFacts, comparison: Comparison) -> str:
     )
 
 
-def _written(figure: Estimate) -> str:
+def _write_estimate(figure: Estimate) -> str:
     return estimate(figure.value, figure.low, figure.high)
 
 
@@ -445,7 +445,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _name_errors(path: Path) -> Iterator[None]:
     """An error of a card names its file."""
     try:
         yield
@@ -473,7 +473,7 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
     source = record["source"]
     return render(
         "gguf_card.md.j2",
-        metadata=_gguf_metadata(source),
+        metadata=_make_gguf_metadata(source),
         name=source["name"],
         revision=source.get("revision"),
         architecture=str(source.get("architecture", "")),
@@ -493,6 +493,6 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
     )
 
 
-def _gguf_metadata(source: Mapping[str, Any]) -> dict[str, Any]:
+def _make_gguf_metadata(source: Mapping[str, Any]) -> dict[str, Any]:
     base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
     return {**base, "tags": ["compressknow", "gguf"]}

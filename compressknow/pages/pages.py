@@ -30,16 +30,10 @@ _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 def render(template: str, **values: Any) -> str:
     """Fill in the template of that file name; a name that the template wants and does not get is an error."""
-    return _environment().get_template(template).render(**values)
+    return _make_environment().get_template(template).render(**values)
 
 
-def macro(template: str, name: str) -> Callable[..., str]:
-    """One piece of a template, as a function of what it is given."""
-    found: Callable[..., str] = getattr(_environment().get_template(template).module, name)
-    return found
-
-
-def source(name: str) -> str:
+def read_source(name: str) -> str:
     """The text of a file beside the templates, as it is."""
     path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
     return path.read_text(encoding="utf-8")
@@ -51,39 +45,39 @@ def escape_markdown(text: object) -> str:
     >>> print(escape_markdown("[x](http://y) <b>"))
     \[x\](http&#58;//y) &lt;b&gt;
     """
-    escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = _join_lines(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
     escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
     # A bare address would become a link.
-    return re.sub(r"(?i)(https?|ftp)://|www\.", _without_autolink, escaped)
+    return re.sub(r"(?i)(https?|ftp)://|www\.", _break_autolink, escaped)
 
 
-def code_span(text: object) -> str:
+def to_code_span(text: object) -> str:
     """`text` as a Markdown code span, whatever backticks are in it; fit for a table cell too.
 
-    >>> code_span("a`b")
+    >>> to_code_span("a`b")
     '``a`b``'
     """
-    line = _one_line(text).replace("|", "\\|")
+    line = _join_lines(text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def code_block(text: str, language: str = "") -> str:
+def to_code_block(text: str, language: str = "") -> str:
     """`text` as a fenced Markdown block that nothing in it can close."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
 
 
-def front_matter(metadata: dict[str, Any]) -> str:
+def to_front_matter(metadata: dict[str, Any]) -> str:
     """`metadata` as YAML front matter, fences included."""
-    return f"---\n{yaml_text(metadata)}---"
+    return f"---\n{to_yaml(metadata)}---"
 
 
-def yaml_text(values: dict[str, Any]) -> str:
+def to_yaml(values: dict[str, Any]) -> str:
     """`values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
 
     def dumped(unicode: bool) -> str:
@@ -95,39 +89,39 @@ def yaml_text(values: dict[str, Any]) -> str:
     return text if text == plain_lines(text) else dumped(unicode=False)
 
 
-def isolated(sentence: str) -> Markup:
+def isolate(sentence: str) -> Markup:
     """A sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings round.
 
-    >>> print(isolated("<\u05d0\u05d1> 5 %"))
+    >>> print(isolate("<\u05d0\u05d1> 5 %"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
     """
     return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(sentence))))
 
 
-def unbroken(sentence: str) -> Markup:
+def keep_unbroken(sentence: str) -> Markup:
     """The same with each number and its percent sign in one line.
 
-    >>> print(unbroken("95 % is kept"))
+    >>> print(keep_unbroken("95 % is kept"))
     95&nbsp;% is kept
     """
-    return isolated(sentence).replace(" %", Markup("&nbsp;%"))
+    return isolate(sentence).replace(" %", Markup("&nbsp;%"))
 
 
-def markdown_sentence(sentence: str) -> str:
+def to_markdown(sentence: str) -> str:
     """The same in Markdown, by the isolating marks of Unicode."""
     return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
 
 
-def _one_line(text: object) -> str:
+def _join_lines(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def _without_autolink(match: re.Match[str]) -> str:
+def _break_autolink(match: re.Match[str]) -> str:
     return match.group().replace(":", "&#58;").replace("www.", "www&#46;").replace("WWW.", "WWW&#46;")
 
 
 @cache
-def _environment() -> Environment:
+def _make_environment() -> Environment:
     # HTML escapes whatever it is given; in Markdown each value goes through a filter of its own.
     environment = Environment(
         loader=FileSystemLoader(_FOLDERS),
@@ -137,31 +131,31 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(md=escape_markdown, code=code_span, block=code_block, front_matter=front_matter)
-    environment.filters.update(isolated=isolated, unbroken=unbroken)
-    environment.filters.update(sentence=markdown_sentence, cell=markdown_sentence, count=count)
+    environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, front_matter=to_front_matter)
+    environment.filters.update(isolated=isolate, unbroken=keep_unbroken)
+    environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count)
     return environment
 
 
-def html_page(template: str, *, styles: Sequence[str] = ("style.css",), **values: Any) -> str:
+def render_html_page(template: str, *, styles: Sequence[str] = ("style.css",), **values: Any) -> str:
     """Fill in the template of that file name; the page holds its style sheets and its script, and allows no others."""
-    style, script = "\n".join(source(name).strip() for name in styles), source("report.js").strip()
+    style, script = "\n".join(read_source(name).strip() for name in styles), read_source("report.js").strip()
     return render(
         template,
         # Both come from this package and hold no text of anyone else; the policy names their hashes.
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=_write_policy(style, script),
         **values,
     )
 
 
-def markdown_page(template: str, **values: Any) -> str:
+def render_markdown_page(template: str, **values: Any) -> str:
     """Fill in the template of that file name; what it leaves out leaves no gap."""
     return re.sub(r"\n{3,}", "\n\n", render(template, **values)).rstrip("\n") + "\n"
 
 
-def _policy(style: str, script: str) -> str:
+def _write_policy(style: str, script: str) -> str:
     """Nothing may be loaded; only this very style sheet and this very script may be used."""
     return "; ".join(
         [
@@ -214,14 +208,14 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
         if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
             raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
         if path.exists() and path not in unfinished:
-            _refuse_not_ours(path)
+            _check_ours(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
 
 
-def _refuse_not_ours(path: Path) -> None:
+def _check_ours(path: Path) -> None:
     """Raise OutputError where --overwrite would replace what no report is, or a file of a checkpoint."""
     if (path.resolve().parent / "config.json").exists():
         raise OutputError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, estimate, millions, p_value, percent, plain, share
+from compressknow.base.format import NONE, count, estimate, millions, p_value, percent, plain, share, size, smaller
 from compressknow.comparison.records import Estimate, Group, ProbeFigures
 from compressknow.pages.drawing import Chart
 from compressknow.pages.records import Card, ModelFacts
@@ -60,7 +60,7 @@ class Entry:
     full: str = ""
 
 
-def identity(model: ModelFacts) -> tuple[Entry, ...]:
+def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Which checkpoint this is, where it came from and what was done to it."""
     entries = [
         Entry("Name", _at(model.name, model.revision), code=True),
@@ -109,27 +109,27 @@ def _parameters(model: ModelFacts) -> str:
     return f"{millions(model.parameters)}{zeros}"
 
 
-def run_entries(card: Card) -> tuple[Entry, ...]:
+def list_run(card: Card) -> tuple[Entry, ...]:
     """How the card was made, for making it again."""
     seeds = sorted({probe.seed for c in card.comparisons for probe in c.probes})
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
     return (Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE))
 
 
-def hashes(card: Card) -> tuple[Entry, ...]:
+def list_hashes(card: Card) -> tuple[Entry, ...]:
     """The SHA-256 of every model, in full."""
     models = (card.original, *(comparison.model for comparison in card.comparisons))
     return tuple(Entry(plain(model.name, 60), plain(model.sha256, 80), code=True) for model in models)
 
 
-def headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
+def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
     """Of the original and of the compressed model, averaged as the probe's protocol does."""
     if probe.average == "macro":
         return probe.macro_original, probe.macro_compressed
     return probe.accuracy_original, probe.accuracy_compressed
 
 
-def groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
+def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """A row a group; `kind` is what a group is of."""
     return Table(
         caption,
@@ -181,8 +181,8 @@ __all__ = [
     "Table",
     "Terms",
     "Text",
-    "drawn",
-    "fact_parts",
+    "draw_charts",
+    "make_fact_parts",
 ]
 
 
@@ -397,8 +397,25 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes before and after, and each as a share of the larger of the two."""
+
+    before: str
+    after: str
+    change: str
+    share: float
+    share_before: float
+
+
+def compare_sizes(before: int | None, after: int | None) -> Size:
+    """Return the sizes as text, and as shares for bars."""
+    largest = max(after or 0, before or 0, 1)
+    return Size(size(before), size(after), smaller(before, after), (after or 0) / largest, (before or 0) / largest)
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
-    """A page of sections, one below the other.
+    """Page of sections, one below the other.
 
     Attributes
     ----------
@@ -422,7 +439,7 @@ class Page:
         return tuple((section.id, section.short or section.title) for section in self.sections[self.unlisted :])
 
 
-def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
+def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
     """The parts with their charts drawn and ids given; with neither charts nor bars in tables where not `charts`."""
     for number, part in enumerate(parts, start=1):
         if isinstance(part, Chart):
@@ -435,7 +452,7 @@ def drawn(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
             chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
             yield replace(part, chart=chart, table=_table(part.table, charts))
         elif isinstance(part, Folded):
-            yield replace(part, parts=tuple(drawn(part.parts, f"{id}-{number}", charts)))
+            yield replace(part, parts=tuple(draw_charts(part.parts, f"{id}-{number}", charts)))
         else:
             yield _table(part, charts) if isinstance(part, Table) else part
 
@@ -458,7 +475,7 @@ BAR = "The bar shows the share kept, and the line on it the 95 % interval."
 NO_FACTS = Text("The text of the facts was left out on request.")
 
 
-def fact_parts(
+def make_fact_parts(
     caption: str,
     columns: tuple[str, ...],
     rows: tuple[tuple[str, ...], ...],

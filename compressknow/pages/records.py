@@ -1,8 +1,9 @@
-"""The typed records that a report card is made of, and their values in JSON, under the names that others rely on."""
+"""Records that a report card is made of, and their values for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,26 @@ from compressknow.comparison.records import (
     Counts,
     EarlyStop,
     Estimate,
-    Group,
     ProbeFigures,
     TextFigures,
 )
 from compressknow.evaluate.records import FactsInText, Speed
+from compressknow.pages.as_json import (
+    certainty_to_json,
+    counts_to_json,
+    early_to_json,
+    interval_to_json,
+    kept_to_json,
+    probe_to_json,
+    texts_to_json,
+)
 
 if TYPE_CHECKING:
     # Whoever only writes a model card need not import numpy.
     from compressknow.comparison.clusters import Standing
+
+SCHEMA = 1  # of report.json
+NAME_CHARACTERS = 80  # of a name that a sentence can carry
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +177,7 @@ class Comparison(Shown):
         """The grades by domain."""
         grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
         title = f"Comparison: what {plain(self.model.name, 60)} kept"
-        return Summary(title, self.verdict, grades, tuple(map(_grade_row, self.grades)))
+        return Summary(title, self.verdict, grades, tuple(map(_make_grade_row, self.grades)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +217,26 @@ class Card(Tabular):
     decision: Decision | None = None  # of several compressed models
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``report.json``."""
-        from compressknow.pages.card.pages import to_json
+        """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
 
-        return to_json(self)
+        Shares and accuracies lie between 0 and 1; what cannot be told is None; intervals are [low, high], 95 %. Without
+        `show_facts` no text of a fact is in it.
+        """
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "known": self.known,
+            "recommended": _decision_to_json(self.decision, name_models(self)) if self.decision else None,
+            "original": _model_to_json(self.original),
+            "compressed": [comparison_to_json(each, show_facts=self.show_facts) for each in self.comparisons],
+            "warnings": list(self.warnings),
+            "method": list(self.method),
+            "versions": dict(self.versions),
+            "command": self.command,
+        }
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes]
+        return [_make_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes]
 
     def _summary(self) -> Summary:
         """By subject of one model, a line per model of several."""
@@ -219,10 +244,10 @@ class Card(Tabular):
         if len(self.comparisons) == 1:
             return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
         models = ("Model", "Setup", "Size", "Kept (95 % interval)")
-        return Summary(title, self.verdict, models, tuple(map(_model_row, self.comparisons)))
+        return Summary(title, self.verdict, models, tuple(map(_make_model_row, self.comparisons)))
 
 
-def _frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
+def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
     counts, kept = probe.counts, probe.kept
     return {
         **{"model": model.name, "setup": model.setup, "probe": probe.probe},
@@ -234,84 +259,98 @@ def _frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
     }
 
 
-def _grade_row(grade: Grade) -> tuple[str, ...]:
+def _make_grade_row(grade: Grade) -> tuple[str, ...]:
     kept = estimate(grade.kept.value, grade.kept.low, grade.kept.high)
     mark = grade.grade + ("?" if grade.unsure else "")
     return grade.subject, count(grade.counts.known_before), count(grade.counts.both), kept, mark
 
 
-def _model_row(comparison: Comparison) -> tuple[str, ...]:
+def _make_model_row(comparison: Comparison) -> tuple[str, ...]:
     model, kept = comparison.model, comparison.kept
     kept_text = estimate(kept.value, kept.low, kept.high)
     return model.name, model.setup or "-", size(model.bytes), kept_text
 
 
-def counts_to_json(counts: Counts) -> dict[str, int]:
-    """Facts in all, and by what the two models know."""
-    return {"n": counts.n, **asdict(counts)}
+def label_models(models: Sequence[ModelFacts]) -> list[str]:
+    """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
+    it from another either, its number.
+    """
+    setups = [plain(model.setup or model.name, NAME_CHARACTERS) for model in models]
+    named = [f"{setup} ({plain(model.name, NAME_CHARACTERS)})" for setup, model in zip(setups, models, strict=True)]
+    repeated = Counter(setups)
+    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
+    repeated = Counter(labels)
+    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 
 
-def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
-    """A figure under its name, and its interval: [low, high], or None."""
-    return {name: estimate.value, f"{name}_interval": interval_to_json(estimate)}
+def name_models(card: Card) -> tuple[str, ...]:
+    """Return a name for each compressed model of a card: its label, numbered where there are several."""
+    labels = label_models([comparison.model for comparison in card.comparisons])
+    return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
 
 
-def interval_to_json(estimate: Estimate) -> list[float] | None:
-    """[low, high], or None."""
-    return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+def comparison_to_json(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
+    """Return one compressed model against the original, as plain values."""
+    model = comparison.model
+    values = {
+        "setup": model.setup,
+        "source": model.source,
+        "source_matches": comparison.source_matches,
+        "model": _model_to_json(model),
+        "verdict": comparison.verdict,
+        **counts_to_json(comparison.counts),
+        **kept_to_json(comparison.counts),
+        **certainty_to_json(comparison.certainty),
+        "early": early_to_json(comparison.early),
+        "next": comparison.next or None,
+        "grades": {grade.subject: grade.grade for grade in comparison.grades},
+        "grade_details": {grade.subject: _grade_to_json(grade) for grade in comparison.grades},
+        "probes": {probe.probe: probe_to_json(probe) | _measured(comparison, probe) for probe in comparison.probes},
+        "warnings": list(comparison.warnings),
+    }
+    if show_facts:
+        values["lost_facts"] = [asdict(fact) for fact in comparison.lost]
+        values["gained_facts"] = [asdict(fact) for fact in comparison.gained]
+    return values | ({"texts": texts_to_json(comparison.texts)} if comparison.texts else {})
 
 
-def kept_to_json(counts: Counts) -> dict[str, Any]:
-    """Knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
-    from compressknow.comparison.intervals import mcnemar, proportion
-
-    return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
+def _measured(comparison: Comparison, probe: ProbeFigures) -> dict[str, Any]:
+    return {section: values[probe.probe] for section, values in comparison.measured.items() if probe.probe in values}
 
 
-def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
-    """How sure the figures are that stand beside it."""
+def _model_to_json(model: ModelFacts) -> dict[str, Any]:
+    """Return all that is known of a model; what ran it is named where that was not transformers."""
+    values = asdict(model)
+    return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
+
+
+def _grade_to_json(grade: Grade) -> dict[str, Any]:
+    from compressknow.comparison.clusters import kept_by_cluster
+
     return {
-        "p": certainty.test.p,
-        "p_by": certainty.test.unit,
-        "clusters": certainty.relations,
-        "kept_cluster_interval": interval_to_json(certainty.kept),
-        "difference_cluster_interval": interval_to_json(certainty.difference),
-        "smallest_detectable_loss": certainty.smallest_loss,
-        "known_facts_for_2_points": certainty.facts_for_two,
+        "grade": grade.grade,
+        "range": grade.range,
+        **counts_to_json(grade.counts),
+        **kept_to_json(grade.counts),
+        "kept_cluster_interval": interval_to_json(kept_by_cluster(grade.relations)),
     }
 
 
-def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
-    """How a gate was decided early; None where it was not."""
-    if early is None:
-        return None
-    told = {name: getattr(early, name) for name in ("gate", "met", "level", "facts", "known", "of")}
-    return told | estimate_to_json("kept", early.kept)
-
-
-def pair_to_json(name: str, pair: tuple[float, float] | None) -> dict[str, float | None]:
-    """A figure of the original and of the compressed model."""
-    before, after = pair or (None, None)
-    return {f"{name}_original": before, f"{name}_compressed": after}
-
-
-def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
-    """By name of the group."""
-    from compressknow.comparison.clusters import kept_by_cluster
-    from compressknow.comparison.intervals import holm, mcnemar
-
-    exact = holm([mcnemar(group.counts) for group in groups])
+def _decision_to_json(decision: Decision, names: Sequence[str]) -> dict[str, Any]:
+    name: Mapping[int | None, str] = dict(enumerate(names))
     return {
-        group.name: {
-            **counts_to_json(group.counts),
-            **kept_to_json(group.counts),
-            "kept_cluster_interval": interval_to_json(kept_by_cluster(group.relations)),
-            "mcnemar_p_holm": adjusted,
-            "p": group.p,
-            "p_holm": group.p_holm,
-            "flips": group.counts.flips,
-            "answer_changed": group.answer_changed,
-            "chance": group.chance,
-        }
-        for group, adjusted in zip(groups, exact, strict=True)
+        "model": name.get(decision.place),
+        "place": decision.place,
+        "reason": decision.reason,
+        "within": decision.within,
+        "standings": [
+            {
+                "model": name[place],
+                "keeps": each.keeps,
+                "beaten_by": name.get(each.beaten_by),
+                "surely": each.is_surely_beaten,
+                "not_told_from": [name[other] for other in each.alike],
+            }
+            for place, each in enumerate(decision.standings)
+        ],
     }

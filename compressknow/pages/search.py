@@ -15,12 +15,24 @@ from compressknow.base.format import count, estimate, json_text, number, plain, 
 from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
-from compressknow.pages.card.warnings import of_known
+from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.drawing import INK, SERIES
-from compressknow.pages.pages import html_page
-from compressknow.pages.parts import BAR, Code, Drawn, Entries, Entry, Note, Page, Sentences, Shown, Table, identity
+from compressknow.pages.pages import render_html_page
+from compressknow.pages.parts import (
+    BAR,
+    Code,
+    Drawn,
+    Entries,
+    Entry,
+    Note,
+    Page,
+    Sentences,
+    Shown,
+    Table,
+    list_identity,
+)
 from compressknow.pages.records import ModelFacts
-from compressknow.pages.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
+from compressknow.pages.tradeoff import Look, Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99
@@ -144,7 +156,7 @@ def search_page(search: Search) -> Page:
 
 def _sections(search: Search) -> Iterator[Shown]:
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
-    run = (*identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions))
+    run = (*list_identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions))
     command = plain(search.command, 2000) if search.command else None
     recipe = plain_lines(search.recipe) if search.recipe else None
     confirmed, tried = (_files(search, trials) for trials in (search.confirmed, search.tried))
@@ -207,7 +219,7 @@ def said(search: Search) -> tuple[str, ...]:
     """What a reader must know beside the verdict: what counts as known where that is not the usual, and that rounding
     alone keeps less than is asked for.
     """
-    return (*_below_rounding(search), *of_known(search.known))
+    return (*_below_rounding(search), *warn_of_known(search.known))
 
 
 def _below_rounding(search: Search) -> Iterator[str]:
@@ -288,7 +300,7 @@ def pareto(search: Search, *, broad: bool = False) -> str:
     """The chart, as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
     file is told which it is.
     """
-    return tradeoff(_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
+    return draw_tradeoff(_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
 
 
 _TRIED, _WINNER = "files tried", "the winner"
@@ -301,7 +313,7 @@ def _tradeoff(search: Search) -> Tradeoff:
         for each in search.tried
         if each.kept.value is not None
     ]
-    best = unbeaten(marks, lambda mark: (mark.cost, mark.share))
+    best = find_unbeaten(marks, lambda mark: (mark.cost, mark.share))
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_hovered(won)}"))
     return Tradeoff(
@@ -331,7 +343,7 @@ def write_search(search: Search, folder: Path) -> None:
 
 def render_search_html(search: Search) -> str:
     """The page: the same search gives the same bytes."""
-    return html_page("sections.html.j2", page=search_page(search))
+    return render_html_page("sections.html.j2", page=search_page(search))
 
 
 def search_to_json(search: Search) -> dict[str, Any]:

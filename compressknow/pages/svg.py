@@ -27,7 +27,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
-def inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
+def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
     """`raw` as an element for HTML, named and described for those who cannot see it.
 
     Parameters
@@ -38,7 +38,7 @@ def inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, 
     """
     root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
     for element in root.iter():
-        element.tag = _local(element.tag)
+        element.tag = _strip_namespace(element.tag)
     _drop(root, {"metadata", "style"})
     marks = [
         (mark, hover[group.get("id", "")])
@@ -46,7 +46,7 @@ def inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, 
         if hover and group.get("id") in hover
         for mark in group.iter("use")
     ]
-    referenced = {name for element in root.iter() for name in _references(element)}
+    referenced = {name for element in root.iter() for name in _list_references(element)}
     for element in root.iter():
         _clean(element, referenced, id)
     for mark, told in marks:
@@ -66,7 +66,7 @@ def inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, 
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
+def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
     """Elements of `inline` as one file: its title above them, two in a row, in the page's colours, light and dark.
 
     Parameters
@@ -76,20 +76,20 @@ def standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str
     """
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ElementTree.SubElement(root, "title").text = title
-    ElementTree.SubElement(root, "style").text = _colours_of(style)
+    ElementTree.SubElement(root, "style").text = _write_colours(style)
     columns = min(_COLUMNS, len(panels))
     lines = textwrap.wrap(title, _TITLE_WIDTH * columns)
     for i, line in enumerate(lines, start=1):
         _write(root, line, 4, _LINE * i)
     width, bottom = 0.0, _LINE * len(lines) + 8.0
     for first in range(0, len(panels), columns):
-        right, bottom = _row(root, panels[first : first + columns], bottom)
+        right, bottom = _put_row(root, panels[first : first + columns], bottom)
         width = max(width, right)
     root.set("viewBox", f"0 0 {width:g} {bottom:g}")
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _row(root: ElementTree.Element, panels: Sequence[tuple[str, str]], top: float) -> tuple[float, float]:
+def _put_row(root: ElementTree.Element, panels: Sequence[tuple[str, str]], top: float) -> tuple[float, float]:
     """Put the panels side by side; where the row ends, to the right and below."""
     right, bottom = 0.0, top
     for name, chart in panels:
@@ -111,26 +111,26 @@ def _write(root: ElementTree.Element, text: str, x: float, y: float) -> None:
     ElementTree.SubElement(root, "text", place).text = text
 
 
-def _colours_of(style: str) -> str:
+def _write_colours(style: str) -> str:
     """Rules for the classes of charts, from the variables that the page's style sheet sets: light first, then dark."""
-    light, dark = (_variables(style, place) for place in (0, 1))
+    light, dark = (_read_variables(style, place) for place in (0, 1))
     return (
         f"svg{{background:{light['paper']};font-family:sans-serif}}"
-        f"text{{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}}{_rules(light)}"
-        f"@media (prefers-color-scheme:dark){{svg{{background:{dark['paper']}}}{_rules(dark)}}}"
+        f"text{{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}}{_write_rules(light)}"
+        f"@media (prefers-color-scheme:dark){{svg{{background:{dark['paper']}}}{_write_rules(dark)}}}"
     )
 
 
-def _variables(style: str, place: int) -> dict[str, str]:
+def _read_variables(style: str, place: int) -> dict[str, str]:
     return {name: re.findall(rf"--{name}:\s*(#[0-9a-f]+)", style)[place] for name in COLOURS}
 
 
-def _rules(colours: dict[str, str]) -> str:
+def _write_rules(colours: dict[str, str]) -> str:
     rules = (f".f-{name}{{fill:{colour}}}.s-{name}{{stroke:{colour}}}" for name, colour in colours.items())
     return "".join(rules) + f"text{{stroke:{colours['paper']}}}"
 
 
-def _local(name: str) -> str:
+def _strip_namespace(name: str) -> str:
     return name.rpartition("}")[2]
 
 
@@ -142,9 +142,9 @@ def _drop(parent: ElementTree.Element, tags: set[str]) -> None:
             _drop(child, tags)
 
 
-def _references(element: ElementTree.Element) -> Iterator[str]:
+def _list_references(element: ElementTree.Element) -> Iterator[str]:
     for name, value in element.attrib.items():
-        if _local(name) == "href":
+        if _strip_namespace(name) == "href":
             yield value.removeprefix("#")
         elif match := re.fullmatch(r"url\(#(.*)\)", value):
             yield match.group(1)
@@ -156,8 +156,8 @@ def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
     element.tail = None
     if element.tag != "text":
         element.text = None
-    for name, value in (old | _presentation(old.get("style", ""))).items():
-        match _local(name):
+    for name, value in (old | _read_style(old.get("style", ""))).items():
+        match _strip_namespace(name):
             case "style":
                 continue
             case "id":
@@ -170,10 +170,10 @@ def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
             case "transform" if re.match(r"rotate\(-?0(\.0)? ", value):
                 continue
             case local:
-                element.set(local, _short(value) if local in _NUMBERS else value)
+                element.set(local, _shorten(value) if local in _NUMBERS else value)
 
 
-def _presentation(style: str) -> dict[str, str]:
+def _read_style(style: str) -> dict[str, str]:
     """The declarations of a style attribute as attributes; colours as classes."""
     declarations = [part.partition(":") for part in style.split(";") if part.strip()]
     found = {name.strip(): value.strip() for name, _, value in declarations}
@@ -189,7 +189,7 @@ def _presentation(style: str) -> dict[str, str]:
     return attributes | ({"class": " ".join(classes)} if classes else {})
 
 
-def _short(value: str) -> str:
+def _shorten(value: str) -> str:
     rounded = _DECIMALS.sub(lambda match: f"{float(match.group()):.1f}".removesuffix(".0"), value)
     return " ".join(rounded.split()).replace("-0 ", "0 ")
 

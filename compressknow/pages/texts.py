@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, count, number, percent, plain, points, share
 from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
@@ -38,70 +37,70 @@ METHOD = (
 )
 
 
-def text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
+def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
     """Tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
     names = plain(names[0], 40), plain(names[1], 40)
     for figures in texts:
         name = plain(figures.text, 60)
-        yield _perplexities(figures, name, names)
+        yield _make_perplexity_table(figures, name, names)
         if figures.moved:
-            yield Beside(_chart(figures.moved, name, names), _moved_table(figures.moved, name, names))
+            yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
         if why := _WHY.get(figures.divergence):
             yield Note(f"KL by token was not measured: {why}.")
 
 
-def sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
+def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
     """One text in a sentence of the verdict; `names` are what it calls the two models."""
     one, other = names
     name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
     if ratio is None:
-        before, after = (_per_byte(side) for side in (figures.original, figures.compressed))
+        before, after = (_write_per_byte(side) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
     before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
-    change = "unchanged" if ratio.value == 1 else f"{points_of(ratio)}, from {before}"
+    change = "unchanged" if ratio.value == 1 else f"{write_change(ratio)}, from {before}"
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
     same = figures.moved.same_top.value if figures.moved else None
     return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {share(same)} of places."
 
 
-def text_headline(figures: TextFigures) -> str:
+def write_text_headline(figures: TextFigures) -> str:
     """The figure of a page that has no facts."""
     if figures.moved:
-        return f"Perplexity {points_of(figures.moved.ratio)} on {plain(figures.text, 60)}"
+        return f"Perplexity {write_change(figures.moved.ratio)} on {plain(figures.text, 60)}"
     return f"Perplexity on {plain(figures.text, 60)}"
 
 
-def in_short(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
+def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
     """A text's figures in two lines, for a terminal."""
-    before, after = (within(side.value, 3) for side in (figures.original, figures.compressed))
+    before, after = (write_measured(side.value, 3) for side in (figures.original, figures.compressed))
     yield f"{plain(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
     if moved := figures.moved:
-        kl = f"KL by token mean {within(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
+        kl = f"KL by token mean {write_measured(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
         p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
-        yield f"  ratio {within(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
+        yield f"  ratio {write_measured(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
     else:
-        before, after = (_per_byte(side) for side in (figures.original, figures.compressed))
+        before, after = (_write_per_byte(side) for side in (figures.original, figures.compressed))
         yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; other tokens, so no KL"
 
 
-def written_perplexity(found: Perplexity | None) -> str:
+def write_perplexity(found: Perplexity | None) -> str:
     """A perplexity without its error."""
     return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
 
 
-def sentence_of_several(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
+def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
     """One text in a sentence of the verdict on several models, each with its label."""
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
     return (
-        f"On {plain(text, 60)}, where the original's perplexity is {written_perplexity(original)}, {best[0]} has the "
-        f"lowest ({written_perplexity(best[1])}) and {worst[0]} the highest ({written_perplexity(worst[1])})."
+        f"On {plain(text, 60)}, where the original's perplexity is {write_perplexity(original)}, {best[0]} has the "
+        f"lowest ({write_perplexity(best[1])}) and {worst[0]} the highest ({write_perplexity(worst[1])})."
     )
 
 
-def points_of(ratio: Measured) -> str:
+def write_change(ratio: Measured) -> str:
     """The change of a perplexity in percent, with its sign.
 
-    >>> points_of(Measured(1.049, 0.001))
+    >>> write_change(Measured(1.049, 0.001))
     '+4.9 %'
     """
     if not math.isfinite(ratio.value):
@@ -109,7 +108,7 @@ def points_of(ratio: Measured) -> str:
     return points(ratio.value - 1).replace("points", "%")
 
 
-def warnings_of(
+def list_text_warnings(
     texts: Sequence[TextFigures], names: tuple[str, str] = ("The original", "The compressed model")
 ) -> Iterator[str]:
     """What a reader must know before trusting the figures."""
@@ -122,84 +121,25 @@ def warnings_of(
                 yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
 
 
-def texts_to_json(texts: Sequence[TextFigures]) -> dict[str, Any]:
-    """By name of the text; what is no number is None. Standard errors stand under ``NAME_error``."""
-    return {figures.text: finite(_to_json(figures)) for figures in texts}
-
-
-def perplexity_to_json(found: Perplexity, which: str = "") -> dict[str, Any]:
-    """Of one model; `which` it is ends the names."""
-    return finite(
-        {
-            **_pair(f"perplexity{which}", found.value),
-            **_pair(f"bits_per_byte{which}", found.bits_per_byte),
-            f"tokens{which}": found.tokens,
-        }
-    )
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """With None for what is no number."""
-    return {
-        key: finite(value) if isinstance(value, dict) else None if _is_no_number(value) else value
-        for key, value in values.items()
-    }
-
-
-def _is_no_number(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _to_json(figures: TextFigures) -> dict[str, Any]:
-    return {
-        "context": figures.context,
-        "chunks": figures.chunks,
-        "divergence": figures.divergence,
-        **perplexity_to_json(figures.original, "_original"),
-        **perplexity_to_json(figures.compressed, "_compressed"),
-        **(_moved_to_json(figures.moved) if figures.moved else {}),
-    }
-
-
-def _moved_to_json(moved: Moved) -> dict[str, Any]:
-    divergent = moved.divergent
-    return {
-        **_pair("perplexity_ratio", moved.ratio),
-        **_pair("log_perplexity_ratio", moved.log_ratio),
-        **_pair("perplexity_difference", moved.difference),
-        "correlation": moved.correlation,
-        **_pair("kl_mean", moved.kl),
-        "kl_percentiles": dict(moved.kl_percentiles) if moved.kl_percentiles else None,
-        **_pair("same_top", moved.same_top),
-        **_pair("probability_change", moved.change),
-        **_pair("probability_change_rms", moved.change_rms),
-        "probability_change_percentiles": dict(moved.change_percentiles),
-        "greedy": asdict(divergent) | {"median": divergent.middle} if divergent else None,
-    }
-
-
-def _pair(name: str, figure: Measured | None) -> dict[str, float | None]:
-    return {name: figure.value if figure else None, f"{name}_error": figure.error if figure else None}
-
-
-def _perplexities(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
+def _make_perplexity_table(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
     sides = (figures.original, figures.compressed)
     rows = tuple(
-        (who.capitalize(), within(side.value, 2), _per_byte(side)) for who, side in zip(names, sides, strict=True)
+        (who.capitalize(), write_measured(side.value, 2), _write_per_byte(side))
+        for who, side in zip(names, sides, strict=True)
     )
     tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
     caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
     return Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
 
 
-def _per_byte(side: Perplexity) -> str:
-    return within(side.bits_per_byte, 3) if side.bits_per_byte else NONE
+def _write_per_byte(side: Perplexity) -> str:
+    return write_measured(side.bits_per_byte, 3) if side.bits_per_byte else NONE
 
 
-def within(figure: Measured | None, digits: int, unit: str = "") -> str:
+def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:
     """A figure with its standard error; with a unit, in hundredths.
 
-    >>> within(Measured(12.3456, 0.5), 2), within(Measured(0.5, 0.01), 1, " %"), within(None, 2)
+    >>> write_measured(Measured(12.3456, 0.5), 2), write_measured(Measured(0.5, 0.01), 1, " %"), write_measured(None, 2)
     ('12.35 ± 0.50', '50.0 ± 1.0 %', '-')
     """
     if figure is None or not math.isfinite(figure.value):
@@ -208,18 +148,18 @@ def within(figure: Measured | None, digits: int, unit: str = "") -> str:
     return f"{value} ± {error}{unit}" if figure.error else f"{value}{unit}"
 
 
-def _moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
+def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
     kl = moved.kl_percentiles
     rows = [
-        ("Perplexity, ratio", within(moved.ratio, 4)),
-        ("Perplexity, difference", within(moved.difference, 4)),
+        ("Perplexity, ratio", write_measured(moved.ratio, 4)),
+        ("Perplexity, difference", write_measured(moved.difference, 4)),
         ("Correlation of log-likelihoods", number(moved.correlation, 4)),
-        ("KL, mean", within(moved.kl, 4)),
+        ("KL, mean", write_measured(moved.kl, 4)),
         *((f"KL, {label}", number(kl[key], 4) if kl else NONE) for key, label in _KL_ROWS),
-        ("Same top token", within(moved.same_top, 1, " %")),
-        ("Change of the text's token's probability, mean", within(moved.change, 2, " points")),
-        ("Change, root mean square", within(moved.change_rms, 2, " points")),
-        *_divergent_rows(moved.divergent),
+        ("Same top token", write_measured(moved.same_top, 1, " %")),
+        ("Change of the text's token's probability, mean", write_measured(moved.change, 2, " points")),
+        ("Change, root mean square", write_measured(moved.change_rms, 2, " points")),
+        *_list_divergent_rows(moved.divergent),
     ]
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
 
@@ -234,7 +174,7 @@ _KL_ROWS = (
 )
 
 
-def _divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
+def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
     if divergent is None:
         return
     middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
@@ -246,7 +186,7 @@ def _divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
     yield f"Continuations alike in all {divergent.tokens} tokens", same
 
 
-def _chart(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
+def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
     """KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
     found = moved.kl_percentiles
     if not found or not all(math.isfinite(found[key]) for key, _ in _DRAWN) or found["p99_9"] <= _LEAST:

@@ -12,7 +12,17 @@ from markupsafe import escape
 
 from compressknow.base.format import number
 from compressknow.comparison.records import Estimate
-from compressknow.pages.drawing import INK, MUTED, PERCENT, SERIES, WIDTH, axes, percent_axis, percents, round_range
+from compressknow.pages.drawing import (
+    INK,
+    MUTED,
+    PERCENT,
+    SERIES,
+    WIDTH,
+    open_axes,
+    round_range,
+    set_percent_axis,
+    to_percents,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,12 +95,12 @@ class Tradeoff:
     rounding: float | None = None
 
 
-def unbeaten(
+def find_unbeaten(
     points: Sequence[T], place: Callable[[T], tuple[float, float]], *, more_is_better: bool = False
 ) -> list[T]:
     """Those of which none keeps more at the same cost or less, the cheapest first; `place` says (cost, kept).
 
-    >>> unbeaten([(3, 0.9), (1, 0.5), (2, 0.4)], lambda point: point)
+    >>> find_unbeaten([(3, 0.9), (1, 0.5), (2, 0.4)], lambda point: point)
     [(1, 0.5), (3, 0.9)]
     """
     sign = -1 if more_is_better else 1
@@ -101,13 +111,13 @@ def unbeaten(
     return best
 
 
-def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
+def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
     """The SVG element, for a narrow screen or, if `broad`, for the width of the page. Each mark says which it is to a
     pointer over it.
     """
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
-    with axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
+    with open_axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
         _draw_edge(plot, chart)
         for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
             if across is not None:
@@ -117,15 +127,15 @@ def tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         # Outside of the plot: points may lie anywhere in it.
         room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
-        left, bottom = _left(plot), _bottom(chart)
+        left, bottom = _find_left(plot), _find_bottom(chart)
         plot.set_xlim(left=left)
-        plot.set_xlabel("\n".join((chart.cost, *_beginnings(left, bottom))))
-        percent_axis(plot, bottom, unit=PERCENT)
+        plot.set_xlabel("\n".join((chart.cost, *_describe_beginnings(left, bottom))))
+        set_percent_axis(plot, bottom, unit=PERCENT)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
 
 
-def _left(plot: Axes) -> float:
+def _find_left(plot: Axes) -> float:
     """Where the axis of costs begins: zero where that is near, and no nearer to the dearest than half of it, or what is
     alike would look far apart.
     """
@@ -133,14 +143,14 @@ def _left(plot: Axes) -> float:
     return 0.0 if low < high / 4 else min(low, high / 2)
 
 
-def _bottom(chart: Tradeoff) -> float:
+def _find_bottom(chart: Tradeoff) -> float:
     # A line across alone would not widen the axis.
-    ends = [percents(mark.kept)[1] for mark in chart.marks]
+    ends = [to_percents(mark.kept)[1] for mark in chart.marks]
     ends += [] if chart.rounding is None else [100 * chart.rounding]
     return max(0.0, min(round_range(ends, low=min(ends))[0], 100 - _SPAN))
 
 
-def _beginnings(left: float, bottom: float) -> Iterator[str]:
+def _describe_beginnings(left: float, bottom: float) -> Iterator[str]:
     """Of axes that do not begin at zero, where they do."""
     cut = [f"across from {left:,.3g}"] if left else []
     cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
@@ -150,7 +160,9 @@ def _beginnings(left: float, bottom: float) -> Iterator[str]:
 
 def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
     """All in one path: a page may have many."""
-    ends = [(mark.cost, end) for mark in marks if mark.kept.low is not None for end in (*percents(mark.kept)[1:], nan)]
+    ends = [
+        (mark.cost, end) for mark in marks if mark.kept.low is not None for end in (*to_percents(mark.kept)[1:], nan)
+    ]
     if ends:
         plot.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.1)
 
@@ -158,7 +170,7 @@ def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
 def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
     """What nothing beats is kept at every cost from there on; at every speed up to there."""
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
-    best = unbeaten(able, lambda mark: (mark.cost, mark.share), more_is_better=chart.more_is_better)
+    best = find_unbeaten(able, lambda mark: (mark.cost, mark.share), more_is_better=chart.more_is_better)
     if best:
         places = sorted((mark.cost, 100 * mark.share) for mark in best)
         style = "steps-pre" if chart.more_is_better else "steps-post"
@@ -186,31 +198,31 @@ def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
     unit = 72 / figure.dpi
     at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]
     edges = [unit * end for end in plot.bbox.extents]
-    taken = [_box(x, y, 6.0, 6.0) for x, y in at]
+    taken = [_make_box(x, y, 6.0, 6.0) for x, y in at]
     for (across, high, label), (x, y) in zip(marks, at, strict=True):
         size = _DIGIT * len(label) + 2, _LINE
-        for right, up in _offsets(size[0]) if label else ():
-            box = _box(x + right, y + up, *size)
+        for right, up in _list_offsets(size[0]) if label else ():
+            box = _make_box(x + right, y + up, *size)
             inside = edges[0] <= box[0] and box[2] <= edges[2] and edges[1] <= box[1] and box[3] <= edges[3]
-            if inside and not any(_meet(box, other) for other in taken):
+            if inside and not any(_do_meet(box, other) for other in taken):
                 taken.append(box)
                 place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
                 plot.annotate(label, (across, high), (right, up), fontsize=10, color=INK, **place)
                 break
 
 
-def _offsets(width: float) -> Iterator[tuple[float, float]]:
+def _list_offsets(width: float) -> Iterator[tuple[float, float]]:
     return ((step * right + right * (width - _DIGIT) / 2, step * up) for step in _STEPS for right, up in _WAYS)
 
 
 _Box = tuple[float, float, float, float]
 
 
-def _box(x: float, y: float, width: float, height: float) -> _Box:
+def _make_box(x: float, y: float, width: float, height: float) -> _Box:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _meet(one: _Box, other: _Box) -> bool:
+def _do_meet(one: _Box, other: _Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
@@ -229,7 +241,7 @@ class Grid:
         return [cell for row in self.cells for cell in row if cell]
 
 
-def four_digits(figure: float) -> str:
+def write_four_digits(figure: float) -> str:
     """A figure to four decimals."""
     return number(figure, 4)
 
@@ -263,13 +275,13 @@ _ORDERS = 4  # of magnitude that the shades span at most
 _TOP, _LETTER, _LONGEST = 26, 5.6, 16
 
 
-def heat_map(
+def draw_heat_map(
     grid: Grid,
     id: str,
     title: str,
     *,
     bounds: Sequence[float] = (),
-    write: Callable[[float], str] = four_digits,
+    write: Callable[[float], str] = write_four_digits,
     form: Form = WIDE,
 ) -> str | None:
     """The map as an element for HTML; None where all figures are 0.
@@ -282,24 +294,24 @@ def heat_map(
     """
     if not grid.figures:
         return None
-    bounds = bounds or bounds_of(grid.figures)
+    bounds = bounds or find_bounds(grid.figures)
     width = min(form.widest, (form.width - form.label) / len(grid.columns))
-    top = _top(grid, form)
+    top = _find_top(grid, form)
     height = top + form.row * len(grid.rows) + 34
     return "".join(
         [
             f'<svg class="chart heat" id="{id}" viewBox="0 0 {form.width} {height}" role="img" ',
             f'aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{escape(title)}</title>',
-            f'<desc id="{id}-desc">{escape(_told(grid, write))}</desc>',
-            *_heads(grid, width, top, form),
-            *(mark for i in range(len(grid.rows)) for mark in _map_row(grid, i, width, top, bounds, write, form)),
-            *_legend(bounds, top + form.row * len(grid.rows) + 12, write, form),
+            f'<desc id="{id}-desc">{escape(_describe_grid(grid, write))}</desc>',
+            *_draw_heads(grid, width, top, form),
+            *(mark for i in range(len(grid.rows)) for mark in _draw_row(grid, i, width, top, bounds, write, form)),
+            *_draw_legend(bounds, top + form.row * len(grid.rows) + 12, write, form),
             "</svg>",
         ]
     )
 
 
-def bounds_of(figures: Sequence[float]) -> tuple[float, ...]:
+def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
     """Figures that part the shades, in equal ratios between the least and the largest."""
     high = max(figures)
     low = max(min(figures), high / 10**_ORDERS)
@@ -307,14 +319,14 @@ def bounds_of(figures: Sequence[float]) -> tuple[float, ...]:
     return tuple(low * math.exp(math.log(high / low) * i / steps) for i in range(1, steps))
 
 
-def _shade(figure: float, bounds: Sequence[float]) -> int:
+def _find_shade(figure: float, bounds: Sequence[float]) -> int:
     """Which shade a figure has, 0 the faintest; `bounds` are the lowest figures of the shades above it."""
     return sum(figure >= bound for bound in bounds)
 
 
-def _told(grid: Grid, write: Callable[[float], str]) -> str:
+def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
     found = [(figure, ", ".join(filter(None, (column, row))))
-             for row, column, figure in _placed(grid) if figure]  # fmt: skip
+             for row, column, figure in _list_cells(grid) if figure]  # fmt: skip
     largest, least = max(found), min(found)
     return (
         f"From {write(least[0])} ({least[1]}) to {write(largest[0])} ({largest[1]}). "
@@ -322,62 +334,63 @@ def _told(grid: Grid, write: Callable[[float], str]) -> str:
     )
 
 
-def _placed(grid: Grid) -> Iterator[tuple[str, str, float | None]]:
+def _list_cells(grid: Grid) -> Iterator[tuple[str, str, float | None]]:
     for row, cells in zip(grid.rows, grid.cells, strict=True):
         columns = grid.columns if len(cells) == len(grid.columns) else ("",)
         yield from ((row, column, cell) for column, cell in zip(columns, cells, strict=True))
 
 
-def _top(grid: Grid, form: Form) -> int:
+def _find_top(grid: Grid, form: Form) -> int:
     if not form.upright:
         return _TOP
     return 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
 
 
-def _heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:
+def _draw_heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:
     room = _LONGEST if form.upright else max(4, int(width / _LETTER))
     for i, name in enumerate(grid.columns):
         shown = name if len(name) <= room else f"…{name[1 - room :]}"
         x = form.label + width * (i + 0.5) + 3.5 * form.upright
-        yield _text(x, top - 8, shown, "f-muted", "start" if form.upright else "middle", upright=form.upright)
+        yield _draw_text(x, top - 8, shown, "f-muted", "start" if form.upright else "middle", upright=form.upright)
 
 
-def _map_row(
+def _draw_row(
     grid: Grid, i: int, width: float, top: int, bounds: Sequence[float], write: Callable[[float], str], form: Form
 ) -> Iterator[str]:
     y, cells = top + form.row * i, grid.cells[i]
-    yield _text(form.label - 8, y + form.row - 6 + (form.row < 16) * 3, grid.rows[i], "f-muted", "end")
+    yield _draw_text(form.label - 8, y + form.row - 6 + (form.row < 16) * 3, grid.rows[i], "f-muted", "end")
     wide = width if len(cells) == len(grid.columns) else width * len(grid.columns)
     for j, figure in enumerate(cells):
         if figure is None:
             continue
-        step, x = _shade(figure, bounds), form.label + wide * j
+        step, x = _find_shade(figure, bounds), form.label + wide * j
         colour = f'class="f-c1" opacity="{_SHADES[step]}"' if figure else 'class="f-rule" opacity="0.35"'
-        place = f'x="{_n(x)}" y="{_n(y)}" width="{_n(wide - 1)}" height="{form.row - 1}"'
+        place = (
+            f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(wide - 1)}" height="{form.row - 1}"'
+        )
         if len(grid.columns) <= form.most_figures:
             yield f"<rect {colour} {place}/>"
             ink = "f-ink" if not figure or step <= _INK_UP_TO else "f-paper"
-            yield _text(x + wide / 2, y + form.row - 6, write(figure), ink, "middle")
+            yield _draw_text(x + wide / 2, y + form.row - 6, write(figure), ink, "middle")
         else:
             yield f"<rect {colour} {place}><title>{escape(write(figure))}</title></rect>"
 
 
-def _legend(bounds: Sequence[float], y: float, write: Callable[[float], str], form: Form) -> Iterator[str]:
+def _draw_legend(bounds: Sequence[float], y: float, write: Callable[[float], str], form: Form) -> Iterator[str]:
     box = min(54, (form.width - form.label) / len(_SHADES))
     for i, opacity in enumerate(_SHADES):
         x = form.label + box * i
-        yield f'<rect class="f-c1" opacity="{opacity}" x="{_n(x)}" y="{_n(y)}" width="{_n(box - 1)}" height="7"/>'
+        place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(box - 1)}" height="7"'
+        yield f'<rect class="f-c1" opacity="{opacity}" {place}/>'
         if i:
-            yield _text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
+            yield _draw_text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
 
 
-def _text(x: float, y: float, text: str, colour: str, anchor: str, *, upright: bool = False) -> str:
-    turned = f' transform="rotate(-90 {_n(x)} {_n(y)})"' if upright else ""
-    return (
-        f'<text class="{colour}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" font-size="10"{turned}>'
-        f"{escape(text)}</text>"
-    )
+def _draw_text(x: float, y: float, text: str, colour: str, anchor: str, *, upright: bool = False) -> str:
+    turned = f' transform="rotate(-90 {_write_number(x)} {_write_number(y)})"' if upright else ""
+    place = f'x="{_write_number(x)}" y="{_write_number(y)}" text-anchor="{anchor}"'
+    return f'<text class="{colour}" {place} font-size="10"{turned}>{escape(text)}</text>'
 
 
-def _n(value: float) -> str:
+def _write_number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")

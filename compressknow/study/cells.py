@@ -253,11 +253,11 @@ class CellHandle(ModelHandle):
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
     from compressknow.compress.convert import convert
-    from compressknow.pages.model_card import model_card_for
+    from compressknow.pages.model_card import make_model_card
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
         maker, recipe = study_model.maker, cell.recipe
         text = maker.text(maker.plan(recipe)) if recipe.calibration else None
-        convert(maker.checkpoint.folder, folder, recipe, text=text, render_card=model_card_for)
+        convert(maker.checkpoint.folder, folder, recipe, text=text, render_card=make_model_card)

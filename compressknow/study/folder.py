@@ -20,7 +20,7 @@ from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.pages.card.make import compare, method_of, model_facts
+from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
@@ -74,14 +74,14 @@ def build_study(
     lacking = [result for result in results if result.answers is None]
     comparisons = [cell.comparison for cell in cells]
     return Study(
-        original=model_facts(original.record.model),
+        original=read_model_facts(original.record.model),
         probes=_build_probes(original, comparisons),
         cells=cells,
         failed=tuple(_build_failed(result) for result in lacking if not result.refused),
         refused=tuple(_build_failed(result) for result in lacking if result.refused),
         versions=dict(original.record.versions),
         command=command,
-        method=method_of(original, comparisons),
+        method=describe_method(original, comparisons),
         known=known,
     )
 

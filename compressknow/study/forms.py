@@ -382,10 +382,10 @@ class CheckpointForm(Form):
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
         from compressknow.compress.convert import convert
-        from compressknow.pages.model_card import model_card_for
+        from compressknow.pages.model_card import make_model_card
 
         recipe = Recipe.from_dict(_build_steps(found.types))
-        convert(self._model.maker.checkpoint.folder, place, recipe, render_card=model_card_for)
+        convert(self._model.maker.checkpoint.folder, place, recipe, render_card=make_model_card)
 
     def recipe(self, found: Allocation) -> str:
         return to_toml(_build_steps(found.types))

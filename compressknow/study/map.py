@@ -19,7 +19,7 @@ from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
 from compressknow.pages.diff.tables import short_names
 from compressknow.pages.drawing import INK, MUTED, SERIES, Chart
-from compressknow.pages.pages import html_page, markdown_page, write_formats
+from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
 from compressknow.pages.parts import (
     Beside,
     Charts,
@@ -34,9 +34,9 @@ from compressknow.pages.parts import (
     Shown,
     Table,
     Text,
-    drawn,
+    draw_charts,
 )
-from compressknow.pages.tradeoff import NARROW, Grid, bounds_of, draw_labels, heat_map
+from compressknow.pages.tradeoff import NARROW, Grid, draw_heat_map, draw_labels, find_bounds
 from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
 
@@ -236,12 +236,12 @@ _CURVE_NOTE = (
 
 def render_map_html(map: Map) -> str:
     """Render the page: the same sensitivity gives the same bytes."""
-    return html_page("sections.html.j2", page=build_page(map, charts=True))
+    return render_html_page("sections.html.j2", page=build_page(map, charts=True))
 
 
 def render_map_markdown(map: Map) -> str:
     """Render the same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
-    return markdown_page("sections.md.j2", page=build_page(map, charts=False))
+    return render_markdown_page("sections.md.j2", page=build_page(map, charts=False))
 
 
 def build_page(map: Map, *, charts: bool) -> Page:
@@ -256,7 +256,7 @@ def build_page(map: Map, *, charts: bool) -> Page:
         ("run", "The run"): iter([Entries(_list_run(map))]),
     }
     shown = (
-        Shown(id, title, tuple(drawn(found, id, charts)), look="text" if id in ("method", "run") else "wide")
+        Shown(id, title, tuple(draw_charts(found, id, charts)), look="text" if id in ("method", "run") else "wide")
         for (id, title), found in parts.items()
     )
     return Page(
@@ -311,9 +311,11 @@ def _build_maps(map: Map) -> Iterator[Part]:
     figures = [figure for grid in grids.values() for figure in grid.figures]
     if not figures:
         return
-    bounds = bounds_of(figures)
+    bounds = find_bounds(figures)
     svgs = {
-        name: heat_map(grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=format_millinats, form=NARROW)
+        name: draw_heat_map(
+            grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=format_millinats, form=NARROW
+        )
         for i, (name, grid) in enumerate(grids.items())
     }
     yield Charts(tuple(Drawn(Markup(svg), title=name) for name, svg in svgs.items() if svg))
@@ -346,7 +348,7 @@ def _build_risk(map: Map) -> Iterator[Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
+    if svg := draw_heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
         yield Charts((Drawn(Markup(svg)),))
         yield Note("", drawn=_RISK_NOTE)
     if not grid.figures:

@@ -19,8 +19,8 @@ from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.sources import Opened, find_source, list_usable
-from compressknow.pages.card.make import compare, model_facts
-from compressknow.pages.card.method import kept_by_rounding
+from compressknow.pages.card.make import compare, read_model_facts
+from compressknow.pages.card.method import find_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import NoiseFloor, StudyModel
@@ -295,7 +295,7 @@ def build_search(
     confirmed = search.confirmed if search else []
     nearest = max(confirmed, key=_get_lowest, default=None)
     return Search(
-        original=model_facts(original.record.model),
+        original=read_model_facts(original.record.model),
         form=form.name,
         keep=request.keep,
         budget=request.size,
@@ -319,5 +319,5 @@ def build_search(
         command=command,
         known=guided.known_as,
         templates=max(entry.templates or 1 for entry in original.record.probes.values()),
-        rounding=kept_by_rounding(itself.probes),
+        rounding=find_rounding_kept(itself.probes),
     )

@@ -22,10 +22,10 @@ from compressknow.compress.steps import DropBlocks, DropNeurons, Prune, Where
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.engine.identity import describe, locate
 from compressknow.evaluate.records import ModelRecord
-from compressknow.pages.card.make import model_facts
+from compressknow.pages.card.make import read_model_facts
 from compressknow.pages.card.sections import Context
 from compressknow.pages.card.sections.figures import Layers
-from compressknow.pages.card.warnings import of_recipe
+from compressknow.pages.card.warnings import warn_of_recipe
 from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.long import one_in
@@ -298,7 +298,7 @@ def test_pages_say_what_is_gone(
     assert described["removed"]["blocks"][0]["dropped"] == [1, 2]
     assert "tensors" not in described["removed"]
     original = {"sha256": "0", "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 1}
-    model = model_facts(ModelRecord.from_dict({**original, **described}))
+    model = read_model_facts(ModelRecord.from_dict({**original, **described}))
     section = Context(model, SimpleNamespace(model=model), {}, True)  # type: ignore[arg-type]
     assert any(said in part.sentence for part in Layers().parts(section) if isinstance(part, Note))
-    assert not list(of_recipe(model))
+    assert not list(warn_of_recipe(model))

@@ -14,7 +14,7 @@ from compressed_tensors.utils.match import is_match
 import compressknow
 from compressknow.cli.convert import manifest_page
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
-from compressknow.pages.model_card import growth, where_it_runs
+from compressknow.pages.model_card import describe_runtimes, warn_of_growth
 from tests.models import QUANTIZABLE, save_tiny
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -31,7 +31,7 @@ def planned(name: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
 def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tmp_path: Path) -> None:
     manifest = planned(name, tmp_path, quantize="int8")
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
-    assert "not on Blackwell GPUs" in where_it_runs(manifest)
+    assert "not on Blackwell GPUs" in describe_runtimes(manifest)
     assert vllm_limit(planned(name, tmp_path, prune=0.2)) is None
 
 
@@ -40,7 +40,7 @@ def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tm
 def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: Any, tmp_path: Path) -> None:
     manifest = planned(name, tmp_path, **options)
     assert manifest["runtimes"] == ["transformers", "compressknow"]
-    assert "vLLM" not in where_it_runs(manifest)
+    assert "vLLM" not in describe_runtimes(manifest)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_keeps_a_decoder_from_vllm_is_named(options: dict[str, Any], why: s
     manifest = planned("llama", tmp_path, **{"quantize": "int8", **options})
     assert manifest["runtimes"] == ["transformers", "compressknow"]
     assert why in str(vllm_obstacle(manifest))
-    assert "It does not run in vLLM: " in where_it_runs(manifest)
+    assert "It does not run in vLLM: " in describe_runtimes(manifest)
 
 
 @pytest.mark.parametrize("options", [{"include": ["o_proj", "down_proj"]}, {"layers": "1"}, {"scope": "attention"}])
@@ -81,7 +81,7 @@ def test_tensors_that_the_model_has_no_place_for_are_named_and_keep_it_from_vllm
     (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     manifest = planned("llama", tmp_path, prune=0.2)
     assert len(manifest["unused"]) == 9
-    assert "vLLM: LlamaForCausalLM has no place for model.layers.1." in where_it_runs(manifest)
+    assert "vLLM: LlamaForCausalLM has no place for model.layers.1." in describe_runtimes(manifest)
     page = " ".join(manifest_page(manifest, "in", tmp_path / "out", dry_run=True))
     assert "9 tensors have no place in LlamaForCausalLM" in page
 
@@ -94,10 +94,10 @@ def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
 def test_an_output_that_grows_is_warned_of_with_the_reason(name: str, tmp_path: Path) -> None:
-    (warning,) = growth(planned(name, tmp_path, scope="final", prune=0.2))
+    (warning,) = warn_of_growth(planned(name, tmp_path, scope="final", prune=0.2))
     assert "larger than the input" in warning
     assert "no longer shares its weight with the embedding" in warning
-    assert not list(growth(planned(name, tmp_path, quantize="int8")))
+    assert not list(warn_of_growth(planned(name, tmp_path, quantize="int8")))
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)

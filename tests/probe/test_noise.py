@@ -21,7 +21,7 @@ from compressknow.evaluate.grades import apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
-from compressknow.pages.card.method import beside_rounding
+from compressknow.pages.card.method import compare_with_rounding
 from tests.knowing import facts_file, in_wordings, knowing
 from tests.report.answering import entry, sides
 
@@ -144,16 +144,16 @@ def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
 def test_the_verdict_sets_what_changed_beside_it() -> None:
     figures = replace(compare_probe(*sides(80, 20), entry(), entry()), answer_changed=0.25)
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
-    assert beside_rounding([replace(figures, noise_floor=None)]) == ""
-    said = beside_rounding([replace(figures, noise_floor=few)])
+    assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
+    said = compare_with_rounding([replace(figures, noise_floor=few)])
     assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
-    said = beside_rounding([replace(figures, noise_floor=many)])
+    said = compare_with_rounding([replace(figures, noise_floor=many)])
     assert said.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
-    said = beside_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
+    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
     assert said.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
-    said = beside_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
+    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
     assert said.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
-    said = beside_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
+    said = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
     assert said.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
 
 

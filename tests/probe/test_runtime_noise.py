@@ -15,7 +15,7 @@ from compressknow.evaluate.answers import SEAL, Answers, read_answers
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.gguf import export as exporting
 from compressknow.gguf.llama_cpp.native import load_native
-from compressknow.pages.parts import identity
+from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.export.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing
@@ -98,7 +98,7 @@ def test_a_file_given_as_the_original_of_its_source_is_told(place: Place, tmp_pa
         (warning,) = [each for each in said(card) if "look swapped" in each]
         assert f"q8_0.gguf, given as the original, was made from {model.name}" in warning
         assert "look swapped" not in " ".join(said(report(model, place.q8, place.facts, answers=tmp_path / "kept")))
-    assert ("Made from", "llama") in [(entry.label, entry.value) for entry in identity(card.original)]
+    assert ("Made from", "llama") in [(entry.label, entry.value) for entry in list_identity(card.original)]
 
 
 @needs_converter

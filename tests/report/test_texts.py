@@ -18,8 +18,8 @@ from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import render_html, render_markdown, to_json
-from compressknow.pages.texts import in_short
+from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.texts import summarize_text
 
 SCORED, CHUNKS = 15, 20
 
@@ -158,7 +158,7 @@ def test_other_tokens_have_bits_per_byte_alone() -> None:
     for divergence, compressed in ((MEASURED, others), (OTHER_TOKENS, chunks(2))):
         found = text_figures("text:a.txt", 32, divergence, chunks(1), compressed)
         assert (found.moved, found.divergence) == (None, OTHER_TOKENS)
-        assert any("bits per byte" in line for line in in_short(found, ("before", "after")))
+        assert any("bits per byte" in line for line in summarize_text(found, ("before", "after")))
 
 
 def answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fingerprint: str = "f") -> Answers:
@@ -174,7 +174,7 @@ def answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fing
 def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     card = make_card(answers(chunks(1, kl=False), "a"), [answers(chunks(2), "b")])
     figures = card.comparisons[0].texts[0]
-    html, markdown, told = render_html(card), render_markdown(card), to_json(card)["compressed"][0]["texts"]
+    html, markdown, told = render_html(card), render_markdown(card), card.to_dict()["compressed"][0]["texts"]
     assert figures.moved is not None
     assert figures.moved.kl is not None
     mean = f"{figures.moved.kl.value:.4f} ± {figures.moved.kl.error:.4f}"
@@ -204,7 +204,7 @@ def test_a_broken_model_is_told_and_the_report_is_written() -> None:
     broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
     card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
     assert any("its perplexity is no number" in warning for warning in card.comparisons[0].warnings)
-    assert json.dumps(to_json(card), allow_nan=False)
+    assert json.dumps(card.to_dict(), allow_nan=False)
     assert render_html(card)
 
 

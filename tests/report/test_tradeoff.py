@@ -9,20 +9,20 @@ import pytest
 
 from compressknow.comparison.records import Estimate
 from compressknow.pages.drawing import SERIES
-from compressknow.pages.tradeoff import Look, Mark, Tradeoff, tradeoff, unbeaten
+from compressknow.pages.tradeoff import Look, Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 
 
 @pytest.mark.parametrize(("more_is_better", "best"), [(False, ["b", "a", "e"]), (True, ["e"])])
 def test_the_edge_holds_what_nothing_beats(more_is_better: bool, best: list[str]) -> None:
-    found = unbeaten(POINTS, lambda point: point[1:], more_is_better=more_is_better)
+    found = find_unbeaten(POINTS, lambda point: point[1:], more_is_better=more_is_better)
     assert [name for name, *_ in found] == best
 
 
 def test_of_speeds_the_fastest_that_keeps_as_much_is_unbeaten() -> None:
     points = [("slow", 10.0, 1.0), ("slower", 8.0, 1.0), ("fast", 40.0, 0.8), ("lossy", 30.0, 0.7)]
-    found = unbeaten(points, lambda point: point[1:], more_is_better=True)
+    found = find_unbeaten(points, lambda point: point[1:], more_is_better=True)
     assert [name for name, *_ in found] == ["fast", "slow"]
 
 
@@ -32,7 +32,7 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
     # Forty models in one place: a label for each would hide them all.
     heap = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
     chart = Tradeoff("Kept", "MB", [*apart, *heap], {"made": Look("o", SERIES[0])}, ("made",), "Told.")
-    drawn = ElementTree.fromstring(tradeoff(chart, "x", broad=broad))
+    drawn = ElementTree.fromstring(draw_tradeoff(chart, "x", broad=broad))
     written = [text.text for text in drawn.iter("text")]
     assert {str(i) for i in range(10)} <= set(written)
     assert 0 < sum(str(text).startswith("t") for text in written) < 40
@@ -43,7 +43,7 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
 def drawn_with(*kept: Estimate, costs: tuple[float, ...]) -> ElementTree.Element:
     marks = [Mark(cost, each, "made", str(each)) for cost, each in zip(costs, kept, strict=True)]
     return ElementTree.fromstring(
-        tradeoff(Tradeoff("Kept", "MB", marks, {"made": Look("o", SERIES[0])}, (), "Told."), "x")
+        draw_tradeoff(Tradeoff("Kept", "MB", marks, {"made": Look("o", SERIES[0])}, (), "Told."), "x")
     )
 
 

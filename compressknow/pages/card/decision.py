@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from compressknow.base.format import count, estimate, share, size
 from compressknow.comparison.clusters import Standing, smallest, standings
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.gate import Gate, is_met
-from compressknow.pages.card.method import kept_by_rounding, probes_of
-from compressknow.pages.card.verdict import labels_of, listed
-from compressknow.pages.records import Comparison, Decision
+from compressknow.pages.card.method import find_rounding_kept, list_probes
+from compressknow.pages.card.verdict import join_names
+from compressknow.pages.records import Comparison, Decision, label_models
 
 
 def decide(
@@ -40,15 +39,15 @@ def decide(
     of = [[answer for answer in each.answers if answer.probe in probes[0]] for each in (original, *compressed)]
     sizes = [comparison.model.bytes for comparison in comparisons]
     standing = standings(of[0], of[1:], sizes)
-    labels = labels_of([comparison.model for comparison in comparisons])
+    labels = label_models([comparison.model for comparison in comparisons])
     fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
     if not fitting:
-        return Decision(None, _none_fits(labels, sizes, within), tuple(standing), within)
+        return Decision(None, _write_none_fits(labels, sizes, within), tuple(standing), within)
     at_most = f" of {size(within)} at most" if within is not None else ""
-    rounding = kept_by_rounding(probes_of(comparisons))
+    rounding = find_rounding_kept(list_probes(comparisons))
     best = max(fitting, key=lambda place: standing[place].keeps)
     if gates:
-        floor = listed([gate.in_words for gate in gates])
+        floor = join_names([gate.in_words for gate in gates])
         enough = [i for i in fitting if all(is_met(comparisons[i], gate, strict=strict) for gate in gates)]
         words = (f"that keeps {floor}", f"that keep {floor}")
     else:
@@ -56,7 +55,7 @@ def decide(
         enough = [i for i in fitting if rounding is not None and (comparisons[i].kept.high or 0.0) >= rounding]
         words = (f"whose interval reaches {floor}", f"whose intervals reach {floor}")
     if not enough and gates:
-        most = f"{labels[best]} keeps most, {_kept(comparisons[best])}"
+        most = f"{labels[best]} keeps most, {_write_kept(comparisons[best])}"
         return Decision(
             None,
             f"No model{at_most} {words[0].removeprefix('that ')}: none is recommended. {most}.",
@@ -76,11 +75,14 @@ def decide(
         if len(enough) == 1
         else f"the smallest of {number} models{at_most} {words[1]}"
     )
-    said = f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps {_kept(comparisons[taken])}."
-    return Decision(taken, f"{said} {_others(taken, standing, labels, sizes)}", tuple(standing), within)
+    reason = (
+        f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps "
+        f"{_write_kept(comparisons[taken])}. {_write_others(taken, standing, labels, sizes)}"
+    )
+    return Decision(taken, reason, tuple(standing), within)
 
 
-def _none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int | None) -> str:
+def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int | None) -> str:
     known = [(n, label) for n, label in zip(sizes, labels, strict=True) if n is not None]
     if within is None or not known:
         return "None is recommended: no size is known of a model that computes numbers."
@@ -88,21 +90,21 @@ def _none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int |
     return f"No model has {size(within)} at most: none is recommended. The smallest, {label}, has {size(least)}."
 
 
-def _others(taken: int, standing: Sequence[Standing], labels: Sequence[str], sizes: Sequence[int | None]) -> str:
+def _write_others(taken: int, standing: Sequence[Standing], labels: Sequence[str], sizes: Sequence[int | None]) -> str:
     """What no test tells from the one that is taken."""
     alike = standing[taken].alike
     if not alike:
         return "No other keeps as much or as little: that is more than chance."
-    named = listed([f"{labels[place]} ({size(sizes[place])})" for place in alike])
+    named = join_names([f"{labels[place]} ({size(sizes[place])})" for place in alike])
     return f"No test tells it from {named}."
 
 
-def _kept(comparison: Comparison) -> str:
+def _write_kept(comparison: Comparison) -> str:
     kept = comparison.kept
     return estimate(kept.value, kept.low, kept.high)
 
 
-def marks(decision: Decision, labels: Sequence[str]) -> list[str]:
+def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:
     """What a table says of each model: that it is taken, or not told from that, or beaten by a smaller one."""
     found = []
     for place, standing in enumerate(decision.standings):
@@ -114,24 +116,3 @@ def marks(decision: Decision, labels: Sequence[str]) -> list[str]:
         else:
             found.append("unbeaten at its size")
     return found
-
-
-def to_json(decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
-    """The decision as plain values; models by their names on the page."""
-    name: Mapping[int | None, str] = dict(enumerate(labels))
-    return {
-        "model": name.get(decision.place),
-        "place": decision.place,
-        "reason": decision.reason,
-        "within": decision.within,
-        "standings": [
-            {
-                "model": name[place],
-                "keeps": each.keeps,
-                "beaten_by": name.get(each.beaten_by),
-                "surely": each.is_surely_beaten,
-                "not_told_from": [name[other] for other in each.alike],
-            }
-            for place, each in enumerate(decision.standings)
-        ],
-    }

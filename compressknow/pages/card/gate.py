@@ -1,22 +1,28 @@
-"""Gates for CI: a least share of knowledge to be kept, and what a machine that builds reads of it."""
+"""Gates for CI: a least share of knowledge to be kept, as an error, as JUnit's XML and as the summary of a job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
-from compressknow.base.format import count
+from compressknow.base.format import count, estimate, percent, size
 from compressknow.comparison.clusters import kept_by_cluster
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Counts, Estimate
-from compressknow.pages.card.verdict import facts_needed, labels_of, rounded_up
-from compressknow.pages.records import Card, Comparison
+from compressknow.pages.card.verdict import estimate_facts_needed, round_up
+from compressknow.pages.pages import escape_markdown
+from compressknow.pages.records import Card, Comparison, label_models, name_models
+
+SUMMARY = "summary.md"
+_FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
+_RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
+    """Least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
 
     >>> Gate(0.9).in_words, Gate(0.85, "science").in_words
     ('at least 90 %', 'at least 85 % of science')
@@ -27,18 +33,17 @@ class Gate:
 
     @property
     def in_words(self) -> str:
-        """``at least 85 % of science``."""
         return f"at least {100 * self.least:g} %{f' of {self.of}' if self.of else ''}"
 
 
-def parse_gates(given: float | str | Sequence[float | str] | None) -> tuple[Gate, ...]:
+def parse_gates(values: float | str | Sequence[float | str] | None) -> tuple[Gate, ...]:
     """Return the gates of ``--fail-under``: shares, ``90%``, ``NAME=SHARE``. Raises UsageError for what is none.
 
     >>> parse_gates([0.9, "science=85%"])
     (Gate(least=0.9, of=None), Gate(least=0.85, of='science'))
     """
-    values = [] if given is None else [given] if isinstance(given, float | int | str) else list(given)
-    gates = [_parse(value) for value in values]
+    listed = [] if values is None else [values] if isinstance(values, float | int | str) else list(values)
+    gates = [_parse(value) for value in listed]
     if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
         raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave one of them out.")
     return tuple(gates)
@@ -83,7 +88,8 @@ def check_names(card: Card, gates: Iterable[Gate]) -> None:
     """Raise UsageError where a gate is of no domain and no relation that was evaluated."""
     for gate in gates:
         for comparison in card.comparisons:
-            names = [*dict.fromkeys(each.subject for each in comparison.grades), *_relations(comparison)]
+            relations = (group.name for probe in comparison.probes for group in probe.by_relation)
+            names = list(dict.fromkeys((*(grade.subject for grade in comparison.grades), *relations)))
             if gate.of is not None and gate.of not in names:
                 raise UsageError(
                     f"--fail-under {gate.of}=...: no facts of a domain or relation {gate.of} were evaluated.",
@@ -109,7 +115,7 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
         raise UsageError(
             "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
         )
-    labels = labels_of([comparison.model for comparison in card.comparisons])
+    labels = label_models([comparison.model for comparison in card.comparisons])
     judged = [
         (label, comparison, gate, is_met(comparison, gate, strict=strict))
         for label, comparison in zip(labels, card.comparisons, strict=True)
@@ -117,24 +123,25 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
     ]
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
         unmet = GateNotMet(
-            f"Less than {_share_of(gate for *_, gate in failed)} is kept: "
-            f"{'; '.join(_shortfall(label, c, gate) for label, c, gate in failed)}.",
+            f"Less than {_describe_share(gate for *_, gate in failed)} is kept: "
+            f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
             hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
         )
         unmet.result = result
         raise unmet
     if unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
-        said = (f"{_shortfall(*each)}, interval {_ends(kept_of(*each[1:])[1])}" for each in unsure)
+        shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
         undecided = GateUndecided(
-            f"It cannot be told yet whether {_share_of(gate for *_, gate in unsure)} is kept: {'; '.join(said)}.",
-            hint=_more_facts([(c, gate) for _, c, gate in unsure]),
+            f"It cannot be told yet whether {_describe_share(gate for *_, gate in unsure)} is kept: "
+            f"{'; '.join(shortfalls)}.",
+            hint=_advise_more_facts([(c, gate) for _, c, gate in unsure]),
         )
         undecided.result = result
         raise undecided
 
 
-def kept_of(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
-    """The counts of the facts that a gate is of, and knowledge kept of them with its interval."""
+def measure_kept(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
+    """Return the counts of the facts that a gate is of, and knowledge kept of them with its interval."""
     if gate.of is None:
         return comparison.counts, comparison.kept
     for grade in comparison.grades:
@@ -146,10 +153,10 @@ def kept_of(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
 
 
 def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool | None:
-    """Whether a gate is met; None where a strict one is neither met nor missed."""
+    """Return whether a gate is met; None where a strict one is neither met nor missed."""
     if comparison.early is not None:
         return comparison.early.met
-    counts, interval = kept_of(comparison, gate)
+    counts, interval = measure_kept(comparison, gate)
     if counts.kept is None or not strict:
         return counts.kept is not None and counts.kept >= gate.least
     low, high = interval.low or 0.0, interval.high or 0.0
@@ -158,36 +165,92 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
     return low >= gate.least
 
 
-def _relations(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(group.name for probe in comparison.probes for group in probe.by_relation))
-
-
-def _ends(kept: Estimate) -> str:
+def _write_ends(comparison: Comparison, gate: Gate) -> str:
+    _, kept = measure_kept(comparison, gate)
     return f"{100 * (kept.low or 0.0):.1f} to {100 * (kept.high or 0.0):.1f} %"
 
 
-def _share_of(gates: Iterable[Gate]) -> str:
-    """``95 % of the knowledge``, of one gate; of several, no number."""
+def _describe_share(gates: Iterable[Gate]) -> str:
+    """Return ``95 % of the knowledge``, of one gate; of several, no number."""
     several = list(dict.fromkeys(gates))
     if len(several) > 1:
         return "what --fail-under asks"
     return f"{100 * several[0].least:g} % of {several[0].of or 'the knowledge'}"
 
 
-def _more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
-    """How many known facts would tell of all, were the shares kept as they are."""
-    needed = [None if gate.of else facts_needed(comparison, gate.least) for comparison, gate in unsure]
+def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
+    """Say how many known facts would tell of all, were the shares kept as they are."""
+    needed = [None if gate.of else estimate_facts_needed(comparison, gate.least) for comparison, gate in unsure]
     known = [number for number in needed if number is not None]
     if len(known) < len(needed):
         return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
-    about = rounded_up(max(*known, *(c.counts.known_before + 1 for c, _ in unsure)))
+    about = round_up(max(*known, *(c.counts.known_before + 1 for c, _ in unsure)))
     return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
 
 
-def _shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
-    counts, _ = kept_of(comparison, gate)
+def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
+    counts, _ = measure_kept(comparison, gate)
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
         return f"{label}, where the original knew none of {count(counts.n)} facts{of}"
     # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
+
+
+def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
+    """Return the gates as test cases, a suite for each compressed model: what is not met has failed, and what cannot be
+    told too, as ``undecided``.
+    """
+    suites = Element("testsuites", name="compressknow")
+    for name, comparison in zip(name_models(card), card.comparisons, strict=True):
+        suite = SubElement(suites, "testsuite", name=name, tests=str(len(gates)))
+        failures = 0
+        for gate in gates:
+            case = SubElement(suite, "testcase", classname=f"compressknow.{name}", name=f"keeps {gate.in_words}")
+            met = is_met(comparison, gate, strict=strict)
+            if not met:
+                failures += 1
+                kind = "GateNotMet" if met is False else "GateUndecided"
+                SubElement(case, "failure", type=kind, message=_write_kept(comparison, gate)).text = comparison.verdict
+        suite.set("failures", str(failures))
+        SubElement(suite, "system-out").text = " ".join(filter(None, (comparison.verdict, comparison.next)))
+    indent(suites)
+    return f"<?xml version='1.0' encoding='utf-8'?>\n{tostring(suites, encoding='unicode')}\n"
+
+
+def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
+    """Return what a reviewer needs, as Markdown: the gates, the decision of several models or the domains and first
+    losses of one."""
+    lines = [f"### What {escape_markdown(card.original.name)} kept", "", escape_markdown(card.verdict), ""]
+    if card.decision:
+        lines += [f"**{escape_markdown(card.decision.reason)}**", ""]
+    if gates:
+        lines += ["| model | size | gate | kept (95 % interval) | |", "| --- | ---: | --- | --- | --- |"]
+        for name, comparison in zip(name_models(card), card.comparisons, strict=True):
+            for gate in gates:
+                met = _RESULTS[is_met(comparison, gate, strict=strict)]
+                cells = (name, size(comparison.model.bytes), gate.in_words, _write_kept(comparison, gate), met)
+                lines.append(f"| {' | '.join(map(escape_markdown, cells))} |")
+        lines.append("")
+    if len(card.comparisons) == 1:
+        lines += _summarize_domains(card.comparisons[0], show_facts=card.show_facts)
+    return "\n".join([*lines, f"- Versions: compressknow {card.versions.get('compressknow', '')}", ""])
+
+
+def _summarize_domains(comparison: Comparison, *, show_facts: bool) -> list[str]:
+    worst = sorted(comparison.grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)
+    parts = [
+        f"{escape_markdown(grade.subject)} {percent(grade.counts.both, grade.counts.known_before)}"
+        for grade in worst[:_DOMAINS]
+        if grade.counts.known_before
+    ]
+    lines = [f"By domain, the worst first: {', '.join(parts)}.", ""] if parts else []
+    if show_facts and comparison.lost:
+        lost = (f"{fact.prompt} ({fact.gold}, now {fact.after})" for fact in comparison.lost[:_FACTS])
+        lines += ["Forgotten, among others:", "", *(f"- {escape_markdown(fact)}" for fact in lost), ""]
+    return lines
+
+
+def _write_kept(comparison: Comparison, gate: Gate) -> str:
+    counts, kept = measure_kept(comparison, gate)
+    return f"{counts.both} of {counts.known_before}, {estimate(kept.value, kept.low, kept.high)}"

@@ -16,22 +16,21 @@ from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
-from compressknow.pages.card import assembly, warnings
+from compressknow.pages.card import warnings
 from compressknow.pages.card.decision import decide
 from compressknow.pages.card.gate import Gate
-from compressknow.pages.card.method import beside_rounding, method
-from compressknow.pages.card.sections import ProbeAnswers
+from compressknow.pages.card.method import compare_with_rounding, describe_probes
+from compressknow.pages.card.sections import ProbeAnswers, add_sections, collect_methods, list_failures
 from compressknow.pages.card.verdict import (
-    advice,
-    grades,
-    in_words,
-    labels_of,
-    verdict,
-    verdict_of_several,
+    describe_early,
+    grade_domains,
+    write_advice,
+    write_joint_verdict,
+    write_verdict,
 )
-from compressknow.pages.records import Card, Comparison, Decision, ModelFacts
+from compressknow.pages.records import Card, Comparison, Decision, ModelFacts, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
-from compressknow.pages.texts import sentence, sentence_of_several
+from compressknow.pages.texts import write_joint_sentence, write_sentence
 
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.
@@ -74,43 +73,45 @@ def make_card(
     original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)
-    model = model_facts(original.record.model)
+    model = read_model_facts(original.record.model)
     compared = [
-        _with_wordings(
+        _add_wordings(
             compare(original, answers, show_facts=show_facts, early=early, path=path), by_wording[0], wordings
         )
         for answers, wordings in zip(compressed, by_wording[1:], strict=True)
     ]
     comparisons = [
-        _with_sections(model, comparison, (original, answers), show_facts=show_facts)
+        _add_sections(model, comparison, (original, answers), show_facts=show_facts)
         for comparison, answers in zip(compared, compressed, strict=True)
     ]
-    common = _common_warnings(comparisons)
+    common = _find_common_warnings(comparisons)
     broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
     asked: Any = {"gates": gates, "strict": strict, "within": within, "broken": broken}
     decision = decide(original, compressed, comparisons, **asked) if len(comparisons) > 1 else None
     return Card(
-        verdict=comparisons[0].verdict if len(comparisons) == 1 else _of_several(original, comparisons, decision),
+        verdict=comparisons[0].verdict
+        if len(comparisons) == 1
+        else _write_joint_verdict(original, comparisons, decision),
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
-        warnings=(*warnings.of_known(known), *common, *assembly.failures(comparisons)),
+        warnings=(*warnings.warn_of_known(known), *common, *list_failures(comparisons)),
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,
-        method=method_of(original, comparisons, assembly.sentences(comparisons)),
+        method=describe_method(original, comparisons, collect_methods(comparisons)),
         known=known,
         decision=decision,
     )
 
 
-def _of_several(original: Answers, comparisons: Sequence[Comparison], decision: Decision | None) -> str:
+def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Decision | None) -> str:
     name = original.record.model.name
     said = []
     if any(c.probes for c in comparisons):
         # Over the same facts alone can one be called the best.
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
-        said.append(verdict_of_several(name, comparisons, alike))
-    labels = labels_of([comparison.model for comparison in comparisons])
+        said.append(write_joint_verdict(name, comparisons, alike))
+    labels = label_models([comparison.model for comparison in comparisons])
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
         found = [
@@ -119,11 +120,11 @@ def _of_several(original: Answers, comparisons: Sequence[Comparison], decision: 
             for figures in comparison.texts
             if figures.text == text
         ]
-        said.append(sentence_of_several(text, before, found))
+        said.append(write_joint_sentence(text, before, found))
     return " ".join(said)
 
 
-def _with_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
+def _add_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
     """The comparison with the figures of each wording, of answers that are not put together yet."""
     probes = (
         replace(probe, wordings=wordings_of(original.of(probe.probe), compressed.of(probe.probe)))
@@ -132,18 +133,18 @@ def _with_wordings(comparison: Comparison, original: Answers, compressed: Answer
     return replace(comparison, probes=tuple(probes))
 
 
-def _with_sections(
+def _add_sections(
     model: ModelFacts, comparison: Comparison, both: tuple[Answers, Answers], *, show_facts: bool
 ) -> Comparison:
     @cache
     def answers() -> tuple[ProbeAnswers, ...]:
-        evaluated = {probe.probe: _evaluated(*both, probe.probe) for probe in comparison.probes}
+        evaluated = {probe.probe: _get_evaluated(*both, probe.probe) for probe in comparison.probes}
         return tuple(ProbeAnswers(probe, tuple(paired(probe, *each)), *each[2:]) for probe, each in evaluated.items())
 
-    return assembly.with_sections(model, comparison, answers, show_facts=show_facts)
+    return add_sections(model, comparison, answers, show_facts=show_facts)
 
 
-def model_facts(record: ModelRecord) -> ModelFacts:
+def read_model_facts(record: ModelRecord) -> ModelFacts:
     """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
@@ -165,24 +166,24 @@ def compare(
     path: str | None = None,
 ) -> Comparison:
     """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
-    before, model = model_facts(original.record.model), model_facts(compressed.record.model)
-    _refuse_incomparable(original, compressed)
+    before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
+    _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
     probes = [probe for probe in common if not original.record.probes[probe].text]
-    texts = tuple(_of_text(original, compressed, name) for name in common if name not in probes)
-    evaluated = {probe: _evaluated(original, compressed, probe) for probe in probes}
+    texts = tuple(_compare_text(original, compressed, name) for name in common if name not in probes)
+    evaluated = {probe: _get_evaluated(original, compressed, probe) for probe in probes}
     ran_in = compressed.record.model.ran_in
     figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
     pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
     lost, gained = changed_facts(pairs)
-    graded = grades(figures)
+    graded = grade_domains(figures)
     sure = certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
-    said = verdict(before.name, counts, kept, sure) + beside_rounding(figures) if probes else ""
+    said = write_verdict(before.name, counts, kept, sure) + compare_with_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
-        verdict=" ".join(filter(None, (said, *map(sentence, texts), in_words(early)))),
+        verdict=" ".join(filter(None, (said, *map(write_sentence, texts), describe_early(early)))),
         kept=kept,
         counts=counts,
         grades=graded,
@@ -192,23 +193,23 @@ def compare(
         lost=lost,
         gained=gained,
         texts=texts,
-        source_matches=warnings.source_matches(before, model),
+        source_matches=warnings.check_source(before, model),
         warnings=(
-            *warnings.of_source(before, model),
-            *warnings.of_changes(before, model),
-            *warnings.of_order(before, model),
-            *warnings.of_models(before, model),
-            *warnings.of_runs(original, compressed, probes),
-            *warnings.of_figures(counts, graded, figures),
-            *warnings.of_early(early),
+            *warnings.warn_of_source(before, model),
+            *warnings.warn_of_changes(before, model),
+            *warnings.warn_of_order(before, model),
+            *warnings.warn_of_models(before, model),
+            *warnings.warn_of_runs(original, compressed, probes),
+            *warnings.warn_of_figures(counts, graded, figures),
+            *warnings.warn_of_early(early),
         ),
     )
-    is_broken = any(any(warnings.of_answers("", side)) for side in (original, compressed))
-    source = path if warnings.was_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else advice(compared, source))
+    is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
+    source = path if warnings.is_made_from(model, before) else None
+    return replace(compared, next=_REPAIR if is_broken else write_advice(compared, source))
 
 
-def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
+def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
     before, after = (side.record.probes[name] for side in (original, compressed))
     if before.fingerprint != after.fingerprint:
         raise CompressknowError(
@@ -220,7 +221,7 @@ def _of_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
     return text_figures(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
 
 
-def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
+def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
     """Both models' answers to a probe, and its entries in both records."""
     return (
         original.of(probe),
@@ -230,7 +231,7 @@ def _evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any,
     )
 
 
-def _refuse_incomparable(original: Answers, compressed: Answers) -> None:
+def _check_comparable(original: Answers, compressed: Answers) -> None:
     """Models that cannot be set side by side fact by fact."""
     before, after = original.record.model, compressed.record.model
     shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
@@ -258,14 +259,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def _common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """Warnings that hold for all of several compressed models: they are said once, of the whole card."""
     if len(comparisons) < 2:
         return ()
     return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
 
 
-def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()) -> tuple[str, ...]:
+def describe_method(
+    original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
+) -> tuple[str, ...]:
     """How the probes were run and judged, and the limits of that, in sentences."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
@@ -276,4 +279,4 @@ def method_of(original: Answers, comparisons: Sequence[Comparison], of_sections:
     of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
     if not evaluated and of_texts:
         return (*of_texts, *of_sections)
-    return method(family, evaluated, (*of_texts, *of_sections))
+    return describe_probes(family, evaluated, (*of_texts, *of_sections))

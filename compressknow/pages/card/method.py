@@ -29,7 +29,7 @@ _ASKED = {
 }
 
 
-def method(
+def describe_probes(
     family: str,
     probes: Iterable[tuple[ProbeFigures, ProbeEntry, Sequence[Answer]]],
     of_sections: Sequence[str] = (),
@@ -43,15 +43,15 @@ def method(
     of_sections : how the card's sections compute what they alone show.
     """
     probes = list(probes)
-    own = any(_evaluated(figures.probe) is None for figures, _, _ in probes)
+    own = any(_describe_source(figures.probe) is None for figures, _, _ in probes)
     asked = [_ASKED[family]] if own and family in _ASKED else []
-    limits = _limits(figures for figures, _, _ in probes)
-    return (*asked, *(_probe(*probe) for probe in probes), *_figures(), *of_sections, *limits)
+    limits = _describe_limits(figures for figures, _, _ in probes)
+    return (*asked, *(_describe_probe(*probe) for probe in probes), *_describe_figures(), *of_sections, *limits)
 
 
-def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
+def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
     name = plain(figures.probe, 60)
-    how = _evaluated(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_choices(answers)}"
+    how = _describe_source(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_describe_choices(answers)}"
     limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
     left_out = sum(figures.dropped.values())
     reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
@@ -64,13 +64,13 @@ def _probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) 
     ) + _own_note(entry)
 
 
-def _evaluated(probe: str) -> str | None:
+def _describe_source(probe: str) -> str | None:
     """How its answers came about, where not by the scorers of this package: what its source says of that."""
     source = find_source(probe)
     return source.evaluated if source else None
 
 
-def _choices(answers: Sequence[Answer]) -> str:
+def _describe_choices(answers: Sequence[Answer]) -> str:
     numbers = [answer.choices for answer in answers if answer.choices is not None]
     if not numbers or len(numbers) < len(answers):
         return "the answer is free text"
@@ -84,7 +84,7 @@ def _own_note(entry: ProbeEntry) -> str:
     return f" Template: {plain(template, 200)}." if template else ""
 
 
-def _figures() -> Iterator[str]:
+def _describe_figures() -> Iterator[str]:
     yield (
         "Knowledge kept is the share of the facts that the original answers right which the compressed model answers "
         "right too. Beyond chance it is (kept - g) / (1 - g), g being the mean of 1 / number of answers."
@@ -112,7 +112,7 @@ def _figures() -> Iterator[str]:
     yield f"Grades by the share kept: {scale}, {LOWEST} below; a range names the grades that the interval spans."
 
 
-def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
+def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
     yield (
         "Limits: a fact is judged by the wording that it was put in. Other wordings may give other results, and a lost "
         "fact may rank second."
@@ -124,18 +124,18 @@ def _limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
         )
 
 
-def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
+def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     """Return what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
     probes that tell; nothing where none does.
     """
-    told = [probe for probe in probes if any(floor and floor.n for floor in _floors(probe).values())]
+    told = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
     if not told:
         return ""
     facts = sum(probe.counts.n for probe in told)
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in told)
     parts, could_be_all = [], False
-    for name in _floors(told[0]):
-        floors = [floor for probe in told if (floor := _floors(probe)[name]) and floor.n]
+    for name in _list_floors(told[0]):
+        floors = [floor for probe in told if (floor := _list_floors(probe)[name]) and floor.n]
         if floors:
             alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts
@@ -144,16 +144,16 @@ def beside_rounding(probes: Iterable[ProbeFigures]) -> str:
     return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
 
-def _floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
+def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
     return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
 
 
-def probes_of(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+def list_probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
     """One of each name: what is the original's alone is the same in all."""
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
-def kept_by_rounding(probes: Iterable[ProbeFigures]) -> float | None:
+def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
     """Of all that the original knows, the share that it still knows in another precision (0 to 1).
 
     A probe counts as much as it has known facts, as in knowledge kept. None where the original knows nothing, or where
@@ -168,15 +168,15 @@ def kept_by_rounding(probes: Iterable[ProbeFigures]) -> float | None:
     return sum(weight * each for weight, each in zip(weights, measured, strict=True)) / sum(weights)
 
 
-def mark(kept: float | None) -> tuple[Level, ...]:
+def mark_rounding(kept: float | None) -> tuple[Level, ...]:
     """The mark of what rounding alone keeps; none where that is not known."""
     return () if kept is None else (Level("rounding alone", kept),)
 
 
-def mark_in_words(probes: Iterable[ProbeFigures], name: str) -> str:
+def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
     """What the mark of this name shows; nothing where there is none."""
     probes = [probe for probe in probes if probe.counts.known_before]
-    kept = kept_by_rounding(probes)
+    kept = find_rounding_kept(probes)
     if kept is None:
         return ""
     floors = [probe.noise_floor for probe in probes if probe.noise_floor]

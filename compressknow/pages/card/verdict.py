@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,7 @@ from compressknow.compress.steps import (
     Step,
     Where,
 )
-from compressknow.pages.records import Comparison, Grade, ModelFacts
+from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label_models
 
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
@@ -36,19 +35,19 @@ LOWEST = "F"
 NOTHING_KNOWN = "-"
 
 
-def grades(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
+def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     """Return a grade for each domain over all probes; lm-eval's tasks are domains of their own."""
     relations: dict[str, tuple[Counts, ...]] = {}
     for probe in probes:
         for group in probe.by_subject:
             relations[group.name] = relations.get(group.name, ()) + group.relations
-    return tuple(_grade(subject, relations[subject]) for subject in sorted(relations, key=domain_order))
+    return tuple(_grade_domain(subject, relations[subject]) for subject in sorted(relations, key=domain_order))
 
 
-def grade_of(part: float, whole: float = 1) -> str:
+def find_grade(part: float, whole: float = 1) -> str:
     """The grade for keeping `part` of `whole`. Counts are compared as whole numbers: nothing is rounded up.
 
-    >>> grade_of(99, 100), grade_of(98_999, 100_000), grade_of(7, 10), grade_of(0, 3), grade_of(0, 0)
+    >>> find_grade(99, 100), find_grade(98_999, 100_000), find_grade(7, 10), find_grade(0, 3), find_grade(0, 0)
     ('A+', 'A', 'D', 'F', '-')
     """
     if not whole:
@@ -56,31 +55,28 @@ def grade_of(part: float, whole: float = 1) -> str:
     return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
 
 
-def _grade(subject: str, relations: tuple[Counts, ...]) -> Grade:
+def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
     counts = sum(relations, Counts())
     kept = proportion(counts.both, counts.known_before).or_wider(kept_by_cluster(relations))
-    best, worst = _ends(kept)
+    best, worst = _grade_ends(kept)
     return Grade(
         subject=subject,
         relations=relations,
         kept=kept,
-        grade=grade_of(counts.both, counts.known_before),
+        grade=find_grade(counts.both, counts.known_before),
         unsure=best != worst,
         range=f"{best} to {worst}" if best != worst else None,
     )
 
 
-def _ends(kept: Estimate) -> tuple[str, str]:
+def _grade_ends(kept: Estimate) -> tuple[str, str]:
     """The grades of an interval's upper and lower end."""
     if kept.low is None or kept.high is None:
         return NOTHING_KNOWN, NOTHING_KNOWN
-    return grade_of(kept.high), grade_of(kept.low)
+    return find_grade(kept.high), find_grade(kept.low)
 
 
-_NAME = 80  # characters of a name that a sentence can carry
-
-
-def verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
+def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
     """Return the sentence on one compressed model, and one on what so many facts could have shown.
 
     Parameters
@@ -92,50 +88,51 @@ def verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty)
     >>> from compressknow.comparison.intervals import mcnemar, proportion
     >>> from compressknow.comparison.records import PairedTest
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
-    >>> print(verdict("bert", counts, proportion(90, 100), Certainty(PairedTest(mcnemar(counts), "fact"))))
+    >>> print(write_verdict("bert", counts, proportion(90, 100), Certainty(PairedTest(mcnemar(counts), "fact"))))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
 loss that chance does not explain (p = 0.012).
     """
-    name = plain(original, _NAME)
+    name = plain(original, NAME_CHARACTERS)
     if not counts.n:
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
-        return _nothing_known(name, counts)
-    interval = f"({percent(counts.both, counts.known_before)}{_ends_of(kept, 'interval')})"
-    sentence = _kept_of(name, counts, interval, certainty.test.p)
-    return f"{sentence} {could_be_seen(counts, certainty)}".rstrip()
+        return _write_nothing_known(name, counts)
+    interval = f"({percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
+    sentence = _write_kept(name, counts, interval, certainty.test.p)
+    return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
 
-def _kept_of(name: str, counts: Counts, interval: str, p: float | None) -> str:
+def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> str:
     if not counts.lost:
-        return f"Keeps {_all(counts.both)} that {name} knew {interval}, and gained {_number(counts)}."
+        return f"Keeps {_count_all(counts.both)} that {name} knew {interval}, and gained {_write_gained(counts)}."
     if not counts.both:
-        opening = f"Keeps none of the {_facts(counts.lost)} that {name} knew {interval}"
-        return f"{opening}, and gained {_number(counts)}{_real(counts, p)}."
-    opening = f"Keeps {count(counts.both)} of {_facts(counts.known_before)} that {name} knew {interval}"
-    return f"{opening}: it forgot {count(counts.lost)} and gained {_number(counts)}{_real(counts, p)}."
+        opening = f"Keeps none of the {_count_facts(counts.lost)} that {name} knew {interval}"
+        return f"{opening}, and gained {_write_gained(counts)}{_judge_change(counts, p)}."
+    opening = f"Keeps {count(counts.both)} of {_count_facts(counts.known_before)} that {name} knew {interval}"
+    return f"{opening}: it forgot {count(counts.lost)} and gained {_write_gained(counts)}{_judge_change(counts, p)}."
 
 
-def could_be_seen(counts: Counts, certainty: Certainty) -> str:
+def describe_power(counts: Counts, certainty: Certainty) -> str:
     """Return which loss so many facts show, and how many facts it takes for a small one; nothing where that is not
     known.
 
-    >>> could_be_seen(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
+    >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
     """
     more, known = certainty.facts_for_two, count(counts.known_before)
     if certainty.smallest_loss is None:
-        return f"So few facts show no net loss at all; {rounded_up(more)} known ones would show 2 %." if more else ""
+        return f"So few facts show no net loss at all; {round_up(more)} known ones would show 2 %." if more else ""
     seen = f"A net loss under {100 * certainty.smallest_loss:.2g} % of these {known} may go unseen"
     if more is None or certainty.smallest_loss <= SMALL:
         return f"{seen}."
-    return f"{seen}; {rounded_up(more)} known facts would show {100 * SMALL:g} %."
+    return f"{seen}; {round_up(more)} known facts would show {100 * SMALL:g} %."
 
 
-def in_words(early: EarlyStop | None) -> str:
+def describe_early(early: EarlyStop | None) -> str:
     """How a gate was decided early, and how many facts it took; nothing where it was not.
 
-    >>> print(in_words(EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)))
+    >>> early = EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)
+    >>> print(describe_early(early))
     It took 64 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept (confidence \
 sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
     """
@@ -144,95 +141,83 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
     known = f"{'at least' if early.met else 'less than'} {100 * early.gate:g} % of the knowledge is kept"
     if early.facts == early.of:
         return f"It took all {count(early.of)} facts to know that {known}."
-    sequence = _ends_of(early.kept, "confidence sequence").removeprefix(", ")
+    sequence = _write_ends(early.kept, "confidence sequence").removeprefix(", ")
     return (
         f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "
         f"wrong in at most {100 * early.level:g} of 100 runs)."
     )
 
 
-def rounded_up(facts: int) -> str:
+def round_up(facts: int) -> str:
     """About how many: two digits, rounded up.
 
-    >>> rounded_up(4514), rounded_up(94)
+    >>> round_up(4514), round_up(94)
     ('4,600', '94')
     """
     step = 10 ** max(0, len(str(facts)) - 2)
     return count(-(-facts // step) * step)
 
 
-def verdict_of_several(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
+def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
     """Return the sentence on several compressed models: the best and the worst of them.
 
     Parameters
     ----------
     alike : the places of those that cannot be told from the best; None where that was not tested.
     """
-    name = plain(original, _NAME)
-    labels = labels_of([comparison.model for comparison in comparisons])
+    name = plain(original, NAME_CHARACTERS)
+    labels = label_models([comparison.model for comparison in comparisons])
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
     if not known:
         return f"{name} knew none of the facts, so there is nothing that a compressed model could keep."
-    best, worst = max(known, key=_kept), min(known, key=_kept)
+    best, worst = max(known, key=_get_kept), min(known, key=_get_kept)
     if len(known) == 1:
-        return f"{best[1]} keeps {_share(best[0])} of the facts that {name} knew."
-    if _kept(best) == _kept(worst):
-        return f"{_models(len(known))} keep {share(_kept(best))} of what {name} knew."
+        return f"{best[1]} keeps {_write_share(best[0])} of the facts that {name} knew."
+    if _get_kept(best) == _get_kept(worst):
+        return f"{_count_models(len(known))} keep {share(_get_kept(best))} of what {name} knew."
     sentence = (
-        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_share(best[0])}) "
-        f"and {worst[1]} least ({_share(worst[0])})."
+        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0])}) "
+        f"and {worst[1]} least ({_write_share(worst[0])})."
     )
-    return f"{sentence} {_alike([labels[place] for place in alike])}" if alike is not None else sentence
+    return f"{sentence} {_describe_alike([labels[place] for place in alike])}" if alike is not None else sentence
 
 
-def _alike(labels: Sequence[str]) -> str:
+def _describe_alike(labels: Sequence[str]) -> str:
     if not labels:
         return "No other keeps as much: that is more than chance."
-    return f"{count(len(labels))} cannot be told apart from the best: {listed(labels)}."
+    return f"{count(len(labels))} cannot be told apart from the best: {join_names(labels)}."
 
 
 # So many of several are named.
 _NAMED = 4
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Return names in a row, of many the first ones.
 
-    >>> listed(["a"]), listed(["a", "b"]), listed(list("abcdef"))
+    >>> join_names(["a"]), join_names(["a", "b"]), join_names(list("abcdef"))
     ('a', 'a and b', 'a, b, c, d and 2 more')
     """
     shown = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
     return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
-def _kept(known: tuple[Counts, str]) -> float:
+def _get_kept(known: tuple[Counts, str]) -> float:
     return known[0].kept or 0.0
 
 
-def labels_of(models: Sequence[ModelFacts]) -> list[str]:
-    """What to call each compressed model: its setup where it has one, with its name or, where that does not tell it
-    from another either, its number.
-    """
-    setups = [plain(model.setup or model.name, _NAME) for model in models]
-    named = [f"{setup} ({plain(model.name, _NAME)})" for setup, model in zip(setups, models, strict=True)]
-    repeated = Counter(setups)
-    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
-    repeated = Counter(labels)
-    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
-
-
-def _nothing_known(name: str, counts: Counts) -> str:
+def _write_nothing_known(name: str, counts: Counts) -> str:
     gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-    return f"{name} knew none of the {_facts(counts.n)}, so there is nothing to keep{gained}."
+    return f"{name} knew none of the {_count_facts(counts.n)}, so there is nothing to keep{gained}."
 
 
-def _ends_of(kept: Estimate, name: str) -> str:
+def _write_ends(kept: Estimate, name: str) -> str:
     if kept.low is None or kept.high is None:
         return ""
     return f", {name} {share(kept.low).removesuffix(' %')} to {share(kept.high)}"
 
 
-def _real(counts: Counts, p: float | None) -> str:
+def _judge_change(counts: Counts, p: float | None) -> str:
     """Whether lost and gained are out of balance: many of both, and so a model that is much changed, can even out."""
     if p is None or counts.lost == counts.gained:
         return ", which evens out"
@@ -240,23 +225,23 @@ def _real(counts: Counts, p: float | None) -> str:
     return f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({p_value(p)})"
 
 
-def _number(counts: Counts) -> str:
+def _write_gained(counts: Counts) -> str:
     return count(counts.gained) if counts.gained else "none"
 
 
-def _facts(number: int) -> str:
+def _count_facts(number: int) -> str:
     return "1 fact" if number == 1 else f"{count(number)} facts"
 
 
-def _all(number: int) -> str:
+def _count_all(number: int) -> str:
     return "the 1 fact" if number == 1 else f"all {count(number)} facts"
 
 
-def _models(number: int) -> str:
+def _count_models(number: int) -> str:
     return "Both compressed models" if number == 2 else f"All {number} compressed models"
 
 
-def _share(counts: Counts) -> str:
+def _write_share(counts: Counts) -> str:
     return f"{count(counts.both)} of {count(counts.known_before)}, {percent(counts.both, counts.known_before)}"
 
 
@@ -278,7 +263,7 @@ class Milder:
     recipe: Recipe
 
 
-def advice(comparison: Comparison, path: str | None = None) -> str:
+def write_advice(comparison: Comparison, path: str | None = None) -> str:
     """The line; nothing where the numbers carry none. `path` is where the user has the model's source.
 
     They are held to the gate that was decided early, or else to `ENOUGH`: the interval must lie on one side of it.
@@ -292,11 +277,11 @@ def advice(comparison: Comparison, path: str | None = None) -> str:
     if comparison.early.met if comparison.early else low >= gate:
         return f"Next: deploy it, if {wanted} is enough: the interval lies above."
     if not comparison.early and high >= gate:
-        return _more_facts(comparison, gate)
-    return _compress_less(comparison, f"less than {wanted} is kept", path)
+        return _advise_more_facts(comparison, gate)
+    return _advise_less(comparison, f"less than {wanted} is kept", path)
 
 
-def facts_needed(comparison: Comparison, gate: float) -> int | None:
+def estimate_facts_needed(comparison: Comparison, gate: float) -> int | None:
     """Return about how many known facts it takes to tell on which side of the gate the share kept lies, if it stays as
     it is; None where nobody evaluates so many.
     """
@@ -304,9 +289,9 @@ def facts_needed(comparison: Comparison, gate: float) -> int | None:
     return needed if needed is not None and needed <= MOST else None
 
 
-def _more_facts(comparison: Comparison, gate: float) -> str:
+def _advise_more_facts(comparison: Comparison, gate: float) -> str:
     counts, wanted = comparison.counts, f"{100 * gate:g} %"
-    needed = facts_needed(comparison, gate)
+    needed = estimate_facts_needed(comparison, gate)
     if needed is None:
         return (
             f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts of these probes "
@@ -315,12 +300,12 @@ def _more_facts(comparison: Comparison, gate: float) -> str:
     # It cannot take fewer than did not tell.
     about = max(needed, counts.known_before + 1)
     return (
-        f"Next: evaluate more facts: about {rounded_up(about)} that the original knows would tell whether {wanted} is "
-        f"kept, and it knew {count(counts.known_before)} of these{_where(comparison, about)}."
+        f"Next: evaluate more facts: about {round_up(about)} that the original knows would tell whether {wanted} is "
+        f"kept, and it knew {count(counts.known_before)} of these{_advise_limit(comparison, about)}."
     )
 
 
-def _where(comparison: Comparison, needed: int) -> str:
+def _advise_limit(comparison: Comparison, needed: int) -> str:
     """How to get so many, where the probes have them."""
     counts = comparison.counts
     limits = [probe.limit for probe in comparison.probes]
@@ -332,14 +317,14 @@ def _where(comparison: Comparison, needed: int) -> str:
     return f" ({more})" if enough else f" ({more}, and with more probes)"
 
 
-def _compress_less(comparison: Comparison, reason: str, path: str | None) -> str:
+def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     model = comparison.model
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
     except CompressknowError:
         # Of another version, or of a package that is not installed.
         recipe = None
-    found = next(milder(recipe, model.groups), None) if recipe else None
+    found = next(list_milder(recipe, model.groups), None) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
     name = plain(str((model.source or {}).get("name") or ""), 120)
@@ -350,24 +335,24 @@ def _compress_less(comparison: Comparison, reason: str, path: str | None) -> str
     return f"Next: {reason}; {found.change}{command}"
 
 
-def milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
+def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
     """Recipes that do less than this one, the one to try first before the others.
 
     Parameters
     ----------
     groups : by group of layers, what the manifest says of it: `relative_error`.
     """
-    yield from _less(recipe, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
-    yield from _less(recipe, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
-    yield from _less(recipe, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
+    yield from _halve(recipe, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
+    yield from _halve(recipe, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
+    yield from _halve(recipe, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
     for kind, change in ((Prune, "do not prune"), (DropNeurons, "drop no neurons"), (DropBlocks, "drop no blocks")):
         if any(isinstance(step, kind) for step in recipe.steps):
-            yield from _changed(recipe, [step for step in recipe.steps if not isinstance(step, kind)], change)
-    yield from _finer(recipe)
-    yield from _without_worst(recipe, groups)
+            yield from _change_steps(recipe, [step for step in recipe.steps if not isinstance(step, kind)], change)
+    yield from _round_finer(recipe)
+    yield from _spare_worst(recipe, groups)
 
 
-def _less(recipe: Recipe, kind: type[Step], name: str, change: str, least: float) -> Iterator[Milder]:
+def _halve(recipe: Recipe, kind: type[Step], name: str, change: str, least: float) -> Iterator[Milder]:
     """Half of what the steps of a kind take away."""
     amounts = [getattr(step, name) for step in recipe.steps if isinstance(step, kind)]
     # Blocks that are named cannot be halved.
@@ -375,35 +360,39 @@ def _less(recipe: Recipe, kind: type[Step], name: str, change: str, least: float
         return
     try:
         steps = [
-            replace(step, **{name: _half(getattr(step, name))}) if isinstance(step, kind) else step  # type: ignore[arg-type]
+            replace(step, **{name: _halve_amount(getattr(step, name))}) if isinstance(step, kind) else step  # type: ignore[arg-type]
             for step in recipe.steps
         ]
     except UsageError:
         # A pattern such as 2:4 has one amount.
         return
-    yield from _changed(recipe, steps, change.format(half=_written(_half(max(amounts))), most=_written(max(amounts))))
+    yield from _change_steps(
+        recipe, steps, change.format(half=_write_amount(_halve_amount(max(amounts))), most=_write_amount(max(amounts)))
+    )
 
 
-def _half(amount: float) -> float:
+def _halve_amount(amount: float) -> float:
     return amount // 2 if isinstance(amount, int) else round(amount / 2, 4)
 
 
-def _written(amount: float) -> str:
+def _write_amount(amount: float) -> str:
     return str(amount) if isinstance(amount, int) else f"{100 * amount:.3g} %"
 
 
-def _finer(recipe: Recipe) -> Iterator[Milder]:
+def _round_finer(recipe: Recipe) -> Iterator[Milder]:
     """Quantization that errs less: by GPTQ, then of 8 bits, then of the weights alone."""
     for step in recipe.steps:
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
         if step.chosen.bits < PAPER_BITS and step.rounding == ROUNDINGS[0]:
-            yield from _replaced(recipe, step, replace(step, rounding="gptq"), "round by GPTQ in place of to nearest")
+            yield from _replace_step(
+                recipe, step, replace(step, rounding="gptq"), "round by GPTQ in place of to nearest"
+            )
         coarse = f"{FINEST} in place of {step.scheme}"
-        yield from _replaced(recipe, step, Quantize(FINEST, step.where), f"quantize to {coarse}")
+        yield from _replace_step(recipe, step, Quantize(FINEST, step.where), f"quantize to {coarse}")
 
 
-def _without_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
+def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
     """Without the group of layers whose weights changed most, where several changed and each has a scope."""
     errors = {name: group.get("relative_error") or 0.0 for name, group in groups.items()}
     changed = sorted((name for name, error in errors.items() if error > 0), key=lambda name: errors[name])
@@ -418,14 +407,14 @@ def _without_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> I
     if {step.where for step in recipe.steps if isinstance(step, Prune | Quantize)} <= {where}:
         return
     steps = [replace(step, where=where) if isinstance(step, Prune | Quantize) else step for step in recipe.steps]
-    yield from _changed(recipe, steps, f"leave {worst} as it is, whose weights changed most")
+    yield from _change_steps(recipe, steps, f"leave {worst} as it is, whose weights changed most")
 
 
-def _replaced(recipe: Recipe, old: Step, new: Step, change: str) -> Iterator[Milder]:
-    yield from _changed(recipe, [new if step is old else step for step in recipe.steps], change)
+def _replace_step(recipe: Recipe, old: Step, new: Step, change: str) -> Iterator[Milder]:
+    yield from _change_steps(recipe, [new if step is old else step for step in recipe.steps], change)
 
 
-def _changed(recipe: Recipe, steps: Sequence[Step], change: str) -> Iterator[Milder]:
+def _change_steps(recipe: Recipe, steps: Sequence[Step], change: str) -> Iterator[Milder]:
     if steps:
         calibration = recipe.calibration if any(step.calibrated for step in steps) else None
         yield Milder(change, replace(recipe, steps=tuple(steps), calibration=calibration))

@@ -27,7 +27,7 @@ FEW_FACTS_OF_A_SUBJECT = 20
 MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
 
 
-def of_known(known: str) -> Iterator[str]:
+def warn_of_known(known: str) -> Iterator[str]:
     """That only what a model says counts as known, where that is so."""
     if known == PRODUCED:
         yield (
@@ -36,12 +36,12 @@ def of_known(known: str) -> Iterator[str]:
         )
 
 
-def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """What is odd about the two checkpoints."""
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
-    yield from of_recipe(model)
-    yield from of_calibration(original, model)
+    yield from warn_of_recipe(model)
+    yield from warn_of_calibration(original, model)
     if original.grid and (model.quantization or model.runtime):
         grid = original.grid
         yield (
@@ -62,9 +62,9 @@ def of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """That the compressed model was made from other files than the original's."""
-    if source_matches(original, model) is False:
+    if check_source(original, model) is False:
         source = model.source or {}
         other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
         yield (
@@ -74,22 +74,22 @@ def of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def source_matches(original: ModelFacts, model: ModelFacts) -> bool | None:
+def check_source(original: ModelFacts, model: ModelFacts) -> bool | None:
     """Whether a model says that it was made from the original, or from what the original was made from; None where it
     does not say so, or where the original's files are on a server."""
-    hashes, others = _source_hashes(model), {original.sha256, *_source_hashes(original)}
+    hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
     if not hashes or (original.runtime or {}).get("name") == "server":
         return None
     return not hashes.isdisjoint(others)
 
 
-def _source_hashes(model: ModelFacts) -> set[str]:
+def _list_source_hashes(model: ModelFacts) -> set[str]:
     """Of what it was made from, and of what that was converted from."""
     told = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
     return {value for value in told if isinstance(value, str) and value}
 
 
-def of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
+def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
     """That files differ from what their manifest says of them."""
     for model in models:
         if model.changed:
@@ -99,16 +99,16 @@ def of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
             )
 
 
-def of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """That the model taken for the original was made from the other one."""
-    if was_made_from(original, model):
+    if is_made_from(original, model):
         yield (
             f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
             f"{plain(model.name, 80)}, as it says itself. Give the original first."
         )
 
 
-def was_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
+def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
     """Whether the one says that it was made from the other, and not the other way round too."""
     return _is_source(other, one) and not _is_source(one, other)
 
@@ -119,9 +119,9 @@ def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) ->
     return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
-def of_recipe(model: ModelFacts) -> Iterator[str]:
+def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
     """What a converted checkpoint's recipe makes of its answers."""
-    if model.groups and not model.removed and not any(_done(group) for group in model.groups.values()):
+    if model.groups and not model.removed and not any(_is_changed(group) for group in model.groups.values()):
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in schemes_of(model.recipe) if scheme.rounds == "batch"]:
         yield (
@@ -131,7 +131,7 @@ def of_recipe(model: ModelFacts) -> Iterator[str]:
         )
 
 
-def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     """That the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
     if not model.calibration:
         return
@@ -139,8 +139,8 @@ def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
         yield (
-            f"Of {_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} was "
-            f"calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
+            f"Of {_count_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} "
+            f"was calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
             f"{plain(original.name, 80)} knew. It may keep more of these than of other facts."
         )
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
@@ -150,17 +150,17 @@ def of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
+def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
-    yield from _versions(original.record.versions, compressed.record.versions)
-    yield from of_runtimes(original, compressed)
+    yield from _warn_of_versions(original.record.versions, compressed.record.versions)
+    yield from warn_of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
             yield f"Not compared, because only the {who} was evaluated on them: {', '.join(only)}."
-        yield from of_answers(f"The {who}", these)
-        yield from of_server(f"the {who}", these)
-    for probe in probes if _tokens_alike(original.record.model, compressed.record.model) else ():
+        yield from warn_of_answers(f"The {who}", these)
+        yield from warn_of_server(f"the {who}", these)
+    for probe in probes if _have_same_tokens(original.record.model, compressed.record.model) else ():
         references = [side.record.probes[probe].reference for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
             yield (
@@ -170,33 +170,34 @@ def of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> It
             )
 
 
-def of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
+def warn_of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
     """That two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
     before, after = original.record.model, compressed.record.model
     if before.ran_in != after.ran_in:
         names, ran_in = ([plain(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
         yield (
             f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is the runtime's. "
-            f"{_runtimes_part(original, compressed)}"
+            f"{_describe_runtimes_part(original, compressed)}"
         )
-    if not _tokens_alike(before, after):
+    if not _have_same_tokens(before, after):
         yield (
             f"The vocabularies of {plain(before.name, 80)} and {plain(after.name, 80)} differ: answers were compared "
             "as texts, and how far distributions moved was not measured."
         )
 
 
-def _runtimes_part(original: Answers, compressed: Answers) -> str:
+def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     before, after = original.record.model, compressed.record.model
     entries = [entry for probe, entry in original.record.probes.items() if probe in compressed.probes]
     floors = [floor for entry in entries if (floor := entry.runtime_noise_floors.get(after.ran_in)) and floor.n]
     if floors:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
-        return f"Run there from an unquantized file, the original answers {count(changed)} of {_facts(of)} otherwise."
-    return f"How much was not measured: {_why_unmeasured(before, after)}"
+        answers = f"{count(changed)} of {_count_facts(of)}"
+        return f"Run there from an unquantized file, the original answers {answers} otherwise."
+    return f"How much was not measured: {_explain_unmeasured(before, after)}"
 
 
-def _why_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
+def _explain_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
     if is_on_server(original) or is_on_server(model):
         return "a server has the one model alone. Give an original that the same kind of server runs."
     if original.runtime is not None:
@@ -204,12 +205,12 @@ def _why_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
     return plain(original.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
 
 
-def _tokens_alike(original: ModelRecord, model: ModelRecord) -> bool:
+def _have_same_tokens(original: ModelRecord, model: ModelRecord) -> bool:
     """False where both vocabularies are known, and are two."""
     return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
 
 
-def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+def _warn_of_versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     differing = [
         f"{plain(name, 40)} {plain(original[name], 40)} and {plain(compressed[name], 40)}"
         for name in original
@@ -222,7 +223,7 @@ def _versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
         )
 
 
-def of_server(who: str, answers: Answers) -> Iterator[str]:
+def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
     """Which figures are left out, or are bounds, for want of what a server tells."""
     runtime = answers.record.model.runtime or {}
     if not is_on_server(answers.record.model):
@@ -244,35 +245,35 @@ def of_server(who: str, answers: Answers) -> Iterator[str]:
         )
 
 
-def of_answers(who: str, answers: Answers) -> Iterator[str]:
+def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
     """That a model is broken, if it is."""
     numbers = Counter(
         a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
     )
     for probe, number in numbers.items():
         yield (
-            f"{who} computes no numbers (NaN) for {_facts(number)} of {plain(probe, 60)}: it is broken, and these "
-            "answers are meaningless."
+            f"{who} computes no numbers (NaN) for {_count_facts(number)} of {plain(probe, 60)}: it is broken, and "
+            "these answers are meaningless."
         )
 
 
-def of_figures(
+def warn_of_figures(
     counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
 ) -> Iterator[str]:
     """Too few facts, and originals that know no more than guessing would; `name` is what the original is called."""
     if 0 < counts.known_before < FEW_FACTS:
-        yield f"{name} knew only {_facts(counts.known_before)}: with so few, the share kept is uncertain."
+        yield f"{name} knew only {_count_facts(counts.known_before)}: with so few, the share kept is uncertain."
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
     if few:
         named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
-        yield from _few_relations(probe)
-        yield from _at_chance(probe, name)
-        yield from _dropped(probe)
+        yield from _warn_of_few_relations(probe)
+        yield from _warn_of_chance(probe, name)
+        yield from _warn_of_dropped(probe)
 
 
-def of_early(early: EarlyStop | None) -> Iterator[str]:
+def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
     """That the figures are those of facts that were enough for one question."""
     if early and early.facts < early.of:
         yield (
@@ -281,7 +282,7 @@ def of_early(early: EarlyStop | None) -> Iterator[str]:
         )
 
 
-def _few_relations(probe: ProbeFigures) -> Iterator[str]:
+def _warn_of_few_relations(probe: ProbeFigures) -> Iterator[str]:
     relations = len([group for group in probe.by_relation if group.counts.n])
     if 1 < relations < FEWEST and probe.counts.known_before:
         yield (
@@ -291,7 +292,7 @@ def _few_relations(probe: ProbeFigures) -> Iterator[str]:
         )
 
 
-def _at_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
+def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
     accuracy = probe.accuracy_original
     if accuracy.value is None or accuracy.low is None:
         return
@@ -305,7 +306,7 @@ def _at_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
             return
 
 
-def _dropped(probe: ProbeFigures) -> Iterator[str]:
+def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
     dropped = sum(probe.dropped.values())
     read = max(probe.facts_read, dropped)
     if 2 * dropped > read:
@@ -316,9 +317,9 @@ def _dropped(probe: ProbeFigures) -> Iterator[str]:
         )
 
 
-def _done(group: Mapping[str, Any]) -> bool:
+def _is_changed(group: Mapping[str, Any]) -> bool:
     return bool(group.get("pruned") or group.get("quantized"))
 
 
-def _facts(number: int) -> str:
+def _count_facts(number: int) -> str:
     return "1 fact" if number == 1 else f"{count(number)} facts"

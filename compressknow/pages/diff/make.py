@@ -18,7 +18,7 @@ from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, KnownBy, SideBySide, names_of
 from compressknow.pages.records import Card, Checkpoint
-from compressknow.pages.texts import sentence, warnings_of
+from compressknow.pages.texts import list_text_warnings, write_sentence
 
 TOP = 3
 _LONG = 120
@@ -69,7 +69,7 @@ def comparison_warnings(
     a: Checkpoint, b: Checkpoint, identical: bool, difference: Difference | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
     """What stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
-    if warnings.was_made_from(a, b):
+    if warnings.is_made_from(a, b):
         yield "A was made from B, as it says itself: give B first to see what it lost."
     smoothed = [name for name, side in (("A", a), ("B", b)) if side.calibration and side.calibration["smoothed"]]
     if len(smoothed) == 1 and difference:
@@ -165,7 +165,7 @@ def _apart(difference: Difference) -> str:
 
 def _knowledge(names: tuple[str, str], behaviour: Behaviour) -> str:
     there, back = behaviour.b_against_a.comparisons[0].counts, behaviour.a_against_b.comparisons[0].counts
-    texts = [sentence(figures, names) for figures in behaviour.b_against_a.comparisons[0].texts]
+    texts = [write_sentence(figures, names) for figures in behaviour.b_against_a.comparisons[0].texts]
     if not behaviour.b_against_a.comparisons[0].probes:
         return " ".join(texts)
     return " ".join((_facts(names, there, back), *texts))
@@ -201,21 +201,21 @@ def behaviour_of(answers: PairedAnswers, *, show_facts: bool, known: str = RECOG
         b_against_a=there,
         a_against_b=back,
         answers=tuple(_side_by_side(merge_wordings(answers.a), merge_wordings(answers.b_like_a))) if show_facts else (),
-        warnings=tuple(dict.fromkeys((*warnings.of_known(known), *_warnings(answers, there, back)))),
+        warnings=tuple(dict.fromkeys((*warnings.warn_of_known(known), *_warnings(answers, there, back)))),
         known=known,
     )
 
 
 def _warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[str]:
     """Those of a report in both directions, but for what concerns grades."""
-    yield from warnings.of_models(there.original, back.original)
-    yield from warnings.of_recipe(there.original)
-    yield from warnings.of_runtimes(answers.a, answers.b_like_a)
+    yield from warnings.warn_of_models(there.original, back.original)
+    yield from warnings.warn_of_recipe(there.original)
+    yield from warnings.warn_of_runtimes(answers.a, answers.b_like_a)
     for name, given, card in (("A", answers.a, there), ("B", answers.b, back)):
         comparison = card.comparisons[0]
-        yield from warnings.of_answers(name, given)
-        yield from warnings.of_figures(comparison.counts, (), comparison.probes, name=name)
-    yield from warnings_of(there.comparisons[0].texts, ("A", "B"))
+        yield from warnings.warn_of_answers(name, given)
+        yield from warnings.warn_of_figures(comparison.counts, (), comparison.probes, name=name)
+    yield from list_text_warnings(there.comparisons[0].texts, ("A", "B"))
 
 
 def _side_by_side(a: Answers, b: Answers) -> Iterator[SideBySide]:

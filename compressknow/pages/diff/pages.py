@@ -13,17 +13,15 @@ from compressknow.base.format import NONE, count, json_text, number, plain, shar
 from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
 from compressknow.comparison.records import Counts, TextFigures
 from compressknow.model.manifest import text_in_words
-from compressknow.pages.card.pages import comparison_json
-from compressknow.pages.card.sections.facts import table_of
-from compressknow.pages.card.view import Size
+from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables as weights
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import groups
-from compressknow.pages.pages import html_page, markdown_page, write_formats
-from compressknow.pages.parts import NO_FACTS, Drawn, Entry, Folded, LeftOut, Part, Shown, Table, drawn
-from compressknow.pages.records import Checkpoint
-from compressknow.pages.texts import text_headline, text_parts, within
-from compressknow.pages.tradeoff import heat_map
+from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
+from compressknow.pages.parts import NO_FACTS, Drawn, Entry, Folded, LeftOut, Part, Shown, Size, Table, draw_charts
+from compressknow.pages.records import Checkpoint, comparison_to_json
+from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
+from compressknow.pages.tradeoff import draw_heat_map
 
 _SHORT = 12
 _WEIGHTS = "groups"
@@ -119,7 +117,7 @@ def _headline(comparison: CheckpointComparison) -> str:
         return "Identical"
     texts = comparison.behaviour.b_against_a.comparisons[0].texts if comparison.behaviour else ()
     if comparison.behaviour and texts and not comparison.behaviour.b_against_a.comparisons[0].probes:
-        return text_headline(texts[0])
+        return write_text_headline(texts[0])
     if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
         return f"B knows {share(kept)} of what A knows"
     if comparison.difference is None or not comparison.difference.tensors:
@@ -169,9 +167,9 @@ def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Show
 
 
 def _texts(behaviour: Behaviour) -> Iterator[Part]:
-    yield from text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
+    yield from make_text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
     back = behaviour.a_against_b.comparisons[0].texts
-    rows = tuple((plain(f.text, 60), within(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
+    rows = tuple((plain(f.text, 60), write_measured(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
     if rows:
         yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
 
@@ -187,13 +185,15 @@ def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
         yield weights.figures_table(probes)
     for there, _ in probes:
         if there.knowing:
-            yield table_of(there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A")
+            yield make_grades_table(
+                there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
+            )
     if groups := weights.group_tables(probes):
         yield Folded("By domain and by relation", groups)
 
 
 def _drawn(parts: Iterator[Part], limits: Limits) -> tuple[Part, ...]:
-    return tuple(drawn(parts, "compare-text", limits.charts))
+    return tuple(draw_charts(parts, "compare-text", limits.charts))
 
 
 def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
@@ -213,7 +213,7 @@ def _map(difference: Difference, limits: Limits) -> Iterator[Part]:
     grid = weights.grid(difference)
     if grid is None or not _changed(difference):
         return
-    if limits.charts and (drawn := heat_map(grid, "heat", "Relative error by layer and module")):
+    if limits.charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
         yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
     yield Folded("The map as a table", (weights.grid_table(grid),))
 
@@ -242,12 +242,12 @@ SCHEMA = 1
 def render_comparison_html(comparison: CheckpointComparison) -> str:
     """The page: the same comparison gives the same bytes."""
     styles = ("style.css", "compare.css")
-    return html_page("compare.html.j2", styles=styles, page=comparison_page(comparison, _HTML))
+    return render_html_page("compare.html.j2", styles=styles, page=comparison_page(comparison, _HTML))
 
 
 def render_comparison_markdown(comparison: CheckpointComparison) -> str:
     """The same as GitHub-flavoured Markdown, with fewer tensors and facts."""
-    return markdown_page("compare.md.j2", page=comparison_page(comparison, _MARKDOWN))
+    return render_markdown_page("compare.md.j2", page=comparison_page(comparison, _MARKDOWN))
 
 
 def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
@@ -329,8 +329,8 @@ def _behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
     there, back = behaviour.b_against_a, behaviour.a_against_b
     told: dict[str, Any] = {
         "known": behaviour.known,
-        "b_against_a": comparison_json(there.comparisons[0], show_facts),
-        "a_against_b": comparison_json(back.comparisons[0], show_facts),
+        "b_against_a": comparison_to_json(there.comparisons[0], show_facts=show_facts),
+        "a_against_b": comparison_to_json(back.comparisons[0], show_facts=show_facts),
         "method": list(there.method),
     }
     return told | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})

@@ -21,7 +21,7 @@ from compressknow.base.format import (
 from compressknow.comparison.differences import Difference, StructureChange, Sums, TensorDifference, summed
 from compressknow.comparison.records import Estimate, Group, Movement, ProbeFigures
 from compressknow.pages.diff.records import Behaviour, SideBySide
-from compressknow.pages.parts import BLANK, Table, fact_parts
+from compressknow.pages.parts import BLANK, Table, make_fact_parts
 from compressknow.pages.parts import Part as PagePart
 from compressknow.pages.tradeoff import Grid
 
@@ -61,7 +61,7 @@ def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
 def answer_parts(answers: tuple[SideBySide, ...], limit: int, shown: int) -> Iterator[PagePart]:
     """The facts that are answered differently, `shown` of them at once."""
     rows = tuple(map(_row, answers[:limit]))
-    return fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
+    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
 
 
 def _row(fact: SideBySide) -> tuple[str, ...]:

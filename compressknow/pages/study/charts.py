@@ -12,7 +12,7 @@ from compressknow.base.format import plain
 from compressknow.comparison.intervals import mean
 from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
-from compressknow.pages.card.method import kept_by_rounding, mark
+from compressknow.pages.card.method import find_rounding_kept, mark_rounding
 from compressknow.pages.drawing import Bar, Level, Line
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import (
@@ -66,13 +66,13 @@ def guessing(study: Study) -> tuple[Level, ...]:
 
 def marks(study: Study) -> tuple[Level, ...]:
     """What kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
-    return guessing(study) + mark(_by_rounding(study))
+    return guessing(study) + mark_rounding(_by_rounding(study))
 
 
 def _by_rounding(study: Study) -> float | None:
     """The mean over the probes of which the original knows anything, where it was found for each."""
     probes = {probe.probe: probe for cell in study.cells for probe in cell.comparison.probes}.values()
-    shares = [kept_by_rounding([probe]) for probe in probes if probe.counts.known_before]
+    shares = [find_rounding_kept([probe]) for probe in probes if probe.counts.known_before]
     found = [each for each in shares if each is not None]
     return sum(found) / len(found) if found and len(found) == len(shares) else None
 
@@ -240,10 +240,10 @@ class _Look:
     levels: Callable[[Study], tuple[Level, ...]]
 
 
-_DROP = _Look("drop", partial(drawing.lines, start=0, unit=drawing.POINTS), baselines)
-_KEPT = _Look("kept", partial(drawing.lines, start=1), marks)
-_BARS = _Look("bars", partial(drawing.bars, high=10, unit=drawing.POINTS), baselines)
-_KEPT_BARS = _Look("kept-bars", drawing.bars, marks)
+_DROP = _Look("drop", partial(drawing.draw_lines, start=0, unit=drawing.POINTS), baselines)
+_KEPT = _Look("kept", partial(drawing.draw_lines, start=1), marks)
+_BARS = _Look("bars", partial(drawing.draw_bars, high=10, unit=drawing.POINTS), baselines)
+_KEPT_BARS = _Look("kept-bars", drawing.draw_bars, marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +402,7 @@ def _reach(studies: Iterable[Study], figures: Iterable[_Figure]) -> tuple[float,
         end
         for study, figure in product(studies, figures)
         if (plotted := figure.plotted(study))
-        for end in drawing.reach(plotted, figure.look.levels(study))
+        for end in drawing.find_reach(plotted, figure.look.levels(study))
     ]
     return min(ends, default=0.0), max(ends, default=0.0)
 

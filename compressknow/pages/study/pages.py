@@ -13,9 +13,10 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import json_text, plain
 from compressknow.comparison.intervals import mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
-from compressknow.pages.pages import html_page, markdown_page, source
-from compressknow.pages.parts import headline_accuracy
-from compressknow.pages.records import Comparison, interval_to_json, kept_to_json
+from compressknow.pages.as_json import finite, interval_to_json, kept_to_json
+from compressknow.pages.pages import read_source, render_html_page, render_markdown_page
+from compressknow.pages.parts import get_headline_accuracy
+from compressknow.pages.records import Comparison
 from compressknow.pages.study import summary
 from compressknow.pages.study.charts import Chart, is_chart, study_charts
 from compressknow.pages.study.findings import Finding, MethodFindings, by_method, findings
@@ -23,8 +24,7 @@ from compressknow.pages.study.records import TOLD, FailedCell, Setting, Study, S
 from compressknow.pages.study.summary import changes, cliffs, module_that_hurts_least, what_was_found
 from compressknow.pages.study.tests import Bound, CheckpointComparison
 from compressknow.pages.study.view import study_page
-from compressknow.pages.svg import standalone
-from compressknow.pages.texts import finite
+from compressknow.pages.svg import make_standalone
 
 SCHEMA = 1
 
@@ -37,12 +37,12 @@ def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> st
     charts : those of `study_charts(study)`, where they are drawn already.
     """
     drawn = study_charts(study) if charts is None else charts
-    return html_page("sections.html.j2", page=study_page(study, drawn))
+    return render_html_page("sections.html.j2", page=study_page(study, drawn))
 
 
 def render_study_markdown(study: Study) -> str:
     """The study as GitHub-flavoured Markdown; the same study gives the same text."""
-    return markdown_page("sections.md.j2", page=study_page(study))
+    return render_markdown_page("sections.md.j2", page=study_page(study))
 
 
 FIGURES = "figures"
@@ -65,10 +65,10 @@ def write_study(study: Study, folder: Path) -> None:
 
 def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    style = source("style.css")
+    style = read_source("style.css")
     for chart in charts:
         panels = [(panel.probe, panel.svg) for panel in chart.panels]
-        write_whole(folder / f"{chart.name}.svg", standalone(panels, chart.title, style).encode("utf-8"))
+        write_whole(folder / f"{chart.name}.svg", make_standalone(panels, chart.title, style).encode("utf-8"))
     drawn = {chart.name for chart in charts}
     for path in folder.glob("*.svg"):
         if is_chart(path.stem) and path.stem not in drawn:
@@ -215,7 +215,7 @@ def _type_of(values: Sequence[Setting]) -> str:
 
 
 def _row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
-    before, after = headline_accuracy(probe)
+    before, after = get_headline_accuracy(probe)
     counts = probe.counts
     values = {
         **_cell(cell),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from compressknow.base.format import NONE, count, estimate, number, p_value, plain, share, size
 from compressknow.comparison.records import Estimate, Measured
-from compressknow.pages.card.warnings import of_known
+from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
     BAR,
     Charts,
@@ -32,8 +32,8 @@ from compressknow.pages.parts import (
     Table,
     Terms,
     Text,
-    headline_accuracy,
-    identity,
+    get_headline_accuracy,
+    list_identity,
 )
 from compressknow.pages.parts import Finding as Line
 from compressknow.pages.study import summary
@@ -64,7 +64,7 @@ from compressknow.pages.study.records import (
     varying,
 )
 from compressknow.pages.study.summary import CLIFF, Found, changes, ids, listed, what_was_found
-from compressknow.pages.texts import within
+from compressknow.pages.texts import write_measured
 
 _DEFINITIONS = (
     "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
@@ -133,7 +133,7 @@ def _sections(study: Study, found: Sequence[Finding], charts: Sequence[Chart]) -
     said = what_was_found(study, found)
     method = tuple(plain(sentence, 2000) for sentence in study.method)
     command = plain(study.command, 2000) if study.command else None
-    run = (*identity(study.original), *_run(study))
+    run = (*list_identity(study.original), *_run(study))
     yield Shown("found", "What was found", tuple(_found(study, said, charts)))
     beside = {each.chart for each in said}
     yield Shown("charts", "Charts", tuple(_charts([chart for chart in charts if chart.name not in beside])))
@@ -244,7 +244,9 @@ def _warnings(study: Study) -> tuple[str, ...]:
     failed = (
         [f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below."] if study.failed else []
     )
-    return tuple(dict.fromkeys(plain(warning, 1000) for warning in (*of_known(study.known), *failed, *_common(study))))
+    return tuple(
+        dict.fromkeys(plain(warning, 1000) for warning in (*warn_of_known(study.known), *failed, *_common(study)))
+    )
 
 
 def _common(study: Study) -> list[str]:
@@ -338,7 +340,7 @@ def _accuracy(value: float | None, in_percent: bool) -> str:
 
 def accuracy(cell: StudyCell, probe: str) -> float | None:
     """Of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
-    return next((headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
+    return next((get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 
 def cells_table(study: Study) -> Table:
@@ -363,7 +365,7 @@ def cells_table(study: Study) -> Table:
         *("" for _ in settings),
         "",
         *(share(probe.accuracy) for probe in study.probes),
-        *(within(value, 2) for value in perplexities(study).values()),
+        *(write_measured(value, 2) for value in perplexities(study).values()),
         "",
         "",
         "",
@@ -394,7 +396,7 @@ def _cell_row(study: Study, cell: StudyCell, called: Mapping[str, str], settings
         *(setting(name, cell.settings[name]) if name in cell.settings else "" for name in settings),
         estimate(kept.value, kept.low, kept.high),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
-        *(within(figures.compressed.value, 2) for figures in cell.comparison.texts),
+        *(write_measured(figures.compressed.value, 2) for figures in cell.comparison.texts),
         _bare(cell.comparison.certainty.test.p),
         _millions(cell.pruned),
         _millions(cell.quantized),

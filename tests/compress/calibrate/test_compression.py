@@ -28,7 +28,7 @@ from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import calibrated_in_words, calibration_of, dropped_neurons
-from compressknow.pages.model_card import warnings_of
+from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
 from tests.models import save_tiny, tiny
 
@@ -138,7 +138,7 @@ def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float
         zero = pruned[name] == 0
         assert bool((zero.view(-1, 4).sum(dim=1) >= 2).all()), name
         assert not rounded[name][zero].any(), name
-    assert not list(warnings_of(manifest))
+    assert not list(list_warnings(manifest))
 
 
 def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path
         before = pruned[name][:, [n for n in range(entry["before"]) if not any(n in each for each in gone)]]
         refilled[name] = int(((before == 0) & (fitted[name] != 0)).sum())
     assert {row["name"]: row["refilled"] for row in manifest["tensors"] if "refilled" in row} == refilled
-    (warning,) = warnings_of(manifest)
+    (warning,) = list_warnings(manifest)
     assert f"The source is pruned, and {sum(refilled.values()):,} of " in warning
     # A source without zeros has none to lose.
-    assert not list(warnings_of(compressed(folder, tmp_path / "first", DropNeurons(0.25))))
+    assert not list(list_warnings(compressed(folder, tmp_path / "first", DropNeurons(0.25))))
 
 
 def outlying(folder: Path) -> Path:

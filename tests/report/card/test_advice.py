@@ -15,7 +15,7 @@ from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.verdict import ENOUGH, advice, milder
+from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
 from compressknow.pages.records import Comparison
 from tests.report.answering import answer, answers, entry, model, run, sides
 
@@ -40,7 +40,7 @@ def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[A
 
 
 def changes_of(recipe: Recipe, groups: Any = GROUPS) -> list[str]:
-    return [found.change for found in milder(recipe, groups)]
+    return [found.change for found in list_milder(recipe, groups)]
 
 
 class TestBranches:
@@ -90,7 +90,7 @@ class TestBranches:
     def test_a_recipe_that_cannot_be_read_names_none(self) -> None:
         comparison = of(500, 500)
         strange = replace(comparison.model, recipe={"steps": [{"quantize": "int3-of-tomorrow"}]})
-        assert advice(replace(comparison, model=strange)).startswith("Next: compress less, or in another way")
+        assert write_advice(replace(comparison, model=strange)).startswith("Next: compress less, or in another way")
 
     def test_an_original_that_knew_nothing(self) -> None:
         assert "choose facts that the original knows" in of(0, 0, 0, 50).next
@@ -101,9 +101,12 @@ class TestBranches:
     def test_a_gate_that_was_decided_early_is_the_threshold(self) -> None:
         comparison = of(30, 2)
         stop = EarlyStop(0.8, 0.05, 32, 32, 4000, Estimate(0.94, 0.81, 0.99), met=True)
-        assert advice(replace(comparison, early=stop)) == "Next: deploy it, if 80 % is enough: the interval lies above."
+        assert (
+            write_advice(replace(comparison, early=stop))
+            == "Next: deploy it, if 80 % is enough: the interval lies above."
+        )
         missed = replace(stop, gate=0.99, met=False)
-        assert "less than 99 % is kept" in advice(replace(comparison, early=missed))
+        assert "less than 99 % is kept" in write_advice(replace(comparison, early=missed))
 
 
 class TestMilder:
@@ -121,7 +124,7 @@ class TestMilder:
     def test_what_calibrated_goes_with_its_step(self) -> None:
         recipe = Recipe((Prune(0.08, "wanda", ATTENTION), Quantize("int8", ATTENTION)))
         assert recipe.calibration == Calibration()
-        assert [found.recipe.calibration for found in milder(recipe, {})] == [None, Calibration()]
+        assert [found.recipe.calibration for found in list_milder(recipe, {})] == [None, Calibration()]
 
     def test_int4_is_rounded_by_gptq_then_becomes_8_bits(self) -> None:
         nearest, gptq = (Recipe((Quantize("int4", ATTENTION, rounding=name),)) for name in ("nearest", "gptq"))
@@ -137,7 +140,7 @@ class TestMilder:
 
     def test_the_group_that_changed_most_is_left_out(self) -> None:
         recipe = Recipe((Quantize("int8-weights", BOTH),))
-        (found,) = milder(recipe, GROUPS)
+        (found,) = list_milder(recipe, GROUPS)
         assert found.change == "leave feed-forward as it is, whose weights changed most"
         assert found.recipe == Recipe((Quantize("int8-weights", ATTENTION),))
 

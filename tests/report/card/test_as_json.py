@@ -11,7 +11,6 @@ import pytest
 
 from compressknow.base.errors import CompressknowError
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import to_json
 from tests.report.answering import answers, entry, model, run, sides
 from tests.report.card.cards import card_of_several
 
@@ -24,7 +23,7 @@ PROBE_KEYS = {
 
 def report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, Any]:
     original, compressed = run(sides(*cells, **changes))
-    return to_json(make_card(original, [compressed], show_facts=show_facts))
+    return make_card(original, [compressed], show_facts=show_facts).to_dict()
 
 
 def test_names_that_others_rely_on() -> None:
@@ -58,7 +57,7 @@ def test_is_strict_json_for_a_model_that_broke() -> None:
     before, after = sides(30, 5)
     broken = {"logp_gold": math.nan, "top5_logp": (math.nan,) * 5, "first_logp": (math.nan,) * 2}
     original, compressed = run((before, [replace(row, **broken) for row in after]))
-    found = to_json(make_card(original, [compressed]))
+    found = make_card(original, [compressed]).to_dict()
     json.dumps(found, allow_nan=False)
     assert found["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
 
@@ -67,7 +66,7 @@ def test_the_same_answers_give_the_same_bytes() -> None:
     original, compressed = run(sides(50, 10, 5, 20))
     turned = [answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
     texts = [
-        json.dumps(to_json(make_card(one, [other]))) for one, other in ((original, compressed), (turned[0], turned[1]))
+        json.dumps(make_card(one, [other]).to_dict()) for one, other in ((original, compressed), (turned[0], turned[1]))
     ]
     assert texts[0] == texts[1]
 
@@ -90,16 +89,16 @@ def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
     }
     rows = [[replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in sides(5, 3, 2)]
     original, compressed = run(rows)
-    text = json.dumps(to_json(make_card(original, [compressed], show_facts=False)))
+    text = json.dumps(make_card(original, [compressed], show_facts=False).to_dict())
     assert "SECRET" not in text
     assert '"by_relation": {"relation":' in text
-    assert "SECRET" in json.dumps(to_json(make_card(original, [compressed])))
+    assert "SECRET" in json.dumps(make_card(original, [compressed]).to_dict())
 
 
 def test_what_was_done_to_the_model_is_said() -> None:
     rows = sides(5)
     made = model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
-    found = to_json(make_card(answers(rows[0]), [answers(rows[1], made)], command="compressknow report a b"))
+    found = make_card(answers(rows[0]), [answers(rows[1], made)], command="compressknow report a b").to_dict()
     assert found["compressed"][0]["source"] == {"name": "tiny-bert", "revision": None}
     assert found["compressed"][0]["model"]["zeros"] == 7
     assert found["command"] == "compressknow report a b"
@@ -108,13 +107,13 @@ def test_what_was_done_to_the_model_is_said() -> None:
 def test_left_out_facts_are_counted_by_reason() -> None:
     rows = sides(5)
     probes = {"atlas": entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
-    found = to_json(make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]))
+    found = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]).to_dict()
     assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
 
 
 def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     card = card_of_several()
-    assert card.to_dict() == to_json(card)
+    assert [each["setup"] for each in card.to_dict()["compressed"]] == [each.model.setup for each in card.comparisons]
     frame = card.to_frame()
     assert list(zip(frame["model"], frame["probe"], frame["kept"], frame["lost"], strict=True)) == [
         (each.model.name, probe.probe, probe.kept.value, probe.counts.lost)

@@ -137,17 +137,17 @@ SAID = {
 
 
 def test_weights_that_the_text_did_not_reach_are_a_warning_where_they_are_many() -> None:
-    (told,) = warnings.of_calibration(original(), replace(compressed(), calibration=SAID))
+    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=SAID))
     assert "did not reach 60.0 % of the parameters" in told
     few = replace(compressed(), calibration=SAID | {"unseen_share": 0.05})
-    assert list(warnings.of_calibration(original(), few)) == []
+    assert list(warnings.warn_of_calibration(original(), few)) == []
 
 
 @pytest.mark.parametrize(("known_found", "warned"), [(1, 0), (2, 1)])
 def test_one_fact_in_a_hundred_is_no_warning(known_found: int, warned: int) -> None:
     found = FactsInText(200, 3, 100, known_found)
     model = replace(compressed(), calibration=SAID | {"unseen_share": 0.0}, in_calibration=found)
-    assert len(list(warnings.of_calibration(original(), model))) == warned
+    assert len(list(warnings.warn_of_calibration(original(), model))) == warned
 
 
 def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
@@ -168,7 +168,7 @@ def test_experts_that_few_tokens_reach_are_a_warning(tmp_path: Path) -> None:
     calibrated_on_little(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=1)
     said = describe(locate(tmp_path / "out"))["calibration"]
     assert said["unseen_share"] == pytest.approx(share_of_unseen(tmp_path / "out"))
-    (told,) = warnings.of_calibration(original(), replace(compressed(), calibration=said))
+    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=said))
     assert "did not reach" in told
 
 

@@ -11,7 +11,7 @@ from compressknow.comparison.intervals import mcnemar, proportion
 from compressknow.comparison.power import facts_for, smallest_loss
 from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import render_markdown, to_json
+from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.records import Card
 from tests.report.answering import answer, run
 
@@ -25,7 +25,7 @@ def card_of(relations: int, early: EarlyStop | None = None) -> Card:
 
 
 def values(card: Card) -> dict[str, Any]:
-    return to_json(card)["compressed"][0]
+    return card.to_dict()["compressed"][0]
 
 
 def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:

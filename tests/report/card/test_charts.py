@@ -13,13 +13,11 @@ import pytest
 from compressknow.base.format import plain, share
 from compressknow.comparison.records import Counts, Estimate, Group
 from compressknow.evaluate.records import NoiseFloor
-from compressknow.pages.card import view
-from compressknow.pages.card.costs import costs
-from compressknow.pages.card.method import kept_by_rounding
+from compressknow.pages.card.charts import chart_costs, chart_setups, split_setups
+from compressknow.pages.card.method import find_rounding_kept
 from compressknow.pages.card.pages import render_html
-from compressknow.pages.card.sections.facts import popularity_chart
-from compressknow.pages.card.view import section_names
-from compressknow.pages.records import Comparison
+from compressknow.pages.card.sections.facts import chart_popularity
+from compressknow.pages.records import Comparison, name_models
 from tests.report.card.cards import POPULARITY, card_of_several, group
 from tests.report.hostile import TEXTS
 
@@ -33,7 +31,7 @@ def texts(chart: str) -> list[str]:
 
 
 def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
-    chart = popularity_chart(groups, name)
+    chart = chart_popularity(groups, name)
     assert chart is not None
     return chart.svg(id)
 
@@ -43,7 +41,7 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
     names = [plain(c.model.setup, 80) for c in comparisons]
-    return view.setups(comparisons, names, "overview")
+    return chart_setups(comparisons, names, "overview")
 
 
 def test_chart_has_the_bins_and_their_figures() -> None:
@@ -57,13 +55,13 @@ def test_chart_has_the_bins_and_their_figures() -> None:
 
 def test_fewer_than_two_bins_are_no_chart() -> None:
     unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
-    assert popularity_chart((bins()[0], unknown), "atlas") is None
-    assert popularity_chart((), "atlas") is None
+    assert chart_popularity((bins()[0], unknown), "atlas") is None
+    assert chart_popularity((), "atlas") is None
 
 
 def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
     comparisons = card_of_several((20, 40)).comparisons
-    lines, others = view.split(comparisons)
+    lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
     assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
@@ -75,16 +73,16 @@ def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
 def test_every_comparison_is_in_one_chart_at_most() -> None:
     comparisons = card_of_several((20, 40)).comparisons
     twice = (*comparisons, *comparisons)
-    lines, others = view.split(twice)
+    lines, others = split_setups(twice)
     assert sum(len(line.points) for line in lines) + len(others) == len(twice)
-    assert len(section_names(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
+    assert len(name_models(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
 
 
 def test_many_bars_are_left_to_the_table() -> None:
     comparisons = card_of_several((20, 40)).comparisons[:1] * 20
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
-    assert view.setups(comparisons, ["x"] * 20, "overview") == ()
-    assert len(view.setups(comparisons[:5], ["x"] * 5, "overview")) == 1
+    assert chart_setups(comparisons, ["x"] * 20, "overview") == ()
+    assert len(chart_setups(comparisons[:5], ["x"] * 5, "overview")) == 1
 
 
 def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
@@ -98,7 +96,7 @@ def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
 
 def test_speeds_say_in_what_they_were_measured() -> None:
     card = card_of_several()
-    sized, timed = costs(card, section_names(card))
+    sized, timed = chart_costs(card, name_models(card))
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
     assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
     (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
@@ -113,14 +111,14 @@ def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all()
     comparisons = floors(few, many)
     known = [probe.counts.known_before for probe in comparisons[0].probes]
     kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
-    for chart in view.setups(comparisons, section_names(card_of_several((20, 40))), "overview"):
+    for chart in chart_setups(comparisons, name_models(card_of_several((20, 40))), "overview"):
         assert "rounding alone" in texts(chart)
         assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
     nothing_known = replace(few, known=0, lost=0)
     for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
         made = floors(*lacking)
-        assert kept_by_rounding(made[0].probes) is None
-        assert "rounding" not in "".join(view.setups(made, section_names(card_of_several((20, 40))), "overview"))
+        assert find_rounding_kept(made[0].probes) is None
+        assert "rounding" not in "".join(chart_setups(made, name_models(card_of_several((20, 40))), "overview"))
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
@@ -174,14 +172,16 @@ def test_same_figures_give_the_same_bytes_in_another_process() -> None:
 
 
 def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
-    code = "import sys, compressknow.pages.card.view; print('matplotlib' in sys.modules)"
+    code = "import sys, compressknow.pages.card.pages; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
     card = card_of_several()
-    names = section_names(card)
-    assert [chart.rounding for chart in costs(card, names)] == [kept_by_rounding(card.comparisons[0].probes)] * 2
+    names = name_models(card)
+    assert [chart.rounding for chart in chart_costs(card, names)] == [
+        find_rounding_kept(card.comparisons[0].probes)
+    ] * 2
     assert "The dotted one is what rounding alone keeps." in render_html(card)
     assert "The line across the charts shows what rounding alone keeps" in render_html(card)
     untold = tuple(

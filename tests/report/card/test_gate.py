@@ -12,10 +12,15 @@ import pytest
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.comparison.intervals import proportion
-from compressknow.pages.card.ci import job_summary, junit
-from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+from compressknow.pages.card.gate import (
+    check_gates,
+    check_names,
+    hold_to_gates,
+    parse_gates,
+    render_job_summary,
+    render_junit,
+)
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import to_json
 from compressknow.pages.records import Card
 from tests.report.answering import answers, entry, model, run, sides
 from tests.report.card.test_make import card_of
@@ -124,7 +129,7 @@ class TestForMachines:
     def test_junit_has_a_case_a_gate(self) -> None:
         original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
         gates = parse_gates([0.8, "science=0.65"])
-        suites = ElementTree.fromstring(junit(make_card(original, [compressed]), gates, strict=True).encode())
+        suites = ElementTree.fromstring(render_junit(make_card(original, [compressed]), gates, strict=True).encode())
         (suite,) = suites
         assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("Overall_GQ", "2", "1")
         met, undecided = suite.findall("testcase")
@@ -137,12 +142,12 @@ class TestForMachines:
     def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
         original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
         card = make_card(original, [compressed])
-        summary = job_summary(card, parse_gates(0.9), strict=False)
+        summary = render_job_summary(card, parse_gates(0.9), strict=False)
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
         assert "<b>" not in summary
         assert "[x](http" not in summary
-        hidden = job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
+        hidden = render_job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
         assert "Forgotten" not in hidden
 
 
@@ -167,7 +172,7 @@ class TestDecision:
             "Take keeps 195 (200.0 kB): it is the smallest of 2 models that keep at least 95 %. It keeps 97.5 % "
             "(94.3 to 98.9 %). No test tells it from keeps 199 (300.0 kB)."
         )
-        told = to_json(card)["recommended"]
+        told = card.to_dict()["recommended"]
         assert (told["model"], told["place"]) == ("2. keeps 195", 1)
         assert [each["beaten_by"] for each in told["standings"]] == [None, None, None]
 

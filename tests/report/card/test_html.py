@@ -16,7 +16,7 @@ import pytest
 from compressknow.base.format import plain
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html
-from compressknow.pages.pages import isolated
+from compressknow.pages.pages import isolate
 from compressknow.pages.records import Card
 from tests.report.answering import run, sides
 from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
@@ -237,4 +237,4 @@ def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
     card = replace(card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts.")
     verdict = with_class(read(render_html(card)), "p", "verdict")[0]
     assert verdict.one("bdi").text == "שלום עולם"
-    assert str(isolated("a & b")) == "a &amp; b"
+    assert str(isolate("a & b")) == "a &amp; b"

@@ -12,7 +12,7 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.comparison.clusters import standings
 from compressknow.comparison.records import Counts
-from compressknow.pages.card.make import make_card, model_facts
+from compressknow.pages.card.make import make_card, read_model_facts
 from compressknow.pages.records import Card, Speed
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, answer, answers, entry, model, run, sides
 
@@ -288,8 +288,8 @@ class TestRefused:
 
     def test_a_record_that_says_too_little(self) -> None:
         with pytest.raises(CompressknowError, match=r"sha256, bytes"):
-            model_facts(model(sha256=None, bytes=None))
+            read_model_facts(model(sha256=None, bytes=None))
 
     def test_optional_keys_may_be_missing(self) -> None:
-        facts = model_facts(model())
+        facts = read_model_facts(model())
         assert (facts.groups, facts.speed, facts.recipe) == ({}, None, None)

@@ -19,7 +19,6 @@ from compressknow.cli import main
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import to_json
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.report.answering import ORIGINAL_HASH, answers, model, run, sides
@@ -55,7 +54,7 @@ def reported(place: Path, tmp_path: Path) -> Callable[[Path, Path], dict[str, An
         facts = [f"facts:{place / 'facts.jsonl'}"]
         kept = place / "kept"
         card = compressknow.report(original, compressed, facts, settings=SETTINGS, keep_in=kept)
-        values: dict[str, Any] = json.loads(json.dumps(to_json(card)))
+        values: dict[str, Any] = json.loads(json.dumps(card.to_dict()))
         return values
 
     return reported

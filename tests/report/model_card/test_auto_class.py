@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.models.auto import modeling_auto
 
-from compressknow.pages.model_card import auto_class
+from compressknow.pages.model_card import find_auto_class
 
 MAPPINGS = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -18,7 +18,7 @@ ARCHITECTURES = sorted({(name, kind) for mapping in MAPPINGS.values() for kind, 
 def test_every_language_model_of_transformers_gets_a_class_that_gives_it_back() -> None:
     wrong = []
     for architecture, model_type in ARCHITECTURES:
-        named = auto_class(architecture, model_type)
+        named = find_auto_class(architecture, model_type)
         if named != architecture and MAPPINGS[named].get(model_type) != architecture:
             wrong.append((architecture, model_type, named))
     assert not wrong
@@ -39,4 +39,4 @@ def test_every_language_model_of_transformers_gets_a_class_that_gives_it_back() 
     ],
 )
 def test_class_by_architecture(architecture: str, model_type: str, expected: str) -> None:
-    assert auto_class(architecture, model_type) == expected
+    assert find_auto_class(architecture, model_type) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.evaluate.answers import Answers
-from compressknow.pages.card.make import compare, method_of, model_facts
+from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study import grid
 from tests.report.answering import COMPRESSED_HASH, answer, answers, entry, model
@@ -58,13 +58,13 @@ def study(
     original = _answers(asked, range(asked.known), model(family=family))
     made = tuple(_cell(cell, asked, original, family) for cell in cells)
     return Study(
-        original=model_facts(original.record.model),
+        original=read_model_facts(original.record.model),
         probes=tuple(_probe(name, asked) for name in asked.probes),
         cells=made,
         failed=tuple(failed),
         versions=dict(original.record.versions),
         command="compressknow sweep tiny-bert -o study",
-        method=method_of(original, [cell.comparison for cell in made]),
+        method=describe_method(original, [cell.comparison for cell in made]),
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from compressknow.base.format import plain
 from compressknow.comparison.records import Estimate
-from compressknow.pages.drawing import Bar, Level, Line, bars, lines
-from compressknow.pages.pages import source
+from compressknow.pages.drawing import Bar, Level, Line, draw_bars, draw_lines
+from compressknow.pages.pages import read_source
 from compressknow.pages.study.charts import (
     Chart,
     baselines,
@@ -25,7 +25,7 @@ from compressknow.pages.study.charts import (
     study_charts,
 )
 from compressknow.pages.study.records import Study
-from compressknow.pages.svg import COLOURS, standalone
+from compressknow.pages.svg import COLOURS, make_standalone
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
 
@@ -116,7 +116,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
 def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
     falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
     levels = [Level("near", 0.97), Level("far", 0.3)]
-    root = ElementTree.fromstring(lines(falling, "a", "t", start=1, levels=levels))
+    root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
     anchors = {each.text: each.get("text-anchor", "start") for each in root.iter("text")}
     places = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
     assert anchors["near"] == "end", root
@@ -131,7 +131,7 @@ def test_lines_differ_in_marker_and_dashes() -> None:
 
 
 def test_lines_begin_at_the_original_however_little_is_kept() -> None:
-    svg = lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
+    svg = draw_lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
     assert "100 %" in texts(svg)
 
 
@@ -143,7 +143,7 @@ def test_bars_stand_in_groups_under_their_names() -> None:
 
 
 def test_gains_are_drawn_left_of_zero() -> None:
-    svg = bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
+    svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
     assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
 
 
@@ -202,7 +202,7 @@ def test_charts_of_one_quantity_have_one_scale() -> None:
 
 def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
     close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
-    shown = [text for text in texts(lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
+    shown = [text for text in texts(draw_lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
     assert shown == ["0 %", "50 %"]
 
 
@@ -226,7 +226,7 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
 def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
     chart = study_charts(of_two_probes())[-1]
     panels = [(panel.probe, panel.svg) for panel in chart.panels]
-    root = ElementTree.fromstring(standalone([*panels, *panels], chart.title, source("style.css")))
+    root = ElementTree.fromstring(make_standalone([*panels, *panels], chart.title, read_source("style.css")))
     plots = [element for element in root if element.tag.endswith("svg")]
     assert [plot.get("y") == plots[0].get("y") for plot in plots] == [True, True, False, False]
     assert [plot.get("x") == plots[0].get("x") for plot in plots] == [True, False, True, False]
@@ -241,19 +241,19 @@ def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
 def test_hostile_names_stay_text(text: str) -> None:
     def drawn(name: str) -> list[str]:
         title, points = plain(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
-        line = lines([Line(name, points)], "a", title, start=1, levels=[Level(name, 0.1)])
-        return [line, bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
+        line = draw_lines([Line(name, points)], "a", title, start=1, levels=[Level(name, 0.1)])
+        return [line, draw_bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
 
     for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
         tags = [[element.tag for element in ElementTree.fromstring(svg).iter()] for svg in (shown, harmless)]
         assert tags[0] == tags[1]
-        file = standalone([(plain(text, 60), shown)], plain(text, 60), source("style.css"))
+        file = make_standalone([(plain(text, 60), shown)], plain(text, 60), read_source("style.css"))
         assert ElementTree.fromstring(file.encode()).tag.endswith("svg")
 
 
 def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
     chart = study_charts(whole_grid())[0]
-    file = standalone([("", svg_of(chart))], chart.title, source("style.css"))
+    file = make_standalone([("", svg_of(chart))], chart.title, read_source("style.css"))
     root = ElementTree.fromstring(file.encode())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root[0].text == chart.title == " ".join(texts(file)[:2])

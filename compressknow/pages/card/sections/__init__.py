@@ -1,4 +1,4 @@
-"""What a section of a report card is, and the sections by name: of facts, of groups of facts, of probes, of models.
+"""Sections of a report card: what one is, which there are, and what they make of a comparison together.
 
 A section of another package is tried out when the card is made, and its text made plain. One that fails is left out,
 with a warning that names its package: what was evaluated for an hour must not be lost for it. Nothing that it says
@@ -7,23 +7,47 @@ reaches a page unescaped, whatever it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compressknow.base.format import plain
 from compressknow.base.registry import Registry
-from compressknow.comparison.records import ProbeFigures
-from compressknow.pages.parts import Part
+from compressknow.comparison.records import Estimate
+from compressknow.pages.as_json import probe_to_json
+from compressknow.pages.drawing import Chart
+from compressknow.pages.parts import (
+    NO_FACTS,
+    Beside,
+    Facts,
+    Folded,
+    LeftOut,
+    Note,
+    Part,
+    Remarks,
+    Shown,
+    Table,
+    Text,
+    draw_charts,
+)
 from compressknow.pages.records import Comparison, ModelFacts
 
 if TYPE_CHECKING:
     from compressknow.comparison.paired import Pair
     from compressknow.evaluate.records import ProbeEntry
 
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
+_LONGEST = 2000  # characters of a text
+# `Drawn` is not among these: it is the one kind that is not escaped.
+_KINDS = (Table, Text, Note, Remarks, Facts, LeftOut, Chart, Beside, Folded)
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeAnswers:
-    """What both models answered to one probe.
+    """Answers of both models to one probe.
 
     Attributes
     ----------
@@ -39,7 +63,7 @@ class ProbeAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a format shows of one comparison; the JSON has it all.
+    """Limits of what a format shows of one comparison; the JSON has it all.
 
     Attributes
     ----------
@@ -57,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a section speaks of: one compressed model against the original.
+    """Context that a section speaks of: one compressed model against the original.
 
     Attributes
     ----------
@@ -71,7 +95,7 @@ class Context:
 
 
 class Section:
-    """A section of the report card of each compressed model. Subclasses say what it shows; all but `parts` is optional.
+    """Section of the report card of each compressed model. Subclasses say what it shows; all but `parts` is optional.
 
     Another package adds one by an entry point of the group ``compressknow.sections``; its name, of small letters,
     digits, `-` and `_`, is the section's id on the page and the key of what it measures in ``report.json``.
@@ -92,7 +116,7 @@ class Section:
     method: tuple[str, ...] = ()
 
     def measure(self, answers: ProbeAnswers) -> Any:  # noqa: ARG002
-        """Figures of one probe that the card's records do not hold: values for JSON, or None for nothing.
+        """Return figures of one probe that the card's records do not hold: values for JSON, or None for nothing.
 
         Called once, when the card is made. They are stored with it, and stand in ``report.json`` under
         ``probes[PROBE][NAME]``.
@@ -100,21 +124,15 @@ class Section:
         return None
 
     def parts(self, context: Context) -> Iterable[Part]:
-        """What it shows, in order; a section of which nothing is shown is left out."""
+        """Yield what it shows, in order; a section of which nothing is shown is left out."""
         raise NotImplementedError
 
     def warnings(self, context: Context) -> Iterable[str]:  # noqa: ARG002
-        """What a reader must know before trusting the figures, a sentence each."""
+        """Yield what a reader must know before trusting the figures, a sentence each."""
         return ()
 
-    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:  # noqa: ARG002
-        """What ``report.json`` says of a section that is built in, beside the probes."""
-        return {}
 
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:  # noqa: ARG002
-        """What ``report.json`` says of a section that is built in in each probe, beside what it measures."""
-        return {}
-
+_TRIAL = Limits(lost=5, gained=5, charts=True)
 
 SECTIONS: Registry[Section] = Registry(
     "compressknow.sections",
@@ -136,3 +154,157 @@ SECTIONS: Registry[Section] = Registry(
         "dropped": "compressknow.pages.card.sections.facts:Dropped",
     },
 )
+
+
+def find_sections() -> tuple[dict[str, Section], tuple[str, ...]]:
+    """Return all sections that can be used, by name, in the order in which they stand; and why others cannot, in
+    sentences.
+    """
+    found, unusable = SECTIONS.usable()
+    reasons = [" ".join(f"{part.rstrip('.')}." for part in str(error).split("\n")) for error in unusable.values()]
+    for name in [name for name in found if not SECTIONS.is_built_in(name)]:
+        if why := _find_flaw(name, found[name]):
+            del found[name]
+            reasons.append(_describe_failure(name, why))
+    return dict(sorted(found.items(), key=lambda item: item[1].order)), tuple(plain(why, 1000) for why in reasons)
+
+
+def _find_flaw(name: str, section: Section) -> str:
+    if not _NAME.fullmatch(name) or name in _TAKEN:
+        return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
+    title = getattr(section, "title", None)
+    if not isinstance(title, str) or not title.strip():
+        return "it has no title."
+    return "" if isinstance(section.order, int | float) else "its order is no number."
+
+
+def _describe_failure(name: str, why: str | Exception) -> str:
+    package = SECTIONS.added_by(name)
+    reason = f"{type(why).__name__}: {plain(why, 500).rstrip('.')}." if isinstance(why, Exception) else why
+    return plain(f"The section {name!r} that {package} adds is left out: {reason} Update or uninstall {package}.", 1000)
+
+
+def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
+    """Return why sections of other packages are not on the card, a sentence each."""
+    _, unusable = find_sections()
+    return tuple(dict.fromkeys((*unusable, *(why for each in comparisons for why in each.left_out.values()))))
+
+
+def add_sections(
+    original: ModelFacts,
+    comparison: Comparison,
+    answers: Callable[[], Sequence[ProbeAnswers]],
+    *,
+    show_facts: bool,
+) -> Comparison:
+    """Return the comparison with what its sections measure, and their warnings.
+
+    Parameters
+    ----------
+    answers : gives what both models answered to each probe; called where it is needed only.
+    """
+    warnings = [*comparison.warnings]
+    failed: dict[str, str] = {}
+    measured: dict[str, Mapping[str, Any]] = {}
+    for name, section in find_sections()[0].items():
+        if section.shows_facts and not show_facts:
+            continue
+        try:
+            figures = _measure(name, section, comparison, answers)
+            context = Context(original, comparison, figures, _TRIAL)
+            added = [plain(warning, 1000) for warning in section.warnings(context)]
+            if not SECTIONS.is_built_in(name):
+                tuple(draw_charts(check_parts(section.parts(context)), name, charts=True))
+        except Exception as error:
+            # Whatever another package does; a failure of our own is to be seen.
+            if SECTIONS.is_built_in(name):
+                raise
+            failed[name] = _describe_failure(name, error)
+        else:
+            warnings += added
+            measured |= {name: figures} if figures else {}
+    return replace(comparison, measured=measured, left_out=failed, warnings=tuple(warnings))
+
+
+def _measure(
+    name: str, section: Section, comparison: Comparison, answers: Callable[[], Sequence[ProbeAnswers]]
+) -> Mapping[str, Any]:
+    """Return what a section measures, by probe.
+
+    Raises TypeError or ValueError for what is no JSON, NaN included, or has the name of something else in it.
+    """
+    if type(section).measure is Section.measure:
+        return {}
+    figures = {each.probe: section.measure(each) for each in answers()}
+    if any(name in probe_to_json(probe) for probe in comparison.probes):
+        raise ValueError("report.json has that name for something else")
+    # As they will be read back: keys are text, tuples are lists.
+    values: dict[str, Any] = json.loads(json.dumps(figures, allow_nan=False))
+    return {probe: value for probe, value in values.items() if value is not None}
+
+
+def show_sections(
+    original: ModelFacts, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
+) -> tuple[Shown, ...]:
+    """Return the sections of one comparison, as they stand on the page; the ids of all begin with `id`."""
+    shown = []
+    for name, section in _list_sections(comparison):
+        parts: Iterable[Part] = (NO_FACTS,)
+        if show_facts or not section.shows_facts:
+            parts = section.parts(Context(original, comparison, comparison.measured.get(name, {}), limits))
+            parts = parts if SECTIONS.is_built_in(name) else check_parts(parts)
+        if finished := tuple(draw_charts(parts, f"{id}-{name}", limits.charts)):
+            shown.append(Shown(f"{id}-{name}", plain(section.title, 80), finished))
+    return tuple(shown)
+
+
+def collect_glossary(comparisons: Iterable[Comparison]) -> tuple[tuple[str, str], ...]:
+    """Return the terms of all sections, with their meanings."""
+    terms = (term for section in _explained_sections(comparisons) for term in section.glossary)
+    return tuple(dict.fromkeys((plain(name, 80), plain(meaning, 1000)) for name, meaning in terms))
+
+
+def collect_methods(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
+    """Return how the sections compute what they show, in sentences."""
+    return tuple(dict.fromkeys(text for section in _explained_sections(comparisons) for text in section.method))
+
+
+def _explained_sections(comparisons: Iterable[Comparison]) -> Iterator[Section]:
+    # Terms and formulas are those of facts: where a text alone was read, nothing is to be explained by them.
+    return (section for each in comparisons if not each.only_texts for _, section in _list_sections(each))
+
+
+def _list_sections(comparison: Comparison) -> Iterator[tuple[str, Section]]:
+    return ((name, section) for name, section in find_sections()[0].items() if name not in comparison.left_out)
+
+
+def check_parts(parts: Iterable[Part] | str | bytes) -> tuple[Part, ...]:
+    """Return the parts with all their text plain.
+
+    Raises
+    ------
+    TypeError : one is no part, or holds what is neither text nor a number.
+    ValueError : a row of a table has more or fewer cells than there are columns.
+    """
+    if isinstance(parts, str | bytes):
+        raise TypeError("`parts` gives text, where it should give parts of a section")
+    return tuple(_check_part(part) for part in parts)
+
+
+def _check_part(part: Any) -> Any:
+    if type(part) not in _KINDS:
+        raise TypeError(f"`parts` gives {type(part).__name__}, which is no part of a section")
+    if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
+        raise ValueError(f"a row of the table {part.caption!r} has more or fewer cells than there are columns")
+    return replace(part, **{each.name: _make_plain(getattr(part, each.name)) for each in fields(part)})
+
+
+def _make_plain(value: Any) -> Any:
+    # A text may be of a class that says it is HTML; what comes of `plain` is text alone.
+    if isinstance(value, str):
+        return plain(value, _LONGEST)
+    if isinstance(value, tuple | list):
+        return tuple(map(_make_plain, value))
+    if value is None or type(value) in (int, float, bool, Estimate) or (callable(value) and not is_dataclass(value)):
+        return value
+    return _check_part(value)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, count, estimate, p_value, percent, plain, points, share
 from compressknow.comparison.clusters import FEWEST
 from compressknow.comparison.distributions import CALIBRATION_BINS
 from compressknow.comparison.intervals import mcnemar, paired_difference, proportion
-from compressknow.comparison.records import Certainty, Confidence, Counts, Estimate, ProbeFigures, ReliabilityBin, Third
+from compressknow.comparison.records import Certainty, Confidence, Counts, Estimate, ReliabilityBin, Third
 from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import Chart
 from compressknow.pages.parts import Charts, Folded, Note, Part, Table
-from compressknow.pages.records import Comparison, certainty_to_json, estimate_to_json
+from compressknow.pages.records import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +52,7 @@ class HowSure(Section):
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
-        columns = [each for each in _columns(context.comparison) if each[1].known_before]
+        columns = [each for each in _list_columns(context.comparison) if each[1].known_before]
         # On a page of many models the verdict alone says it; the JSON has it all.
         if not columns or context.limits.relations is not None:
             return
@@ -61,20 +60,17 @@ class HowSure(Section):
         yield Table(
             "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
         )
-        yield from _without_clusters(columns)
-
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return certainty_to_json(probe.certainty)
+        yield from _note_missing_clusters(columns)
 
 
-def _columns(comparison: Comparison) -> Iterator[_Figures]:
+def _list_columns(comparison: Comparison) -> Iterator[_Figures]:
     for probe in comparison.probes:
         yield plain(probe.probe, 60), probe.counts, probe.certainty
     if len(comparison.probes) > 1:
         yield "all", comparison.counts, comparison.certainty
 
 
-def _without_clusters(columns: list[_Figures]) -> Iterator[Note]:
+def _note_missing_clusters(columns: list[_Figures]) -> Iterator[Note]:
     for name, _, sure in columns:
         where = f" of {name}" if len(columns) > 1 else ""
         if sure.relations == 1:
@@ -83,26 +79,26 @@ def _without_clusters(columns: list[_Figures]) -> Iterator[Note]:
             yield Note(f"The known facts{where} are of {sure.relations} relations: too few for an interval over these.")
 
 
-def _difference(figures: _Figures) -> str:
+def _write_difference(figures: _Figures) -> str:
     simple = paired_difference(figures[1])
     return estimate(simple.value, simple.low, simple.high, points)
 
 
-def _written(figure: Estimate, write: Callable[[float], str] = share) -> str:
+def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
     return NONE if figure.low is None else estimate(figure.value, figure.low, figure.high, write)
 
 
 def _simple(figures: _Figures) -> str:
-    return _written(proportion(figures[1].both, figures[1].known_before))
+    return _write_interval(proportion(figures[1].both, figures[1].known_before))
 
 
 _ROWS: tuple[tuple[str, Callable[[_Figures], str]], ...] = (
     ("Known facts", lambda figures: count(figures[1].known_before)),
     ("Relations with known facts", lambda figures: count(figures[2].relations)),
     ("Knowledge kept, simple interval", _simple),
-    ("Knowledge kept, interval over relations", lambda figures: _written(figures[2].kept)),
-    ("Difference of accuracy, simple interval", _difference),
-    ("Difference of accuracy, interval over relations", lambda figures: _written(figures[2].difference, points)),
+    ("Knowledge kept, interval over relations", lambda figures: _write_interval(figures[2].kept)),
+    ("Difference of accuracy, simple interval", _write_difference),
+    ("Difference of accuracy, interval over relations", lambda figures: _write_interval(figures[2].difference, points)),
     ("Net change against chance, by relation", lambda figures: _by_relation(figures[2])),
     ("Net change against chance, facts as independent", lambda figures: p_value(mcnemar(figures[1]))),
     ("Smallest net loss seen", lambda figures: share(figures[2].smallest_loss)),
@@ -154,42 +150,19 @@ class Confident(Section):
             return
         for probe in context.comparison.probes:
             if probe.confidence:
-                yield from _parts(plain(probe.probe, 60), probe.confidence)
-
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return confidence_to_json(probe.confidence)
+                yield from _list_parts(plain(probe.probe, 60), probe.confidence)
 
 
-def confidence_to_json(confidence: Confidence | None) -> dict[str, Any]:
-    """How sure both models are; None, and no thirds, where that cannot be told."""
-    told = asdict(confidence) if confidence else {}
-    sides = ("original", "compressed")
-    keys = ["confidence_median", *(f"{key}_{side}" for key in ("wrong", "confidently_wrong") for side in sides)]
-    return {
-        **{key: told.get(key.removeprefix("confidence_")) for key in keys},
-        "by_confidence": {third.name: _third_to_json(third) for third in confidence.thirds} if confidence else {},
-        **{f"reliability_{side}": list(told.get(f"reliability_{side}", ())) for side in sides},
-    }
-
-
-def _third_to_json(third: Third) -> dict[str, Any]:
-    return {
-        "confidence": [third.low, third.high],
-        **{"n": third.counts.n, "both": third.counts.both, "lost": third.counts.lost},
-        **estimate_to_json("kept", third.kept),
-    }
-
-
-def _parts(name: str, confidence: Confidence) -> Iterator[Part]:
+def _list_parts(name: str, confidence: Confidence) -> Iterator[Part]:
     if confidence.thirds:
-        yield _thirds(name, confidence.thirds)
-    yield Note(_confidently_wrong(name, confidence), _DRAWN)
+        yield _tabulate_thirds(name, confidence.thirds)
+    yield Note(_describe_wrong(name, confidence), _DRAWN)
     sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
-    yield Charts(tuple(_chart(name, side, bins) for side, bins in sides.items()), f"Calibration, {name}")
-    yield Folded(f"Calibration, {name}, bin by bin", (_bins(name, *sides.values()),))
+    yield Charts(tuple(_chart_calibration(name, side, bins) for side, bins in sides.items()), f"Calibration, {name}")
+    yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
 
 
-def _thirds(name: str, thirds: Sequence[Third]) -> Table:
+def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
     return Table(
         f"{name}: kept by the original's confidence",
         ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
@@ -208,7 +181,7 @@ def _thirds(name: str, thirds: Sequence[Third]) -> Table:
     )
 
 
-def _confidently_wrong(name: str, told: Confidence) -> str:
+def _describe_wrong(name: str, told: Confidence) -> str:
     sides = (
         f"{count(part)} of the {whose}'s {count(wrong)} wrong answers ({percent(part, wrong)})"
         for whose, part, wrong in (
@@ -222,7 +195,7 @@ def _confidently_wrong(name: str, told: Confidence) -> str:
     )
 
 
-def _chart(name: str, side: str, bins: Sequence[ReliabilityBin]) -> Chart:
+def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> Chart:
     told = ", ".join(
         f"at {share(each.confidence)} confidence {percent(each.right, each.facts)} right" for each in bins if each.facts
     )
@@ -240,17 +213,17 @@ def _draw(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:
     plot.set_xlim(-2, 102)
     plot.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
     plot.set_xlabel("confidence; right answers upwards", fontsize=11, loc="left")
-    drawing.percent_axis(plot, 0)
+    drawing.set_percent_axis(plot, 0)
 
 
-def _bins(name: str, original: Sequence[ReliabilityBin], compressed: Sequence[ReliabilityBin]) -> Table:
+def _tabulate_bins(name: str, original: Sequence[ReliabilityBin], compressed: Sequence[ReliabilityBin]) -> Table:
     rows = []
     for place, (before, after) in enumerate(zip(original, compressed, strict=True)):
         if before.facts or after.facts:
             ends = (100 * edge / CALIBRATION_BINS for edge in (place, place + 1))
-            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *_cells(before), *_cells(after)))
+            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *_make_cells(before), *_make_cells(after)))
     return Table(f"Calibration of both models, {name}", _BINS, tuple(rows))
 
 
-def _cells(told: ReliabilityBin) -> tuple[str, str]:
+def _make_cells(told: ReliabilityBin) -> tuple[str, str]:
     return count(told.facts), percent(told.right, told.facts) if told.facts else NONE

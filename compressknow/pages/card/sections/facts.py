@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, count, estimate, ordinal, percent, plain, share
 from compressknow.comparison.records import ChangedFact, Counts, Estimate, Group, Knowing, ProbeFigures, Wordings
@@ -12,10 +12,9 @@ from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
-from compressknow.pages.drawing import Chart, percents
-from compressknow.pages.parts import BLANK, Beside, Note, Part, Table, fact_parts, groups_table
-from compressknow.pages.records import Comparison, counts_to_json, estimate_to_json, groups_to_json
-from compressknow.pages.texts import text_parts, texts_to_json, warnings_of
+from compressknow.pages.drawing import Chart, to_percents
+from compressknow.pages.parts import BLANK, Beside, Note, Part, Table, make_fact_parts, make_groups_table
+from compressknow.pages.texts import list_text_warnings, make_text_parts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +35,8 @@ class Lost(Section):
         if context.comparison.only_texts:
             return
         caption = "The original answered these right, the compressed model does not"
-        yield from _facts(context.comparison.lost, caption, "lost", context.limits.lost, context.limits.shown)
-
-    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
-        return {"lost_facts": [asdict(fact) for fact in comparison.lost]}
+        limits = context.limits
+        yield from _list_facts(context.comparison.lost, caption, "lost", limits.lost, limits.shown)
 
 
 class Gained(Section):
@@ -53,32 +50,31 @@ class Gained(Section):
         if context.comparison.only_texts:
             return
         caption = "The original answered these wrong, the compressed model answers them right"
-        yield from _facts(context.comparison.gained, caption, "gained", context.limits.gained, context.limits.shown)
+        yield from _list_facts(
+            context.comparison.gained, caption, "gained", context.limits.gained, context.limits.shown
+        )
 
-    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
-        return {"gained_facts": [asdict(fact) for fact in comparison.gained]}
 
-
-def _facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit: int, shown: int) -> Iterator[Part]:
+def _list_facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit: int, shown: int) -> Iterator[Part]:
     graded = any(fact.grade_after for fact in facts)
-    rows = tuple(_row(fact, graded=graded) for fact in facts[:limit])
+    rows = tuple(_make_row(fact, graded=graded) for fact in facts[:limit])
     columns = _GRADED if graded else _COLUMNS
-    return fact_parts(caption, columns, rows, shown, left_out=len(facts) - len(rows), shade=shade)
+    return make_fact_parts(caption, columns, rows, shown, left_out=len(facts) - len(rows), shade=shade)
 
 
-def _row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
+def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
     return (
         plain(fact.prompt.replace(BLANK, "___"), 300),
         plain(fact.gold),
         answer(fact.before),
         answer(fact.after),
         f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
-        *([_grade(fact)] if graded else []),
+        *([_write_grade(fact)] if graded else []),
         plain(fact.relation, 60),
     )
 
 
-def _grade(fact: ChangedFact) -> str:
+def _write_grade(fact: ChangedFact) -> str:
     back = ", comes back with one example" if fact.with_example else ""
     return plain(fact.grade_after, 20) + back if fact.grade_after else NONE
 
@@ -90,20 +86,12 @@ class Dropped(Section):
     order = 80
 
     def parts(self, context: Context) -> Iterator[Part]:
-        if rows := tuple(row for probe in context.comparison.probes for row in _dropped(probe)):
+        if rows := tuple(row for probe in context.comparison.probes for row in _list_dropped(probe)):
             columns = ("Reason", "Probe", "Facts", "Of those read")
             yield Table("Facts that were dropped", columns, rows, captioned=False)
 
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return {
-            "facts_read": probe.facts_read,
-            "dropped": dict(probe.dropped),
-            "limit": probe.limit,
-            "seed": probe.seed,
-        }
 
-
-def _dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
+def _list_dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
     read = max(probe.facts_read, sum(probe.dropped.values()))
     for reason, number in probe.dropped.items():
         if number:
@@ -118,7 +106,9 @@ class Relations(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         tables = [
-            _most_lost(probe, context.limits.relations) for probe in context.comparison.probes if probe.by_relation
+            _tabulate_relations(probe, context.limits.relations)
+            for probe in context.comparison.probes
+            if probe.by_relation
         ]
         yield from tables
         if tables:
@@ -127,18 +117,15 @@ class Relations(Section):
                 "hardly explains that a relation lost more than it gained, or less."
             )
 
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return {"by_relation": groups_to_json(probe.by_relation)}
 
-
-def _most_lost(probe: ProbeFigures, limit: int | None) -> Table:
+def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
     """All relations, or the `limit` that lost most."""
     caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
     if limit is None or len(groups) <= limit:
-        return groups_table(groups, "Relation", caption)
+        return make_groups_table(groups, "Relation", caption)
     most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
     others = count(len(groups) - limit)
-    return groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
+    return make_groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
 
 
 class Popularity(Section):
@@ -151,14 +138,11 @@ class Popularity(Section):
         for probe in context.comparison.probes:
             if bins := probe.by_popularity:
                 name = plain(probe.probe, 60)
-                table = groups_table(bins, "Popularity", f"{name} by popularity", bars=False)
-                yield Beside(popularity_chart(bins, name), replace(table, sortable=False))
-
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return {"by_popularity": groups_to_json(probe.by_popularity)}
+                table = make_groups_table(bins, "Popularity", f"{name} by popularity", bars=False)
+                yield Beside(chart_popularity(bins, name), replace(table, sortable=False))
 
 
-def popularity_chart(groups: Sequence[Group], name: str) -> Chart | None:
+def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
     """Knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
     bins = [(plain(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
@@ -168,21 +152,21 @@ def popularity_chart(groups: Sequence[Group], name: str) -> Chart | None:
     return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
 
 
-def _tick(bin: str) -> str:
+def _shorten_tick(bin: str) -> str:
     """Short, or the fifth touches the fourth."""
     return bin.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in bin else bin
 
 
 def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
     for x, (_, kept) in enumerate(bins):
-        value, low, high = percents(kept)
+        value, low, high = to_percents(kept)
         plot.plot([x, x], [low, high], color=drawing.SERIES[0], linewidth=2, solid_capstyle="round")
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
         plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
     plot.set_xlim(-0.4, len(bins) - 0.3)
-    plot.set_xticks(range(len(bins)), [_tick(label) for label, _ in bins], fontsize=10)
+    plot.set_xticks(range(len(bins)), [_shorten_tick(label) for label, _ in bins], fontsize=10)
     # The axis begins at the tens below the lowest interval.
-    drawing.percent_axis(plot, max(0, int(min(percents(kept)[1] for _, kept in bins) // 10) * 10))
+    drawing.set_percent_axis(plot, max(0, int(min(to_percents(kept)[1] for _, kept in bins) // 10) * 10))
 
 
 class Grades(Section):
@@ -212,16 +196,15 @@ class Grades(Section):
         if not graded or context.limits.relations is not None:
             return
         for probe, knowing in graded:
-            yield table_of(knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became")
+            yield make_grades_table(
+                knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became"
+            )
             if told := " ".join(_describe_grades(knowing)):
                 yield Note(told)
         yield Note("The glossary says what each grade means.")
 
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return {"knowing": knowing_to_json(probe.knowing)}
 
-
-def table_of(knowing: Knowing, caption: str, who: str = "Original") -> Table:
+def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> Table:
     """Facts by the grades of one model, `who`, in rows, and of the other in columns."""
     rows = [
         (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
@@ -240,18 +223,6 @@ def _describe_grades(knowing: Knowing) -> Iterator[str]:
             yield f"The {who} cannot write: {PRODUCED} is left out."
 
 
-def knowing_to_json(knowing: Knowing | None) -> dict[str, Any] | None:
-    """Under the names that others rely on: {"original", "compressed", "moved": {"GRADE>GRADE": facts}, ...}."""
-    if knowing is None:
-        return None
-    return {
-        "original": dict(knowing.original),
-        "compressed": dict(knowing.compressed),
-        "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
-        "with_example": {"n": knowing.shown, "produced": knowing.back},
-    }
-
-
 class Text(Section):
     """Two tables and a chart a text; left out where there is none."""
 
@@ -259,13 +230,10 @@ class Text(Section):
     order = 55
 
     def parts(self, context: Context) -> Iterator[Part]:
-        return text_parts(context.comparison.texts, ("original", "compressed"))
+        return make_text_parts(context.comparison.texts, ("original", "compressed"))
 
     def warnings(self, context: Context) -> Iterator[str]:
-        return warnings_of(context.comparison.texts)
-
-    def to_json(self, comparison: Comparison) -> Mapping[str, Any]:
-        return {"texts": texts_to_json(comparison.texts)} if comparison.texts else {}
+        return list_text_warnings(context.comparison.texts)
 
 
 _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "Gained", "Kept")
@@ -281,16 +249,13 @@ class ByWording(Section):
         for probe in context.comparison.probes:
             # On a page of many models the JSON alone has them.
             if (wordings := probe.wordings) and context.limits.relations is None:
-                rows = [_wording_row(str(each.number), each.counts, each.kept) for each in wordings.by_template]
-                rows.append(_wording_row("majority", probe.counts, probe.kept))
+                rows = [_make_wording_row(str(each.number), each.counts, each.kept) for each in wordings.by_template]
+                rows.append(_make_wording_row("majority", probe.counts, probe.kept))
                 yield Table(f"{plain(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
                 yield Note(_describe_agreement(wordings))
 
-    def probe_to_json(self, probe: ProbeFigures) -> Mapping[str, Any]:
-        return wordings_to_json(probe.wordings)
 
-
-def _wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
+def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
     return (
         name,
         count(counts.n),
@@ -309,16 +274,3 @@ def _describe_agreement(wordings: Wordings) -> str:
         "wordings of a fact that are answered alike (Elazar et al. 2021): "
         f"{share(before)} before, {share(after)} after."
     )
-
-
-def wordings_to_json(wordings: Wordings | None) -> dict[str, Any]:
-    """By number of the wording, as text; empty where there is one wording."""
-    before, after = wordings.consistency if wordings else (None, None)
-    return {
-        "by_template": {
-            str(each.number): {**counts_to_json(each.counts), **estimate_to_json("kept", each.kept)}
-            for each in (wordings.by_template if wordings else ())
-        },
-        "consistency_original": before,
-        "consistency_compressed": after,
-    }
