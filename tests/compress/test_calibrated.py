@@ -22,9 +22,8 @@ from compressknow.compress.calibrate.compensation import inverse_factor, inverse
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
-from compressknow.compress.schemes import SCHEMES, Scheme
+from compressknow.compress.schemes import SCHEMES, Scheme, nearest
 from compressknow.compress.schemes.gptq import gptq
-from compressknow.compress.schemes.rounding import nearest
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,

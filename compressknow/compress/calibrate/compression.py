@@ -34,8 +34,7 @@ from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
-from compressknow.compress.schemes import Scheme
-from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.schemes import Scheme, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
