@@ -23,12 +23,12 @@ from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, OutputFiles, Work, hash_file
 from compressknow.compress.proof import planned_headers, prove, prove_written
-from compressknow.compress.pruning import Mask, choose, pruned_count
+from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import quantization_config
 from compressknow.compress.staging import Staging, clean, refuse_output
-from compressknow.compress.steps import Prune, Quantize
+from compressknow.compress.steps import Prune, Quantize, choose_masks, count_pruned
 from compressknow.model.checkpoint import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
@@ -272,7 +272,7 @@ def _write_weights(
         try:
             told = None if _is_calibrated(plan) else advance
             work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs, plan.unfitted)
-            masks = choose_masks(work, plan)
+            masks = choose_all_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
             hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})
             refuse_miscounts(plan, measured)
@@ -369,13 +369,13 @@ def carried_files(folder: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
+def choose_all_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
     """What the plan prunes by looking at weights alone, by tensor name."""
     masks: dict[str, Mask] = {}
     for index, step in enumerate(plan.recipe.steps):
         if isinstance(step, Prune) and not step.calibrated:
             tensors = plan.pruned_by(index)
-            chosen = choose(work, step, [tensor.to_prune for tensor in tensors])
+            chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
     return masks
 
@@ -385,7 +385,7 @@ def refuse_miscounts(plan: Plan, measured: Mapping[str, Measured]) -> None:
     for index, step in enumerate(plan.recipe.steps):
         if isinstance(step, Prune):
             tensors = plan.pruned_by(index)
-            _, said = pruned_count(step, [tensor.to_prune for tensor in tensors])
+            _, said = count_pruned(step, [tensor.to_prune for tensor in tensors])
             if (found := sum(measured[tensor.name].pruned for tensor in tensors)) != said:
                 raise CompressknowError(f"{step.method} prunes {found:,} weights where it said {said:,}.")
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, count, percent, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.compress.plan import NOT_LINEAR, Plan, PlannedTensor
+from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
 from compressknow.model.manifest import COUNTS, MANIFEST_NAME, SCHEMA, ranges
-from compressknow.model.structure import GROUPS
+from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
     from compressknow.compress.removal.neurons import DroppedNeurons

@@ -13,25 +13,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.compress.pruning import METHODS, Weights, pruned_count
+from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
-from compressknow.compress.steps import Prune, Quantize, Step
+from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import headers_of, load_report
 from compressknow.model.scopes import Action, select
-from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.structure import NOT_LINEAR, LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.compress.removal.smaller import Removal
-
-
-# The group of every tensor that is not a Linear weight: embeddings, norms, biases.
-NOT_LINEAR = "not-linear"
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ class Plan:
         for index, step in enumerate(self.recipe.steps):
             if isinstance(step, Prune):
                 tensors = self.pruned_by(index)
-                counts, in_all = pruned_count(step, [tensor.to_prune for tensor in tensors])
+                counts, in_all = count_pruned(step, [tensor.to_prune for tensor in tensors])
                 total += in_all
                 known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
         return known, total

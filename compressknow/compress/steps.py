@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.compress.parameters import Parameter
-from compressknow.compress.pruning import METHODS, PruningMethod
+from compressknow.compress.pruning import METHODS, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.scopes import (
     DEFAULT_SCOPES,
@@ -18,6 +18,13 @@ from compressknow.model.scopes import (
     check_scope_names,
     layer_ranges,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressknow.compress.blocks import Block, Reader
+    from compressknow.compress.calibrate.statistics import InputStatistics
+    from compressknow.compress.pruning import BlockMask, BoolArray, Mask, Pruned
 
 # Parameters that every prune step says, whatever its method has of them.
 SHARED = ("per_layer", "norm", "dim", "seed")
@@ -365,3 +372,61 @@ def _as_a_share(amount: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
+    """Return how many weights a step zeroes, from shapes alone: in each tensor, and in all. The first is None where one
+    choice over all tensors decides how many fall in which."""
+    if step.is_global:
+        return None, round(step.amount * sum(each.tensor.numel for each in weights))
+    with METHODS.answering(step.method):
+        counts = [step.chosen.count(each, step.amount) for each in weights]
+    return counts, sum(counts)
+
+
+def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
+    """Decide what a step prunes by looking at weights alone.
+
+    Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
+    another package fails.
+    """
+    with METHODS.answering(step.method):
+        masks = step.chosen.choose(reader, weights, step.amount)
+        if len(masks) != len(weights):
+            raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
+    return [_ThirdPartyMask(step.method, mask) if METHODS.is_added(step.method) else mask for mask in masks]
+
+
+def prune_matrix(
+    step: Prune, weight: torch.Tensor, inputs: InputStatistics
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what the method of a step makes of one matrix, float32 [out, in]: see `Calibrated.prune`.
+
+    Raises CompressknowError where a method of another package fails, or gives something of another form.
+    """
+    with METHODS.answering(step.method):
+        mask, values = step.chosen.prune(weight, inputs, step.amount)
+        shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
+        if any(shape != tuple(weight.shape) for shape in shapes):
+            raise CompressknowError(
+                f"{step.method} gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}."
+            )
+    return mask, values
+
+
+@dataclass(frozen=True)
+class _ThirdPartyMask:
+    """Mask of another package, which may fail in any way."""
+
+    method: str
+    mask: Mask
+
+    def start(self) -> BlockMask:
+        with METHODS.answering(self.method):
+            mask_block = self.mask.start()
+
+        def mask_or_explain(block: Block) -> BoolArray | Pruned:
+            with METHODS.answering(self.method):
+                return mask_block(block)
+
+        return mask_or_explain

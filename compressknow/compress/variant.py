@@ -14,7 +14,7 @@ from compressknow.compress.calibrate.text import kept_text
 from compressknow.compress.convert import (
     Conversion,
     calibration_record,
-    choose_masks,
+    choose_all_masks,
     compress_blocks,
     decided,
     output_config,
@@ -110,7 +110,7 @@ class VariantMaker:
         output, text = _Memory(plan, {} if alone else self._kept), self.text(plan)
         with Pool(self._threads) as pool:
             work = Work(pool, files, lambda _: None, output, plan.unfitted)
-            masks = choose_masks(work, plan)
+            masks = choose_all_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text)
             done = calibrated.measured if calibrated else {}
 

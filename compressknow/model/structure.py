@@ -9,6 +9,8 @@ from typing import Literal
 Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
 GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other", "vision")
+# The group of every tensor that is not a Linear weight: embeddings, norms, biases.
+NOT_LINEAR = "not-linear"
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.pruning import METHODS, Calibrated, Weights, choose
+from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.pruning.masks import smallest_of_rows
 from compressknow.compress.recipe import Recipe, read_recipe
-from compressknow.compress.steps import Prune, Where
+from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_pruning import GPT_OSS, feed_forward
@@ -47,7 +47,7 @@ def pruned(weight: Tensor, pattern: str, amount: float, folder: Path, *, transpo
     step = Prune(amount, parameters={"pattern": pattern})
     with Pool(2) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
-        (mask,) = choose(reader, step, [Weights(tensor, transposed)])
+        (mask,) = choose_masks(reader, step, [Weights(tensor, transposed)])
         for _ in range(2):
             of_block = mask.start()
             rows = [torch.tensor(of_block(block)) for block in reader.blocks(tensor)]

@@ -19,10 +19,10 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.pruning import Weights, choose
+from compressknow.compress.pruning import Weights
 from compressknow.compress.pruning.masks import tensor_seed
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune, Where
+from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import save_tiny
@@ -60,7 +60,9 @@ def pruned(weights: dict[str, Tensor], step: Prune, folder: Path) -> dict[str, T
     with Pool(2) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         found = {}
-        for tensor, mask in zip(tensors, choose(reader, step, [Weights(tensor) for tensor in tensors]), strict=True):
+        for tensor, mask in zip(
+            tensors, choose_masks(reader, step, [Weights(tensor) for tensor in tensors]), strict=True
+        ):
             block_mask = mask.start()
             rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
             found[tensor.name] = torch.cat(rows).view(tensor.shape)

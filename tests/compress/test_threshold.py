@@ -18,9 +18,9 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
-from compressknow.compress.pruning import Weights, choose
+from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune, Quantize, Step
+from compressknow.compress.steps import Prune, Quantize, Step, choose_masks
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view
 from tests.models import save_tiny
 
@@ -81,7 +81,9 @@ def pruned(weights: list[Tensor], step: Prune, threads: int = 2) -> list[Tensor]
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         found = []
-        for tensor, mask in zip(stored, choose(reader, step, [Weights(tensor) for tensor in stored]), strict=True):
+        for tensor, mask in zip(
+            stored, choose_masks(reader, step, [Weights(tensor) for tensor in stored]), strict=True
+        ):
             block_mask = mask.start()
             rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
             found.append(torch.cat(rows).view(tensor.shape))

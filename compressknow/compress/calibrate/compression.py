@@ -33,8 +33,9 @@ from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_me
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
-from compressknow.compress.pruning import BlockMask, Mask, Pruned, pruned_matrix
+from compressknow.compress.pruning import BlockMask, Mask, Pruned
 from compressknow.compress.schemes import Scheme, nearest
+from compressknow.compress.steps import prune_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,7 +282,7 @@ class _Run:
         changed = False
         for place, own in enumerate(statistics):
             matrix = stacked[place].to(torch.float32)
-            mask, new = pruned_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, own)
+            mask, new = prune_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, own)
             dropped[place] = mask.T if tensor.transposed else mask
             if new is not None:
                 stacked[place] = (new.T if tensor.transposed else new).to(values.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.errors import UsageError
 from compressknow.base.registry import Registry
 from compressknow.compress.parameters import Parametric, parameter
 from compressknow.model.tensors import StoredTensor
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from compressknow.compress.blocks import Block, Reader
     from compressknow.compress.calibrate.statistics import InputStatistics
-    from compressknow.compress.steps import Prune
 
     BoolArray = npt.NDArray[np.bool_]
 
@@ -130,7 +129,7 @@ class PruningMethod(Parametric, abc.ABC):
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         """A mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
 
-        The masks of one step zero exactly as many weights as `pruned_count` says, whatever the number of threads.
+        The masks of one step zero exactly as many weights as `count_pruned` says, whatever the number of threads.
         `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
         """
 
@@ -175,67 +174,6 @@ METHODS: Registry[PruningMethod] = Registry(
         "sparsegpt": "compressknow.compress.pruning.calibrated:SparseGPT",
     },
 )
-
-
-def pruned_count(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
-    """How many weights a step zeroes, from shapes alone: in each tensor, and in all (`None` where one choice over all
-    tensors decides how many fall in which)."""
-    if step.is_global:
-        return None, round(step.amount * sum(each.tensor.numel for each in weights))
-    with METHODS.answering(step.method):
-        counts = [step.chosen.count(each, step.amount) for each in weights]
-    return counts, sum(counts)
-
-
-def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
-    """Decide what a step prunes.
-
-    Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
-    another package fails.
-    """
-    with METHODS.answering(step.method):
-        masks = step.chosen.choose(reader, weights, step.amount)
-        if len(masks) != len(weights):
-            raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
-    return [_Foreign(step.method, mask) if METHODS.is_added(step.method) else mask for mask in masks]
-
-
-def pruned_matrix(
-    step: Prune, weight: torch.Tensor, inputs: InputStatistics
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the method of a step makes of one matrix, float32 [out, in]: see `Calibrated.prune`.
-
-    Raises CompressknowError where a method of another package fails, or gives something of another form.
-    """
-    with METHODS.answering(step.method):
-        mask, values = step.chosen.prune(weight, inputs, step.amount)
-        shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
-        if any(shape != tuple(weight.shape) for shape in shapes):
-            raise CompressknowError(
-                f"{step.method} gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}."
-            )
-    return mask, values
-
-
-@dataclass(frozen=True)
-class _Foreign:
-    """A mask of another package: it may fail in any way."""
-
-    method: str
-    mask: Mask
-
-    def start(self) -> BlockMask:
-        block_mask = self._begun()
-
-        def answered(block: Block) -> BoolArray | Pruned:
-            with METHODS.answering(self.method):
-                return block_mask(block)
-
-        return answered
-
-    def _begun(self) -> BlockMask:
-        with METHODS.answering(self.method):
-            return self.mask.start()
 
 
 # As far as an amount may be off, so that 0.6667 will do for 1:3.

@@ -11,7 +11,6 @@ import torch
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.blocks import Block, Reader
-from compressknow.compress.plan import NOT_LINEAR
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.blocks import DroppedBlocks, named_blocks, refuse_all, stacks_in, without_blocks
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, neurons_in, with_fewer_neurons
@@ -20,7 +19,7 @@ from compressknow.compress.steps import DropBlocks, DropNeurons
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.naming import Naming
-from compressknow.model.structure import Structure
+from compressknow.model.structure import NOT_LINEAR, Structure
 from compressknow.model.tensors import StoredTensor, byte_view, torch_dtype
 
 if TYPE_CHECKING:
