@@ -33,7 +33,7 @@ class Inverse:
     order: torch.Tensor | None = None
 
 
-def inverse_factor(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
+def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
     """U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its rows
     and columns in the `order` given (int64 [in]).
 
@@ -56,8 +56,8 @@ def inverse_factor(inputs: InputStatistics, order: torch.Tensor | None = None) -
     )
 
 
-def inverse_of(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
-    """As `inverse_factor`, computed once for all that share these products and kept as long as they are.
+def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
+    """As `factor_inverse`, computed once for all that share these products and kept as long as they are.
 
     `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
     """
@@ -68,7 +68,7 @@ def inverse_of(inputs: InputStatistics, *, by_activation: bool = False) -> Inver
     with kept.lock:
         if key not in kept.inverses:
             order = torch.argsort(inputs.squares, descending=True, stable=True) if by_activation else None
-            kept.inverses[key] = Inverse(inverse_factor(inputs, order), order)
+            kept.inverses[key] = Inverse(factor_inverse(inputs, order), order)
         return kept.inverses[key]
 
 

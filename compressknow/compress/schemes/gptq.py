@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, inverse_of
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.schemes import Scheme, nearest
 
@@ -33,7 +33,7 @@ def gptq(
 
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
-    inverse = inverse_of(inputs, by_activation=True)
+    inverse = get_inverse(inputs, by_activation=True)
     assert inverse.order is not None
     columns = values.to(torch.float32).T[inverse.order]
     codes: list[torch.Tensor] = []
