@@ -93,7 +93,7 @@ def convert(
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
     _refuse_no_text(chosen)
     from compressknow.base.progress import Stage, begun, listener
-    from compressknow.compress.calibrate.trial import refuse_unsmoothable
+    from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
@@ -104,7 +104,7 @@ def convert(
     with begun(listening, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
-            refuse_unsmoothable(*conversion)
+            check_smoothable(*conversion)
             return Manifest({**preview(conversion.plan), "planned_files": planned_files(conversion.plan)})
         if not wanted:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)

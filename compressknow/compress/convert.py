@@ -104,11 +104,11 @@ def text_for(
     if (calibration := plan.recipe.calibration) is None:
         return None
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
-    tree = plan.removal.given[1] if plan.removal else conversion.tree
+    tree = plan.removal.original[1] if plan.removal else conversion.tree
+    from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.calibrate.text import calibration_text
-    from compressknow.compress.calibrate.trial import refuse_unsmoothable
 
-    refuse_unsmoothable(plan, conversion.tree)
+    check_smoothable(plan, conversion.tree)
     return calibration_text(
         plan.checkpoint.folder,
         tree,
@@ -142,13 +142,13 @@ def decided(
     Raises what `decide` does.
     """
     plan = conversion.plan
-    if plan.removal is None or plan.removal.decided:
+    if plan.removal is None or plan.removal.is_decided:
         return conversion
     from compressknow.compress.removal.calibrated import decide
 
     assert text is not None
     with begin("choose") as advance:
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
     smaller, tree = planned_on(removal, plan.recipe)
     return Conversion(proved(smaller, tree), tree)
 
@@ -241,7 +241,7 @@ def write(
 @contextmanager
 def _scratch(plan: Plan, staging: Staging) -> Iterator[Path]:
     """A folder for tensors that are cut, in that of the output: a run that dies leaves none behind."""
-    if plan.removal is None or plan.removal.decided:
+    if plan.removal is None or plan.removal.is_decided:
         yield staging.folder
         return
     with TemporaryDirectory(dir=staging.folder, prefix=".cut-") as folder:
@@ -296,7 +296,7 @@ def compress_blocks(
     from compressknow.compress.calibrate.compression import calibrate
 
     assert text is not None
-    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, told=advance or max)
+    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, on_progress=advance or max)
 
 
 def _is_calibrated(plan: Plan) -> bool:
@@ -335,7 +335,7 @@ def calibration_record(
     """What a manifest says of calibration; None where there was none."""
     if text is None:
         return None
-    apart = (done is None or done.apart) and (removal is None or removal.apart)
+    apart = (done is None or done.is_blockwise) and (removal is None or removal.is_blockwise)
     said = {"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed}
     smoothed = {"smoothed": done.smoothed} if done and done.smoothed else {}
     return {**said, "blocks_apart": apart, "unseen": done.unseen if done else [], **smoothed}

@@ -208,7 +208,7 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "blocks": [
             {
                 **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
-                **{"after": len(drop.kept), "dropped": list(drop.dropped) if drop.known else []},
+                **{"after": len(drop.remaining), "dropped": list(drop.dropped) if drop.is_decided else []},
                 **({"similarities": list(map(_nine_digits, drop.similarities))} if drop.similarities else {}),
             }
             for drop in removal.blocks
@@ -227,9 +227,9 @@ def _removed(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> dict[str, list[str]]:
     """Which neurons went, by network; nothing before the text has said which."""
-    if not removal.kept:
+    if not removal.selected:
         return {}
-    kept = [set(removal.kept[network.down.parameter]) for network in drop.networks]
+    kept = [set(removal.selected[network.down.parameter]) for network in drop.networks]
     return {"dropped": [ranges(n for n in range(drop.width.value) if n not in stay) for stay in kept]}
 
 
@@ -272,7 +272,7 @@ def _nine_digits(value: float) -> float:
 def _name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
     """The name that a tensor had before its block was numbered anew; None where it has it still, or where the text has
     not yet said which blocks go."""
-    if removal is None or tensor.name != tensor.source.name or not all(drop.known for drop in removal.blocks):
+    if removal is None or tensor.name != tensor.source.name or not all(drop.is_decided for drop in removal.blocks):
         return None
     before = removal.names.get(tensor.name, tensor.name)
     return before if before != tensor.name else None

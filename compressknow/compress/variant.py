@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.text import kept_text
+from compressknow.compress.calibrate.text import load_or_make_text
 from compressknow.compress.convert import (
     Conversion,
     calibration_record,
@@ -140,7 +140,7 @@ class VariantMaker:
             return text
 
         if calibration not in self._texts:
-            self._texts[calibration] = kept_text(self._kept_in, calibration, make) if self._kept_in else make()
+            self._texts[calibration] = load_or_make_text(self._kept_in, calibration, make) if self._kept_in else make()
         return self._texts[calibration]
 
     def take(self, calibration: Calibration, text: CalibrationText) -> None:

@@ -41,16 +41,16 @@ def with_calibration(answers: Answers, model: ModelHandle, known_by: Answers | N
 
 
 def _found(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    from compressknow.compress.calibrate.text import texts_again
+    from compressknow.compress.calibrate.text import reread_texts
 
     trusted = model.settings.trust_remote_code
-    texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
+    texts = reread_texts(model.located.folder, calibration, trust_remote_code=trusted)
     return facts_in_text(texts, known_by) if texts else None
 
 
 def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Counted over the facts that have a subject and an object; None where none has."""
-    from compressknow.compress.calibrate.text import facts_in
+    from compressknow.compress.calibrate.text import count_facts
 
     pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for answer in known_by.answers:
@@ -59,8 +59,8 @@ def facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None
     known, others = pairs[True], pairs[False]
     if not known and not others:
         return None
-    found = facts_in(texts, known)
-    return FactsInText(len(known) + len(others), found + facts_in(texts, others), len(known), found)
+    found = count_facts(texts, known)
+    return FactsInText(len(known) + len(others), found + count_facts(texts, others), len(known), found)
 
 
 def default_answers_folder() -> Path:

@@ -54,10 +54,11 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
         return Threshold(0, (0,) * count)
     prefix, below, shift, at_index = 0, 0, bits, 0
     for width in DIGITS[bits]:
-        shift -= width
-        digit = _Digit(shift + width == bits, prefix, shift + width, shift, 1 << width)
-        histogram = torch.zeros(digit.size, dtype=torch.int64)
-        run(partial(_add_counts, keys, digit, histogram, threading.Lock()), range(count))
+        # The next digit of the keys that begin with the digits found so far.
+        above, shift = shift, shift - width
+        cut = partial(_cut_digit, above=above, shift=shift, prefix=None if above == bits else prefix)
+        histogram = torch.zeros(1 << width, dtype=torch.int64)
+        run(partial(_add_counts, keys, cut, histogram, threading.Lock()), range(count))
         cumulative = histogram.cumsum(0)
         index = int(torch.searchsorted(cumulative, amount - below))
         at_index = int(histogram[index])
@@ -74,33 +75,23 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
     return Threshold(prefix, _deal(wanted, run(count_ties, range(count))))
 
 
-@dataclass(frozen=True)
-class _Digit:
-    """Bits of a key below `above` and from `shift` on, of keys whose higher bits, if any, are `prefix`."""
-
-    leading: bool
-    prefix: int
-    above: int
-    shift: int
-    size: int
+def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Keys:
+    """Return the bits below `above` and from `shift` on, of the keys whose higher bits are `prefix`; of all if None."""
+    if prefix is None:
+        return block.reshape(-1) >> shift
+    digits: Keys = (block[(block >> above) == prefix] & ((1 << above) - 1)) >> shift
+    return digits
 
 
-def _add_counts(keys: KeyReader, digit: _Digit, histogram: torch.Tensor, lock: threading.Lock, index: int) -> None:
+def _add_counts(
+    keys: KeyReader, cut: Callable[[Keys], Keys], histogram: torch.Tensor, lock: threading.Lock, index: int
+) -> None:
     """Add a tensor's counts to the histogram of all."""
-    matching = (_strip_prefix(block, digit) for block in keys(index))
-    for batch in matching if digit.leading else _join_pieces(matching):
+    for batch in _join_pieces(map(cut, keys(index))):
         # numpy's bincount takes more than twice as long.
-        counts = torch.bincount(torch.from_numpy(batch >> digit.shift), minlength=digit.size)
+        counts = torch.bincount(torch.from_numpy(batch), minlength=len(histogram))
         with lock:
             histogram += counts
-
-
-def _strip_prefix(block: Keys, digit: _Digit) -> Keys:
-    """Return the keys of a block that have the digit's prefix, without it."""
-    if digit.leading:
-        return block.reshape(-1)
-    rest: Keys = block[(block >> digit.above) == digit.prefix] & ((1 << digit.above) - 1)
-    return rest
 
 
 def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
@@ -109,7 +100,7 @@ def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
     for piece in pieces:
         batch.append(piece)
         if sum(map(len, batch)) > BATCH:
-            yield np.concatenate(batch)
+            yield np.concatenate(batch) if len(batch) > 1 else piece
             batch.clear()
     if batch:
         yield np.concatenate(batch)
