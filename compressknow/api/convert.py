@@ -97,7 +97,7 @@ def convert(
 
         check_text(chosen.calibration.text, chosen.calibration.tokens)
     from compressknow.base.progress import Stage, begun, listener
-    from compressknow.compress.calibrate.trial import refuse_unsmoothable
+    from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
@@ -108,7 +108,7 @@ def convert(
     with begun(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         plan = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
-            refuse_unsmoothable(plan, plan.tree)
+            check_smoothable(plan, plan.tree)
             return Manifest({**preview(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
         if not wanted:

@@ -30,7 +30,7 @@ from compressknow.cli.terminal import Lines, duration, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS
-from compressknow.compress.schemes import SCHEMES, known, word_of
+from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
 from compressknow.compress.steps import ROUNDINGS, SHARED
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.model.scopes import DEFAULT_SCOPES
@@ -205,7 +205,7 @@ WIDTH = 80
 
 def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
     """Lines that say what was done, or with `dry_run` would be done, by group."""
-    word = word_of(known(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
+    word = choose_word(find_schemes(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
     yield f"{manifest['setup']}: {model} -> {output}"
     yield ""
     yield f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{word:>8}{'Before':>10}{'After':>9}"

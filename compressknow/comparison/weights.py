@@ -12,7 +12,7 @@ import torch
 
 from compressknow.comparison.differences import Sums
 from compressknow.compress.blocks import Reader, matrix_shape
-from compressknow.compress.removal.settings import block_of
+from compressknow.compress.removal.settings import parse_block
 from compressknow.compress.weights import Side, Values, dequantize_block, read_scales
 from compressknow.model.manifest import dropped_neurons
 from compressknow.model.structure import LinearWeight
@@ -94,7 +94,7 @@ def _of_the_other(dropped: Mapping[str, Dropped], other: Side, its: Mapping[str,
 
 
 def _count(side: Side, stack: str) -> int:
-    places = map(block_of, side.structure.parameters)
+    places = map(parse_block, side.structure.parameters)
     return max((place[1] + 1 for place in places if place and place[0] == stack), default=0)
 
 
@@ -118,7 +118,7 @@ def _numbered(side: Side, kept: Kept) -> Side:
 
 
 def _name_before(kept: Kept, name: str) -> str:
-    place = block_of(name)
+    place = parse_block(name)
     if place is None or place[0] not in kept or place[1] >= len(kept[place[0]]):
         return name
     return f"{place[0]}.{kept[place[0]][place[1]]}.{place[2]}"
@@ -128,7 +128,7 @@ def _weight_before(kept: Kept, weight: LinearWeight) -> LinearWeight:
     parameter = _name_before(kept, weight.parameter)
     if parameter == weight.parameter:
         return weight
-    place = block_of(parameter)
+    place = parse_block(parameter)
     return replace(
         weight,
         parameter=parameter,
@@ -171,7 +171,7 @@ def lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, Lost]:
 
 
 def _block(name: str) -> tuple[str, int] | None:
-    place = block_of(name)
+    place = parse_block(name)
     return place and place[:2]
 
 

@@ -95,12 +95,12 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
     """
     if (calibration := plan.recipe.calibration) is None:
         return None
+    from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.calibrate.text import calibration_text
-    from compressknow.compress.calibrate.trial import refuse_unsmoothable
 
-    refuse_unsmoothable(plan, plan.tree)
+    check_smoothable(plan, plan.tree)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
-    tree = plan.removal.given[1] if plan.removal else plan.tree
+    tree = plan.removal.original[1] if plan.removal else plan.tree
     folder, options = plan.checkpoint.folder, asdict(calibration)
     return calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
 
@@ -161,14 +161,14 @@ def carry_out(
 def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin) -> Plan:
     """Let the text say which blocks and neurons go, where it has not yet; plan what is left. Cut tensors lie in
     `folder`, which must stay until they are read. Raises what `decide` does."""
-    if plan.removal is None or plan.removal.decided:
+    if plan.removal is None or plan.removal.is_decided:
         return plan
     from compressknow.compress.removal.calibrated import decide
 
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
     return _plan_rest(removal, plan.recipe)
 
 
@@ -193,7 +193,7 @@ def _calibrate(
     from compressknow.compress.calibrate.compression import calibrate
 
     assert text is not None
-    return calibrate(plan, plan.tree, work, masks, text, folder=output.folder, told=advance or max)
+    return calibrate(plan, plan.tree, work, masks, text, folder=output.folder, on_progress=advance or max)
 
 
 def _write_tensors(
@@ -285,7 +285,7 @@ class VariantMaker:
         `make_text` does."""
         if (calibration := plan.recipe.calibration) is None:
             return None
-        from compressknow.compress.calibrate.text import kept_text
+        from compressknow.compress.calibrate.text import load_or_make_text
 
         def make() -> CalibrationText:
             text = make_text(plan, trust_remote_code=self._trust_remote_code)
@@ -294,7 +294,7 @@ class VariantMaker:
 
         if calibration not in self._texts:
             folder = self._folder_of_texts
-            self._texts[calibration] = kept_text(folder, calibration, make) if folder else make()
+            self._texts[calibration] = load_or_make_text(folder, calibration, make) if folder else make()
         return self._texts[calibration]
 
     def take(self, calibration: Calibration, text: CalibrationText) -> None:

@@ -154,7 +154,7 @@ def build_manifest(
 def _describe_calibration(text: CalibrationText, done: Calibrated | None, removal: Removal | None) -> dict[str, Any]:
     return {
         **{"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed},
-        "blocks_apart": (done is None or done.apart) and (removal is None or removal.apart),
+        "blocks_apart": (done is None or done.is_blockwise) and (removal is None or removal.is_blockwise),
         "unseen": done.unseen if done else [],
         **({"smoothed": done.smoothed} if done and done.smoothed else {}),
     }
@@ -215,7 +215,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         "blocks": [
             {
                 **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
-                **{"after": len(drop.kept), "dropped": list(drop.dropped) if drop.known else []},
+                **{"after": len(drop.remaining), "dropped": list(drop.dropped) if drop.is_decided else []},
                 **({"similarities": list(map(_nine_digits, drop.similarities))} if drop.similarities else {}),
             }
             for drop in removal.blocks
@@ -225,7 +225,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
                 **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
                 "modules": [network.down.module for network in drop.networks],
                 # Nothing before the text has said which.
-                **({"dropped": _dropped_neurons(drop, removal)} if removal.kept else {}),
+                **({"dropped": _dropped_neurons(drop, removal)} if removal.selected else {}),
             }
             for drop in removal.neurons
         ],
@@ -235,7 +235,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> list[str]:
     """Return the neurons that went, of each network."""
-    remaining = [set(removal.kept[network.down.parameter]) for network in drop.networks]
+    remaining = [set(removal.selected[network.down.parameter]) for network in drop.networks]
     return [ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 
 
@@ -279,7 +279,7 @@ def _nine_digits(value: float) -> float:
 def _find_name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
     """Return the name that a tensor had before its block was numbered anew; None where it has it still, or where the
     text has not yet said which blocks go."""
-    if removal is None or tensor.name != tensor.source.name or not all(drop.known for drop in removal.blocks):
+    if removal is None or tensor.name != tensor.source.name or not all(drop.is_decided for drop in removal.blocks):
         return None
     before = removal.names.get(tensor.name, tensor.name)
     return before if before != tensor.name else None

@@ -28,8 +28,7 @@ from compressknow.compress.blocks import (
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Mask, Pruned
-from compressknow.compress.schemes import SCALE, SCHEMES, Scheme, Stored
-from compressknow.compress.schemes.rounding import Rounding, nearest
+from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 COPY_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compressknow.compress.schemes import SCHEMES, known, word_of
+from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
 
 TRANSFORMERS, ENGINE, VLLM = "transformers", "compressknow", "vLLM"
 # Text models that vLLM implements itself, by their classes in transformers. Mixtures of experts are not among them:
@@ -32,7 +32,7 @@ def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     if vllm_obstacle(manifest):
         return None
     shapes = _shapes(manifest)
-    limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in known(shapes))
+    limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
 
@@ -51,7 +51,7 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     )
     if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
         return obstacle
-    word = word_of(known(shapes))
+    word = choose_word(find_schemes(shapes))
     for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:

@@ -10,7 +10,7 @@ import torch
 
 from compressknow.base.errors import CheckpointError
 from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
-from compressknow.compress.schemes.rounding import dequantize, per_column
+from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
@@ -109,7 +109,7 @@ def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -
     if scale is None:
         return block.values.to(torch.float64)
     of_rows = scale if len(scale) == 1 else scale[block.rows]
-    spread = per_column(of_rows, values.tensor.shape[-1])
+    spread = repeat_scales(of_rows, values.tensor.shape[-1])
     picked = spread if spread.shape[-1] == 1 or values.columns is None else spread[:, values.columns]
     return dequantize(block.values, picked).to(torch.float64)
 

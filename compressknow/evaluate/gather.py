@@ -34,12 +34,12 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     ----------
     known_by : what the model that it is compared with answered to the same facts; None for the original.
     """
-    from compressknow.compress.calibrate.text import texts_again
+    from compressknow.compress.calibrate.text import reread_texts
 
     calibration, found = model.describe().get("calibration"), None
     if calibration and known_by:
         trusted = model.settings.trust_remote_code
-        texts = texts_again(model.located.folder, calibration, trust_remote_code=trusted)
+        texts = reread_texts(model.located.folder, calibration, trust_remote_code=trusted)
         found = count_facts_in_text(texts, known_by) if texts else None
     record = replace(answers.record.model, calibration=calibration, in_calibration=found)
     return replace(answers, record=replace(answers.record, model=record))
@@ -47,7 +47,7 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
-    from compressknow.compress.calibrate.text import facts_in
+    from compressknow.compress.calibrate.text import count_facts
 
     pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for answer in known_by.answers:
@@ -56,8 +56,8 @@ def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText 
     known, others = pairs[True], pairs[False]
     if not known and not others:
         return None
-    found = facts_in(texts, known)
-    return FactsInText(len(known) + len(others), found + facts_in(texts, others), len(known), found)
+    found = count_facts(texts, known)
+    return FactsInText(len(known) + len(others), found + count_facts(texts, others), len(known), found)
 
 
 def default_answers_folder() -> Path:

@@ -16,7 +16,7 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.calibrate.gathering import Key
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text
-from compressknow.compress.calibrate.walk import input_statistics
+from compressknow.compress.calibrate.walk import observe
 from compressknow.compress.pool import Pool
 from compressknow.compress.steps import Calibration
 from compressknow.gguf.importance import Importance
@@ -45,7 +45,7 @@ class LayerInputs(NamedTuple):
 def gather_inputs(
     source: Path, calibration: Calibration, folder: Path, *, threads: int | None, begin: Begin, trust_remote_code: bool
 ) -> LayerInputs:
-    """Run a checkpoint of floats over a text. Raises what `calibration_text` and `input_statistics` do.
+    """Run a checkpoint of floats over a text. Raises what `calibration_text` and `observe` do.
 
     Parameters
     ----------
@@ -61,9 +61,16 @@ def gather_inputs(
             trust_remote_code=trust_remote_code,
             advance=advance,
         )
+    statistics: dict[Key, InputStatistics] = {}
     with begin("gather") as advance:
-        statistics = input_statistics(
-            checkpoint, tree, text.batches, threads=threads, folder=folder, told=advance or max
+        observe(
+            checkpoint,
+            tree,
+            [text.batches],
+            lambda seen, _: statistics.update(seen),
+            threads=threads,
+            folder=folder,
+            on_progress=advance or max,
         )
     return LayerInputs(statistics, text)
 

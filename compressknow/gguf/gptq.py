@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from compressknow.base.progress import Begin
-from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, inverse_factor
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse
 from compressknow.compress.calibrate.gathering import Key
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.calibrate.text import BATCH_TOKENS
@@ -92,7 +92,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     """
     layout = LAYOUTS[kind]
     order = _sort_columns(inputs.squares, layout.width)
-    factor = inverse_factor(inputs, order)
+    factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
     rounding = (_Rows(kind, layout, rows, order, importance) for rows in torch.split(weight, step))
@@ -241,7 +241,7 @@ def round_file(
             products=True,
             threads=threads,
             folder=folder,
-            told=advance or max,
+            on_progress=advance or max,
         )
     made.data.flush()
     return rounding.names

@@ -19,7 +19,7 @@ from compressknow.base.reading import NotReadable, read_text
 from compressknow.comparison.records import Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
-from compressknow.compress.schemes import known, word_of
+from compressknow.compress.schemes import choose_word, find_schemes
 from compressknow.model.checkpoint import some_of
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.pages.pages import render, to_code_span, to_yaml
@@ -85,7 +85,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         quantized=bool(schemes),
         untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
         transformers_code=_write_transformers_code(architecture, model_type),
-        word=word_of(known(schemes)),
+        word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
         warnings=list(list_warnings(manifest)),
@@ -109,7 +109,7 @@ def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes
     metadata["tags"] = [
         "compressknow",
         *(["pruning"] if pruned else []),
-        *(["quantization", *sorted({s.word for s in known(schemes)}), "compressed-tensors"] if schemes else []),
+        *(["quantization", *sorted({s.word for s in find_schemes(schemes)}), "compressed-tensors"] if schemes else []),
     ]
     return metadata
 
@@ -149,7 +149,7 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
 
 
 def _write_nouns(schemes: set[str]) -> str:
-    nouns = sorted({scheme.noun for scheme in known(schemes)})
+    nouns = sorted({scheme.noun for scheme in find_schemes(schemes)})
     return " and ".join(nouns) or "low-bit values"
 
 
@@ -255,7 +255,8 @@ def warn_of_growth(manifest: Mapping[str, Any]) -> Iterator[str]:
         "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
         "`blocks` leaves it out"
         if manifest.get("untied")
-        else f"the scales of its narrow layers take more than {word_of(known(_list_schemes(manifest)))} saves"
+        else "the scales of its narrow layers take more than "
+        f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
     )
     yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
 

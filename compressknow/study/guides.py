@@ -155,7 +155,7 @@ def _get_sensitivity(
     on_progress: Listener | None,
 ) -> Sensitivity:
     """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
-    from compressknow.compress.calibrate.forward import NotApart
+    from compressknow.compress.calibrate.forward import BlockwiseUnsupported
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
     from compressknow.study.batches import batch_facts, batch_text
     from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
@@ -179,7 +179,7 @@ def _get_sensitivity(
     try:
         with begun(on_progress, Stage("sensitivity", model.name)) as advance:
             measured = measure(checkpoint, tree, roundings, questions, texts, advance)
-    except NotApart as error:
+    except BlockwiseUnsupported as error:
         raise UnsupportedError(
             f"{model.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
         ) from error
@@ -278,7 +278,7 @@ def _get_text(
 def _read_text(file: Path) -> CalibrationText | None:
     import torch
 
-    from compressknow.compress.calibrate.text import CalibrationText, sha256_of_batches
+    from compressknow.compress.calibrate.text import CalibrationText, hash_batches
 
     try:
         values = read_json(file, _MOST_BYTES)
@@ -286,4 +286,4 @@ def _read_text(file: Path) -> CalibrationText | None:
         text = CalibrationText(**{**values, "texts": tuple(values["texts"])}, batches=batches)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return text if sha256_of_batches(batches) == text.sha256 else None
+    return text if hash_batches(batches) == text.sha256 else None

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from compressknow.comparison.checkpoints import module_in_block
-from compressknow.compress.calibrate.backward import Product, gradients
+from compressknow.compress.calibrate.backward import Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import structure_of
@@ -214,7 +214,7 @@ def measure(
     with OpenFiles() as files:
         streamed = StreamedModel(tree, sources, files)
         measuring = _Measuring(streamed, structure, weights, roundings, questions, texts, advance)
-        scores = gradients(streamed, weights, batches, measuring.visit)
+        scores = compute_gradients(streamed, weights, batches, measuring.visit)
     return measuring.measured(scores)
 
 

@@ -10,9 +10,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from compressknow.compress.schemes import SCHEMES, Scheme
+from compressknow.compress.schemes import SCHEMES, Scheme, nearest
 from compressknow.compress.schemes.builtin import GROUP_SIZES
-from compressknow.compress.schemes.rounding import nearest
 from compressknow.gguf import grids
 
 SIZE_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}

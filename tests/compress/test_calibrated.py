@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.calibrate.compensation import inverse_factor, inverse_of
+from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse
 from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
-from compressknow.compress.schemes import SCHEMES, Scheme
+from compressknow.compress.schemes import SCHEMES, Scheme, nearest
 from compressknow.compress.schemes.gptq import gptq
-from compressknow.compress.schemes.rounding import nearest
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,
@@ -76,7 +75,7 @@ class TestInverse:
     @pytest.mark.parametrize("channels", [1, 7, 256, 601])
     def test_it_is_an_upper_factor_of_the_damped_inverse(self, channels: int) -> None:
         inputs = correlated(400, 2 * channels)[:, :channels]
-        factor = inverse_factor(statistics_of(inputs)).double()
+        factor = factor_inverse(statistics_of(inputs)).double()
         assert torch.equal(factor, factor.triu())
         assert bool((factor.diagonal() > 0).all())
         identity = factor.T @ factor @ damped(inputs)
@@ -87,13 +86,13 @@ class TestInverse:
     def test_channels_may_come_in_any_order(self) -> None:
         inputs, order = correlated(300, 40), torch.randperm(40)
         assert torch.allclose(
-            inverse_factor(statistics_of(inputs), order), inverse_factor(statistics_of(inputs[:, order])), atol=1e-5
+            factor_inverse(statistics_of(inputs), order), factor_inverse(statistics_of(inputs[:, order])), atol=1e-5
         )
 
     def test_fewer_tokens_than_channels_and_dead_channels_are_damped(self) -> None:
         inputs = correlated(20, 64)
         inputs[:, 5] = 0
-        assert bool(torch.isfinite(inverse_factor(statistics_of(inputs))).all())
+        assert bool(torch.isfinite(factor_inverse(statistics_of(inputs))).all())
 
     def test_more_damping_is_tried_once(self) -> None:
         # An eigenvalue of -0.05 times the mean diagonal: 1 % does not make up for it, 10 % does.
@@ -101,7 +100,7 @@ class TestInverse:
         products[0, 1] = products[1, 0] = 105
         inputs = InputStatistics("layer", 9, products.diagonal().clone(), products=products)
         exact = torch.linalg.inv(products.double() + 10 * torch.eye(4, dtype=torch.float64))
-        factor = inverse_factor(inputs).double()
+        factor = factor_inverse(inputs).double()
         assert torch.allclose(factor.T @ factor, exact, rtol=1e-4)
 
     @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -119,14 +118,14 @@ class TestInverse:
     def test_it_is_computed_once_and_goes_with_its_statistics(self) -> None:
         inputs = statistics_of(correlated(50, 16))
         with Pool(2) as pool:
-            found = pool.map(partial(inverse_of, by_activation=True), [inputs] * 8)
+            found = pool.map(partial(get_inverse, by_activation=True), [inputs] * 8)
         assert all(each is found[0] for each in found)
-        assert inverse_of(replace(inputs), by_activation=True) is found[0]
+        assert get_inverse(replace(inputs), by_activation=True) is found[0]
         inputs.products.mul_(4)
         more = replace(inputs, tokens=200, squares=inputs.squares * 4)
-        assert torch.allclose(inverse_of(more, by_activation=True).factor * 2, found[0].factor)
+        assert torch.allclose(get_inverse(more, by_activation=True).factor * 2, found[0].factor)
         del more
-        assert inverse_of(inputs) is not found[0]
+        assert get_inverse(inputs) is not found[0]
         kept = weakref.ref(found[0])
         del found, inputs
         gc.collect()

@@ -30,8 +30,7 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.schemes import SCHEMES, nearest
 from compressknow.compress.sources import quantization_config
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.model.tensors import OpenFiles, read_header

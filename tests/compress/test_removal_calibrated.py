@@ -26,7 +26,8 @@ from compressknow.compress.convert import VariantMaker, carry_out, prepare
 from compressknow.compress.manifest import Manifest, dry_run
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe, build_recipe
-from compressknow.compress.removal.calibrated import blocks_to_drop, fit, neurons_to_keep
+from compressknow.compress.removal.blocks import choose_blocks
+from compressknow.compress.removal.neurons import choose_neurons, fit_down
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.model.checkpoint import open_checkpoint
@@ -39,9 +40,9 @@ DAMPING = 0.01
 
 
 def test_blocks_that_change_least_go_and_of_equal_ones_the_first() -> None:
-    assert blocks_to_drop([0.9, 0.2, 0.95, 0.9, 0.1], 1) == (2,)
-    assert blocks_to_drop([0.9, 0.2, 0.95, 0.9, 0.1], 2) == (0, 2)
-    assert blocks_to_drop([0.5, 0.5, 0.5], 2) == (0, 1)
+    assert choose_blocks([0.9, 0.2, 0.95, 0.9, 0.1], 1) == (2,)
+    assert choose_blocks([0.9, 0.2, 0.95, 0.9, 0.1], 2) == (0, 2)
+    assert choose_blocks([0.5, 0.5, 0.5], 2) == (0, 1)
 
 
 def test_neurons_stay_by_what_they_add_to_the_output() -> None:
@@ -50,8 +51,8 @@ def test_neurons_stay_by_what_they_add_to_the_output() -> None:
     # What each neuron adds to the outputs of all tokens, as a matrix of its own.
     added = [torch.linalg.matrix_norm(torch.outer(inputs[:, j], down[:, j]).double()) for j in range(20)]
     expected = sorted(sorted(range(20), key=lambda j: -float(added[j]))[:7])
-    assert neurons_to_keep(down, inputs.square().sum(0), 7).tolist() == expected
-    assert neurons_to_keep(torch.ones(3, 6), torch.ones(6), 4).tolist() == [0, 1, 2, 3]
+    assert choose_neurons(down, inputs.square().sum(0), 7).tolist() == expected
+    assert choose_neurons(torch.ones(3, 6), torch.ones(6), 4).tolist() == [0, 1, 2, 3]
 
 
 def test_the_fit_is_that_of_least_squares() -> None:
@@ -59,7 +60,7 @@ def test_the_fit_is_that_of_least_squares() -> None:
     down = torch.randn(6, 24, dtype=torch.float64)
     inputs = torch.randn(200, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
     kept = torch.tensor([0, 2, 3, 7, 8, 11, 15, 20])
-    found = fit(down, inputs.T @ inputs, kept)
+    found = fit_down(down, inputs.T @ inputs, kept)
     # The damping as further rows that ask the weights to stay what they were.
     damping = DAMPING * inputs[:, kept].square().sum(0).mean()
     rows = torch.cat([inputs[:, kept], damping.sqrt() * torch.eye(8, dtype=torch.float64)])
@@ -75,13 +76,13 @@ def test_a_neuron_that_never_woke_keeps_its_weights() -> None:
     torch.manual_seed(0)
     down, inputs = torch.randn(4, 10), torch.randn(100, 10)
     inputs[:, 3] = 0
-    found = fit(down, inputs.T @ inputs, torch.tensor([1, 3, 5]))
+    found = fit_down(down, inputs.T @ inputs, torch.tensor([1, 3, 5]))
     torch.testing.assert_close(found[:, 1], down[:, 3])
 
 
 def test_what_has_no_inverse_is_an_error() -> None:
     with pytest.raises(CompressknowError, match="of layer has no inverse"):
-        fit(torch.ones(2, 4), torch.zeros(4, 4), torch.tensor([0, 1]), "layer")
+        fit_down(torch.ones(2, 4), torch.zeros(4, 4), torch.tensor([0, 1]), "layer")
 
 
 class Network(NamedTuple):
@@ -131,7 +132,7 @@ def text_for(model: PreTrainedModel) -> CalibrationText:
 def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manifest:
     plan = prepare(source, recipe)
     assert plan.removal is not None
-    return carry_out(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.given[1]), **options)
+    return carry_out(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.original[1]), **options)
 
 
 def load(folder: Path) -> PreTrainedModel:

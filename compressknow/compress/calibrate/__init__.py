@@ -1,1 +1,1 @@
-"""Compression by what is seen of the inputs: the text, the run over it, the sums kept, and what is done with them."""
+"""Calibration: the text, the walk of the model over it, the sums of what layers read, and what is made of them."""

@@ -1,9 +1,9 @@
 """Gradients of scores, block by block: every block is read once on the way forward and once on the way back.
 
-Many batches go through a model side by side (`compressknow.compress.calibrate.walk`). A pass keeps what each block
-was called with; on the way back a block runs again with gradients, and they go on to the block before. Of each weight
-there are the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order a
-change D of it moves a score by the sum of g . D x over the tokens.
+Many batches go through a model side by side (`compressknow.compress.calibrate.forward`). A pass keeps the arguments of
+each block; on the way back a block runs again with gradients, and they go on to the block before. For each weight there
+are the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order a change
+D of it moves a score by the sum of g . D x over the tokens.
 
 Each row of a batch may have several scores, its directions. Between blocks a model computes on a copy of the row for
 each; inside a block the copies run as one, and only the gradients are as many as the directions.
@@ -11,7 +11,7 @@ each; inside a block the copies run as one, and only the gradients are as many a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from compressknow.compress.calibrate.forward import Call, ForwardPass, NotApart, failing_apart, stopping_before
+from compressknow.compress.calibrate.forward import (
+    BlockwiseUnsupported,
+    Call,
+    ForwardPass,
+    intercept,
+    translate_failures,
+)
 from compressknow.compress.calibrate.gathering import OPERANDS
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.model.structure import LinearWeight
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length, and their scores.
+    """Batch of rows of one length, and their scores.
 
     Attributes
     ----------
@@ -49,7 +55,7 @@ class Batch:
 
 
 class Product(NamedTuple):
-    """What one use of a weight, in one batch, was multiplied with, and what the scores say of its outputs.
+    """Use of a weight in one batch: what it was multiplied with, and the gradients of the scores at its outputs.
 
     Attributes
     ----------
@@ -63,29 +69,34 @@ class Product(NamedTuple):
     gradients: torch.Tensor
 
 
-# A module whose weights are loaded, and by parameter what it was used for.
+# Gets a module whose weights are loaded, and the products of each of its parameters.
 Visit = Callable[[str, Mapping[str, Sequence[Product]]], None]
 
 
-def gradients(
+def compute_gradients(
     streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Sequence[Batch], visit: Visit
 ) -> list[torch.Tensor]:
     """Return the scores of each batch, [rows, directions]; on the way back `visit` each block, single layer and
     embedding.
 
-    Raises NotApart where the model does not run block by block.
+    Raises BlockwiseUnsupported if the model does not run block by block.
     """
-    head = _head_of(streamed.model)
-    modules = dict.fromkeys(
-        [*streamed.blocks, *_alone(streamed.blocks, weights), head, *_embeddings_of(streamed.model)]
-    )
+    head = _find_head(streamed.model)
+    rows = streamed.model.get_input_embeddings().weight.shape[0]
+    embeddings = [
+        name
+        for name, module in streamed.model.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight.shape[0] == rows
+    ]
+    layers = [weight.module for weight in weights if streamed.find_block(weight.module) == weight.module]
+    modules = dict.fromkeys([*streamed.blocks, *layers, head, *embeddings])
     watched = {
         module: [
             weight.parameter for weight in weights if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
         ]
         for module in modules
     }
-    with stopping_before(streamed.model, list(modules)) as forwards:
+    with intercept(streamed.model, list(modules)) as forwards:
         passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
         try:
             _run(streamed, passes, forwards, watched, visit)
@@ -102,23 +113,23 @@ def _run(
     watched: Mapping[str, Sequence[str]],
     visit: Visit,
 ) -> None:
-    """All passes, from block to block together."""
+    """Advance all passes together, from block to block, and back."""
     waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
         module, kind = first.module, type(first.args[0])
         group = [number for number, call in waiting.items() if (call.module, type(call.args[0])) == (module, kind)]
         if kind is _Forward:
-            # What lies outside the blocks a forward pass reads itself when it comes to it.
-            with streamed.loaded(module) if module in streamed.blocks else nullcontext():
-                answers = {number: passes[number].forward(forwards[module], waiting[number]) for number in group}
+            # A forward pass itself reads what lies outside the blocks when it comes to it.
+            with streamed.load(module) if module in streamed.blocks else nullcontext():
+                answers = {number: passes[number].run_forward(forwards[module], waiting[number]) for number in group}
         else:
-            streamed.let_go()
-            with streamed.loaded(module):
+            streamed.release()
+            with streamed.load(module):
                 parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
                 products: dict[str, list[Product]] = {name: [] for name in parameters}
                 answers = {
-                    number: passes[number].backward(forwards[module], waiting[number], parameters, products)
+                    number: passes[number].run_backward(forwards[module], waiting[number], parameters, products)
                     for number in group
                 }
                 visit(module, products)
@@ -131,36 +142,36 @@ def _run(
 
 
 class _Form(NamedTuple):
-    """Arguments or outputs of a module, without their tensors."""
+    """Form of the arguments or outputs of a module, without their tensors."""
 
     values: Sequence[Any]
     is_tensor: Sequence[bool]
     spec: Any
 
     @classmethod
-    def of(cls, nested: Any) -> tuple[_Form, list[torch.Tensor]]:
-        """The form, and the tensors in their order."""
+    def split(cls, nested: Any) -> tuple[_Form, list[torch.Tensor]]:
+        """Split values into their form, and their tensors in order."""
         flat, spec = pytree.tree_flatten(nested)
         is_tensor = [isinstance(value, torch.Tensor) for value in flat]
         values = [None if is_own else value for value, is_own in zip(flat, is_tensor, strict=True)]
         return cls(values, is_tensor, spec), [value for value in flat if isinstance(value, torch.Tensor)]
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """What `of` was given, with these tensors in it."""
+        """Return the values that were split, with these tensors in them."""
         own = iter(tensors)
         flat = [next(own) if is_own else value for value, is_own in zip(self.values, self.is_tensor, strict=True)]
         return pytree.tree_unflatten(flat, self.spec)
 
 
 class _Forward(NamedTuple):
-    """What a module is called with: one copy of each row."""
+    """Call of a module on the way forward, with one copy of each row."""
 
     inputs: Sequence[torch.Tensor]
     form: _Form
 
 
 class _Backward(NamedTuple):
-    """The same once more, which of the inputs need gradients, and those at the outputs."""
+    """Call of a module on the way back: which of the inputs need gradients, and the gradients at the outputs."""
 
     inputs: Sequence[torch.Tensor]
     form: _Form
@@ -169,7 +180,7 @@ class _Backward(NamedTuple):
 
 
 class GradientPass(ForwardPass):
-    """One batch on its way through the model and back.
+    """Pass of one batch through the model and back.
 
     Attributes
     ----------
@@ -185,7 +196,7 @@ class GradientPass(ForwardPass):
         self.scores = torch.empty(0)
         # An input with a gradient, so that all outputs have one.
         self._leaf = torch.zeros((), requires_grad=True)
-        # Tensors without a gradient, which all blocks are given: each is thinned out once.
+        # Tensors without a gradient go to all blocks: each is thinned out once.
         self._thinned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def compute(self) -> None:
@@ -200,37 +211,37 @@ class GradientPass(ForwardPass):
         if module == self._head:
             places = self._batch.positions.repeat_interleave(self._copies, 0)
             args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
-        form, tensors = _Form.of((args, kwargs))
+        form, tensors = _Form.split((args, kwargs))
         returned: list[_Form] = []
         outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
         return returned[0].fill(outputs)
 
     def hand_over(self, module: str, work: _Forward | _Backward) -> Any:
-        """In the pass's own thread: stop, until the module's output or gradients are there."""
+        """Stop until the module's output or gradients are there; in the pass's own thread."""
         return super().stop_before(module, (work,), {})
 
-    def forward(self, run: Callable[..., Any], call: Call) -> Any:
-        """A module's output, without gradients, for one copy of each row."""
+    def run_forward(self, run: Callable[..., Any], call: Call) -> Any:
+        """Run a module without gradients, for one copy of each row."""
         (work,) = call.args
         args, kwargs = work.form.fill(work.inputs)
         with torch.no_grad():
             return run(*args, **kwargs)
 
-    def backward(
+    def run_backward(
         self,
         run: Callable[..., Any],
         call: Call,
         parameters: Mapping[str, torch.Tensor],
         products: dict[str, list[Product]],
     ) -> list[torch.Tensor | None]:
-        """Gradients at the inputs of a module, of those at its outputs; what they say of its weights is added to
+        """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""
         (work,) = call.args
         if not any(work.needed):
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = work.gradients
             if gradient is not None:
-                lookup = Product(self.number, work.inputs[0], self._by_direction(gradient))
+                lookup = Product(self.number, work.inputs[0], self._split_directions(gradient))
                 products.setdefault(f"{call.module}.weight", []).append(lookup)
             return [None] * len(work.inputs)
         leaves = [
@@ -238,15 +249,15 @@ class GradientPass(ForwardPass):
             for value, needed in zip(work.inputs, work.needed, strict=True)
         ]
         args, kwargs = work.form.fill(leaves)
-        with torch.enable_grad(), _GradientWatch(parameters) as watch, failing_apart():
-            _, outputs = _Form.of(run(*args, **kwargs))
+        with torch.enable_grad(), _GradientWatch(parameters) as watch, translate_failures():
+            _, outputs = _Form.split(run(*args, **kwargs))
         pairs = [
-            (output, self._by_direction(gradient))
+            (output, self._split_directions(gradient))
             for output, gradient in zip(outputs, work.gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
         sources = [leaf for leaf, needed in zip(leaves, work.needed, strict=True) if needed]
-        found = []
+        by_direction = []
         for direction in range(self._copies):
             own = torch.autograd.grad(
                 [output for output, _ in pairs],
@@ -255,19 +266,19 @@ class GradientPass(ForwardPass):
                 retain_graph=direction + 1 < self._copies,
                 allow_unused=True,
             )
-            found.append(own[: len(sources)])
+            by_direction.append(own[: len(sources)])
             for use, gradient in zip(watch.seen, own[len(sources) :], strict=True):
                 use.gradients.append(torch.zeros_like(use.output) if gradient is None else gradient)
         for use in watch.seen:
-            products[use.name].append(use.product(self.number, self._rows))
-        joined = iter([_joined(each) for each in zip(*found, strict=True)])
+            products[use.name].append(use.build_product(self.number, self._rows))
+        joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
         return [next(joined) if needed else None for needed in work.needed]
 
-    def _by_direction(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _split_directions(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.reshape(self._rows, self._copies, *gradient.shape[1:])
 
     def thin(self, value: torch.Tensor, keep: bool) -> torch.Tensor:
-        """One copy of each row, in a memory of its own; `keep` it for other calls with the same tensor."""
+        """Return one copy of each row, in a memory of its own; `keep` it for other calls with the same tensor."""
         if self._copies == 1 or value.dim() < 2 or len(value) != self._rows * self._copies:
             return value.detach()
         if not keep:
@@ -277,16 +288,16 @@ class GradientPass(ForwardPass):
         return self._thinned[id(value)][1]
 
     def has_rows(self, value: torch.Tensor) -> bool:
-        """Whether a module's output differs from row to row."""
+        """Return True if a module's output differs from row to row."""
         return value.dim() > 1 and len(value) == self._rows and value.is_floating_point()
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
-        """As many copies of each row as there are directions."""
+        """Repeat each row for all directions."""
         return value.repeat_interleave(self._copies, 0) if self.has_rows(value) else value
 
 
 class _Stop(torch.autograd.Function):
-    """A module that another thread runs, forward and back."""
+    """Module that another thread runs, forward and back."""
 
     @staticmethod
     def forward(
@@ -295,7 +306,7 @@ class _Stop(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         ctx.inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
         ctx.own, ctx.module, ctx.form = own, module, form
-        outer, outputs = _Form.of(own.hand_over(module, _Forward(ctx.inputs, form)))
+        outer, outputs = _Form.split(own.hand_over(module, _Forward(ctx.inputs, form)))
         returned.append(outer)
         spread = [own.spread(value) for value in outputs]
         alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
@@ -310,30 +321,30 @@ class _Stop(torch.autograd.Function):
         return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
 
 
-def _joined(each: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Gradients of the directions at an input, as the copies of its rows lie."""
-    known = [value for value in each if value is not None]
+def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Join the gradients of all directions at an input, in the order of the copies of its rows."""
+    known = [value for value in gradients if value is not None]
     if not known:
         return None
-    filled = [torch.zeros_like(known[0]) if value is None else value for value in each]
+    filled = [torch.zeros_like(known[0]) if value is None else value for value in gradients]
     return filled[0] if len(filled) == 1 else torch.stack(filled, 1).flatten(0, 1)
 
 
 class _Use:
-    """One multiplication with a weight."""
+    """Multiplication with a weight."""
 
     def __init__(self, name: str, inputs: torch.Tensor, output: torch.Tensor) -> None:
         self.name, self._inputs, self.output = name, inputs.detach(), output
         self.gradients: list[torch.Tensor] = []
 
-    def product(self, batch: int, rows: int) -> Product:
-        """Of all directions; tokens that were flattened are told apart by row again."""
+    def build_product(self, batch: int, rows: int) -> Product:
+        """Build the product of all directions; tokens that were flattened are split by row again."""
         gradients = [gradient.reshape(rows, -1, gradient.shape[-1]) for gradient in self.gradients]
         return Product(batch, self._inputs.reshape(rows, -1, self._inputs.shape[-1]), torch.stack(gradients, 1))
 
 
 class _GradientWatch(TorchFunctionMode):
-    """Notes every product with one of these weights; those with a part of one, as experts are, it leaves out."""
+    """Recorder of every product with one of these weights; not with a part of one, as experts are."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -353,22 +364,9 @@ class _GradientWatch(TorchFunctionMode):
         return output
 
 
-def _head_of(model: PreTrainedModel) -> str:
+def _find_head(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
-    found = [name for name, module in model.named_modules() if module is head]
-    if found:
-        return str(found[0])
-    raise NotApart(f"{type(model).__name__} has no head")
-
-
-def _embeddings_of(model: PreTrainedModel) -> list[str]:
-    """Modules that look tokens up."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    named = model.named_modules()
-    return [name for name, module in named if isinstance(module, nn.Embedding) and module.weight.shape[0] == rows]
-
-
-def _alone(blocks: Sequence[str], weights: Sequence[LinearWeight]) -> Iterator[str]:
-    """Layers in no block."""
-    starts = tuple(f"{block}." for block in blocks)
-    yield from dict.fromkeys(weight.module for weight in weights if not f"{weight.module}.".startswith(starts))
+    for name, module in model.named_modules():
+        if module is head:
+            return str(name)
+    raise BlockwiseUnsupported(f"{type(model).__name__} has no head")

@@ -1,7 +1,7 @@
-"""TODO
+"""Compensation of errors by later columns, which GPTQ and SparseGPT share.
 
-What GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1) share: with U the upper factor
-of the inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
+In GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1), with U the upper factor of the
+inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
 ||X (W - W')^T|| down the most. Columns come in blocks, whose errors reach the rest of the matrix as one product.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,27 +26,27 @@ TRIANGLE = 256
 
 @dataclass(frozen=True)
 class Inverse:
-    """`factor`: U, upper triangular, float32 [in, in], (H + damping)^-1 = U^T U. `order`: int64 [in], the input
-    channels that its rows and columns are of; None where they are in their own order."""
+    """Factor U of an inverse, upper triangular, float32 [in, in]: (H + damping)^-1 = U^T U. `order`, int64 [in], tells
+    the input channels of its rows and columns; None if they are in their own order."""
 
     factor: torch.Tensor
     order: torch.Tensor | None = None
 
 
-def inverse_factor(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
-    """U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its rows
-    and columns in the `order` given (int64 [in]).
+def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Return U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its
+    rows and columns in this `order` (int64 [in]).
 
     Row i of U is that of the inverse which is left when channels 0 to i - 1 are settled, over the root of its own
     diagonal (GPTQ, arXiv 2210.17323, section 3.3, step 3). The damping is 1 % of the mean diagonal of H, ten times that
-    where it does not suffice.
+    if it does not suffice.
 
-    Raises CompressknowError naming the layer where H cannot be inverted then.
+    Raises CompressknowError naming the layer if H cannot be inverted even then.
     """
     for share in DAMPINGS:
-        lower, failed = torch.linalg.cholesky_ex(_reversed(inputs, share, order))
+        lower, failed = torch.linalg.cholesky_ex(_damp_reversed(inputs, share, order))
         if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
-            _invert(lower)
+            _invert_in_place(lower)
             upper: torch.Tensor = lower.flip(0, 1)
             return upper
     raise CompressknowError(
@@ -56,35 +56,38 @@ def inverse_factor(inputs: InputStatistics, order: torch.Tensor | None = None) -
     )
 
 
-def inverse_of(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
-    """As `inverse_factor`, computed once for all that share these products and kept as long as they are.
+def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
+    """Return what `factor_inverse` does, computed once for all that share these products, and cached as long as they
+    live.
 
     `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
     """
     with _GUARD:
-        kept: _Kept = _KEPT.setdefault(inputs.products, _Kept())  # type: ignore[no-untyped-call]
+        cached: _Inverses = _CACHE.setdefault(inputs.products, _Inverses())  # type: ignore[no-untyped-call]
     # Products may be added to after that.
     key = by_activation, inputs.tokens
-    with kept.lock:
-        if key not in kept.inverses:
+    with cached.lock:
+        if key not in cached.by_key:
             order = torch.argsort(inputs.squares, descending=True, stable=True) if by_activation else None
-            kept.inverses[key] = Inverse(inverse_factor(inputs, order), order)
-        return kept.inverses[key]
+            cached.by_key[key] = Inverse(factor_inverse(inputs, order), order)
+        return cached.by_key[key]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    inverses: dict[tuple[bool, int], Inverse] = field(default_factory=dict)
+class _Inverses:
+    """Inverses of the same products, by whether their channels are ordered, and how many tokens were seen."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_key: dict[tuple[bool, int], Inverse] = {}
 
 
 _GUARD = threading.Lock()
-_KEPT = WeakTensorKeyDictionary()
+_CACHE = WeakTensorKeyDictionary()
 
 
-def _reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None) -> torch.Tensor:
-    """H and its damping, last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse. That
-    takes one decomposition; by way of the inverse it takes two, and squares the condition number."""
+def _damp_reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None) -> torch.Tensor:
+    """Return H with its damping, last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse.
+    That takes one decomposition; by way of the inverse it takes two, and squares the condition number."""
     assert inputs.products is not None
     places = torch.arange(len(inputs.products)) if order is None else order
     damped = inputs.products[places.flip(0)[:, None], places.flip(0)]
@@ -92,27 +95,27 @@ def _reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None)
     return damped
 
 
-def _invert(lower: torch.Tensor) -> None:
+def _invert_in_place(lower: torch.Tensor) -> None:
     """Invert a lower triangle in place, by halves: products are faster than one solution for all columns."""
     if len(lower) <= TRIANGLE:
         lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False))
         return
     half = len(lower) // 2
     above, below, left = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert(above)
-    _invert(below)
+    _invert_in_place(above)
+    _invert_in_place(below)
     left.copy_(below @ (left @ above)).neg_()
 
 
 # Both papers' blocks; and finer ones, in which a column's error reaches the rest of its block.
 BLOCK, FINE = 128, 16
-# Takes the number of a column and its values [rows], and gives what it is to be.
+# Takes the number of a column and its values [rows], and returns its new values.
 Settle = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class Level(NamedTuple):
-    """Blocks of `width` columns; `begin`, if any, gets the number of the first column of each and its values [columns,
-    rows], when all errors before it have reached them."""
+    """Level of blocks of `width` columns; `begin`, if any, gets the number of the first column of each and its values
+    [columns, rows], when all errors before it have reached them."""
 
     width: int
     begin: Callable[[int, torch.Tensor], None] | None = None
@@ -124,15 +127,17 @@ def compensate(columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Lev
     Parameters
     ----------
     columns : the weights, transposed: float32 [in, out], contiguous. They are overwritten by errors over U_ii.
-    factor : U, float32 [in, in] (`compressknow.compress.calibrate.compensation`).
+    factor : U, float32 [in, in], see `factor_inverse`.
     levels : blocks, the widest first, each of which holds whole blocks of the next.
-    settle : is called for each column in order.
+    settle : called for each column in order.
     """
-    _pass(columns, factor, [*levels, Level(1)], settle, 0)
+    _compensate_from(columns, factor, [*levels, Level(1)], settle, 0)
 
 
-def _pass(columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle, first: int) -> None:
-    """Settle columns `first` and on; `factor` is the part of U that is theirs."""
+def _compensate_from(
+    columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle, first: int
+) -> None:
+    """Settle the columns from `first` on; `factor` is their part of U."""
     (width, begin), *finer = levels
     for start in range(0, len(columns), width):
         stop = min(start + width, len(columns))
@@ -140,7 +145,7 @@ def _pass(columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], 
         if begin is not None:
             begin(first + start, block)
         if finer:
-            _pass(block, corner, finer, settle, first + start)
+            _compensate_from(block, corner, finer, settle, first + start)
         else:
             block.sub_(settle(first + start, block[0])).div_(corner)
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)

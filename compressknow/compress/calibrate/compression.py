@@ -1,8 +1,8 @@
-"""What calibration is for: each block's weights pruned and rounded by what was seen of their inputs, and written."""
+"""Calibrated compression: each block's weights are pruned and rounded by what was seen of their inputs, and written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,29 +13,37 @@ import torch
 
 from compressknow.base.format import size
 from compressknow.compress.calibrate.estimate import estimate
-from compressknow.compress.calibrate.forward import Call, NotApart
-from compressknow.compress.calibrate.gathering import Key, Sums, Watch
-from compressknow.compress.calibrate.model import StreamedModel, read_tensor
+from compressknow.compress.calibrate.forward import BlockwiseUnsupported
+from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.model import WHOLE_IN_MEMORY, StreamedModel, explain_missing_memory, read_tensor
 from compressknow.compress.calibrate.smooth import (
-    SHARING,
-    TOGETHER,
+    NOT_BLOCKWISE,
+    SHARED_WEIGHTS,
     Norm,
-    factors_of,
-    norms_before,
-    nothing_to_smooth,
-    refuse_smoothing,
-    smoothed,
-    stored_division,
-    to_smooth,
+    check_no_smoothing,
+    compute_factors,
+    divide_statistics,
+    divide_stored,
+    find_alphas,
+    find_norms,
+    group_in_scope,
+    raise_unsmoothable,
 )
 from compressknow.compress.calibrate.statistics import InputStatistics
-from compressknow.compress.calibrate.walk import memory_named, walk, whole_in_memory
+from compressknow.compress.calibrate.walk import (
+    AnySums,
+    Batches,
+    OnProgress,
+    TargetVisitor,
+    gather_whole,
+    walk,
+)
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned
-from compressknow.compress.schemes import Scheme
-from compressknow.compress.schemes.rounding import nearest
+from compressknow.compress.schemes import Scheme, nearest
+from compressknow.compress.schemes.gptq import gptq
 from compressknow.compress.steps import prune_matrix
 
 if TYPE_CHECKING:
@@ -50,19 +58,19 @@ LEAST_TOKENS = 32
 
 @dataclass
 class Calibrated:
-    """What calibration did.
+    """Results of a calibration.
 
     Attributes
     ----------
-    measured : of each tensor that it wrote, by name.
-    apart : whether the blocks were run one after the other; else the whole model was in memory.
-    unseen : weights whose inputs were too few, or that text does not reach (most experts of a mixture, projections of
-        images): they were treated as if nothing was known of their inputs.
+    measured : of each tensor that was written, by name.
+    is_blockwise : True if the blocks were run one after the other; else the whole model was in memory.
+    unseen : weights that the text does not reach, or hardly (most experts of a mixture, projections of images): they
+        were treated as if nothing was known of their inputs.
     smoothed : the norms that were divided, and the weights that make up for it.
     """
 
     measured: dict[str, Measured] = field(default_factory=dict)
-    apart: bool = True
+    is_blockwise: bool = True
     unseen: list[str] = field(default_factory=list)
     smoothed: dict[str, list[str]] = field(default_factory=dict)
 
@@ -75,7 +83,7 @@ def calibrate(
     text: CalibrationText,
     *,
     folder: Path | None = None,
-    told: Callable[[int, int], object] = max,
+    on_progress: OnProgress = max,
 ) -> Calibrated:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
     compressed.
@@ -83,9 +91,9 @@ def calibrate(
     Parameters
     ----------
     tree : the checkpoint's module tree on the meta device; left as it is.
-    masks : what is pruned by methods that look at weights alone, by tensor name.
-    folder : where large hidden states lie meanwhile.
-    told : the blocks that are done, and in all.
+    masks : by tensor name, those of methods that look at weights alone.
+    folder : for large hidden states.
+    on_progress : called with the blocks that are done, and with how many there are.
 
     Raises
     ------
@@ -95,306 +103,254 @@ def calibrate(
     try:
         # What fails stops its pool.
         with (
-            memory_named(name, lambda: f"That takes about {size(estimate(plan).bytes)}."),
+            explain_missing_memory(name, lambda: f"That takes about {size(estimate(plan).bytes)}."),
             Pool(work.pool.threads) as pool,
         ):
-            return _Run(plan, tree, replace(work, pool=pool), masks, told).apart(text.batches, folder)
-    except NotApart:
-        with memory_named(name, whole_in_memory):
-            return _Run(plan, tree, work, masks, told).together(text.batches)
+            compressor = _Compressor(plan, replace(work, pool=pool), masks)
+            _compress_blockwise(compressor, tree, text.batches, folder, on_progress)
+    except BlockwiseUnsupported:
+        with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY):
+            compressor = _Compressor(plan, work, masks)
+            _compress_whole(compressor, tree, text.batches, on_progress)
+    return compressor.result
 
 
-class _Run:
+def _compress_blockwise(
+    compressor: _Compressor, tree: PreTrainedModel, batches: Batches, folder: Path | None, on_progress: OnProgress
+) -> None:
+    plan, work = compressor.plan, compressor.work
+    streamed = StreamedModel(tree, plan.sources, work.files)
+    repeated, once = (group_in_scope(plan, streamed, repeated=repeated) for repeated in (True, False))
+    done: set[str] = set()
+    for targets in (repeated, once):
+        if not targets:
+            continue
+        if waits := targets is repeated:
+            check_no_smoothing(plan, SHARED_WEIGHTS)
+        visitor = _CompressingVisitor(compressor, streamed, targets, waits=waits)
+
+        def report(module: str, targets: Mapping[str, Any] = targets) -> None:
+            if module in targets:
+                done.add(module)
+                on_progress(len(done), len(repeated) + len(once))
+
+        walk(streamed, batches, visitor, work.pool, folder, report)
+        visitor.finish()
+
+
+def _compress_whole(compressor: _Compressor, tree: PreTrainedModel, batches: Batches, on_progress: OnProgress) -> None:
+    """Run the whole model at once: every layer sees what the original gave it."""
+    plan, work = compressor.plan, compressor.work
+    check_no_smoothing(plan, NOT_BLOCKWISE)
+    compressor.result.is_blockwise = False
+    streamed = StreamedModel(tree, plan.sources, work.files, whole=True)
+    tensors = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
+    sums = compressor.make_sums(tensors)
+    gather_whole(streamed, dict.fromkeys(tensor.parameter for tensor in tensors), batches, sums, on_progress)
+    work.pool.map(partial(compressor.compress, sums=sums, factors={}), tensors)
+
+
+class _CompressingVisitor(TargetVisitor[PlannedTensor]):
+    """Visitor that compresses blocks: each at once or, those that are used several times, after all uses were seen."""
+
     def __init__(
         self,
-        plan: Plan,
-        tree: PreTrainedModel,
-        work: Work,
-        masks: Mapping[str, Mask],
-        told: Callable[[int, int], object],
+        compressor: _Compressor,
+        streamed: StreamedModel,
+        targets: Mapping[str, Sequence[PlannedTensor]],
+        *,
+        waits: bool,
     ) -> None:
-        self._plan, self._tree, self._work, self._masks, self._told = plan, tree, work, masks, told
-        self._visited: set[str] = set()
+        super().__init__(streamed, targets)
+        self._compressor, self._waits = compressor, waits
+
+    def make_sums(self, targets: Sequence[PlannedTensor]) -> AnySums:
+        return self._compressor.make_sums(targets)
+
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
+        if self._waits:
+            return
+        targets, sums = self._targets[module], self.get_sums(module)
+        self._compress(module, self._compressor.smooth(module, targets, sums, self._streamed, rerun))
+        self._unvisited.discard(module)
+        # It is not read again.
+        self._streamed.forget(tensor.source for tensor in targets)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._unvisited
+
+    def finish(self) -> None:
+        """Compress what waited. Raises BlockwiseUnsupported if the model did not run a block as a module."""
+        if self._waits:
+            for module in self._targets:
+                with self._streamed.load(module):
+                    self._compress(module, {})
+            return
+        for module in self._unvisited:
+            self.check_run(module)
+            self._compress(module, {})
+
+    def _compress(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
+        self._compressor.compress_all(self._targets[module], self.get_sums(module), self._streamed, factors)
+        del self._sums[module]
+
+
+class _Compressor:
+    """Compression of tensors, once their inputs are known; `result` is what was done so far."""
+
+    def __init__(self, plan: Plan, work: Work, masks: Mapping[str, Mask]) -> None:
+        self.plan, self.work, self._masks = plan, work, masks
         self.result = Calibrated()
 
-    def apart(self, batches: Sequence[Mapping[str, torch.Tensor]], folder: Path | None) -> Calibrated:
-        """Block by block."""
-        streamed = StreamedModel(self._tree, self._plan.sources, self._work.files)
-        targets = Targets(self._plan, streamed.blocks)
-        for part, several in ((targets.repeated, True), (targets.once, False)):
-            if part:
-                if several:
-                    refuse_smoothing(self._plan, SHARING)
-                visitor = _Compressing(self, streamed, part, waits=several)
-                told = partial(self._tell, part, len(targets.repeated) + len(targets.once))
-                walk(streamed, batches, visitor, self._work.pool, folder, told)
-                visitor.finish()
-        return self.result
-
-    def _tell(self, part: Collection[str], total: int, module: str) -> None:
-        if module in part:
-            self._visited.add(module)
-            self._told(len(self._visited), total)
-
-    def together(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Calibrated:
-        """The whole model at once: every layer sees what the original gave it."""
-        refuse_smoothing(self._plan, TOGETHER)
-        self.result.apart = False
-        streamed = StreamedModel(self._tree, self._plan.sources, self._work.files, whole=True)
-        tensors = [tensor for tensor in self._plan.tensors if tensor.in_scope and tensor.group != "vision"]
-        names = dict.fromkeys(tensor.parameter for tensor in tensors)
-        sums = self.sums(tensors)
-        weights = {name: streamed.model.get_parameter(name) for name in names}
-        for number, batch in enumerate(batches):
-            with Watch(weights) as watch:
-                streamed.run(batch)
-            sums.add(number, watch.seen)
-            self._told(number + 1, len(batches))
-        self._work.pool.map(partial(self.compress, sums=sums, factors={}), tensors)
-        return self.result
-
-    def sums(self, tensors: Iterable[PlannedTensor]) -> Sums:
-        """Of the inputs of some tensors that are compressed together."""
-        tensors = list(tensors)
-        steps = [self._plan.quantize_step(tensor) for tensor in tensors]
-        prunes = [self._plan.prune_step(tensor) for tensor in tensors]
-        products = any(step and step.rounding == "gptq" for step in steps)
-        products |= any(step and step.chosen.needs == "products" for step in prunes)
+    def make_sums(self, tensors: Sequence[PlannedTensor]) -> Sums:
+        """Begin sums over the inputs of tensors that are compressed together."""
+        steps = [self.plan.quantize_step(tensor) for tensor in tensors]
         return Sums(
             dict.fromkeys(tensor.parameter for tensor in tensors),
-            products=products,
+            products=any(map(self._needs_products, tensors)),
             peaks=any(step and step.smooth is not None for step in steps),
-            check=self._work.pool.check,
+            check=self.work.pool.check,
         )
+
+    def _needs_products(self, tensor: PlannedTensor) -> bool:
+        prune, quantize = self.plan.prune_step(tensor), self.plan.quantize_step(tensor)
+        return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
 
     def smooth(
         self,
         module: str,
         tensors: Iterable[PlannedTensor],
-        sums: Sums,
+        sums: AnySums,
         streamed: StreamedModel,
-        again: Callable[[], Any],
+        rerun: Callable[[], Any],
     ) -> dict[str, torch.Tensor]:
-        """Divide the norms of a block and write them; what the columns of the weights behind them are to be multiplied
-        with, by parameter. Raises UnsupportedError where no norm can take it."""
-        wanted = to_smooth(self._plan, tensors)
-        if not wanted or module not in streamed.blocks:
+        """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
+        columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
+        alphas = find_alphas(self.plan, tensors)
+        if not alphas or module not in streamed.blocks:
             return {}
-        weights = {name: streamed.model.get_parameter(name) for name in wanted}
+        weights = {name: streamed.model.get_parameter(name) for name in alphas}
         factors: dict[str, torch.Tensor] = {}
-        for norm in norms_before(module, streamed.model.get_submodule(module), weights, again):
-            statistics = sums.of(Key(norm.readers[0]))
+        for norm in find_norms(module, streamed.model.get_submodule(module), weights, rerun):
+            statistics = sums.get(Key(norm.readers[0]))
             assert statistics is not None
-            alpha = wanted[norm.readers[0]]
-            made = factors_of(statistics, [weights[name] for name in norm.readers], alpha)
-            factors |= dict.fromkeys(norm.readers, self._divide(norm, made, streamed))
+            readers = [weights[name] for name in norm.readers]
+            wanted = compute_factors(statistics, readers, alphas[norm.readers[0]])
+            factors |= dict.fromkeys(norm.readers, self._divide(norm, wanted, streamed))
             self.result.smoothed[norm.module] = list(norm.readers)
         if not factors:
-            raise nothing_to_smooth(module)
+            raise_unsmoothable(module)
         return factors
 
     def _divide(self, norm: Norm, factors: torch.Tensor, streamed: StreamedModel) -> torch.Tensor:
-        """Write a norm's weight and bias divided; the factors that this comes to."""
+        """Write a norm's weight and bias divided; return the factors that this comes to."""
         for leaf in ("weight", "bias"):
             parameter = f"{norm.module}.{leaf}"
-            if not self._plan.sources.supplied(parameter):
+            if not self.plan.sources.supplied(parameter):
                 continue
-            stored = self._plan.sources.tensor(parameter)
-            values = read_tensor(self._work.files, stored)
+            stored = self.plan.sources.tensor(parameter)
+            values = read_tensor(self.work.files, stored)
             if leaf == "weight":
-                divided, factors = stored_division(values, factors, norm.offset)
+                divided, factors = divide_stored(values, factors, norm.offset)
             else:
                 divided = (values.to(torch.float32) / factors).to(values.dtype)
-            planned = self._kept[stored.name]
-            self.result.measured[planned.name] = self._work.write_divided(planned, divided, factors)
+            planned = self._out_of_scope[stored.name]
+            self.result.measured[planned.name] = self.work.write_divided(planned, divided, factors)
             streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 
     @cached_property
-    def _kept(self) -> dict[str, PlannedTensor]:
-        return {tensor.source.name: tensor for tensor in self._plan.tensors if not tensor.in_scope}
+    def _out_of_scope(self) -> dict[str, PlannedTensor]:
+        return {tensor.source.name: tensor for tensor in self.plan.tensors if not tensor.in_scope}
 
     def compress_all(
         self,
         tensors: Iterable[PlannedTensor],
-        sums: Sums,
+        sums: AnySums,
         streamed: StreamedModel,
         factors: Mapping[str, torch.Tensor],
     ) -> None:
         """Compress and write tensors of one block; the model goes on with what was written."""
         largest_first = sorted(tensors, key=lambda tensor: -tensor.source.nbytes)
-        made = self._work.pool.map(partial(self.compress, sums=sums, factors=factors), largest_first)
-        for tensor, values in zip(largest_first, made, strict=True):
+        written = self.work.pool.map(partial(self.compress, sums=sums, factors=factors), largest_first)
+        for tensor, values in zip(largest_first, written, strict=True):
             streamed.replace(tensor.parameter, tensor.source, values)
 
-    def compress(self, tensor: PlannedTensor, sums: Sums, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Write one tensor; the values that were written, float32."""
-        statistics = self._statistics(tensor, sums)
-        own = factors.get(tensor.parameter)
+    def compress(self, tensor: PlannedTensor, sums: AnySums, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Write one tensor, and return the values that were written, float32."""
+        is_calibrated = self.plan.is_calibrated(tensor)
+        statistics = self._read_statistics(tensor, sums) if is_calibrated else []
+        own_factors = factors.get(tensor.parameter)
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
 
         def see(place: slice, values: torch.Tensor) -> None:
             rows[place] = values
 
-        mask = self._masks.get(tensor.name) or self._mask(tensor, statistics)
+        mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         rounding = nearest
-        step = self._plan.quantize_step(tensor)
+        step = self.plan.quantize_step(tensor)
         if step and step.rounding == "gptq":
-            seen = statistics[0] if own is None else smoothed(statistics[0], own)
-            rounding = partial(_gptq, seen)
-        treatment = Treatment(rounding, whole=self._plan.is_calibrated(tensor), factors=own, see=see)
-        self.result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
+            seen = statistics[0] if own_factors is None else divide_statistics(statistics[0], own_factors)
+            rounding = partial(_round_gptq, seen)
+        treatment = Treatment(rounding, whole=is_calibrated, factors=own_factors, see=see)
+        self.result.measured[tensor.name] = self.work.write(tensor, mask, treatment)
         return written
 
-    def _statistics(self, tensor: PlannedTensor, sums: Sums) -> list[InputStatistics]:
-        """Those of each matrix of a tensor, where it is calibrated."""
-        if not self._plan.is_calibrated(tensor):
-            return []
-        keys = self._keys(tensor)
-        found = [sums.of(key) for key in keys]
+    def _read_statistics(self, tensor: PlannedTensor, sums: AnySums) -> list[InputStatistics]:
+        """Return the statistics of each matrix of a tensor. If nothing is known, all channels count alike: methods then
+        go by the weights alone."""
+        matrices = tensor.to_prune.matrices[0]
+        first = 0 if matrices > 1 else self.plan.sources.matrix_of(tensor.source, tensor.parameter)
+        is_expert = len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
         width = tensor.to_prune.matrices[1 if tensor.transposed else 2]
         known = []
-        for key, statistics in zip(keys, found, strict=True):
-            if statistics is None or (_is_expert(tensor) and statistics.tokens < LEAST_TOKENS):
-                self.result.unseen.append(tensor.name if len(keys) == 1 else f"{tensor.name}[{key.matrix}]")
-                statistics = _nothing_known(tensor, width, self._needs_products(tensor))
+        for matrix in range(first, first + matrices):
+            statistics = sums.get(Key(tensor.parameter, matrix))
+            if statistics is None or (is_expert and statistics.tokens < LEAST_TOKENS):
+                self.result.unseen.append(tensor.name if matrices == 1 else f"{tensor.name}[{matrix}]")
+                products = torch.eye(width) if self._needs_products(tensor) else None
+                name = tensor.module or tensor.name
+                statistics = InputStatistics(name, 0, torch.ones(width), torch.ones(width), products)
             known.append(statistics)
         return known
 
-    def _needs_products(self, tensor: PlannedTensor) -> bool:
-        prune, quantize = self._plan.prune_step(tensor), self._plan.quantize_step(tensor)
-        return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
-
-    def _keys(self, tensor: PlannedTensor) -> list[Key]:
-        matrices = tensor.to_prune.matrices[0]
-        if matrices > 1:
-            return [Key(tensor.parameter, matrix) for matrix in range(matrices)]
-        return [Key(tensor.parameter, self._plan.sources.matrix_of(tensor.source, tensor.parameter))]
-
-    def _mask(self, tensor: PlannedTensor, statistics: Sequence[InputStatistics]) -> Mask | None:
-        """What a method that looks at activations makes of a tensor."""
-        step = self._plan.prune_step(tensor)
+    def _prune(self, tensor: PlannedTensor, statistics: Sequence[InputStatistics]) -> Mask | None:
+        """Prune a tensor by a method that looks at activations; None if it is not pruned so."""
+        step = self.plan.prune_step(tensor)
         if step is None or not step.calibrated:
             return None
-        values = read_tensor(self._work.files, tensor.source)
-        stacked = values.view(tensor.to_prune.matrices)
-        dropped = torch.zeros(stacked.shape, dtype=torch.bool)
-        changed = False
-        for place, own in enumerate(statistics):
-            matrix = stacked[place].to(torch.float32)
-            mask, new = prune_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, own)
-            dropped[place] = mask.T if tensor.transposed else mask
+        values = read_tensor(self.work.files, tensor.source)
+        matrices = values.view(tensor.to_prune.matrices)
+        pruned = torch.zeros(matrices.shape, dtype=torch.bool)
+        is_changed = False
+        for place, inputs in enumerate(statistics):
+            matrix = matrices[place].to(torch.float32)
+            mask, new = prune_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, inputs)
+            pruned[place] = mask.T if tensor.transposed else mask
             if new is not None:
-                stacked[place] = (new.T if tensor.transposed else new).to(values.dtype)
-                changed = True
+                matrices[place] = (new.T if tensor.transposed else new).to(values.dtype)
+                is_changed = True
         columns = values.shape[-1]
-        return _Whole(dropped.view(-1, columns).numpy(), values.view(-1, columns) if changed else None)
+        return _WholeMask(pruned.view(-1, columns).numpy(), values.view(-1, columns) if is_changed else None)
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """A mask of all of a tensor [rows, columns], and its new values where it has any."""
+class _WholeMask:
+    """Mask of all of a tensor [rows, columns], and its new values if it has any."""
 
     mask: np.ndarray[Any, np.dtype[np.bool_]]
     values: torch.Tensor | None
 
     def start(self) -> BlockMask:
-        def of(block: Block) -> Any:
+        def mask_block(block: Block) -> Any:
             mask = np.ascontiguousarray(self.mask[block.rows])
             return mask if self.values is None else Pruned(mask, self.values[block.rows])
 
-        return of
+        return mask_block
 
 
-def _gptq(inputs: InputStatistics, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    from compressknow.compress.schemes.gptq import gptq
-
+def _round_gptq(inputs: InputStatistics, values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
     return gptq(values, scales, scheme, inputs, values == 0)
-
-
-def _is_expert(tensor: PlannedTensor) -> bool:
-    return len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
-
-
-def _nothing_known(tensor: PlannedTensor, width: int, products: bool) -> InputStatistics:
-    """Inputs of which each channel is like all others: methods then go by the weights alone."""
-    return InputStatistics(
-        tensor.module or tensor.name, 0, torch.ones(width), torch.ones(width), torch.eye(width) if products else None
-    )
-
-
-class Targets:
-    """What is in scope, by the block that holds it, or by its own module where none does."""
-
-    def __init__(self, plan: Plan, blocks: Sequence[str]) -> None:
-        self.once: dict[str, list[PlannedTensor]] = {}
-        self.repeated: dict[str, list[PlannedTensor]] = {}
-        uses = {weight.parameter: weight for weight in plan.structure.linears}
-        for tensor in plan.tensors:
-            if tensor.in_scope and tensor.group != "vision" and tensor.module is not None:
-                weight = uses[tensor.parameter]
-                place = next((block for block in blocks if f"{tensor.module}.".startswith(f"{block}.")), tensor.module)
-                part = self.repeated if weight.uses > 1 or weight.sharing else self.once
-                part.setdefault(place, []).append(tensor)
-
-
-class _Compressing:
-    """Visits blocks to compress them: each at once or, those that are used several times, after all uses were seen."""
-
-    def __init__(
-        self, run: _Run, streamed: StreamedModel, targets: Mapping[str, list[PlannedTensor]], *, waits: bool
-    ) -> None:
-        self._run, self._streamed, self._targets, self._waits = run, streamed, targets, waits
-        self._sums: dict[str, Sums] = {}
-        self._left = set(targets)
-
-    @cached_property
-    def alone(self) -> Collection[str]:
-        """Single layers in scope that lie in no block."""
-        return [module for module in self._targets if module not in self._streamed.blocks]
-
-    def watched(self, module: str) -> Collection[str]:
-        """All weights of a block that are in scope."""
-        return list(dict.fromkeys(tensor.parameter for tensor in self._targets.get(module, ())))
-
-    def sums(self, module: str) -> Sums:
-        """Those of a block; kept from one use to the next."""
-        if module not in self._sums:
-            self._sums[module] = self._run.sums(self._targets[module])
-        return self._sums[module]
-
-    def visit(self, module: str, again: Callable[[], Any]) -> None:
-        """Compress the block, unless it will be used again."""
-        if not self._waits:
-            targets, sums = self._targets[module], self.sums(module)
-            self._compress(module, self._run.smooth(module, targets, sums, self._streamed, again))
-            self._left.discard(module)
-            # It is not read again.
-            self._streamed.forget(tensor.source for tensor in self._targets[module])
-
-    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        """Nothing is learned from it."""
-
-    @property
-    def done(self) -> bool:
-        """When all blocks in scope are compressed."""
-        return not self._left
-
-    def finish(self) -> None:
-        """Compress what waited."""
-        for module in self._targets if self._waits else ():
-            with self._streamed.loaded(module):
-                self._compress(module, {})
-        if self._waits:
-            return
-        for module in self._left:
-            if module in self._streamed.blocks or any(tensor.group == "final" for tensor in self._targets[module]):
-                # Not run as a module: whatever the model does with its weights, it does elsewhere.
-                raise NotApart(f"the model does not run {module}")
-            self._compress(module, {})
-
-    def _compress(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
-        self._run.compress_all(self._targets[module], self.sums(module), self._streamed, factors)
-        del self._sums[module]

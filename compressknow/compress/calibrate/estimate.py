@@ -1,10 +1,10 @@
-"""About how long a calibrated conversion takes and how much memory, told before it is begun."""
+"""Estimate of the time and memory that a calibrated conversion takes, made before it begins."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,13 +16,14 @@ from compressknow.compress.steps import Prune, Quantize, Step
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 
+# A product of two matrices of this size is tried so many times to tell the pace.
 TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4
 
 
 class Estimate(NamedTuple):
-    """What calibration takes: the blocks (and single layers) that are compressed, bytes of memory at most, and seconds,
-    of which a bare product of matrices tells the pace; the text is not in it."""
+    """Cost of calibration, without its text: the blocks (and single layers) that are compressed, bytes of memory at
+    most, and seconds at the pace of a bare product of matrices."""
 
     blocks: int
     bytes: int
@@ -30,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Blocks, bytes at most, and operations of what is done in one go over the text."""
+    """Blocks, bytes at most, and operations of one go over the text."""
 
     blocks: int
     bytes: int
@@ -38,71 +39,55 @@ class _Work(NamedTuple):
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Of a plan whose recipe has a calibration."""
+    """Estimate the cost of a plan whose recipe has a calibration."""
     calibration = plan.recipe.calibration
     assert calibration is not None
-    parts = list(_of_removal(plan.removal, calibration.tokens)) if plan.removal else []
+    parts = list(_estimate_removal(plan.removal, calibration.tokens)) if plan.removal else []
     if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
-        parts.append(_of_weights(plan, calibration.tokens))
+        parts.append(_estimate_compression(plan, calibration.tokens))
     blocks, most = max(part.blocks for part in parts), max(part.bytes for part in parts)
-    return Estimate(blocks, most, sum(part.operations for part in parts) / _pace())
+    return Estimate(blocks, most, sum(part.operations for part in parts) / _measure_pace())
 
 
-def _of_removal(removal: Removal, tokens: int) -> Iterator[_Work]:
-    """The text runs once through the model to choose blocks, and twice for neurons, with X^T X and a fit."""
-    if any(not drop.known for drop in removal.blocks):
-        places = _places(structure_of(removal.given[1]))
-        yield _Work(_blocks(places), _memory(places, tokens, 0), 2 * tokens * _used(places))
-    if removal.neurons and not removal.decided:
-        widths = [one.width for drop in removal.neurons for one in drop.networks]
-        places = _places(structure_of(removal.wide[1]))
-        products = sum(2 * tokens * width**2 + width**3 for width in widths)
+def _estimate_removal(removal: Removal, tokens: int) -> Iterator[_Work]:
+    """Count one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
+    if any(not drop.is_decided for drop in removal.blocks):
+        places = _group_by_block(structure_of(removal.original[1]))
+        yield _Work(_count_blocks(places), _count_bytes(places, tokens, 0), 2 * tokens * _count_used(places))
+    if removal.neurons and not removal.is_decided:
+        widths = [network.width for drop in removal.neurons for network in drop.networks]
+        places = _group_by_block(structure_of(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
-        memory = _memory(places, tokens, 5 * max(widths) ** 2)
-        yield _Work(_blocks(places), memory, 2 * 2 * tokens * _used(places) + products)
+        memory = _count_bytes(places, tokens, 5 * max(widths) ** 2)
+        operations = 2 * 2 * tokens * _count_used(places) + _count_operations(widths, tokens)
+        yield _Work(_count_blocks(places), memory, operations)
 
 
-def _blocks(places: Mapping[str, Sequence[LinearWeight]]) -> int:
-    return sum(any(weight.layer is not None for weight in own) for own in places.values())
-
-
-def _used(places: Mapping[str, Sequence[LinearWeight]]) -> int:
-    return sum(weight.used for own in places.values() for weight in own)
-
-
-def _memory(places: Mapping[str, Sequence[LinearWeight]], tokens: int, sums: int) -> int:
-    """Of the hidden states, with the largest block and sums of so many floats, or with what lies outside the blocks: it
-    is Linear too, or as large as the final layer, and is not there while blocks run."""
-    block = max(sum(weight.stored for weight in own) for own in places.values())
-    states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
-    outside = sum(weight.stored for own in places.values() for weight in own if weight.layer is None)
-    return FLOAT_BYTES * (states + max(2 * block + sums, outside))
-
-
-def _of_weights(plan: Plan, tokens: int) -> _Work:
-    places = _places(plan.structure)
+def _estimate_compression(plan: Plan, tokens: int) -> _Work:
+    places = _group_by_block(plan.structure)
     targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
-    products = any(map(_wants_products, plan.recipe.steps))
-    sums = {place: _widths(weights, targets) for place, weights in places.items()} if products else {}
-    compressed = sum(any(weight.parameter in targets for weight in weights) for weights in places.values())
-    operations = 2 * 2 * tokens * _used(places)
-    operations += sum(2 * tokens * width**2 + width**3 for widths in sums.values() for width in widths)
-    weights = max(sum(weight.stored for weight in own) for own in places.values())
-    squares = max((sum(width**2 for width in widths) for widths in sums.values()), default=0)
-    states = 2 * tokens * max(weight.shape[-1] for own in places.values() for weight in own)
-    inside = {weight.parameter for own in places.values() for weight in own if weight.layer is not None}
+    widths: list[list[int]] = []
+    if any(_needs_products(step) for step in plan.recipe.steps):
+        widths = [_find_widths(weights, targets) for weights in places.values()]
+    operations = 2 * 2 * tokens * _count_used(places) + sum(_count_operations(own, tokens) for own in widths)
+    blocks = sum(any(weight.parameter in targets for weight in weights) for weights in places.values())
+    squares = max((sum(width**2 for width in own) for own in widths), default=0)
+    inside = {weight.parameter for weights in places.values() for weight in weights if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return _Work(compressed, FLOAT_BYTES * (states + max(2 * weights + squares, outside)), operations)
+    return _Work(blocks, _count_bytes(places, tokens, squares, outside), operations)
 
 
-def _wants_products(step: Step) -> bool:
+def _needs_products(step: Step) -> bool:
     if isinstance(step, Quantize):
         return step.rounding == "gptq"
     return isinstance(step, Prune) and step.chosen.needs == "products"
 
 
-def _places(structure: Structure) -> dict[str, list[LinearWeight]]:
-    """The weights of each block, and each that lies in none by itself."""
+Places = Mapping[str, Sequence[LinearWeight]]
+
+
+def _group_by_block(structure: Structure) -> Places:
+    """Return the weights of each block, and each that lies in none by itself."""
     places: dict[str, list[LinearWeight]] = {}
     for weight in structure.linears:
         if weight.group != "vision":
@@ -111,19 +96,41 @@ def _places(structure: Structure) -> dict[str, list[LinearWeight]]:
     return places
 
 
-def _widths(weights: list[LinearWeight], targets: set[str]) -> list[int]:
-    """Input channels of what is in scope; layers side by side in a module as a rule read the same tensor."""
+def _count_blocks(places: Places) -> int:
+    return sum(any(weight.layer is not None for weight in weights) for weights in places.values())
+
+
+def _count_used(places: Places) -> int:
+    return sum(weight.used for weights in places.values() for weight in weights)
+
+
+def _count_operations(widths: Iterable[int], tokens: int) -> int:
+    """Count the operations for X^T X of so many channels, and its decomposition."""
+    return sum(2 * tokens * width**2 + width**3 for width in widths)
+
+
+def _count_bytes(places: Places, tokens: int, sums: int, outside: int | None = None) -> int:
+    """Count the bytes of hidden states, with the largest block and so many sums, or with what lies outside the blocks:
+    that is not there while blocks run. By default the Linear weights outside count alone."""
+    block = max(sum(weight.stored for weight in weights) for weights in places.values())
+    states = 2 * tokens * max(weight.shape[-1] for weights in places.values() for weight in weights)
+    if outside is None:
+        outside = sum(weight.stored for weights in places.values() for weight in weights if weight.layer is None)
+    return FLOAT_BYTES * (states + max(2 * block + sums, outside))
+
+
+def _find_widths(weights: Sequence[LinearWeight], targets: set[str]) -> list[int]:
+    """Return the input channels of what is in scope; layers side by side in a module as a rule read the same tensor."""
     own = [weight for weight in weights if weight.parameter in targets]
     return [width for _, width in {(w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in own}]
 
 
-def _pace() -> float:
-    """Operations a second of all cores, tried on a product of matrices."""
+def _measure_pace() -> float:
+    """Measure the operations per second of all cores, on a product of matrices."""
     matrix = torch.rand(TRIAL, TRIAL)
     torch.mm(matrix, matrix)
     start = time.perf_counter()
     for _ in range(TRIALS):
         torch.mm(matrix, matrix)
     spent = time.perf_counter() - start
-    pace: float = 2 * TRIAL**3 * TRIALS / spent * max(1, available_cores() / torch.get_num_threads())
-    return pace
+    return 2 * TRIAL**3 * TRIALS / spent * max(1, available_cores() / torch.get_num_threads())

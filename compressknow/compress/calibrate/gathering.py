@@ -1,23 +1,19 @@
-"""TODO"""
+"""Inputs of weights: seen while a model runs, and summed up over all batches."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from compressknow.compress.calibrate.forward import NotApart
+from compressknow.compress.calibrate.forward import BlockwiseUnsupported
 from compressknow.compress.calibrate.statistics import InputStatistics
 
-if TYPE_CHECKING:
-    pass
-
-
-# Which arguments are the inputs and the weight, of all functions by which layers multiply.
+# Positions of the inputs and of the weight among the arguments, for all functions by which layers multiply.
 OPERANDS: dict[Any, tuple[int, int]] = {
     functional.linear: (0, 1),
     torch.addmm: (1, 2),
@@ -30,14 +26,14 @@ BAND = 128
 
 
 class Key(NamedTuple):
-    """A weight matrix: that of a parameter, or of one `matrix` of a stack of them."""
+    """Weight matrix: that of a parameter, or one `matrix` of a stack of them."""
 
     parameter: str
     matrix: int = 0
 
 
 class Seen(NamedTuple):
-    """That a weight was multiplied with these inputs [..., in], which were at that `version` (see torch)."""
+    """Inputs [..., in] that a weight was multiplied with, and torch's `version` of them then."""
 
     key: Key
     inputs: torch.Tensor
@@ -45,19 +41,23 @@ class Seen(NamedTuple):
 
 
 class Watch(TorchFunctionMode):
-    """Notes the inputs of some weights while it is entered, in its thread alone.
+    """Recorder of the inputs of some weights while it is entered, in its thread alone.
 
     Parameters
     ----------
     weights : the parameters to watch, by name.
-    copies : keep copies of the inputs, where a block overwrites them after it has used them.
+    copies : keep copies of the inputs, for blocks that overwrite them after use.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False) -> None:
         super().__init__()
         self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
-        self._strides = {name: _matrix_size(tensor) for name, tensor in weights.items()}
+        # Elements of a matrix, or of each of a stack.
+        self._sizes = {
+            name: tensor.shape[-1] * tensor.shape[-2] if tensor.dim() > 1 else max(tensor.numel(), 1)
+            for name, tensor in weights.items()
+        }
         self.seen: list[Seen] = []
 
     def __torch_function__(
@@ -81,12 +81,12 @@ class Watch(TorchFunctionMode):
             # A batch of products, one with each matrix.
             self.seen += [Seen(Key(name, matrix), inputs[matrix], inputs._version) for matrix in range(len(weight))]
         else:
-            matrix = weight.storage_offset() // self._strides[name]
+            matrix = weight.storage_offset() // self._sizes[name]
             self.seen.append(Seen(Key(name, matrix), inputs, inputs._version))
 
     @property
     def overwritten(self) -> bool:
-        """Whether inputs that were noted have changed since."""
+        """True if recorded inputs have changed since."""
         return any(each.inputs._version != each.version for each in self.seen)
 
 
@@ -94,23 +94,18 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _matrix_size(tensor: torch.Tensor) -> int:
-    """Elements of a matrix, or of each of a stack."""
-    return int(tensor.shape[-1] * tensor.shape[-2]) if tensor.dim() > 1 else max(tensor.numel(), 1)
-
-
 class Sums:
     """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
 
     Batches come from several threads; each is added after the one before it, so that the sums are the same bits for any
-    number of them.
+    number of threads.
 
     Parameters
     ----------
     order : the parameters that may be seen; sums are added in it.
     products : keep X^T X; else the sums of squares alone.
     peaks : keep the largest magnitudes.
-    check : called while a batch waits for its turn; raises where waiting is in vain.
+    check : called while a batch waits for its turn; raises if waiting is in vain.
     """
 
     def __init__(self, order: Iterable[str], *, products: bool, peaks: bool, check: Callable[[], None]) -> None:
@@ -123,53 +118,54 @@ class Sums:
         self._turn = threading.Condition()
 
     def begin(self) -> None:
-        """Another round of batches, numbered from 0."""
+        """Begin another round of batches, numbered from 0."""
         self._passed.clear()
 
     def add(self, batch: int, seen: list[Seen]) -> None:
-        """Add what one batch has shown; `batch` counts from 0, and comes after all before it have begun."""
+        """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
         try:
             self._wait(batch, (0, 0))
             by_key: dict[Key, list[torch.Tensor]] = {}
-            for key, inputs in self._without_twins(seen):
+            for key, inputs in self._drop_twins(seen):
                 by_key.setdefault(key, []).append(inputs)
             self._pass(batch, (1, -1))
             for key in sorted(by_key, key=self._place):
                 self._wait(batch, self._place(key))
-                own = self._sums.get(key) or self._sums.setdefault(
-                    key, _Sum(key.parameter, products=self._products, peaks=self._peaks)
-                )
+                if key not in self._sums:
+                    self._sums[key] = _Sum(key.parameter, products=self._products, peaks=self._peaks)
                 for inputs in by_key[key]:
-                    own.add(inputs)
+                    self._sums[key].add(inputs)
                 self._pass(batch, self._place(key, after=True))
         finally:
             self._pass(batch, (float("inf"), 0))
 
-    def of(self, key: Key) -> InputStatistics | None:
-        """What was seen of a weight's inputs; None where it was not used."""
+    def get(self, key: Key) -> InputStatistics | None:
+        """Return what was seen of a weight's inputs; None if it was not used."""
         found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
-        return None if found is None else found.statistics()
+        return None if found is None else found.summarize()
 
-    def _without_twins(self, seen: list[Seen]) -> list[tuple[Key, torch.Tensor]]:
-        """One of each tensor of inputs for all parameters that read it: that of their leader. The first batch tells
-        which do, while all others wait for it."""
+    def _drop_twins(self, seen: list[Seen]) -> list[tuple[Key, torch.Tensor]]:
+        """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
+        leaders, while all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
         for key, inputs, _ in seen:
             read.setdefault(key.parameter, {})[key.matrix, _identity(inputs)] = key, inputs
         first: dict[tuple[Any, ...], str] = {}
-        kept: list[tuple[Key, torch.Tensor]] = []
+        distinct: list[tuple[Key, torch.Tensor]] = []
         for parameter, tensors in read.items():
             leader = first.setdefault(tuple(tensors), parameter)
             if self._leaders.setdefault(parameter, leader) != leader:
-                raise NotApart(f"{parameter} and {self._leaders[parameter]} read the same in some batches alone")
-            kept += tensors.values() if leader == parameter else ()
-        return kept
+                raise BlockwiseUnsupported(
+                    f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"
+                )
+            distinct += tensors.values() if leader == parameter else ()
+        return distinct
 
     def _place(self, key: Key, *, after: bool = False) -> tuple[float, float]:
         return self._order[key.parameter] + 1, key.matrix + after
 
     def _wait(self, batch: int, place: tuple[float, float]) -> None:
-        """Until the batch before has passed that place."""
+        """Wait until the batch before has passed that place."""
         with self._turn:
             while batch and not self._passed.get(batch - 1, (0, 0)) > place:
                 self._check()
@@ -182,8 +178,8 @@ class Sums:
 
 
 class MixedSums:
-    """Sums over several texts, each kept apart, so that none counts for more than another because it is longer or has
-    larger inputs: what is told is their sum, each divided by its mean square.
+    """Sums over several texts, of which none counts for more than another because it is longer or has larger inputs:
+    the sums of each are divided by its mean square before they are added.
 
     Parameters
     ----------
@@ -195,21 +191,21 @@ class MixedSums:
         self._mixed: dict[tuple[int, ...], InputStatistics] = {}
 
     def begin(self) -> None:
-        """Another round of batches, numbered from 0."""
+        """Begin another round of batches, numbered from 0."""
         for _, sums in self._parts:
             sums.begin()
 
     def add(self, batch: int, seen: list[Seen]) -> None:
-        """Add what one batch has shown; `batch` counts from 0, and comes after all before it have begun."""
+        """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
         for batches, sums in self._parts:
             if batch < batches:
                 sums.add(batch, seen)
                 return
             batch -= batches
 
-    def of(self, key: Key) -> InputStatistics | None:
-        """What was seen of a weight's inputs; None where it was not used. One object for all that read the same."""
-        found = [each for _, sums in self._parts if (each := sums.of(key)) is not None]
+    def get(self, key: Key) -> InputStatistics | None:
+        """Return what was seen of a weight's inputs, one object for all that read the same; None if it was not used."""
+        found = [each for _, sums in self._parts if (each := sums.get(key)) is not None]
         if not found:
             return None
         which = tuple(map(id, found))
@@ -220,10 +216,9 @@ class MixedSums:
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
     scales = [1 / max(float(part.squares.mean()), torch.finfo(torch.float32).tiny) for part in parts]
-    squares = sum(part.squares * scale for part, scale in zip(parts, scales, strict=True))
-    products = sum(
-        part.products * scale for part, scale in zip(parts, scales, strict=True) if part.products is not None
-    )
+    scaled = list(zip(parts, scales, strict=True))
+    squares = sum(part.squares * scale for part, scale in scaled)
+    products = sum(part.products * scale for part, scale in scaled if part.products is not None)
     assert isinstance(squares, torch.Tensor)
     return InputStatistics(
         parts[0].name,
@@ -235,7 +230,7 @@ def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
 
 class _Sum:
     def __init__(self, name: str, *, products: bool, peaks: bool) -> None:
-        self._name, self._keeps_products, self._keeps_peaks = name, products, peaks
+        self._name, self._has_products, self._has_peaks = name, products, peaks
         self._tokens = 0
         self._statistics: InputStatistics | None = None
         self._squares = self._peaks = self._products = torch.empty(0)
@@ -245,31 +240,31 @@ class _Sum:
         if not self._tokens:
             width = rows.shape[1]
             self._squares, self._peaks = torch.zeros(width), torch.zeros(width)
-            if self._keeps_products:
+            if self._has_products:
                 self._products = torch.zeros(width, width)
         self._tokens += len(rows)
         self._statistics = None
-        if self._keeps_products:
+        if self._has_products:
             for band in self._bands():
                 self._products[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
         else:
             self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
-        if self._keeps_peaks and len(rows):
+        if self._has_peaks and len(rows):
             self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
 
     def _bands(self) -> Iterator[slice]:
-        """Rows of the products, which are added to from the diagonal on: the rest mirrors that, half of the work."""
+        """Cut the products into bands of rows, which are added to from the diagonal on; the rest mirrors that."""
         for start in range(0, len(self._products), BAND):
             yield slice(start, start + BAND)
 
-    def statistics(self) -> InputStatistics:
-        """Of all that was added; one object for all that ask, who keep what they make of it by that."""
+    def summarize(self) -> InputStatistics:
+        """Return the statistics of all that was added: one object for all callers, who cache by it."""
         if self._statistics is None:
             for band in self._bands():
                 self._products[band.stop :, band] = self._products[band, band.stop :].T
-            products = self._products if self._keeps_products else None
+            products = self._products if self._has_products else None
             squares = products.diagonal().clone() if products is not None else self._squares
-            peaks = self._peaks if self._keeps_peaks else None
+            peaks = self._peaks if self._has_peaks else None
             name = self._name.removesuffix(".weight")
             self._statistics = InputStatistics(name, self._tokens, squares, peaks, products)
         return self._statistics

@@ -1,16 +1,17 @@
-"""A model that computes, and holds only the weights that it needs at the moment."""
+"""Model that computes, and holds only the weights that it needs at the moment."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from compressknow.base.errors import CompressknowError, lacks_memory
 from compressknow.base.progress import quiet
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import block_names
@@ -19,76 +20,75 @@ from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view, torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
+
 
 class StreamedModel:
-    """A checkpoint's model in float32, in evaluation mode, whose blocks hold no weights but while they are `loaded`.
+    """Checkpoint's model in float32, in evaluation mode, whose blocks hold weights only while they are loaded (`load`).
 
     Outside the blocks, embeddings and heads, which are large, are read when they run; the rest is there from the start.
 
     Attributes
     ----------
-    model : the module tree; it is this object's own.
+    model : the module tree; it belongs to this object.
     blocks : names of the transformer blocks in it, in tree order.
+    outside : names of the parameters and stored buffers in no block.
     """
 
     def __init__(self, tree: PreTrainedModel, sources: Sources, files: OpenFiles, *, whole: bool = False) -> None:
         self._sources, self._files = sources, files
         # What was written in place of stored tensors, and of parameters.
         self._replaced: dict[str, torch.Tensor] = {}
-        self.model = _skeleton(tree)
-        self._owners = _owners(self.model)
+        self.model = _build_skeleton(tree)
+        self._owners = _find_owners(self.model)
         self.blocks = tuple(block_names(self.model))
+        prefixes = tuple(f"{block}." for block in self.blocks)
+        self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))
         self._reading = threading.Lock()
         self._held: set[str] = set()
-        late = {} if whole else self._by_vocabulary()
-        for name in late:
-            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: self._hold(name))
-        at_once = tuple(self._owners) if whole else self.parameters_outside()
-        self._fill(tuple(name for name in at_once if name not in {each for names in late.values() for each in names}))
+        late = set() if whole else self._hook_vocabulary()
+        self._fill([name for name in (self._owners if whole else self.outside) if name not in late])
 
-    def parameters_of(self, module: str) -> tuple[str, ...]:
-        """Names of the parameters and stored buffers in a module."""
-        return tuple(name for name in self._owners if name.startswith(f"{module}."))
-
-    def parameters_outside(self) -> tuple[str, ...]:
-        """Those in no block."""
-        starts = tuple(f"{block}." for block in self.blocks)
-        return tuple(name for name in self._owners if not name.startswith(starts))
+    def find_block(self, module: str) -> str:
+        """Return the block that holds a module; the module itself if none does."""
+        return next((block for block in self.blocks if f"{module}.".startswith(f"{block}.")), module)
 
     @contextmanager
-    def loaded(self, module: str) -> Iterator[None]:
-        """The weights of a block, or of a layer outside all, are in memory meanwhile; what was replaced of them, as it
-        is now.
-        """
-        names = self.parameters_of(module)
+    def load(self, module: str) -> Iterator[None]:
+        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile; replaced ones as they are
+        now."""
+        names = self._list_parameters(module)
         self._fill(names)
         try:
             yield
         finally:
             self._drop(names)
 
-    def _by_vocabulary(self) -> dict[str, tuple[str, ...]]:
-        """Embeddings and heads: modules that have a row a token, outside all blocks, and their parameters."""
-        rows = getattr(self.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
-        outside = set(self.parameters_outside())
-        found = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            own = self.parameters_of(name)
-            large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
-            if large and outside.issuperset(own) and all(map(self._sources.supplied, own)):
-                found[name] = own
-        return found
+    def _list_parameters(self, module: str) -> list[str]:
+        return [name for name in self._owners if name.startswith(f"{module}.")]
 
-    def _hold(self, module: str) -> None:
-        """Weights that a pass has come to; passes run in several threads."""
+    def _hook_vocabulary(self) -> set[str]:
+        """Have embeddings and heads outside the blocks, which have a row per token, read when they run; return the
+        names of their parameters."""
+        rows = getattr(self.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
+        late: set[str] = set()
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names = self._list_parameters(name)
+            is_large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
+            if is_large and set(self.outside).issuperset(names) and all(map(self._sources.supplied, names)):
+                module.register_forward_pre_hook(lambda *_, names=names: self._hold(names))
+                late.update(names)
+        return late
+
+    def _hold(self, names: list[str]) -> None:
+        """Read weights that a pass has come to; passes run in several threads."""
         with self._reading:
-            names = self.parameters_of(module)
             if any(self._get(name).is_meta for name in names):
                 self._fill(names)
             self._held.update(names)
 
-    def let_go(self) -> None:
-        """Free what passes have come to outside the blocks; all of them stand still."""
+    def release(self) -> None:
+        """Free what passes have come to outside the blocks; call it while all of them stand still."""
         self._drop(self._held)
         self._held.clear()
 
@@ -97,22 +97,22 @@ class StreamedModel:
             self._set(name, torch.empty(self._get(name).shape, device="meta"))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """The whole model on a batch, for what is seen of it; it must hold all its weights."""
+        """Run the whole model, which must hold all its weights, on a batch, for what is seen of it."""
         takes = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
         with torch.no_grad():
             self.model(**batch, **takes)
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
-        """From now on a stored tensor holds these values (float32, of its shape): in its parameter too."""
+        """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""
         self._replaced[stored.name] = values
         self._set(parameter, self._sources.values(parameter, self._read).reshape(self._get(parameter).shape))
 
     def forget(self, tensors: Iterable[StoredTensor]) -> None:
-        """Free what stored tensors were replaced by; they are not read again."""
+        """Free the replacements of stored tensors, which are not read again."""
         for stored in tensors:
             self._replaced.pop(stored.name, None)
 
-    def _fill(self, names: tuple[str, ...]) -> None:
+    def _fill(self, names: Sequence[str]) -> None:
         # Tied ones stay one tensor.
         made: dict[str, torch.Tensor] = {}
         lacking = []
@@ -129,7 +129,7 @@ class StreamedModel:
         self._initialise(lacking)
 
     def _initialise(self, names: list[str]) -> None:
-        """Values that no file holds: the model computes them (sinusoidal positions), as it does when it is loaded."""
+        """Have the model compute values that no file holds (sinusoidal positions), as it does when it is loaded."""
         modules = {id(self._owners[name][0]): self._owners[name][0] for name in names}
         for name in names:
             self._set(name, torch.zeros(self._get(name).shape))
@@ -144,8 +144,8 @@ class StreamedModel:
 
     def _get(self, name: str) -> torch.Tensor:
         owner, leaf = self._owners[name]
-        found: torch.Tensor = getattr(owner, leaf)
-        return found
+        tensor: torch.Tensor = getattr(owner, leaf)
+        return tensor
 
     def _set(self, name: str, values: torch.Tensor) -> None:
         owner, leaf = self._owners[name]
@@ -155,16 +155,28 @@ class StreamedModel:
             owner._buffers[leaf] = values
 
 
+@contextmanager
+def explain_missing_memory(what: str, why: Callable[[], str]) -> Iterator[None]:
+    """Raise CompressknowError for missing memory, that says what takes so much, and why."""
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        hint = "Take fewer --calibration-tokens, a method that looks at weights alone, or another machine."
+        raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
+
+
 def read_tensor(files: OpenFiles, stored: StoredTensor) -> torch.Tensor:
-    """A stored tensor's values, in its own dtype and shape."""
+    """Read a stored tensor's values, in its own dtype and shape."""
     values = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
     if stored.nbytes:
         files.read_into(stored, byte_view(values), 0)
     return values
 
 
-def _skeleton(tree: PreTrainedModel) -> PreTrainedModel:
-    """The model of a module tree again, with parameters that have no memory and buffers that do."""
+def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
+    """Build the model of a module tree again, with parameters that have no memory and buffers that do."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -184,12 +196,9 @@ def _skeleton(tree: PreTrainedModel) -> PreTrainedModel:
     raise AssertionError
 
 
-def _owners(model: PreTrainedModel) -> Mapping[str, tuple[nn.Module, str]]:
-    """Which module holds a parameter or stored buffer, and under which attribute, by name; each under all its names."""
+def _find_owners(model: PreTrainedModel) -> Mapping[str, tuple[nn.Module, str]]:
+    """Return the module and attribute that hold each parameter and stored buffer, under all its names."""
     names = list(model.state_dict())
     names += [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in set(names)]
-    found = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        found[name] = (model.get_submodule(parent), leaf)
-    return found
+    places = {name: name.rpartition(".") for name in names}
+    return {name: (model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}

@@ -1,4 +1,4 @@
-"""TODO
+"""Texts that a model writes itself, to be calibrated on.
 
 They lie in the model's domain whatever that is (a language, code, proteins) and need no download (Liu et al. 2023,
 "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2.1).
@@ -18,8 +18,7 @@ import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, counted
-from compressknow.compress.calibrate.corruption import Span, with_blanks
-from compressknow.compress.calibrate.passages import Form
+from compressknow.compress.calibrate.sequences import Form, Span, blank_out
 from compressknow.compress.pool import Pool, Stopped
 from compressknow.engine.language_model import LanguageModel, decoder_start
 from compressknow.engine.load import reason_of
@@ -33,38 +32,37 @@ Pieces = list[list[int]]
 
 @dataclass
 class Writer(abc.ABC):
-    """Writes texts in batches, each from one random generator.
+    """Writer of texts in batches, each from one random generator.
 
     Attributes
     ----------
-    check : raises where the work is to stop.
-    wanted : tokens that are wanted in all: a batch has no more.
-    done : is called with the tokens that were written since the last call.
+    check : raises if the work is to stop.
+    wanted : tokens to write in all: a batch has no more.
+    on_written : called with the number of tokens that were written since the last call.
     """
 
     model: PreTrainedModel
     form: Form
     wanted: int
     check: Callable[[], None]
-    done: Callable[[int], None]
+    on_written: Callable[[int], None]
 
     def write(self, generator: torch.Generator) -> Pieces:
-        """The token ids of a batch of texts."""
+        """Write a batch of texts, as token ids."""
         with torch.inference_mode():
             return self._write(generator)
 
     @abc.abstractmethod
-    def _write(self, generator: torch.Generator) -> Pieces:
-        """The same, in torch's mode for inference."""
+    def _write(self, generator: torch.Generator) -> Pieces: ...
 
     @property
     @abc.abstractmethod
     def batch_tokens(self) -> int:
-        """About how many tokens a batch has."""
+        """Approximate number of tokens of a batch."""
 
     @cached_property
     def barred(self) -> torch.Tensor:
-        """bool [rows of the embedding]: tokens that are never drawn, since they stand for no text."""
+        """Tokens that are never drawn, since they stand for no text: bool [rows of the embedding]."""
         form = self.form
         barred = torch.ones(form.rows, dtype=torch.bool)
         sentinels = form.marks if form.has_sentinels else ()
@@ -72,12 +70,12 @@ class Writer(abc.ABC):
         return barred
 
     def random_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """Ordinary tokens, each as likely: int64 [rows, tokens]."""
+        """Draw ordinary tokens, each as likely: int64 [rows, tokens]."""
         places = torch.randint(len(self.form.known), (rows, tokens), generator=generator)
         return torch.tensor(self.form.known)[places]
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A token for each row of logits [rows, vocabulary], by its probability: int64 [rows, 1]."""
+        """Draw a token for each row of logits [rows, vocabulary], by its probability: int64 [rows, 1]."""
         self.check()
         width = min(logits.shape[-1], len(self.barred))
         logits = logits[:, :width].float().masked_fill(self.barred[:width], -torch.inf)
@@ -91,12 +89,12 @@ class Writer(abc.ABC):
         points = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:] * (1 - 2**-20)
         return torch.searchsorted(sums, points, right=True)
 
-    def generated(
+    def generate(
         self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, passes: int = 1
     ) -> torch.Tensor:
-        """What `generate` gives where `draw` chooses each token: its cache is whatever the architecture keeps.
+        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token.
 
-        `passes` is how many a text takes.
+        `passes` is the number of times that it runs for a text.
         """
         from transformers import LogitsProcessorList
 
@@ -109,7 +107,7 @@ class Writer(abc.ABC):
 
 @dataclass
 class _Drawing:
-    """Leaves one token of each row, so that a greedy search takes it."""
+    """Logits processor that leaves one drawn token per row, which a greedy search then takes."""
 
     writer: Writer
     generator: torch.Generator
@@ -117,17 +115,17 @@ class _Drawing:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         drawn = self.writer.draw(scores, self.generator)
-        self.writer.done(self.tokens)
+        self.writer.on_written(self.tokens)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 class CausalWriter(Writer):
-    """Goes on from a random token."""
+    """Writer that goes on from a random token."""
 
     # Longer texts take longer: each token reads the keys and values of all before it.
     TOKENS = 256
     # Texts that are written together: each weight that is read is multiplied by as many.
-    TOGETHER = 64
+    BATCH = 64
     # Keys and values that they may take.
     CACHE_BYTES = 512 << 20
 
@@ -141,11 +139,8 @@ class CausalWriter(Writer):
         heads = getattr(config, "num_attention_heads", None) or 1
         share = (getattr(config, "num_key_value_heads", None) or heads) / heads
         token = 2 * config.num_hidden_layers * config.hidden_size * share * self.model.dtype.itemsize
-        return max(1, min(self.TOGETHER, self._needed, int(self.CACHE_BYTES / (token * self.tokens))))
-
-    @property
-    def _needed(self) -> int:
-        return -(-self.wanted // self.tokens)
+        needed = -(-self.wanted // self.tokens)
+        return max(1, min(self.BATCH, needed, int(self.CACHE_BYTES / (token * self.tokens))))
 
     @property
     def batch_tokens(self) -> int:
@@ -158,18 +153,18 @@ class CausalWriter(Writer):
         ids = torch.cat([begin, self.random_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        written = self.generated(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
+        written = self.generate(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
         return [[*row, *self.form.separator] for row in written.tolist()]
 
 
 class MaskedWriter(Writer):
-    """Fills masks: each stretch of a text goes on from a random token, left to right, all stretches at the same time.
+    """Writer that fills masks: each stretch of a text goes on from a random token, all stretches at the same time.
 
-    After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens a pass. These are far apart:
-    neighbours that are drawn without seeing each other are often the same word twice.
+    After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens per pass. These are far from
+    each other: neighbours that are drawn without seeing each other are often the same word twice.
     """
 
-    STRETCHES, STRETCH, TOGETHER = 16, 6, 8
+    STRETCHES, STRETCH, BATCH = 16, 6, 8
 
     @cached_property
     def tokens(self) -> int:
@@ -177,31 +172,31 @@ class MaskedWriter(Writer):
 
     @property
     def batch_tokens(self) -> int:
-        return self.TOGETHER * self.tokens
+        return self.BATCH * self.tokens
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        body = torch.full((self.TOGETHER, self.tokens), self.form.marks[0])
+        body = torch.full((self.BATCH, self.tokens), self.form.marks[0])
         first = range(0, self.tokens, self.STRETCH)
         body[:, first] = self.random_tokens(len(body), len(first), generator)
         start = len(self.form.prefix)
         for step in range(1, min(self.STRETCH, self.tokens)):
             places = torch.arange(step, self.tokens, self.STRETCH)
-            ids = torch.tensor([self.form.framed(row) for row in body.tolist()])
+            ids = torch.tensor([self.form.frame(row) for row in body.tolist()])
             logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
             body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
-            self.done(self.batch_tokens // (self.STRETCH - 1))
+            self.on_written(self.batch_tokens // (self.STRETCH - 1))
         return [[*row, *self.form.separator] for row in body.tolist()]
 
 
 class FillingWriter(Writer):
-    """Encoder-decoder models fill blanks: after random tokens at first, then a few times between those of the text.
+    """Writer of encoder-decoder models, which fill blanks: first after random tokens, then within the text.
 
-    T5 writes what stands in the blanks, each after its sentinel; BART the whole text.
+    T5 writes what goes into the blanks, each after its sentinel; BART the whole text.
     """
 
     BLANKS, PER_BLANK, PASSES = 16, 5, 3
     # Blanks that are filled together: texts of few sentinels are many.
-    TOGETHER = 256
+    BATCH = 256
 
     @cached_property
     def blanks(self) -> int:
@@ -213,55 +208,55 @@ class FillingWriter(Writer):
 
     @cached_property
     def rows(self) -> int:
-        return min(self.TOGETHER // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
+        return min(self.BATCH // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
 
     def _write(self, generator: torch.Generator) -> Pieces:
         texts = self.random_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
-            texts = self._filled(texts, [self._gaps(len(ids), generator) for ids in texts], generator)
+            texts = self._fill(texts, [self._draw_gaps(len(ids), generator) for ids in texts], generator)
         return [[*ids, *self.form.separator] for ids in texts if ids]
 
-    def _gaps(self, length: int, generator: torch.Generator) -> list[Span]:
-        """Places after tokens, as empty spans; no more than there are marks."""
+    def _draw_gaps(self, length: int, generator: torch.Generator) -> list[Span]:
+        """Draw places after tokens, as empty spans; no more than there are marks."""
         places = torch.randperm(length, generator=generator)[: self.blanks].sort().values + 1
         return [(at, at) for at in places.tolist()]
 
-    def _filled(self, texts: Pieces, gaps: list[list[Span]], generator: torch.Generator) -> Pieces:
-        """The texts with what the model writes into the gaps, no longer than a sequence."""
+    def _fill(self, texts: Pieces, gaps: list[list[Span]], generator: torch.Generator) -> Pieces:
+        """Have the model write into the gaps of texts; return these, no longer than a sequence."""
         form = self.form
         room = form.body - self.blanks
-        blanked = [form.framed(with_blanks(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
+        blanked = [form.frame(blank_out(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
         width = max(map(len, blanked))
         inputs = {
             # What pads is not seen: any token will do.
             "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in blanked]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in blanked]),
         }
-        written = self.generated(inputs, self._config(width), generator, self.PASSES)[:, 1:].tolist()
+        written = self.generate(inputs, self._build_config(width), generator, self.PASSES)[:, 1:].tolist()
         if form.has_sentinels:
-            rows = [self._with_fills(*row) for row in zip(texts, gaps, written, strict=True)]
+            rows = [self._insert_fills(*row) for row in zip(texts, gaps, written, strict=True)]
         else:
-            rows = [self._until_end(row) for row in written]
+            rows = [self._cut_at_end(row) for row in written]
         return [row[: form.body] for row in rows]
 
-    def _config(self, width: int) -> Any:
+    def _build_config(self, width: int) -> Any:
         from transformers import GenerationConfig
 
-        kept = self.blanks if self.form.has_sentinels else width
+        repeated = self.blanks if self.form.has_sentinels else width
         return GenerationConfig(
             do_sample=False,
-            max_new_tokens=min(self.form.length - 1, kept + self.blanks * self.PER_BLANK),
+            max_new_tokens=min(self.form.length - 1, repeated + self.blanks * self.PER_BLANK),
             decoder_start_token_id=decoder_start(self.model),
             eos_token_id=self.form.suffix[-1] if self.form.suffix else None,
             pad_token_id=0,
         )
 
-    def _with_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
-        """What is left of a text, with what was written after each sentinel in its place."""
+    def _insert_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
+        """Put what was written after each sentinel into its place in a text."""
         fills: list[list[int]] = [[] for _ in self.form.marks]
         places = {mark: place for place, mark in enumerate(self.form.marks)}
         at = 0
-        for token in self._until_end(written, keep=self.form.marks):
+        for token in self._cut_at_end(written, keep=self.form.marks):
             at = places.get(token, at)
             if token not in places:
                 fills[at].append(token)
@@ -271,8 +266,8 @@ class FillingWriter(Writer):
             end = after
         return [*text, *ids[end:]]
 
-    def _until_end(self, written: list[int], keep: Sequence[int] = ()) -> list[int]:
-        """The ordinary tokens, and those of `keep`, before the first end of text that follows one."""
+    def _cut_at_end(self, written: list[int], keep: Sequence[int] = ()) -> list[int]:
+        """Return the ordinary tokens, and those of `keep`, before the first end of text that follows one."""
         text: list[int] = []
         for token in written:
             if token in self._ordinary or token in keep:
@@ -292,13 +287,13 @@ WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWrit
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
-def compute_dtype() -> str:
-    """What texts are written in: bfloat16 where the CPU has instructions for it, which is faster, else float32."""
+def choose_dtype() -> str:
+    """Return the dtype to write texts in: bfloat16, which is faster, if the CPU has instructions for it."""
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
 def check_writes(folder: Path, form: Form) -> None:
-    """Raise UnsupportedError where a model of this form writes no text by itself, before it is loaded."""
+    """Raise UnsupportedError if a model of this form writes no text by itself, before it is loaded."""
     if form.family not in WRITERS:
         why = "It has no language-modelling head."
     elif form.family != "causal" and not form.marks:
@@ -308,38 +303,38 @@ def check_writes(folder: Path, form: Form) -> None:
     raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
 
 
-def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, advance: Advance | None) -> Pieces:
-    """Token ids of texts that the model writes, `tokens` or more in all, without special tokens around them.
+def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, advance: Advance | None) -> Pieces:
+    """Return token ids of texts that the model writes, `tokens` or more in all, without special tokens around them.
 
-    The same on one machine whatever the number of threads: each batch of texts is written by one thread, from numbers
-    that the seed and the batch's place alone determine. `advance` is told tokens done and in all, by one thread at
-    a time, not always the same.
+    They are the same on one machine whatever the number of threads: each batch of texts is written by one thread, from
+    numbers that the seed and the batch's place alone determine. `advance` is called with the tokens done and in all, by
+    one thread at a time, not always the same.
 
-    Raises UnsupportedError where the model cannot write, CompressknowError where it gives NaN.
+    Raises UnsupportedError if the model cannot write, CompressknowError if it gives NaN.
     """
     name = type(language_model.model).__name__
     if language_model.family != form.family:
         raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
-    found: Pieces = []
+    written: Pieces = []
     try:
         with Pool() as pool:
             writer = WRITERS[form.family](language_model.model, form, tokens, pool.check, counted(advance, tokens))
             batches = 0
-            while (missing := tokens - sum(map(len, found))) > 0:
+            while (missing := tokens - sum(map(len, written))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
                 wave = range(batches, batches + more)
-                for pieces in pool.map(lambda batch: writer.write(_generator(seed, batch)), wave):
-                    found += pieces
+                for pieces in pool.map(lambda batch: writer.write(_make_generator(seed, batch)), wave):
+                    written += pieces
                 batches += more
-                if not any(found):
+                if not any(written):
                     raise UnsupportedError(f"{name} writes nothing by itself.", hint=HINT)
     except (CompressknowError, Stopped):
         raise
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", reason_of(error), HINT) from error
-    return found
+    return written
 
 
-def _generator(seed: int, batch: int) -> torch.Generator:
+def _make_generator(seed: int, batch: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,4 +1,4 @@
-"""TODO
+"""SmoothQuant: a part of the activations' outliers moves into the weights, and a norm takes the division.
 
 Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4,
 equation 4: channel j of the activations is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), and column j of the
@@ -7,37 +7,46 @@ weights multiplied with it. The norm that gives the activations takes the divisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.compress.calibrate.gathering import OPERANDS
+from compressknow.compress.calibrate.forward import BlockwiseUnsupported
+from compressknow.compress.calibrate.gathering import OPERANDS, Sums
+from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.statistics import InputStatistics
-from compressknow.compress.calibrate.walk import tensors_in
-from compressknow.compress.plan import Plan, PlannedTensor
+from compressknow.compress.calibrate.walk import Visitor, find_tensors, walk
+from compressknow.compress.plan import Plan, PlannedTensor, make_plan
+from compressknow.compress.pool import Pool
+from compressknow.engine.language_model import embedding_rows
+from compressknow.model.groups import structure_of
+from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
-    pass
-
+    from transformers import PreTrainedModel
 
 SMALLEST = 1e-5
+# So many tokens show what a block's layers read.
+TRIED_TOKENS = 8
+SHARED_WEIGHTS = "Its blocks share their weights, and each use wants other factors."
+NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm whose outputs are read by some Linear weights and by nothing else.
+    """Norm whose outputs are read by some Linear weights and by nothing else.
 
     Attributes
     ----------
     module : its name in the model.
     readers : the parameters that multiply with its outputs.
-    offset : what it adds to its weight before it multiplies with it (1 in Gemma's, else 0).
+    offset : number added to its weight before it multiplies with it (1 in Gemma's, else 0).
     """
 
     module: str
@@ -45,52 +54,52 @@ class Norm:
     offset: float
 
 
-def norms_before(
+def find_norms(
     block: str, module: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], Any]
 ) -> Iterator[Norm]:
-    """The norms in a block that can take the division for Linear weights that read them.
+    """Find the norms in a block that can take the division for Linear weights that read them.
 
     Parameters
     ----------
     block : its name in the model; `module` is that block, with its weights.
     weights : those that may be smoothed, by name.
-    run : runs the block on some text, and gives its output.
+    run : runs the block on some text, and returns its output.
     """
     with _Outputs(module) as outputs, _Readers(weights, outputs) as readers:
-        given = tensors_in(run())
-    leaving = {tensor.untyped_storage().data_ptr() for tensor in given}
+        results = find_tensors(run())
+    leaving = {tensor.untyped_storage().data_ptr() for tensor in results}
     for name, norm in outputs.norms.items():
-        read = readers.of(name)
-        if read and not outputs.places[name] & (leaving | readers.elsewhere):
-            offset = _offset(norm, outputs.inputs[name])
+        names = readers.find(name)
+        if names and not outputs.places[name] & (leaving | readers.elsewhere):
+            offset = _find_offset(norm, outputs.inputs[name])
             if offset is not None:
-                yield Norm(f"{block}.{name}" if name else block, tuple(read), offset)
+                yield Norm(f"{block}.{name}" if name else block, tuple(names), offset)
 
 
 class _Outputs:
-    """Notes what the norms of a block are given, and where their outputs lie, while it is entered."""
+    """Recorder of the inputs of a block's norms, and of the places of their outputs, while it is entered."""
 
     def __init__(self, module: nn.Module) -> None:
         self.norms = {name: child for name, child in module.named_modules() if _is_norm(child)}
         self.inputs: dict[str, torch.Tensor] = {}
-        # The tensors are kept, so that no other comes to lie in the same place.
-        self._kept: list[torch.Tensor] = []
+        # Held, so that no other tensor comes to lie in the same place.
+        self._outputs: list[torch.Tensor] = []
         self.places: dict[str, set[int]] = {name: set() for name in self.norms}
         self._stack = ExitStack()
 
     def __enter__(self) -> _Outputs:
         for name, norm in self.norms.items():
-            self._stack.callback(norm.register_forward_hook(self._noting(name)).remove)
+            self._stack.callback(norm.register_forward_hook(self._make_hook(name)).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _noting(self, name: str) -> Callable[..., None]:
+    def _make_hook(self, name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(output, torch.Tensor):
                 self.inputs[name] = args[0]
-                self._kept.append(output)
+                self._outputs.append(output)
                 self.places[name].add(output.untyped_storage().data_ptr())
 
         return note
@@ -102,8 +111,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _Readers(TorchFunctionMode):
-    """Notes what computes with the outputs of norms: Linear weights by name, and `elsewhere` the outputs that anything
-    else reads."""
+    """Recorder of what reads the outputs of norms: Linear weights, by name; `elsewhere` has the places of outputs that
+    anything else reads."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], outputs: _Outputs) -> None:
         super().__init__()
@@ -112,20 +121,19 @@ class _Readers(TorchFunctionMode):
         self._read: dict[int, list[str]] = {}
         self.elsewhere: set[int] = set()
 
-    def of(self, norm: str) -> list[str]:
-        """The weights that read a norm's outputs, each once."""
-        found = [name for place in self._outputs.places[norm] for name in self._read.get(place, ())]
-        return list(dict.fromkeys(found))
+    def find(self, norm: str) -> list[str]:
+        """Return the weights that read a norm's outputs, each once."""
+        return list(dict.fromkeys(name for place in self._outputs.places[norm] for name in self._read.get(place, ())))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in([*args, *(kwargs or {}).values()])}
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in find_tensors([*args, *(kwargs or {}).values()])}
         outputs = {place for places in self._outputs.places.values() for place in places}
         result = func(*args, **kwargs or {})
-        for place in given & outputs:
+        for place in inputs & outputs:
             # A view is no use yet: what reads it will be seen.
-            made = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(result)}
+            made = {tensor.untyped_storage().data_ptr() for tensor in find_tensors(result)}
             if made and place not in made:
                 self._note(func, args, place)
         return result
@@ -140,13 +148,13 @@ class _Readers(TorchFunctionMode):
             self._read.setdefault(place, []).append(name)
 
 
-def _offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
-    """What a norm adds to its weight, tried out: so divided, its output is; None where it is neither 0 nor 1."""
+def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
+    """Find what a norm adds to its weight by trying: so divided, its output is too. None if it is neither 0 nor 1."""
     with torch.no_grad():
         before = norm(inputs)
         factors = torch.linspace(0.5, 2, before.shape[-1])
         for offset in (0.0, 1.0):
-            with divided(norm, factors, offset):
+            with _divide(norm, factors, offset):
                 after = norm(inputs)
             if torch.allclose(after * factors, before, rtol=1e-3, atol=1e-5):
                 return offset
@@ -154,9 +162,9 @@ def _offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
 
 
 @contextmanager
-def divided(norm: nn.Module, factors: torch.Tensor, offset: float) -> Iterator[None]:
-    """Meanwhile a norm's outputs are divided by `factors` [channels]."""
-    kept = {name: parameter.data for name, parameter in norm.named_parameters(recurse=False)}
+def _divide(norm: nn.Module, factors: torch.Tensor, offset: float) -> Iterator[None]:
+    """Divide a norm's outputs by `factors` [channels] meanwhile."""
+    before = {name: parameter.data for name, parameter in norm.named_parameters(recurse=False)}
     try:
         for name, parameter in norm.named_parameters(recurse=False):
             own = offset if name == "weight" else 0.0
@@ -164,11 +172,11 @@ def divided(norm: nn.Module, factors: torch.Tensor, offset: float) -> Iterator[N
         yield
     finally:
         for name, parameter in norm.named_parameters(recurse=False):
-            parameter.data = kept[name]
+            parameter.data = before[name]
 
 
-def factors_of(statistics: InputStatistics, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
-    """s [channels], float32, by equation 4; 1 where a channel is always zero.
+def compute_factors(statistics: InputStatistics, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
+    """Compute s [channels], float32, by equation 4; 1 where a channel is always zero.
 
     Parameters
     ----------
@@ -181,9 +189,9 @@ def factors_of(statistics: InputStatistics, weights: Sequence[torch.Tensor], alp
     return torch.where((peaks > 0) & (largest > 0), factors.clamp(min=SMALLEST), 1.0)
 
 
-def stored_division(weight: torch.Tensor, factors: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm's weight divided, in its own dtype, and the factors that this comes to after its rounding: what the
-    weights behind it are multiplied with, so that nothing is lost in between."""
+def divide_stored(weight: torch.Tensor, factors: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a norm's weight in its own dtype, and return it with the factors that this comes to after rounding. The
+    weights behind it are multiplied with these, so that nothing is lost in between."""
     original = weight.to(torch.float32) + offset
     divided = (original / factors - offset).to(weight.dtype)
     written = divided.to(torch.float32) + offset
@@ -191,8 +199,8 @@ def stored_division(weight: torch.Tensor, factors: torch.Tensor, offset: float) 
     return torch.where(usable, divided, weight), torch.where(usable, original / written, 1.0)
 
 
-def smoothed(statistics: InputStatistics, factors: torch.Tensor) -> InputStatistics:
-    """What would have been seen of inputs that are divided by `factors`."""
+def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> InputStatistics:
+    """Return the statistics of the same inputs divided by `factors`."""
     products = statistics.products
     return replace(
         statistics,
@@ -202,28 +210,93 @@ def smoothed(statistics: InputStatistics, factors: torch.Tensor) -> InputStatist
     )
 
 
-SHARING = "Its blocks share their weights, and each use wants other factors."
-TOGETHER = "Its blocks cannot be run one by one."
-
-
-def to_smooth(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
-    """Alpha by parameter."""
+def find_alphas(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
+    """Return alpha for each parameter to smooth."""
     steps = {tensor.parameter: plan.quantize_step(tensor) for tensor in tensors}
     return {name: step.smooth for name, step in steps.items() if step and step.smooth}
 
 
-def nothing_to_smooth(module: str) -> UnsupportedError:
-    """The error for a block without a norm that can take it."""
-    return UnsupportedError(
+def raise_unsmoothable(module: str) -> NoReturn:
+    """Raise UnsupportedError for a block without a norm that can take the division."""
+    raise UnsupportedError(
         f"Nothing in {module} can be smoothed.",
         why="Only a norm that feeds quantized layers and nothing else can take what leaves its outputs.",
         hint="Leave --smooth out, or widen --scope to all layers that read a norm.",
     )
 
 
-def refuse_smoothing(plan: Plan, why: str) -> None:
-    """Raise UnsupportedError where the recipe smooths."""
+def check_no_smoothing(plan: Plan, why: str) -> None:
+    """Raise UnsupportedError, with this reason, if the recipe smooths."""
     if plan.recipe.smooths:
         raise UnsupportedError(
             f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
         )
+
+
+def group_in_scope(plan: Plan, streamed: StreamedModel, *, repeated: bool) -> dict[str, list[PlannedTensor]]:
+    """Return what is in scope by the block, or lone layer, that holds it: weights that are used repeatedly, or once."""
+    weights = {weight.parameter: weight for weight in plan.structure.linears}
+    groups: dict[str, list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        if tensor.in_scope and tensor.group != "vision" and tensor.module is not None:
+            weight = weights[tensor.parameter]
+            if (weight.uses > 1 or bool(weight.sharing)) == repeated:
+                groups.setdefault(streamed.find_block(tensor.module), []).append(tensor)
+    return groups
+
+
+def check_smoothable(plan: Plan, tree: PreTrainedModel) -> None:
+    """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed.
+
+    A few tokens show it, before the model writes a text.
+    """
+    if not plan.recipe.smooths:
+        return
+    if plan.removal and not plan.removal.is_decided:
+        # What goes is not known yet; what a norm feeds is as in the whole model.
+        checkpoint, tree = plan.removal.original
+        plan = make_plan(checkpoint, tree, structure_of(tree, plan.recipe.module_map), plan.recipe)
+    with OpenFiles() as files, Pool(1) as pool:
+        streamed = StreamedModel(tree, plan.sources, files)
+        if group_in_scope(plan, streamed, repeated=True):
+            check_no_smoothing(plan, SHARED_WEIGHTS)
+        visitor = _SmoothingTrial(plan, streamed, pool)
+        ids = torch.arange(TRIED_TOKENS)[None] % embedding_rows(streamed.model)
+        decoder = {"decoder_input_ids": ids} if streamed.model.config.is_encoder_decoder else {}
+        try:
+            walk(streamed, [{"input_ids": ids, **decoder}], visitor, pool)
+        except BlockwiseUnsupported:
+            check_no_smoothing(plan, NOT_BLOCKWISE)
+
+
+class _SmoothingTrial(Visitor):
+    """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth."""
+
+    def __init__(self, plan: Plan, streamed: StreamedModel, pool: Pool) -> None:
+        self._streamed, self._pool = streamed, pool
+        targets = group_in_scope(plan, streamed, repeated=False)
+        wanted = {module: names for module, tensors in targets.items() if (names := list(find_alphas(plan, tensors)))}
+        self._blocks = {module: names for module, names in wanted.items() if module in streamed.blocks}
+        if not self._blocks:
+            raise_unsmoothable(next(iter(wanted)))
+        self._untried = {self._kind(module) for module in self._blocks}
+
+    def _kind(self, module: str) -> tuple[type, frozenset[str]]:
+        names = frozenset(name.removeprefix(module) for name in self._blocks.get(module, ()))
+        return type(self._streamed.model.get_submodule(module)), names
+
+    @property
+    def is_done(self) -> bool:
+        return not self._untried
+
+    def list_watched(self, module: str) -> Collection[str]:
+        return self._blocks.get(module, ()) if self._kind(module) in self._untried else ()
+
+    def get_sums(self, module: str) -> Sums:
+        return Sums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
+
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
+        weights = {name: self._streamed.model.get_parameter(name) for name in self.list_watched(module)}
+        if not any(find_norms(module, self._streamed.model.get_submodule(module), weights, rerun)):
+            raise_unsmoothable(module)
+        self._untried.remove(self._kind(module))

@@ -1,4 +1,4 @@
-"""What is known of the inputs of one Linear: the record that calibration fills, and pruning and rounding read."""
+"""Statistics of the inputs of one Linear, which calibration gathers, and pruning and rounding read."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """What was seen of the inputs X [tokens, in] of one Linear on the calibration text.
+    """Statistics of the inputs X [tokens, in] of one Linear on the calibration text.
 
-    Linears that read the same tensor share one: it is to be read only.
+    Linears that read the same tensor share one: do not change it.
 
     Attributes
     ----------
     name : of the module, for errors.
     tokens : rows of X.
     squares : float32 [in], the sum of x^2 over rows: the diagonal of `products`.
-    peaks : float32 [in], the largest magnitudes; None where nothing needs them.
-    products : float32 [in, in], X^T X; None where nothing needs them.
+    peaks : float32 [in], the largest magnitudes; None if nothing needs them.
+    products : float32 [in, in], X^T X; None if nothing needs them.
     """
 
     name: str

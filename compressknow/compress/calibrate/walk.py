@@ -1,28 +1,35 @@
-"""The blocks of a model, one after the other, over all of the calibration text: to compress them, or only to observe.
+"""Walk over the blocks of a model on all of the calibration text, to compress them, or only to observe.
 
-Whatever code a model runs between its blocks, it runs itself, each pass in a thread of its own: nothing is known here
-of masks, positions, caches or encoders. So any model whose blocks are modules can be run with one block in memory.
+Each pass runs in a thread of its own (`compressknow.compress.calibrate.forward`), and all of them stop before a block.
+There a visitor is shown what the block reads, and may change its weights; then the block runs, and the passes go on.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from transformers import Cache
 
-from compressknow.base.errors import CompressknowError, lacks_memory
+from compressknow.base.errors import CompressknowError
 from compressknow.base.format import size
-from compressknow.compress.calibrate.forward import Call, ForwardPass, NotApart, failing_apart, stopping_before
+from compressknow.compress.calibrate.forward import (
+    BlockwiseUnsupported,
+    Call,
+    ForwardPass,
+    intercept,
+    translate_failures,
+)
 from compressknow.compress.calibrate.gathering import Key, MixedSums, Sums, Watch
-from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.calibrate.model import WHOLE_IN_MEMORY, StreamedModel, explain_missing_memory
 from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
 from compressknow.model.checkpoint import Checkpoint
@@ -33,90 +40,138 @@ from compressknow.model.tensors import OpenFiles
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 # Hidden states of more than this lie in files between the blocks.
 MOST_BYTES_IN_MEMORY = 1 << 30
 
+Batches = Sequence[Mapping[str, torch.Tensor]]
+AnySums = Sums | MixedSums
+OnProgress = Callable[[int, int], object]
+# Gets what was seen of a block's weights, and a pool to work with.
+Visit = Callable[[dict[Key, InputStatistics], Pool], object]
 
-class Visitor(Protocol):
-    """What is done on the way."""
 
-    @property
-    def alone(self) -> Collection[str]:
-        """Modules in no block to stop before, too: single Linear layers."""
+class Visitor:
+    """Visitor of a walk; this one watches nothing, and changes nothing.
 
-    def watched(self, module: str) -> Collection[str]:
-        """The parameters of a block (or single layer) whose inputs are to be seen; none where nothing is to be done."""
+    Attributes
+    ----------
+    lone_layers : modules outside the blocks to stop before too: single Linear layers.
+    """
 
-    def sums(self, module: str) -> Sums | MixedSums:
-        """Where the sums over the inputs of what is watched go."""
-
-    def visit(self, module: str, again: Callable[[], Any]) -> None:
-        """All batches were seen. The module's weights are loaded; those that change are changed for what follows.
-        `again` runs the module on the first batch once more, and gives its output."""
-
-    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        """What a block has made of a batch, as the next block will see it."""
+    lone_layers: Collection[str] = ()
 
     @property
-    def done(self) -> bool:
-        """Whether nothing is left to do, so that the rest of the model need not be run."""
+    def is_done(self) -> bool:
+        """True if nothing is left to do, so that the rest of the model need not run."""
+        return False
+
+    def list_watched(self, module: str) -> Collection[str]:  # noqa: ARG002
+        """Return the parameters of a block (or lone layer) to watch; without any it is not visited."""
+        return ()
+
+    def get_sums(self, module: str) -> AnySums:
+        """Return the sums to which the inputs of what is watched are added."""
+        raise NotImplementedError(module)
+
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
+        """Act on what was seen of all batches. The module's weights are loaded, and what is changed of them counts.
+        `rerun` runs the module on the first batch once more, and returns its output."""
+
+    def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
+        """Look at what a module makes of a batch, as the next one will see it."""
+
+
+T = TypeVar("T", bound=LinearWeight | PlannedTensor)
+
+
+class TargetVisitor(Visitor, Generic[T]):
+    """Visitor of the blocks and lone layers that hold targets, which sums up what each of them reads.
+
+    Parameters
+    ----------
+    targets : by the block that holds them, or by their own module if none does.
+    """
+
+    def __init__(self, streamed: StreamedModel, targets: Mapping[str, Sequence[T]]) -> None:
+        self._streamed, self._targets = streamed, targets
+        self.lone_layers = [module for module in targets if module not in streamed.blocks]
+        self._sums: dict[str, AnySums] = {}
+        self._unvisited = set(targets)
+
+    def make_sums(self, targets: Sequence[T]) -> AnySums:
+        """Begin sums over the inputs of targets that are visited together."""
+        raise NotImplementedError
+
+    def list_watched(self, module: str) -> Collection[str]:
+        return list(dict.fromkeys(target.parameter for target in self._targets.get(module, ())))
+
+    def get_sums(self, module: str) -> AnySums:
+        """Return the sums of a module, the same from one use of it to the next."""
+        if module not in self._sums:
+            self._sums[module] = self.make_sums(self._targets[module])
+        return self._sums[module]
+
+    def check_run(self, module: str) -> None:
+        """Raise BlockwiseUnsupported for a block or head that the model does not run as a module: whatever it does with
+        its weights, it does elsewhere."""
+        if module in self._streamed.blocks or any(target.group == "final" for target in self._targets[module]):
+            raise BlockwiseUnsupported(f"the model does not run {module}")
 
 
 def walk(
     streamed: StreamedModel,
-    batches: Sequence[Mapping[str, torch.Tensor]],
+    batches: Batches,
     visitor: Visitor,
     pool: Pool,
     folder: Path | None = None,
-    told: Callable[[str], None] = lambda _: None,
+    on_module: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Run the batches through the model side by side, block by block, and have each visited.
+    """Run the batches through the model side by side, block by block, and have each block visited.
 
     Every batch is computed by one thread alone, so that results do not depend on how many there are.
 
     Parameters
     ----------
     batches : keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
-        ``decoder_input_ids`` where it has a decoder.
-    folder : where hidden states that are large lie meanwhile; in memory without one.
-    told : called with the name of each block when it is done.
+        ``decoder_input_ids`` if it has a decoder.
+    folder : for hidden states that are large; they stay in memory without one.
+    on_module : called with the name of each block, or lone layer, that has run.
 
     Raises
     ------
     CompressknowError : a block gives NaN or infinities, or there is no memory for it.
-    NotApart : the model cannot be run so.
+    BlockwiseUnsupported : the model cannot be run so.
     """
     passes = [ForwardPass(streamed.model, batch) for batch in batches]
-    stops = [*streamed.blocks, *visitor.alone]
+    stops = [*streamed.blocks, *visitor.lone_layers]
     tokens = sum(tensor.numel() for batch in batches for tensor in batch.values())
     with ExitStack() as stack:
-        forwards = stack.enter_context(stopping_before(streamed.model, stops))
+        forwards = stack.enter_context(intercept(streamed.model, stops))
         for each in passes:
             stack.callback(each.close)
         calls = pool.map(ForwardPass.advance, passes)
-        streamed.let_go()
+        streamed.release()
         parking = _Parking(folder, tokens)
-        while (module := _same(calls)) is not None:
+        while (module := _find_common_stop(calls)) is not None:
             step = _Step(streamed, module, forwards[module], visitor, pool, parking)
-            with memory_named(module, partial(_needs, streamed, module)):
+            with explain_missing_memory(module, partial(_describe_size, streamed, module)):
                 calls = step.take(passes, [call for call in calls if call])
-            streamed.let_go()
-            told(module)
-            if visitor.done:
+            streamed.release()
+            on_module(module)
+            if visitor.is_done:
                 break
 
 
-def _same(calls: Sequence[Call | None]) -> str | None:
-    """Where all passes stand; None at the end of the model."""
+def _find_common_stop(calls: Sequence[Call | None]) -> str | None:
+    """Return the module before which all passes stand; None at the end of the model."""
     names = {call and call.module for call in calls}
     if len(names) != 1:
-        raise NotApart(f"the model takes other ways for other batches: to {names}")
+        raise BlockwiseUnsupported(f"the model takes other ways for other batches: to {names}")
     return names.pop()
 
 
 class _Step:
-    """One block, or single layer, before which all passes stand."""
+    """Step of all passes over one block, or lone layer."""
 
     def __init__(
         self,
@@ -131,46 +186,47 @@ class _Step:
         self._visitor, self._pool, self._parking = visitor, pool, parking
 
     def take(self, passes: Sequence[ForwardPass], calls: Sequence[Call]) -> list[Call | None]:
-        """The same passes one stop later; nothing where nothing is left to do."""
-        with self._streamed.loaded(self._module):
-            if names := self._visitor.watched(self._module):
+        """Visit the module, run it, and advance the passes to their next calls; to none if nothing is left to do."""
+
+        def advance(numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
+            number, (forward_pass, call) = numbered
+            output = self._run(call)
+            self._visitor.receive_output(self._module, number, call, output)
+            return forward_pass.advance(self._parking.park(output))
+
+        with self._streamed.load(self._module):
+            if names := self._visitor.list_watched(self._module):
                 self._gather(names, calls)
-                self._visitor.visit(self._module, lambda: self._run(_own(calls[0])))
-                if self._visitor.done:
+                self._visitor.visit(self._module, lambda: self._run(_copy_call(calls[0])))
+                if self._visitor.is_done:
                     return []
-            return self._pool.map(self._on, list(enumerate(zip(passes, calls, strict=True))))
+            return self._pool.map(advance, list(enumerate(zip(passes, calls, strict=True))))
 
     def _gather(self, names: Collection[str], calls: Sequence[Call]) -> None:
         weights = {name: self._streamed.model.get_parameter(name) for name in names}
-        sums = self._visitor.sums(self._module)
+        sums = self._visitor.get_sums(self._module)
         sums.begin()
 
         def gather(numbered: tuple[int, Call]) -> None:
             number, call = numbered
-            watch = self._watched(weights, call, copies=False)
+            watch = self._run_watched(weights, call, copies=False)
             if watch.overwritten:
-                watch = self._watched(weights, call, copies=True)
+                watch = self._run_watched(weights, call, copies=True)
             sums.add(number, watch.seen)
 
         self._pool.map(gather, list(enumerate(calls)))
 
-    def _watched(self, weights: Mapping[str, torch.Tensor], call: Call, *, copies: bool) -> Watch:
+    def _run_watched(self, weights: Mapping[str, torch.Tensor], call: Call, *, copies: bool) -> Watch:
         watch = Watch(weights, copies=copies)
         with watch:
-            self._run(_own(call))
+            self._run(_copy_call(call))
         return watch
-
-    def _on(self, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
-        number, (forward_pass, call) = numbered
-        output = self._run(call)
-        self._visitor.output(self._module, number, call, output)
-        return forward_pass.advance(self._parking.park(output))
 
     def _run(self, call: Call) -> Any:
         self._pool.check()
-        with torch.no_grad(), failing_apart():
+        with torch.no_grad(), translate_failures():
             output = self._forward(*call.args, **call.kwargs)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(output)[:1]):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
             raise CompressknowError(
                 f"{self._module} gives NaN or infinities on the calibration text.",
                 why="So nothing can be learned of what its layers read.",
@@ -179,97 +235,69 @@ class _Step:
         return output
 
 
-def tensors_in(output: Any) -> list[torch.Tensor]:
-    """The floating-point tensors of what a module gives; its hidden states come first."""
+def find_tensors(output: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors of what a module gives; its hidden states come first."""
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in tensors_in(value)]
+    return [tensor for value in values for tensor in find_tensors(value)]
 
 
-def _own(call: Call) -> Call:
-    """A call that may write into what it is given: it will be run once more."""
-    return Call(call.module, tuple(map(_copy, call.args)), {key: _copy(value) for key, value in call.kwargs.items()})
+def _copy_call(call: Call) -> Call:
+    """Copy a call, of which a module may overwrite the arguments: it will run once more."""
 
+    def copy_value(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, Cache) else value
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return copy.deepcopy(value) if isinstance(value, Cache) else value
+    return Call(
+        call.module, tuple(map(copy_value, call.args)), {key: copy_value(value) for key, value in call.kwargs.items()}
+    )
 
 
 class _Parking:
-    """Where hidden states wait for the next block: in memory, or in files that the system writes out where it must."""
+    """Store of hidden states between blocks: memory, or files, which the system can page out."""
 
     def __init__(self, folder: Path | None, tokens: int) -> None:
         self._folder, self._tokens, self._numbers = folder, tokens, count()
 
     def park(self, output: Any) -> Any:
-        """The same values of a block's output."""
+        """Return the same values of a block's output, in a file if they are large."""
         if isinstance(output, torch.Tensor) and output.dim() > 1:
-            large = self._tokens * output.shape[-1] * output.itemsize > MOST_BYTES_IN_MEMORY
-            return self._in_file(output) if large and self._folder else output
+            is_large = self._tokens * output.shape[-1] * output.itemsize > MOST_BYTES_IN_MEMORY
+            return self._move_to_file(output, self._folder) if is_large and self._folder else output
         if isinstance(output, tuple) and output and type(output) is tuple:
             return (self.park(output[0]), *output[1:])
         return output
 
-    def _in_file(self, output: torch.Tensor) -> torch.Tensor:
-        assert self._folder is not None
-        path = self._folder / f".hidden-{next(self._numbers)}"
-        kept = torch.from_file(str(path), shared=True, size=output.numel(), dtype=output.dtype).view(output.shape)
+    def _move_to_file(self, output: torch.Tensor, folder: Path) -> torch.Tensor:
+        path = folder / f".hidden-{next(self._numbers)}"
+        stored = torch.from_file(str(path), shared=True, size=output.numel(), dtype=output.dtype).view(output.shape)
         # The mapping lives as long as the tensor, also without its name (but on Windows, where the folder goes later).
         with suppress(OSError):
             path.unlink()
-        return kept.copy_(output)
+        return stored.copy_(output)
 
 
-def whole_in_memory() -> str:
-    """Why a model takes much memory."""
-    return "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
-
-
-@contextmanager
-def memory_named(what: str, why: Callable[[], str]) -> Iterator[None]:
-    """What fails for want of memory meanwhile says of what, and why that takes so much."""
-    try:
-        yield
-    except Exception as error:
-        if not lacks_memory(error):
-            raise
-        hint = "Take fewer --calibration-tokens, a method that looks at weights alone, or another machine."
-        raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
-
-
-def _needs(streamed: StreamedModel, module: str) -> str:
+def _describe_size(streamed: StreamedModel, module: str) -> str:
     numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
     return f"Its weights alone take {size(4 * numel)} in float32, and what is gathered of their inputs more."
 
 
-Batches = Sequence[Mapping[str, torch.Tensor]]
+def gather_whole(
+    streamed: StreamedModel, names: Iterable[str], batches: Batches, sums: AnySums, on_progress: OnProgress = max
+) -> None:
+    """Run a model that is in memory as a whole, and add the inputs of these parameters to sums.
 
-
-Told = Callable[[int, int], object]
-
-
-AnySums = Sums | MixedSums
-
-
-Visit = Callable[[dict[Key, InputStatistics], Pool], object]
-
-
-def input_statistics(
-    checkpoint: Checkpoint,
-    tree: PreTrainedModel,
-    batches: Batches,
-    *,
-    threads: int | None = None,
-    folder: Path | None = None,
-    told: Told = max,
-) -> dict[Key, InputStatistics]:
-    """The sums of squares of what each Linear weight is multiplied with, the final layer's included. See `observe`."""
-    found: dict[Key, InputStatistics] = {}
-    observe(checkpoint, tree, [batches], lambda seen, _: found.update(seen), threads=threads, folder=folder, told=told)
-    return found
+    `on_progress` is called with the batches that have run, and with how many there are.
+    """
+    weights = {name: streamed.model.get_parameter(name) for name in names}
+    for number, batch in enumerate(batches):
+        with Watch(weights) as watch:
+            streamed.run(batch)
+        sums.add(number, watch.seen)
+        on_progress(number + 1, len(batches))
 
 
 def observe(
@@ -281,130 +309,97 @@ def observe(
     products: bool = False,
     threads: int | None = None,
     folder: Path | None = None,
-    told: Told = max,
+    on_progress: OnProgress = max,
 ) -> None:
-    """Show what each Linear weight is multiplied with, block by block; nothing is kept of a block that was visited.
+    """Show what each Linear weight is multiplied with, block by block, and forget it once a block was visited.
 
     Parameters
     ----------
     checkpoint, tree : of floats, with its module tree on the meta device.
-    texts : batches each, see `walk`. Of several, each counts as much as the others (`MixedSums`).
-    visit : gets what was seen, by weight, or matrix of a stack of them, and a pool to work with; what the text does not
-        reach is missing (experts, vision towers).
-    products : whether X^T X is gathered too.
-    folder : where large hidden states lie meanwhile.
-    told : the blocks that are done, and in all.
+    texts : batches each, see `walk`. If there are several, each counts as much as the others (`MixedSums`).
+    visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
+        does not reach are missing (experts, vision towers).
+    products : gather X^T X too.
+    folder : for large hidden states.
+    on_progress : called with the blocks that are done, and with how many there are.
     """
     structure = structure_of(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
     batches = [batch for text in texts for batch in text]
 
-    def make(weights: Iterable[LinearWeight], pool: Pool) -> AnySums:
+    def make_sums(weights: Iterable[LinearWeight], pool: Pool) -> AnySums:
         names = dict.fromkeys(weight.parameter for weight in weights)
         parts = [(len(text), Sums(names, products=products, peaks=False, check=pool.check)) for text in texts]
         return parts[0][1] if len(parts) == 1 else MixedSums(parts)
 
     with OpenFiles() as files, Pool(threads) as pool:
         try:
-            with memory_named(structure.architecture, whole_in_memory), Pool(threads) as own:
+            # What fails stops its pool.
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as walking:
                 streamed = StreamedModel(tree, sources, files)
-                visitor = _Observing(streamed.blocks, weights, own, make, visit)
-                walk(streamed, batches, visitor, own, folder, lambda module: visitor.tell(module, told))
+                visitor = _Observer(streamed, weights, walking, make_sums, visit, on_progress)
+                walk(streamed, batches, visitor, walking, folder, visitor.report)
                 visitor.finish()
-        except NotApart:
-            with memory_named(structure.architecture, whole_in_memory):
+        except BlockwiseUnsupported:
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY):
                 streamed = StreamedModel(tree, sources, files, whole=True)
-                sums = make(weights, pool)
-                _sum_together(streamed, weights, batches, sums, told)
-                visit(dict(_found(weights, sums)), pool)
+                sums = make_sums(weights, pool)
+                gather_whole(streamed, [weight.parameter for weight in weights], batches, sums, on_progress)
+                visit(_collect(weights, sums), pool)
 
 
-def _found(weights: Iterable[LinearWeight], sums: AnySums) -> Iterator[tuple[Key, InputStatistics]]:
-    for weight in weights:
-        matrices = weight.shape[0] if len(weight.shape) > 2 else 1
-        for key in (Key(weight.parameter, matrix) for matrix in range(matrices)):
-            if (statistics := sums.of(key)) is not None:
-                yield key, statistics
+def _collect(weights: Iterable[LinearWeight], sums: AnySums) -> dict[Key, InputStatistics]:
+    keys = [
+        Key(weight.parameter, matrix)
+        for weight in weights
+        for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
+    ]
+    return {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
 
 
-def _sum_together(
-    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, sums: AnySums, told: Told
-) -> None:
-    """The whole model at once."""
-    parameters = {weight.parameter: streamed.model.get_parameter(weight.parameter) for weight in weights}
-    for number, batch in enumerate(batches):
-        with Watch(parameters) as watch:
-            streamed.run(batch)
-        sums.add(number, watch.seen)
-        told(number + 1, len(batches))
-
-
-class _Observing:
-    """Visits blocks, and layers in no block, and shows what was summed of each."""
+class _Observer(TargetVisitor[LinearWeight]):
+    """Visitor that shows what was summed of each block and lone layer; if blocks share weights, after all uses."""
 
     def __init__(
         self,
-        blocks: Sequence[str],
+        streamed: StreamedModel,
         weights: Sequence[LinearWeight],
         pool: Pool,
-        make: Callable[[Iterable[LinearWeight], Pool], AnySums],
+        make_sums: Callable[[Iterable[LinearWeight], Pool], AnySums],
         visit: Visit,
+        on_progress: OnProgress,
     ) -> None:
-        self._blocks, self._pool, self._make, self._visit = blocks, pool, make, visit
-        self._targets: dict[str, list[LinearWeight]] = {}
+        targets: dict[str, list[LinearWeight]] = {}
         for weight in weights:
-            self._targets.setdefault(self._place_of(weight), []).append(weight)
-        # Of blocks that share their weights, all uses are seen.
+            targets.setdefault(streamed.find_block(weight.module), []).append(weight)
+        super().__init__(streamed, targets)
+        self._pool, self._make, self._visit, self._on_progress = pool, make_sums, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
-        self._sums: dict[str, AnySums] = {}
-        self._left = set(self._targets)
 
-    def _place_of(self, weight: LinearWeight) -> str:
-        return next((block for block in self._blocks if f"{weight.module}.".startswith(f"{block}.")), weight.module)
+    def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
+        return self._make(targets, self._pool)
 
-    @property
-    def alone(self) -> Collection[str]:
-        """Single layers that lie in no block."""
-        return [module for module in self._targets if module not in self._blocks]
-
-    def watched(self, module: str) -> Collection[str]:
-        """All Linear weights of a block."""
-        return list(dict.fromkeys(weight.parameter for weight in self._targets.get(module, ())))
-
-    def sums(self, module: str) -> AnySums:
-        """Those of a block; kept from one use to the next."""
-        if module not in self._sums:
-            self._sums[module] = self._make(self._targets[module], self._pool)
-        return self._sums[module]
-
-    def visit(self, module: str, again: Callable[[], Any]) -> None:  # noqa: ARG002
-        """Nothing is changed."""
-        self._left.discard(module)
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
+        self._unvisited.discard(module)
         if not self._repeats:
             self._show(module)
 
     def _show(self, module: str) -> None:
-        self._visit(dict(_found(self._targets[module], self._sums.pop(module))), self._pool)
+        self._visit(_collect(self._targets[module], self._sums.pop(module)), self._pool)
 
-    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        """Nothing is learned from it."""
-
-    def tell(self, module: str, told: Told) -> None:
-        """Count a block that was seen."""
+    def report(self, module: str) -> None:
+        """Report a block that has run."""
         if module in self._targets:
-            told(len(self._targets) - len(self._left), len(self._targets))
+            self._on_progress(len(self._targets) - len(self._unvisited), len(self._targets))
 
     @property
-    def done(self) -> bool:
-        """When all were seen."""
-        return not self._left and not self._repeats
+    def is_done(self) -> bool:
+        return not self._unvisited and not self._repeats
 
     def finish(self) -> None:
-        """Show what was to wait for further uses. Raises NotApart where the model does not run a block, or its head, as
-        a module."""
-        for module in self._left:
-            if module in self._blocks or any(weight.group == "final" for weight in self._targets[module]):
-                raise NotApart(f"the model does not run {module}")
+        """Show what waited for further uses. Raises BlockwiseUnsupported if the model does not run all blocks."""
+        for module in self._unvisited:
+            self.check_run(module)
         for module in list(self._sums):
             self._show(module)

@@ -1,9 +1,8 @@
-"""TODO
+"""Pruning methods: which weights of a step go.
 
 A method that looks at weights alone decides first, over all tensors of its step (`PruningMethod.choose`), in passes
-that read the weights. What comes out of that is small: a mask a tensor, which is expanded block by block while the
-weights are written. One that looks at activations (`Calibrated`) prunes a whole matrix at a time, as its inputs are
-known.
+that read the weights. The result is small: a mask per tensor, expanded block by block while the weights are written. A
+method that looks at activations (`Calibrated`) prunes a whole matrix at a time, once its inputs are known.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ Needs = Literal["nothing", "magnitudes", "norms", "products"]
 
 @dataclass(frozen=True)
 class Weights:
-    """A stored tensor to be pruned; `transposed` says that its last axis is the output (GPT-2's Conv1D)."""
+    """Stored tensor to prune; `transposed` says that its last axis is the output (GPT-2's Conv1D)."""
 
     tensor: StoredTensor
     transposed: bool = False
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """The tensor as stacked matrices: their number (fused experts have many), rows and columns of each."""
+        """Number of stacked matrices (fused experts have many), and rows and columns of each."""
         shape = self.tensor.shape
         return math.prod(shape[:-2]), shape[-2], shape[-1]
 
     def axis(self, dim: int) -> int:
-        """The axis of the stored matrices, 0 or 1, along which output (`dim` 0) or input channels (1) are counted."""
+        """Return the axis of the stored matrices, 0 or 1, that counts output (`dim` 0) or input channels (1)."""
         return dim ^ self.transposed
 
 
 class Pruned(NamedTuple):
-    """What a method makes of a block when it changes more than it zeroes.
+    """Mask and new values of a block, from a method that also changes weights that stay.
 
     Attributes
     ----------
@@ -70,26 +69,24 @@ BlockMask = Callable[["Block"], "BoolArray | Pruned"]
 
 
 class Mask(Protocol):
-    """The pruned weights of one tensor."""
+    """Pruned weights of one tensor."""
 
     def start(self) -> BlockMask:
-        """Begin with the first block of the tensor; it may be begun several times."""
-        ...
+        """Begin with the first block of the tensor; this may happen several times."""
 
 
 @dataclass(frozen=True)
 class EachBlock:
-    """A mask whose blocks do not depend on each other: `pruned` gives those of any block."""
+    """Mask whose blocks do not depend on each other: `pruned` gives that of any block."""
 
     pruned: BlockMask
 
     def start(self) -> BlockMask:
-        """The same for every tensor that it is begun for."""
         return self.pruned
 
 
 class PruningMethod(Parametric, abc.ABC):
-    """A way to choose the weights to zero; its parameters are its fields (`compressknow.compress.recipe`).
+    """Way to choose the weights to zero; its parameters are its fields (`compressknow.compress.recipe`).
 
     Attributes
     ----------
@@ -105,29 +102,28 @@ class PruningMethod(Parametric, abc.ABC):
 
     @property
     def over_scope(self) -> bool:
-        """Whether one choice is made over all tensors of the step together: then it, not their shapes, decides how many
-        fall in which."""
+        """True if one choice over all tensors of the step decides how many weights fall in each."""
         return False
 
     @property
     def label(self) -> str:
-        """The method in the paper's words (`L1-structured`): what a setup is called."""
+        """Name of the method in setups, in the paper's words (`L1-structured`)."""
         return " ".join([self.name, *(f"{name} {value}" for name, value in self.changed().items())])
 
     def count(self, weights: Weights, amount: float) -> int:
-        """How many weights of a tensor fall, from its shape alone."""
+        """Count the weights of a tensor that fall, from its shape alone."""
         return round(amount * weights.tensor.numel)
 
     def check(self, amount: float) -> None:
-        """Raise UsageError where the method cannot prune this amount; most can prune any."""
+        """Raise UsageError if the method cannot prune this amount; most can prune any."""
 
     def misfit(self, weights: Weights) -> str | None:  # noqa: ARG002
-        """Why a tensor of this shape cannot be pruned so, as a sentence; None where it can."""
+        """Say in a sentence why a tensor of this shape cannot be pruned so; None if it can."""
         return None
 
     @abc.abstractmethod
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
-        """A mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
+        """Choose a mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
 
         The masks of one step zero exactly as many weights as `count_pruned` says, whatever the number of threads.
         `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
@@ -136,17 +132,17 @@ class PruningMethod(Parametric, abc.ABC):
     def prune(
         self, weight: torch.Tensor, inputs: InputStatistics, amount: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`; no other method has it."""
+        """See `Calibrated.prune`; other methods do not have it."""
         raise NotImplementedError(f"{self.name} does not look at activations.")
 
 
 class Calibrated(PruningMethod):
-    """A method that looks at activations; `needs` is ``norms`` or ``products``."""
+    """Method that looks at activations; `needs` is ``norms`` or ``products``."""
 
     needs: ClassVar[Needs] = "norms"
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
-        """Weights alone do not tell it: see `prune`."""
+        """Raise NotImplementedError: weights alone do not decide it. See `prune`."""
         raise NotImplementedError(f"{self.name} looks at activations.")
 
     @abc.abstractmethod
@@ -155,8 +151,8 @@ class Calibrated(PruningMethod):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prune one matrix, float32 [out, in] however it is stored, and leave it as it is.
 
-        Gives the pruned weights, bool [out, in], exactly as many as `count` says; and new values of all, float32
-        [out, in], where it changes those that stay (the pruned ones do not matter). The result must not depend on the
+        Return the pruned weights, bool [out, in], exactly as many as `count` says; and, if weights that stay change,
+        new values of all, float32 [out, in] (those of pruned ones do not matter). The result must not depend on the
         number of threads; ties go in the order of the index.
         """
 
@@ -176,19 +172,19 @@ METHODS: Registry[PruningMethod] = Registry(
 )
 
 
-# As far as an amount may be off, so that 0.6667 will do for 1:3.
-CLOSE = 1e-4
+# By so much an amount may differ from its pattern's: 0.6667 will do for 1:3.
+TOLERANCE = 1e-4
 
 
 class Pattern(NamedTuple):
-    """Of each `of` neighbouring weights `keep` stay."""
+    """N:M sparsity: `keep` of each `of` neighbouring weights stay."""
 
     keep: int
     of: int
 
     @classmethod
     def parse(cls, text: Any) -> Pattern | None:
-        """``2:4`` as a pattern; None where it is none.
+        """Parse ``2:4`` as a pattern; None if it is none.
 
         >>> Pattern.parse("2:4"), Pattern.parse("4:2")
         (Pattern(keep=2, of=4), None)
@@ -199,12 +195,12 @@ class Pattern(NamedTuple):
 
     @property
     def pruned(self) -> int:
-        """How many of each group fall."""
+        """Weights of each group that fall."""
         return self.of - self.keep
 
 
 class Patterned(PruningMethod):
-    """A method that prunes by N:M where its `pattern` says so: in each group by itself."""
+    """Method that can prune by N:M, each group by itself, if its `pattern` is set."""
 
     pattern: str | None = parameter(
         default=None,
@@ -216,39 +212,39 @@ class Patterned(PruningMethod):
 
     @property
     def label(self) -> str:
-        """Its name, and the pattern as it is written."""
+        """See `PruningMethod.label`; the pattern comes last, without its name."""
         further = [f"{name} {value}" for name, value in self.changed().items() if name != "pattern"]
         return " ".join([self.name, *further, *([self.pattern] if self.pattern else [])])
 
     @property
     def groups(self) -> Pattern | None:
-        """The pattern, if there is one."""
+        """Pattern, if one is set."""
         return Pattern.parse(self.pattern)
 
     @property
     def over_scope(self) -> bool:
-        """Not with a pattern."""
+        """False with a pattern."""
         return self.pattern is None and super().over_scope
 
     def count(self, weights: Weights, amount: float) -> int:
-        """With a pattern, that of its groups."""
+        """See `PruningMethod.count`; a pattern decides it by its groups."""
         if self.groups is None:
             return super().count(weights, amount)
         return weights.tensor.numel // self.groups.of * self.groups.pruned
 
     def check(self, amount: float) -> None:
-        """Raise UsageError where the amount is not the pattern's."""
+        """Raise UsageError if the amount is not the pattern's."""
         if self.groups is None:
             return
         right = self.groups.pruned / self.groups.of
-        if abs(amount - right) > CLOSE:
+        if abs(amount - right) > TOLERANCE:
             raise UsageError(
                 f"The pattern {self.pattern} prunes {right:.4g} of the weights, not {amount:.4g}.",
                 hint=f"Pass --prune {right:.4g}, or leave out the pattern.",
             )
 
     def misfit(self, weights: Weights) -> str | None:
-        """Where the inputs make no whole groups."""
+        """See `PruningMethod.misfit`; the inputs must make whole groups."""
         inputs = weights.matrices[1 + weights.axis(1)]
         if self.groups is None or inputs % self.groups.of == 0:
             return None

@@ -1,11 +1,4 @@
-"""TODO
-
-Its equation 1: the score of a weight is |W_ij| * ||X_j||_2, compared within each output, that is a row of W.
-
-The score of a weight is W_ij^2 / U_jj^2, with U the upper Cholesky factor of the inverse of X^T X: the squared
-error that is left when the columns after it have made up for its loss (section 3.2). It is compared over all rows in
-blocks of 128 columns, with a pattern in each group of an output (section 3.4).
-"""
+"""Wanda and SparseGPT: pruning by what is known of the inputs of a layer."""
 
 from __future__ import annotations
 
@@ -22,21 +15,22 @@ if TYPE_CHECKING:
 
 
 class Wanda(Patterned, Calibrated):
-    """See the module."""
+    """Wanda (Sun et al. 2023, arXiv 2306.11695, equation 1): a weight's score is |W_ij| * ||X_j||_2, compared within
+    each output, a row of W."""
 
     name = "wanda"
     help = "small weights on small inputs, per output"
     needs: ClassVar[Needs] = "norms"
 
     def count(self, weights: Weights, amount: float) -> int:
-        """The same in each row."""
+        """See `PruningMethod.count`; as many in each row."""
         if self.groups is not None:
             return super().count(weights, amount)
         inputs = weights.matrices[1 + weights.axis(1)]
         return weights.tensor.numel // inputs * round(amount * inputs)
 
     def prune(self, weight: torch.Tensor, inputs: InputStatistics, amount: float) -> tuple[torch.Tensor, None]:
-        """See `Calibrated.prune`; no weight that stays is changed."""
+        """See `Calibrated.prune`; weights that stay do not change."""
         import torch
 
         from compressknow.compress.pruning.masks import score_keys, smallest_of_rows
@@ -49,14 +43,19 @@ class Wanda(Patterned, Calibrated):
 
 
 class SparseGPT(Patterned, Calibrated):
-    """See the module."""
+    """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1).
+
+    The score of a weight is W_ij^2 / U_jj^2, with U the upper Cholesky factor of the inverse of X^T X: the squared
+    error that is left when the columns after it have made up for its loss (section 3.2). It is compared over all rows
+    in blocks of 128 columns, with a pattern in each group of an output (section 3.4).
+    """
 
     name = "sparsegpt"
     help = "weights that others make up for"
     needs: ClassVar[Needs] = "products"
 
     def count(self, weights: Weights, amount: float) -> int:
-        """The amount of each matrix."""
+        """See `PruningMethod.count`; the amount of each matrix."""
         if self.groups is not None:
             return super().count(weights, amount)
         number, rows, columns = weights.matrices
@@ -67,25 +66,25 @@ class SparseGPT(Patterned, Calibrated):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not.
 
-        Raises CompressknowError naming the layer where X^T X cannot be inverted.
+        Raises CompressknowError naming the layer if X^T X cannot be inverted.
         """
-        from compressknow.compress.calibrate.compensation import compensate, inverse_of
+        from compressknow.compress.calibrate.compensation import compensate, get_inverse
 
-        factor = inverse_of(inputs).factor
+        factor = get_inverse(inputs).factor
         columns = weight.T.contiguous().clone()
         zero = columns == 0
         choice = _Choice(zero, factor.diagonal().square(), amount, self.groups)
         values = columns.clone()
 
-        def settle(column: int, found: torch.Tensor) -> torch.Tensor:
-            return values[column].copy_(found).masked_fill_(choice.pruned[column] | zero[column], 0)
+        def settle(column: int, current: torch.Tensor) -> torch.Tensor:
+            return values[column].copy_(current).masked_fill_(choice.pruned[column] | zero[column], 0)
 
         compensate(columns, factor, choice.levels(), settle)
         return choice.pruned.T.contiguous(), values.T.contiguous()
 
 
 class _Choice:
-    """What falls, bool [in, out]: chosen for a block of columns when all errors before it have reached it."""
+    """Choice of `pruned` weights, bool [in, out], for a block of columns once all errors before it have reached it."""
 
     def __init__(self, zero: torch.Tensor, scale: torch.Tensor, amount: float, pattern: Pattern | None) -> None:
         import torch
@@ -97,33 +96,33 @@ class _Choice:
         from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level
 
         if self._pattern is None:
-            return [Level(BLOCK, self._by_amount), Level(FINE)]
+            return [Level(BLOCK, self._choose_amount), Level(FINE)]
         group = self._pattern.of
         fine = group * max(1, FINE // group)
-        return [Level(fine * max(1, BLOCK // fine)), Level(fine), Level(group, self._by_pattern)]
+        return [Level(fine * max(1, BLOCK // fine)), Level(fine), Level(group, self._choose_in_groups)]
 
-    def _by_amount(self, first: int, block: torch.Tensor) -> None:
-        """So many that the amount is right for all columns up to here, ties in the order of rows, then of columns."""
+    def _choose_amount(self, first: int, block: torch.Tensor) -> None:
+        """Choose so many that the amount is right up to this block; ties go in the order of rows, then of columns."""
         import torch
 
         from compressknow.compress.pruning.masks import smallest_of_rows
 
         last, rows = first + len(block), block.shape[1]
         count = round(self._amount * rows * last) - round(self._amount * rows * first)
-        pruned = smallest_of_rows(self._keys(first, block).reshape(1, -1), count)
+        pruned = smallest_of_rows(self._score_keys(first, block).reshape(1, -1), count)
         self.pruned[first:last] = torch.from_numpy(pruned).view(rows, -1).T
 
-    def _by_pattern(self, first: int, block: torch.Tensor) -> None:
+    def _choose_in_groups(self, first: int, block: torch.Tensor) -> None:
         import torch
 
         from compressknow.compress.pruning.masks import smallest_of_rows
 
         assert self._pattern is not None
-        pruned = smallest_of_rows(self._keys(first, block), self._pattern.pruned)
+        pruned = smallest_of_rows(self._score_keys(first, block), self._pattern.pruned)
         self.pruned[first : first + len(block)] = torch.from_numpy(pruned).T
 
-    def _keys(self, first: int, block: torch.Tensor) -> Keys:
-        """Of the scores, [out, columns of the block]."""
+    def _score_keys(self, first: int, block: torch.Tensor) -> Keys:
+        """Return keys of the scores, [out, columns of the block]."""
         from compressknow.compress.pruning.masks import score_keys
 
         here = slice(first, first + len(block))

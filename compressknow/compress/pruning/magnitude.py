@@ -1,4 +1,4 @@
-"""TODO"""
+"""Methods that look at weights alone: single weights or whole channels, the smallest or random ones."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ class Unstructured(PruningMethod):
 
     @property
     def over_scope(self) -> bool:
-        """Unless `per_layer`."""
+        """False with `per_layer`."""
         return not self.per_layer
 
-    def amounts(self, weights: Sequence[Weights], amount: float) -> int | list[int]:
-        """How many fall over all tensors, or in each."""
+    def count_all(self, weights: Sequence[Weights], amount: float) -> int | list[int]:
+        """Count the weights that fall: over all tensors, or in each."""
         if self.over_scope:
             return round(amount * sum(each.tensor.numel for each in weights))
         return [self.count(each, amount) for each in weights]
 
 
 class L1Unstructured(Patterned, Unstructured):
-    """The smallest magnitudes. One threshold over all of the step, ties in the order of tensors, then of index; with a
-    pattern, in each group by itself."""
+    """Smallest magnitudes: one threshold over all of the step, ties in the order of tensors, then of index; with a
+    pattern, each group by itself."""
 
     name = "l1-unstructured"
     help = "the smallest weights of all"
 
     @property
     def label(self) -> str:
-        """As the paper writes it."""
+        """Name in the paper."""
         return f"L1-unstructured {self.pattern or ''}".strip()
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         """See `PruningMethod.choose`."""
-        from compressknow.compress.pruning.masks import common_dtype, group_mask, magnitudes, smallest
+        from compressknow.compress.pruning.masks import find_common_dtype, make_magnitude_keys, mask_groups, smallest
 
         if (groups := self.groups) is not None:
-            return reader.pool.map(lambda each: group_mask(reader, each, groups.of, groups.pruned), weights)
-        common = common_dtype(weights)
+            return reader.pool.map(lambda each: mask_groups(reader, each, groups.of, groups.pruned), weights)
+        common = find_common_dtype(weights)
         tensors = [each.tensor for each in weights]
-        makers = [magnitudes(common)] * len(tensors)
-        return smallest(reader, tensors, makers, common, self.amounts(weights, amount), are_magnitudes=True)
+        makers = [make_magnitude_keys(common)] * len(tensors)
+        return smallest(reader, tensors, makers, common, self.count_all(weights, amount), are_magnitudes=True)
 
 
 class RandomUnstructured(Unstructured):
-    """Any weights, drawn for each tensor from the seed and its name alone."""
+    """Random weights, drawn for each tensor from the seed and its name alone."""
 
     name = "random-unstructured"
     help = "any weights"
@@ -75,7 +75,7 @@ class RandomUnstructured(Unstructured):
 
     @property
     def label(self) -> str:
-        """As the paper would write it."""
+        """Name as the paper would have it."""
         return self.name
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
@@ -85,17 +85,17 @@ class RandomUnstructured(Unstructured):
         from compressknow.compress.pruning.masks import smallest
 
         tensors = [each.tensor for each in weights]
-        makers = [_random_keys(self.seed, tensor) for tensor in tensors]
-        return smallest(reader, tensors, makers, torch.float32, self.amounts(weights, amount))
+        makers = [_make_random_keys(self.seed, tensor) for tensor in tensors]
+        return smallest(reader, tensors, makers, torch.float32, self.count_all(weights, amount))
 
 
-def _random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
+def _make_random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
     def start() -> Callable[[Block], Keys]:
         import torch
 
-        from compressknow.compress.pruning.masks import generator
+        from compressknow.compress.pruning.masks import make_generator
 
-        drawing = generator(seed, tensor.name)
+        drawing = make_generator(seed, tensor.name)
 
         def keys(block: Block) -> Keys:
             # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
@@ -120,27 +120,27 @@ class Structured(PruningMethod):
     )
 
     def count(self, weights: Weights, amount: float) -> int:
-        """Whole channels of each matrix."""
+        """See `PruningMethod.count`; whole channels of each matrix."""
         number, rows, columns = weights.matrices
         channels, length = (rows, columns) if weights.axis(self.dim) == 0 else (columns, rows)
         return number * round(amount * channels) * length
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         """See `PruningMethod.choose`."""
-        from compressknow.compress.pruning.masks import channel_mask
+        from compressknow.compress.pruning.masks import mask_channels
 
         def mask(each: Weights) -> Mask:
-            return channel_mask(self.scores(reader, each), amount, each.axis(self.dim), each.matrices[1])
+            return mask_channels(self.scores(reader, each), amount, each.axis(self.dim), each.matrices[1])
 
         return reader.pool.map(mask, weights)
 
     @abc.abstractmethod
     def scores(self, reader: Reader, weights: Weights) -> torch.Tensor:
-        """Of each channel [matrices, channels]; the lowest go, ties in their order."""
+        """Score each channel [matrices, channels]; the lowest go, ties in their order."""
 
 
 class LnStructured(Structured):
-    """The channels of the smallest norm."""
+    """Channels of the smallest norm."""
 
     name = "ln-structured"
     help = "whole channels of the smallest norm"
@@ -155,11 +155,11 @@ class LnStructured(Structured):
 
     @property
     def label(self) -> str:
-        """`L1-structured`, as the paper writes it."""
+        """Name in the paper, such as `L1-structured`."""
         return f"L{self.norm:g}-structured" + (f" dim {self.dim}" if self.dim else "")
 
     def scores(self, reader: Reader, weights: Weights) -> torch.Tensor:
-        """Norms to the power of their order, float64: they rank as the norms do."""
+        """Return norms to the power of their order, float64, which rank as the norms do."""
         import torch
 
         from compressknow.compress.blocks import check_finite, magnitude_keys
@@ -169,7 +169,9 @@ class LnStructured(Structured):
         total = torch.zeros(number * rows if axis == 0 else number, columns if axis else 1, dtype=torch.float64)
         for block in reader.blocks(tensor):
             check_finite(int(magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
-            powers = self._powers(block.values)
+            powers = block.values.double().abs_()
+            if self.norm not in (1, math.inf):
+                powers.pow_(self.norm)
             if axis == 0:
                 total[block.rows, 0] = powers.amax(1) if math.isinf(self.norm) else powers.sum(1)
             else:
@@ -180,13 +182,9 @@ class LnStructured(Structured):
             raise CheckpointError(f"The L{self.norm:g} norm of {tensor.name} overflows.", hint="Choose a lower norm.")
         return total.view(number, -1)
 
-    def _powers(self, values: torch.Tensor) -> torch.Tensor:
-        magnitudes = values.double().abs_()
-        return magnitudes if self.norm in (1, math.inf) else magnitudes.pow_(self.norm)
-
 
 class RandomStructured(Structured):
-    """Any channels, drawn for each tensor from the seed and its name alone."""
+    """Random channels, drawn for each tensor from the seed and its name alone."""
 
     name = "random-structured"
     help = "any channels"
@@ -196,16 +194,16 @@ class RandomStructured(Structured):
 
     @property
     def label(self) -> str:
-        """As the paper would write it."""
+        """Name as the paper would have it."""
         return self.name + (f" dim {self.dim}" if self.dim else "")
 
     def scores(self, reader: Reader, weights: Weights) -> torch.Tensor:  # noqa: ARG002
-        """Uniform random numbers."""
+        """Draw uniform numbers."""
         import torch
 
-        from compressknow.compress.pruning.masks import generator
+        from compressknow.compress.pruning.masks import make_generator
 
         number, rows, columns = weights.matrices
         size = rows if weights.axis(self.dim) == 0 else columns
-        drawn = torch.rand(number * size, generator=generator(self.seed, weights.tensor.name))
+        drawn = torch.rand(number * size, generator=make_generator(self.seed, weights.tensor.name))
         return drawn.view(number, size)

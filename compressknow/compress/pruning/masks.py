@@ -1,4 +1,4 @@
-"""TODO
+"""Masks of the smallest weights, groups and channels, found exactly without gathering the weights.
 
 A float's bits without the sign order as its magnitude does. One pass counts the leading bits of all weights in a
 histogram, which tells the bin that holds the k-th; the next counts the remaining bits within that bin. Memory does not
@@ -34,14 +34,14 @@ KeyReader = Callable[[int], Iterator[Keys]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Weights with a key below `key` go, and in tensor i the first `ties[i]` of those with exactly this key."""
+    """Cut at `key`: weights with lower keys go, and in tensor i the first `ties[i]` of those with exactly this key."""
 
     key: int
     ties: tuple[int, ...]
 
 
 def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReader) -> Threshold:
-    """Where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor order and index order.
+    """Find where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor and index order.
 
     Parameters
     ----------
@@ -54,10 +54,11 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
         return Threshold(0, (0,) * count)
     prefix, below, shift, at_index = 0, 0, bits, 0
     for width in DIGITS[bits]:
-        shift -= width
-        digit = _Digit(shift + width == bits, prefix, shift + width, shift, 1 << width)
-        histogram = torch.zeros(digit.size, dtype=torch.int64)
-        run(partial(_add_counts, keys, digit, histogram, threading.Lock()), range(count))
+        # The next digit of the keys that begin with the digits found so far.
+        above, shift = shift, shift - width
+        cut = partial(_cut_digit, above=above, shift=shift, prefix=None if above == bits else prefix)
+        histogram = torch.zeros(1 << width, dtype=torch.int64)
+        run(partial(_add_counts, keys, cut, histogram, threading.Lock()), range(count))
         cumulative = histogram.cumsum(0)
         index = int(torch.searchsorted(cumulative, amount - below))
         at_index = int(histogram[index])
@@ -67,55 +68,46 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
     if wanted == tied:
         # All go, wherever they lie: no need to know how many lie where.
         return Threshold(prefix + 1, (0,) * count)
-    return Threshold(prefix, _deal(wanted, run(lambda i: _count_equal(keys(i), prefix), range(count))))
+
+    def count_ties(index: int) -> int:
+        return sum(int(np.count_nonzero(block == prefix)) for block in keys(index))
+
+    return Threshold(prefix, _deal(wanted, run(count_ties, range(count))))
 
 
-@dataclass(frozen=True)
-class _Digit:
-    """The bits of a key below `above` and from `shift` on, for keys whose higher bits, if any, are `prefix`."""
-
-    leading: bool
-    prefix: int
-    above: int
-    shift: int
-    size: int
+def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Keys:
+    """Return the bits below `above` and from `shift` on, of the keys whose higher bits are `prefix`; of all if None."""
+    if prefix is None:
+        return block.reshape(-1) >> shift
+    digits: Keys = (block[(block >> above) == prefix] & ((1 << above) - 1)) >> shift
+    return digits
 
 
-def _add_counts(keys: KeyReader, digit: _Digit, histogram: torch.Tensor, lock: threading.Lock, index: int) -> None:
-    """Add a tensor's counts to those of all."""
-    matching = (_matching(block, digit) for block in keys(index))
-    for batch in matching if digit.leading else _batches(matching):
+def _add_counts(
+    keys: KeyReader, cut: Callable[[Keys], Keys], histogram: torch.Tensor, lock: threading.Lock, index: int
+) -> None:
+    """Add a tensor's counts to the histogram of all."""
+    for batch in _join_pieces(map(cut, keys(index))):
         # numpy's bincount takes more than twice as long.
-        counts = torch.bincount(torch.from_numpy(batch >> digit.shift), minlength=digit.size)
+        counts = torch.bincount(torch.from_numpy(batch), minlength=len(histogram))
         with lock:
             histogram += counts
 
 
-def _matching(block: Keys, digit: _Digit) -> Keys:
-    """The keys of a block that have the digit's prefix, without it."""
-    if digit.leading:
-        return block.reshape(-1)
-    rest: Keys = block[(block >> digit.above) == digit.prefix] & ((1 << digit.above) - 1)
-    return rest
-
-
-def _batches(pieces: Iterator[Keys]) -> Iterator[Keys]:
-    """Pieces put together: few weights of a block share a prefix, and each count costs a pass over the histogram."""
+def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
+    """Join pieces to batches: few weights of a block share a prefix, and each count costs a pass over the histogram."""
     batch: list[Keys] = []
     for piece in pieces:
         batch.append(piece)
         if sum(map(len, batch)) > BATCH:
-            yield np.concatenate(batch)
+            yield np.concatenate(batch) if len(batch) > 1 else piece
             batch.clear()
     if batch:
         yield np.concatenate(batch)
 
 
-def _count_equal(key_blocks: Iterator[Keys], key: int) -> int:
-    return sum(int(np.count_nonzero(keys == key)) for keys in key_blocks)
-
-
 def _deal(wanted: int, tied: Sequence[int]) -> tuple[int, ...]:
+    """Hand out `wanted` in order, to each at most what is tied there."""
     dealt = []
     for available in tied:
         dealt.append(min(wanted, available))
@@ -124,13 +116,13 @@ def _deal(wanted: int, tied: Sequence[int]) -> tuple[int, ...]:
 
 
 BoolArray = npt.NDArray[np.bool_]
-# Starts a tensor anew; what it returns gives the keys of each of its blocks in order.
+# Starts a tensor anew; the function it returns gives the keys of each of its blocks in order.
 KeyMaker = Callable[[], Callable[[Block], Keys]]
 
 
 @dataclass(frozen=True)
 class KeyMask:
-    """Weights whose key is below `key`, and the first `ties` of those that have exactly this key."""
+    """Mask of the weights with keys below `key`, and of the first `ties` of those with exactly this key."""
 
     key: int
     ties: int
@@ -154,7 +146,7 @@ class KeyMask:
 
 @dataclass(frozen=True)
 class ChannelMask:
-    """Whole rows (`axis` 0) or columns (1) of each of the stacked matrices: `channels` is [matrices, channels]."""
+    """Mask of whole rows (`axis` 0) or columns (1) of stacked matrices: `channels` is bool [matrices, channels]."""
 
     channels: BoolArray
     axis: int
@@ -171,14 +163,14 @@ class ChannelMask:
         return mask
 
 
-def common_dtype(weights: Sequence[Weights]) -> torch.dtype:
-    """The dtype in which magnitudes of all the tensors compare: that of all, or the widest."""
+def find_common_dtype(weights: Sequence[Weights]) -> torch.dtype:
+    """Return the dtype in which magnitudes of all tensors compare: that of all, or the widest."""
     dtypes = {each.tensor.dtype for each in weights}
     return torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
 
 
-def magnitudes(common: torch.dtype) -> KeyMaker:
-    """Keys that order as the magnitudes in that dtype do."""
+def make_magnitude_keys(common: torch.dtype) -> KeyMaker:
+    """Make keys that order as the magnitudes in that dtype do."""
     return lambda: lambda block: magnitude_keys(block.values.to(common))
 
 
@@ -191,7 +183,7 @@ def smallest(
     *,
     are_magnitudes: bool = False,
 ) -> list[KeyMask]:
-    """Masks of the weights with the smallest keys: so many over all tensors together, or so many in each.
+    """Mask the weights with the smallest keys: so many over all tensors together, or so many in each.
 
     Parameters
     ----------
@@ -220,14 +212,14 @@ def smallest(
 
 
 def score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
-    """Integers that order as non-negative float32 scores do, but that weights which are `zero` (bool) come first."""
+    """Return integers that order as non-negative float32 scores do, with weights that are `zero` (bool) first."""
     keys = magnitude_keys(scores)
     keys[zero.numpy()] = -1
     return keys
 
 
 def smallest_of_rows(keys: Keys, count: int) -> BoolArray:
-    """The `count` smallest keys of each row [rows, columns], ties in the order of columns."""
+    """Mask the `count` smallest keys of each row [rows, columns], ties in the order of columns."""
     if count == 0:
         return np.zeros(keys.shape, dtype=np.bool_)
     # Partitioning integers is ten times as fast as sorting them, which finding the indices would take.
@@ -241,23 +233,23 @@ def smallest_of_rows(keys: Keys, count: int) -> BoolArray:
     return pruned
 
 
-def group_mask(reader: Reader, weights: Weights, size: int, count: int) -> Mask:
-    """The `count` smallest magnitudes in each group of `size` neighbouring input channels, ties in their order."""
+def mask_groups(reader: Reader, weights: Weights, size: int, count: int) -> Mask:
+    """Mask the `count` smallest magnitudes in each group of `size` neighbouring input channels, ties in their order."""
     if weights.axis(1) == 1:
-        return EachBlock(lambda block: _along_columns(magnitude_keys(block.values), size, count))
-    return EachBlock(_RowGroups(size, count, _straddling(reader, weights.tensor, size, count)).pruned)
+        return EachBlock(lambda block: _mask_along_columns(magnitude_keys(block.values), size, count))
+    return EachBlock(_RowGroups(size, count, _mask_straddling(reader, weights.tensor, size, count)).mask)
 
 
-def _along_columns(keys: Keys, size: int, count: int) -> BoolArray:
+def _mask_along_columns(keys: Keys, size: int, count: int) -> BoolArray:
     return smallest_of_rows(keys.reshape(-1, size), count).reshape(keys.shape)
 
 
-def _along_rows(keys: Keys, size: int, count: int) -> BoolArray:
-    return np.ascontiguousarray(_along_columns(np.ascontiguousarray(keys.T), size, count).T)
+def _mask_along_rows(keys: Keys, size: int, count: int) -> BoolArray:
+    return np.ascontiguousarray(_mask_along_columns(np.ascontiguousarray(keys.T), size, count).T)
 
 
-def _straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> dict[int, BoolArray]:
-    """What falls of the groups of rows that lie in more than one block, by their first row."""
+def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> dict[int, BoolArray]:
+    """Mask the groups of rows that lie in more than one block, by their first row."""
     found: dict[int, BoolArray] = {}
     rest: Keys | None = None
     for block in reader.blocks(tensor):
@@ -265,7 +257,7 @@ def _straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> 
         if rest is not None:
             keys, first = np.concatenate([rest, keys]), first - len(rest)
             if len(keys) >= size:
-                found[first] = _along_rows(keys[:size], size, count)
+                found[first] = _mask_along_rows(keys[:size], size, count)
         left = len(keys) % size
         rest = keys[len(keys) - left :].copy() if left else None
     return found
@@ -273,38 +265,40 @@ def _straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> 
 
 @dataclass(frozen=True)
 class _RowGroups:
-    """Groups of `size` rows: those within a block are chosen when it comes, the others are `straddling`."""
+    """Mask of groups of `size` rows: those within a block are chosen with it, the others are `straddling`."""
 
     size: int
     count: int
     straddling: dict[int, BoolArray]
 
-    def pruned(self, block: Block) -> BoolArray:
+    def mask(self, block: Block) -> BoolArray:
         start, stop = block.rows.start, block.rows.stop
         first, last = -(-start // self.size) * self.size, stop // self.size * self.size
         parts = []
         if start < first:
             parts.append(self.straddling[first - self.size][start - first + self.size :][: stop - start])
         if first < last:
-            parts.append(_along_rows(magnitude_keys(block.values[first - start : last - start]), self.size, self.count))
+            parts.append(
+                _mask_along_rows(magnitude_keys(block.values[first - start : last - start]), self.size, self.count)
+            )
         if first <= last < stop:
             parts.append(self.straddling[last][: stop - last])
         return np.concatenate(parts)
 
 
-def channel_mask(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:
-    """The channels of the lowest scores [matrices, channels], ties in their order."""
+def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:
+    """Mask the channels of the lowest scores [matrices, channels], ties in their order."""
     channels = np.zeros(tuple(scores.shape), dtype=np.bool_)
     lowest = torch.argsort(scores, dim=1, stable=True)[:, : round(amount * scores.shape[1])].numpy()
     np.put_along_axis(channels, lowest, True, axis=1)
     return ChannelMask(channels, axis, rows)
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers for one tensor."""
-    return torch.Generator().manual_seed(tensor_seed(seed, name))
+def make_generator(seed: int, name: str) -> torch.Generator:
+    """Make the random generator of one tensor."""
+    return torch.Generator().manual_seed(derive_seed(seed, name))
 
 
-def tensor_seed(seed: int, name: str) -> int:
-    """The seed of the random methods in one tensor: it depends on the tensor's name, not on what else is pruned."""
+def derive_seed(seed: int, name: str) -> int:
+    """Derive the seed of one tensor: it depends on the tensor's name, not on what else is pruned."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

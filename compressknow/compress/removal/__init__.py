@@ -1,1 +1,1 @@
-"""Removal: blocks and neurons left out, so that what all later steps take for the checkpoint is a smaller one."""
+"""Removal: blocks and neurons left out, so that all later steps take a smaller checkpoint for the source."""

@@ -1,33 +1,40 @@
-"""A checkpoint with narrower feed-forward blocks: rows of the projections into them and columns of the one out."""
+"""Removal of neurons: feed-forward blocks lose rows of the projections into them and columns of the one out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
-from compressknow.compress.removal.settings import Settings, Width, block_of, shapes_of, widths_of
+import torch
+
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.compress.blocks import Block, Reader
+from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
 from compressknow.compress.steps import DropNeurons
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.meta import rebuilt
 from compressknow.model.naming import Naming
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What int4 and the kernels of all runtimes take columns by.
+# By so many int4 and the kernels of all runtimes take columns.
 MOST_MULTIPLE = 128
 # A width is cut in steps of an eighth at most.
 FEWEST_STEPS = 8
+# Of the mean diagonal of X^T X; the second if the first does not suffice.
+DAMPING = (0.01, 0.1)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward network of `width` neurons: the Linear that reads them (`down`), and of each parameter that has
-    rows or columns for them the axis, and how many it has for each neuron."""
+    """Feed-forward network of `width` neurons: the Linear that reads them (`down`), and for each parameter with rows or
+    columns for them the axis, and how many it has per neuron."""
 
     down: LinearWeight
     width: int
@@ -36,54 +43,56 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class DroppedNeurons:
-    """A setting of the config that becomes `after`, and the feed-forward networks that it is the width of."""
+    """Setting of the config that becomes `after`, and the feed-forward networks that it is the width of."""
 
     width: Width
     after: int
     networks: tuple[FeedForward, ...]
 
 
-def neurons_in(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
-    """What a step drops.
+def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
+    """Select the settings and networks of which a step drops neurons.
 
     Raises
     ------
-    UnsupportedError : no setting is the width of the feed-forward blocks alone, or what has it is no plain Linear.
+    UnsupportedError : no setting is the width of the feed-forward blocks alone, or their layers are no plain Linears.
     UsageError : its scope names one side of a model whose sides have one width, or none that the model has; or the
         amount would drop none or all.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
-    widths = widths_of(settings, linears.keys() | biases)
+    widths = find_widths(settings, linears.keys() | biases)
     if not widths:
         raise UnsupportedError(
             f"No neuron of {structure.architecture} can be dropped.",
             why="No setting of its config is the width of its feed-forward blocks alone.",
             hint="Prune them instead: --scope feed-forward --prune 0.2.",
         )
-    found = [(width, tuple(_networks(width, linears, structure))) for width in widths]
-    chosen = _on_side(step, found, structure)
-    return tuple(DroppedNeurons(width, kept_of(width.value, step), networks) for width, networks in chosen)
+    networks = [(width, tuple(_find_networks(width, linears, structure))) for width in widths]
+    return tuple(
+        DroppedNeurons(width, count_remaining(width.value, step), own)
+        for width, own in _restrict_to_side(step, networks, structure)
+    )
 
 
-def kept_of(width: int, step: DropNeurons) -> int:
-    """How many of `width` neurons are kept. Raises UsageError where that would be none, or all."""
-    multiple = step.multiple or largest_multiple(width)
-    # Half a multiple is kept.
-    kept = int((width * (1 - step.amount)) / multiple + 0.5) * multiple
-    if not 0 < kept < width:
+def count_remaining(width: int, step: DropNeurons) -> int:
+    """Count how many of `width` neurons remain. Raises UsageError if that would be none, or all."""
+    multiple = step.multiple or find_multiple(width)
+    # Half a multiple stays.
+    remaining = int((width * (1 - step.amount)) / multiple + 0.5) * multiple
+    if not 0 < remaining < width:
         raise UsageError(
             f"Dropping {step.amount:.6g} of {width} neurons, in steps of {multiple}, would drop "
-            f"{'none' if kept else 'all'} of them.",
+            f"{'none' if remaining else 'all'} of them.",
             hint="Choose another amount, or set multiple = 1 in a recipe for the exact amount.",
         )
-    return kept
+    return remaining
 
 
-def largest_multiple(width: int) -> int:
-    """The largest power of two up to 128 that divides a width at least eight times.
+def find_multiple(width: int) -> int:
+    """Find the largest power of two up to 128 that divides a width at least eight times.
 
-    >>> largest_multiple(1536), largest_multiple(128), largest_multiple(48), largest_multiple(5461)
+    >>> find_multiple(1536), find_multiple(128), find_multiple(48), find_multiple(5461)
     (128, 16, 4, 1)
     """
     multiple = min(width & -width, MOST_MULTIPLE)
@@ -92,14 +101,18 @@ def largest_multiple(width: int) -> int:
     return multiple
 
 
-def _networks(width: Width, linears: Mapping[str, LinearWeight], structure: Structure) -> Iterator[FeedForward]:
-    """The feed-forward networks that a setting is the width of, one a block."""
+def _find_networks(width: Width, linears: Mapping[str, LinearWeight], structure: Structure) -> Iterator[FeedForward]:
+    """Find the feed-forward networks that a setting is the width of, one per block."""
     blocks: dict[Any, dict[str, tuple[int, int]]] = {}
     for name, cut in width.cuts.items():
-        place = block_of(name)
+        place = parse_block(name)
         blocks.setdefault(place and place[:2], {})[name] = cut
     for cuts in blocks.values():
-        downs = [linears[name] for name, (axis, _) in cuts.items() if name in linears and _reads(linears[name], axis)]
+        downs = [
+            weight
+            for name, (axis, _) in cuts.items()
+            if (weight := linears.get(name)) and axis == len(weight.shape) - (2 if weight.transposed else 1)
+        ]
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
             raise UnsupportedError(
                 f"No neuron of {structure.architecture} can be dropped.",
@@ -109,19 +122,14 @@ def _networks(width: Width, linears: Mapping[str, LinearWeight], structure: Stru
         yield FeedForward(downs[0], width.value, cuts)
 
 
-def _reads(weight: LinearWeight, axis: int) -> bool:
-    """Whether an axis of a weight is its input."""
-    return axis == len(weight.shape) - (2 if weight.transposed else 1)
-
-
-def _on_side(
-    step: DropNeurons, found: Sequence[tuple[Width, tuple[FeedForward, ...]]], structure: Structure
+def _restrict_to_side(
+    step: DropNeurons, networks_of: Sequence[tuple[Width, tuple[FeedForward, ...]]], structure: Structure
 ) -> list[tuple[Width, tuple[FeedForward, ...]]]:
-    """What a step's scope leaves of the settings."""
+    """Return the settings within a step's scope."""
     if step.where == type(step.where)():
-        return list(found)
+        return list(networks_of)
     chosen = []
-    for width, networks in found:
+    for width, networks in networks_of:
         inside = {network.down.stack in step.where.scope for network in networks}
         if inside == {True, False}:
             raise UsageError(
@@ -141,8 +149,8 @@ def _on_side(
 
 @dataclass(frozen=True)
 class Cut:
-    """A stored tensor of which some rows or columns stay: `source` is as it is stored, of the given `parameter`; `axis`
-    of its shape has `each` entries, of one projection after the other, for a neuron of `network`."""
+    """Stored tensor of which some rows or columns stay: `source` is as it is stored, for this `parameter`; `axis` of
+    its shape has `each` entries per neuron of `network`, of one projection after the other."""
 
     source: StoredTensor
     parameter: str
@@ -151,44 +159,34 @@ class Cut:
     network: FeedForward
 
 
-@dataclass(frozen=True)
-class Narrower:
-    """A checkpoint with fewer neurons, its module tree, and what is cut, by stored name. The cut tensors of the
-    checkpoint have their shapes, but no place that could be read."""
+def drop_neurons(
+    checkpoint: Checkpoint, settings: Settings, drops: Sequence[DroppedNeurons]
+) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
+    """Leave neurons out, whichever these will be; return the checkpoint with fewer, its module tree, and what is cut,
+    by stored name. The cut tensors of the checkpoint have their shapes, but no place that could be read.
 
-    checkpoint: Checkpoint
-    tree: PreTrainedModel
-    cuts: dict[str, Cut]
-
-
-def with_fewer_neurons(checkpoint: Checkpoint, settings: Settings, drops: Sequence[DroppedNeurons]) -> Narrower:
-    """Leave neurons out, whichever these will be.
-
-    Raises UnsupportedError where what is stored is no tensor of floats for each projection.
+    Raises UnsupportedError if the checkpoint does not store a tensor of floats for each projection.
     """
     whole = settings.whole
     for drop in drops:
         whole = drop.width.cut(whole, drop.after)
-    config = settings.written(whole)
+    config = settings.update_raw(whole)
     tree = rebuilt(settings.tree, config, settings.path)
     after = {network.down.parameter: drop.after for drop in drops for network in drop.networks}
-    cuts = dict(_cuts(checkpoint, settings.tree, [network for drop in drops for network in drop.networks]))
-    tensors = {
-        name: _narrow(cuts[name], after[cuts[name].network.down.parameter]) if name in cuts else tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
-    return Narrower(replace(checkpoint, config=config, tensors=tensors), tree, cuts)
+    cuts = dict(_find_cuts(checkpoint, settings.tree, [network for drop in drops for network in drop.networks]))
+    tensors = dict(checkpoint.tensors)
+    for name, cut in cuts.items():
+        shape = list(cut.source.shape)
+        shape[cut.axis] = after[cut.network.down.parameter] * cut.each
+        tensors[name] = replace(cut.source, shape=tuple(shape))
+    return replace(checkpoint, config=config, tensors=tensors), tree, cuts
 
 
-def _narrow(cut: Cut, kept: int) -> StoredTensor:
-    shape = list(cut.source.shape)
-    shape[cut.axis] = kept * cut.each
-    return replace(cut.source, shape=tuple(shape))
-
-
-def _cuts(checkpoint: Checkpoint, tree: PreTrainedModel, networks: Sequence[FeedForward]) -> Iterator[tuple[str, Cut]]:
-    shapes, wanted = shapes_of(tree), {name: network for network in networks for name in network.cuts}
-    found = set()
+def _find_cuts(
+    checkpoint: Checkpoint, tree: PreTrainedModel, networks: Sequence[FeedForward]
+) -> Iterator[tuple[str, Cut]]:
+    shapes, wanted = read_shapes(tree), {name: network for network in networks for name in network.cuts}
+    seen = set()
     for stored, binding in Naming(tree).bind(checkpoint.tensors).items():
         for parameter in set(binding.parameters) & wanted.keys():
             tensor, network = checkpoint.tensors[stored], wanted[parameter]
@@ -199,9 +197,129 @@ def _cuts(checkpoint: Checkpoint, tree: PreTrainedModel, networks: Sequence[Feed
                     hint="Prune instead: --scope feed-forward --prune 0.2.",
                 )
             axis, each = network.cuts[parameter]
-            found.add(parameter)
+            seen.add(parameter)
             yield stored, Cut(tensor, parameter, axis, each, network)
-    if lacking := sorted(wanted.keys() - found):
+    if lacking := sorted(wanted.keys() - seen):
         raise CheckpointError(
             f"The checkpoint lacks {lacking[0]}, which its config says it has.", hint="Download or save it again."
         )
+
+
+def choose_neurons(down: torch.Tensor, squares: torch.Tensor, number: int) -> torch.Tensor:
+    """Choose the neurons that give most to the output, int64 [number], ascending.
+
+    A neuron's score is the norm of its activations times the norm of the weights that read it,
+    ||h_j||_2 * ||W[:, j]||_2: the Frobenius norm of what it adds to the output, over all tokens.
+
+    Parameters
+    ----------
+    down : float [out, in], the weight of the down projection; `in` counts neurons.
+    squares : float [in], the sum over tokens of each activation's square.
+    number : of neurons that stay; the first of equal ones.
+    """
+    scores = squares.to(torch.float64).sqrt() * torch.linalg.vector_norm(down.to(torch.float64), dim=0)
+    best = torch.sort(scores, descending=True, stable=True).indices[:number]
+    return torch.sort(best).values
+
+
+def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor, name: str = "") -> torch.Tensor:
+    """Fit the down projection of selected neurons to give most nearly what all of them gave, float32 [out, selected].
+
+    Least squares over the calibration tokens: with H = X^T X, it is W' = W H[:, S] H[S, S]^-1. Damped, it is drawn
+    towards the weights that it had, so that a neuron which the text never woke keeps them:
+    W' = W[:, S] + W[:, D] H[D, S] (H[S, S] + damping)^-1, for selected neurons S and dropped ones D.
+
+    Parameters
+    ----------
+    down : float [out, in]. products : float [in, in], H. selected : int64, ascending.
+    name : of the module, for errors.
+
+    Raises
+    ------
+    CompressknowError : H[S, S] has no inverse even with a damping of 10 % of its mean diagonal.
+    """
+    dropped = torch.ones(down.shape[1], dtype=torch.bool)
+    dropped[selected] = False
+    weight = down.to(torch.float64)
+    inner = products[selected][:, selected].to(torch.float64)
+    target = weight[:, dropped] @ products[dropped][:, selected].to(torch.float64)
+    mean = float(inner.diagonal().mean())
+    identity = torch.eye(len(selected), dtype=torch.float64)
+    for damping in DAMPING:
+        factor, failed = torch.linalg.cholesky_ex(inner + identity * (damping * mean))
+        if mean > 0 and not int(failed):
+            change = torch.cholesky_solve(target.T, factor).T
+            return (weight[:, selected] + change).to(torch.float32)
+    raise CompressknowError(
+        f"What was seen of the neurons of {name} has no inverse.",
+        why="Their activations on the calibration text are zero, infinite, or all alike.",
+        hint="Calibrate on more text.",
+    )
+
+
+@dataclass(frozen=True)
+class SelectedNeurons:
+    """Neurons of a feed-forward network that stay (`numbers`, int64, ascending), and new weights [out, numbers] of the
+    projection that reads them; None leaves it as it was."""
+
+    numbers: torch.Tensor
+    down: torch.Tensor | None = None
+
+
+def write_cuts(
+    reader: Reader,
+    checkpoint: Checkpoint,
+    cuts: Mapping[str, Cut],
+    selected: Mapping[str, SelectedNeurons],
+    folder: Path,
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from.
+
+    Parameters
+    ----------
+    selected : of each feed-forward network, by the parameter name of its down projection.
+
+    Returns
+    -------
+    The tensors in their new places, by stored name; and, of those with new weights, what they would be without.
+    """
+    written: dict[str, StoredTensor] = {}
+    unfitted: dict[str, StoredTensor] = {}
+    files: dict[Path, BinaryIO] = {}
+    with ExitStack() as stack:
+        for name, cut in cuts.items():
+            path = folder / cut.source.file.relative_to(checkpoint.folder)
+            if path not in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files[path] = stack.enter_context(path.open("xb"))
+            neurons = selected[cut.network.down.parameter]
+            versions = [(written, neurons)]
+            if neurons.down is not None and cut.parameter == cut.network.down.parameter:
+                versions.append((unfitted, replace(neurons, down=None)))
+            for tensors, version in versions:
+                offset = files[path].tell()
+                tensors[name] = replace(checkpoint.tensors[name], file=path, offset=offset, loaded=None)
+                for rows in _cut_rows(reader, cut, version):
+                    files[path].write(byte_view(rows.contiguous()))
+    return written, unfitted
+
+
+def _cut_rows(reader: Reader, cut: Cut, neurons: SelectedNeurons) -> Iterator[torch.Tensor]:
+    """Cut a tensor, in pieces, in its own dtype."""
+    down = cut.network.down
+    if neurons.down is not None and cut.parameter == down.parameter:
+        values = neurons.down.T if down.transposed else neurons.down
+        yield values.to(torch_dtype(cut.source.dtype))
+        return
+    numbers = torch.cat([neurons.numbers + cut.network.width * part for part in range(cut.each)])
+    for block in reader.blocks(cut.source):
+        yield _cut_block(block, cut, numbers)
+
+
+def _cut_block(block: Block, cut: Cut, numbers: torch.Tensor) -> torch.Tensor:
+    """Return what stays of a block of rows; the last axis of a tensor is the columns of a block."""
+    if cut.axis == len(cut.source.shape) - 1:
+        return block.values[:, numbers]
+    rows = block.rows
+    inside = numbers[(numbers >= rows.start) & (numbers < rows.stop)]
+    return block.values[inside - rows.start]

@@ -1,5 +1,6 @@
-"""The settings of a config that decide how many blocks a model has and how wide its feed-forward blocks are, found by
-trying: a setting is changed, the model built again on the meta device, and its shapes compared.
+"""Settings of a config that decide how many blocks a model has and how wide its feed-forward blocks are.
+
+They are found by trying: a setting is changed, the model built again on the meta device, and its shapes compared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 class Settings:
-    """The config of a checkpoint, defaults included, and what its model becomes where it is changed.
+    """Config of a checkpoint, defaults included, and of changed versions of it.
 
     Parameters
     ----------
@@ -45,28 +46,28 @@ class Settings:
 
     @cached_property
     def shapes(self) -> Shapes:
-        return shapes_of(self.tree)
+        return read_shapes(self.tree)
 
-    def tried(self, changed: dict[str, Any]) -> Shapes | None:
-        """The shapes of the model with a changed config; None where there is no such model."""
+    def try_config(self, changed: dict[str, Any]) -> Shapes | None:
+        """Return the shapes of the model with a changed config; None if there is no such model."""
         try:
-            return shapes_of(rebuilt(self.tree, changed, self.path))
+            return read_shapes(rebuilt(self.tree, changed, self.path))
         except CheckpointError:
             return None
 
-    def written(self, changed: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json as it stands, with what `changed`, a version of `whole`, has otherwise."""
+    def update_raw(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of config.json with the differences of `changed`, a version of `whole`."""
         raw = copy.deepcopy(self.raw)
-        for keys, value in _differing(changed, self.whole):
+        for keys, value in _find_differences(changed, self.whole):
             set_at(raw, keys, value)
         # A setting may stand in the file under another of its names, which would overrule it.
         for other, name in (self.tree.config.attribute_map or {}).items():
             if other in raw and name in changed and changed[name] != self.whole.get(name):
                 raw[other] = changed[name]
-        return self._derived(raw)
+        return self._update_derived(raw)
 
-    def _derived(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """BART's `num_hidden_layers` repeats another setting: it would no longer be true."""
+    def _update_derived(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Update BART's `num_hidden_layers`, which repeats another setting, and would no longer be true."""
         key = "num_hidden_layers"
         without = [{name: value for name, value in each.items() if name != key} for each in (self.raw, raw)]
         try:
@@ -76,12 +77,12 @@ class Settings:
         return raw | {key: after} if raw.get(key) == self.raw.get(key) == before and key in raw else raw
 
 
-def shapes_of(tree: PreTrainedModel) -> Shapes:
-    """The shape of everything in the state dict, by name."""
+def read_shapes(tree: PreTrainedModel) -> Shapes:
+    """Return the shape of everything in the state dict, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tree.state_dict().items()}
 
 
-def value_at(config: Mapping[str, Any], keys: Keys) -> Any:
+def get_at(config: Mapping[str, Any], keys: Keys) -> Any:
     for key in keys:
         config = config[key]
     return config
@@ -93,19 +94,19 @@ def set_at(config: dict[str, Any], keys: Keys, value: Any) -> None:
     config[keys[-1]] = value
 
 
-def _numbers(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Every setting, by the keys that lead to it."""
+def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yield every setting, by the keys that lead to it."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _numbers(value, (*above, key))
+            yield from _flatten(value, (*above, key))
         else:
             yield (*above, key), value
 
 
-def _differing(new: Mapping[str, Any], old: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+def _find_differences(new: Mapping[str, Any], old: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
-            yield from _differing(value, old[key], (*above, key))
+            yield from _find_differences(value, old[key], (*above, key))
         elif key not in old or old[key] != value:
             yield (*above, key), value
 
@@ -122,44 +123,44 @@ class Stack:
     def name(self) -> str:
         return self.lists[0]
 
-    def cut(self, config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-        """A config with these blocks alone: their number and, beside it, lists with an entry for each block."""
+    def cut(self, config: dict[str, Any], remaining: Sequence[int]) -> dict[str, Any]:
+        """Return a config with these blocks alone: a smaller number, and shorter lists that have an entry per block."""
         config = copy.deepcopy(config)
-        level = value_at(config, self.keys[:-1])
+        level = get_at(config, self.keys[:-1])
         for key, value in level.items():
             if isinstance(value, (list, tuple)) and len(value) == self.count and not NOT_PER_BLOCK.search(key):
-                level[key] = [value[number] for number in kept]
-        level[self.keys[-1]] = len(kept)
+                level[key] = [value[number] for number in remaining]
+        level[self.keys[-1]] = len(remaining)
         return config
 
 
-def block_of(name: str) -> tuple[str, int, str] | None:
-    """The list of blocks that a parameter lies in, the block's number, and its name in the block."""
-    found = BLOCK.match(name)
-    return (found["list"], int(found["number"]), found["rest"]) if found else None
+def parse_block(name: str) -> tuple[str, int, str] | None:
+    """Parse a parameter's name: list of blocks, number of its block, and name in the block; None outside blocks."""
+    match = BLOCK.match(name)
+    return (match["list"], int(match["number"]), match["rest"]) if match else None
 
 
-def stacks_of(settings: Settings) -> tuple[Stack, ...]:
-    """The stacks of a model whose blocks a setting counts; where one is not among them, none does."""
+def find_stacks(settings: Settings) -> tuple[Stack, ...]:
+    """Find the stacks of a model whose blocks a setting counts."""
     counts: dict[str, int] = {}
     for name in settings.shapes:
-        if place := block_of(name):
+        if place := parse_block(name):
             counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
     found: dict[str, Stack] = {}
-    for keys, value in _numbers(settings.whole):
+    for keys, value in _flatten(settings.whole):
         if type(value) is int and value > 1 and value in counts.values():
-            stack = _counted_by(settings, keys, value)
+            stack = _find_counted(settings, keys, value)
             if stack and not set(stack.lists) & found.keys():
                 found |= dict.fromkeys(stack.lists, stack)
     return tuple(dict.fromkeys(found.values()))
 
 
-def _counted_by(settings: Settings, keys: Keys, count: int) -> Stack | None:
-    """The stack that loses its last block, and nothing else changes, where a setting is one less."""
-    smaller = settings.tried(Stack(keys, count, ()).cut(settings.whole, range(count - 1)))
+def _find_counted(settings: Settings, keys: Keys, count: int) -> Stack | None:
+    """Find the stack that loses its last block, while nothing else changes, if a setting is one less."""
+    smaller = settings.try_config(Stack(keys, count, ()).cut(settings.whole, range(count - 1)))
     if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
         return None
-    places = [block_of(name) for name in settings.shapes if name not in smaller]
+    places = [parse_block(name) for name in settings.shapes if name not in smaller]
     if not places or not all(place and place[1] == count - 1 for place in places):
         return None
     return Stack(keys, count, tuple(dict.fromkeys(place[0] for place in places if place)))
@@ -167,32 +168,33 @@ def _counted_by(settings: Settings, keys: Keys, count: int) -> Stack | None:
 
 @dataclass(frozen=True)
 class Width:
-    """A setting that is the hidden width of feed-forward blocks: its `keys`, its `value`, and of each parameter with a
-    row or column for each neuron the axis, and how many it has for each (two where two projections are fused)."""
+    """Setting that is the hidden width of feed-forward blocks: its `keys` and `value`, and for each parameter with rows
+    or columns per neuron the axis, and how many it has per neuron (two if two projections are fused)."""
 
     keys: Keys
     value: int
     cuts: Mapping[str, tuple[int, int]]
 
-    def cut(self, config: dict[str, Any], kept: int) -> dict[str, Any]:
+    def cut(self, config: dict[str, Any], remaining: int) -> dict[str, Any]:
+        """Return a config with so many neurons."""
         config = copy.deepcopy(config)
-        set_at(config, self.keys, kept)
+        set_at(config, self.keys, remaining)
         return config
 
 
-def widths_of(settings: Settings, parameters: set[str]) -> tuple[Width, ...]:
-    """The settings that change the shapes of some of these parameters alone, along one axis each."""
+def find_widths(settings: Settings, parameters: set[str]) -> tuple[Width, ...]:
+    """Find the settings that change the shapes of some of these parameters alone, along one axis each."""
     sizes = sorted({size for name in parameters for size in settings.shapes[name]})
     found: list[Width] = []
-    for keys, value in _numbers(settings.whole):
+    for keys, value in _flatten(settings.whole):
         tried = [value] if type(value) is int else sizes if value is None and WIDTH_UNSET.search(keys[-1]) else []
-        widths = (_width(settings, keys, size, parameters) for size in tried if size in sizes and size > 1)
+        widths = (_try_width(settings, keys, size, parameters) for size in tried if size in sizes and size > 1)
         found += [width for width in widths if width and not any(width.cuts.keys() & one.cuts.keys() for one in found)]
     return tuple(found)
 
 
-def _width(settings: Settings, keys: Keys, value: int, parameters: set[str]) -> Width | None:
-    narrower = settings.tried(Width(keys, value, {}).cut(settings.whole, value - 1))
+def _try_width(settings: Settings, keys: Keys, value: int, parameters: set[str]) -> Width | None:
+    narrower = settings.try_config(Width(keys, value, {}).cut(settings.whole, value - 1))
     if narrower is None or narrower.keys() != settings.shapes.keys():
         return None
     cuts: dict[str, tuple[int, int]] = {}

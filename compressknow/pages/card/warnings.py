@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.format import count, percent, plain, share
 from compressknow.comparison.clusters import FEWEST
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
-from compressknow.compress.schemes import schemes_of
+from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
@@ -123,7 +123,7 @@ def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
     """What a converted checkpoint's recipe makes of its answers."""
     if model.groups and not model.removed and not any(_is_changed(group) for group in model.groups.values()):
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
-    if by_batch := [scheme.name for scheme in schemes_of(model.recipe) if scheme.rounds == "batch"]:
+    if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
         yield (
             f"With {by_batch[0]}, the activations of a batch share one scale, so each answer depends slightly on the "
             "other facts in its batch. The order of facts is fixed, so the figures are reproducible, but another "

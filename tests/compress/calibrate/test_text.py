@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.compress.calibrate.corruption import hidden_of, spans_of
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text, facts_in
+from compressknow.compress.calibrate.sequences import count_hidden, draw_spans
+from compressknow.compress.calibrate.text import CalibrationText, calibration_text, count_facts
 from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import meta_model
 from tests.knowing import KNOWN_FACTS, knowing
@@ -120,7 +120,7 @@ def test_a_bart_reads_masks_and_its_decoder_the_whole_text(tmp_path: Path, notes
     notes.write_text(text, encoding="utf-8")
     batch = made(folder, notes, tokens=400).batches[0]
     read, written = batch["input_ids"][0].tolist(), batch["decoder_input_ids"][0].tolist()
-    hidden, spans = hidden_of(38, 0.15)
+    hidden, spans = count_hidden(38, 0.15)
     assert read.count(tokens.mask_token_id) == spans == 2
     assert len(read) == 40 - hidden + spans
     assert len(written) == 40
@@ -159,13 +159,13 @@ def test_a_model_writes_what_it_knows(family: str, folders: dict[str, Path]) -> 
     pairs = [(fact.sub_label, fact.obj_label) for fact in KNOWN_FACTS]
     own = made(folders[family], tokens=4096).texts
     wrong = [(subject, obj) for (subject, _), (_, obj) in zip(pairs, pairs[5:] + pairs[:5], strict=True)]
-    assert facts_in(own, pairs) > facts_in(own, wrong)
+    assert count_facts(own, pairs) > count_facts(own, wrong)
 
 
 def test_spans_have_the_sizes_that_were_asked_for_and_never_touch() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        spans = spans_of(40, 4, 12, generator)
+        spans = draw_spans(40, 4, 12, generator)
         assert sum(end - start for start, end in spans) == 12
         assert spans[0][0] > 0
         assert spans[-1][1] == 40
@@ -295,8 +295,8 @@ def test_a_fact_stands_in_a_text_where_a_sentence_has_both_names() -> None:
         ("Ana", "St. Louis"), ("cafe zoe", "PARIS"), ("Ana", "new york"),
         ("Rome", "Paris"), ("Ana", "York New"), ("An", "New York"), ("Ana", ""), ("?", "Ana"),
     ]  # fmt: skip
-    assert [facts_in(texts, [pair]) for pair in pairs] == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert facts_in(texts, pairs) == 3
+    assert [count_facts(texts, [pair]) for pair in pairs] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert count_facts(texts, pairs) == 3
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data is not here")

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.calibrate.forward import Call
 from compressknow.compress.calibrate.gathering import Key, Seen, Sums
 from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.calibrate.walk import walk
+from compressknow.compress.calibrate.walk import Visitor, walk
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import structure_of
@@ -30,28 +29,22 @@ FAMILIES = ("bert", "albert", "t5-gated", "bart", "gpt2", "llama-tied", "opt", "
 Batches = list[dict[str, torch.Tensor]]
 
 
-class Seeing:
+class Seeing(Visitor):
     """Looks at every block, and changes none."""
-
-    alone: Collection[str] = ()
-    done = False
 
     def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None]) -> None:
         self.weights = weights
         self.by_block = {block: Sums(names, products=True, peaks=True, check=check) for block, names in weights.items()}
         self.order: list[str] = []
 
-    def watched(self, module: str) -> Collection[str]:
+    def list_watched(self, module: str) -> Collection[str]:
         return self.weights[module]
 
-    def sums(self, module: str) -> Sums:
+    def get_sums(self, module: str) -> Sums:
         return self.by_block[module]
 
-    def visit(self, module: str, again: Callable[[], Any]) -> None:  # noqa: ARG002
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self.order.append(module)
-
-    def output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        pass
 
 
 def batches_of(model: PreTrainedModel, count: int = 5) -> Batches:
@@ -75,7 +68,7 @@ def walked(folder: Path, batches: Batches, threads: int = 2) -> tuple[Seeing, di
         }
         seeing = Seeing(weights, pool.check)
         walk(streamed, batches, seeing, pool)
-    found = {name: seeing.by_block[block].of(Key(name)) for block, names in weights.items() for name in names}
+    found = {name: seeing.by_block[block].get(Key(name)) for block, names in weights.items() for name in names}
     return seeing, found
 
 
@@ -142,7 +135,7 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
     for number, batch in enumerate(inputs):
         sums.add(number, [Seen(key, batch, batch._version)])
         rows = torch.cat(inputs[: number + 1], dim=1)[0].double()
-        statistics = sums.of(key)
+        statistics = sums.get(key)
         assert statistics is not None
         assert statistics.products is not None
         assert torch.allclose(statistics.products.double(), rows.T @ rows, atol=1e-4)
@@ -178,10 +171,8 @@ def test_while_blocks_run_neither_embedding_nor_head_is_in_memory(name: str, tmp
         rows = streamed.model.get_input_embeddings().weight.shape[0]
 
         class Looking(Seeing):
-            def watched(self, module: str) -> Collection[str]:  # noqa: ARG002
-                outside = [
-                    streamed.model.get_parameter(each) for each in streamed.parameters_outside() if "bias" not in each
-                ]
+            def list_watched(self, module: str) -> Collection[str]:  # noqa: ARG002
+                outside = [streamed.model.get_parameter(each) for each in streamed.outside if "bias" not in each]
                 held.append([str(each.shape) for each in outside if each.shape[0] == rows and not each.is_meta])
                 return ()
 

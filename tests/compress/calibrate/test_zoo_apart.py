@@ -55,7 +55,7 @@ def outcome_of(name: str, folder: Path) -> str:
         done = calibrate(plan, tree, Work(pool, files, lambda _: None, Nowhere()), {}, text)
     scope = {tensor.name for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
     assert set(done.measured) == scope, name
-    return "apart" if done.apart else "together"
+    return "apart" if done.is_blockwise else "together"
 
 
 def outcomes(names: list[str], folder: Path) -> Iterator[tuple[str, str]]:

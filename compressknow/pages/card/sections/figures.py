@@ -20,7 +20,7 @@ from compressknow.base.format import (
     size,
 )
 from compressknow.comparison.records import Estimate, Movement, ProbeFigures
-from compressknow.compress.schemes import schemes_of, word_of
+from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
 from compressknow.model.manifest import calibrated_in_words, removed_in_words
 from compressknow.pages.card.charts import name_deployment
@@ -250,7 +250,7 @@ class Layers(Section):
         if rows := tuple(
             _make_group_row(name, group) for name, group in model.groups.items() if group.get("parameters")
         ):
-            scheme = word_of(schemes_of(model.recipe))
+            scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
         if removed := " ".join(removed_in_words(model.removed)):

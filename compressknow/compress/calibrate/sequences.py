@@ -1,0 +1,240 @@
+"""Sequences of token ids as a model reads them: with its special tokens, and with a part of the text hidden."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.engine.language_model import decoder_start, embedding_rows, family_of, most_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LENGTH = 512
+# Share of the text that is hidden from a model that fills blanks, and mean length of a hidden span (Raffel et al. 2020,
+# 3.3.4).
+HIDDEN, SPAN = 0.15, 3
+# A model's text of fewer tokens has no room for a blank and what is around it.
+_SHORTEST = 8
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+Ids = Sequence[int]
+Span = tuple[int, int]
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form of a model's sequences.
+
+    Attributes
+    ----------
+    family : ``masked``, ``causal`` or ``seq2seq``; ``plain`` if a model has no head and no mask token.
+    length : tokens of a sequence, `prefix` and `suffix` included.
+    prefix, suffix : special tokens that the tokenizer puts around a text, and so around each sequence.
+    separator : special tokens between two texts of a sequence.
+    marks : ids that stand for hidden tokens: the mask token, or T5's sentinels in their order; empty without either.
+    known : ids of ordinary tokens that both the tokenizer and the embedding have.
+    rows : of the embedding.
+    """
+
+    family: str
+    length: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    separator: tuple[int, ...]
+    marks: tuple[int, ...]
+    known: tuple[int, ...]
+    rows: int
+
+    @property
+    def body(self) -> int:
+        """Tokens of a sequence that are text."""
+        return self.length - len(self.prefix) - len(self.suffix)
+
+    @property
+    def has_sentinels(self) -> bool:
+        return len(self.marks) > 1
+
+    def frame(self, ids: Ids) -> list[int]:
+        """Put the prefix and suffix around token ids."""
+        return [*self.prefix, *ids, *self.suffix]
+
+
+def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
+    """Find the form of a model's sequences; `model` may be a module tree on the meta device.
+
+    Raises UnsupportedError if it reads no text, or no more than a few tokens of it.
+    """
+    marks = _find_marks(tokenizer)
+    without_head = "masked" if tokenizer.mask_token_id is not None else "plain"
+    family = family_of(model) or ("seq2seq" if model.config.is_encoder_decoder else without_head)
+    prefix, suffix = _find_frame(tokenizer)
+    length = min(LENGTH, most_tokens(model, tokenizer) or LENGTH)
+    if family == "seq2seq" and len(marks) > 1:
+        # A sentinel for each span, and one that closes the last.
+        length = min(length, int((len(marks) - 1) * SPAN / HIDDEN) + 1)
+    end = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    rows = embedding_rows(model)
+    form = Form(
+        family=family,
+        length=length,
+        prefix=prefix,
+        suffix=suffix,
+        # A decoder has learned from texts that begin with a prefix, too.
+        separator=(*end, *prefix) if family == "causal" else end,
+        marks=marks if family in ("masked", "seq2seq") else (),
+        known=_find_known(tokenizer, marks, rows),
+        rows=rows,
+    )
+    if form.body < _SHORTEST:
+        raise UnsupportedError(f"{type(model).__name__} reads no more than {form.length} tokens at once.")
+    return form
+
+
+def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    found = {
+        int(match[1]): number
+        for token, number in tokenizer.get_vocab().items()
+        if (match := _SENTINEL.fullmatch(token))
+    }
+    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
+    if len(sentinels) > 1:
+        return sentinels
+    return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
+
+
+def _find_known(tokenizer: PreTrainedTokenizerBase, marks: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    special = {*tokenizer.all_special_ids, *marks}
+    tokens = tokenizer.get_vocab().items()
+    return tuple(
+        sorted(number for token, number in tokens if number < rows and number not in special and "unused" not in token)
+    )
+
+
+def _find_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the special tokens before and after a text; some tokenizers show them only by what they do to one."""
+    alone, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    place = next((at for at in range(len(framed)) if framed[at : at + len(alone)] == alone), 0)
+    return tuple(framed[:place]), tuple(framed[place + len(alone) :])
+
+
+def pack(pieces: Iterable[Ids], form: Form, most: int) -> tuple[torch.Tensor, int]:
+    """Pack pieces into bodies of sequences, int64 [at most `most`, form.body]; return how many tokens there were, too.
+
+    No more pieces are taken than needed; the rest of the last is dropped.
+    """
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(piece)
+        if len(ids) >= most * form.body:
+            break
+    rows = min(most, len(ids) // form.body)
+    return torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body), len(ids)
+
+
+def check_ids(bodies: torch.Tensor, form: Form, unknown: int | None, source: str) -> None:
+    """Raise CompressknowError if a text has tokens that the model has no row for, or is mostly unknown tokens."""
+    if (largest := int(bodies.max())) >= form.rows:
+        raise CompressknowError(
+            f"The tokenizer gives token {largest} for {source}, and the model's embedding has {form.rows:,} rows.",
+            hint="Put the tokenizer that the model was trained with in its folder.",
+        )
+    share = float((bodies == unknown).double().mean()) if unknown is not None else 0.0
+    if share > 0.5:
+        raise CompressknowError(
+            f"The tokenizer does not know {share:.0%} of the tokens of {source}.",
+            hint="Give a text in the language that the model was trained on.",
+        )
+
+
+def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:
+    """Build the arguments of a forward pass over all sequences, int64 [sequences, tokens] each.
+
+    Masked models read each sequence with `HIDDEN` of its tokens masked (Devlin et al. 2019, all of them by the mask
+    token). Encoder-decoder models with sentinels (T5) read it with as much hidden in spans, and their decoder the
+    spans; those with a mask token (BART) a mask for each span, and their decoder the whole text; those without either
+    (Marian) the whole text on both sides. Others read the text as it is.
+    """
+    if form.family == "seq2seq":
+        return _build_both_sides(bodies, form, model, generator)
+    if form.family == "masked":
+        masked = max(1, round(HIDDEN * form.body))
+        places = torch.rand(bodies.shape, generator=generator).argsort(dim=1, stable=True)[:, :masked]
+        bodies = bodies.scatter(1, places, form.marks[0])
+    return {"input_ids": torch.tensor([form.frame(row) for row in bodies.tolist()])}
+
+
+def _build_both_sides(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:
+    read, written = [], []
+    hidden, count = count_hidden(form.body, HIDDEN)
+    for row in bodies.tolist():
+        spans = draw_spans(form.body, count, hidden, generator) if form.marks else []
+        read.append(form.frame(blank_out(row, spans, form.marks)))
+        written.append([*fill_in(row, spans, form.marks), *form.suffix] if form.has_sentinels else form.frame(row))
+    return {"input_ids": torch.tensor(read), "decoder_input_ids": _shift(torch.tensor(written), model)}
+
+
+def count_hidden(length: int, share: float) -> tuple[int, int]:
+    """Count the tokens of `length` to hide, and the spans to hide them in.
+
+    >>> count_hidden(512, 0.15)
+    (77, 26)
+    """
+    hidden = max(1, round(length * share))
+    return hidden, max(1, round(hidden / SPAN))
+
+
+def draw_spans(length: int, count: int, hidden: int, generator: torch.Generator) -> list[Span]:
+    """Draw `count` spans, each as (first, one past last), of `hidden` tokens in all, with a token or more before each.
+
+    As T5's `random_spans_noise_mask` (Raffel et al. 2020, 3.1.4): all ways to split are equally likely.
+    """
+    spans, at = [], 0
+    gaps = _split(length - hidden, count, generator)
+    for gap, size in zip(gaps, _split(hidden, count, generator), strict=True):
+        spans.append((at + gap, at + gap + size))
+        at += gap + size
+    return spans
+
+
+def _split(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Draw the sizes of `parts` parts of `total`, none empty."""
+    cuts = sorted((torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).tolist())
+    return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def blank_out(ids: Ids, spans: Sequence[Span], marks: Ids) -> list[int]:
+    """Put a mark in the place of each span: the next sentinel, or the mask token.
+
+    >>> blank_out([1, 2, 3, 4, 5, 6], [(1, 3), (5, 6)], [91, 92, 93])
+    [1, 91, 4, 5, 92]
+    """
+    blanked, at = [], 0
+    for number, (start, end) in enumerate(spans):
+        blanked += [*ids[at:start], marks[number % len(marks)]]
+        at = end
+    return [*blanked, *ids[at:]]
+
+
+def fill_in(ids: Ids, spans: Sequence[Span], marks: Ids) -> list[int]:
+    """Return the tokens of the spans, each after its sentinel, and the sentinel that closes the last.
+
+    >>> fill_in([1, 2, 3, 4, 5, 6], [(1, 3), (5, 6)], [91, 92, 93])
+    [91, 2, 3, 92, 6, 93]
+    """
+    written = [token for mark, (start, end) in zip(marks, spans, strict=False) for token in (mark, *ids[start:end])]
+    return [*written, *marks[len(spans) : len(spans) + 1]]
+
+
+def _shift(labels: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """Shift `labels` to what a decoder reads while it learns to write them, by the model's own rule if it has one."""
+    if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        shifted: torch.Tensor = own(labels=labels)
+        return shifted
+    return torch.cat([torch.full_like(labels[:, :1], decoder_start(model)), labels[:, :-1]], dim=1)
