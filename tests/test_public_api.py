@@ -62,28 +62,6 @@ def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
     assert (options, settings) == (compressknow.Options(), compressknow.Settings())
 
 
-@pytest.mark.parametrize(
-    ("verb", "old", "new"),
-    [
-        ("report", {"keep_in": "kept"}, "answers"),
-        ("report", {"timed": True}, "time"),
-        ("report", {"outputs": ["a.html"]}, "output"),
-        ("report", {"early": 0.9}, "fail_under"),
-        ("compare", {"outputs": ["a.html"]}, "output"),
-        ("probe", {"probes": "atlas"}, "probe"),
-        ("sweep", {"scheme": "int8"}, "quantize"),
-        ("search", {"probes": "atlas", "keep": 0.9}, "probe"),
-    ],
-)
-def test_an_old_name_works_and_warns(
-    verb: str, old: dict[str, Any], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    call = getattr(importlib.import_module(f"compressknow.api.{verb}"), verb)
-    with pytest.warns(DeprecationWarning, match=f"{new}="), pytest.raises(CheckpointError, match="no such folder"):
-        call(tmp_path / "a", tmp_path / "b", **old)
-
-
 def test_an_unknown_word_is_told_what_was_meant() -> None:
     with pytest.raises(TypeError, match=r"report\(\) got an unexpected keyword argument 'limt'. Did you mean limit\?"):
         report("a", "b", limt=3)  # type: ignore[call-arg]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, files_of, records_of, speaks_python
+from compressknow.api.words import SeededWords, files_of, records_of, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressknow.pages.diff.records import CheckpointComparison
 
 
-@speaks_python(probes="probe", outputs="output", keep_in="answers")
+@verb
 def compare(
     a: str | Path,
     b: str | Path,

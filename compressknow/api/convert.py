@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
 
 
-@speaks_python()
+@verb
 def convert(
     model: str | Path,
     output: str | Path,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Listener, OnProgress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compressknow.study.sensitivity import Guide
 
 
-@speaks_python()
+@verb
 def export(
     model: str | Path,
     output: str | Path,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-@speaks_python()
+@verb
 def load(
     model: str | Path,
     *,

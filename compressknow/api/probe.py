@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import ServingWords, records_of, speaks_python
+from compressknow.api.words import ServingWords, records_of, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Options
 
 
-@speaks_python(folder="output", probes="probe")
+@verb
 def probe(
     model: str | Path,
     output: str | Path,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import Words, records_of, speaks_python
+from compressknow.api.words import Words, records_of, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
@@ -51,7 +51,7 @@ WRITTEN = (*PAGES, RECIPE, *REPORTS)
 NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: ("precision", "runtime"), CHECKPOINT: ("precision",)}
 
 
-@speaks_python(probes="probe")
+@verb
 def search(
     model: str | Path,
     output: str | Path,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressknow.api.words import files_of, speaks_python
+from compressknow.api.words import files_of, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Form = Literal["gguf", "checkpoint"]
 
 
-@speaks_python()
+@verb
 def sensitivity(
     model: str | Path,
     output: str | Path | Sequence[str | Path] = (),

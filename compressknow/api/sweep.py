@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, cluster_of, records_of, speaks_python
+from compressknow.api.words import SeededWords, cluster_of, records_of, verb
 from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, listener, staged
 from compressknow.evaluate.gather import open_named, refuse_texts_alone
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
 
 
-@speaks_python(probes="probe", scheme="quantize")
+@verb
 def sweep(
     model: str | Path,
     output: str | Path,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
     from compressknow.compress.verify import Verification
 
 
-@speaks_python()
+@verb
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:
