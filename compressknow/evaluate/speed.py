@@ -98,9 +98,9 @@ def _tokens_per_second(handle: ModelHandle) -> float | None:
     texts. It runs without what gives a fact the same bits in any batch.
     """
     if model := handle.loaded.language_model:
-        from compressknow.engine.steady import unsteady
+        from compressknow.engine.batch_invariant import undo_batch_invariant
 
-        unsteady(model.model)
+        undo_batch_invariant(model.model)
     try:
         reader = handle.reader()
     except UnsupportedError:
