@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, files_of, records_of, verb
+from compressknow.api.words import SeededWords, build_records, list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -84,10 +84,10 @@ def compare(
         raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     gates = parse_gates(fail_under)
     check_gates(gates, strict=strict)
-    files = files_of(output)
+    files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
     listening = listener(on_progress)
     first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)

@@ -141,12 +141,12 @@ def _chosen(given: dict[str, Any]) -> Recipe:
 
 def _refuse_before_work(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
     """What is wrong with the two places is said before torch is imported, which takes seconds."""
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.compress.staging import clean, refuse_output
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
 
-    refuse_no_checkpoint(model)
-    refuse_broken_links(output.parent)
+    check_is_checkpoint(model)
+    check_links(output.parent)
     if writes:
         # What a dead run has left goes, whatever becomes of this one.
         clean(output)

@@ -253,7 +253,7 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
 def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     from compressknow.base.errors import CheckpointError, OutputError, UsageError
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.gguf.importance import read_importance
     from compressknow.gguf.place import record_of
 
@@ -261,7 +261,7 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
     if file.resolve() in (output.resolve(), record_of(output).resolve()):
         raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
-    refuse_broken_links(file)
+    check_links(file)
     if file.is_dir() or (file.exists() and not overwrite):
         raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
     if file.exists():
@@ -283,13 +283,13 @@ def _refuse_before_work(
 
     Returns whether a file is there that the same export may have made.
     """
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.compress.staging import clean
     from compressknow.gguf.place import finish, record_of, refuse_file
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
 
-    refuse_no_checkpoint(model)
-    refuse_broken_links(output.parent)
+    check_is_checkpoint(model)
+    check_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
     is_there = writes and not overwrite and record_of(output).is_file()

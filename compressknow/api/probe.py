@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import ServingWords, records_of, verb
+from compressknow.api.words import ServingWords, build_records, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -61,7 +61,7 @@ def probe(
     from compressknow.evaluate.noise import with_noise_floor
     from compressknow.evaluate.run import probe_model
 
-    options, settings = records_of(words, options, settings)
+    options, settings = build_records(words, options, settings)
     opened = open_named(probe, options)
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import ServingWords, files_of, records_of, verb
+from compressknow.api.words import ServingWords, build_records, list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -90,7 +90,7 @@ def report(
     check_known(known)
     gates = parse_gates(fail_under)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
-    files = files_of(output)
+    files = list_files(output)
     check_gates(gates, strict=strict, early=early, models=len(models))
     most = None if within is None else parse_size(within, "--within")
     require_for(files, "pyarrow", "scipy")
@@ -101,7 +101,7 @@ def report(
         check_model_cards(models)
     evaluation = Evaluation(
         names_of(probe),
-        *records_of(words, options, settings),
+        *build_records(words, options, settings),
         keep_in=Path(answers) if answers else default_answers_folder(),
         timed=time,
         known=known,

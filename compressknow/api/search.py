@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import Words, records_of, verb
+from compressknow.api.words import Words, build_records, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
@@ -116,7 +116,7 @@ def search(
         `output` holds something else.
     """
     seeded = {**words, "seed": seed} if options is None else words
-    options, settings = records_of(seeded, options, settings)
+    options, settings = build_records(seeded, options, settings)
     request = Request(
         keep,
         None if size is None else parse_size(size),

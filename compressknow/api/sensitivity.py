@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressknow.api.words import files_of, verb
+from compressknow.api.words import list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -62,7 +62,7 @@ def sensitivity(
     from compressknow.base.errors import UsageError
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.steps import Calibration
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
     from compressknow.pages.pages import check_outputs, require_for
     from compressknow.study.guides import FIT_TOKENS, open_facts
     from compressknow.study.map import FORMATS
@@ -73,11 +73,11 @@ def sensitivity(
     check_guide(guide)
     text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
     check_text(text.text, text.tokens)
-    files = files_of(output)
+    files = list_files(output)
     require_for(files, *(["llama_cpp_py_sync"] if to != "checkpoint" else []), "pyarrow")
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
-    refuse_no_checkpoint(model)
+    check_is_checkpoint(model)
     from compressknow.base.progress import listener
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle, Settings

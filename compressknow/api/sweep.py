@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, cluster_of, records_of, verb
+from compressknow.api.words import SeededWords, build_records, resolve_cluster, verb
 from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, listener, staged
 from compressknow.evaluate.gather import open_named, refuse_texts_alone
@@ -93,8 +93,8 @@ def sweep(
     """
     from compressknow.pages.study.pages import write_study
 
-    options, settings = records_of(words, options, settings)
-    cluster = cluster_of(ray, num_cpus, num_gpus)
+    options, settings = build_records(words, options, settings)
+    cluster = resolve_cluster(ray, num_cpus, num_gpus)
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     folder, listening = Path(output), listener(on_progress)

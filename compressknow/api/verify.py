@@ -36,10 +36,10 @@ def verify(
     """
     if Path(folder).suffix == ".gguf":
         return _verify_gguf(Path(folder), on_progress, check)
-    from compressknow.model.manifest import refuse_unconverted
+    from compressknow.model.manifest import check_converted
 
     # Said before torch is imported, which takes a second.
-    refuse_unconverted(Path(folder))
+    check_converted(Path(folder))
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 

@@ -68,7 +68,7 @@ _OF_SETTINGS = ("device", "dtype", "batch_size", "trust_remote_code", "runtime",
 _RENAMED = {"map": "columns", "model_name": "model"}
 
 
-def records_of(
+def build_records(
     words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
     """Return the records of some words, which come before what `options` and `settings` say."""
@@ -132,12 +132,12 @@ def _spell_out(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def files_of(output: str | Path | Sequence[str | Path]) -> list[Path]:
+def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that an output names: one by itself, or several."""
     return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
 
 
-def cluster_of(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
+def resolve_cluster(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
     """Return the Ray cluster that an address names, with what a task takes of it; None where none is named."""
     from compressknow.study.running import RayOptions
 

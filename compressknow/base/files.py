@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def dead(path: Path) -> Iterator[bool]:
+def lock_dead(path: Path) -> Iterator[bool]:
     """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""
     try:
         descriptor = lock(path, wait=False, make=False)
@@ -70,7 +70,7 @@ def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
+def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
     """A folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
 
     If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
@@ -113,7 +113,7 @@ def _holds_only(folder: Path, names: Collection[str]) -> bool:
 
 def _lock_folder(folder: Path, wait: bool) -> int:
     for _ in range(_ATTEMPTS):
-        refuse_broken_links(folder)
+        check_links(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = lock(folder / LOCK, wait=wait)
@@ -123,13 +123,13 @@ def _lock_folder(folder: Path, wait: bool) -> int:
             ) from None
         except (FileNotFoundError, FileExistsError) as error:
             if is_no_folder(folder):
-                raise cannot_write(folder, error) from None
+                raise explain_write_error(folder, error) from None
             # The run that made the folder has just removed it.
             time.sleep(0.01)
             continue
         except OSError as error:
             _refuse_no_file(folder / LOCK)
-            raise cannot_write(folder, error) from None
+            raise explain_write_error(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
                 return descriptor
@@ -153,7 +153,7 @@ def _refuse_no_file(path: Path) -> None:
         raise OutputError(f"{path} is a {kind}, where a run keeps its lock.", hint="Remove it.")
 
 
-def refuse_broken_links(path: Path) -> None:
+def check_links(path: Path) -> None:
     """Raise OutputError where the path, or a folder above it, is a link that leads nowhere."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
@@ -163,7 +163,7 @@ def refuse_broken_links(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
+def open_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write. It takes the place of `path` once the context ends without an error, and else never.
 
     Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
@@ -177,7 +177,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name only when it is whole. Raises OutputError where it cannot be written."""
-    with written(path) as file:
+    with open_whole(path) as file:
         file.write(content)
 
 
@@ -185,11 +185,11 @@ def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
     """Write several files of which either all appear or none.
 
     Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
-    `interrupted` recognises what it left, and this replaces it.
+    `find_interrupted` recognises what it left, and this replaces it.
 
     Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
     """
-    unfinished = interrupted(contents)
+    unfinished = find_interrupted(contents)
     placed: list[Path] = []
     with contextlib.ExitStack() as stack:
         temporaries = {path: stack.enter_context(_whole(path, content)) for path, content in contents.items()}
@@ -232,7 +232,7 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> None:
         move(temporary, path)
 
 
-def interrupted(paths: Collection[Path]) -> list[Path]:
+def find_interrupted(paths: Collection[Path]) -> list[Path]:
     """Of files that appear together, those that a run put there and was killed before the last.
 
     If all are there, it was killed after that: they are whole, and their temporary names are removed.
@@ -265,7 +265,7 @@ def as_text(words: str) -> str:
     return words.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def cannot_write(path: Path, error: OSError) -> OutputError:
+def explain_write_error(path: Path, error: OSError) -> OutputError:
     """The error of a file or folder that the system does not let us write, in our form."""
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
@@ -282,7 +282,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise explain_write_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -337,6 +337,6 @@ def _is_left(path: Path, temporary: Path) -> bool:
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     for temporary in temporaries:
-        with dead(temporary) as ended, contextlib.suppress(OSError):
+        with lock_dead(temporary) as ended, contextlib.suppress(OSError):
             if ended and not OPEN_FILES_MOVE:
                 _content_of(temporary).unlink(missing_ok=True)

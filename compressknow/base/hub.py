@@ -103,7 +103,7 @@ def upload(
     ------
     CompressknowError : it failed; says why, and the command that tries it again. What lies there is left as it is.
     """
-    again = retry_command(place, repo, private)
+    again = build_retry_command(place, repo, private)
     with _explained(place, repo, again), _bounded(), _bars(bars):
         from huggingface_hub import HfApi
 
@@ -130,7 +130,7 @@ def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | No
     api.create_commit(repo, adds, commit_message=message)
 
 
-def retry_command(place: Path, repo: str, private: bool | None) -> str:
+def build_retry_command(place: Path, repo: str, private: bool | None) -> str:
     """The Hub's own command for the same upload; what has arrived is not sent again."""
     folder, only = (place.parent, ["--include", f"{place.name}*"]) if place.is_file() else (place, [])
     return shlex.join(["hf", "upload", repo, str(folder), ".", *only, *(["--private"] if private else [])])
@@ -227,7 +227,7 @@ def _first_line(said: object) -> str:
     return (text.replace(token, "...") if token else text).strip()[:300]
 
 
-def planned(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
+def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
     """What an upload of these files would be: lines for a dry run. Bytes by name; None where they are not known yet."""
     seen = "private" if private else "public, unless the organization's default is private"
     yield f"Would upload to {address(repo)} (if it is new: {seen}):"

@@ -91,7 +91,7 @@ class FileState(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def refuse_changed(states: Mapping[Path, FileState]) -> None:
+def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
         try:
@@ -143,7 +143,7 @@ def parse_json(
     Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
     JSON.
     """
-    if values_in(content) > most_values:
+    if count_values(content) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
@@ -151,11 +151,11 @@ def parse_json(
         raise NotReadable("it is nested too deeply") from None
 
 
-def half_character(text: str) -> str | None:
+def find_lone_surrogate(text: str) -> str | None:
     r"""The escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make it: no
     file could hold that.
 
-    >>> half_character("a\ud83e"), half_character("a\U0001f999")
+    >>> find_lone_surrogate("a\ud83e"), find_lone_surrogate("a\U0001f999")
     ('\\ud83e', None)
     """
     try:
@@ -165,7 +165,7 @@ def half_character(text: str) -> str | None:
     return None
 
 
-def values_in(content: bytes) -> int:
+def count_values(content: bytes) -> int:
     """At least the number of values in a JSON text: each but the first follows a comma, a colon or a bracket."""
     return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
 
@@ -190,21 +190,21 @@ def sha256_of(path: Path) -> str:
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}
 
 
-def misfit(value: Any, form: Any, where: str = "it") -> str | None:
+def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     """What in a value does not fit a form, and where; None where all does.
 
-    >>> misfit({"n": [1, 2.5]}, {"n": [int], "name?": str})
+    >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
     'n[1] is no whole number'
     """
     if isinstance(form, tuple):
-        wrong = [misfit(value, each, where) for each in form]
+        wrong = [find_mismatch(value, each, where) for each in form]
         return None if None in wrong else _nearest(value, form, wrong)
     if form is None or isinstance(form, type):
         return None if _is(value, form) else f"{where} is {_no(form)}"
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{where} is no list"
-        found = (misfit(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
+        found = (find_mismatch(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
         return next((wrong for wrong in found if wrong), None)
     if not isinstance(value, Mapping):
         return f"{where} is no object"
@@ -218,7 +218,7 @@ def _misfit_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: st
         if missing := next((key for key in form if not key.endswith("?") and key not in value), None):
             return f"{prefix}{missing} is missing"
         pairs = [(name, form[key]) for key in form if (name := key.removesuffix("?")) in value]
-    found = (misfit(value[key], each, f"{prefix}{key}") for key, each in pairs)
+    found = (find_mismatch(value[key], each, f"{prefix}{key}") for key, each in pairs)
     return next((wrong for wrong in found if wrong), None)
 
 

@@ -62,7 +62,7 @@ class Registry(Generic[Thing]):
         return name in self._added
 
     @contextmanager
-    def answering(self, name: str) -> Iterator[None]:
+    def explain_failures(self, name: str) -> Iterator[None]:
         """While something of this name works: whatever it raises that is of no use to a user, it is named for.
 
         Raises CompressknowError where another package's entry fails; what fails here is a fault of ours.
@@ -125,31 +125,33 @@ class Registry(Generic[Thing]):
 
     def _load(self, name: str) -> Thing:
         if name in self._built_in and name in self._added:
-            raise self.unfit(name, "The name is taken by a built-in one.")
+            raise self.incompatible(name, "The name is taken by a built-in one.")
         if name in self._built_in:
             return self._own(name)
         if name not in self._added:
             near = did_you_mean(name, self)
             raise UsageError(f"{name!r} is not known. {near}The {self.kind}s are {', '.join(self)}.")
         if len(self._added[name]) > 1:
-            raise self.unfit(name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them.")
+            raise self.incompatible(
+                name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them."
+            )
         try:
             return self._instance(name, self._added[name][0].load())
         except CompressknowError:
             raise
         except Exception as error:
             # Whatever a foreign module does while it is imported.
-            raise self.unfit(name, f"{type(error).__name__}: {error}") from error
+            raise self.incompatible(name, f"{type(error).__name__}: {error}") from error
 
-    def _instance(self, name: str, found: object) -> Thing:
-        made = found() if not isinstance(found, self._of) and callable(found) else found
+    def _instance(self, name: str, entry: object) -> Thing:
+        made = entry() if not isinstance(entry, self._of) and callable(entry) else entry
         if not isinstance(made, self._of):
-            raise self.unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
+            raise self.incompatible(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
         if getattr(made, "name", name) != name:
-            raise self.unfit(name, f"It calls itself {getattr(made, 'name', '')!r}.")
+            raise self.incompatible(name, f"It calls itself {getattr(made, 'name', '')!r}.")
         return made
 
-    def unfit(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
+    def incompatible(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
         """The error to raise where what has this name cannot be used; it names the package that adds it."""
         by = self.added_by(name)
         return CompressknowError(

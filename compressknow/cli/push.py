@@ -36,13 +36,13 @@ def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | No
             raise click.UsageError("--private goes with --push REPO.")
         return None
     from compressknow.api.push import check_push, push
-    from compressknow.base.hub import planned
+    from compressknow.base.hub import describe_upload
 
     check_push(repo, dry_run=dry_run)
 
     def uploads(output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
         if dry_run:
-            show("\n" + "\n".join(planned(files or {}, repo, private)), err=err)
+            show("\n" + "\n".join(describe_upload(files or {}, repo, private)), err=err)
             return
         done = push(output, repo, private=private or None, bars=True)
         show(f"\nUploaded to {done.url}", err=err)

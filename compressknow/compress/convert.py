@@ -33,13 +33,13 @@ from compressknow.model.checkpoint import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
     Checkpoint,
-    loading_floats,
+    build_loading_settings,
+    check_inside,
     module_folders,
-    refuse_leading_out,
 )
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
-from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, sealed
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, seal_manifest
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def _written_files(plan: Plan, layout: Layout) -> dict[str, bytes]:
     how sentence-transformers loads quantized ones."""
     config = output_config(plan)
     quantization = config.get("quantization_config")
-    loading = loading_floats(plan.checkpoint.folder, quantization) if quantization else {}
+    loading = build_loading_settings(plan.checkpoint.folder, quantization) if quantization else {}
     index = {SAFETENSORS_INDEX: layout.index} if layout.index else {}
     return {name: _json(content) for name, content in {"config.json": config, **index, **loading}.items()}
 
@@ -326,7 +326,7 @@ def _manifest(
     replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
     read = {**weights.hashes, **copied, **{name: sha256_of(source / name) for name in replaced}}
     calibration = calibration_record(text, weights.calibrated, plan.removal)
-    return Manifest(sealed(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
+    return Manifest(seal_manifest(build_manifest(plan, weights.measured, read, {**written, **copied}, calibration)))
 
 
 def calibration_record(
@@ -365,7 +365,7 @@ def carried_files(folder: Path) -> Iterator[str]:
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
         if path.is_file():
-            refuse_leading_out(folder, path)
+            check_inside(folder, path)
             yield name.as_posix()
 
 

@@ -213,7 +213,7 @@ class Prune:
             object.__setattr__(self, each.name, each.check(given.pop(each.name, getattr(self, each.name))))
         object.__setattr__(self, "parameters", given)
         object.__setattr__(self, "parameters", _own(self.chosen))
-        with METHODS.answering(self.method):
+        with METHODS.explain_failures(self.method):
             self.chosen.check(self.amount)
 
     @cached_property

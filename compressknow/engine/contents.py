@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.base.reading import FileState, NotReadable, open_regular, refuse_changed
+from compressknow.base.reading import FileState, NotReadable, check_unchanged, open_regular
 from compressknow.engine.identity import DECISIVE, MANIFEST, Located, fingerprint_of, record_beside
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.gguf_file import plain_tensors
-from compressknow.model.manifest import SEAL, expected_tensors, read_manifest, seal_of
+from compressknow.model.manifest import SEAL, expected_tensors, hash_manifest, read_manifest
 from compressknow.model.tensors import StoredTensor, not_finite, read_header
 from compressknow.model.torch_bin import read_torch_file
 
@@ -49,7 +49,7 @@ class Contents:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a file was replaced or written to since it was read."""
-        refuse_changed(self.states)
+        check_unchanged(self.states)
 
     def check_finite(self, located: Located, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
@@ -173,7 +173,7 @@ def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str,
         return False
     manifest = read_manifest(located.path)
     return (
-        manifest.get(SEAL, seal_of(manifest)) != seal_of(manifest)
+        manifest.get(SEAL, hash_manifest(manifest)) != hash_manifest(manifest)
         or any(manifest["files"].get(name, sha256) != sha256 for name, sha256 in hashes.items())
         or any(not (located.path / name).is_file() for name in manifest["files"] if name in DECISIVE)
         or any(name in DECISIVE and name not in manifest["files"] for name in hashes)

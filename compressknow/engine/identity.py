@@ -16,12 +16,11 @@ from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.files import name_of
 from compressknow.base.libraries import is_installed
 from compressknow.base.reading import MANIFEST as MANIFEST_BYTES
-from compressknow.base.reading import NotReadable, check_regular, misfit, read_json
+from compressknow.base.reading import NotReadable, check_regular, find_mismatch, read_json
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
-from compressknow.model.gguf_file import gguf_parts, refuse_cut_short
-from compressknow.model.grid import grid_of
+from compressknow.model.gguf_file import check_whole, gguf_parts
 from compressknow.model.manifest import calibration_of, read_manifest
-from compressknow.model.tensors import DTYPE_SIZES
+from compressknow.model.tensors import DTYPE_SIZES, grid_of
 
 if TYPE_CHECKING:
     from compressknow.engine.load import Variant
@@ -84,7 +83,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         if is_installed("gguf"):
             # A minute's work on the original may come before this file is opened.
             for part in gguf_parts(path):
-                refuse_cut_short(part)
+                check_whole(part)
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
@@ -142,8 +141,8 @@ def describe(located: Located) -> dict[str, Any]:
     """Describe a model by its files, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `compressknow.model.grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros, groups
-    and removed as its manifest has them, and calibration as `calibration_of` has it.
+    `compressknow.model.tensors.Grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
+    groups and removed as its manifest has them, and calibration as `calibration_of` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:
@@ -174,7 +173,7 @@ def record_beside(path: Path) -> dict[str, Any]:
         record = read_json(path.with_name(f"{path.name}.json"), MANIFEST_BYTES)
     except (OSError, ValueError):
         return {}
-    return {} if misfit(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
+    return {} if find_mismatch(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf
-from compressknow.model.scopes import refuse_slow_targets
+from compressknow.model.scopes import check_targets
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def load(
         _check_gguf(path)
         source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
         config = AutoConfig.from_pretrained(**source)
-        refuse_slow_targets(path.name, getattr(config, "quantization_config", None))
+        check_targets(path.name, getattr(config, "quantization_config", None))
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(
@@ -287,7 +287,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.layers import kinds_on, layer_of
-    from compressknow.model.direct_reads import direct_reads
+    from compressknow.model.direct_reads import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:
@@ -299,7 +299,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     layers: dict[Any, Any] = {}
     kinds = kinds_on(device)
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
-    in_floats = {model.get_submodule(name) for name in direct_reads(model)} if kinds else set()
+    in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
             layer = layer_of(module, kinds) if module not in in_floats else None

@@ -338,11 +338,11 @@ def find_both(
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import handles_of
-    from compressknow.model.checkpoint import is_address, no_files
+    from compressknow.model.checkpoint import build_server_error, is_address
 
     for named in (a, b):
         if is_address(named.model):
-            raise no_files(named.model)
+            raise build_server_error(named.model)
         _refuse_answers(Path(named.model))
     first, second = handles_of([locate(*a), locate(*b)], settings)
     if first.located.path.resolve() == second.located.path.resolve():

@@ -53,7 +53,7 @@ from compressknow.gguf.record import (
     write_with,
 )
 from compressknow.gguf.tensors import Tensors, by_group, chosen_types, read_tensors
-from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
+from compressknow.model.checkpoint import Checkpoint, check_inside
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
@@ -188,7 +188,7 @@ def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> b
 def _refuse_links_out(folder: Path) -> None:
     """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
     if (card := folder / CARD_NAME).is_file():
-        refuse_leading_out(folder, card)
+        check_inside(folder, card)
     # Looking for them refuses them.
     list(carried_files(folder))
 

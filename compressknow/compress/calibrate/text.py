@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.files import write_whole
-from compressknow.base.reading import RECORD, misfit, read_json
+from compressknow.base.reading import RECORD, find_mismatch, read_json
 from compressknow.compress.calibrate.passages import HUB, SELF, Kind, check_file, kind_of, passages
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def _read_stored(path: Path) -> CalibrationText | None:
         said = read_json(path, RECORD)
     except (OSError, ValueError):
         return None
-    if not isinstance(said, dict) or misfit(said, _FORM):
+    if not isinstance(said, dict) or find_mismatch(said, _FORM):
         return None
     try:
         batches = tuple({name: torch.tensor(ids) for name, ids in batch.items()} for batch in said["batches"])

@@ -182,7 +182,7 @@ def pruned_count(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | N
     tensors decides how many fall in which)."""
     if step.is_global:
         return None, round(step.amount * sum(each.tensor.numel for each in weights))
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         counts = [step.chosen.count(each, step.amount) for each in weights]
     return counts, sum(counts)
 
@@ -193,7 +193,7 @@ def choose(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask
     Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
     another package fails.
     """
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
             raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
@@ -207,7 +207,7 @@ def pruned_matrix(
 
     Raises CompressknowError where a method of another package fails, or gives something of another form.
     """
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         mask, values = step.chosen.prune(weight, inputs, step.amount)
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
@@ -228,13 +228,13 @@ class _Foreign:
         block_mask = self._begun()
 
         def answered(block: Block) -> BoolArray | Pruned:
-            with METHODS.answering(self.method):
+            with METHODS.explain_failures(self.method):
                 return block_mask(block)
 
         return answered
 
     def _begun(self) -> BlockMask:
-        with METHODS.answering(self.method):
+        with METHODS.explain_failures(self.method):
             return self.mask.start()
 
 

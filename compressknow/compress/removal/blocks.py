@@ -11,7 +11,7 @@ from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stac
 from compressknow.compress.steps import DropBlocks
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import missing_weights
-from compressknow.model.meta import rebuilt
+from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Binding, Naming
 from compressknow.model.structure import LinearWeight, Structure
 
@@ -121,7 +121,7 @@ def without_blocks(checkpoint: Checkpoint, settings: Settings, drops: Iterable[D
         whole = drop.stack.cut(whole, drop.kept)
         kept |= dict.fromkeys(drop.stack.lists, drop.kept)
     config = settings.written(whole)
-    tree = rebuilt(settings.tree, config, settings.path)
+    tree = rebuild_model(settings.tree, config, settings.path)
     sources = _sources(settings.shapes, tree, kept)
     _refuse_unlike(settings.tree, tree, sources, kept)
     names = _stored_names(checkpoint, settings.tree, {old: new for new, old in sources.items()}, kept)

@@ -10,7 +10,7 @@ from compressknow.base.errors import CheckpointError, UnsupportedError, UsageErr
 from compressknow.compress.removal.settings import Settings, Width, block_of, shapes_of, widths_of
 from compressknow.compress.steps import DropNeurons
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.meta import rebuilt
+from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Naming
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -170,7 +170,7 @@ def with_fewer_neurons(checkpoint: Checkpoint, settings: Settings, drops: Sequen
     for drop in drops:
         whole = drop.width.cut(whole, drop.after)
     config = settings.written(whole)
-    tree = rebuilt(settings.tree, config, settings.path)
+    tree = rebuild_model(settings.tree, config, settings.path)
     after = {network.down.parameter: drop.after for drop in drops for network in drop.networks}
     cuts = dict(_cuts(checkpoint, settings.tree, [network for drop in drops for network in drop.networks]))
     tensors = {
