@@ -44,8 +44,8 @@ def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
 WRITER = """
 import sys, time
 from pathlib import Path
-from compressknow.base.files import written
-with written(Path(sys.argv[1])) as file:
+from compressknow.base.files import open_whole
+with open_whole(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     print("writing", flush=True)

@@ -1,4 +1,4 @@
-"""compare: two checkpoints set side by side, in what they are and, with probes, in what they know."""
+"""Compare two checkpoints in what they are and, with probes, in what they know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""inspect: the Linear layers of a checkpoint, counted; no weights are read."""
+"""Inspect the Linear layers of a checkpoint: they are counted, and no weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load: a checkpoint as a transformers model that computes what the checkpoint says."""
+"""Load a checkpoint as a transformers model that computes what the checkpoint says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
+    """Load a checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
 
     Use it rather than ``from_pretrained`` for an int8 checkpoint of an encoder-decoder model: there, plain transformers
     fails in ``generate``.

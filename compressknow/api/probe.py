@@ -1,4 +1,4 @@
-"""probe: a model evaluated on facts, its answers kept in a folder."""
+"""Evaluate a model on facts, and keep its answers in a folder."""
 
 from __future__ import annotations
 

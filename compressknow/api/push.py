@@ -1,4 +1,4 @@
-"""push: what convert or export wrote, to the Hugging Face Hub."""
+"""Push what convert or export wrote to the Hugging Face Hub."""
 
 from __future__ import annotations
 

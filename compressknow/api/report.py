@@ -1,4 +1,4 @@
-"""report: what compressed models kept and lost of the original's knowledge, as a report card."""
+"""Report what compressed models kept and lost of the original's knowledge, as a report card."""
 
 from __future__ import annotations
 

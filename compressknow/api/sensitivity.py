@@ -1,4 +1,4 @@
-"""sensitivity: where in a model its knowledge sits, as a map."""
+"""Map where in a model its knowledge sits."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def sensitivity(
     from compressknow.study.map import Map, write_map
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
-    roundings = _roundings(handle.located, to, trusted=trust_remote_code)
-    found = guides_of(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
+    roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
+    result = guides_of(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
     if files:
-        write_map(Map(handle.located.name, found, guide), files, overwrite=overwrite)
-    return found
+        write_map(Map(handle.located.name, result, guide), files, overwrite=overwrite)
+    return result
 
 
-def _roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
-    """The candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
+def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
+    """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
     from compressknow.base.errors import UnsupportedError
     from compressknow.compress.sources import Sources
     from compressknow.engine.language_model import family_of

@@ -1,4 +1,4 @@
-"""sweep: one model, every cell of a grid, all evaluated on the same facts."""
+"""Sweep a grid: one model in every cell, all evaluated on the same facts."""
 
 from __future__ import annotations
 
@@ -103,22 +103,22 @@ def sweep(
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     refuse_texts_alone(opened, "A sweep")
     # On a cluster the workers keep what they need.
-    kept, texts = None if cluster else folder, folder / TEXTS
-    with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:
+    keep_in = None if cluster else folder
+    with StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = grid_cells(
             grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
         )
         with claim(folder, study_model.original), runner(cluster, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
-            before, found = judged(original, known), {}
+            before, by_cell = judged(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
-                for result in (given.judged(before, known) for given in results):
-                    found[result.cell] = result
+                for result in (each.judged(before, known) for each in results):
+                    by_cell[result.cell] = result
                     if save and result.answers is not None:
                         save_cell(study_model, result.cell, folder / MODELS)
                     if on_result:
                         on_result(result)
-            study = study_of(before, [found[cell] for cell in cells], known=known, command=command)
+            study = study_of(before, [by_cell[cell] for cell in cells], known=known, command=command)
             write_study(study, folder)
     return study

@@ -1,4 +1,4 @@
-"""verify: a converted checkpoint against its manifest, or a GGUF file against its record."""
+"""Verify a converted checkpoint against its manifest, or a GGUF file against its record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
+"""Words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ R = TypeVar("R")
 
 
 class Words(TypedDict, total=False):
-    """What is evaluated, and how a model is run: `compressknow.Options` and `compressknow.Settings` say what each is.
+    """Options of what is evaluated and how a model is run, as `compressknow.Options` and `compressknow.Settings` have
+    them.
 
     `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `no_noise_floor` leaves that out.
     """
@@ -44,13 +45,13 @@ class Words(TypedDict, total=False):
 
 
 class SeededWords(Words, total=False):
-    """The same, and the seed of the sample."""
+    """Words with the seed of the sample."""
 
     seed: int
 
 
 class ServingWords(SeededWords, total=False):
-    """The same, and what runs a model; `model_name` is its name on a server."""
+    """Words with what runs a model; `model_name` is its name on a server."""
 
     runtime: str | None
     model_name: str | None
@@ -118,7 +119,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _spell_out(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with each of the words as a parameter, as `help` and editors show it."""
+    """Return the signature with each of the words as a parameter, as `help` and editors show it."""
     parameters = []
     for each in signature.parameters.values():
         if each.kind is not inspect.Parameter.VAR_KEYWORD:
