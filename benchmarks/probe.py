@@ -95,7 +95,7 @@ def language_of(part: str, side: str, options: Namespace) -> tuple[Any, Any, str
         return *bert_base(options), "masked"
     if part == "int8":
         if side == UNPACKED:
-            layers.int8_runs_on = lambda _: False
+            layers.Int8Kind.runs_on = lambda *_: False
         language = load_language_model(options.checkpoints / (ORIGINAL if side == ORIGINAL else ENGINE))
     else:
         causal = part in ("bear", "grades")
@@ -352,7 +352,7 @@ def same_ranking(predicted: str, rank: int, top: float, labels: list[str], gold:
 
 def missing(part: str, options: Namespace) -> str | None:
     """Why a part cannot be measured here, or None."""
-    from compressknow.engine.layers import int4_runs_on
+    from compressknow.engine.layers import Int4Kind
 
     if part in options.skip.split(","):
         return "skipped by --skip"
@@ -362,7 +362,7 @@ def missing(part: str, options: Namespace) -> str | None:
     if not (folder / "tokenizer.json").is_file():
         return f"there is no model in {folder}"
     if part == "int4":
-        return None if int4_runs_on("cpu") else "this CPU has no fast kernel for int4"
+        return None if Int4Kind().runs_on("cpu") else "this CPU has no fast kernel for int4"
     try:
         probe_of("bear" if part in ("bear", "masked") else part if part == "grades" else "paper", options)
     except CompressknowError as error:

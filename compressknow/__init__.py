@@ -14,70 +14,87 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressknow._version import __version__
+from compressknow._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from compressknow.api.compare import compare
-    from compressknow.api.convert import convert
-    from compressknow.api.export import export
-    from compressknow.api.inspect import inspect
-    from compressknow.api.load import load
-    from compressknow.api.probe import probe
-    from compressknow.api.push import push
-    from compressknow.api.report import report
-    from compressknow.api.search import search
-    from compressknow.api.sensitivity import sensitivity
-    from compressknow.api.sweep import sweep
-    from compressknow.api.verify import verify
-    from compressknow.base.errors import (
-        CheckpointError,
-        CompressknowError,
-        GateNotMet,
-        GateUndecided,
-        OutputError,
-        UnsupportedError,
-        UsageError,
-        VerificationError,
-    )
-    from compressknow.base.hub import Upload
-    from compressknow.base.progress import Progress, Stage
-    from compressknow.compress.manifest import Manifest
-    from compressknow.compress.recipe import Recipe
-    from compressknow.compress.steps import Prune, Quantize, Where
-    from compressknow.compress.verify import Verification
-    from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Options
-    from compressknow.gguf.record import ExportRecord
-    from compressknow.model.summary import Inspection
-    from compressknow.pages.diff.records import CheckpointComparison
-    from compressknow.pages.records import Card
-    from compressknow.pages.search import Search, Trial
-    from compressknow.pages.study.records import Study
-    from compressknow.study.folder import CellResult
-    from compressknow.study.running import RayOptions
-    from compressknow.study.sensitivity import Sensitivity
+    from compressknow.api.compare import compare as compare
+    from compressknow.api.convert import convert as convert
+    from compressknow.api.export import export as export
+    from compressknow.api.inspect import inspect as inspect
+    from compressknow.api.load import load as load
+    from compressknow.api.probe import probe as probe
+    from compressknow.api.push import push as push
+    from compressknow.api.report import report as report
+    from compressknow.api.search import search as search
+    from compressknow.api.sensitivity import sensitivity as sensitivity
+    from compressknow.api.sweep import sweep as sweep
+    from compressknow.api.verify import verify as verify
+    from compressknow.base.errors import CheckpointError as CheckpointError
+    from compressknow.base.errors import CompressknowError as CompressknowError
+    from compressknow.base.errors import GateNotMet as GateNotMet
+    from compressknow.base.errors import GateUndecided as GateUndecided
+    from compressknow.base.errors import OutputError as OutputError
+    from compressknow.base.errors import UnsupportedError as UnsupportedError
+    from compressknow.base.errors import UsageError as UsageError
+    from compressknow.base.errors import VerificationError as VerificationError
+    from compressknow.base.hub import Upload as Upload
+    from compressknow.base.progress import Progress as Progress
+    from compressknow.base.progress import Stage as Stage
+    from compressknow.compress.manifest import Manifest as Manifest
+    from compressknow.compress.recipe import Recipe as Recipe
+    from compressknow.compress.steps import Prune as Prune
+    from compressknow.compress.steps import Quantize as Quantize
+    from compressknow.compress.steps import Where as Where
+    from compressknow.compress.verify import Verification as Verification
+    from compressknow.evaluate.answers import Answers as Answers
+    from compressknow.evaluate.runtimes import Settings as Settings
+    from compressknow.evaluate.sources import Options as Options
+    from compressknow.gguf.record import ExportRecord as ExportRecord
+    from compressknow.model.summary import Inspection as Inspection
+    from compressknow.pages.diff.records import CheckpointComparison as CheckpointComparison
+    from compressknow.pages.records import Card as Card
+    from compressknow.pages.search import Search as Search
+    from compressknow.pages.search import Trial as Trial
+    from compressknow.pages.study.records import Study as Study
+    from compressknow.study.folder import CellResult as CellResult
+    from compressknow.study.running import RayOptions as RayOptions
+    from compressknow.study.sensitivity import Sensitivity as Sensitivity
 else:
-    _VERBS = (
-        *("compare", "convert", "export", "inspect", "load", "probe", "push", "report", "search", "sensitivity"),
-        *("sweep", "verify"),
-    )
-    _RECORDS = {
-        "compress.manifest": ("Manifest",),
-        "compress.recipe": ("Recipe",),
-        "compress.steps": ("Prune", "Quantize", "Where"),
-        "compress.verify": ("Verification",),
+    # By the module below this package, what is imported from it when it is first used.
+    _PUBLIC = {
+        **{
+            f"api.{verb}": (verb,)
+            for verb in (
+                *(
+                    "compare",
+                    "convert",
+                    "export",
+                    "inspect",
+                    "load",
+                    "probe",
+                    "push",
+                    "report",
+                    "search",
+                    "sensitivity",
+                ),
+                *("sweep", "verify"),
+            )
+        },
         "base.errors": (
             *("CheckpointError", "CompressknowError", "GateNotMet", "GateUndecided", "OutputError", "UnsupportedError"),
             *("UsageError", "VerificationError"),
         ),
-        "gguf.record": ("ExportRecord",),
         "base.hub": ("Upload",),
-        "model.summary": ("Inspection",),
+        "base.progress": ("Progress", "Stage"),
+        "compress.manifest": ("Manifest",),
+        "compress.recipe": ("Recipe",),
+        "compress.steps": ("Prune", "Quantize", "Where"),
+        "compress.verify": ("Verification",),
         "evaluate.answers": ("Answers",),
         "evaluate.runtimes": ("Settings",),
         "evaluate.sources": ("Options",),
-        "base.progress": ("Progress", "Stage"),
+        "gguf.record": ("ExportRecord",),
+        "model.summary": ("Inspection",),
         "pages.diff.records": ("CheckpointComparison",),
         "pages.records": ("Card",),
         "pages.search": ("Search", "Trial"),
@@ -86,67 +103,18 @@ else:
         "study.running": ("RayOptions",),
         "study.sensitivity": ("Sensitivity",),
     }
-    _ADDRESSES = {
-        **{verb: f"api.{verb}" for verb in _VERBS},
-        **{record: module for module, records in _RECORDS.items() for record in records},
-    }
+    _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+    __all__ = sorted(["__version__", *_MODULES])
 
     def __getattr__(name):
-        """Import what is named when it is first named."""
+        """Import a public name when it is first used."""
         import importlib
 
-        if name not in _ADDRESSES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_ADDRESSES[name]}"), name)
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
 
     def __dir__():
         return sorted({*globals(), *__all__})
-
-
-__all__ = [
-    "Answers",
-    "Card",
-    "CellResult",
-    "CheckpointComparison",
-    "CheckpointError",
-    "CompressknowError",
-    "ExportRecord",
-    "GateNotMet",
-    "GateUndecided",
-    "Inspection",
-    "Manifest",
-    "Options",
-    "OutputError",
-    "Progress",
-    "Prune",
-    "Quantize",
-    "RayOptions",
-    "Recipe",
-    "Search",
-    "Sensitivity",
-    "Settings",
-    "Stage",
-    "Study",
-    "Trial",
-    "UnsupportedError",
-    "Upload",
-    "UsageError",
-    "Verification",
-    "VerificationError",
-    "Where",
-    "__version__",
-    "compare",
-    "convert",
-    "export",
-    "inspect",
-    "load",
-    "probe",
-    "push",
-    "report",
-    "search",
-    "sensitivity",
-    "sweep",
-    "verify",
-]

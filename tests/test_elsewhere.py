@@ -130,8 +130,8 @@ def test_files_appear_whole_and_locks_hold_as_on_windows(tmp_path: Path) -> None
 OWNER = """
 import sys, time
 from pathlib import Path
-from compressknow.base.files import own_folder, write_whole, written
-with own_folder(Path(sys.argv[1]), wait=len(sys.argv) > 2), written(Path(sys.argv[1]) / "a") as file:
+from compressknow.base.files import claim_folder, open_whole, write_whole
+with claim_folder(Path(sys.argv[1]), wait=len(sys.argv) > 2), open_whole(Path(sys.argv[1]) / "a") as file:
     file.write(b"half")
     file.flush()
     print("writing", flush=True)

@@ -19,13 +19,13 @@ import pytest
 from compressknow.base.errors import OutputError
 from compressknow.base.files import (
     LOCK,
-    interrupted,
+    claim_folder,
+    find_interrupted,
     is_no_folder,
-    own_folder,
+    open_whole,
     remove_strays,
     write_together,
     write_whole,
-    written,
 )
 from compressknow.base.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
 
@@ -44,8 +44,8 @@ def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
 WRITER = """
 import sys, time
 from pathlib import Path
-from compressknow.base.files import written
-with written(Path(sys.argv[1])) as file:
+from compressknow.base.files import open_whole
+with open_whole(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     print("writing", flush=True)
@@ -75,7 +75,7 @@ def strays(folder: Path) -> list[str]:
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"old")
-    with pytest.raises(ZeroDivisionError), written(tmp_path / "a") as file:
+    with pytest.raises(ZeroDivisionError), open_whole(tmp_path / "a") as file:
         file.write(b"new" * (1 // 0))
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
@@ -169,15 +169,15 @@ def test_files_of_a_run_that_was_killed_between_two_names_are_told_from_the_user
     there = [path for path in paths if path.exists()]
     assert len(there) == min(changes, 3)
     if changes < 3:
-        assert interrupted(paths) == there
+        assert find_interrupted(paths) == there
         write_together(dict.fromkeys(paths, b"whole"), overwrite=False)
         assert all(path.read_bytes() == b"whole" for path in paths)
         assert names(tmp_path) == ["a", "b", "c"]
         # From now on they are the user's.
-        assert interrupted(paths) == []
+        assert find_interrupted(paths) == []
     else:
         assert all(path.read_bytes() == b"killed" for path in paths)
-        assert interrupted(paths) == []
+        assert find_interrupted(paths) == []
         assert names(tmp_path) == ["a", "b", "c"]
 
 
@@ -185,11 +185,11 @@ def test_a_copy_of_an_interrupted_file_is_the_users(tmp_path: Path) -> None:
     with child(KILLED, tmp_path, "1") as process:
         process.wait(DEADLINE)
     paths = [tmp_path / "a", tmp_path / "b"]
-    assert interrupted(paths) == paths[:1]
+    assert find_interrupted(paths) == paths[:1]
     # Saved anew by an editor.
     (tmp_path / "new").write_bytes((tmp_path / "a").read_bytes())
     (tmp_path / "new").replace(tmp_path / "a")
-    assert interrupted(paths) == []
+    assert find_interrupted(paths) == []
 
 
 @pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])
@@ -199,7 +199,7 @@ def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path
     (tmp_path / "folder" / LOCK).symlink_to(tmp_path / "gone" / "lock")
     start = time.monotonic()
     said = r"link that leads nowhere|folder/\.lock is a link, where a run keeps its lock"
-    with pytest.raises(OutputError, match=said), own_folder(tmp_path / place, wait=True):
+    with pytest.raises(OutputError, match=said), claim_folder(tmp_path / place, wait=True):
         pass
     assert time.monotonic() - start < DEADLINE
     assert not (tmp_path / "gone").exists()
@@ -208,31 +208,31 @@ def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path
 def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
     said = r"/\.lock is a folder, where a run keeps its lock\."
-    with pytest.raises(OutputError, match=said), own_folder(tmp_path, wait=False):
+    with pytest.raises(OutputError, match=said), claim_folder(tmp_path, wait=False):
         pass
 
 
 def test_a_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with own_folder(tmp_path / "link" / "deeper", wait=False):
+    with claim_folder(tmp_path / "link" / "deeper", wait=False):
         write_whole(tmp_path / "link" / "deeper" / "a", b"whole")
     assert names(tmp_path / "real" / "deeper") == [LOCK, "a"]
 
 
 def test_a_folder_is_one_runs_own_and_what_dead_runs_left_in_it_goes(tmp_path: Path) -> None:
     (tmp_path / ".a.compressknow-0123abcd").touch()
-    with own_folder(tmp_path, wait=False):
+    with claim_folder(tmp_path, wait=False):
         write_whole(tmp_path / "b", b"")
         assert names(tmp_path) == [LOCK, "b"]
-        with pytest.raises(OutputError, match="in use by another run"), own_folder(tmp_path, wait=False):
+        with pytest.raises(OutputError, match="in use by another run"), claim_folder(tmp_path, wait=False):
             pass
-    with own_folder(tmp_path, wait=False):
+    with claim_folder(tmp_path, wait=False):
         pass
 
 
 def test_a_folder_without_anything_of_worth_goes_again(tmp_path: Path) -> None:
-    with own_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
+    with claim_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
         write_whole(tmp_path / "a" / "b" / "record", b"")
     assert names(tmp_path) == []
 

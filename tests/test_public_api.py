@@ -14,7 +14,7 @@ import pytest
 
 import compressknow
 from compressknow.api.report import report
-from compressknow.api.words import ServingWords, records_of
+from compressknow.api.words import ServingWords, build_records
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.cli import COMMANDS, main
 from compressknow.compress.recipe import Recipe
@@ -58,30 +58,8 @@ def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
 
 def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
     shown = {name: each.default for name, each in inspect.signature(report).parameters.items()}
-    options, settings = records_of({name: shown[name] for name in ServingWords.__annotations__})
+    options, settings = build_records({name: shown[name] for name in ServingWords.__annotations__})
     assert (options, settings) == (compressknow.Options(), compressknow.Settings())
-
-
-@pytest.mark.parametrize(
-    ("verb", "old", "new"),
-    [
-        ("report", {"keep_in": "kept"}, "answers"),
-        ("report", {"timed": True}, "time"),
-        ("report", {"outputs": ["a.html"]}, "output"),
-        ("report", {"early": 0.9}, "fail_under"),
-        ("compare", {"outputs": ["a.html"]}, "output"),
-        ("probe", {"probes": "atlas"}, "probe"),
-        ("sweep", {"scheme": "int8"}, "quantize"),
-        ("search", {"probes": "atlas", "keep": 0.9}, "probe"),
-    ],
-)
-def test_an_old_name_works_and_warns(
-    verb: str, old: dict[str, Any], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    call = getattr(importlib.import_module(f"compressknow.api.{verb}"), verb)
-    with pytest.warns(DeprecationWarning, match=f"{new}="), pytest.raises(CheckpointError, match="no such folder"):
-        call(tmp_path / "a", tmp_path / "b", **old)
 
 
 def test_an_unknown_word_is_told_what_was_meant() -> None:

@@ -163,7 +163,11 @@ def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, t
 def test_a_gate_on_smollm2_stops_after_a_few_of_all_facts(smollm2: Path, tmp_path: Path) -> None:
     """The demo's conversion at 99 %; what 80 % takes is too long to run here, and replayed in test_sequential."""
     compressknow.convert(smollm2, tmp_path / "att-int8", scope="attention", prune=0.2, quantize="int8")
-    card = compressknow.report(smollm2, tmp_path / "att-int8", "atlas", early=0.99, answers=tmp_path / "answers")
+    with pytest.raises(compressknow.GateNotMet) as raised:
+        compressknow.report(
+            smollm2, tmp_path / "att-int8", "atlas", fail_under=0.99, early=True, answers=tmp_path / "answers"
+        )
+    card = raised.value.result
     stop = card.comparisons[0].early
     assert stop is not None
     assert not stop.met

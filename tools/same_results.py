@@ -118,7 +118,7 @@ def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, A
 
     try:
         manifest = compressknow.convert(model, output, recipe={"steps": [dict(step)]})
-    except CompressknowError:
+    except compressknow.CompressknowError:
         # In which words, does not matter.
         return {"refused": True}
     files = {
@@ -132,18 +132,13 @@ def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, A
 def reported(model: Path, output: Path, probes: list[str], facts: int, answers: Path) -> dict[str, Any]:
     """report.json, and every answer."""
     import compressknow
-    from compressknow.base.errors import CompressknowError
     from compressknow.evaluate.answers import read_answers
 
-    try:
-        from compressknow.evaluate.sources import Options
-    except ImportError:
-        from compressknow.evaluate.choose import Options
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
     page = output.parent / "report.json"
     try:
-        compressknow.report(model, output, probes, output=[page], options=Options(limit=facts), answers=keep_in)
-    except CompressknowError:
+        compressknow.report(model, output, probes, output=[page], options=compressknow.Options(limit=facts), answers=keep_in)
+    except compressknow.CompressknowError:
         # A model of proteins has no fact of atlas.
         return {"refused": True}
     folders = sorted(path.parent for path in keep_in.glob("*/probe.json"))

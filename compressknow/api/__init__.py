@@ -1,3 +1,3 @@
-"""One function per verb, each its own description: what is checked first, the steps, what comes back."""
+"""Functions of the package, one per verb: what is checked first, the steps, what comes back."""
 
 from __future__ import annotations

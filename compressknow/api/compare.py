@@ -1,4 +1,4 @@
-"""compare: two checkpoints set side by side, in what they are and, with probes, in what they know."""
+"""Compare two checkpoints in what they are and, with probes, in what they know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, files_of, records_of, speaks_python
+from compressknow.api.words import SeededWords, build_records, list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressknow.pages.diff.records import CheckpointComparison
 
 
-@speaks_python(probes="probe", outputs="output", keep_in="answers")
+@verb
 def compare(
     a: str | Path,
     b: str | Path,
@@ -84,10 +84,10 @@ def compare(
         raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     gates = parse_gates(fail_under)
     check_gates(gates, strict=strict)
-    files = files_of(output)
+    files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    options, settings = records_of({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
     listening = listener(on_progress)
     first, second = find_both((a, revision), (b, revision_b), settings, listening)

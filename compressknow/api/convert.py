@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
 
 
-@speaks_python()
+@verb
 def convert(
     model: str | Path,
     output: str | Path,
@@ -149,12 +149,12 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
 
 def _check_places(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
     """Raise what is wrong with the two places before torch is imported, which takes seconds."""
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.compress.staging import check_output, clean
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
 
-    refuse_no_checkpoint(model)
-    refuse_broken_links(output.parent)
+    check_is_checkpoint(model)
+    check_links(output.parent)
     if writes:
         # What a dead run has left goes, whatever becomes of this one.
         clean(output)

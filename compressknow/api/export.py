@@ -1,4 +1,4 @@
-"""export: a checkpoint as a GGUF file."""
+"""Export a checkpoint as a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Listener, OnProgress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compressknow.study.sensitivity import Guide
 
 
-@speaks_python()
+@verb
 def export(
     model: str | Path,
     output: str | Path,
@@ -95,14 +95,16 @@ def export(
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
-    target = _target(locals())
+    target = _read_target(locals())
     deciding = open_facts(facts or None) if target else []
-    choice, text = _chosen(locals()), None
+    choice, text = _read_types(locals()), None
     if target is not None:
-        text, choice = choice.calibration, _without_text(choice, target)
-    is_there = _refuse_before_work(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
+        text = choice.calibration
+        # llama.cpp needs an importance matrix where it rounds.
+        choice = choice if target.rounding == "nearest" else replace(choice, calibration=None)
+    is_there = _check_places(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
-        _refuse_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
+        _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.gguf.converter import find_converter
     from compressknow.gguf.importance import read_importance
@@ -134,7 +136,7 @@ def export(
         check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        job = replace(job, fit=_fit(job, target, deciding, text, listening))
+        job = replace(job, fit=_make_fit(job, target, deciding, text, listening))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     record = write(
@@ -151,44 +153,41 @@ def _write_modelfile(place: Path | None, text: str | None) -> None:
         write_whole(place, text.encode())
 
 
-def _target(given: Mapping[str, Any]) -> Target | None:
-    """How large the file is to be; None where types are given instead."""
+def _read_target(options: Mapping[str, Any]) -> Target | None:
+    """Return how large the file is to be; None where types are given instead."""
     from compressknow.base.errors import UsageError
 
-    sized = given["size"] is not None or given["bits"] is not None
+    sized = options["size"] is not None or options["bits"] is not None
     if not sized:
         for name in ("guide", "facts", "must", "rounding"):
-            if given[name]:
+            if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None
     for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
-        if given[name]:
+        if options[name]:
             raise UsageError(
                 f"--{name.replace('_', '-')} and --size cannot be combined.",
                 hint="--size chooses the types. Give --must for weights that get this type in any case.",
             )
-    if given["type"] != "q8_0":
+    if options["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
     from compressknow.base.format import parse_size
     from compressknow.study.allocation import Target
 
-    must = given["must"].items() if isinstance(given["must"], Mapping) else given["must"]
+    must = options["must"].items() if isinstance(options["must"], Mapping) else options["must"]
     return Target(
-        None if given["size"] is None else parse_size(given["size"]),
-        given["bits"],
+        None if options["size"] is None else parse_size(options["size"]),
+        options["bits"],
         tuple((which, chosen) for which, chosen in must),
-        given["guide"] or "both",
-        given["rounding"] or "gptq",
+        options["guide"] or "both",
+        options["rounding"] or "gptq",
     )
 
 
-def _without_text(choice: Choice, target: Target) -> Choice:
-    """The choice of an export to a size: llama.cpp needs an importance matrix where it rounds."""
-    return choice if target.rounding == "nearest" else replace(choice, calibration=None)
-
-
-def _fit(job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None) -> Fit:
-    """How the file is brought to its size, by what its weights are sensitive to."""
+def _make_fit(
+    job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None
+) -> Fit:
+    """Return how the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.runtimes import Settings
@@ -215,30 +214,32 @@ _RECIPE: dict[str, Any] = {
 }
 
 
-def _chosen(given: Mapping[str, Any]) -> Choice:
-    """What the arguments of `export` say of types and calibration."""
+def _read_types(options: Mapping[str, Any]) -> Choice:
+    """Return what the arguments of `export` say of types and calibration."""
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.recipe import check_beside_recipe
     from compressknow.gguf.choice import Choice, read_choice
     from compressknow.study.guides import FIT_TOKENS
 
-    if given["recipe"] is not None:
-        check_beside_recipe(given, _RECIPE)
-        choice = read_choice(Path(given["recipe"]))
+    if options["recipe"] is not None:
+        check_beside_recipe(options, _RECIPE)
+        choice = read_choice(Path(options["recipe"]))
     else:
-        rules = given["type_of"].items() if isinstance(given["type_of"], Mapping) else given["type_of"]
-        sized = given["size"] is not None or given["bits"] is not None
-        asked = (given["calibration"] or "self", given["calibration_tokens"] or FIT_TOKENS) if sized else None
-        text = _calibration(*(asked or (given["calibration"], given["calibration_tokens"])), given["seed"])
-        matrix = None if given["imatrix"] is None else Path(given["imatrix"])
-        choice = Choice(given["type"], tuple((which, chosen) for which, chosen in rules), text, matrix)
+        rules = options["type_of"].items() if isinstance(options["type_of"], Mapping) else options["type_of"]
+        sized = options["size"] is not None or options["bits"] is not None
+        text, tokens = options["calibration"], options["calibration_tokens"]
+        if sized:
+            text, tokens = text or "self", tokens or FIT_TOKENS
+        calibration = _make_calibration(text, tokens, options["seed"])
+        matrix = None if options["imatrix"] is None else Path(options["imatrix"])
+        choice = Choice(options["type"], tuple((which, chosen) for which, chosen in rules), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration.text, choice.calibration.tokens)
     return choice
 
 
-def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
-    """The text of an importance matrix; None where there is to be none."""
+def _make_calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
+    """Return the text of an importance matrix; None where there is to be none."""
     from compressknow.base.errors import UsageError
     from compressknow.compress.steps import Calibration
 
@@ -249,10 +250,10 @@ def _calibration(text: str | None, tokens: int | None, seed: int) -> Calibration
     return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
 
 
-def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
+def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     from compressknow.base.errors import CheckpointError, OutputError, UsageError
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.gguf.importance import read_importance
     from compressknow.gguf.place import get_record_path
 
@@ -260,7 +261,7 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
     if file.resolve() in (output.resolve(), get_record_path(output).resolve()):
         raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
-    refuse_broken_links(file)
+    check_links(file)
     if file.is_dir() or (file.exists() and not overwrite):
         raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
     if file.exists():
@@ -275,20 +276,21 @@ def _refuse_importance_output(file: Path, choice: Choice, output: Path, *, overw
         raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 
-def _refuse_before_work(
+def _check_places(
     model: str | Path, output: Path, importance: Path | None, choice: Choice, *, overwrite: bool, writes: bool
 ) -> bool:
-    """What is wrong with the two places; what a dead run has left is ended or goes, whatever becomes of this one.
+    """Raise an error for what is wrong with the two places. What a dead run has left is ended or goes, whatever becomes
+    of this one.
 
     Returns whether a file is there that the same export may have made.
     """
-    from compressknow.base.files import refuse_broken_links
+    from compressknow.base.files import check_links
     from compressknow.compress.staging import clean
     from compressknow.gguf.place import check_destination, finish, get_record_path
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
 
-    refuse_no_checkpoint(model)
-    refuse_broken_links(output.parent)
+    check_is_checkpoint(model)
+    check_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
     is_there = writes and not overwrite and get_record_path(output).is_file()

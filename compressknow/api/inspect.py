@@ -1,18 +1,18 @@
-"""inspect: the Linear layers of a checkpoint, counted; no weights are read."""
+"""Inspect the Linear layers of a checkpoint: they are counted, and no weights are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.model.structure import ModuleMap
     from compressknow.model.summary import Inspection
 
 
-@speaks_python()
+@verb
 def inspect(
     model: str | Path,
     *,

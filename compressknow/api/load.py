@@ -1,18 +1,18 @@
-"""load: a checkpoint as a transformers model that computes what the checkpoint says."""
+"""Load a checkpoint as a transformers model that computes what the checkpoint says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-@speaks_python()
+@verb
 def load(
     model: str | Path,
     *,
@@ -21,7 +21,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
+    """Load a checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
 
     Use it rather than ``from_pretrained`` for an int8 checkpoint of an encoder-decoder model: there, plain transformers
     fails in ``generate``.

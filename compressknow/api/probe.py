@@ -1,4 +1,4 @@
-"""probe: a model evaluated on facts, its answers kept in a folder."""
+"""Evaluate a model on facts, and keep its answers in a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import ServingWords, records_of, speaks_python
+from compressknow.api.words import ServingWords, build_records, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Options
 
 
-@speaks_python(folder="output", probes="probe")
+@verb
 def probe(
     model: str | Path,
     output: str | Path,
@@ -62,7 +62,7 @@ def probe(
     from compressknow.evaluate.noise import add_noise_floor
     from compressknow.evaluate.run import probe_model
 
-    options, settings = records_of(words, options, settings)
+    options, settings = build_records(words, options, settings)
     opened = open_named(probe, options)
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings)

@@ -1,17 +1,17 @@
-"""push: what convert or export wrote, to the Hugging Face Hub."""
+"""Push what convert or export wrote to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.hub import Upload
 
 
-@speaks_python()
+@verb
 def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
     """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
 

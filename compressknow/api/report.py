@@ -1,13 +1,12 @@
-"""report: what compressed models kept and lost of the original's knowledge, as a report card."""
+"""Report what compressed models kept and lost of the original's knowledge, as a report card."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import ServingWords, files_of, records_of, speaks_python
+from compressknow.api.words import ServingWords, build_records, list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from compressknow.pages.records import Card
 
 
-@speaks_python(probes="probe", outputs="output", timed="time", keep_in="answers")
+@verb
 def report(
     original: str | Path,
     compressed: str | Path | Sequence[str | Path],
@@ -28,7 +27,7 @@ def report(
     known: str = "recognized",
     fail_under: float | str | Sequence[float | str] | None = None,
     strict: bool = False,
-    early: bool | float = False,
+    early: bool = False,
     within: str | int | None = None,
     no_facts: bool = False,
     time: bool = False,
@@ -88,16 +87,11 @@ def report(
     from compressknow.pages.model_card import check_model_cards, write_into_model_cards
     from compressknow.pages.pages import FORMATS, check_outputs, require_for
 
-    raises = True
-    if not isinstance(early, bool) and early is not None:
-        warnings.warn("Write fail_under=SHARE, early=True in place of early=SHARE.", DeprecationWarning, stacklevel=3)
-        # It raised nothing.
-        fail_under, early, raises = early, True, False
     check_known(known)
     gates = parse_gates(fail_under)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
-    files = files_of(output)
-    check_gates(gates, strict=strict, early=bool(early), models=len(models))
+    files = list_files(output)
+    check_gates(gates, strict=strict, early=early, models=len(models))
     most = None if within is None else parse_size(within, "--within")
     require_for(files, "pyarrow", "scipy")
     check_outputs(files, overwrite=overwrite, formats=(*FORMATS, ".xml"))
@@ -107,7 +101,7 @@ def report(
         check_model_cards(models)
     evaluation = Evaluation(
         list_names(probe),
-        *records_of(words, options, settings),
+        *build_records(words, options, settings),
         keep_in=Path(answers) if answers else default_answers_folder(),
         timed=time,
         known=known,
@@ -141,5 +135,5 @@ def report(
     write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
     if into_model_card:
         write_into_model_cards(card, models)
-    hold_to_gates(card, card, gates if raises else (), strict=strict)
+    hold_to_gates(card, card, gates, strict=strict)
     return card

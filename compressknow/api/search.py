@@ -1,4 +1,4 @@
-"""search: the smallest file that keeps a share of the knowledge, judged on facts that the search did not see.
+"""Search the smallest file that keeps a share of the knowledge, graded on facts that the search did not see.
 
 It leaves in its folder the page, and of a winner its file, its recipe and its report card.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import Words, records_of, speaks_python
+from compressknow.api.words import Words, build_records, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
@@ -60,7 +60,7 @@ WRITTEN = (*PAGES, RECIPE, *REPORTS)
 NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: ("precision", "runtime"), CHECKPOINT: ("precision",)}
 
 
-@speaks_python(probes="probe")
+@verb
 def search(
     model: str | Path,
     output: str | Path,
@@ -125,7 +125,7 @@ def search(
         `output` holds something else.
     """
     seeded = {**words, "seed": seed} if options is None else words
-    options, settings = records_of(seeded, options, settings)
+    options, settings = build_records(seeded, options, settings)
     request = Request(
         keep,
         None if size is None else parse_size(size),
@@ -133,7 +133,7 @@ def search(
         guide,
         tuple(must.items() if isinstance(must, Mapping) else must),
         rounding,
-        _text(calibration, calibration_tokens, seed),
+        Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )
     _check_minimize(minimize)
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
@@ -154,7 +154,7 @@ def search(
         claim(folder, study_model.original, known, search=SEARCH),
         open_form(study_model, request, folder, begin) as form,
     ):
-        _refuse_other(folder / form.place)
+        _check_winners_place(folder / form.place)
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
@@ -211,11 +211,6 @@ def search(
     return result
 
 
-def _text(calibration: str | None, tokens: int | None, seed: int) -> Calibration:
-    """The text that guides."""
-    return Calibration(calibration or "self", FIT_TOKENS if tokens is None else tokens, seed)
-
-
 def _check_minimize(minimize: str) -> None:
     """Raise UsageError for what is no longer made small."""
     if minimize != "bytes":
@@ -225,7 +220,7 @@ def _check_minimize(minimize: str) -> None:
         )
 
 
-def _refuse_other(place: Path) -> None:
+def _check_winners_place(place: Path) -> None:
     """Raise OutputError where something stands in the winner's place that no search has put there: else it would be
     found when all is evaluated."""
     if os.path.lexists(place) and not is_made(place):

@@ -1,4 +1,4 @@
-"""sensitivity: where in a model its knowledge sits, as a map."""
+"""Map where in a model its knowledge sits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressknow.api.words import files_of, speaks_python
+from compressknow.api.words import list_files, verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Form = Literal["gguf", "checkpoint"]
 
 
-@speaks_python()
+@verb
 def sensitivity(
     model: str | Path,
     output: str | Path | Sequence[str | Path] = (),
@@ -62,7 +62,7 @@ def sensitivity(
     from compressknow.base.errors import UsageError
     from compressknow.compress.calibrate.text import check_text
     from compressknow.compress.steps import Calibration
-    from compressknow.model.checkpoint import refuse_no_checkpoint
+    from compressknow.model.checkpoint import check_is_checkpoint
     from compressknow.pages.pages import check_outputs, require_for
     from compressknow.study.guides import FIT_TOKENS, open_facts
     from compressknow.study.map import FORMATS
@@ -73,11 +73,11 @@ def sensitivity(
     check_guide(guide)
     text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
     check_text(text.text, text.tokens)
-    files = files_of(output)
+    files = list_files(output)
     require_for(files, *(["llama_cpp_py_sync"] if to != "checkpoint" else []), "pyarrow")
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
-    refuse_no_checkpoint(model)
+    check_is_checkpoint(model)
     from compressknow.base.progress import listener
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle
@@ -86,15 +86,15 @@ def sensitivity(
     from compressknow.study.map import Map, write_map
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
-    roundings = _roundings(handle.located, to, trusted=trust_remote_code)
-    found = measure_guides(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
+    roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
+    result = measure_guides(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
     if files:
-        write_map(Map(handle.located.name, found, guide), files, overwrite=overwrite)
-    return found
+        write_map(Map(handle.located.name, result, guide), files, overwrite=overwrite)
+    return result
 
 
-def _roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
-    """The candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
+def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
+    """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
     from compressknow.base.errors import UnsupportedError
     from compressknow.compress.sources import Sources
     from compressknow.engine.language_model import family_of

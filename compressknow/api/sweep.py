@@ -1,4 +1,4 @@
-"""sweep: one model, every cell of a grid, all evaluated on the same facts."""
+"""Sweep a grid: one model in every cell, all evaluated on the same facts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from compressknow.api.words import SeededWords, cluster_of, records_of, speaks_python
+from compressknow.api.words import SeededWords, build_records, resolve_cluster, verb
 from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, listener, staged
 from compressknow.evaluate.gather import check_has_facts, open_named
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
 
 
-@speaks_python(probes="probe", scheme="quantize")
+@verb
 def sweep(
     model: str | Path,
     output: str | Path,
@@ -93,8 +93,8 @@ def sweep(
     """
     from compressknow.pages.study.pages import write_study
 
-    options, settings = records_of(words, options, settings)
-    cluster = cluster_of(ray, num_cpus, num_gpus)
+    options, settings = build_records(words, options, settings)
+    cluster = resolve_cluster(ray, num_cpus, num_gpus)
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     folder, listening = Path(output), listener(on_progress)
@@ -103,22 +103,22 @@ def sweep(
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     check_has_facts(opened, "A sweep")
     # On a cluster the workers keep what they need.
-    kept, texts = None if cluster else folder, folder / TEXTS
-    with StudyModel(model, settings, revision=revision, keep_in=kept, texts=texts) as study_model:
+    keep_in = None if cluster else folder
+    with StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = list_cells(
             grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
         )
         with claim(folder, study_model.original), open_runner(cluster, listening) as run:
             original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
-            before, found = grade(original, known), {}
+            before, by_cell = grade(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
-                for result in (given.grade(before, known) for given in results):
-                    found[result.cell] = result
+                for result in (each.grade(before, known) for each in results):
+                    by_cell[result.cell] = result
                     if save and result.answers is not None:
                         save_cell(study_model, result.cell, folder / MODELS)
                     if on_result:
                         on_result(result)
-            study = build_study(before, [found[cell] for cell in cells], known=known, command=command)
+            study = build_study(before, [by_cell[cell] for cell in cells], known=known, command=command)
             write_study(study, folder)
     return study

@@ -1,18 +1,18 @@
-"""verify: a converted checkpoint against its manifest, or a GGUF file against its record."""
+"""Verify a converted checkpoint against its manifest, or a GGUF file against its record."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import speaks_python
+from compressknow.api.words import verb
 
 if TYPE_CHECKING:
     from compressknow.base.progress import OnProgress
     from compressknow.compress.verify import Verification
 
 
-@speaks_python()
+@verb
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:
@@ -36,10 +36,10 @@ def verify(
     """
     if Path(folder).suffix == ".gguf":
         return _verify_gguf(Path(folder), on_progress, check)
-    from compressknow.model.manifest import refuse_unconverted
+    from compressknow.model.manifest import check_converted
 
     # Said before torch is imported, which takes a second.
-    refuse_unconverted(Path(folder))
+    check_converted(Path(folder))
     from compressknow.base.progress import Stage, begun, listener
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 

@@ -1,10 +1,9 @@
-"""The words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
+"""Words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,8 @@ R = TypeVar("R")
 
 
 class Words(TypedDict, total=False):
-    """What is evaluated, and how a model is run: `compressknow.Options` and `compressknow.Settings` say what each is.
+    """Options of what is evaluated and how a model is run, as `compressknow.Options` and `compressknow.Settings` have
+    them.
 
     `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `no_noise_floor` leaves that out.
     """
@@ -45,13 +45,13 @@ class Words(TypedDict, total=False):
 
 
 class SeededWords(Words, total=False):
-    """The same, and the seed of the sample."""
+    """Words with the seed of the sample."""
 
     seed: int
 
 
 class ServingWords(SeededWords, total=False):
-    """The same, and what runs a model; `model_name` is its name on a server."""
+    """Words with what runs a model; `model_name` is its name on a server."""
 
     runtime: str | None
     model_name: str | None
@@ -69,7 +69,7 @@ _OF_SETTINGS = ("device", "dtype", "batch_size", "trust_remote_code", "runtime",
 _RENAMED = {"map": "columns", "model_name": "model"}
 
 
-def records_of(
+def build_records(
     words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
     """Return the records of some words, which come before what `options` and `settings` say."""
@@ -89,41 +89,37 @@ def records_of(
         if facts.get(name) is not None:
             facts[name] = Path(facts[name])
     if not isinstance(facts.get("columns", {}), Mapping):
-        given = facts["columns"]
-        facts["columns"] = parse_columns([given] if isinstance(given, str) else given)
+        columns = facts["columns"]
+        facts["columns"] = parse_columns([columns] if isinstance(columns, str) else columns)
     if "protocol" in facts:
         facts["protocol"] = facts["protocol"].lower()
     return replace(options or Options(), **facts), replace(settings or Settings(), **running)
 
 
-def speaks_python(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a verb take parameters by their old names too, with a DeprecationWarning, and its errors name no options."""
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Show every word in the signature of a verb, and name parameters, not options, in its errors.
 
-    def decorate(verb: Callable[P, R]) -> Callable[P, R]:
-        signature = _spelt_out(inspect.signature(verb))
+    Raises TypeError for an unknown word, with the one that was probably meant.
+    """
+    signature = _spell_out(inspect.signature(function))
 
-        @functools.wraps(verb)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for old in renamed.keys() & kwargs.keys():
-                warnings.warn(f"{old}= of {verb.__name__} is now {renamed[old]}=.", DeprecationWarning, stacklevel=2)
-                kwargs.setdefault(renamed[old], kwargs.pop(old))
-            if unknown := next((name for name in kwargs if name not in signature.parameters), None):
-                near = did_you_mean(unknown, signature.parameters)
-                raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
-            try:
-                return verb(*args, **kwargs)
-            except CompressknowError as error:
-                error.name_parameters({n: each.default is False for n, each in signature.parameters.items()})
-                raise
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if unknown := next((name for name in kwargs if name not in signature.parameters), None):
+            near = did_you_mean(unknown, signature.parameters)
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
+        try:
+            return function(*args, **kwargs)
+        except CompressknowError as error:
+            error.name_parameters({name: each.default is False for name, each in signature.parameters.items()})
+            raise
 
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        return call
-
-    return decorate
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
 
 
-def _spelt_out(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with each of the words as a parameter, as `help` and editors show it."""
+def _spell_out(signature: inspect.Signature) -> inspect.Signature:
+    """Return the signature with each of the words as a parameter, as `help` and editors show it."""
     parameters = []
     for each in signature.parameters.values():
         if each.kind is not inspect.Parameter.VAR_KEYWORD:
@@ -131,19 +127,18 @@ def _spelt_out(signature: inspect.Signature) -> inspect.Signature:
             continue
         words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(each.annotation))
         for name, kind in words.__annotations__.items():
-            said = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-            parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=said)
-            )
+            kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+            word = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=kind)
+            parameters.append(word)
     return signature.replace(parameters=parameters)
 
 
-def files_of(output: str | Path | Sequence[str | Path]) -> list[Path]:
+def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that an output names: one by itself, or several."""
     return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
 
 
-def cluster_of(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
+def resolve_cluster(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
     """Return the Ray cluster that an address names, with what a task takes of it; None where none is named."""
     from compressknow.study.running import RayOptions
 

@@ -1,1 +1,1 @@
-"""What all rooms stand on: errors, files, reading, registries, formats, progress."""
+"""Errors, files, reading, registries, formats and progress, which every other package here may import."""

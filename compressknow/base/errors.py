@@ -1,4 +1,4 @@
-"""The errors that a user may see: what is wrong, why, and what to try."""
+"""Errors that a user may see: what is wrong, why, and what to try."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class CompressknowError(Exception):
-    """Something that the user can act on; the command line prints it without a traceback.
+    """Error that the user can act on; the command line prints it without a traceback.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class CompressknowError(Exception):
         ----------
         flags : by name, whether a parameter is true or false.
         """
-        what, why, hint = (None if part is None else with_parameters(part, flags) for part in self.of_options)
+        what, why, hint = (None if part is None else name_parameters_in(part, flags) for part in self.of_options)
         self.what, self.why, self.hint = what or "", why, hint
         self.args = ("\n".join(part for part in (what, why, hint) if part),)
 
@@ -47,81 +47,81 @@ _OPTION = re.compile(
 _SHORT = {"p": "probe", "o": "output"}
 
 
-def with_parameters(text: str, flags: Mapping[str, bool]) -> str:
+def name_parameters_in(text: str, flags: Mapping[str, bool]) -> str:
     """Return a message with parameters in place of the options that have their names; others stay.
 
-    >>> with_parameters("Add --fail-under 0.9, or leave out --early.", {"fail_under": False, "early": True})
+    >>> name_parameters_in("Add --fail-under 0.9, or leave out --early.", {"fail_under": False, "early": True})
     'Add `fail_under=0.9`, or leave out `early`.'
-    >>> with_parameters("Pass --overwrite, not --force.", {"overwrite": True})
+    >>> name_parameters_in("Pass --overwrite, not --force.", {"overwrite": True})
     'Pass `overwrite=True`, not --force.'
     """
 
-    def parameter(match: re.Match[str]) -> str:
-        said = _parameter(match)
-        return said.replace("`", "") if text[: match.start()].endswith("`") else said
+    def replace(match: re.Match[str]) -> str:
+        named = name_parameter(match)
+        return named.replace("`", "") if text[: match.start()].endswith("`") else named
 
-    def _parameter(match: re.Match[str]) -> str:
+    def name_parameter(match: re.Match[str]) -> str:
         name = _SHORT.get(match["name"], match["name"].replace("-", "_"))
         if name not in flags:
             return match[0]
         before, value = match["pass"] or "", match["value"]
         if flags[name]:
-            said = f"`{name}=True`" if before else f"`{name}`"
-            return f"{before}{said} {value}" if value else before + said
+            flag = f"`{name}=True`" if before else f"`{name}`"
+            return f"{before}{flag} {value}" if value else before + flag
         if value is None:
             return f"{before}`{name}`"
         bare = value.isupper() or re.fullmatch(r"\d+(\.\d+)?", value)
         return f"{before}`{name}={value}`" if bare else f'{before}`{name}="{value}"`'
 
-    return _OPTION.sub(parameter, text)
+    return _OPTION.sub(replace, text)
 
 
 class UsageError(CompressknowError):
-    """The request itself makes no sense: an amount out of range, a scope that matches nothing."""
+    """Request that makes no sense: an amount out of range, a scope that matches nothing."""
 
     exit_code = 2
 
 
 class CheckpointError(CompressknowError):
-    """A checkpoint is missing, damaged, or of a kind that cannot be read safely."""
+    """Checkpoint that is missing, damaged, or of a kind that cannot be read safely."""
 
 
 class UnsupportedError(CompressknowError):
-    """The checkpoint is sound, but what is asked for has no form that would load and run right."""
+    """Request that has no form which would load and run right, though the checkpoint is sound."""
 
 
 class OutputError(CompressknowError):
-    """The output cannot be written, or would overwrite something of the user's."""
+    """Output that cannot be written, or would overwrite something of the user's."""
 
 
 class DamagedAnswers(CompressknowError):
-    """The files of an answers folder are damaged, or do not belong together."""
+    """Answers folder whose files are damaged, or do not belong together."""
 
 
 class NotInstalled(CompressknowError):
-    """Something is missing that can be installed; the hint says how."""
+    """Something missing that can be installed; the hint says how."""
 
 
 class VerificationError(CompressknowError):
-    """A checkpoint differs from its manifest."""
+    """Checkpoint that differs from its manifest."""
 
 
 class GateNotMet(CompressknowError):
-    """A threshold that the user set was not met; `result` is the card or the comparison that shows it."""
+    """Threshold of the user that was not met; `result` is the card or the comparison that shows it."""
 
     exit_code = 3
     result: Any = None
 
 
 class GateUndecided(CompressknowError):
-    """Whether a threshold was met cannot be told from so few facts; `result` is as of `GateNotMet`."""
+    """Threshold of which so few facts do not tell whether it was met; `result` is as of `GateNotMet`."""
 
     exit_code = 4
     result: Any = None
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether Rust code of a library has panicked: what is raised then is no Exception."""
+    """Return whether Rust code of a library has panicked: what is raised then is no Exception."""
     return type(error).__name__ == "PanicException"
 
 
@@ -130,12 +130,12 @@ _NO_MEMORY = re.compile("out of memory|allocate memory|start new thread", re.IGN
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether something failed because there was no memory; torch raises a mere RuntimeError then."""
+    """Return whether something failed because there was no memory; torch raises a mere RuntimeError then."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The beginning of a hint, where a word is nearly one of those known; otherwise nothing.
+    """Return the beginning of a hint, where a word is nearly one of those known; otherwise nothing.
 
     >>> did_you_mean("Atention", ["attention", "final"])
     'Did you mean attention? '
@@ -148,10 +148,10 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the known word that a word nearly is; None where it is like none."""
-    names = {_folded(name): name for name in known}
-    near = difflib.get_close_matches(_folded(word), names, n=1, cutoff=cutoff)
+    names = {_fold(name): name for name in known}
+    near = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)
     return names[near[0]] if near else None
 
 
-def _folded(word: str) -> str:
+def _fold(word: str) -> str:
     return word.strip().lower().replace("_", "-")

@@ -36,13 +36,14 @@ _ATTEMPTS = 100
 
 
 def cache_folder() -> Path:
-    """Where is kept what can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
+    """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
 
 
 @contextlib.contextmanager
-def dead(path: Path) -> Iterator[bool]:
-    """Whether the run that made a locked file has ended; if so, the context has its lock, and its end removes it."""
+def lock_dead(path: Path) -> Iterator[bool]:
+    """Take the lock of a file whose run has ended, and remove the file when the context ends; False where the run
+    lives."""
     try:
         descriptor = lock(path, wait=False, make=False)
     except OSError:
@@ -56,7 +57,7 @@ def dead(path: Path) -> Iterator[bool]:
 
 
 def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
-    """A new file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
+    """Create a file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}"
         descriptor = create(path)
@@ -70,8 +71,8 @@ def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
-    """A folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
+def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
+    """Hold a folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
 
     If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
 
@@ -92,7 +93,11 @@ def own_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> 
 
 
 def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Collection[str]) -> None:
-    if not _holds_only(folder, {LOCK, *worthless}):
+    try:
+        holds_more = any(path.name not in {LOCK, *worthless} for path in folder.iterdir())
+    except OSError:
+        holds_more = True
+    if holds_more:
         os.close(descriptor)
         return
     with contextlib.suppress(OSError):
@@ -104,16 +109,9 @@ def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Colle
             path.rmdir()
 
 
-def _holds_only(folder: Path, names: Collection[str]) -> bool:
-    try:
-        return all(path.name in names for path in folder.iterdir())
-    except OSError:
-        return False
-
-
 def _lock_folder(folder: Path, wait: bool) -> int:
     for _ in range(_ATTEMPTS):
-        refuse_broken_links(folder)
+        check_links(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = lock(folder / LOCK, wait=wait)
@@ -123,13 +121,16 @@ def _lock_folder(folder: Path, wait: bool) -> int:
             ) from None
         except (FileNotFoundError, FileExistsError) as error:
             if is_no_folder(folder):
-                raise cannot_write(folder, error) from None
+                raise explain_write_error(folder, error) from None
             # The run that made the folder has just removed it.
             time.sleep(0.01)
             continue
         except OSError as error:
-            _refuse_no_file(folder / LOCK)
-            raise cannot_write(folder, error) from None
+            place = folder / LOCK
+            if place.is_dir() or place.is_symlink():
+                kind = "link" if place.is_symlink() else "folder"
+                raise OutputError(f"{place} is a {kind}, where a run keeps its lock.", hint="Remove it.") from None
+            raise explain_write_error(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
                 return descriptor
@@ -139,21 +140,14 @@ def _lock_folder(folder: Path, wait: bool) -> int:
 
 
 def is_no_folder(path: Path) -> bool:
-    """Whether a file, or whatever is no folder, is there; by one look, for another run may be removing its folder."""
+    """Return whether something that is no folder is there; by one look, for another run may be removing its folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except OSError:
         return False
 
 
-def _refuse_no_file(path: Path) -> None:
-    """Raise OutputError where a folder or a link stands in the place of a lock."""
-    if path.is_dir() or path.is_symlink():
-        kind = "link" if path.is_symlink() else "folder"
-        raise OutputError(f"{path} is a {kind}, where a run keeps its lock.", hint="Remove it.")
-
-
-def refuse_broken_links(path: Path) -> None:
+def check_links(path: Path) -> None:
     """Raise OutputError where the path, or a folder above it, is a link that leads nowhere."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
@@ -163,13 +157,13 @@ def refuse_broken_links(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write. It takes the place of `path` once the context ends without an error, and else never.
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write. It takes the place of `path` once the context ends without an error, and else never.
 
     Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
     """
     _remove_dead(_temporaries(path))
-    with _named(path), _temporary(path) as (temporary, file):
+    with _explain_errors(path), _open_temporary(path) as (temporary, file):
         yield file
         _finish(file)
         move(temporary, path)
@@ -177,7 +171,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name only when it is whole. Raises OutputError where it cannot be written."""
-    with written(path) as file:
+    with open_whole(path) as file:
         file.write(content)
 
 
@@ -185,21 +179,21 @@ def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
     """Write several files of which either all appear or none.
 
     Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
-    `interrupted` recognises what it left, and this replaces it.
+    `find_interrupted` recognises what it left, and this replaces it.
 
     Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
     """
-    unfinished = interrupted(contents)
+    unfinished = find_interrupted(contents)
     placed: list[Path] = []
     with contextlib.ExitStack() as stack:
-        temporaries = {path: stack.enter_context(_whole(path, content)) for path, content in contents.items()}
+        temporaries = {path: stack.enter_context(_write_temporary(path, content)) for path, content in contents.items()}
         with uninterrupted():
             try:
                 for path in unfinished:
                     path.unlink(missing_ok=True)
                 for path, temporary in temporaries.items():
-                    with _named(path):
-                        _place(temporary, path, overwrite)
+                    with _explain_errors(path):
+                        _move_into_place(temporary, path, overwrite)
                     placed.append(path)
             except BaseException:
                 for path in () if overwrite else placed:
@@ -210,14 +204,14 @@ def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _whole(path: Path, content: bytes) -> Iterator[Path]:
-    with _named(path), _temporary(path) as (temporary, file):
+def _write_temporary(path: Path, content: bytes) -> Iterator[Path]:
+    with _explain_errors(path), _open_temporary(path) as (temporary, file):
         file.write(content)
         _finish(file)
         yield temporary
 
 
-def _place(temporary: Path, path: Path, overwrite: bool) -> None:
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     if overwrite:
         move(temporary, path)
         return
@@ -232,8 +226,8 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> None:
         move(temporary, path)
 
 
-def interrupted(paths: Collection[Path]) -> list[Path]:
-    """Of files that appear together, those that a run put there and was killed before the last.
+def find_interrupted(paths: Collection[Path]) -> list[Path]:
+    """Return, of files that appear together, those that a run put there and was killed before the last.
 
     If all are there, it was killed after that: they are whole, and their temporary names are removed.
     """
@@ -249,12 +243,12 @@ def remove_strays(folder: Path) -> None:
 
 
 def name_of(path: Path) -> str:
-    """The name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
+    """Return the name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
     return as_text(path.name)
 
 
 def as_text(words: str) -> str:
-    r"""What the system gave as a name or an argument, with an escape for what is no character.
+    r"""Return what the system gave as a name or an argument, with an escape for what is no character.
 
     >>> as_text("model\udcff")
     'model\\udcff'
@@ -265,8 +259,8 @@ def as_text(words: str) -> str:
     return words.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error of a file or folder that the system does not let us write, in our form."""
+def explain_write_error(path: Path, error: OSError) -> OutputError:
+    """Return the error of a file or folder that the system does not let us write, in our form."""
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
     hint = (
@@ -278,16 +272,16 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise explain_write_error(path, error) from error
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `path`, locked while it is written, and removed at the end unless it was renamed.
+def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Create a file beside `path`, locked while it is written, and removed at the end unless it was renamed.
 
     Where a file that is open cannot be renamed, the lock is a file of its own, held until the other has its name.
     """
@@ -295,17 +289,18 @@ def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     try:
         with uninterrupted():
             locked, descriptor = new_locked_file(path.parent, _prefix(path))
-        with os.fdopen(descriptor, "wb") if OPEN_FILES_MOVE else _content_of(locked).open("xb") as file:
-            yield _content_of(locked), file
+        with os.fdopen(descriptor, "wb") if OPEN_FILES_MOVE else _content_path(locked).open("xb") as file:
+            yield _content_path(locked), file
     finally:
         if locked:
-            _content_of(locked).unlink(missing_ok=True)
+            _content_path(locked).unlink(missing_ok=True)
             if not OPEN_FILES_MOVE:
                 remove_lock(locked, descriptor)
 
 
-def _content_of(locked: Path) -> Path:
-    """The file whose writer holds the lock of the file `locked`: itself where the system can rename what is open."""
+def _content_path(locked: Path) -> Path:
+    """Return the file whose writer holds the lock of the file `locked`: itself where the system can rename what is
+    open."""
     return locked if OPEN_FILES_MOVE else locked.with_name(f"{locked.name}.new")
 
 
@@ -317,7 +312,8 @@ def _finish(file: BinaryIO) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """What the names of temporary files of a file begin with. A name has at most 255 bytes, and they are longer."""
+    """Return what the names of temporary files of a file begin with. A name has at most 255 bytes, and they are
+    longer."""
     beginning = path.name.encode("utf-8", "surrogateescape")
     return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
 
@@ -327,16 +323,16 @@ def _temporaries(path: Path) -> list[Path]:
 
 
 def _is_left(path: Path, temporary: Path) -> bool:
-    """Whether a run that is dead has linked a temporary file to its name, and the name is still of that file."""
+    """Return whether a run that is dead has linked a temporary file to its name, and the name is still of that file."""
     try:
         os.close(lock(temporary, wait=False, make=False))
-        return path.samefile(_content_of(temporary))
+        return path.samefile(_content_path(temporary))
     except OSError:
         return False
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     for temporary in temporaries:
-        with dead(temporary) as ended, contextlib.suppress(OSError):
-            if ended and not OPEN_FILES_MOVE:
-                _content_of(temporary).unlink(missing_ok=True)
+        with lock_dead(temporary) as is_dead, contextlib.suppress(OSError):
+            if is_dead and not OPEN_FILES_MOVE:
+                _content_path(temporary).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Numbers and foreign text, made fit to be read."""
+"""Format numbers and foreign text so that they are fit to be read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NONE = "-"  # what stands where there is nothing to measure
 
 
 def count(number: int) -> str:
-    """A count with thousands apart: ``134,515,008``."""
+    """Write a count with thousands apart: ``134,515,008``."""
     return f"{number:,}"
 
 
 def millions(number: int | None) -> str:
-    """A count of parameters, short: ``134.5 M``; a dash where it is not known.
+    """Write a count of parameters, short: ``134.5 M``; a dash where it is not known.
 
     >>> millions(134_515_008), millions(6_607_000_000), millions(950), millions(None)
     ('134.5 M', '6.61 B', '950', '-')
@@ -34,7 +34,7 @@ def millions(number: int | None) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share; 0 % and 100 % appear only where they are exact.
+    """Write a share; 0 % and 100 % appear only where they are exact.
 
     >>> percent(1, 3), percent(1, 10**6), percent(10**6 - 1, 10**6), percent(0, 5), percent(5, 5), percent(0, 0)
     ('33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %', '-')
@@ -66,8 +66,8 @@ def parse_size(text: str | int, option: str = "--size") -> int:
 
 
 def size(number: int | None) -> str:
-    """Bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20). A dash where it
-    is not known.
+    """Write bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20). A dash
+    where it is not known.
 
     >>> size(269_060_552), size(1_500_000_000), size(999), size(None)
     ('269.1 MB', '1.50 GB', '999 bytes', '-')
@@ -81,7 +81,7 @@ def size(number: int | None) -> str:
 
 
 def at_least(figure: str, bound: bool) -> str:
-    """A figure that is written already, as a lower bound if `bound`.
+    """Write a figure that is text already as a lower bound, if `bound`.
 
     >>> at_least("0.2870", True), at_least("0.2870", False)
     ('at least 0.2870', '0.2870')
@@ -90,7 +90,7 @@ def at_least(figure: str, bound: bool) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share of 1 as `percent` writes it; `-` where there is none.
+    """Write a share of 1 as `percent` does; `-` where there is none.
 
     >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
@@ -106,7 +106,7 @@ def share(value: float | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference of two shares, in percentage points with its sign.
+    """Write a difference of two shares, in percentage points with its sign.
 
     >>> points(-0.0234), points(0.5), points(-0.0004), points(0.0), points(None)
     ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
@@ -120,7 +120,7 @@ def points(value: float | None) -> str:
 
 
 def estimate(value: float | None, low: float | None, high: float | None, write: Callable[[float], str] = share) -> str:
-    """A figure with its interval, its unit said once where that reads well.
+    """Write a figure with its interval, its unit said once where that reads well.
 
     >>> estimate(0.951, 0.94, 0.961), estimate(1.0, 0.93, 1.0), estimate(0.5, None, None), estimate(None, None, None)
     ('95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-')
@@ -136,7 +136,7 @@ def estimate(value: float | None, low: float | None, high: float | None, write: 
 
 
 def p_value(p: float | None) -> str:
-    """A p-value: two digits, never rounded to 0 or 1.
+    """Write a p-value: two digits, never rounded to 0 or 1.
 
     >>> p_value(0.0004), p_value(0.03), p_value(0.0472), p_value(0.999), p_value(1.0), p_value(None)
     ('p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-')
@@ -149,7 +149,7 @@ def p_value(p: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number without unit, to so many decimals; what would round to zero keeps one digit.
+    """Write a number without unit, to so many decimals; what would round to zero keeps one digit.
 
     >>> number(0.12345), number(-1.5), number(0.0), number(0.00002), number(None)
     ('0.123', '−1.500', '0', '0.00002', '-')
@@ -163,7 +163,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def smaller(before: int | None, after: int | None) -> str:
-    """How a size changed, in words; a dash where one is not known.
+    """Say how a size changed, in words; a dash where one is not known.
 
     >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7), smaller(7, None)
     ('25.0 % smaller', '3.0 % larger', 'the same size', '-', '-')
@@ -176,7 +176,7 @@ def smaller(before: int | None, after: int | None) -> str:
 
 
 def ordinal(rank: int | None) -> str:
-    """A rank in words.
+    """Write a rank in words.
 
     >>> ordinal(1), ordinal(2), ordinal(13), ordinal(1023), ordinal(None)
     ('1st', '2nd', '13th', '1,023rd', '-')
@@ -199,7 +199,7 @@ RIGHT_TO_LEFT = re.compile(rf"[{_RTL}]+(?:\s+[{_RTL}]+)*")
 
 
 def plain(text: object, limit: int = 200) -> str:
-    r"""`text` on one line; characters without a form of their own are named, and what is beyond `limit` is cut.
+    r"""Write `text` on one line; characters without a form of their own are named, and what is beyond `limit` is cut.
 
     Controls of the direction of writing are among those: unseen, they could turn a sentence round.
 
@@ -213,18 +213,19 @@ def plain(text: object, limit: int = 200) -> str:
 
 
 def plain_lines(text: str) -> str:
-    """`text` with its lines kept, for blocks of code; nothing in it is unseen."""
+    """Write `text` with its lines kept, for blocks of code; nothing in it is unseen."""
     return "\n".join(map(_seen, text.split("\n")))
 
 
 def json_text(values: Any) -> str:
-    """`values` as a JSON file: NaN is an error; half a surrogate pair, which a folder's name may hold, an escape."""
+    """Write `values` as a JSON file: NaN is an error; half a surrogate pair, which a folder's name may hold, an
+    escape."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def answer(text: object) -> str:
-    """What a model said; that it said nothing is said."""
+    """Write what a model answered; "(nothing)" where that is nothing."""
     return plain(text) or "(nothing)"
 
 
@@ -233,5 +234,5 @@ def _seen(line: str) -> str:
 
 
 def is_seen(character: str) -> bool:
-    """Whether a character has a form of its own, or belongs to how its script is written."""
+    """Return whether a character has a form of its own, or belongs to how its script is written."""
     return character.isprintable() or character in _SEEMLY

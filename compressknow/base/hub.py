@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub by way of huggingface_hub, every failure of which becomes one message."""
+"""Uploads to the Hugging Face Hub by way of huggingface_hub; every failure of it becomes one message."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _STATUS = {
 
 
 class Upload(NamedTuple):
-    """What was uploaded: the address of the repository, and weight files in it that are not of this upload."""
+    """Finished upload: the address of the repository, and weight files in it that are not of this upload."""
 
     url: str
     others: tuple[str, ...]
 
 
 def address(repo: str) -> str:
-    """Where a repository of models lies, or will; of a name without its owner, the owner is the token's."""
+    """Return where a repository of models lies, or will; of a name without its owner, the owner is the token's."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo if '/' in repo else f'YOU/{repo}'}"
@@ -103,8 +103,8 @@ def upload(
     ------
     CompressknowError : it failed; says why, and the command that tries it again. What lies there is left as it is.
     """
-    again = retry_command(place, repo, private)
-    with _explained(place, repo, again), _bounded(), _bars(bars):
+    again = build_retry_command(place, repo, private)
+    with _explain_failures(place, repo, again), _bound_requests(), _show_bars(bars):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -130,15 +130,15 @@ def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | No
     api.create_commit(repo, adds, commit_message=message)
 
 
-def retry_command(place: Path, repo: str, private: bool | None) -> str:
-    """The Hub's own command for the same upload; what has arrived is not sent again."""
+def build_retry_command(place: Path, repo: str, private: bool | None) -> str:
+    """Return the Hub's own command for the same upload; what has arrived is not sent again."""
     folder, only = (place.parent, ["--include", f"{place.name}*"]) if place.is_file() else (place, [])
     return shlex.join(["hf", "upload", repo, str(folder), ".", *only, *(["--private"] if private else [])])
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """Requests of huggingface_hub end when nothing comes, and what it logs of each attempt is not seen."""
+def _bound_requests() -> Iterator[None]:
+    """End requests of huggingface_hub when nothing comes, and hide what it logs of each attempt."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
     from huggingface_hub.utils import logging as logs
@@ -161,7 +161,7 @@ def _bounded() -> Iterator[None]:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def _show_bars(shown: bool) -> Iterator[None]:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
@@ -175,22 +175,24 @@ def _bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(place: Path, repo: str, again: str) -> Iterator[None]:
-    """Whatever stops an upload says that it is whole, and how to go on."""
+def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
+    """Raise whatever stops an upload with a note that the output is whole, and how to go on."""
     try:
         yield
     except Exception as error:  # Of httpx, of huggingface_hub and, where it comes from Rust, of no class in particular.
-        what, hint = _cause(error)
-        said = f"{place} is complete, but could not be uploaded to {repo}: {what}."
+        cause, hint = _cause(error)
+        what = f"{place} is complete, but could not be uploaded to {repo}: {cause}."
+        message = next((text for each in _chain(error) if (text := getattr(each, "server_message", None))), None)
+        why = None if message is None else f"The Hub says: {_first_line(message)}"
         retry = f"Then try again: {again}" if hint else f"Try again: {again}"
-        raise CompressknowError(said, _said_by_hub(error), "\n".join(filter(None, (hint, retry)))) from error
+        raise CompressknowError(what, why, "\n".join(filter(None, (hint, retry)))) from error
     except (KeyboardInterrupt, SystemExit) as stop:
         stop.add_note(f"{place} is complete. To go on with the upload: {again}")
         raise
 
 
 def _cause(error: BaseException) -> tuple[str, str | None]:
-    """What went wrong, and what to do about it beside trying again."""
+    """Return what went wrong, and what to do about it beside trying again."""
     for each in _chain(error):
         # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
         kinds = {kind.__name__ for kind in type(each).__mro__}
@@ -213,22 +215,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _said_by_hub(error: BaseException) -> str | None:
-    said = next((text for each in _chain(error) if (text := getattr(each, "server_message", None))), None)
-    return None if said is None else f"The Hub says: {_first_line(said)}"
-
-
-def _first_line(said: object) -> str:
-    """Of what others say, without the token that they may have been given."""
+def _first_line(message: object) -> str:
+    """Return the first line of others' message, without the token that they may have been given."""
     from huggingface_hub import get_token
 
-    text = next((line for line in str(said).splitlines() if line.strip()), type(said).__name__)
+    text = next((line for line in str(message).splitlines() if line.strip()), type(message).__name__)
     token = get_token()
     return (text.replace(token, "...") if token else text).strip()[:300]
 
 
-def planned(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
-    """What an upload of these files would be: lines for a dry run. Bytes by name; None where they are not known yet."""
+def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
+    """Yield lines for a dry run: what an upload of these files would be. Bytes by name; None where they are not known
+    yet."""
     seen = "private" if private else "public, unless the organization's default is private"
     yield f"Would upload to {address(repo)} (if it is new: {seen}):"
     width = max(map(len, files), default=0)

@@ -44,12 +44,13 @@ def require(*modules: str) -> None:
 
 
 def reads_gguf() -> bool:
-    """Whether the transformers that is installed reads a GGUF file as what it is."""
+    """Return whether the transformers that is installed reads a GGUF file as what it is."""
     return _release(version("transformers")) >= _release(GGUF_TRANSFORMERS)
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """
+    """Return the two numbers by which releases are ordered.
+
     >>> _release("5.9.0") < _release("5.23") <= _release("5.23.0.dev0")
     True
     """
@@ -57,24 +58,16 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module is there to be imported; imports nothing."""
+    """Return whether a module is there to be imported; imports nothing."""
     found = importlib.util.find_spec(module)
     # A folder of that name in the working directory is found too, with no origin.
     return found is not None and found.origin is not None
 
 
 def not_installed(*modules: str) -> CompressknowError:
-    """The error that names these modules, and what to tell pip."""
+    """Return the error that names these modules, and what to tell pip."""
     names = (OPTIONAL | _NAMES).get
     packages = " ".join(dict.fromkeys(names(module, module) for module in modules))
     are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
-    return CompressknowError(f"{_listed(modules)} {are} not installed. Install {them} with: pip install {packages}")
-
-
-def _listed(modules: tuple[str, ...]) -> str:
-    """
-    >>> _listed(("pyarrow", "scipy", "matplotlib"))
-    'pyarrow, scipy and matplotlib'
-    """
-    *first, last = modules
-    return f"{', '.join(first)} and {last}" if first else last
+    listed = " and ".join(filter(None, (", ".join(modules[:-1]), modules[-1])))
+    return CompressknowError(f"{listed} {are} not installed. Install {them} with: pip install {packages}")

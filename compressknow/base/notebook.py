@@ -1,4 +1,4 @@
-"""How a result looks at a prompt and in a notebook: a heading, a sentence, and a small table; no more."""
+"""Results at a prompt and in a notebook: a heading, a sentence, and a small table; no more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);backgrou
 
 
 class Summary(NamedTuple):
-    """What is worth seeing of a result.
+    """Summary of a result.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Summary(NamedTuple):
 
 
 def _fit(summary: Summary) -> Summary:
-    """On one line each, short, and without characters that nobody sees: the texts may come from a model or a file."""
+    """Shorten texts to a line each, without characters that nobody sees: they may come from a model or a file."""
     return Summary(
         plain(summary.title, TITLE_CHARACTERS),
         plain(summary.verdict, VERDICT_CHARACTERS),
@@ -47,7 +47,7 @@ def _fit(summary: Summary) -> Summary:
 
 
 class Shown:
-    """Something that says `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
+    """Result that has a `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
 
     __slots__ = ()
 
@@ -75,7 +75,7 @@ class Shown:
 
 
 class Tabular(Shown):
-    """A result that has rows, too: `_rows` gives them, each a dict of the same columns."""
+    """Result that has rows, too: `_rows` gives them, each a dict of the same columns."""
 
     __slots__ = ()
 
@@ -97,8 +97,8 @@ def as_line(summary: Summary) -> str:
     '<Card: what a knew; 95 % kept.>'
     """
     fit = _fit(summary)
-    told = f"{fit.title}; {fit.verdict}" if fit.verdict else fit.title
-    return f"<{textwrap.shorten(told, LINE_CHARACTERS, placeholder=' ...')}>"
+    line = f"{fit.title}; {fit.verdict}" if fit.verdict else fit.title
+    return f"<{textwrap.shorten(line, LINE_CHARACTERS, placeholder=' ...')}>"
 
 
 def as_text(summary: Summary) -> str:
@@ -128,7 +128,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def as_html(summary: Summary) -> str:
-    """The same as a fragment of HTML, every text escaped.
+    """Return the summary as a fragment of HTML, every text escaped.
 
     >>> as_html(Summary("<b>"))
     '<div><p><strong>&lt;b&gt;</strong></p></div>'
@@ -136,7 +136,6 @@ def as_html(summary: Summary) -> str:
     more, summary = _more(summary, SHOWN_IN_A_NOTEBOOK), _fit(summary)
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
     table = _table(summary) if summary.rows else ""
-    more = _more(summary, SHOWN_IN_A_NOTEBOOK)
     return (
         f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{f'<p>{more}</p>' if more else ''}</div>"
     )

@@ -21,27 +21,29 @@ from compressknow.base.format import plain
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no load report, nothing printed, be it by Rust: what matters in it is checked and raised."""
+    """Silence progress bars, the load report and all that is printed, be it by Rust: what matters in it is checked and
+    raised."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with _no_bars(), _silent(1), contextlib.redirect_stdout(io.StringIO()):
+        with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
 
 
 class PanicError(Exception):
-    """Rust code has panicked, with the panic's message."""
+    """Panic of Rust code, with its message."""
 
 
 @contextlib.contextmanager
 def no_panics() -> Iterator[None]:
-    """A panic of tokenizers, which is no Exception, as PanicError; the pages that Rust prints of it are not seen."""
+    """Raise a panic of tokenizers, which is no Exception, as PanicError; the pages that Rust prints of it are not
+    seen."""
     try:
-        with _silent(2):
+        with _silence(2):
             yield
     except BaseException as error:
         if is_panic(error):
@@ -50,13 +52,13 @@ def no_panics() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent(descriptor: int) -> Iterator[None]:
-    """What is written to standard output (1) or standard error (2) itself, not by way of Python, goes nowhere."""
+def _silence(descriptor: int) -> Iterator[None]:
+    """Drop what is written to standard output (1) or standard error (2) itself, not by way of Python."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     try:
-        kept = os.dup(descriptor)
+        saved = os.dup(descriptor)
     except OSError:
         yield
         return
@@ -66,13 +68,14 @@ def _silent(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        os.dup2(saved, descriptor)
+        os.close(saved)
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Bars of compressed-tensors have no switch of their own, and tqdm has none for a stretch of code."""
+def _disable_bars() -> Iterator[None]:
+    """Disable the bars of tqdm. Those of compressed-tensors have no switch of their own, and tqdm has none for a
+    stretch of code."""
     from tqdm import tqdm
 
     init = tqdm.__init__
@@ -90,23 +93,18 @@ def _no_bars() -> Iterator[None]:
 _Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round"]
 _Measure = Literal["evaluate", "noise", "runtime", "read", "time", "sensitivity"]
 Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
+# All else counts bytes.
 UNITS = {
-    **{
-        "evaluate": "facts",
-        "noise": "facts",
-        "runtime": "facts",
-        "read": "chunks",
-        "sample": "tokens",
-        "text": "tokens",
-    },
-    **{"choose": "blocks", "calibrate": "blocks"},
-    **{"gather": "blocks", "sensitivity": "blocks", "quantize": "tensors", "round": "blocks"},
+    **dict.fromkeys(("evaluate", "noise", "runtime"), "facts"),
+    **dict.fromkeys(("sample", "text"), "tokens"),
+    **dict.fromkeys(("choose", "calibrate", "gather", "sensitivity", "round"), "blocks"),
+    **{"read": "chunks", "quantize": "tensors"},
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: one kind of work on one model.
+    """Part of a run: one kind of work on one model.
 
     Attributes
     ----------
@@ -136,13 +134,13 @@ class Stage:
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """Return what is counted."""
         return UNITS.get(self.work, "bytes")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: what `on_progress` is called with.
+    """Position of a run: what `on_progress` is called with.
 
     Of each stage one comes with ``begins``, some with ``advances``, and one with ``ends``, also where it fails.
 
@@ -171,7 +169,7 @@ class Progress:
 
 
 def name_of(stage: Stage) -> str:
-    """Which model, and what it is evaluated on, fit to be shown."""
+    """Return which model, and what it is evaluated on, fit to be shown."""
     return plain(stage.model, 40) + (f" on {plain(stage.probe, 40)}" if stage.probe else "")
 
 
@@ -181,7 +179,8 @@ OnProgress = Listener | Literal["bar"]
 
 
 def listener(on_progress: OnProgress | None) -> Listener | None:
-    """What is called with each `Progress`. Raises UsageError where it is neither a function nor ``"bar"``."""
+    """Return the function that is called with each `Progress`. Raises UsageError where it is neither one nor
+    ``"bar"``."""
     if isinstance(on_progress, str) and on_progress == "bar":
         return Bars()
     if on_progress is None or callable(on_progress):
@@ -190,7 +189,7 @@ def listener(on_progress: OnProgress | None) -> Listener | None:
 
 
 class Bars:
-    """A bar of tqdm for each stage: a widget in a notebook, a line at a terminal."""
+    """Bars of tqdm, one for each stage: a widget in a notebook, a line at a terminal."""
 
     def __init__(self) -> None:
         self._bars: dict[Stage, Any] = {}
@@ -221,14 +220,15 @@ def _bar(stage: Stage) -> Any:
 
 
 class Advance(Protocol):
-    """Told how much of how much is done, and the seconds left, as far as that can be told already."""
+    """Function that takes how much of how much is done, and the seconds left, as far as they are known already."""
 
     def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
 
 
 @contextlib.contextmanager
 def begun(listening: Listener | None, stage: Stage) -> Iterator[Advance | None]:
-    """Tell that a stage begins and, whatever becomes of it, ends; gives what to tell how far it is, or None."""
+    """Report that a stage begins and, whatever becomes of it, ends; gives the function that reports how far it is, or
+    None."""
     if listening is None:
         yield None
         return
@@ -251,19 +251,19 @@ Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
 
 
 def untold(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
-    """Begins a stage that nobody hears of."""
+    """Begin a stage that is reported to nobody."""
     return contextlib.nullcontext()
 
 
 def staged(listening: Listener | None, **changes: Any) -> Listener | None:
-    """The same, for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
+    """Return the listener for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
     if listening is None:
         return None
     return lambda progress: listening(replace(progress, stage=replace(progress.stage, **changes)))
 
 
 def counted(advance: Advance | None, total: int) -> Callable[[int], None]:
-    """A function to tell each piece that is done, from any thread; `advance` is told the sum of them, and the total."""
+    """Return a function that adds each piece that is done, from any thread; `advance` gets their sum, and the total."""
     done, lock = 0, threading.Lock()
 
     def add(count: int) -> None:
@@ -277,7 +277,7 @@ def counted(advance: Advance | None, total: int) -> Callable[[int], None]:
 
 
 class Pace:
-    """The time left, from the work that is done: seconds a token.
+    """Time left, from the work that is done: seconds per token.
 
     Parameters
     ----------
@@ -293,7 +293,7 @@ class Pace:
         self._start = time.monotonic() - seconds
 
     def add(self, work: int) -> None:
-        """So much of it is done."""
+        """Count work as done."""
         self._left -= work
         if self._prepared:
             self._measured += work
@@ -302,12 +302,12 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds; None while nothing is measured."""
+        """Return the seconds left; None while nothing is measured."""
         return (time.monotonic() - self._start) / self._measured * self._left if self._measured else None
 
 
 class Repeating:
-    """Calls `task` after each of the `waits` (seconds) until it is told to end.
+    """Thread that calls `task` after each of the `waits` (seconds) until it is told to end.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
     or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
@@ -326,7 +326,7 @@ class Repeating:
         self._told.put(None)
 
     def wait(self) -> None:
-        """Until it has ended, told to by `end`."""
+        """Wait until it has ended, as `end` lets it."""
         # A signal may come after the message was taken and before it was seen: the attribute says it too.
         while not self._over:
             self._gone.get()

@@ -1,4 +1,4 @@
-"""Files and tables that others wrote: read within bounds, and records checked for their form."""
+"""Read files and tables that others wrote: within bounds, and with records checked for their form."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _KINDS = {
 
 
 class NotReadable(ValueError):
-    """A file that is no regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+    """File that is no regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
@@ -62,7 +62,7 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
 
 
 def check_regular(path: Path, most: int | None = None) -> os.stat_result:
-    """What the system says of a file. Raises NotReadable where another library could not read it safely; see
+    """Return what the system says of a file. Raises NotReadable where another library could not read it safely; see
     `open_regular`."""
     status = path.stat()
     _check(status, most)
@@ -78,7 +78,7 @@ def _check(status: os.stat_result, most: int | None) -> None:
 
 
 class FileState(NamedTuple):
-    """By what a file is told from another one in its place, and from itself with other bytes."""
+    """State by which a file is told from another one in its place, and from itself with other bytes."""
 
     device: int
     inode: int
@@ -87,11 +87,11 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """Of what the system says of a file."""
+        """Return the state in what the system says of a file."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def refuse_changed(states: Mapping[Path, FileState]) -> None:
+def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
         try:
@@ -106,7 +106,7 @@ def refuse_changed(states: Mapping[Path, FileState]) -> None:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises NotReadable or OSError."""
+    """Return the content of a regular file of at most `most` bytes. Raises NotReadable or OSError."""
     with open_regular(path, most) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -115,12 +115,13 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A text in UTF-8. Raises NotReadable, UnicodeDecodeError (a ValueError as well) or OSError."""
+    """Return a text in UTF-8. Raises NotReadable, UnicodeDecodeError (a ValueError as well) or OSError."""
     return read_bytes(path, most).decode("utf-8")
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a facts file, without their ends. Raises NotReadable or OSError; a line has at most `LINE` bytes."""
+    """Yield the lines of a facts file, without their ends. Raises NotReadable or OSError; a line has at most `LINE`
+    bytes."""
     with open_regular(path, FACTS) as file:
         number = 0
         while line := file.readline(LINE + 2):
@@ -131,19 +132,19 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """What a JSON file holds. Raises NotReadable, json.JSONDecodeError (a ValueError as well) or OSError."""
+    """Return what a JSON file holds. Raises NotReadable, json.JSONDecodeError (a ValueError as well) or OSError."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(
     content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """The value of a JSON text in UTF-8; `pairs` makes an object of its keys and values.
+    """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values.
 
     Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
     JSON.
     """
-    if values_in(content) > most_values:
+    if count_values(content) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
@@ -151,11 +152,11 @@ def parse_json(
         raise NotReadable("it is nested too deeply") from None
 
 
-def half_character(text: str) -> str | None:
-    r"""The escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make it: no
-    file could hold that.
+def find_lone_surrogate(text: str) -> str | None:
+    r"""Return the escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make
+    it: no file could hold that.
 
-    >>> half_character("a\ud83e"), half_character("a\U0001f999")
+    >>> find_lone_surrogate("a\ud83e"), find_lone_surrogate("a\U0001f999")
     ('\\ud83e', None)
     """
     try:
@@ -165,13 +166,14 @@ def half_character(text: str) -> str | None:
     return None
 
 
-def values_in(content: bytes) -> int:
-    """At least the number of values in a JSON text: each but the first follows a comma, a colon or a bracket."""
+def count_values(content: bytes) -> int:
+    """Count at least the values in a JSON text: each but the first follows a comma, a colon or a bracket."""
     return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file of options holds. Raises NotReadable, tomllib.TOMLDecodeError (a ValueError too) or OSError."""
+    """Return what a TOML file of options holds. Raises NotReadable, tomllib.TOMLDecodeError (a ValueError too) or
+    OSError."""
     try:
         return tomllib.loads(read_text(path, TABLE_OF_OPTIONS))
     except RecursionError:
@@ -179,7 +181,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
+    """Return the SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(_PIECE):
@@ -190,36 +192,37 @@ def sha256_of(path: Path) -> str:
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}
 
 
-def misfit(value: Any, form: Any, where: str = "it") -> str | None:
-    """What in a value does not fit a form, and where; None where all does.
+def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
+    """Return what in a value does not fit a form, and where; None where all does.
 
-    >>> misfit({"n": [1, 2.5]}, {"n": [int], "name?": str})
+    >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
     'n[1] is no whole number'
     """
     if isinstance(form, tuple):
-        wrong = [misfit(value, each, where) for each in form]
+        wrong = [find_mismatch(value, each, where) for each in form]
         return None if None in wrong else _nearest(value, form, wrong)
     if form is None or isinstance(form, type):
-        return None if _is(value, form) else f"{where} is {_no(form)}"
+        kind = "not null" if form is None else f"no {_NAMES[form]}"
+        return None if _is(value, form) else f"{where} is {kind}"
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{where} is no list"
-        found = (misfit(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
-        return next((wrong for wrong in found if wrong), None)
+        mismatches = (find_mismatch(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
+        return next(filter(None, mismatches), None)
     if not isinstance(value, Mapping):
         return f"{where} is no object"
-    return _misfit_object(value, form, "" if where == "it" else f"{where}.")
+    return _find_mismatch_in_object(value, form, "" if where == "it" else f"{where}.")
 
 
-def _misfit_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: str) -> str | None:
+def _find_mismatch_in_object(value: Mapping[str, Any], form: Mapping[Any, Any], prefix: str) -> str | None:
     if str in form:
         pairs = [(key, form[str]) for key in value]
     else:
         if missing := next((key for key in form if not key.endswith("?") and key not in value), None):
             return f"{prefix}{missing} is missing"
         pairs = [(name, form[key]) for key in form if (name := key.removesuffix("?")) in value]
-    found = (misfit(value[key], each, f"{prefix}{key}") for key, each in pairs)
-    return next((wrong for wrong in found if wrong), None)
+    mismatches = (find_mismatch(value[key], each, f"{prefix}{key}") for key, each in pairs)
+    return next(filter(None, mismatches), None)
 
 
 def _is(value: Any, form: type | None) -> bool:
@@ -232,12 +235,8 @@ def _is(value: Any, form: type | None) -> bool:
     return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
 
 
-def _no(form: type | None) -> str:
-    return "not null" if form is None else f"no {_NAMES[form]}"
-
-
 def _nearest(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
-    """The complaint of the form that was probably meant: the first one of the value's kind."""
+    """Return the complaint of the form that was probably meant: the first one of the value's kind."""
     kinds = [isinstance(value, (dict, list)) == isinstance(form, (dict, list)) for form in forms]
     return wrong[kinds.index(True) if True in kinds else 0]
 
@@ -247,8 +246,8 @@ SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 
 
 def load_tables(dataset: str) -> dict[str, Any]:
-    """The tables of a data set, by the name of their split: a folder (of data files, or written by `save_to_disk`), one
-    file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub.
+    """Load the tables of a data set, by the name of their split: a folder (of data files, or written by
+    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub.
 
     Raises UsageError where there is no such set, CompressknowError where the hub is not reached or the data cannot be
     read.
@@ -270,14 +269,16 @@ def load_tables(dataset: str) -> dict[str, Any]:
             if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
-                loaded = datasets.load_dataset(_builder(path), data_files=str(path))
+                if (builder := SUFFIXES.get(path.suffix.lower())) is None:
+                    raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(SUFFIXES)}.")
+                loaded = datasets.load_dataset(builder, data_files=str(path))
             elif path.is_dir():
                 loaded = datasets.load_dataset(str(path))
             else:
                 name, _, config = dataset.partition(":")
                 loaded = datasets.load_dataset(name, config or None)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise _explained(dataset, error) from error
+            raise _explain(dataset, error) from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
@@ -294,21 +295,15 @@ def _check_tables(path: Path) -> None:
 
 
 def _names_a_path(dataset: str) -> bool:
-    """Whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a configuration."""
+    """Return whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a
+    configuration."""
     name = dataset.partition(":")[0]
     return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
 
 
-def _builder(path: Path) -> str:
-    builder = SUFFIXES.get(path.suffix.lower())
-    if builder is None:
-        raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(SUFFIXES)}.")
-    return builder
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where stderr is no terminal, and no log lines of `datasets` beside the error that is raised."""
+    """Hide progress bars where stderr is no terminal, and log lines of `datasets` beside the error that is raised."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -323,8 +318,8 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _explained(dataset: str, error: Exception) -> CompressknowError:
-    """The library's error in words that say what to do."""
+def _explain(dataset: str, error: Exception) -> CompressknowError:
+    """Return the library's error in words that say what to do."""
     what, reason = f"hf:{dataset} cannot be read.", str(error.__cause__ or error).split("\n")[0]
     if isinstance(error, ConnectionError):
         page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
@@ -372,14 +367,14 @@ def check_parquet(path: Path) -> None:
 
 
 def _text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
-    """Bytes of all texts, each counted as often as it stands; no more is counted once there are too many."""
-    found = 0
+    """Count the bytes of all texts, each as often as it stands; no more is counted once there are too many."""
+    total = 0
     for text in texts:
         for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
-            found += _bytes_of(batch.column(0))
-            if found > most:
-                return found
-    return found
+            total += _bytes_of(batch.column(0))
+            if total > most:
+                return total
+    return total
 
 
 def _bytes_of(column: Any) -> int:

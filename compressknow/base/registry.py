@@ -1,4 +1,4 @@
-"""What is open to be extended: named things, each in a file of its own, built in or brought by another package.
+"""Registries, which are open to be extended: named things, each in a file of its own, built in or brought by a package.
 
 Another package adds one by an entry point, whose name is the name that users type::
 
@@ -40,30 +40,30 @@ class Registry(Generic[Thing]):
 
     @cached_property
     def _added(self) -> dict[str, list[EntryPoint]]:
-        """By name, the entry points that bring it: one, or several packages contend for it."""
+        """Return by name the entry points that bring it: one, or several packages contend for it."""
         added: dict[str, list[EntryPoint]] = {}
         for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _package(entry))):
             added.setdefault(entry.name, []).append(entry)
         return added
 
     def __iter__(self) -> Iterator[str]:
-        """Names: those built in first."""
+        """Yield names: those built in first."""
         return iter(dict.fromkeys((*self._built_in, *self._added)))
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._built_in or name in self._added)
 
     def is_built_in(self, name: str) -> bool:
-        """Whether it is one of our own, which another package may contend for the name of."""
+        """Return whether it is built in; another package may contend for its name."""
         return name in self._built_in
 
     def is_added(self, name: str) -> bool:
-        """Whether another package has brought it."""
+        """Return whether another package has brought it."""
         return name in self._added
 
     @contextmanager
-    def answering(self, name: str) -> Iterator[None]:
-        """While something of this name works: whatever it raises that is of no use to a user, it is named for.
+    def explain_failures(self, name: str) -> Iterator[None]:
+        """Name the package of something in what it raises while it works, unless that is of use to a user as it is.
 
         Raises CompressknowError where another package's entry fails; what fails here is a fault of ours.
         """
@@ -78,16 +78,16 @@ class Registry(Generic[Thing]):
             raise CompressknowError(what, why=f"{type(error).__name__}: {error}", hint=self._hint(name)) from error
 
     def built_in(self) -> dict[str, Thing]:
-        """Those of this package, by name, whatever others add."""
-        return {name: self._own(name) for name in self._built_in}
+        """Return those of this package, by name, whatever others add."""
+        return {name: self._load_built_in(name) for name in self._built_in}
 
     @property
     def first(self) -> str:
-        """The one that is meant where none is named."""
+        """Return the one that is meant where none is named."""
         return next(iter(self))
 
     def __getitem__(self, name: str) -> Thing:
-        """What has this name.
+        """Return what has this name.
 
         Raises
         ------
@@ -100,57 +100,59 @@ class Registry(Generic[Thing]):
         return self._loaded[name]
 
     def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
-        """By name, all things that can be used, and why the others cannot: where one must not stop the others.
+        """Return by name all things that can be used, and why the others cannot: where one must not stop the others.
 
         A name that is built in and added too stands in both: for the built-in thing, and for the one that is left out.
         """
-        found: dict[str, Thing] = {}
+        things: dict[str, Thing] = {}
         unusable: dict[str, CompressknowError] = {}
         for name in self:
             try:
-                found[name] = self[name]
+                things[name] = self[name]
             except CompressknowError as error:
                 unusable[name] = error
                 if name in self._built_in:
-                    found[name] = self._own(name)
-        return found, unusable
+                    things[name] = self._load_built_in(name)
+        return things, unusable
 
     def added_by(self, name: str) -> str:
-        """The packages that add this name; empty where it is built in alone."""
+        """Return the packages that add this name; empty where it is built in alone."""
         return " and ".join(map(_package, self._added.get(name, ())))
 
-    def _own(self, name: str) -> Thing:
+    def _load_built_in(self, name: str) -> Thing:
         module, _, attribute = self._built_in[name].partition(":")
         return self._instance(name, getattr(importlib.import_module(module), attribute))
 
     def _load(self, name: str) -> Thing:
         if name in self._built_in and name in self._added:
-            raise self.unfit(name, "The name is taken by a built-in one.")
+            raise self.incompatible(name, "The name is taken by a built-in one.")
         if name in self._built_in:
-            return self._own(name)
+            return self._load_built_in(name)
         if name not in self._added:
             near = did_you_mean(name, self)
             raise UsageError(f"{name!r} is not known. {near}The {self.kind}s are {', '.join(self)}.")
         if len(self._added[name]) > 1:
-            raise self.unfit(name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them.")
+            raise self.incompatible(
+                name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them."
+            )
         try:
             return self._instance(name, self._added[name][0].load())
         except CompressknowError:
             raise
         except Exception as error:
             # Whatever a foreign module does while it is imported.
-            raise self.unfit(name, f"{type(error).__name__}: {error}") from error
+            raise self.incompatible(name, f"{type(error).__name__}: {error}") from error
 
-    def _instance(self, name: str, found: object) -> Thing:
-        made = found() if not isinstance(found, self._of) and callable(found) else found
+    def _instance(self, name: str, entry: object) -> Thing:
+        made = entry() if not isinstance(entry, self._of) and callable(entry) else entry
         if not isinstance(made, self._of):
-            raise self.unfit(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
+            raise self.incompatible(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
         if getattr(made, "name", name) != name:
-            raise self.unfit(name, f"It calls itself {getattr(made, 'name', '')!r}.")
+            raise self.incompatible(name, f"It calls itself {getattr(made, 'name', '')!r}.")
         return made
 
-    def unfit(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
-        """The error to raise where what has this name cannot be used; it names the package that adds it."""
+    def incompatible(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
+        """Return the error to raise where what has this name cannot be used; it names the package that adds it."""
         by = self.added_by(name)
         return CompressknowError(
             f"The {self.kind} {name!r} that {by} {'add' if ' and ' in by else 'adds'} cannot be used.",

@@ -1,4 +1,4 @@
-"""What differs between systems, found by what Python offers on each.
+"""Differences between systems, found by what Python offers on each.
 
 Windows has no fcntl and no reads at a position, and neither renames nor removes a file that is open; macOS reserves no
 room on a disk.
@@ -64,7 +64,8 @@ _seeking = threading.Lock()
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
-    """The lock that a file stands for, as a descriptor that lets it go when it is closed; `make` the file if missing.
+    """Take the lock that a file stands for, as a descriptor that lets it go when it is closed; `make` the file if
+    missing.
 
     Raises BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock.
     """
@@ -94,30 +95,30 @@ def remove_lock(path: Path, descriptor: int) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor of a file's bytes, for `read_at`. Raises OSError."""
+    """Open a file for `read_at`, as a descriptor. Raises OSError."""
     return os.open(path, os.O_RDONLY | _BINARY)
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new, empty file. Raises OSError: it exists already (FileExistsError), for one."""
+    """Create an empty file, as a descriptor. Raises OSError: it exists already (FileExistsError), for one."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o666)
 
 
 def new_file(path: Path, size: int) -> int:
-    """A new file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
+    """Create a file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
 
     Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`).
     """
     descriptor = create(path)
     try:
-        _reserve(path, descriptor, size)
+        _reserve_room(path, descriptor, size)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _reserve(path: Path, descriptor: int, size: int) -> None:
+def _reserve_room(path: Path, descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -132,7 +133,7 @@ def _reserve(path: Path, descriptor: int, size: int) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
-    """Fill `buffer` (bytes) from a file's byte `position` on; how many bytes there were before the file ended.
+    """Fill `buffer` (bytes) from a file's byte `position` on; return how many bytes there were before the file ended.
 
     Threads may share a descriptor, here and in `write_at`.
     """
@@ -199,13 +200,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk is full, or a file larger than the system or the user's quota allows."""
+    """Return whether a disk is full, or a file larger than the system or the user's quota allows."""
     return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that end the run wait until the context ends, so that nothing is made that nobody knows of.
+    """Hold back signals that end the run until the context ends, so that nothing is made that nobody knows of.
 
     Python hands signals to its main thread alone: in another one there is nothing to wait.
     """
@@ -232,12 +233,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """How many cores this process may use, or has, where the system does not say."""
+    """Count the cores that this process may use, or the machine's, where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; its size now, where the system keeps no record of it."""
+    """Return the largest resident size of this process so far, in bytes; its size now, where the system keeps no record
+    of it."""
     # Better than getrusage, by which a new process starts at the size of the one that has started it.
     with contextlib.suppress(OSError):
         if match := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):

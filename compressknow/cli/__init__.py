@@ -1,4 +1,4 @@
-"""The command line: options, printing and exit codes. The work is done elsewhere."""
+"""Command line: options, printing and exit codes. The work is done elsewhere."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
-from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (
     Part,
@@ -86,7 +86,7 @@ def compare(
     output: tuple[Path, ...],
     probe: tuple[str, ...],
     as_json: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Show how checkpoint B differs from A: in settings, in what is stored, and weight by weight.
 
@@ -100,14 +100,14 @@ def compare(
     compressknow compare MODEL CONVERTED -p atlas --limit 300 -o compare.html
     compressknow compare MODEL CONVERTED -p atlas --fail-under 0.95
     """
-    from compressknow.api.compare import compare as comparison_of
+    from compressknow.api.compare import compare as run
 
     with (
         if_interrupted(RESUMES if probe else NOTHING_WRITTEN),
-        shown_first(lambda found: _show(found, output, as_json)),
+        shown_first(lambda result: _show(result, output, as_json)),
     ):
-        given |= {"command": command_of(ctx), "on_progress": Lines()}
-        comparison = comparison_of(a, b, probe, output=output, **given)
+        options |= {"command": command_of(ctx), "on_progress": Lines()}
+        comparison = run(a, b, probe, output=output, **options)
     _show(comparison, output, as_json)
 
 
@@ -126,7 +126,6 @@ def _lines(comparison: CheckpointComparison, outputs: tuple[Path, ...]) -> Itera
         yield f"\nWritten: {', '.join(map(str, outputs))}"
 
 
-WIDTH = 80
 WIDTHS = (13, 14, 9, 9, 8, 10, 9, 8)
 HEADS = ("", "Weights", "Zeros A", "Zeros B", "Error", "Cosine", "SNR", "Largest")
 WORST = 5
@@ -134,7 +133,8 @@ SHOWN = 8
 
 
 def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
-    """Lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings, knowledge."""
+    """Yield lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings,
+    knowledge."""
     yield from textwrap.wrap(comparison.verdict, WIDTH)
     yield ""
     yield from _sizes(comparison.a, comparison.b)
@@ -180,25 +180,25 @@ def _worst(parts: Iterable[Part]) -> Iterator[str]:
 
 
 def _row(cells: tuple[str, ...]) -> str:
-    """Cells in their columns: the first to the left, the others to the right; a unit that is in the head goes."""
+    """Write cells in their columns: the first to the left, the others to the right; a unit that is in the head goes."""
     first, *others = (cell.removesuffix(" dB") for cell in cells)
     columns = zip(others, WIDTHS[1:], strict=True)
     return f"{first:<{WIDTHS[0]}}" + "".join(f"{cell:>{width}}" for cell, width in columns)
 
 
 def _listed(table: Table | None) -> Iterator[str]:
-    """A table's caption and rows, a paragraph a row."""
+    """Yield a table's caption and rows, a paragraph per row."""
     if table is None:
         return
     yield ""
     yield table.caption
     for row in table.rows[:SHOWN]:
-        yield from textwrap.wrap("  " + _told(row), WIDTH, subsequent_indent="    ")
+        yield from textwrap.wrap("  " + _describe(row), WIDTH, subsequent_indent="    ")
     if len(table.rows) > SHOWN:
         yield f"  and {len(table.rows) - SHOWN} more: see -o compare.html or --json"
 
 
-def _told(row: tuple[str, ...]) -> str:
+def _describe(row: tuple[str, ...]) -> str:
     if len(row) == 3:
         return f"{row[0]}: {row[1]} -> {row[2]}".replace(" - ->", " none ->")
     what, number, a, b, which = row

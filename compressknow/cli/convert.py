@@ -24,9 +24,9 @@ from compressknow.cli.options import (
     command,
     option,
 )
-from compressknow.cli.push import push_options, upload_of
+from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
-from compressknow.cli.terminal import Lines, duration, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json
 from compressknow.compress.parameters import Parameter, Parametric
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import RECIPE_OPTIONS
@@ -58,25 +58,25 @@ for _made in (*_METHODS.values(), *_SCHEMES.values()):
         _PARAMETERS.setdefault(_each.name, []).append(_each)
 
 
-def _lines(heading: str, registry: Iterable[str], usable: Mapping[str, Parametric]) -> str:
-    """A part of the help page: a line per name, with the options that it has."""
+def _list_names(heading: str, registry: Iterable[str], usable: Mapping[str, Parametric]) -> str:
+    """Write a part of the help page: a line per name, with the options that it has."""
     width = max(map(len, registry))
     lines = ["\b", heading]
     for name in registry:
         # What goes for nearly all methods is left out.
         options = [p.option for p in usable[name].parameters() if p.name != "per_layer"] if name in usable else []
-        said = usable[name].help if name in usable else "cannot be used"
-        said += f" ({', '.join(options)})" if options else ""
-        lines.append(f"  {name:<{width}}  {said}" + (" (default)" if name == METHODS.first else ""))
+        text = usable[name].help if name in usable else "cannot be used"
+        text += f" ({', '.join(options)})" if options else ""
+        lines.append(f"  {name:<{width}}  {text}" + (" (default)" if name == METHODS.first else ""))
     return "\n".join([*lines, "", ""])
 
 
-EPILOG += _lines("Methods (--prune-method):", METHODS, _METHODS)
-EPILOG += _lines("Schemes (--quantize):", SCHEMES, _SCHEMES)
+EPILOG += _list_names("Methods (--prune-method):", METHODS, _METHODS)
+EPILOG += _list_names("Schemes (--quantize):", SCHEMES, _SCHEMES)
 
 
 def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each parameter that a method or a scheme declares."""
+    """Add an option for each parameter that a method or a scheme declares."""
     for each, *_ in reversed(_PARAMETERS.values()):
         shown = not isinstance(each.default, bool) and each.default is not None
         command = option(
@@ -87,13 +87,13 @@ def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=each.kind is bool,
             show_default=shown,
             help=each.help,
-            callback=_checked,
+            callback=_check,
         )(command)
     return command
 
 
-def _checked(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """What fits no method or scheme that has such a parameter is refused as wrong usage."""
+def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Refuse as wrong usage what fits no method or scheme that has such a parameter."""
     wrong = None
     for each in _PARAMETERS[str(option.name)]:
         try:
@@ -177,17 +177,16 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     """
     from compressknow.api.convert import convert as run
 
-    uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
-
-    given = {
+    uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
+    from_user = {
         name
         for name in dict.fromkeys((*RECIPE_OPTIONS, *_PARAMETERS))
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
     further = {name: options.pop(name) for name in _PARAMETERS if name not in SHARED}
-    options["parameters"] = {name: value for name, value in further.items() if name in given}
-    if options["recipe"] and given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+    options["parameters"] = {name: value for name, value in further.items() if name in from_user}
+    if options["recipe"] and from_user:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(from_user))
         raise click.UsageError(f"--recipe cannot be combined with {named}.")
     options["scope"] = options["scope"] or DEFAULT_SCOPES
     with if_interrupted(NOTHING_WRITTEN):
@@ -200,11 +199,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         uploads(output, manifest.get("planned_files"), err=as_json)
 
 
-WIDTH = 80
-
-
 def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
-    """Lines that say what was done, or with `dry_run` would be done, by group."""
+    """Yield lines that say what was done, or with `dry_run` would be done, by group."""
     word = choose_word(find_schemes(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
     yield f"{manifest['setup']}: {model} -> {output}"
     yield ""
@@ -219,15 +215,15 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
         yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
-    if told := " ".join(calibrated_in_words(calibration_of(manifest))):
-        yield "\n" + fill(told)
+    if calibrated := " ".join(calibrated_in_words(calibration_of(manifest))):
+        yield "\n" + fill(calibrated)
     for warning in list_warnings(manifest):
         yield "\n" + fill(f"Warning: {warning}")
     yield "\n" + fill(describe_runtimes(manifest))
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
-        told = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."
-        yield "\n" + fill(told)
+        costs = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."
+        yield "\n" + fill(costs)
     if dry_run:
         yield "\nDry run: nothing was written."
 

@@ -1,4 +1,4 @@
-"""What a project says of its options once: ``compressknow.toml``, or ``[tool.compressknow]`` in ``pyproject.toml``.
+"""Options that a project sets once: ``compressknow.toml``, or ``[tool.compressknow]`` in ``pyproject.toml``.
 
 Of the folder that a command runs in and those above it, the nearest such file counts. An option on the command line
 comes before the file; in the file, the table of a command before what stands above all tables; then the default.
@@ -17,12 +17,10 @@ from compressknow.base.errors import UsageError, did_you_mean
 
 FILE, PROJECT = "compressknow.toml", "pyproject.toml"
 # A file that came with someone's repository is not asked to run its code, to replace files or to upload any.
-_COMMAND_LINE_ALONE = frozenset(
-    (
-        *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
-        *("push", "private", "debug", "help", "version"),
-    )
-)
+_COMMAND_LINE_ALONE = {
+    *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
+    *("push", "private", "debug", "help", "version"),
+}
 
 
 def project_defaults(
@@ -36,10 +34,9 @@ def project_defaults(
 
     Raises UsageError for a file that is no TOML, and for a key that is no option.
     """
-    found = _nearest(Path.cwd())
-    if found is None:
+    if (nearest := _find_file(Path.cwd())) is None:
         return {}
-    file, values = found
+    file, values = nearest
     options = _options_of(command)
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     for key in tables:
@@ -47,8 +44,8 @@ def project_defaults(
             raise UsageError(
                 f"{file}: there is no command {key}.", hint=f"{did_you_mean(key, commands)}Rename the table."
             )
-    shared = {_named(key): value for key, value in values.items() if key not in tables}
-    own = {_named(key): value for key, value in tables.get(name, {}).items()}
+    shared = {_to_parameter(key): value for key, value in values.items() if key not in tables}
+    own = {_to_parameter(key): value for key, value in tables.get(name, {}).items()}
     for key in [*shared, *own]:
         if key in _COMMAND_LINE_ALONE:
             raise UsageError(f"{file}: {key} is for the command line alone.", hint="Take it out of the file.")
@@ -60,15 +57,15 @@ def project_defaults(
         # Of another command: only what none has is a mistake.
         if not any(key in _options_of(other) for other in map(open_command, commands) if other is not None):
             raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
-    given = {key: value for key, value in {**shared, **own}.items() if key in options}
-    return {key: _placed(value, options[key], file.parent) for key, value in given.items()}
+    values = {key: value for key, value in {**shared, **own}.items() if key in options}
+    return {key: _resolve_paths(value, options[key], file.parent) for key, value in values.items()}
 
 
 def _options_of(command: click.Command) -> dict[str, click.Option]:
     return {str(each.name): each for each in command.params if isinstance(each, click.Option)}
 
 
-def _nearest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in (folder, *folder.parents):
         if (place / FILE).is_file():
             return place / FILE, _read(place / FILE)
@@ -89,12 +86,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is no TOML.", why=str(error), hint="Mend it, or remove it.") from None
 
 
-def _named(key: str) -> str:
+def _to_parameter(key: str) -> str:
     return key.replace("-", "_")
 
 
-def _placed(value: Any, option: click.Option, folder: Path) -> Any:
-    """A path as seen from the file's folder; several values as a list."""
+def _resolve_paths(value: Any, option: click.Option, folder: Path) -> Any:
+    """Return a path as seen from the file's folder; several values as a list."""
     values = value if isinstance(value, list) else [value]
     if isinstance(option.type, click.Path):
         values = [str(folder / each) if isinstance(each, str) else each for each in values]

@@ -24,11 +24,10 @@ from compressknow.cli.options import (
     guide_option,
     option,
 )
-from compressknow.cli.push import push_options, upload_of
+from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json
 
-WIDTH = 80
 EPILOG = """\b
 Types (--type), bits per weight with scales:
   f32, bf16, f16           as trained
@@ -100,7 +99,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     """
     from compressknow.api.export import export as run
 
-    uploads = upload_of(options.pop("push"), options.pop("private"), dry_run=dry_run)
+    uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
     with if_interrupted(NOTHING_WRITTEN):
         record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
@@ -108,7 +107,8 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     else:
         chat = options["modelfile"]
         new = page(record, model, output, dry_run=dry_run, modelfile=chat, answer=record.answer)
-        show("\n".join(new if record.is_new else _already(model, output, chat)))
+        there = (f"{output} is there already, whole, made by the same export: nothing was done.",)
+        show("\n".join(new if record.is_new else (*there, *_next(model, output, chat))))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, err=as_json)
@@ -123,7 +123,7 @@ def page(
     modelfile: Path | None = None,
     answer: tuple[str, str] | None = None,
 ) -> Iterator[str]:
-    """Lines that say which types the groups have, and how large they are."""
+    """Yield lines that say which types the groups have, and how large they are."""
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
     if fit := record.get("fit"):
@@ -144,11 +144,6 @@ def page(
         yield from _next(model, output, modelfile)
 
 
-def _already(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
-    yield f"{output} is there already, whole, made by the same export: nothing was done."
-    yield from _next(model, output, modelfile)
-
-
 def _next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
@@ -159,7 +154,7 @@ def _next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
 
 
 def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of the types that were chosen: a layer each, then what lies in none."""
+    """Yield lines of the types that were chosen: a layer each, then what lies in none."""
     chosen = {which.strip("^$").replace("\\", "").removesuffix(".weight"): kind for which, kind in types}
     layers: dict[int, dict[str, str]] = {}
     for name, kind in chosen.items():
@@ -179,7 +174,7 @@ def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
-    """Lines of a GGUF file's tensors, by group and type."""
+    """Yield lines of a GGUF file's tensors, by group and type."""
     yield f"{'Group':<16}{'Type':<10}{'Tensors':>10}{'Parameters':>16}{'Size':>12}{'Bits':>8}"
     yield "-" * 72
     for group, types in groups.items():

@@ -12,10 +12,9 @@ import click
 from compressknow.base.format import size
 from compressknow.cli.export import types_table
 from compressknow.cli.options import COMPRESS, REVISION, RUNS, TRUST, OneOf, command, option
-from compressknow.cli.terminal import show, show_json
+from compressknow.cli.terminal import WIDTH, show, show_json
 
 LISTED = 8
-WIDTH = 80
 DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "I4": "int4"}
 DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 
@@ -53,16 +52,18 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     used = f", {counts['used']:,} as used" if counts["used"] != counts["stored"] else ""
     yield f"{counts['stored']:,} parameters stored{used}; module map: {summary['module_map']}"
     yield from _groups(summary["groups"])
-    yield from _scopes(summary["scopes"])
-    ties = _patterns(f"{name} = {source}" for name, source in summary["tied"])
+    yield f"\n{'Scope':<24}{'--prune takes':>18}{'--quantize takes':>18}"
+    for name, takes in summary["scopes"].items():
+        yield f"{name:<24}{takes['prune']:>18,}{takes['quantize']:>18,}"
+    ties = _count_patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
     if grid := summary.get("grid"):
-        told = f"{grid['weights']} of {grid['of']} matrices, at most {grid['values']} values in 32 neighbours."
-        yield f"\nOn a grid already: {told}"
+        found = f"{grid['weights']} of {grid['of']} matrices, at most {grid['values']} values in 32 neighbours."
+        yield f"\nOn a grid already: {found}"
         yield "  A type of this grid keeps them as they are, which flatters it."
     yield from _list("Missing from the weight files", summary.get("missing", []))
-    yield from _list("Unplaced (choose with --include or --exclude)", _patterns(summary["unplaced"]))
-    yield from _list("Matrices that are not Linear layers (never compressed)", _patterns(summary["opaque"]))
+    yield from _list("Unplaced (choose with --include or --exclude)", _count_patterns(summary["unplaced"]))
+    yield from _list("Matrices that are not Linear layers (never compressed)", _count_patterns(summary["opaque"]))
 
 
 def _gguf_page(summary: dict[str, Any]) -> Iterator[str]:
@@ -86,24 +87,18 @@ def _groups(groups: dict[str, Any]) -> Iterator[str]:
             yield f"  and {len(shapes) - LISTED} other shapes"
 
 
-def _scopes(scopes: dict[str, Any]) -> Iterator[str]:
-    yield f"\n{'Scope':<24}{'--prune takes':>18}{'--quantize takes':>18}"
-    for name, takes in scopes.items():
-        yield f"{name:<24}{takes['prune']:>18,}{takes['quantize']:>18,}"
-
-
 def _list(title: str, entries: list[str]) -> Iterator[str]:
     if entries:
         yield f"\n{title}"
-        yield from (_folded(f"  {entry}") for entry in entries[:LISTED])
+        yield from (_fold(f"  {entry}") for entry in entries[:LISTED])
     if len(entries) > LISTED:
         yield f"  and {len(entries) - LISTED} more: see --json"
 
 
-def _folded(line: str) -> str:
+def _fold(line: str) -> str:
     return line if len(line) <= WIDTH else line.replace(" = ", "\n    = ")
 
 
-def _patterns(names: Iterable[str]) -> list[str]:
+def _count_patterns(names: Iterable[str]) -> list[str]:
     kinds = Counter(re.sub(r"\d+", "N", name) for name in names)
     return [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()]

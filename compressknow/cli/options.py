@@ -31,14 +31,14 @@ REVISION = "Branch, tag or commit of a Hub id."
 
 
 class Option(click.Option):
-    """An option that stands in a group of the help page; bounds that its values must keep are not repeated there."""
+    """Option that stands in a group of the help page; bounds that its values must keep are not repeated there."""
 
     def __init__(self, *args: Any, group: str = OUTPUT, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.group = group
 
     def make_metavar(self, ctx: click.Context) -> str:
-        """One word: what may be chosen is said in the help text."""
+        """Return one word: what may be chosen is said in the help text."""
         if self.metavar is not None or self.is_flag:
             return super().make_metavar(ctx)
         if isinstance(self.type, click.Choice):
@@ -47,14 +47,14 @@ class Option(click.Option):
         return {click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}.get(kind, super().make_metavar(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """What follows the help text in brackets: the default alone."""
+        """Return what follows the help text in brackets: the default alone."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         return extra
 
 
 class Command(click.Command):
-    """A command whose options are shown in groups.
+    """Command whose options are shown in groups.
 
     Parameters
     ----------
@@ -84,21 +84,17 @@ class Command(click.Command):
         for group, shown in records.items():
             if shown:
                 with formatter.section(group):
-                    formatter.write_dl(_aligned(shown), col_max=NAMES)
-
-
-def _aligned(records: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The first column has one width in every group."""
-    return [(f"{names:<{NAMES - 2}}", text) for names, text in records]
+                    # The first column has one width in every group.
+                    formatter.write_dl([(f"{names:<{NAMES - 2}}", text) for names, text in shown], col_max=NAMES)
 
 
 def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
-    """`click.command` with options in groups."""
+    """Make a `click.command` with options in groups."""
     return click.command(cls=Command, **settings)
 
 
 def option(*names: str, group: str = OUTPUT, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`click.option` in a group of the help page."""
+    """Make a `click.option` in a group of the help page."""
     return click.option(*names, cls=Option, group=group, **settings)
 
 
@@ -109,17 +105,18 @@ PROBE_NAMES, WIDTH = 20, 78
 
 
 def probes_help() -> str:
-    """The list of probes for the end of a help page, in click's form; those of other packages are imported for it."""
+    """Return the list of probes for the end of a help page, in click's form; those of other packages are imported for
+    it."""
     from compressknow.evaluate.sources import list_usable
 
     sources = list(list_usable())
-    lines = [line for kind, source in sources for line in _listed(source.usage(kind), source.help)]
+    lines = [line for kind, source in sources for line in _describe_probe(source.usage(kind), source.help)]
     details = [source.details for _, source in sources if source.details]
     return "\n\n".join(f"\b\n{text}" for text in ("\n".join(["Probes (-p, repeatable):", *lines]), *details))
 
 
-def _listed(usage: str, about: str) -> list[str]:
-    """One probe's lines. A long name has a line of its own."""
+def _describe_probe(usage: str, about: str) -> list[str]:
+    """Return the lines of one probe. A long name has a line of its own."""
     first, indent = f"  {usage:<{PROBE_NAMES - 1}} ", " " * (PROBE_NAMES + 2)
     if len(first) > len(indent):
         return [first.rstrip(), *textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)]
@@ -127,9 +124,9 @@ def _listed(usage: str, about: str) -> list[str]:
 
 
 def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options, in the order of the help page."""
+    """Add the options of what is evaluated, in the order of the help page."""
     folder = click.Path(path_type=Path, exists=True, file_okay=False)
-    return _all(
+    return _add_options(
         command,
         _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
         _facts("--data", type=folder, help="Folder with a data set, or with lama/, bear/, tasks/."),
@@ -159,8 +156,8 @@ def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a server is asked."""
-    return _all(
+    """Add the options of requests to a server."""
+    return _add_options(
         command,
         _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
         _runs(
@@ -178,7 +175,7 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs the models of a command."""
+    """Add the option of what runs the models of a command."""
     return _runs(
         "--runtime",
         metavar="NAME",
@@ -187,14 +184,14 @@ def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def templates_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Several wordings of each fact."""
+    """Add the option of several wordings per fact."""
     return _facts("--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them.")(
         command
     )
 
 
 def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What counts as known in a comparison."""
+    """Add the option of what counts as known in a comparison."""
     return _facts(
         "--known",
         type=OneOf(["recognized", "produced"]),
@@ -204,17 +201,18 @@ def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def _all(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+def _add_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
     for each in reversed(options):
         command = each(command)
     return command
 
 
 def calibration_options(tokens: str = "32768", **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The text for methods that look at activations: how many tokens by default, and what else a command says of it."""
+    """Add the options of the text for methods that look at activations: how many tokens by default, and what else a
+    command says of it."""
     text = {"help": "self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.", **settings}
     number = f"How many tokens of it.  [default: {tokens}]"
-    return lambda command: _all(
+    return lambda command: _add_options(
         command,
         option("--calibration", group=CALIBRATION, metavar="TEXT", **text),
         option("--calibration-tokens", group=CALIBRATION, type=click.IntRange(1), metavar="N", help=number),
@@ -222,20 +220,14 @@ def calibration_options(tokens: str = "32768", **settings: Any) -> Callable[[Cal
 
 
 def guide_option(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What decides how weights are rounded, or ranks them."""
-    return option(
-        "--guide",
-        **{
-            "type": OneOf(["facts", "text", "both"]),
-            "help": "What decides: facts, text or both.  [default: both]",
-            **settings,
-        },
-    )
+    """Add the option of what decides how weights are rounded, or ranks them."""
+    text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
+    return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
 
 
 def fit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is given, and not chosen, of a file of a size."""
-    return _all(
+    """Add the options of what is given, and not chosen, of a file of a size."""
+    return _add_options(
         command,
         option(
             "--must",
@@ -255,8 +247,8 @@ def fit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the cells of a study run."""
-    return _all(
+    """Add the options of where the cells of a study run."""
+    return _add_options(
         command,
         _runs(
             "--ray",
@@ -269,12 +261,12 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
-    """A number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
+    """Number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
 
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number itself, of a text that holds one."""
+        """Return the number in a text."""
         text = str(value).strip()
         number = text.removesuffix("%").rstrip()
         try:
@@ -285,12 +277,12 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
 
 class Blocks(click.ParamType):  # type: ignore[type-arg]
-    """How many blocks, or which: 4, or 20-23."""
+    """Number of blocks, or which: 4, or 20-23."""
 
     name = "blocks"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:  # noqa: ARG002
-        """A number as one, all else as it stands: the recipe checks it."""
+        """Return a number as one, all else as it stands: the recipe checks it."""
         text = str(value).strip()
         return int(text) if text.isdecimal() and text.isascii() else text
 
@@ -301,7 +293,7 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     name = "type_of"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """What is before the last equals sign, and what is behind it."""
+        """Split at the last equals sign."""
         if isinstance(value, tuple):
             return value
         which, sign, chosen = str(value).rpartition("=")
@@ -311,13 +303,13 @@ class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
 
 
 class OneOf(click.Choice[str]):
-    """One of some names, in any case of letters; what is nearly one of them is told so."""
+    """Choice of some names, in any case of letters; the message for an unknown one says which was probably meant."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, case_sensitive=False)
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
-        """Of a name that is none of them."""
+        """Name the choices, and the one that was probably meant."""
         return (
             f"{value!r} is not known. {did_you_mean(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
         )

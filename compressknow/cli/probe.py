@@ -25,7 +25,7 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 from compressknow.comparison.text import perplexity
 from compressknow.pages.as_json import perplexity_to_json
 from compressknow.pages.texts import write_measured
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.records import Chunk, ProbeEntry
 
-WIDTH = 80
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
@@ -59,7 +58,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 )
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Evaluate MODEL on facts, and store its answers in a folder.
 
     MODEL is a local folder, FOLDER/FILE.gguf, a Hub id or a server, http://HOST:PORT: a masked, causal or
@@ -70,12 +69,13 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **giv
     compressknow probe MODEL -p lama:trex --data DIR -o answers/original
     compressknow probe CONVERTED -o answers/converted --reference answers/original
     """
-    from compressknow.api.probe import probe as ask
+    from compressknow.api.probe import probe as run
 
     with if_interrupted(RESUMES):
-        answers = ask(model, output, probe or None, on_progress=Lines(), **given)
+        answers = run(model, output, probe or None, on_progress=Lines(), **options)
     if as_json:
-        show_json(_with_scores(answers))
+        probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
+        show_json(answers.record.to_dict() | {"probes": probes})
     else:
         show("\n".join(_page(answers, output)))
 
@@ -98,23 +98,25 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
     for name, entry in answers.record.probes.items():
         if entry.text:
             continue
-        given = answers.of(name)
-        right = sum(answer.correct for answer in given)
+        facts = answers.of(name)
+        right = sum(answer.correct for answer in facts)
         yield (
-            f"{_short(name):<32}{count(len(given)):>10}{count(right):>10}{percent(right, len(given)):>10}"
+            f"{_short(name):<32}{count(len(facts)):>10}{count(right):>10}{percent(right, len(facts)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
-        if grades := Counter(answer.grade for answer in given if answer.grade):
+        if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {grades_line({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
             yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
     for name, chunks in answers.texts.items():
-        yield from textwrap.wrap(_of_text(name, chunks, answers.record.probes[name]), WIDTH, subsequent_indent="  ")
+        yield from textwrap.wrap(
+            _describe_text(name, chunks, answers.record.probes[name]), WIDTH, subsequent_indent="  "
+        )
     if len(answers.probes) == 1:
         yield from _by_subject(answers)
 
 
-def _of_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
+def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
     found = perplexity(chunks)
     per_byte = f", {write_measured(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
     context = (entry.text or {})["context"]
@@ -130,18 +132,13 @@ def _by_subject(answers: Answers) -> Iterator[str]:
         subjects.setdefault(answer.subject, []).append(answer.correct)
     if len(subjects) > 1:
         yield ""
-        for subject, given in sorted(subjects.items()):
-            right = percent(sum(given), len(given))
-            yield f"{_short(subject):<32}{count(len(given)):>10}{count(sum(given)):>10}{right:>10}"
+        for subject, correct in sorted(subjects.items()):
+            right = percent(sum(correct), len(correct))
+            yield f"{_short(subject):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
 
 
 def _short(name: str) -> str:
     return plain(name, 31)
-
-
-def _with_scores(answers: Answers) -> dict[str, Any]:
-    probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
-    return answers.record.to_dict() | {"probes": probes}
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--push` and `--private`: what a command has written goes to the Hub, after all else is done."""
+"""Options `--push` and `--private`: what a command has written goes to the Hub, after all else is done."""
 
 from __future__ import annotations
 
@@ -11,51 +11,50 @@ import click
 
 from compressknow.base.format import count
 from compressknow.cli.options import option
-from compressknow.cli.terminal import show
-
-WIDTH = 80
+from compressknow.cli.terminal import WIDTH, show
 
 
 def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where an output goes."""
+    """Add the options of where an output goes."""
     command = option("--private", is_flag=True, help="Make REPO private if it is new.")(command)
     return option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete.")(command)
 
 
 class Uploads(Protocol):
-    """Uploads an output and says so or, of a dry run, says what it would upload: bytes by name of file."""
+    """Function that uploads an output and says so or, of a dry run, says what it would upload: bytes by name of
+    file."""
 
     def __call__(self, output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None: ...
 
 
-def upload_of(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
-    """What uploads to `repo`, None where nothing is to be. What is wrong with its name or the login is raised here,
-    before any work."""
+def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
+    """Return what uploads to `repo`, None where nothing is to be. What is wrong with its name or the login is raised
+    here, before any work."""
     if repo is None:
         if private:
             raise click.UsageError("--private goes with --push REPO.")
         return None
     from compressknow.api.push import check_push, push
-    from compressknow.base.hub import planned
+    from compressknow.base.hub import describe_upload
 
     check_push(repo, dry_run=dry_run)
 
     def uploads(output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
         if dry_run:
-            show("\n" + "\n".join(planned(files or {}, repo, private)), err=err)
+            show("\n" + "\n".join(describe_upload(files or {}, repo, private)), err=err)
             return
         done = push(output, repo, private=private or None, bars=True)
         show(f"\nUploaded to {done.url}", err=err)
         if done.others:
-            show(_others(done.others), err=True)
+            show(_warn_of(done.others), err=True)
 
     return uploads
 
 
-def _others(names: tuple[str, ...]) -> str:
+def _warn_of(names: tuple[str, ...]) -> str:
     more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
-    told = (
+    warning = (
         f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
         "Some loaders read all weight files that they find: delete those there if they are of an older upload."
     )
-    return textwrap.fill(told, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(warning, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -25,7 +25,7 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.run import RESUMES, if_interrupted, shown_first
-from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 from compressknow.comparison.records import Estimate
 from compressknow.pages.records import Card, Comparison
 from compressknow.pages.texts import summarize_text
@@ -71,7 +71,7 @@ def report(
     output: tuple[Path, ...],
     probe: tuple[str, ...],
     as_json: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Evaluate ORIGINAL and each COMPRESSED model on the same facts, and report what is kept, lost and gained.
 
@@ -83,11 +83,11 @@ def report(
     compressknow report MODEL CONVERTED -p lama:trex --data DIR -o report.html
     compressknow report MODEL CONVERTED --fail-under 0.95 --early
     """
-    from compressknow.api.report import report as compare
+    from compressknow.api.report import report as run
 
     with if_interrupted(RESUMES), shown_first(lambda card: _show(card, output, as_json=as_json)):
-        given |= {"command": command_of(ctx), "on_progress": Lines()}
-        card = compare(original, compressed, probe or None, output=output, **given)
+        options |= {"command": command_of(ctx), "on_progress": Lines()}
+        card = run(original, compressed, probe or None, output=output, **options)
     _show(card, output, as_json=as_json)
 
 
@@ -105,11 +105,11 @@ def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:
 
 
 def command_of(ctx: click.Context) -> str:
-    """The command as the user may repeat it: what was given, in the order of the help page."""
+    """Return the command as the user may repeat it: what was given, in the order of the help page."""
     words = ["compressknow", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if ctx.get_parameter_source(name) not in _GIVEN:
+        if ctx.get_parameter_source(name) not in _SET:
             continue
         value = ctx.params[name]
         values = value if isinstance(value, tuple) else (value,)
@@ -123,14 +123,13 @@ def command_of(ctx: click.Context) -> str:
 
 
 # By the user, or by the project's file.
-_GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP)
-WIDTH = 80
+_SET = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP)
 GRADES = f"{'Domain':<22}{'Known before':>14}{'Kept':>8}   {'Share kept (95 % interval)':<27}{'Grade':>6}"
 MODELS = f"{'Model':<40}{'Size':>10}  {'Kept (95 % interval)':<28}"
 
 
 def report_page(card: Card) -> Iterator[str]:
-    """Lines: the verdict, the grades or, of several models, a line each; then the warnings."""
+    """Yield lines: the verdict, the grades or, of several models, a line each; then the warnings."""
     yield from textwrap.wrap(card.verdict, WIDTH)
     yield ""
     if len(card.comparisons) == 1:
@@ -157,7 +156,7 @@ def _next(comparison: Comparison) -> Iterator[str]:
 
 
 def _warnings(card: Card) -> Iterator[str]:
-    """Those of the whole card, then those of its models, each said once."""
+    """Yield those of the whole card, then those of its models, each said once."""
     yield from card.warnings
     models: dict[str, list[str]] = {}
     for comparison in card.comparisons:
@@ -174,7 +173,7 @@ def _grades(comparison: Comparison) -> Iterator[str]:
         mark = grade.grade + ("?" if grade.unsure else "")
         yield (
             f"{plain(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
-            f"{_written(grade.kept):<27}{mark:>6}"
+            f"{_estimate(grade.kept):<27}{mark:>6}"
         )
     if any(grade.unsure for grade in comparison.grades):
         yield "? the interval spans several grades"
@@ -202,7 +201,7 @@ def _probes(comparison: Comparison) -> Iterator[str]:
 
 
 def grades_line(grades: Mapping[str, int]) -> str:
-    """How many facts have each grade of knowing."""
+    """Say how many facts have each grade of knowing."""
     return ", ".join(f"{count(facts)} {grade}" for grade, facts in grades.items())
 
 
@@ -225,10 +224,10 @@ def _models(card: Card) -> Iterator[str]:
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
         mark = "*" if standings and standings[place].beaten_by is None else ""
-        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {_written(comparison.kept):<27}{mark}".rstrip()
+        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {_estimate(comparison.kept):<27}{mark}".rstrip()
     if standings:
         yield "* no model of these keeps more in as many bytes"
 
 
-def _written(figure: Estimate) -> str:
+def _estimate(figure: Estimate) -> str:
     return estimate(figure.value, figure.low, figure.high)

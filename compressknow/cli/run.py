@@ -1,6 +1,4 @@
-"""One place where errors become a message and an exit code, and a click group that imports only the command that is
-called.
-"""
+"""Run a command: errors become one message and an exit code, and only the command that is called is imported."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -26,7 +25,7 @@ from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams,
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are named by address, so that `--help` is there at once.
+    """Group whose commands are named by address, so that `--help` is there at once.
 
     Parameters
     ----------
@@ -38,7 +37,7 @@ class LazyGroup(click.Group):
         self.commands_at = commands_at
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Names in the order given: the order in which one needs them."""
+        """Return names in the order given: the order in which one needs them."""
         return list(self.commands_at)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
@@ -57,14 +56,15 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, but an unknown command lists those that there are, and a project's file has defaults."""
+        """Resolve a command as click does, but list those that there are for an unknown one, and take defaults from a
+        project's file."""
         if not ctx.resilient_parsing and args[0] not in self.commands_at and not args[0].startswith("-"):
             near = did_you_mean(args[0], self.commands_at)
             ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self.commands_at)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
-            given = project_defaults(name, command, self.commands_at, lambda other: self.get_command(ctx, other))
-            ctx.default_map = {name: given}
+            open_command = partial(self.get_command, ctx)
+            ctx.default_map = {name: project_defaults(name, command, self.commands_at, open_command)}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -86,7 +86,7 @@ NOTHING_WRITTEN = "Nothing was written."
 
 
 class _Stopped(SystemExit):
-    """A signal asked this process to end."""
+    """Request of a signal that this process end."""
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
-    with fit_streams(), _no_signal_lost():
+    with fit_streams(), _repeat_dropped_signals():
         return _run(command, args)
 
 
@@ -124,49 +124,49 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         _print_error(*error.of_options)
         return error.exit_code
     except click.ClickException as error:
-        _show_usage(_suggested(error) if isinstance(error, click.NoSuchOption) else error)
+        message = io.StringIO()
+        (_suggest(error) if isinstance(error, click.NoSuchOption) else error).show(file=message)
+        show(message.getvalue().rstrip("\n"), err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
         # click raises its Abort from what stopped it.
-        return _interrupted(stop.__cause__ or stop, INTERRUPTED)
+        return _report_interrupt(stop.__cause__ or stop, INTERRUPTED)
     except _Stopped as stop:
-        return _interrupted(stop, int(str(stop.code)))
+        return _report_interrupt(stop, int(str(stop.code)))
     except OSError as error:
-        return _os_error(error)
+        return _report_os_error(error)
     except ModuleNotFoundError as error:
-        return _missing(error)
+        return _report_missing(error)
     except Exception as error:
-        return _no_memory() if lacks_memory(error) else _unexpected(error)
+        if not lacks_memory(error):
+            return _report_bug(error)
+        hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
+        _print_error("There is not enough memory.", hint)
+        return FAILED
     except BaseException as error:
         if not is_panic(error):
             raise
-        return _unexpected(error)
+        return _report_bug(error)
     return returned if isinstance(returned, int) else 0
 
 
-def _interrupted(stop: BaseException, code: int) -> int:
-    """The first note is that of who knew best."""
+def _report_interrupt(stop: BaseException, code: int) -> int:
+    """Print the first note, which is that of who knew best."""
     notes = getattr(stop, "__notes__", ())
     show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
     return code
 
 
-def _missing(error: ModuleNotFoundError) -> int:
-    """A library that every command needs, or one that another library needs."""
+def _report_missing(error: ModuleNotFoundError) -> int:
+    """Name a library that every command needs, or one that another library needs."""
     module = (error.name or "").partition(".")[0]
     if module in ("", "compressknow"):
-        return _unexpected(error)
+        return _report_bug(error)
     _print_error(not_installed(module).what)
     return FAILED
 
 
-def _no_memory() -> int:
-    hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
-    _print_error("There is not enough memory.", hint)
-    return FAILED
-
-
-def _unexpected(error: BaseException) -> int:
+def _report_bug(error: BaseException) -> int:
     _print_error(
         f"unexpected {type(error).__name__}: {error}",
         "This is a bug in compressknow.",
@@ -175,14 +175,8 @@ def _unexpected(error: BaseException) -> int:
     return FAILED
 
 
-def _show_usage(error: click.ClickException) -> None:
-    said = io.StringIO()
-    error.show(file=said)
-    show(said.getvalue().rstrip("\n"), err=True)
-
-
-def _suggested(error: click.NoSuchOption) -> click.UsageError:
-    """The error with the one option that was probably meant, in place of click's list."""
+def _suggest(error: click.NoSuchOption) -> click.UsageError:
+    """Return the error with the one option that was probably meant, in place of click's list."""
     options = [name for option in error.ctx.command.params for name in option.opts] if error.ctx else []
     near = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
     return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
@@ -195,7 +189,7 @@ def _print_error(what: str, *details: str | None) -> None:
     show("\n".join(lines), err=True)
 
 
-def _os_error(error: OSError) -> int:
+def _report_os_error(error: OSError) -> int:
     if error.errno == errno.EPIPE or error.filename == STANDARD_OUTPUT:
         # It is flushed once more at exit: let that go nowhere.
         drop_output()
@@ -209,16 +203,20 @@ def _os_error(error: OSError) -> int:
 
 def _exit_orderly_on_signals() -> None:
     """Turn a request to end into SystemExit, so that temporary folders are removed on the way out."""
+
+    def exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise _Stopped(128 + number)
+
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _exit_orderly)
+            signal.signal(number, exit_orderly)
 
 
 @contextmanager
-def _no_signal_lost() -> Iterator[None]:
-    """Python drops, with a traceback, a signal that comes while an object is removed: here it comes once more."""
+def _repeat_dropped_signals() -> Iterator[None]:
+    """Raise a signal once more that Python drops, with a traceback, because it comes while an object is removed."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
@@ -242,7 +240,3 @@ def _no_signal_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise _Stopped(128 + number)

@@ -29,12 +29,11 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import Lines, show, show_json_text
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
 
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
 
-WIDTH = 80
 COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
@@ -72,7 +71,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
 @click.pass_context
 def search(
-    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any
+    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 
@@ -97,7 +96,7 @@ def search(
             command=command_of(ctx),
             on_progress=Lines(),
             on_result=None if as_json else _Lines(),
-            **given,
+            **options,
         )
     if as_json:
         show_json_text((output / "search.json").read_text(encoding="utf-8"))
@@ -115,14 +114,14 @@ def search(
 
 
 class _Lines:
-    """Prints a line per file, as it comes."""
+    """Printer of a line per file, as it comes."""
 
     def __init__(self) -> None:
-        self._begun = False
+        self._has_head = False
 
     def __call__(self, trial: Trial) -> None:
-        if not self._begun:
-            self._begun = True
+        if not self._has_head:
+            self._has_head = True
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
         kept = estimate(trial.kept.value, trial.kept.low, trial.kept.high)
         name = plain(trial.setup, WIDTH)

@@ -25,13 +25,13 @@ from compressknow.cli.options import (
     option,
 )
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import Lines, show
+from compressknow.cli.terminal import WIDTH, Lines, show
 
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
 
-# Of the terminal; weights in each of the two lists.
-WIDTH, SHOWN = 80, 10
+# Weights in each of the two lists.
+SHOWN = 10
 # Bits per weight of the file that is proposed.
 _BITS = 5.0
 
@@ -72,14 +72,14 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     from compressknow.api.sensitivity import sensitivity as run
 
     with if_interrupted(RESUMES):
-        found = run(model, output, on_progress=Lines(), **options)
-    show("\n".join(page(found, model, options["guide"])))
+        result = run(model, output, on_progress=Lines(), **options)
+    show("\n".join(page(result, model, options["guide"])))
     if output:
         show(f"\nWritten: {', '.join(map(str, output))}")
 
 
 def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
-    """Lines that say which weights matter most and least, and what to do next."""
+    """Yield lines that say which weights matter most and least, and what to do next."""
     guidance, ranked = found.guidance, found.ranked(guide)
     by = {"facts": "facts", "text": "text"}.get(guide, "facts and text")
     yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
@@ -107,15 +107,15 @@ def _next(found: Sensitivity, model: str) -> Iterator[str]:
     where = shlex.quote(model)
     if found.guidance.form == "gguf":
         weights = found.others + sum(prod(row.shape) for row in found.rows)
-        yield f"\nNext: compressknow export {where} small.gguf --size {_written(weights * _BITS / 8)}"
+        yield f"\nNext: compressknow export {where} small.gguf --size {_round_size(weights * _BITS / 8)}"
     else:
         yield f"\nNext: compressknow search {where} -o found --keep 0.95"
 
 
-def _written(nbytes: float) -> str:
-    """A size to two or three digits, as ``--size`` takes it.
+def _round_size(nbytes: float) -> str:
+    """Write a size to two or three digits, as ``--size`` takes it.
 
-    >>> [_written(number) for number in (900_000, 75_600_000, 4_120_000_000)]
+    >>> [_round_size(number) for number in (900_000, 75_600_000, 4_120_000_000)]
     ['900kB', '76MB', '4.1GB']
     """
     unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6)) if nbytes >= each[1]), ("kB", 1e3))

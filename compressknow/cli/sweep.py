@@ -27,14 +27,13 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import Lines, show, show_json_text
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
 from compressknow.compress.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
     from compressknow.study.folder import CellResult
 
-WIDTH = 80
 COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
 GRID = """\
 \b
@@ -99,7 +98,9 @@ single cells:
 @option("--revision", group=RUNS, help=REVISION)
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 @click.pass_context
-def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **given: Any) -> int:
+def sweep(
+    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any
+) -> int:
     """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
 
     `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
@@ -115,7 +116,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...
     """
     from compressknow.api.sweep import sweep as run
 
-    lines = _Lines(given["known"], silent=as_json)
+    lines = _Lines(options["known"], silent=as_json)
     with if_interrupted(RESUMES):
         study = run(
             model,
@@ -124,7 +125,7 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...
             command=command_of(ctx),
             on_progress=Lines(),
             on_result=lines,
-            **given,
+            **options,
         )
     if as_json:
         show_json_text((output / "study.json").read_text(encoding="utf-8"))
@@ -134,16 +135,16 @@ def sweep(ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...
 
 
 class _Lines:
-    """Prints a line a cell, as it comes."""
+    """Printer of a line per cell, as it comes."""
 
     def __init__(self, known: str, *, silent: bool) -> None:
-        self._known, self._silent, self._begun = known, silent, False
+        self._known, self._silent, self._has_head = known, silent, False
 
     def __call__(self, result: CellResult) -> None:
         if self._silent:
             return
-        if not self._begun:
-            self._begun = True
+        if not self._has_head:
+            self._has_head = True
             original = result.original
             right = sum(answer.correct for answer in original.answers)
             name, of = plain(original.record.model.name, 40), len(original.answers)
@@ -156,8 +157,8 @@ class _Lines:
 def _line(result: CellResult) -> Iterator[str]:
     name = plain(result.setup, 33)
     if result.answers is None:
-        came = "refused" if result.refused else "failed"
-        yield from textwrap.wrap(f"{name}: {came}: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
+        outcome = "refused" if result.refused else "failed"
+        yield from textwrap.wrap(f"{name}: {outcome}: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
         return
     kept, right = result.kept, sum(answer.correct for answer in result.answers.answers)
     share = percent(right, len(result.answers.answers))

@@ -1,4 +1,4 @@
-"""The terminal: the one place that prints, streams that may close or break, and how far a run is.
+"""Terminal: the one place that prints, streams that may close or break, and how far a run is.
 
 Progress goes to stderr: a line that changes on a terminal, a line a minute elsewhere.
 """
@@ -31,6 +31,8 @@ TELLING = 0.01
 # A run of which so many seconds are left is announced.
 WORTH_SAYING = 20.0
 NAME = 32
+# Columns of what is printed.
+WIDTH = 80
 
 
 def show(text: str = "", *, err: bool = False) -> None:
@@ -46,18 +48,14 @@ def show_json(values: Any) -> None:
 def show_json_text(text: str) -> None:
     """Print a JSON text; what `show` would name is escaped, so that it stands for the same values."""
     # Outside its strings JSON holds nothing of the kind but its line ends.
-    click.echo(re.sub(r"[^\x20-\x7e\n]", _escaped, text.rstrip("\n")))
+    click.echo(re.sub(r"[^\x20-\x7e\n]", _escape, text.rstrip("\n")))
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     character = match[0]
     if is_seen(character):
         return character
-    code = ord(character)
-    if code < 0x10000:
-        return f"\\u{code:04x}"
-    high, low = divmod(code - 0x10000, 0x400)
-    return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+    return _code_units(character)
 
 
 # How a character is written that a stream's encoding lacks: as in JSON, so that printed JSON stays JSON.
@@ -66,7 +64,7 @@ STANDARD_OUTPUT = "standard output"
 _SPELT_OUT = {"…": "...", "–": "-", "—": "-", "→": "->"}
 
 
-def _escaped_bytes(error: UnicodeError) -> tuple[str, int]:
+def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -78,14 +76,13 @@ def _code_units(character: str) -> str:
     return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
 
-codecs.register_error(ESCAPE, _escaped_bytes)
+codecs.register_error(ESCAPE, _escape_unencodable)
 
 
 @contextlib.contextmanager
 def fit_streams() -> Iterator[None]:
-    """Streams fit for a command: none is closed, none refuses a character, and what libraries write to standard output
-    behind Python's back (Rust and C code, other programs) goes to standard error.
-    """
+    """Make streams fit for a command: none is closed, none refuses a character, and what libraries write to standard
+    output behind Python's back (Rust and C code, other programs) goes to standard error."""
     _open_closed()
     for stream in (sys.stdout, sys.stderr):
         # Tests and notebooks put streams of other kinds there.
@@ -111,8 +108,8 @@ def fit_streams() -> Iterator[None]:
 
 
 def _encoding_of(output: Any) -> str:
-    """Encoding of the bytes that standard output takes. Python gives a Windows console text, not bytes: those it reads
-    in its code page."""
+    """Return the encoding of the bytes that standard output takes. Python gives a Windows console text, not bytes:
+    those it reads in its code page."""
     raw = getattr(getattr(output, "buffer", None), "raw", None)
     console = isinstance(raw, getattr(io, "_WindowsConsoleIO", ()))
     return (os.device_encoding(1) if console else None) or str(output.encoding)
@@ -122,7 +119,6 @@ class _Results(io.FileIO):
     """Standard output, named in errors."""
 
     def write(self, data: Any, /) -> int:
-        """As a file does."""
         try:
             return super().write(data)
         except OSError as error:
@@ -158,7 +154,7 @@ def _descriptor(stream: Any) -> int | None:
 
 
 class Line:
-    """What `text` says, written anew by a thread until the context ends; nothing of it stays on a terminal.
+    """Line of what `text` returns, written anew by a thread until the context ends; nothing of it stays on a terminal.
 
     `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
     though another stage may have begun.
@@ -184,24 +180,24 @@ class Line:
         self._repeating.end()
         self._repeating.wait()
         with self._writing:
-            self._write(self._cleared())
+            self._write(self._clear())
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         with self._writing:
-            self._write(f"{self._cleared()}{text}\n")
+            self._write(f"{self._clear()}{text}\n")
 
     def _show(self) -> None:
         with self._writing:
-            self._write(self._changed(self._text()) if self._terminal else f"{self._text()}\n")
+            self._write(self._overwrite(self._text()) if self._terminal else f"{self._text()}\n")
             self.written = time.monotonic()
 
-    def _changed(self, text: str) -> str:
-        text = text[: max(_columns() - 1, 1)]
+    def _overwrite(self, text: str) -> str:
+        text = text[: max(_count_columns() - 1, 1)]
         before, self._shown = self._shown, len(text)
         return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
 
-    def _cleared(self) -> str:
+    def _clear(self) -> str:
         before, self._shown = self._shown, 0
         return f"\r{' ' * before}\r" if before else ""
 
@@ -214,18 +210,13 @@ class Line:
 
 # What work that evaluates nothing is called on its line.
 _LABELS = {
-    **{
-        "read": "Reading the text",
-        "time": "Measuring the speed",
-        "convert": "Converting",
-        "sample": "Writing the calibration text",
-        "text": "Reading the calibration text",
-    },
+    **{"read": "Reading the text", "time": "Measuring the speed", "convert": "Converting"},
+    **{"sample": "Writing the calibration text", "text": "Reading the calibration text"},
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
     **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
-    "fetch": "Fetching llama.cpp's converter",
-    **{"unpack": "Unpacking", "gather": "Gathering what layers read", "export": "Converting", "quantize": "Quantizing"},
-    **{"round": "Rounding", "sensitivity": "Measuring the sensitivity"},
+    **{"fetch": "Fetching llama.cpp's converter", "unpack": "Unpacking", "gather": "Gathering what layers read"},
+    **{"export": "Converting", "quantize": "Quantizing", "round": "Rounding"},
+    "sensitivity": "Measuring the sensitivity",
 }
 
 # The original, whose answers are known, run otherwise.
@@ -233,7 +224,8 @@ _OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
 class Lines:
-    """A line for each stage of a run, while it lasts; of a long run one that says about how long it takes, which stays.
+    """Lines, one for each stage of a run, while it lasts; of a long run one that says about how long it takes, which
+    stays.
 
     It is what the verbs take as `on_progress`.
     """
@@ -265,31 +257,31 @@ class Lines:
         if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _OTHERWISE:
             return
         self._announced = True
-        if (text := announcement(progress)) is not None:
+        if (text := announce(progress)) is not None:
             line.say(text)
 
 
 class _State:
-    """What is known of a stage: nothing at first, while the model is loaded."""
+    """State of a stage: nothing is known at first, while the model is loaded."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._start = stage, time.monotonic()
-        self._told: tuple[int, int] | None = None
+        self._far: tuple[int, int] | None = None
         self._end: float | None = None
 
     def update(self, progress: Progress) -> None:
-        self._told = progress.done, progress.total
+        self._far = progress.done, progress.total
         self._end = None if progress.left is None else time.monotonic() + progress.left
 
     def text(self) -> str:
-        """The line: which model, which probe, how far, how long still."""
-        return self._facts() if self._stage.unit == "facts" else self._counted()
+        """Return the line: which model, which probe, how far, how long still."""
+        return self._describe_facts() if self._stage.unit == "facts" else self._describe_work()
 
-    def _counted(self) -> str:
+    def _describe_work(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
         if self._stage.work == "time":
             label = f"{label} of {plain(self._stage.model, NAME)}{self._which}"
-        done, total = self._told or (0, 0)
+        done, total = self._far or (0, 0)
         if done <= total * TELLING:
             return f"{label}: {duration(spent)} so far"
         far = f"{size(done)} of {size(total)}"
@@ -301,20 +293,21 @@ class _State:
     def _which(self) -> str:
         return f" ({self._stage.number} of {self._stage.of})" if self._stage.of > 1 else ""
 
-    def _facts(self) -> str:
+    def _describe_facts(self) -> str:
         stage, now = self._stage, time.monotonic()
         which = " again, for the KL over all tokens" if stage.again else self._which
         which = _OTHERWISE.get(stage.work, which)
         name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
-        if self._told is None:
+        if self._far is None:
             return f"{name}: {duration(now - self._start)} so far"
-        done, total = self._told
+        done, total = self._far
         facts = f"{name}: {count(done)} of {count(total)} facts"
         return facts if self._end is None else f"{facts}, {duration(max(self._end - now, 0))} left"
 
 
-def announcement(progress: Progress) -> str | None:
-    """About how long the whole run takes, from the time that is left of its first stage; None where it is not long."""
+def announce(progress: Progress) -> str | None:
+    """Say about how long the whole run takes, from the time that is left of its first stage; None where it is not
+    long."""
     stage, done, total = progress.stage, progress.done, progress.total
     models = stage.of - stage.number + 1
     facts = max(stage.facts, total)
@@ -326,7 +319,7 @@ def announcement(progress: Progress) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """In units that are worth reading.
+    """Write seconds in units that are worth reading.
 
     >>> [duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
     ['0 s', '59 s', '2 min', '3 h 4 min', '56 h']
@@ -341,7 +334,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{round(seconds / 3600)} h"
 
 
-def _columns() -> int:
+def _count_columns() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):

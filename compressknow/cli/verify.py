@@ -11,9 +11,7 @@ import click
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import count, size
 from compressknow.cli.options import RUNS, command, option
-from compressknow.cli.terminal import Lines, show, show_json
-
-WIDTH = 80
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 
 
 @command(short_help="Check a converted checkpoint against its manifest.")

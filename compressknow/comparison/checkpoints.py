@@ -22,7 +22,7 @@ from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
-from compressknow.model.packed import config_groups
+from compressknow.model.naming import config_groups
 from compressknow.model.tensors import OpenFiles, StoredTensor
 
 NOT_LINEAR = "not-linear"

@@ -16,7 +16,7 @@ from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
-from compressknow.model.manifest import COUNTS, SCHEMA, ranges, sealed
+from compressknow.model.manifest import COUNTS, SCHEMA, ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def build_manifest(
         counts["relative_error"] = pooled_error(row for row in rows if row["group"] == group)
     if text:
         summary["calibration"] = _describe_calibration(text, calibrated, plan.removal)
-    return Manifest(sealed({**summary, "files": dict(sorted(files.items())), "tensors": rows}))
+    return Manifest(seal_manifest({**summary, "files": dict(sorted(files.items())), "tensors": rows}))
 
 
 def _describe_calibration(text: CalibrationText, done: Calibrated | None, removal: Removal | None) -> dict[str, Any]:

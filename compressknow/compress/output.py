@@ -34,9 +34,9 @@ from compressknow.model.checkpoint import (
     SAFETENSORS_INDEX,
     TORCH_INDEX,
     Checkpoint,
-    loading_floats,
+    build_loading_settings,
+    check_inside,
     module_folders,
-    refuse_leading_out,
 )
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, byte_view, torch_dtype
@@ -384,7 +384,7 @@ def _config_files(plan: Plan) -> dict[str, bytes]:
     files, and how sentence-transformers loads quantized ones."""
     config = build_config(plan)
     quantization = config.get("quantization_config")
-    loading = loading_floats(plan.checkpoint.folder, quantization) if quantization else {}
+    loading = build_loading_settings(plan.checkpoint.folder, quantization) if quantization else {}
     layout = lay_out(plan.tensors, plan.checkpoint.shards)
     contents = {"config.json": config, **({SAFETENSORS_INDEX: layout.index} if layout.index else {}), **loading}
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
@@ -407,5 +407,5 @@ def carried_files(folder: Path) -> Iterator[str]:
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
         if path.is_file():
-            refuse_leading_out(folder, path)
+            check_inside(folder, path)
             yield name.as_posix()

@@ -65,7 +65,7 @@ class PlannedTensor:
         needs behind them."""
         if self.scheme is None:
             return (Stored("", self.source.dtype, self.source.shape),)
-        with SCHEMES.answering(self.scheme.name):
+        with SCHEMES.explain_failures(self.scheme.name):
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
     @property
@@ -227,7 +227,7 @@ def _fit_parameters(structure: Structure, step: Step) -> Step:
         return step
     where = step.where
     weights = select(structure, where.scope, "quantize", where.include, where.exclude, where.layers)
-    with SCHEMES.answering(step.scheme):
+    with SCHEMES.explain_failures(step.scheme):
         return replace(step, parameters={**step.parameters, **(step.chosen.fit(w.shape for w in weights) or {})})
 
 
@@ -259,7 +259,7 @@ def _check_methods_fit(changed: Iterable[PlannedTensor], recipe: Recipe) -> None
     for tensor in changed:
         step = recipe.steps[tensor.prune] if tensor.prune is not None else None
         if isinstance(step, Prune):
-            with METHODS.answering(step.method):
+            with METHODS.explain_failures(step.method):
                 why = step.chosen.misfit(tensor.to_prune)
             if why:
                 misfits[tensor.module or tensor.name] = step, why

@@ -135,7 +135,7 @@ class Work(Reader):
         tally, largest = _Tally(planned.source, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
-        with SCHEMES.answering(scheme.name):
+        with SCHEMES.explain_failures(scheme.name):
             return scheme.scales(largest)
 
     def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
@@ -203,7 +203,7 @@ class _Coder:
         if factors is not None:
             values = (values.to(torch.float32) * factors).to(values.dtype)
             absmax = torch.from_numpy(_largest(magnitude_keys(values), self.span)).view(values.dtype)
-        with SCHEMES.answering(self._scheme.name):
+        with SCHEMES.explain_failures(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
             codes = self._treatment.rounding(values, scales, self._scheme)
             tally.quantize(block.values, codes, scales, self._scheme, factors)
@@ -215,7 +215,7 @@ class _Coder:
 
     def beside(self) -> dict[str, torch.Tensor]:
         """Return what is stored beside the rows, by suffix; called once, after the last block."""
-        with SCHEMES.answering(self._scheme.name):
+        with SCHEMES.explain_failures(self._scheme.name):
             made = dict(self._scheme.constants(self._planned.source.shape))
         made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
         if not bool((scales > 0).all() & torch.isfinite(scales).all()):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.direct_reads import Read, direct_reads
-from compressknow.model.naming import Binding, Naming, suppliers
+from compressknow.model.direct_reads import Read, find_direct_reads
+from compressknow.model.naming import Binding, Naming, find_suppliers
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
 
@@ -66,7 +66,7 @@ class Sources:
             for parameter in binding.parameters:
                 self._parts.setdefault(parameter, []).append(self._tensors[name])
         whole = {name: b.parameter for name, b in self.bound.items() if not b.reshaped}
-        self.supply = suppliers(checkpoint, whole, structure.tied)
+        self.supply = find_suppliers(checkpoint, whole, structure.tied)
 
     def of(self, weight: LinearWeight) -> list[StoredTensor]:
         """Return the stored tensors that make up a weight: one, but for fused weights that are stored in parts."""
@@ -110,7 +110,7 @@ class Sources:
         converted = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         if not converted:
             return read(parts[0])
-        return self._naming.made(parameter, {part.name: read(part) for part in parts})
+        return self._naming.convert(parameter, {part.name: read(part) for part in parts})
 
     def matrix_of(self, stored: StoredTensor, parameter: str) -> int:
         """Return which matrix of a stack a stored tensor is a part of; 0 of a parameter that is one matrix.
@@ -200,14 +200,14 @@ class Sources:
                 return NO_FORM["reshaped"]
         if self._read.keys() & set(weight.modules):
             return NO_FORM["read"]
-        with SCHEMES.answering(scheme.name):
+        with SCHEMES.explain_failures(scheme.name):
             return scheme.misfit(part.shape)
 
     @cached_property
     def _read(self) -> dict[str, Read]:
         """Return the modules whose weight is taken for what it is; to cast to its dtype is no harm (see
         `compressknow.load`)."""
-        return {module: read for module, read in direct_reads(self._model).items() if read == "values"}
+        return {module: read for module, read in find_direct_reads(self._model).items() if read == "values"}
 
 
 def _check_dtype(part: StoredTensor) -> None:
@@ -224,7 +224,7 @@ def _check_dtype(part: StoredTensor) -> None:
 def _suggest_options(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
     """Return the options by which weights of all these shapes can be stored; nothing where none are needed, or none
     help."""
-    with SCHEMES.answering(scheme.name):
+    with SCHEMES.explain_failures(scheme.name):
         fit = scheme.fit(shapes) or {}
     changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
     options = " ".join(f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed)

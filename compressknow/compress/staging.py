@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from compressknow.base.errors import OutputError
-from compressknow.base.files import cannot_write, dead, new_locked_file, refuse_broken_links
+from compressknow.base.files import check_links, explain_write_error, lock_dead, new_locked_file
 from compressknow.base.reading import open_regular
 from compressknow.base.system import is_full, move, remove_lock, sync_folder, uninterrupted
 from compressknow.model.manifest import MANIFEST_NAME
@@ -46,7 +46,7 @@ class Staging:
         self._committed = False
         self._sizes: dict[str, int] = {}
         self._check(self.output, overwrite=overwrite, source=source)
-        refuse_broken_links(self.output.parent)
+        check_links(self.output.parent)
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._locked: tuple[Path, int] | None = None
         try:
@@ -60,7 +60,7 @@ class Staging:
                 self.folder.mkdir()
         except OSError as error:
             self._remove()
-            raise cannot_write(output, error) from None
+            raise explain_write_error(output, error) from None
         except BaseException:
             self._remove()
             raise
@@ -213,7 +213,7 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
     """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is called
     with each staging folder before."""
     for lock_file in _list_kind(output, "lock"):
-        with dead(lock_file) as ended:
+        with lock_dead(lock_file) as ended:
             if ended:
                 _clean_one(output, lock_file, finish)
     for path in (*_list_kind(output, "old"), *_list_kind(output, "new")):

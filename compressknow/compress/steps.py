@@ -220,7 +220,7 @@ class Prune:
         # `chosen` is made of these, and fills in the defaults.
         object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "parameters", _unshared_values(self.chosen))
-        with METHODS.answering(self.method):
+        with METHODS.explain_failures(self.method):
             self.chosen.check(self.amount)
 
     @cached_property
@@ -378,7 +378,7 @@ def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | N
     choice over all tensors decides how many fall in which."""
     if step.is_global:
         return None, round(step.amount * sum(each.tensor.numel for each in weights))
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         counts = [step.chosen.count(each, step.amount) for each in weights]
     return counts, sum(counts)
 
@@ -389,7 +389,7 @@ def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> lis
     Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
     another package fails.
     """
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
             raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
@@ -403,7 +403,7 @@ def prune_matrix(
 
     Raises CompressknowError where a method of another package fails, or gives something of another form.
     """
-    with METHODS.answering(step.method):
+    with METHODS.explain_failures(step.method):
         mask, values = step.chosen.prune(weight, inputs, step.amount)
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
@@ -421,11 +421,11 @@ class _ThirdPartyMask:
     mask: Mask
 
     def start(self) -> BlockMask:
-        with METHODS.answering(self.method):
+        with METHODS.explain_failures(self.method):
             mask_block = self.mask.start()
 
         def mask_or_explain(block: Block) -> BoolArray | Pruned:
-            with METHODS.answering(self.method):
+            with METHODS.explain_failures(self.method):
                 return mask_block(block)
 
         return mask_or_explain

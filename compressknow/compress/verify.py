@@ -21,7 +21,7 @@ from compressknow.compress.output import METADATA
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
-from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, read_manifest, seal_of
+from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, hash_manifest, read_manifest
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
 
 SHOWN = 20
@@ -103,7 +103,7 @@ def compare_to_manifest(
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
     differences += [Difference(name, None, "not in the manifest") for name in _find_added(folder, manifest, places)]
-    if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
+    if SEAL in manifest and manifest[SEAL] != hash_manifest(manifest):
         what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
     differences += [difference for check in checks for difference in check]

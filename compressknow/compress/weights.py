@@ -14,8 +14,7 @@ from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.meta import meta_model
-from compressknow.model.naming import Naming, suppliers
-from compressknow.model.packed import NAMES, packed_weights
+from compressknow.model.naming import PACKED_DTYPES, Naming, find_suppliers, packed_weights
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
@@ -88,7 +87,7 @@ def _unpack(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
     """Unpack int8 [rows, columns] from int32 [rows, columns / 8] or [rows, columns / 4]."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    bits = next(bits for bits, name in NAMES.items() if name == dtype)
+    bits = next(bits for bits, name in PACKED_DTYPES.items() if name == dtype)
     integers: torch.Tensor = unpack_from_int32(packed, bits, torch.Size((len(packed), columns)))
     return integers.contiguous()
 
@@ -227,7 +226,7 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
     }
     of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
     own |= of_low_bits
-    stored = suppliers(checkpoint, whole, structure.tied)
+    stored = find_suppliers(checkpoint, whole, structure.tied)
     # A final layer that was tied and is packed has values of its own.
     supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
     by_name = {values.tensor.name: values for values in unpacked.values()}

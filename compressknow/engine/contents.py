@@ -1,6 +1,5 @@
-"""What the files of a model hold, read once: their hash, weights that are no numbers, whether they still are what a
-manifest says, and by what to tell later that they are still the files that were read.
-"""
+"""Contents of a model's files, read once: hashes, weights that are no numbers, deviations from a manifest, and the
+state by which to tell later that the files are still the ones that were read."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.base.reading import FileState, NotReadable, open_regular, refuse_changed
+from compressknow.base.reading import FileState, NotReadable, check_unchanged, open_regular
 from compressknow.engine.identity import DECISIVE, MANIFEST, Located, fingerprint_of, record_beside
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.gguf_file import plain_tensors
-from compressknow.model.manifest import SEAL, expected_tensors, read_manifest, seal_of
+from compressknow.model.manifest import SEAL, expected_tensors, hash_manifest, read_manifest
 from compressknow.model.tensors import StoredTensor, not_finite, read_header
 from compressknow.model.torch_bin import read_torch_file
 
@@ -24,7 +23,7 @@ READ_BYTES = 1 << 20
 
 
 class NotFinite(NamedTuple):
-    """A tensor that holds what is no number: `what` is "NaN" or "an infinity"."""
+    """Tensor that holds what is no number: `what` is "NaN" or "an infinity"."""
 
     tensor: StoredTensor
     what: str
@@ -32,7 +31,7 @@ class NotFinite(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model's files hold.
+    """Contents of a model's files.
 
     Attributes
     ----------
@@ -50,7 +49,7 @@ class Contents:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a file was replaced or written to since it was read."""
-        refuse_changed(self.states)
+        check_unchanged(self.states)
 
     def check_finite(self, located: Located, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
@@ -66,23 +65,23 @@ class Contents:
                 )
 
 
-def read_contents(located: Located, read: Callable[[int], None] | None = None) -> Contents:
-    """Read the files of a model, each once; `read` is told the bytes of each piece.
+def read_contents(located: Located, on_bytes: Callable[[int], None] | None = None) -> Contents:
+    """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece.
 
     Raises CheckpointError where a weight file is damaged.
     """
-    found = [_read(path, _tensors_in(path), read) for path in located.files]
-    hashes = {each.path.name: each.sha256 for each in found}
+    files = [_read_file(path, _tensors_in(path), on_bytes) for path in located.files]
+    hashes = {each.path.name: each.sha256 for each in files}
     return Contents(
         fingerprint_of(hashes.items()),
-        {each.path: each.state for each in found},
-        tuple(flaw for each in found for flaw in each.not_finite),
-        _is_changed(located, hashes, {name: sha256 for each in found for name, sha256 in each.small.items()}),
+        {each.path: each.state for each in files},
+        tuple(flaw for each in files for flaw in each.not_finite),
+        _is_changed(located, hashes, {name: sha256 for each in files for name, sha256 in each.small.items()}),
     )
 
 
 class _File(NamedTuple):
-    """A file that was read; `small` are hashes of its tensors of at most `READ_BYTES`."""
+    """File that was read; `small` are hashes of its tensors of at most `READ_BYTES`."""
 
     path: Path
     sha256: str
@@ -92,7 +91,7 @@ class _File(NamedTuple):
 
 
 def _tensors_in(path: Path) -> list[StoredTensor]:
-    """The tensors of a weight file; of a GGUF file those of plain floats."""
+    """Return the tensors of a weight file; of a GGUF file those of plain floats."""
     if path.suffix == ".safetensors":
         return list(read_header(path).values())
     if path.suffix == ".bin":
@@ -106,7 +105,7 @@ def _tensors_in(path: Path) -> list[StoredTensor]:
     return []
 
 
-def _read(path: Path, tensors: Iterable[StoredTensor], read: Callable[[int], None] | None) -> _File:
+def _read_file(path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[int], None] | None) -> _File:
     in_place = [tensor for tensor in tensors if tensor.loaded is None]
     flaws = {tensor.name: what for tensor in tensors if tensor.loaded and (what := not_finite(tensor.loaded, tensor))}
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
@@ -120,8 +119,8 @@ def _read(path: Path, tensors: Iterable[StoredTensor], read: Callable[[int], Non
                 digest.update(piece)
                 if tensor and (what := not_finite(piece, tensor)):
                     flaws.setdefault(tensor.name, what)
-                if read:
-                    read(len(piece))
+                if on_bytes:
+                    on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
     named = {tensor.name: tensor for tensor in tensors}
@@ -131,7 +130,8 @@ def _read(path: Path, tensors: Iterable[StoredTensor], read: Callable[[int], Non
 
 
 def _spans(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
-    """A file from its first byte to its last, cut at the ends of its tensors; what two of them share is of one."""
+    """Cut a file at the ends of its tensors, from its first byte to its last; bytes that two of them share belong to
+    one."""
     position = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         if position < tensor.offset:
@@ -145,7 +145,7 @@ def _spans(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, in
 
 
 def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) -> bool:
-    """Whether a model computes with a stored tensor, as its module tree on the meta device says."""
+    """Return whether a model computes with a stored tensor, as its module tree on the meta device says."""
     if located.path.suffix == ".gguf":
         return True
     from compressknow.model.meta import meta_model
@@ -165,25 +165,20 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
 
 
 def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
-    """Whether files that were read with these hashes, by name, differ from what is said of them."""
+    """Return whether files that were read with these hashes, by name, differ from their manifest or record."""
     if located.path.suffix == ".gguf":
-        said = record_beside(located.path).get("sha256")
-        return said is not None and len(hashes) == 1 and said not in hashes.values()
+        recorded = record_beside(located.path).get("sha256")
+        return recorded is not None and len(hashes) == 1 and recorded not in hashes.values()
     if located.url is not None or not (located.path / MANIFEST).is_file():
         return False
     manifest = read_manifest(located.path)
     return (
-        manifest.get(SEAL, seal_of(manifest)) != seal_of(manifest)
-        or any(_of_files(manifest, name) != sha256 for name, sha256 in hashes.items() if _of_files(manifest, name))
+        manifest.get(SEAL, hash_manifest(manifest)) != hash_manifest(manifest)
+        or any(manifest["files"].get(name, sha256) != sha256 for name, sha256 in hashes.items())
         or any(not (located.path / name).is_file() for name in manifest["files"] if name in DECISIVE)
         or any(name in DECISIVE and name not in manifest["files"] for name in hashes)
         or _are_other_tensors(located.path, manifest, small)
     )
-
-
-def _of_files(manifest: Mapping[str, Any], name: str) -> str | None:
-    sha256: str | None = manifest["files"].get(name)
-    return sha256
 
 
 def _are_other_tensors(folder: Path, manifest: Mapping[str, Any], small: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Which model it is: its files, its size, its quantization, and what compressknow did to it."""
+"""Identity of a model: its files, size and quantization, and what compressknow did to it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.files import name_of
 from compressknow.base.libraries import is_installed
 from compressknow.base.reading import MANIFEST as MANIFEST_BYTES
-from compressknow.base.reading import NotReadable, check_regular, misfit, read_json
+from compressknow.base.reading import NotReadable, check_regular, find_mismatch, read_json
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
-from compressknow.model.gguf_file import gguf_parts, refuse_cut_short
-from compressknow.model.grid import grid_of
-from compressknow.model.tensors import DTYPE_SIZES
+from compressknow.model.gguf_file import check_whole, gguf_parts
+from compressknow.model.manifest import calibration_of, read_manifest
+from compressknow.model.tensors import DTYPE_SIZES, grid_of
 
 if TYPE_CHECKING:
     from compressknow.engine.load import Variant
@@ -39,7 +39,7 @@ DECISIVE = (
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine: `path` is a checkpoint folder, or a GGUF file in one; or one on the server at `url`."""
+    """Model on this machine, `path` being a checkpoint folder or a GGUF file in one, or on the server at `url`."""
 
     name: str
     path: Path
@@ -52,7 +52,7 @@ class Located:
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what the model answers, weights first; none of one on a server."""
+        """Return the files that decide what the model answers, weights first; none of one on a server."""
         if self.url is not None:
             return []
         if self.path.suffix == ".gguf":
@@ -65,12 +65,12 @@ class Located:
 
 def locate(model: str | Path, revision: str | None = None) -> Located:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
-    which is not asked yet.
+    which is not contacted yet.
 
     Raises CheckpointError where there is none, UsageError where an address cannot be one.
     """
     if is_address(model):
-        return served_at(str(model))
+        return locate_server(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
         hint = f"{did_you_mean_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
@@ -83,7 +83,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         if is_installed("gguf"):
             # A minute's work on the original may come before this file is opened.
             for part in gguf_parts(path):
-                refuse_cut_short(part)
+                check_whole(part)
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
@@ -94,10 +94,10 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
     return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
 
 
-def served_at(address: str) -> Located:
-    """A model on a server. Raises UsageError where the address names no host, or holds what must not be shown.
+def locate_server(address: str) -> Located:
+    """Return a model on a server. Raises UsageError where the address names no host, or holds what must not be shown.
 
-    >>> served_at("http://localhost:8080/v1/").url
+    >>> locate_server("http://localhost:8080/v1/").url
     'http://localhost:8080'
     """
     try:
@@ -118,7 +118,7 @@ def served_at(address: str) -> Located:
 
 
 def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 over the names of files and the hashes of their contents."""
+    """Return the SHA-256 over the names of files and the hashes of their contents."""
     digest = hashlib.sha256()
     for name, sha256 in hashes:
         digest.update(f"{name}\0{sha256}\n".encode())
@@ -126,8 +126,8 @@ def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
 
 
 def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has them,
-    weights in the order of their names; no fingerprint where it was made in memory, without any."""
+    """Return the name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has
+    them, weights in the order of their names; no fingerprint where it was made in memory, without any."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
     # Weights that were copied are those of modules that sentence-transformers runs behind the model.
@@ -138,11 +138,11 @@ def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(located: Located) -> dict[str, Any]:
-    """What the files tell of a model, for the record of its answers; reads no weights but some rows.
+    """Describe a model by its files, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `compressknow.model.grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros, groups
-    and removed as its manifest has them, and calibration as `calibration_of` has it.
+    `compressknow.model.tensors.Grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
+    groups and removed as its manifest has them, and calibration as `calibration_of` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:
@@ -162,24 +162,23 @@ def describe(located: Located) -> dict[str, Any]:
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
         "quantization": quantization_in_words(checkpoint.config),
-        **_manifest_facts(located.path / MANIFEST),
+        **(_facts_of(read_manifest(located.path)) if (located.path / MANIFEST).is_file() else {}),
     }
 
 
 def record_beside(path: Path) -> dict[str, Any]:
-    """Of a GGUF file, what the record that an export writes beside it says: its "sha256" and its "source"; what is no
-    such record says nothing."""
+    """Return the "sha256" and "source" of the record that an export writes beside a GGUF file; nothing where there is
+    no such record."""
     try:
         record = read_json(path.with_name(f"{path.name}.json"), MANIFEST_BYTES)
     except (OSError, ValueError):
         return {}
-    return {} if misfit(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
+    return {} if find_mismatch(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
-    """What `describe` tells of a converted checkpoint, of one in memory; and "totals", those of its manifest with
-    `nonzero` weights and `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less.
-    """
+    """Describe a conversion in memory as `describe` does one on disk, with the "totals" of its manifest, its `nonzero`
+    weights and its `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less."""
     totals, sizes = variant.manifest["totals"], Counter[str]()
     for row in variant.manifest["tensors"]:
         sizes[row["dtype_after"]] += row["bytes_after"]
@@ -199,7 +198,7 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
 
 
 def quantization_in_words(config: Mapping[str, Any]) -> str | None:
-    """What a checkpoint's config says of its quantization, whoever made it, or None.
+    """Return in words what a checkpoint's config says of its quantization, whoever made it, or None.
 
     >>> quantization_in_words({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
     'gptq, 4-bit weights, groups of 128'
@@ -212,7 +211,9 @@ def quantization_in_words(config: Mapping[str, Any]) -> str | None:
     if isinstance(groups, Mapping) and groups:
         return f"{method}, " + "; ".join(sorted({_group_in_words(group) for group in groups.values()}))
     words = [method]
-    if bits := _first(quantization, "bits", "num_bits", "w_bit") or _bits_by_flag(quantization):
+    # bitsandbytes says it by flags.
+    flag = 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
+    if bits := _first(quantization, "bits", "num_bits", "w_bit") or flag:
         words.append(f"{bits}-bit weights")
     elif weights := _first(quantization, "weights", "weight_dtype"):
         words.append(f"{weights} weights")
@@ -239,7 +240,7 @@ def _bits_of(values: Mapping[str, Any]) -> str:
 
 
 def _type_in_words(value: Any) -> str:
-    """A short name of a nested type, as torchao writes it.
+    """Shorten the name of a nested type, as torchao writes it.
 
     >>> _type_in_words({"default": {"_type": "Int8DynamicActivationInt4WeightConfig", "_data": {}}})
     'int8 dynamic activation int4 weight'
@@ -255,22 +256,8 @@ def _first(quantization: Mapping[str, Any], *names: str) -> Any:
     return next((quantization[name] for name in names if quantization.get(name) is not None), None)
 
 
-def _bits_by_flag(quantization: Mapping[str, Any]) -> int | None:
-    """bitsandbytes says it by flags."""
-    return 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
-
-
-def _manifest_facts(path: Path) -> dict[str, Any]:
-    """Of a converted checkpoint, what its manifest says; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    from compressknow.model.manifest import read_manifest
-
-    return _facts_of(read_manifest(path.parent))
-
-
 def _sparse_bytes(row: Mapping[str, Any]) -> int:
-    """The non-zero weights at their width plus one bit a weight, and the scales."""
+    """Return the bytes of a weight as the non-zero values at their width, one bit per weight, and the scales."""
     dense = int(row["bytes_after"])
     bits: int = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
     spared = int(row["zeros"]) * bits // 8 - math.ceil(int(row["numel"]) / 8)
@@ -278,8 +265,6 @@ def _sparse_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    from compressknow.model.manifest import calibration_of
-
     # What was dropped in all; which tensors and neurons these were would be longer than all else.
     removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
     if removed:

@@ -1,4 +1,4 @@
-"""A model ready to be evaluated: its weights on a device, its tokenizer, its family."""
+"""Model ready to be evaluated: its weights on a device, its tokenizer, its family."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ _OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 
 
 def check_device(name: str) -> None:
-    """Raise UsageError for what names no device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
-    the machine has it is not looked at: that takes torch.
-    """
+    """Raise UsageError for a name of no device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
+    the machine has it is not checked: that takes torch."""
     kind, _, number = name.partition(":")
     if kind not in DEVICES or not re.fullmatch(r"[0-9]{0,4}", number) or (number and kind in (AUTO, CPU)):
         other = _OTHER_WORDS.get(kind.lower())
@@ -35,7 +34,7 @@ def check_device(name: str) -> None:
 
 
 def device_of(name: str) -> str:
-    """The device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
+    """Return the device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
 
     Raises UsageError where it names none, or one that this machine or this torch does not have.
     """
@@ -60,7 +59,7 @@ def device_of(name: str) -> str:
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind torch can use."""
+    """Count the devices of a kind that torch can use."""
     import torch
 
     if kind == "mps":
@@ -80,7 +79,7 @@ _BESIDE_WEIGHTS = frozenset(
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """`family` is ``masked``, ``causal`` or ``seq2seq``."""
+    """Language model on a device; `family` is ``masked``, ``causal`` or ``seq2seq``."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -88,7 +87,7 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """How many the model has; what quantization stores beside its weights is none of them."""
+        """Count the model's parameters, without what quantization stores beside its weights."""
         from compressknow.engine.layers import EngineLinear
 
         named = self.model.named_parameters()
@@ -98,7 +97,7 @@ class LanguageModel:
 
     @property
     def dtype(self) -> str:
-        """What it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
+        """Return what it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
         from compressknow.engine.layers import EngineLinear
 
         words = {module.word for module in self.model.modules() if isinstance(module, EngineLinear)}
@@ -106,7 +105,7 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> str:
-        """A short hash of the tokens that the model has, and their ids.
+        """Return a short hash of the tokens that the model has, and their ids.
 
         A GGUF's tokenizer has more than its original's: names for rows that no token has, and the end of text that
         transformers adds to those of GPT-2's kind, beyond the last row.
@@ -139,8 +138,8 @@ def load_language_model(
         trust_remote_code=trust_remote_code,
         language_model=True,
     )
-    _refuse_borrowed_head(path, model)
-    _steady(model)
+    _check_head(path, model)
+    _make_batch_invariant(model)
     family = family_of(model)
     if family is None:
         raise UnsupportedError(
@@ -151,7 +150,7 @@ def load_language_model(
 
 
 def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises CheckpointError where there is none, or one without words."""
+    """Return the tokenizer of a checkpoint. Raises CheckpointError where there is none, or one without words."""
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise CheckpointError(
@@ -166,24 +165,25 @@ def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreT
 def language_model_of(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
-    """A conversion in memory, ready to be evaluated; `tokenizer` is that of its source."""
+    """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
     model = load_variant(variant, device=device, dtype=None if dtype == "auto" else dtype)
-    _steady(model)
+    _make_batch_invariant(model)
     return LanguageModel(model, tokenizer, family_of(model) or "")
 
 
-def _steady(model: PreTrainedModel) -> None:
-    """Beside layers that round what comes in, float layers must give a row the same bits in any batch. It takes longer
-    for few rows, so that a model that is loaded for other ends goes without."""
+def _make_batch_invariant(model: PreTrainedModel) -> None:
+    """Make float layers batch-invariant beside layers that round what comes in. It takes longer for few rows, so a
+    model that is loaded for other ends goes without."""
+    from compressknow.engine.batch_invariant import make_batch_invariant
     from compressknow.engine.layers import EngineLinear, rounds_activations
-    from compressknow.engine.steady import steady
 
     if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
-        steady(model)
+        make_batch_invariant(model)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of tokens that a model reads. Raises UnsupportedError where it reads something else than tokens."""
+    """Return the number of tokens that a model reads. Raises UnsupportedError where it reads something else than
+    tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     # Perceiver's is a part of what prepares its inputs.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
@@ -200,7 +200,8 @@ _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence
 
 
 def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The number of tokens that a model has positions for, or None where nothing bounds it (T5, ALiBi, Mamba)."""
+    """Return the number of tokens that a model has positions for, or None where nothing bounds it (T5, ALiBi,
+    Mamba)."""
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     bounds = [length - _reserved(model) for length in stated]
@@ -210,7 +211,7 @@ def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
 
 
 def _reserved(model: PreTrainedModel) -> int:
-    """Positions that no token gets: RoBERTa and its kin count from the one after padding's."""
+    """Count the positions that no token gets: RoBERTa and its kin count from the one after padding's."""
     for name, module in model.named_modules():
         if name.endswith(("position_embeddings", "embed_positions")):
             padding: Any = getattr(module, "padding_idx", None)
@@ -219,7 +220,8 @@ def _reserved(model: PreTrainedModel) -> int:
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """The token that a decoder begins with, as `generate` finds it. Raises UnsupportedError where none is named."""
+    """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError where none is
+    named."""
     config, generation = model.config, model.generation_config
     named = (
         (config, "decoder_start_token_id"),
@@ -236,10 +238,9 @@ def decoder_start(model: PreTrainedModel) -> int:
     )
 
 
-def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:
-    """A head that is missing is tied to the embedding by transformers, for T5 even where the config says that they are
-    two: such a model answers at random.
-    """
+def _check_head(path: Path, model: PreTrainedModel) -> None:
+    """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even where the config
+    says that they are two: such a model answers at random."""
     config = read_json(path / "config.json") if path.is_dir() else {}
     named = str((config.get("architectures") or [None])[0])
     head = model.get_output_embeddings()
@@ -254,7 +255,7 @@ def _refuse_borrowed_head(path: Path, model: PreTrainedModel) -> None:
 
 
 def family_of(model: PreTrainedModel) -> str | None:
-    """``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these.
+    """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these.
 
     By the class; modelling code that comes with a checkpoint is told by the name of its class and its config.
     """

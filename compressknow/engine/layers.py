@@ -18,7 +18,7 @@ from compressknow.base.registry import Registry
 
 
 class EngineLinear(nn.Module):
-    """A Linear of the engine.
+    """Linear layer of the engine.
 
     Attributes
     ----------
@@ -32,21 +32,21 @@ class EngineLinear(nn.Module):
 
     @property
     def unlisted(self) -> int:
-        """None."""
+        """Return the number of those weights."""
         return 0
 
 
 class LayerKind(abc.ABC):
-    """A kind of such layers, by the scheme that a module has in compressed-tensors' config, whoever wrote it."""
+    """Kind of such layers, by the scheme that a module has in compressed-tensors' config, whoever wrote it."""
 
     @abc.abstractmethod
     def runs_on(self, device: str | torch.device) -> bool:
-        """Whether it is fast and exact there."""
+        """Return whether it is fast and exact there."""
 
     @abc.abstractmethod
     def layer_of(self, module: nn.Module) -> EngineLinear | None:
-        """The layer for a module that compressed-tensors has prepared and that still holds what is stored; None where
-        its scheme is another one."""
+        """Return the layer for a module that compressed-tensors has prepared and that still holds what is stored; None
+        where its scheme is another one, or its shape does not fit."""
 
 
 LAYERS: Registry[LayerKind] = Registry(
@@ -58,17 +58,18 @@ LAYERS: Registry[LayerKind] = Registry(
 
 
 def kinds_on(device: str | torch.device) -> list[LayerKind]:
-    """Those that run there. Raises CompressknowError where one of another package cannot be used."""
+    """Return the kinds that run there. Raises CompressknowError where one of another package cannot be used."""
     return [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
 
 
 def layer_of(module: nn.Module, kinds: list[LayerKind]) -> EngineLinear | None:
-    """The layer of the first kind that has one for a module."""
+    """Return the layer of the first kind that has one for a module."""
     return next((layer for kind in kinds if (layer := kind.layer_of(module))), None)
 
 
 class Int8Linear(EngineLinear):
-    """A Linear with int8 weights whose activations are quantized as they come: the schemes ``int8``, ``int8-paper``.
+    """Linear layer with int8 weights whose activations are quantized as they come: the schemes ``int8``,
+    ``int8-paper``.
 
     Parameters
     ----------
@@ -121,13 +122,13 @@ class Int8Linear(EngineLinear):
         return values.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _scale_of_each(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Scales [tokens, 1]."""
+        """Return scales [tokens, 1]."""
         # Two passes: `aminmax` over a dimension is many times slower.
         largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
         return self._not_zero(largest / ((self.highest - self.lowest) / 2)), None
 
     def _scale_of_all(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A scale [] and a zero point [], both of the tokens' dtype; the point is a whole number."""
+        """Return a scale [] and a zero point [], both of the tokens' dtype; the point is a whole number."""
         lowest, highest = tokens.aminmax()
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (highest - lowest) / (self.highest - self.lowest)
@@ -140,7 +141,7 @@ class Int8Linear(EngineLinear):
 
 
 def rounds_activations(model: nn.Module) -> bool:
-    """Whether some layer rounds what comes in to integers: here, or in compressed-tensors' floats."""
+    """Return whether some layer rounds what comes in to integers: here, or in compressed-tensors' floats."""
     return any(map(_rounds, model.modules()))
 
 
@@ -152,8 +153,8 @@ def _rounds(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def unrounded(model: nn.Module) -> Iterator[None]:
-    """Activations stay floats: what differs then does so for another reason than that a value was rounded otherwise."""
+def disable_rounding(model: nn.Module) -> Iterator[None]:
+    """Keep activations as floats in the context: what differs then does not because a value was rounded otherwise."""
     switched: list[tuple[Any, str, bool]] = []
     for module in filter(_rounds, model.modules()):
         # The second is compressed-tensors' own name, for modules that it has prepared.
@@ -167,42 +168,29 @@ def unrounded(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, before)
 
 
-def int8_runs_on(device: str | torch.device) -> bool:
-    """Whether int8 products are fast and exact there. CPUs without VNNI clip sums of two products, or go one by one."""
-    has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_kernels and torch.cpu._is_vnni_supported() and torch.device(device).type == "cpu"
-
-
-def int8_layer_of(module: nn.Module) -> Int8Linear | None:
-    """The int8 layer for a module that compressed-tensors has prepared and that still holds int8 weights; None where
-    its scheme is another one.
-    """
-    scheme: Any = getattr(module, "quantization_scheme", None)
-    per_token = _dynamic_kind(scheme) if scheme else None
-    parts = dict(module.named_parameters(recurse=False))
-    if per_token is None or type(module) is not nn.Linear or not {"weight", "weight_scale"} <= set(parts):
-        return None
-    if parts["weight"].dtype != torch.int8 or "weight_zero_point" in parts:
-        return None
-    bits = scheme.input_activations.num_bits
-    weight, scale = parts["weight"].data, parts["weight_scale"].data
-    return Int8Linear(weight, scale, parts.get("bias"), bits=bits, per_token=per_token)
-
-
 class Int8Kind(LayerKind):
     """Weights and activations of 8 bits or less."""
 
     def runs_on(self, device: str | torch.device) -> bool:
-        """See the function."""
-        return int8_runs_on(device)
+        # CPUs without VNNI clip sums of two products, or compute them one by one.
+        has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return has_kernels and torch.cpu._is_vnni_supported() and torch.device(device).type == "cpu"
 
     def layer_of(self, module: nn.Module) -> Int8Linear | None:
-        """See the function."""
-        return int8_layer_of(module)
+        scheme: Any = getattr(module, "quantization_scheme", None)
+        per_token = _scales_per_token(scheme) if scheme else None
+        parts = dict(module.named_parameters(recurse=False))
+        if per_token is None or type(module) is not nn.Linear or not {"weight", "weight_scale"} <= set(parts):
+            return None
+        if parts["weight"].dtype != torch.int8 or "weight_zero_point" in parts:
+            return None
+        bits = scheme.input_activations.num_bits
+        weight, scale = parts["weight"].data, parts["weight_scale"].data
+        return Int8Linear(weight, scale, parts.get("bias"), bits=bits, per_token=per_token)
 
 
-def _dynamic_kind(scheme: Any) -> bool | None:
-    """Whether activations have a scale a token (True) or one for all (False); None for any other scheme."""
+def _scales_per_token(scheme: Any) -> bool | None:
+    """Return whether activations have a scale per token (True) or one for all (False); None for any other scheme."""
     weights, inputs = scheme.weights, scheme.input_activations
     if inputs is None or scheme.output_activations is not None or weights is None:
         return None
@@ -223,7 +211,7 @@ OFFSET = 8
 
 
 class Int4Linear(EngineLinear):
-    """A Linear with int4 weights in groups of input channels: the scheme ``int4``.
+    """Linear layer with int4 weights in groups of input channels: the scheme ``int4``.
 
     What comes in, scales and what goes out are rounded to bfloat16, which is what torch's kernel takes; it multiplies
     and adds in float32 (`aten::_weight_int4pack_mm_for_cpu`). A row has the same bits in any company.
@@ -251,16 +239,16 @@ class Int4Linear(EngineLinear):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # In an order of the kernel's own: no parameter that anyone could read.
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales_and_zeros", _beside(weight_scale.t()), persistent=False)
+        self.register_buffer("scales_and_zeros", _with_zeros(weight_scale.t()), persistent=False)
 
     @property
     def unlisted(self) -> int:
-        """All of its weights."""
         return self.out_features * self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
-            weight = self.integers().to(x.dtype) * self._per_column().to(x.dtype)
+            scales = self.weight_scale.repeat_interleave(self.group_size, dim=1)
+            weight = self.integers().to(x.dtype) * scales.to(x.dtype)
             return functional.linear(x, weight, self.bias)
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         values = self._product(rows, self.scales_and_zeros.to(torch.bfloat16)).to(x.dtype)
@@ -269,22 +257,18 @@ class Int4Linear(EngineLinear):
         return values.reshape(*x.shape[:-1], self.out_features)
 
     def integers(self) -> torch.Tensor:
-        """int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
+        """Return int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
         ones = torch.ones(self.in_features // self.group_size, self.out_features)
         units = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return self._product(units, _beside(ones)).t().to(torch.int8)
+        return self._product(units, _with_zeros(ones)).t().to(torch.int8)
 
     def _product(self, rows: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.packed, self.group_size, scales_and_zeros
-        )
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        product: torch.Tensor = multiply(rows, self.packed, self.group_size, scales_and_zeros)
         return product
 
-    def _per_column(self) -> torch.Tensor:
-        return self.weight_scale.repeat_interleave(self.group_size, dim=1)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As a checkpoint stores it, so that what is saved can be loaded."""
+        """Store what a checkpoint does, so that what is saved can be loaded."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -292,33 +276,31 @@ class Int4Linear(EngineLinear):
         destination[f"{prefix}weight_shape"] = torch.tensor([self.out_features, self.in_features])
 
 
-def _beside(scales: torch.Tensor) -> torch.Tensor:
-    """bfloat16 [groups, out, 2] of scales [groups, out]: each with a zero, for the kernel adds another number."""
+def _with_zeros(scales: torch.Tensor) -> torch.Tensor:
+    """Return bfloat16 [groups, out, 2] of scales [groups, out]: each with a zero, which the kernel adds."""
     return torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
 
 
-def int4_runs_on(device: str | torch.device) -> bool:
-    """Whether torch's kernel is fast there."""
-    return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == FAST
+class Int4Kind(LayerKind):
+    """Weights of 4 bits; what comes in stays a float."""
 
+    def runs_on(self, device: str | torch.device) -> bool:
+        return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == FAST
 
-def int4_layer_of(module: nn.Module) -> Int4Linear | None:
-    """The int4 layer for a module that compressed-tensors has prepared and that still holds packed weights; None where
-    its scheme is another one, or the kernel does not take its shape.
-    """
-    scheme: Any = getattr(module, "quantization_scheme", None)
-    parts = dict(module.named_parameters(recurse=False))
-    named = {"weight_packed", "weight_scale", "weight_shape"}
-    if type(module) is not nn.Linear or not scheme or set(parts) - {"bias"} != named or not _is_int4(scheme):
-        return None
-    rows, columns = parts["weight_shape"].tolist()
-    size = scheme.weights.group_size
-    if rows % OUTPUTS or columns % size or parts["weight_scale"].shape != (rows, columns // size):
-        return None
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    def layer_of(self, module: nn.Module) -> Int4Linear | None:
+        scheme: Any = getattr(module, "quantization_scheme", None)
+        parts = dict(module.named_parameters(recurse=False))
+        stored = {"weight_packed", "weight_scale", "weight_shape"}
+        if type(module) is not nn.Linear or not scheme or set(parts) - {"bias"} != stored or not _is_int4(scheme):
+            return None
+        rows, columns = parts["weight_shape"].tolist()
+        size = scheme.weights.group_size
+        if rows % OUTPUTS or columns % size or parts["weight_scale"].shape != (rows, columns // size):
+            return None
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    integers = unpack_from_int32(parts["weight_packed"].data, 4, torch.Size((rows, columns)))
-    return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
+        integers = unpack_from_int32(parts["weight_packed"].data, 4, torch.Size((rows, columns)))
+        return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
 
 
 def _is_int4(scheme: Any) -> bool:
@@ -327,15 +309,3 @@ def _is_int4(scheme: Any) -> bool:
         return False
     kind = (weights.num_bits, weights.type, weights.strategy, weights.symmetric)
     return kind == (4, "int", "group", True) and weights.group_size in GROUP_SIZES
-
-
-class Int4Kind(LayerKind):
-    """Weights of 4 bits; what comes in stays a float."""
-
-    def runs_on(self, device: str | torch.device) -> bool:
-        """See the function."""
-        return int4_runs_on(device)
-
-    def layer_of(self, module: nn.Module) -> Int4Linear | None:
-        """See the function."""
-        return int4_layer_of(module)

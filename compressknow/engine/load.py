@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model that computes what the checkpoint says, in every way it can be called."""
+"""Load a checkpoint as a transformers model that computes what the checkpoint says, in every way it can be called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf
-from compressknow.model.scopes import refuse_slow_targets
+from compressknow.model.scopes import check_targets
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """A converted checkpoint in memory.
+    """Converted checkpoint in memory.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ def load(
     trust_remote_code: bool = False,
     language_model: bool = False,
 ) -> PreTrainedModel:
-    """The model of a checkpoint folder, in eval mode; its class is the one that the config names.
+    """Load the model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
     An int8 checkpoint whose activations are quantized runs in int8 on CPUs that have the instructions for it (see
     `compressknow.engine.layers`), and int4 weights stay packed on CPUs with AVX-512 (`compressknow.engine.layers`).
@@ -76,17 +76,19 @@ def load(
     """
     path = _checkpoint_path(folder)
     with quiet(), _as_checkpoint_error(path):
-        _refuse_unsound(path)
+        from transformers import AutoConfig, GgufConfig
+
+        _check_gguf(path)
         source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
-        config = _config(source)
-        refuse_slow_targets(path.name, getattr(config, "quantization_config", None))
+        config = AutoConfig.from_pretrained(**source)
+        check_targets(path.name, getattr(config, "quantization_config", None))
         named, model_class = _classes(config, trust_remote_code, language_model)
-        unpack = {"quantization_config": _unpacked_gguf()} if "gguf_file" in source else {}
+        unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(
             **source, **unpack, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-        _refuse_misfits(path, report)
-        _refuse_missing(path, report, named if named != model_class.__name__ and language_model else None)
+        _check_shapes(path, report)
+        _check_missing(path, report, named if named != model_class.__name__ and language_model else None)
         _unpack(model, device)
     return model.to(device).eval()
 
@@ -94,7 +96,7 @@ def load(
 def load_variant(
     variant: Variant, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Return the model that `load` gives of a converted folder, of one in memory."""
+    """Load the model of a conversion in memory, as `load` does that of a converted folder."""
     path, tree = variant.folder, variant.tree
     with quiet(), _as_checkpoint_error(path):
         _, named = _classes(tree.config, False, True)
@@ -108,8 +110,8 @@ def load_variant(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        _refuse_misfits(path, report)
-        _refuse_missing(path, report, None)
+        _check_shapes(path, report)
+        _check_missing(path, report, None)
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         _unpack(model, device)
@@ -117,7 +119,7 @@ def load_variant(
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or GGUF file.
+    """Load the tokenizer of a checkpoint folder or GGUF file.
 
     Raises CheckpointError where there is none, UnsupportedError as `load` does.
     """
@@ -126,7 +128,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     path = _checkpoint_path(folder)
     with quiet():
         try:
-            _refuse_unsound(path)
+            _check_gguf(path)
             with no_panics():
                 tokenizer = AutoTokenizer.from_pretrained(
                     **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
@@ -175,7 +177,7 @@ def _checkpoint_path(folder: str | Path) -> Path:
     return path
 
 
-def _refuse_unsound(path: Path) -> None:
+def _check_gguf(path: Path) -> None:
     """Raise CheckpointError where transformers would take for ever over a GGUF file, or read other weights of it."""
     if path.suffix == ".gguf":
         try:
@@ -185,28 +187,14 @@ def _refuse_unsound(path: Path) -> None:
 
 
 def _source(path: Path) -> dict[str, Any]:
-    """What tells transformers where a checkpoint lies."""
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": path}
 
 
-def _unpacked_gguf() -> Any:
-    from transformers import GgufConfig
-
-    return GgufConfig(dequantize=True)
-
-
-def _config(source: dict[str, Any]) -> Any:
-    import transformers
-
-    return transformers.AutoConfig.from_pretrained(**source)
-
-
 def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
-    """The name of the class that the config asks for, and the class to load: that one or, where it names none that
-    transformers has (or one without a head, if `language_model`), the Auto class with a head.
-    """
+    """Return the name of the class that the config asks for, and the class to load: that one or, where it names none
+    that transformers has (or one without a head, if `language_model`), the Auto class with a head."""
     import transformers
 
     architecture = (config.architectures or [None])[0]
@@ -215,12 +203,14 @@ def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tupl
     if is_class and (not language_model or family_of_class(str(architecture))):
         return str(architecture), named
     if is_class:
-        return str(architecture), _class_with_head(config) or named
+        auto = _auto_with_head(config)
+        return str(architecture), auto._model_mapping[type(config)] if auto else named
     return str(architecture), _auto_class(config, architecture, trust_remote_code)
 
 
 def family_of_class(architecture: str) -> str | None:
-    """``seq2seq``, ``masked`` or ``causal``: what language model a transformers class is, or None where it is none.
+    """Return what language model a transformers class is, ``seq2seq``, ``masked`` or ``causal``, or None where it is
+    none.
 
     >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
     ['masked', 'seq2seq', None]
@@ -237,50 +227,42 @@ def family_of_class(architecture: str) -> str | None:
     return None
 
 
-def _class_with_head(config: Any) -> Any:
+def _auto_with_head(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    return None
+    # An encoder's config has a causal class too, which no checkpoint is of.
+    kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
+    return next((auto for auto in kinds if type(config) in auto._model_mapping), None)
 
 
 def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) -> Any:
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-    )
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     auto_map = getattr(config, "auto_map", None) or {}
     for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
         remote = str(auto_map.get(auto.__name__, ""))
         if trust_remote_code and remote.rpartition(".")[2] == architecture:
             return auto
-    # An encoder's config has a causal class too, which no checkpoint is of.
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            return auto
-    return AutoModel
+    return _auto_with_head(config) or AutoModel
 
 
-def _refuse_misfits(path: Path, report: dict[str, Any]) -> None:
-    """Refuse weights of other shapes than the config says: transformers has filled these in at random."""
-    misfits = sorted(report["mismatched_keys"])
-    if not misfits:
+def _check_shapes(path: Path, report: dict[str, Any]) -> None:
+    """Raise CheckpointError for weights of other shapes than the config says: transformers has filled these in at
+    random."""
+    mismatched = sorted(report["mismatched_keys"])
+    if not mismatched:
         return
-    name, stored, needed = misfits[0]
-    more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
+    name, stored, needed = mismatched[0]
+    more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
     raise CheckpointError(
         f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
         hint="Put the config.json that the weights were saved with beside them, or download both again.",
     )
 
 
-def _refuse_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
-    """Refuse what cannot be loaded whole; `headless` names the class without a head that the config asks for."""
+def _check_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
+    """Raise CheckpointError for what cannot be loaded whole; `headless` names the class without a head that the config
+    asks for."""
     missing = sorted(report["missing_keys"])
     if not missing:
         return
@@ -305,7 +287,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.layers import kinds_on, layer_of
-    from compressknow.model.direct_reads import direct_reads
+    from compressknow.model.direct_reads import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:
@@ -317,7 +299,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     layers: dict[Any, Any] = {}
     kinds = kinds_on(device)
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
-    in_floats = {model.get_submodule(name) for name in direct_reads(model)} if kinds else set()
+    in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
             layer = layer_of(module, kinds) if module not in in_floats else None
@@ -334,7 +316,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
 @contextlib.contextmanager
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    """Whatever transformers raises on a damaged or foreign folder, as one error that names it."""
+    """Raise whatever transformers raises on a damaged or foreign folder as one error that names it."""
     try:
         yield
     except CompressknowError:
@@ -358,7 +340,7 @@ _ADVICE = {
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of a library's error; in our words where it gives advice that is not for who reads this."""
+    """Return the first line of a library's error; in our words where it gives advice that is not for who reads this."""
     text = str(error).strip()
-    ours = next((words for sign, words in _ADVICE.items() if re.search(sign, text, re.IGNORECASE)), None)
-    return ours or (text.splitlines() or [type(error).__name__])[0]
+    advice = next((words for sign, words in _ADVICE.items() if re.search(sign, text, re.IGNORECASE)), None)
+    return advice or (text.splitlines() or [type(error).__name__])[0]

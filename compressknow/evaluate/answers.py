@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import DamagedAnswers, OutputError
-from compressknow.base.files import LOCK, is_no_folder, own_folder, write_whole, written
+from compressknow.base.files import LOCK, claim_folder, is_no_folder, open_whole, write_whole
 from compressknow.base.format import count, percent, plain
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
-from compressknow.base.reading import check_parquet, misfit, read_json, sha256_of
+from compressknow.base.reading import check_parquet, find_mismatch, read_json, sha256_of
 from compressknow.evaluate.records import FILES as TEXTS
 from compressknow.evaluate.records import FORM as TEXT_FORM
 from compressknow.evaluate.records import Chunk, Record, read_texts
-from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, seal_of, sealed
+from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -208,7 +208,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
     import pyarrow.parquet as pq
 
     columns = {name: [getattr(answer, name) for answer in answers] for name in make_schema().names}
-    with written(path) as file:
+    with open_whole(path) as file:
         pq.write_table(pa.table(columns, schema=make_schema()), file, compression="zstd")
 
 
@@ -324,11 +324,11 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := misfit(record, RECORD_FORM) or _find_infinite(record):
+    if wrong := find_mismatch(record, RECORD_FORM) or _find_infinite(record):
         raise DamagedAnswers(
             f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
         )
-    if SEAL in record and record[SEAL] != seal_of(record):
+    if SEAL in record and record[SEAL] != hash_manifest(record):
         raise DamagedAnswers(
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
             hint="Put the file back as it was, or probe the model again, into another folder.",
@@ -353,7 +353,7 @@ def write_record(folder: Path, record: Record) -> None:
     """Write ``probe.json``, with the hash of its content; it appears under its name only when it is whole."""
     # As it will be read: keys are texts then.
     content = json.loads(json.dumps(record.to_dict()))
-    text = json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(seal_manifest(content), indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 
@@ -374,7 +374,7 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
         raise OutputError(
             f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."
         )
-    with own_folder(folder, wait=wait):
+    with claim_folder(folder, wait=wait):
         yield
 
 

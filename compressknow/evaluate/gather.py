@@ -321,11 +321,11 @@ def find_both(
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import make_handles
-    from compressknow.model.checkpoint import is_address, no_files
+    from compressknow.model.checkpoint import build_server_error, is_address
 
     for model, _ in (a, b):
         if is_address(model):
-            raise no_files(model)
+            raise build_server_error(model)
         if is_answers_folder(Path(model)):
             raise UsageError(
                 f"{model} holds answers, no checkpoint.",

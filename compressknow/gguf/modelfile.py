@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import refuse_broken_links
+from compressknow.base.files import check_links
 from compressknow.engine.load import load_tokenizer
 from compressknow.model.checkpoint import read_json
 
@@ -28,7 +28,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
     that has it already may stay."""
     if path.resolve() in (output.resolve(), output.with_name(f"{output.name}.json").resolve()):
         raise UsageError("--modelfile and OUTPUT have one name.", hint="Give each a name of its own.")
-    refuse_broken_links(path)
+    check_links(path)
     there = path.read_text("utf-8", "replace") if path.is_file() else None
     if path.is_dir() or (there not in (None, text) and not overwrite):
         raise OutputError(f"{path} exists already.", hint="Choose another --modelfile, or pass --overwrite.")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
-from compressknow.base.files import write_whole, written
+from compressknow.base.files import open_whole, write_whole
 from compressknow.base.format import size
 from compressknow.base.system import move, sync_folder, uninterrupted
 from compressknow.compress.staging import Staging, check_overlap
@@ -90,7 +90,7 @@ def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
     if place is None:
         yield
         return
-    with written(place) as file:
+    with open_whole(place) as file:
         file.write((folder / IMPORTANCE).read_bytes())
         file.flush()
         os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from compressknow.base.errors import CheckpointError
 from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, counted, quiet
-from compressknow.base.reading import MANIFEST, misfit
+from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.compress.manifest import versions
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
@@ -141,7 +141,7 @@ def read_record(output: Path) -> dict[str, Any]:
             f"{path} has schema {record.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := misfit(record, FORM):
+    if wrong := find_mismatch(record, FORM):
         raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Export it again.")
     return record
 

@@ -1,7 +1,8 @@
-"""A checkpoint: a local folder or a hub id, its config and its weight files' headers; none of its code is run."""
+"""Checkpoint, a local folder or a hub id: its config and the headers of its weight files. None of its code is run."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, nearest
 from compressknow.base.files import name_of
-from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, refuse_changed
+from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged
 from compressknow.model.tensors import StoredTensor, read_header, same_bytes
 from compressknow.model.torch_bin import read_torch_file
 
@@ -26,32 +27,31 @@ CONFIGS = tuple(
 
 
 def module_folders(folder: Path) -> tuple[str, ...]:
-    """The folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
-    modules = _read(folder / MODULES)
+    """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
+    modules = _read_if_readable(folder / MODULES)
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
 
 
-def loading_floats(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The file, by name, that has sentence-transformers turn quantized weights into floats while it loads them; none
-    for any other checkpoint, and none where they are of several schemes, which transformers cannot load so.
+def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the file, by name, that has sentence-transformers turn quantized weights into floats while it loads them;
+    none for any other checkpoint, and none where they are of several schemes, which transformers cannot load so.
 
     It calls the `forward` of a model itself (since 6.0), past the hook in which transformers does so otherwise.
     """
     if not (folder / MODULES).is_file() or len(quantization["config_groups"]) > 1:
         return {}
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
-    settings = _read(folder / name)
+    settings = _read_if_readable(folder / name)
     settings = dict(settings) if isinstance(settings, dict) else {}
     # What newer releases call the same.
     key = "config_kwargs" if "config_kwargs" in settings else "config_args"
-    given = settings.get(key)
-    config = {**(given if isinstance(given, dict) else {}), "quantization_config": {**quantization, "dequantize": True}}
-    return {name: {**settings, key: config}}
+    config = settings[key] if isinstance(settings.get(key), dict) else {}
+    return {name: {**settings, key: {**config, "quantization_config": {**quantization, "dequantize": True}}}}
 
 
-def _read(path: Path) -> Any:
-    """What a JSON file holds; None where there is none that can be read: it goes along as it is."""
+def _read_if_readable(path: Path) -> Any:
+    """Return what a JSON file holds; None where there is none that can be read: it goes along as it is."""
     try:
         return reading.read_json(path, reading.CONFIG)
     except (ValueError, OSError):
@@ -69,8 +69,8 @@ HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENS
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty where the
-    folder has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
+    """Checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty where the folder
+    has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
 
     name: str
     folder: Path
@@ -83,11 +83,11 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a file of it was replaced or written to since it was opened."""
-        refuse_changed(self.states)
+        check_unchanged(self.states)
 
     @property
     def index(self) -> str | None:
-        """The file that tells which shard holds which tensor, where there is one."""
+        """Return the file that tells which shard holds which tensor, where there is one."""
         if not self.shards or self.shards[0] in (SAFETENSORS, TORCH):
             return None
         return SAFETENSORS_INDEX if self.shards[0].endswith(".safetensors") else TORCH_INDEX
@@ -105,25 +105,26 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     ------
     CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
     """
-    folder, commit = _resolve(model, revision, weights)
+    check_is_checkpoint(model)
+    folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
-    found: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     others: list[StoredTensor] = []
     for file, wanted in files.items():
-        stored = _read_weights(folder / file)
+        stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
             raise CheckpointError(
                 f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
-        found |= dict.fromkeys(stored, file)
+        file_of |= dict.fromkeys(stored, file)
         others += [tensor for name, tensor in stored.items() if wanted is not None and name not in wanted]
-    if left_out := sorted(found.keys() - tensors.keys()):
+    if left_out := sorted(file_of.keys() - tensors.keys()):
         raise CheckpointError(
-            f"The index of {folder} leaves out {some_of(left_out)}, which {found[left_out[0]]} holds.",
+            f"The index of {folder} leaves out {some_of(left_out)}, which {file_of[left_out[0]]} holds.",
             why="What reads the index loads a model without these weights.",
             hint=DOWNLOAD_AGAIN,
         )
@@ -139,7 +140,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
 
 
 def some_of(names: Collection[str]) -> str:
-    """The first few of some names, and how many there are beside.
+    """Return the first few of some names, and how many there are beside.
 
     >>> some_of(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -149,7 +150,7 @@ def some_of(names: Collection[str]) -> str:
 
 
 def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
-    """The object in a JSON file of at most `most` bytes.
+    """Return the object in a JSON file of at most `most` bytes.
 
     Raises CheckpointError where it is missing, no regular file, larger, not JSON, or not an object.
     """
@@ -165,7 +166,8 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """Weight files of a folder, in order, each with the names that its index expects in it (None: all it holds).
+    """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all it
+    holds).
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
 
@@ -189,7 +191,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
             raise CheckpointError(
                 f"{index} places {name} outside the folder, in {file!r}: refused.", hint=DOWNLOAD_AGAIN
             )
-        if not _is_file(folder / file):
+        if not os.path.isfile(folder / file):  # noqa: PTH113  # False, not an error, of a name that no file could have
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         wanted = files.setdefault(file, set())
         assert wanted is not None
@@ -197,40 +199,29 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
     return dict(sorted(files.items()))
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # No name that a file could have.
-        return False
-
-
 def is_outside(file: str) -> bool:
-    """Whether a file name that a checkpoint gives leads out of its folder, on any system."""
+    """Return whether a file name that a checkpoint gives leads out of its folder, on any system."""
     path = PurePosixPath(file.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in file or not path.parts
 
 
-def _read_weights(path: Path) -> dict[str, StoredTensor]:
-    return read_header(path) if path.suffix == ".safetensors" else read_torch_file(path)
-
-
 def is_address(model: str | Path) -> bool:
-    """Whether a model is named by the address of a server."""
+    """Return whether a model is named by the address of a server."""
     return isinstance(model, str) and model.lower().startswith(("http://", "https://"))
 
 
-def no_files(model: str | Path) -> CheckpointError:
-    """The error for what needs a model's files, of one on a server."""
+def build_server_error(model: str | Path) -> CheckpointError:
+    """Return the error for what needs a model's files, of one on a server."""
     return CheckpointError(
         f"{model} is a server: the files of its model are not here.",
         hint="Give the checkpoint folder. `probe` and `report` take the address of a server.",
     )
 
 
-def refuse_no_checkpoint(model: str | Path) -> None:
+def check_is_checkpoint(model: str | Path) -> None:
     """Raise CheckpointError where `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
     if is_address(model):
-        raise no_files(model)
+        raise build_server_error(model)
     path = Path(model)
     if path.is_dir():
         return
@@ -254,8 +245,8 @@ def can_be_converted(model: str | Path) -> bool:
 
 
 def is_path(model: str | Path) -> bool:
-    """Whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its slash is a
-    folder."""
+    """Return whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its
+    slash is a folder."""
     path = Path(model)
     if isinstance(model, Path) or not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".bin", ".json"):
         return True
@@ -269,12 +260,6 @@ def did_you_mean_beside(path: Path) -> str:
     except OSError:
         return ""
     return f"Did you mean {path.parent / near}? " if near else ""
-
-
-def _resolve(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, str | None]:
-    refuse_no_checkpoint(model)
-    path = Path(model)
-    return (path, None) if path.is_dir() else _download(str(model), revision, weights)
 
 
 def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
@@ -320,7 +305,7 @@ _WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 def check_files(folder: Path) -> dict[Path, FileState]:
-    """The states of the files of a checkpoint folder.
+    """Return the states of the files of a checkpoint folder.
 
     Raises CheckpointError where a pipe, a socket or a device lies in it, or a file too large for its name, or a folder
     where a file should be, which transformers takes for a file that is missing.
@@ -344,7 +329,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
     return states
 
 
-def refuse_leading_out(folder: Path, path: Path) -> None:
+def check_inside(folder: Path, path: Path) -> None:
     """Raise CheckpointError where a file of a checkpoint is a link to one outside of it, which nobody means to publish.
 
     In the hub's cache all files of a snapshot are links to blobs of the same repository: these count as inside.

@@ -1,4 +1,4 @@
-"""Weights that a model reads past their layer: code of another module takes ``layer.weight`` itself.
+"""Find weights that a model reads past their layer: code of another module takes ``layer.weight`` itself.
 
 An int8 layer computes with its scale and quantizes what comes in; whoever takes its weight gets bare integers. What a
 model reads is told by the source of its own classes, so that branches for kernels that are not here are seen too.
@@ -32,35 +32,33 @@ ASIDE = {"shape", "size", "device", "ndim", "dim", "numel", "requires_grad", "is
 NOT_RUN = re.compile(r"__init__$|_?init_weights|reset_parameters|tie_weights|_?prune|resize|[gs]et_\w*embeddings$")
 
 
-def direct_reads(model: PreTrainedModel) -> dict[str, Read]:
-    """Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone, to cast
-    something to it. What its source may read, and a short forward pass on the meta device does not, is left out
+def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
+    """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
+    to cast something to it. What its source may read, and a short forward pass on the meta device does not, is left out
     (BLOOM's exact mode); the source is believed of what the pass has not reached: where it stops midway, and of towers
-    that read no text.
-    """
+    that read no text."""
     candidates = dict(_candidates(model))
-    return {name: candidates[name] for name in _seen(_on_meta(model), candidates)} if candidates else {}
-
-
-def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
-    if model.device.type == "meta":
-        return model
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config)).eval()
+    if candidates and model.device.type != "meta":
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config)).eval()
+    return {name: candidates[name] for name in _find_read(model, candidates)} if candidates else {}
 
 
 def _candidates(tree: nn.Module) -> Iterator[tuple[str, Read]]:
+    from transformers import PreTrainedModel
+
     linears = {name for name, module in tree.named_modules() if isinstance(module, nn.Linear)}
     for name, module in tree.named_modules():
         start = re.escape(f"{name}.") if name else ""
+        bases = (each for each in type(module).__mro__ if each not in PreTrainedModel.__mro__)
         # Values last: they are what counts where both are read.
-        for path, read in sorted(_reads_of(type(module))):
+        for path, read in sorted({read for each in bases for read in _reads_in(each)}):
             pattern = re.compile(start + path)
             yield from ((linear, read) for linear in linears if pattern.fullmatch(linear))
 
 
-def _seen(tree: PreTrainedModel, names: Collection[str]) -> set[str]:
-    """Those whose weight is read from outside in a forward pass of a few tokens, or that it does not reach."""
+def _find_read(tree: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Return those whose weight is read from outside in a forward pass of a few tokens, or that it does not reach."""
     ids = torch.ones((1, 4), dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
     if tree.config.is_encoder_decoder:
@@ -71,7 +69,7 @@ def _seen(tree: PreTrainedModel, names: Collection[str]) -> set[str]:
     ran: set[str] = set()
     with contextlib.ExitStack() as watches, torch.no_grad():
         for name in names:
-            watches.enter_context(_watched(tree.get_submodule(name), name, read, ran))
+            watches.enter_context(_watch(tree.get_submodule(name), name, read, ran))
         try:
             with quiet(), _Valueless():  # type: ignore[no-untyped-call]
                 tree(**inputs)
@@ -87,7 +85,7 @@ def _kind(name: str) -> str:
 
 
 class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what code asks of the values of tensors that have none: each is zero."""
+    """Mode that answers what code asks of the values of tensors that have none: each is zero."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -98,7 +96,7 @@ class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def _watched(module: nn.Module, name: str, read: set[str], ran: set[str]) -> Iterator[None]:
+def _watch(module: nn.Module, name: str, read: set[str], ran: set[str]) -> Iterator[None]:
     plain: Any = type(module)
 
     class Watched(plain):  # type: ignore[misc]
@@ -120,14 +118,6 @@ def _watched(module: nn.Module, name: str, read: set[str], ran: set[str]) -> Ite
         yield
     finally:
         module.__class__ = plain
-
-
-def _reads_of(module_class: type) -> set[tuple[str, Read]]:
-    """Patterns of the modules below one of a class whose weights its methods read."""
-    from transformers import PreTrainedModel
-
-    bases = set(PreTrainedModel.__mro__)
-    return {read for each in module_class.__mro__ if each not in bases for read in _reads_in(each)}
 
 
 @cache
@@ -156,7 +146,7 @@ def _reads_in_function(function: ast.FunctionDef) -> Iterator[tuple[str, Read]]:
 
 
 def _path(node: ast.expr) -> str | None:
-    """A pattern of the module that an expression names, below the one whose method it stands in."""
+    """Return a pattern of the module that an expression names, below the one whose method it stands in."""
     parts: list[str] = []
     while not isinstance(node, ast.Name):
         if isinstance(node, ast.Subscript):

@@ -1,4 +1,4 @@
-"""What GGUF files hold: headers, checked before a reader written in Python takes them, and tensors by group and type.
+"""GGUF files: headers, checked before a reader written in Python takes them, and tensors by group and type.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -39,10 +39,10 @@ _MOST_DIMENSIONS, _MOST_NESTED, _MOST_BYTES_OF_A_NAME = 4, 4, 1 << 16
 
 
 class CutShort(NotReadable):
-    """A file that ends before what it says that it holds does, or that is no GGUF file at all."""
+    """File that ends before what it says that it holds does, or that is no GGUF file at all."""
 
 
-def refuse_cut_short(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """Raise CheckpointError where a GGUF file is cut short, or is none. What only this reader does not know passes: the
     runtime tells."""
     try:
@@ -65,7 +65,7 @@ def check_gguf(path: Path) -> None:
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
-    """The tensors of a GGUF file that hold plain floats, row-major; none where its bytes are in the other order.
+    """Return the tensors of a GGUF file that hold plain floats, row-major; none where its bytes are in the other order.
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
@@ -130,7 +130,7 @@ class _Header:
                 self._blocks = value
 
     def _value(self, kind: int, key: bytes, nested: int = 0) -> Any:
-        """A number; None where it is a text or a list, which is passed over."""
+        """Read a number; None where it is a text or a list, which is passed over."""
         self._values += 1
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
@@ -162,7 +162,7 @@ class _Header:
         return _Tensor(name, shape, self._number("I"), self._number("Q"))
 
     def _check_places(self, tensors: list[_Tensor]) -> None:
-        """One tensor follows the other, as llama.cpp demands it too, and the last ends in the file."""
+        """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
@@ -185,7 +185,7 @@ class _Header:
         return -(-place // self._alignment) * self._alignment
 
     def _number(self, letter: str) -> Any:
-        """An int, or a float of the letters f and d."""
+        """Read an int, or a float of the letters f and d."""
         form = self._order + letter
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
 
@@ -214,7 +214,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a GGUF file: `shape` as llama.cpp writes it, the row's length first."""
+    """Tensor of a GGUF file: `shape` as llama.cpp writes it, the row's length first."""
 
     name: str
     type: str
@@ -224,7 +224,7 @@ class Tensor:
 
     @property
     def layer(self) -> int | None:
-        """The number of its block."""
+        """Return the number of its block."""
         found = _BLOCK.match(self.name)
         return int(found[1]) if found else None
 
@@ -331,7 +331,7 @@ PART = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of a GGUF that was split, of its first part: those that are there, or the file alone.
+    """Return all files of a GGUF that was split, of its first part: those that are there, or the file alone.
 
     >>> [part.name for part in gguf_parts(Path("model.gguf"))]
     ['model.gguf']

@@ -1,6 +1,5 @@
-"""Reading a module tree: which Linear weights it has, in which group, block and stack each lies, and how often a
-pass runs it.
-"""
+"""Read a module tree: which Linear weights it has, in which group, block and stack each lies, and how often a pass runs
+it."""
 
 from __future__ import annotations
 
@@ -15,8 +14,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.placement import Step, is_cross, is_further_head, place
-from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structure
+from compressknow.model.structure import (
+    Group,
+    LinearWeight,
+    ModuleMap,
+    Step,
+    Structure,
+    is_cross,
+    is_further_head,
+    place,
+)
 
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
@@ -35,16 +42,16 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
         does; ``structural`` as attention.
     """
     tree = _Tree(model)
-    linears = [_placed(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
+    linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
     if module_map == "paper":
-        linears = [_as_in_the_paper(weight, tree.modules) for weight in linears]
+        linears = [_move_as_in_the_paper(weight, tree.modules) for weight in linears]
     return Structure(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
         module_map=module_map,
         linears=tuple(linears),
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        tied=_tied_names(model),
+        tied=_find_ties(model),
         opaque=dict(_opaque_parameters(tree)),
         buffers=frozenset(name for name, _ in model.named_buffers()),
         prefix=model.base_model_prefix,
@@ -52,14 +59,15 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """The transformer blocks of a model, outermost ones alone, in tree order; none in towers that read no text."""
+    """Return the transformer blocks of a model, outermost ones alone, in tree order; none in towers that read no
+    text."""
     tree = _Tree(model)
     return [name for name in tree.layers if not tree.in_tower(name)]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module hangs: the modules above it, the repeated block around it, and its index in the stack."""
+    """Place of a module: the modules above it, the repeated block around it, and its index in the stack."""
 
     steps: tuple[Step, ...]
     block: str | None
@@ -72,7 +80,9 @@ class _Tree:
         self.modules = dict(model.named_modules())
         self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.towers = set(_towers(model))
-        self.parts = {name for name, module in self.modules.items() if _is_part(model, module)} - self.towers
+        # Models of their own within a composite one.
+        models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
+        self.parts = {n for n, each in models.items() if not isinstance(each.config, type(model.config))} - self.towers
         self.layers = self._number_blocks()
         self.heads = _output_weights(model)
         # A weight of several names (Zamba's shared block) is applied once under each of them.
@@ -90,12 +100,13 @@ class _Tree:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
 
     def is_between(self, name: str) -> bool:
-        """Whether a module lies between the towers and the language model, where both are models of their own."""
+        """Return whether a module lies between the towers and the language model, where both are models of their
+        own."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
         return has_language and not any(each in self.parts or each in self.towers for each in (name, *_parents(name)))
 
     def _number_blocks(self) -> dict[str, int]:
-        """Outermost blocks -> index in their stack. Lists of lists (Funnel's) are one stack."""
+        """Return the outermost blocks and their index in the stack. Lists of lists (Funnel's) are one stack."""
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
@@ -122,7 +133,8 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _towers(model: PreTrainedModel) -> Iterator[str]:
-    """Models within a multimodal model that read images, video or sound, or condense what such a model gives."""
+    """Yield the models within a multimodal model that read images, video or sound, or condense what such a model
+    gives."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         # Idefics' vision model is a plain module with a config of its own.
@@ -133,11 +145,6 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def _is_part(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether a module is a model of its own within a composite one."""
-    return isinstance(module, PreTrainedModel) and not isinstance(module.config, type(model.config))
-
-
 def _output_weights(model: PreTrainedModel) -> set[int]:
     # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
     head = model.get_output_embeddings()
@@ -146,7 +153,7 @@ def _output_weights(model: PreTrainedModel) -> set[int]:
 
 
 def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
-    """Every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
+    """Yield every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
     found: dict[int, tuple[list[str], Kind, str]] = {}
     for module_name, module in model.named_modules():
         for kind, name, parameter in _weights_of(module):
@@ -165,39 +172,39 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
                 yield "experts", name, parameter
 
 
-def _placed(tree: _Tree, holders: list[str], kind: Kind, name: str) -> LinearWeight:
+def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> LinearWeight:
     module, *sharing = holders
     holder = tree.modules[module]
     parameter: torch.Tensor = getattr(holder, name)
-    place_ = tree.place(module)
-    group = _group(tree, module, parameter, place_)
+    where = tree.place(module)
+    group = _group(tree, module, parameter, where)
     return LinearWeight(
         parameter=f"{module}.{name}" if module else name,
         module=module,
         kind=kind,
         shape=tuple(parameter.shape),
         group=group,
-        layer=place_.layer,
+        layer=where.layer,
         stack=None if group == "vision" else _stack(tree.model, module),
-        cross=group == "attention" and is_cross(place_.steps),
-        uses=1 if group == "final" else _uses(tree, module, parameter, place_.layer),
+        cross=group == "attention" and is_cross(where.steps),
+        uses=1 if group == "final" else _uses(tree, module, parameter, where.layer),
         transposed=_is_transposed(holder, kind),
         sharing=tuple(sharing),
     )
 
 
-def _group(tree: _Tree, module: str, parameter: torch.Tensor, place_: _Place) -> Group | None:
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, where: _Place) -> Group | None:
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
     if id(parameter) in tree.heads:
         return "final"
-    if place_.block is None and is_further_head(place_.steps, module, leaf):
+    if where.block is None and is_further_head(where.steps, module, leaf):
         return "final"
-    if place_.block is None and tree.towers:
+    if where.block is None and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
         return "other"
-    return place(place_.steps, leaf, place_.block is not None)
+    return place(where.steps, leaf, where.block is not None)
 
 
 def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
@@ -220,15 +227,16 @@ def _is_transposed(module: nn.Module, kind: Kind) -> bool:
     return kind == "conv1d"
 
 
-def _as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
+def _move_as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
     output = BERT_ATTENTION_OUTPUT.match(weight.module)
     if output and f"{output.group(1)}self.query" in modules:
         return replace(weight, group="feed-forward", cross=False)
     return weight
 
 
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Name -> the name it shares storage with: what the class declares, and modules that hang at several places."""
+def _find_ties(model: PreTrainedModel) -> dict[str, str]:
+    """Map names to the name they share storage with: what the class declares, and modules that hang at several
+    places."""
     tensors = model.state_dict(keep_vars=True)
     declared = model.all_tied_weights_keys
     tied = {name: source for name, source in declared.items() if name in tensors and source in tensors}
@@ -241,7 +249,7 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
-    """Parameters that serve attention or feed-forward as a matrix, but are not a Linear layer's weight."""
+    """Yield parameters that serve attention or feed-forward as a matrix, but are not a Linear layer's weight."""
     text = tree.model.config.get_text_config(decoder=True)
     width = int(getattr(text, "hidden_size", 0) or 0)
     for module_name, module in tree.modules.items():
@@ -250,8 +258,8 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
         for name, parameter in module.named_parameters(recurse=False):
             if not _is_matrix(module, name, parameter, width):
                 continue
-            place_ = tree.place(f"{module_name}.{name}")
-            group = place(place_.steps, name, place_.block is not None)
+            where = tree.place(f"{module_name}.{name}")
+            group = place(where.steps, name, where.block is not None)
             if group in ("attention", "feed-forward"):
                 yield f"{module_name}.{name}", "vision" if tree.in_tower(module_name) else group
 
@@ -267,7 +275,7 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
 
 
 def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
-    """Times that one forward pass applies a weight.
+    """Count how often one forward pass applies a weight.
 
     Parameters
     ----------

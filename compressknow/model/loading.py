@@ -1,4 +1,4 @@
-"""What transformers would say of a checkpoint if it loaded it, found on the meta device from names and shapes alone.
+"""Find what transformers would say of a checkpoint if it loaded it, on the meta device from names and shapes alone.
 
 `from_pretrained` itself does the work: it renames, splits, fuses, ties and (by the quantizer that the config names)
 prepares layers as it always does, on tensors that have no memory. No weight is read.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,10 +35,9 @@ CONVERSION_FAILED = "issues during automatic conversion of the weights"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What did not go by the book: weights that no tensor gives (they would be filled with random numbers), tensors
-    that no weight takes, weights of another shape than the model's (that shape, and the model's), floats that a weight
-    of integers takes or the reverse, which are rounded without a word; and what stopped the load, where anything did.
-    """
+    """Report of a load: weights that no tensor gives (they would be filled with random numbers), tensors that no weight
+    takes, weights of another shape than the model's (that shape, and the model's), floats that a weight of integers
+    takes or the reverse, which are rounded without a word; and what stopped the load, where anything did."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -48,7 +47,7 @@ class LoadReport:
 
     @property
     def conversion_failed(self) -> bool:
-        """Whether transformers could not make some weight of the tensors that are stored for it."""
+        """Return whether transformers could not make some weight of the tensors that are stored for it."""
         return self.failure is not None and CONVERSION_FAILED in self.failure
 
 
@@ -63,7 +62,9 @@ def load_report(
     """
     # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
     require("accelerate")
-    state = {name: _empty(*header) for name, header in tensors.items()}
+    state = {
+        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
+    }
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with quiet():
@@ -77,30 +78,19 @@ def load_report(
             return LoadReport(failure=f"it compares {pair[0]} with {pair[1]}, and torch compares no floats of 8 bits.")
     mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(found["mismatched_keys"])}
     loaded = model.state_dict()
-    retyped = (name for name in state.keys() & loaded.keys() if _is_float(state[name]) != _is_float(loaded[name]))
-    return LoadReport(_sorted(found["missing_keys"]), _sorted(found["unexpected_keys"]), mismatched, _sorted(retyped))
-
-
-def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
-
-
-def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.is_floating_point
-
-
-def _sorted(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(names))
+    retyped = (n for n in state.keys() & loaded.keys() if state[n].is_floating_point() != loaded[n].is_floating_point())
+    missing, unexpected = (tuple(sorted(found[keys])) for keys in ("missing_keys", "unexpected_keys"))
+    return LoadReport(missing, unexpected, mismatched, tuple(sorted(retyped)))
 
 
 def headers_of(checkpoint: Checkpoint) -> dict[str, Header]:
-    """Dtype and shape of what a checkpoint's files hold, by name."""
+    """Return dtype and shape of what a checkpoint's files hold, by name."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
 
 def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
-    """The weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one; of
-    those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
+    """Return the weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one;
+    of those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
     is missing, nothing is.
@@ -116,13 +106,13 @@ def _missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) 
     if report.mismatched or report.conversion_failed:
         # A stack of fewer matrices than there are experts has another shape.
         missing.update(Naming(tree).missing_parts(checkpoint.tensors))
-    return _sorted(missing)
+    return tuple(sorted(missing))
 
 
 def open_complete(
     model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Checkpoint, PreTrainedModel]:
-    """A checkpoint that holds every weight of its model, and its module tree on the meta device.
+    """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
 
     Raises
     ------

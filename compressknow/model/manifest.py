@@ -1,4 +1,4 @@
-"""A manifest, read: its form, the hash by which it covers itself, and what it says of removal and calibration."""
+"""Read a manifest: its form, the hash by which it covers itself, and what it says of removal and calibration."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.format import count, size
-from compressknow.base.reading import MANIFEST, misfit
+from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.model.checkpoint import SHOWN, is_outside, read_json
 from compressknow.model.scopes import MOST_BLOCKS, layer_ranges
 
 SCHEMA = 1
+MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
 # The entry that holds the SHA-256 of all others.
 SEAL = "sha256"
 COUNTS = (
@@ -66,11 +67,11 @@ FORM = {
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that convert wrote.
+    """Read the manifest of a folder that convert wrote.
 
     Raises CheckpointError where there is none, of another schema, or not of the form that convert writes.
     """
-    refuse_unconverted(folder)
+    check_converted(folder)
     path = folder / MANIFEST_NAME
     manifest = read_json(path, MANIFEST)
     if manifest.get("schema") != SCHEMA:
@@ -78,22 +79,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := misfit(manifest, FORM) or _names_outside(manifest) or _odd_blocks(manifest) or _odd_neurons(manifest):
+    if wrong := find_mismatch(manifest, FORM) or next(_find_oddities(manifest), None):
         raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again.")
     return manifest
 
 
-def _names_outside(manifest: Mapping[str, Any]) -> str | None:
-    return next((f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name)), None)
+def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
+    removed = manifest.get("removed", {})
+    yield from (f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name))
+    for i, entry in enumerate(removed.get("blocks", [])):
+        if not 0 <= entry["before"] <= MOST_BLOCKS:
+            yield f"removed.blocks[{i}].before is no number of blocks"
+    for i, entry in enumerate(removed.get("neurons", [])):
+        if "dropped" in entry and not _is_consistent(entry):
+            yield f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"
 
 
 def expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """By name, what the weight files must hold: ``dtype``, ``shape`` and ``sha256`` (and ``zeros`` of a weight)."""
+    """Return by name what the weight files must hold: ``dtype``, ``shape`` and ``sha256`` (and ``zeros`` of a
+    weight)."""
     return {name: row for each in manifest["tensors"] for name, row in _stored(each)}
 
 
 def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tensor of a row, and its scale where it has one; or all that its scheme stores for it."""
+    """Yield the tensor of a row, and its scale where it has one; or all that its scheme stores for it."""
     if "stored" in row:
         yield from ((part["name"], part) for part in row["stored"])
         return
@@ -104,7 +113,7 @@ def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a manifest says of calibration, in short; None where nothing was calibrated.
+    """Return what a manifest says of calibration, in short; None where nothing was calibrated.
 
     Beside ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``: ``smoothed``, how many norms
     were divided; ``unseen``, how many weights were compressed without knowledge of their inputs, ``examples`` of their
@@ -114,8 +123,7 @@ def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     unseen, rows = sorted(done["unseen"]), {row["name"]: row for row in manifest["tensors"]}
     numel = sum(_numel_of(name, rows) for name in unseen)
-    kept = {key: done[key] for key in ("kind", "source", "sha256", "tokens", "seed", "blocks_apart")}
-    return kept | {
+    return {key: done[key] for key in ("kind", "source", "sha256", "tokens", "seed", "blocks_apart")} | {
         "smoothed": len(done.get("smoothed", {})),
         "unseen": len(unseen),
         "unseen_share": numel / max(manifest["totals"]["in_scope"], 1),
@@ -124,15 +132,15 @@ def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _numel_of(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
-    """Parameters of a weight, or of one matrix ``NAME[3]`` of several that a tensor holds."""
+    """Count the parameters of a weight, or of one matrix ``NAME[3]`` of several that a tensor holds."""
     tensor, bracket, _ = name.partition("[")
     row = rows.get(tensor, {"numel": 0, "shape": []})
     return int(row["numel"]) // max(row["shape"][0], 1) if bracket and row["shape"] else int(row["numel"])
 
 
 def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
-    """The neurons that a network lost, by the module that read them, of an entry of `removed`; none where a manifest of
-    before does not say which they were.
+    """Return the neurons that a network lost, by the module that read them, of an entry of `removed`; none where a
+    manifest of before does not say which they were.
 
     >>> dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
     {'layers.0.down_proj': (range(0, 1), range(2, 5))}
@@ -141,52 +149,33 @@ def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
     return {module: tuple(layer_ranges(numbers).values()) for module, numbers in pairs}
 
 
-def _odd_blocks(manifest: Mapping[str, Any]) -> str | None:
-    for i, entry in enumerate(manifest.get("removed", {}).get("blocks", [])):
-        if not 0 <= entry["before"] <= MOST_BLOCKS:
-            return f"removed.blocks[{i}].before is no number of blocks"
-    return None
-
-
-def _odd_neurons(manifest: Mapping[str, Any]) -> str | None:
-    for i, entry in enumerate(manifest.get("removed", {}).get("neurons", [])):
-        if "dropped" in entry and not _are_told(entry):
-            return f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"
-    return None
-
-
-def _are_told(entry: Mapping[str, Any]) -> bool:
-    """Whether each module lost as many neurons as the entry says, in ascending order."""
+def _is_consistent(entry: Mapping[str, Any]) -> bool:
+    """Return whether each module lost as many neurons as the entry says, in ascending order."""
     try:
-        told = list(dropped_neurons(entry).values())
+        dropped = list(dropped_neurons(entry).values())
     except UsageError:
         return False
-    for ranges in told:
-        stops = [0, *(each.stop for each in ranges)]
-        ascending = all(each.start >= stop for each, stop in zip(ranges, stops, strict=False))
-        if not ascending or stops[-1] > entry["before"] or sum(map(len, ranges)) != entry["before"] - entry["after"]:
+    for spans in dropped:
+        stops = [0, *(each.stop for each in spans)]
+        ascending = all(each.start >= stop for each, stop in zip(spans, stops, strict=False))
+        if not ascending or stops[-1] > entry["before"] or sum(map(len, spans)) != entry["before"] - entry["after"]:
             return False
-    return len(entry["dropped"]) == len(entry["modules"]) == len(told)
+    return len(entry["dropped"]) == len(entry["modules"]) == len(dropped)
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of its content: recipe, source and versions cannot change unnoticed."""
-    return {**manifest, SEAL: seal_of(manifest)}
+def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the hash of its content to a manifest: recipe, source and versions cannot change unnoticed."""
+    return {**manifest, SEAL: hash_manifest(manifest)}
 
 
-def seal_of(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's entries, without the one for it, as JSON with sorted keys, without spaces, in ASCII."""
+def hash_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the manifest's entries, without the one for it, as JSON with sorted keys, without spaces,
+    in ASCII."""
     content = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-MANIFEST_NAME = "compressknow.json"
-
-
-CARD_NAME = "README.md"
-
-
-def refuse_unconverted(folder: Path) -> None:
+def check_converted(folder: Path) -> None:
     """Raise CheckpointError where a folder has no manifest."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
@@ -197,7 +186,7 @@ def refuse_unconverted(folder: Path) -> None:
 
 
 def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
-    """Sentences on the entry ``removed`` of a manifest; none where it has none.
+    """Yield sentences on the entry ``removed`` of a manifest; none where it has none.
 
     >>> blocks = {"stack": "model.layers", "key": "num_hidden_layers", "before": 8, "after": 5, "dropped": [2, 3, 6]}
     >>> *_, last = removed_in_words({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
@@ -209,10 +198,8 @@ def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
     if not removed:
         return
     for one in removed["blocks"]:
-        number, why = (
-            one["before"] - one["after"],
-            ", which change their input least" if one.get("similarities") else "",
-        )
+        number = one["before"] - one["after"]
+        why = ", which change their input least" if one.get("similarities") else ""
         which = ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
         were = "was" if number == 1 else "were"
         yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
@@ -224,7 +211,7 @@ def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers, as `--drop-blocks` and `--layers` take them.
+    """Write ascending numbers as `--drop-blocks` and `--layers` take them.
 
     >>> ranges([0, 2, 3, 4, 7])
     '0, 2-4, 7'
@@ -234,10 +221,11 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
-    """Sentences on what `calibration_of` gives: on which text, and how that went. None where nothing was calibrated.
+    """Yield sentences on what `calibration_of` gives: on which text, and how that went. None where nothing was
+    calibrated.
 
-    >>> said = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
-    >>> list(calibrated_in_words({**said, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
+    >>> text = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
+    >>> list(calibrated_in_words({**text, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
     '4 weights were compressed without knowledge of the inputs, for too few tokens reach them: a, b, c and 1 more.'
     """
     if not calibration:
@@ -256,6 +244,6 @@ def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def text_in_words(calibration: Mapping[str, Any]) -> str:
-    """Which text, and how much of it."""
+    """Return which text, and how much of it."""
     source = "the model's own text" if calibration["kind"] == "self" else calibration["source"]
     return f"{count(calibration['tokens'])} tokens of {source}"

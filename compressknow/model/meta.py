@@ -1,4 +1,4 @@
-"""A checkpoint's module tree on the meta device: built from its config alone, within bounds, without weights."""
+"""Module tree of a checkpoint on the meta device: built from its config alone, within bounds, without weights."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrai
 
 
 def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
+    """Build the model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
     # A config may ask for a kernel that is not installed here; no layer depends on it.
     config._attn_implementation = "eager"
     try:
@@ -132,8 +132,8 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
         raise CheckpointError(what, _reason(error)) from error
 
 
-def rebuilt(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
-    """A module tree of the same class with another content of its config.json, which lies at `path`.
+def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
+    """Build a module tree of the same class with another content of its config.json, which lies at `path`.
 
     Raises CheckpointError where no such model can be built.
     """
@@ -146,8 +146,8 @@ def rebuilt(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTraine
 
 
 def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
-    """The config that the class of a module tree is given for the content of a config.json."""
-    config = whole_config(tree, raw)
+    """Return the config that the class of a module tree is given for the content of a config.json."""
+    config = build_whole_config(tree, raw)
     part = _config_for(type(tree), config)
     if part is not config and "quantization_config" in raw:
         # As the auto classes do.
@@ -155,8 +155,9 @@ def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedCo
     return part
 
 
-def whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
-    """All settings of a config.json, defaults included: of a multimodal checkpoint, those of its other parts too."""
+def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
+    """Return all settings of a config.json, defaults included: of a multimodal checkpoint, those of its other parts
+    too."""
     is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
     config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
     # JSON has no infinity: transformers writes one as an object of its own.
@@ -176,7 +177,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 def _best_match(
     path: Path, config: PreTrainedConfig, architecture: str, tensor_names: Collection[str]
 ) -> PreTrainedModel:
-    """The language model of the config's type whose parameters best cover the stored tensors.
+    """Build the language model of the config's type whose parameters best cover the stored tensors.
 
     Some checkpoints name a class of their authors' own (AntiBERTy) though their layers are a known model's.
     """
@@ -192,7 +193,7 @@ def _best_match(
             else "The folder holds no weights that could tell which class is meant.",
             f"Put the class that the weights belong to into `architectures`: {', '.join(candidates) or 'none known'}.",
         )
-    return max(fitting, key=lambda model: _coverage(model, names))
+    return max(fitting, key=lambda model: sum(1 if name in names else -1 for name in model.state_dict()))
 
 
 def _candidates(model_type: Any) -> list[str]:
@@ -204,11 +205,6 @@ def _head_is_stored(model: PreTrainedModel, names: set[str]) -> bool:
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     return any(tensor is weight and name in names for name, tensor in model.state_dict(keep_vars=True).items())
-
-
-def _coverage(model: PreTrainedModel, names: set[str]) -> int:
-    own = set(model.state_dict())
-    return len(own & names) - len(own - names)
 
 
 def _reason(error: Exception) -> str:
@@ -247,7 +243,7 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     nested so deeply that who copies it would fail."""
     level: list[Any] = [config]
     for _ in range(MOST_DEPTH):
-        for key, value in _entries(level):
+        for key, value in (entry for each in level if isinstance(each, Mapping) for entry in each.items()):
             if isinstance(value, (int, float)) and abs(value) > _most(key):
                 raise CheckpointError(
                     f"{path} has {key} {value:,}, but the maximum is {_most(key):,}.",
@@ -261,10 +257,6 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _entries(level: list[Any]) -> Iterator[tuple[str, Any]]:
-    return (entry for value in level if isinstance(value, Mapping) for entry in value.items())
-
-
 def _most(key: str) -> float:
     return next((most for pattern, most in _MOST if pattern.search(key)), math.inf)
 
@@ -274,12 +266,12 @@ def bounded_building(path: Path) -> Iterator[None]:
     """Raise CheckpointError as soon as the modules that are built from the config at `path` are too many."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    begun, made = time.monotonic(), 0
+    start, made = time.monotonic(), 0
 
     def count(*_: Any) -> None:
         nonlocal made
         made += 1
-        late = made > MODULES_IN_ANY_TIME and time.monotonic() - begun > MOST_SECONDS
+        late = made > MODULES_IN_ANY_TIME and time.monotonic() - start > MOST_SECONDS
         if made > MOST_MODULES or late:
             raise CheckpointError(
                 f"{path} describes a model of more than {made - 1:,} modules: too many to be built.",

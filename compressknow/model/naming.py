@@ -1,4 +1,4 @@
-"""From the names in a checkpoint's files to the names in its module tree, as transformers maps them on loading.
+"""Map the names in a checkpoint's files to those in its module tree, as transformers does on loading.
 
 They differ where an architecture was refactored since (GPT-NeoX: ``embed_out`` is now ``lm_head``; Mixtral: one
 tensor an expert is now one stack), where a base model's checkpoint lacks its prefix, and where weights are tied.
@@ -7,11 +7,12 @@ tensor an expert is now one stack), where a base model's checkpoint lacks its pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor, same_bytes
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Binding:
-    """Where transformers loads a stored tensor to: the `parameters` of the module tree that get values of it, several
-    where it is split on the way; `reshaped` where it is fused, split or transposed, so that it is not stored in the
-    form that a module holds. `rows` of it are what each of several parameters gets, where these are whole rows."""
+    """Destination of a stored tensor: the `parameters` of the module tree that get values of it, several where it is
+    split on the way; `reshaped` where it is fused, split or transposed, so that it is not stored in the form that a
+    module holds. `rows` of it are what each of several parameters gets, where these are whole rows."""
 
     parameters: tuple[str, ...]
     reshaped: bool = False
@@ -35,7 +36,7 @@ class Binding:
 
 
 class Naming:
-    """The mapping of stored names for one module tree on the meta device."""
+    """Mapping of stored names for one module tree on the meta device."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -49,8 +50,8 @@ class Naming:
         self._tree = dict(model.state_dict())
 
     def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
-        """The parameters that the stored tensors are loaded to, by stored name; none for a tensor that the module tree
-        has no place for."""
+        """Return the parameters that the stored tensors are loaded to, by stored name; none for a tensor that the
+        module tree has no place for."""
         from transformers.core_model_loading import dot_natural_key
 
         bound: dict[str, Binding] = {}
@@ -63,7 +64,7 @@ class Naming:
             elif pattern is not None and name in self._tree:
                 converted.setdefault((name, self._converter_of(pattern)), []).append((stored, pattern))
         for (name, converter), parts in converted.items():
-            binding = self._converted(name, self._converters[converter], parts, tensors)
+            binding = self._bind_converted(name, self._converters[converter], parts, tensors)
             bound |= {stored: binding for stored, _ in parts}
         return {stored: bound[stored] for stored in tensors if stored in bound}
 
@@ -71,10 +72,10 @@ class Naming:
         # The last that has the pattern, as transformers takes it.
         return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
 
-    def _converted(
+    def _bind_converted(
         self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
     ) -> Binding:
-        """What a converter makes of its sources, found by letting it convert tensors that have no memory."""
+        """Bind what a converter makes of its sources, found by letting it convert tensors that have no memory."""
         whole = self._convert(name, converter, [(p, _empty(tensors[stored])) for stored, p in parts])
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
         if not parameters:
@@ -92,8 +93,8 @@ class Naming:
         tensors: Mapping[str, StoredTensor],
         parameters: tuple[str, ...],
     ) -> tuple[range, ...]:
-        """Which rows of one source each of several parameters gets: the numbers of its rows, put through a converter,
-        come out as unbroken ranges where it does nothing but cut it."""
+        """Return which rows of one source each of several parameters gets: the numbers of its rows, put through a
+        converter, come out as unbroken ranges where it does nothing but cut it."""
         import torch
 
         shape = tensors[parts[0][0]].shape
@@ -117,8 +118,9 @@ class Naming:
             return {}
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
-    def made(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What transformers makes a parameter of, from all the stored tensors (by name) that it is converted from.
+    def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what transformers makes a parameter of, from all the stored tensors (by name) that it is converted
+        from.
 
         Raises KeyError where its conversion does not give that parameter.
         """
@@ -134,8 +136,8 @@ class Naming:
         return self._convert(name, converter, parts)[parameter]
 
     def missing_parts(self, stored: Collection[str]) -> list[str]:
-        """Of parameters that are converted from several tensors, the names that are not `stored`, though others of the
-        same parameter are.
+        """Return, of parameters that are converted from several tensors, the names that are not `stored`, though others
+        of the same parameter are.
 
         The names are those under which transformers saves the model: nothing is found of one that is stored in an older
         form.
@@ -154,7 +156,7 @@ class Naming:
         return [name for parts in expected.values() if parts & set(stored) for name in parts.difference(stored)]
 
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
-        """Whether a stored tensor has its last two axes swapped on the way to `parameter`."""
+        """Return whether a stored tensor has its last two axes swapped on the way to `parameter`."""
         from transformers.core_model_loading import Transpose
 
         pattern = self._rename(stored, self._tree)[1]
@@ -164,7 +166,7 @@ class Naming:
         return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
 
     def scale_follows(self, stored: str, parameter: str) -> bool:
-        """Whether a scale stored beside `stored` would be loaded beside `parameter`."""
+        """Return whether a scale stored beside `stored` would be loaded beside `parameter`."""
         tree = {**self._tree, parameter + "_scale": self._tree[parameter]}
         return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
 
@@ -186,8 +188,8 @@ def _empty(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, device="meta")
 
 
-def suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
-    """Which stored tensor gives each parameter its values, ties resolved against what the files hold.
+def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
+    """Return which stored tensor gives each parameter its values, ties resolved against what the files hold.
 
     `bound` maps stored names to parameters, `tied` a parameter to the one whose storage it shares by the model's
     class and config. Two that are both stored with different values are not tied, whatever the config says:
@@ -208,3 +210,44 @@ def suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[st
         if target not in supply and source in supply:
             supply[target] = supply[source]
     return supply
+
+
+# What values of so many bits are called: as safetensors calls integers of 8 bits.
+INT4 = "I4"
+PACKED_DTYPES = {4: INT4, 8: "I8"}
+_PACKED, _WORD = "_packed", 32
+
+
+class Packed(NamedTuple):
+    """Tensor in which values lie packed (compressed-tensors' ``pack-quantized``), and one that stands for them: under
+    the name that they would have, with their shape and dtype, ``I4`` or ``I8``."""
+
+    stored: StoredTensor
+    values: StoredTensor
+
+
+def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure) -> dict[str, Packed]:
+    """Return Linear weights [rows, columns] that a checkpoint stores as int32 [rows, columns / 8] or [rows, columns /
+    4], by parameter; none where its config has a group of other bits."""
+    weights = (group.get("weights") for group in config_groups(checkpoint.config.get("quantization_config")))
+    bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
+    if not bits or not bits <= PACKED_DTYPES.keys():
+        return {}
+    stored = {name.removesuffix(_PACKED): t for name, t in checkpoint.tensors.items() if name.endswith(_PACKED)}
+    shapes = {weight.parameter: weight.shape for weight in structure.linears if weight.kind == "linear"}
+    found = {}
+    for name, binding in naming.bind(stored).items():
+        tensor, (rows, columns) = stored[name], shapes.get(binding.parameter, (0, 0))
+        widths = {-(-columns * number // _WORD): number for number in bits}
+        if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
+            values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
+            found[binding.parameter] = Packed(tensor, values)
+    return found
+
+
+def config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the groups of layers of a `quantization_config`, each with the settings of its weights."""
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping):
+            yield group

@@ -24,7 +24,7 @@ MOST_REPETITIONS = 4
 
 
 class Pattern:
-    """A regular expression of Python's `re`, which may search for `MOST_SECONDS` in all.
+    """Regular expression of Python's `re`, which may search for `MOST_SECONDS` in all.
 
     Raises UsageError, which names the option it was given by, where it is none, or takes longer.
     """
@@ -44,8 +44,8 @@ class Pattern:
             raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}.") from None
 
     def search(self, name: str) -> bool:
-        """Whether the pattern matches anywhere in a name."""
-        begun = time.monotonic()
+        """Return whether the pattern matches anywhere in a name."""
+        start = time.monotonic()
         try:
             found = self._compiled.search(name, timeout=max(self._left, 0.001)) is not None
         except TimeoutError:
@@ -54,11 +54,11 @@ class Pattern:
                 "A repetition inside a repetition, such as (a+)+, tries every way to divide a name.",
                 "Write it without the inner or the outer one.",
             ) from None
-        self._left -= time.monotonic() - begun
+        self._left -= time.monotonic() - start
         return found
 
 
-def refuse_slow_targets(where: str, quantization: Any) -> None:
+def check_targets(where: str, quantization: Any) -> None:
     """Raise CheckpointError where the `re:` targets of a quantization_config could take for ever to match.
 
     compressed-tensors matches them against every module's name with Python's `re`, which knows no limit of time.
@@ -87,7 +87,8 @@ def _regular_expressions(quantization: Any) -> Iterator[str]:
 
 
 def _is_slow(parsed: Any) -> bool:
-    """Whether an endless repetition holds another or a choice (exponential), or there are many (a high power)."""
+    """Return whether an endless repetition holds another or a choice (exponential), or there are many (a high
+    power)."""
     endless = [body for operation, body in _nodes(parsed) if _is_endless(operation, body)]
     nested = any(
         operation is ops.BRANCH or _is_endless(operation, inner)
@@ -102,7 +103,7 @@ def _is_endless(operation: Any, body: Any) -> bool:
 
 
 def _nodes(parsed: Any) -> Iterator[tuple[Any, Any]]:
-    """Every operation of a parsed pattern, those within others too."""
+    """Yield every operation of a parsed pattern, those within others too."""
     for operation, body in parsed:
         yield operation, body
         for part in body if isinstance(body, tuple) else ():
@@ -160,12 +161,12 @@ def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
 
 
 def scope_names(structure: Structure) -> tuple[str, ...]:
-    """The scopes that hold at least one weight of this model."""
+    """Return the scopes that hold at least one weight of this model."""
     return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
 
 
 def scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
-    """Parameters that each scope of the model takes, by action, shared layers once a use."""
+    """Count the parameters that each scope of the model takes, by action, shared layers once per use."""
     actions: tuple[Action, ...] = ("prune", "quantize")
     return {
         name: {action: sum(w.used for w in structure.linears if SCOPES[name](w, action)) for action in actions}
@@ -181,7 +182,7 @@ def select(
     exclude: Sequence[str] = (),
     layers: str | None = None,
 ) -> tuple[LinearWeight, ...]:
-    """The weights that an action is to take, in tree order.
+    """Return the weights that an action is to take, in tree order.
 
     Parameters
     ----------
@@ -208,29 +209,28 @@ def select(
     for pattern in excludes:
         _check_pattern("--exclude", pattern, [*(w.module for w in (*in_scope, *unplaced)), *opaque], structure)
     narrowing = tuple(p for p in includes if any(p.search(w.module) for w in in_scope))
-    _refuse_opaque(opaque, narrowing, excludes)
+    _check_opaque(opaque, narrowing, excludes)
     if set(scopes) != {"final"}:
-        _refuse_unplaced(unplaced, (*includes, *excludes))
-    _check_scopes(structure, scopes, action, bool(unplaced))
+        _check_unplaced(unplaced, (*includes, *excludes))
+    for scope in scopes:
+        if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
+            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=_list_scopes(structure))
     chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
     chosen += [w for w in unplaced if _matches(w, includes)]
     chosen = [w for w in chosen if not _matches(w, excludes)]
     if layers is not None:
-        chosen = _in_layers(structure, chosen, layers)
-    return _in_tree_order(structure, chosen)
+        chosen = _select_layers(structure, chosen, layers)
+    if not chosen:
+        raise UsageError("No Linear layer is left.", hint="Loosen --exclude, --include or --layers.")
+    names = {weight.parameter for weight in chosen}
+    return tuple(weight for weight in structure.linears if weight.parameter in names)
 
 
 def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
     return any(pattern.search(weight.module) for pattern in patterns)
 
 
-def _check_scopes(structure: Structure, scopes: Sequence[str], action: Action, any_unplaced: bool) -> None:
-    for scope in scopes:
-        if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not any_unplaced:
-            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=_there_is(structure))
-
-
-def _there_is(structure: Structure) -> str:
+def _list_scopes(structure: Structure) -> str:
     counts = scope_parameters(structure)
     if not counts:
         return f"{structure.architecture} has no Linear layer at all."
@@ -264,7 +264,7 @@ def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
     return [name for name, group in structure.opaque.items() if group in groups or (everything and group != "vision")]
 
 
-def _refuse_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
+def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
     wanted = [name for name in opaque if not narrowing or any(pattern.search(name) for pattern in narrowing)]
     left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
     if left:
@@ -274,7 +274,7 @@ def _refuse_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -
         )
 
 
-def _refuse_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
+def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
     left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w, resolved)))
     if left:
         raise UnsupportedError(
@@ -294,7 +294,7 @@ def _example(names: list[str]) -> str:
 
 
 def layer_ranges(layers: str) -> dict[str, range]:
-    """What ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
+    """Return what ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
     ranges: dict[str, range] = {}
     for part in layers.split(","):
         limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
@@ -308,7 +308,7 @@ def layer_ranges(layers: str) -> dict[str, range]:
     return ranges
 
 
-def _in_layers(structure: Structure, weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
+def _select_layers(structure: Structure, weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
     there = {w.layer for w in weights if w.layer is not None}
     known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
     # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
@@ -327,10 +327,3 @@ def _in_layers(structure: Structure, weights: list[LinearWeight], layers: str) -
 
 def _stack_of(weight: LinearWeight) -> tuple[str | None, bool]:
     return weight.stack, weight.group == "vision"
-
-
-def _in_tree_order(structure: Structure, chosen: list[LinearWeight]) -> tuple[LinearWeight, ...]:
-    if not chosen:
-        raise UsageError("No Linear layer is left.", hint="Loosen --exclude, --include or --layers.")
-    names = {weight.parameter for weight in chosen}
-    return tuple(weight for weight in structure.linears if weight.parameter in names)

@@ -1,4 +1,4 @@
-"""What `inspect` tells of a checkpoint: counts by group and scope, as plain records."""
+"""Summarize a checkpoint for `inspect`: counts by group and scope, as plain records."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ Ties = dict[str, str]
 
 
 class Inspection(Shown, dict[str, Any]):
-    """What `inspect` tells of a checkpoint: the content of ``inspect --json``.
+    """Summary of a checkpoint: the content of ``inspect --json``.
 
     A dict, which its properties read by name.
     """
 
     @property
     def model(self) -> str:
-        """What the checkpoint is called."""
+        """Return the name of the checkpoint."""
         return str(self["model"])
 
     @property
     def architecture(self) -> str:
-        """The class that transformers builds."""
+        """Return the class that transformers builds."""
         return str(self["architecture"])
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """By group of Linear layers: ``modules``, parameters ``stored`` and as ``used``, and its ``weights``."""
+        """Return, by group of Linear layers, ``modules``, parameters ``stored`` and as ``used``, and its
+        ``weights``."""
         return dict(self["groups"])
 
     @property
     def scopes(self) -> dict[str, dict[str, int]]:
-        """By scope, the parameters that ``prune`` and ``quantize`` take."""
+        """Return, by scope, the parameters that ``prune`` and ``quantize`` take."""
         return dict(self["scopes"])
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Of the whole model, ``stored`` and as ``used``."""
+        """Return those of the whole model, ``stored`` and as ``used``."""
         return dict(self["parameters"])
 
     @property
     def tied(self) -> list[list[str]]:
-        """Pairs of names that share one tensor."""
+        """Return pairs of names that share one tensor."""
         return list(self["tied"])
 
     @property
     def unplaced(self) -> list[str]:
-        """Linear layers that no group has."""
+        """Return the Linear layers that no group has."""
         return list(self["unplaced"])
 
     def _summary(self) -> Summary:
@@ -94,29 +95,24 @@ def inspect_checkpoint(
 
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
-    from compressknow.model.grid import grid_of
     from compressknow.model.groups import structure_of
     from compressknow.model.loading import missing_weights
     from compressknow.model.meta import meta_model
+    from compressknow.model.tensors import grid_of
 
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)
     if not checkpoint.tensors:
-        return summarize(_tied_by(checkpoint.config, structure), checkpoint.name, None)
+        return summarize(_untie_head(checkpoint.config, structure), checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = grid_of(checkpoint.tensors.values())
-    return Inspection(
-        {
-            **summary,
-            "missing": list(missing_weights(checkpoint, tree)),
-            **({"grid": grid._asdict()} if grid else {}),
-        }
-    )
+    missing = list(missing_weights(checkpoint, tree))
+    return Inspection({**summary, "missing": missing, **({"grid": grid._asdict()} if grid else {})})
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
-    """The record behind `inspect` and its `--json`.
+    """Return the record behind `inspect` and its `--json`.
 
     Parameters
     ----------
@@ -128,24 +124,26 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     dict of plain values. Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass
     (ALBERT's shared layer). A final layer tied to the embedding counts in `final`, and once in `parameters`.
     """
-    stored = _stored_parameters(structure)
+    left_out = structure.buffers | structure.tied.keys()
+    stored = sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
     shared = sum(weight.used - weight.stored for weight in structure.linears)
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
         del groups["vision"]
-    summary = {
-        "model": source_name,
-        "architecture": structure.architecture,
-        "model_type": structure.model_type,
-        "module_map": structure.module_map,
-        "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
-        "scopes": scope_parameters(structure),
-        "parameters": {"stored": stored, "used": stored + shared},
-        "tied": sorted([name, source] for name, source in structure.tied.items()),
-        "unplaced": list(dict.fromkeys(structure.unplaced)),
-        "opaque": dict(structure.opaque),
-    }
-    return Inspection(summary)
+    return Inspection(
+        {
+            "model": source_name,
+            "architecture": structure.architecture,
+            "model_type": structure.model_type,
+            "module_map": structure.module_map,
+            "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
+            "scopes": scope_parameters(structure),
+            "parameters": {"stored": stored, "used": stored + shared},
+            "tied": sorted([name, source] for name, source in structure.tied.items()),
+            "unplaced": list(dict.fromkeys(structure.unplaced)),
+            "opaque": dict(structure.opaque),
+        }
+    )
 
 
 def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
@@ -174,12 +172,7 @@ def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str
     }
 
 
-def _stored_parameters(structure: Structure) -> int:
-    left_out = structure.buffers | structure.tied.keys()
-    return sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
-
-
-def _tied_by(config: dict[str, Any], structure: Structure) -> Structure:
+def _untie_head(config: dict[str, Any], structure: Structure) -> Structure:
     # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
     if config.get("tie_word_embeddings") is not False:
         return structure
@@ -188,13 +181,12 @@ def _tied_by(config: dict[str, Any], structure: Structure) -> Structure:
 
 
 def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> tuple[dict[str, str], Ties]:
-    """Dtype of each parameter as stored, and the ties that the weight files bear out."""
-    from compressknow.model.naming import Naming, suppliers
-    from compressknow.model.packed import packed_weights
+    """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
+    from compressknow.model.naming import Naming, find_suppliers, packed_weights
 
     naming = Naming(model)
     bindings = naming.bind(checkpoint.tensors)
-    supply = suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
+    supply = find_suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
     supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
     packed = packed_weights(checkpoint, naming, structure)

@@ -1,4 +1,4 @@
-"""PyTorch .bin checkpoints, read without running their pickle and, where the format allows, without loading them."""
+"""Read PyTorch .bin checkpoints without running their pickle and, where the format allows, without loading them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a PyTorch checkpoint by name, in its order.
+    """Return the tensors of a PyTorch checkpoint by name, in its order.
 
     Files of PyTorch 1.6 and later are zip archives of plain storages: only the offsets are read. Older ones, and
     tensors that are not row-major, are loaded into memory.
@@ -36,19 +36,19 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     ------
     CheckpointError : the pickle wants more than tensors (it could run code), is damaged, or holds no flat state dict.
     """
-    _refuse_packed(path)
+    _check_packed(path)
     records = _records_in_place(path)
     state = _load(path, map_location="meta" if records else "cpu")
     in_place = bool(records)
     if in_place and not all(_lies_in(records, tensor) for tensor in state.values()):
         in_place, state = False, _load(path, map_location="cpu")
     if not in_place:
-        _refuse_expanded(path, state)
+        _check_expanded(path, state)
     return {name: _stored(path, name, tensor, in_place) for name, tensor in state.items()}
 
 
-def _refuse_packed(path: Path) -> None:
-    """Refuse an archive that unpacks to far more than lies in it. Raises CheckpointError.
+def _check_packed(path: Path) -> None:
+    """Raise CheckpointError for an archive that unpacks to far more than lies in it.
 
     torch.save compresses nothing. Other tools may, and weights compress to a half at best: a few megabytes that
     unpack to gigabytes are no weights.
@@ -72,8 +72,9 @@ def _refuse_packed(path: Path) -> None:
         )
 
 
-def _refuse_expanded(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors that would take far more memory, each written out, than the file has bytes (strides of 0)."""
+def _check_expanded(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError for tensors that would take far more memory, each written out, than the file has bytes
+    (strides of 0)."""
     copied = sum(t.numel() * t.element_size() for t in state.values() if not t.is_contiguous())
     if copied > EXPANSION * path.stat().st_size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
@@ -118,7 +119,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _records_in_place(path: Path) -> dict[int, int]:
-    """The records of a zip archive that lie in it as they are: size in bytes by offset.
+    """Return the records of a zip archive that lie in it as they are: size in bytes by offset.
 
     Empty where the file is no such archive, or was written on a machine of the other byte order.
     """
@@ -145,7 +146,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:
-    """Whether a tensor on the meta device is row-major, and its storage a record of the file."""
+    """Return whether a tensor on the meta device is row-major, and its storage a record of the file."""
     storage = tensor.untyped_storage()
     offset = getattr(storage, "_checkpoint_offset", None)
     return tensor.is_contiguous() and offset is not None and storage.nbytes() == records.get(offset)

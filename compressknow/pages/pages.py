@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import interrupted, refuse_broken_links, write_together
+from compressknow.base.files import check_links, find_interrupted, write_together
 from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines
 from compressknow.base.libraries import require
 from compressknow.base.reading import open_regular
@@ -197,14 +197,14 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
 
     A file that an interrupted run put there without the others is no reason.
     """
-    unfinished = interrupted(outputs)
+    unfinished = find_interrupted(outputs)
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(
                 f"{path}: the name of a report ends in {', '.join(formats[:-1])} or {formats[-1]}.",
                 hint="Give -o several times for several formats.",
             )
-        refuse_broken_links(path)
+        check_links(path)
         if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
             raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
         if path.exists() and path not in unfinished:

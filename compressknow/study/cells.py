@@ -29,7 +29,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
-from compressknow.model.checkpoint import no_files
+from compressknow.model.checkpoint import build_server_error
 from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StudyModel:
     ) -> None:
         located = locate(model, revision)
         if located.url is not None:
-            raise no_files(model)
+            raise build_server_error(model)
         if located.path.suffix == ".gguf":
             raise CompressknowError(
                 f"{model} is a GGUF file: it is quantized already, and cannot be converted.",

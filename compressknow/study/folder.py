@@ -11,9 +11,9 @@ from pathlib import Path
 from compressknow._version import __version__
 from compressknow.base import reading
 from compressknow.base.errors import OutputError
-from compressknow.base.files import LOCK, is_no_folder, own_folder, write_whole
+from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
-from compressknow.base.reading import misfit
+from compressknow.base.reading import find_mismatch
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.compress.steps import Calibration, Prune, Quantize
@@ -187,7 +187,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None, search:
     """
     check_study_folder(folder)
     record = folder / RECORD
-    with own_folder(folder, wait=False, worthless=(RECORD,)):
+    with claim_folder(folder, wait=False, worthless=(RECORD,)):
         values = {"schema": SCHEMA_VERSION, "version": __version__}
         values |= {"model": original.located.name, "sha256": original.sha256}
         values |= {"known": known, "search": search} if search else {}
@@ -204,7 +204,7 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         stored = reading.read_json(record, reading.RECORD)
     except (OSError, ValueError) as error:
         raise OutputError(f"{record} cannot be read: {error}.", hint="Choose a new folder for the study.") from None
-    if wrong := misfit(stored, RECORD_FORM):
+    if wrong := find_mismatch(stored, RECORD_FORM):
         raise OutputError(f"{record} is damaged: {wrong}.", hint="Choose a new folder for the study.")
     if stored.get("search") != values.get("search"):
         kind = "a sweep"

@@ -225,7 +225,7 @@ def build_methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
 def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
     """Return parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
-    with SCHEMES.answering(scheme):
+    with SCHEMES.explain_failures(scheme):
         return SCHEMES[scheme].fit(shapes)
 
 

@@ -14,7 +14,7 @@ import pytest
 from compressknow.base import progress
 from compressknow.base.progress import Pace, Progress, Stage, begun, staged
 from compressknow.cli import terminal
-from compressknow.cli.terminal import Lines, announcement
+from compressknow.cli.terminal import Lines, announce
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
 CONVERTING = Stage("convert", "smollm2")
@@ -170,7 +170,7 @@ def test_control_characters_of_a_name_are_not_written() -> None:
 
 def test_an_announcement_counts_the_models_that_are_still_to_be_asked() -> None:
     def said(stage: Stage, done: int, left: float) -> str | None:
-        return announcement(Progress(stage, "advances", done, 4021, left))
+        return announce(Progress(stage, "advances", done, 4021, left))
 
     assert said(STAGE, 0, 30.0) == "4,021 facts x 2 models on cpu: about 1 min."
     assert said(STAGE, 0, 5.0) is None

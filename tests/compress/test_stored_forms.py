@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.direct_reads import direct_reads
+from compressknow.model.direct_reads import find_direct_reads
 from compressknow.model.loading import LoadReport, headers_of, load_report
 from compressknow.model.meta import config_from_dict, meta_model
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
@@ -117,8 +117,8 @@ def test_a_weight_that_is_read_past_its_layer_is_refused_by_name(tmp_path: Path)
 def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
     # BLOOM reads two weights in its exact mode, DeBERTa one where it is given states of its own.
     for model_type, name in (("bloom", "BloomForCausalLM"), ("deberta", "DebertaForMaskedLM")):
-        assert direct_reads(tiny_model(model_type, name, {})) == {}
-    read = direct_reads(tiny_model("rwkv", "RwkvForCausalLM", {}))
+        assert find_direct_reads(tiny_model(model_type, name, {})) == {}
+    read = find_direct_reads(tiny_model("rwkv", "RwkvForCausalLM", {}))
     assert {path.rpartition("blocks.")[2] for path in read if ".0." in path} == {
         "0.attention.output",
         "0.feed_forward.value",
@@ -130,7 +130,7 @@ def test_of_a_tower_that_no_text_reaches_the_source_is_believed() -> None:
     with torch.device("meta"):
         vision, text = SiglipVisionConfig(num_hidden_layers=1), LlamaConfig(num_hidden_layers=1)
         llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-    assert direct_reads(llava) == {"model.vision_tower.head.attention.out_proj": "values"}
+    assert find_direct_reads(llava) == {"model.vision_tower.head.attention.out_proj": "values"}
 
 
 def test_an_output_that_transformers_would_not_load_is_refused_before_any_work(tmp_path: Path) -> None:

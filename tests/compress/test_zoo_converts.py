@@ -82,7 +82,7 @@ def check(name: str, folder: Path) -> str:
     plain = logits_of(loaded_whole(name, folder / "out"))
     changed = (plain - original).abs().mean()
     assert changed > 0, name
-    if outcome == "int8" and layers.int8_runs_on("cpu") and name not in ONE_SCALE:
+    if outcome == "int8" and layers.Int8Kind().runs_on("cpu") and name not in ONE_SCALE:
         with quiet():
             engine = logits_of(load(folder / "out"))
         # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.

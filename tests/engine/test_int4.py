@@ -14,14 +14,14 @@ from torch.nn import functional
 import compressknow
 from compressknow.engine import layers
 from compressknow.engine.language_model import LanguageModel
-from compressknow.engine.layers import Int4Linear, rounds_activations, unrounded
+from compressknow.engine.layers import Int4Linear, disable_rounding, rounds_activations
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
 from tests.models import logits, tiny_of_groups
 
 pytestmark = pytest.mark.skipif(
-    not layers.int4_runs_on("cpu"), reason="this CPU has no fast kernel: int4 layers run as floats"
+    not layers.Int4Kind().runs_on("cpu"), reason="this CPU has no fast kernel: int4 layers run as floats"
 )
 SIZES = (32, 64, 128)
 FAMILIES = ("llama", "bert", "opt", "gpt-neox", "bart")
@@ -109,7 +109,7 @@ def converted(name: str, folder: Path, **options: Any) -> Path:
 
 def in_floats(folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layers, "int4_runs_on", lambda _: False)
+        patched.setattr(layers.Int4Kind, "runs_on", lambda *_: False)
         return load(folder)
 
 
@@ -130,7 +130,7 @@ def test_layers_stay_packed_and_give_nearly_what_plain_transformers_does(name: s
         assert torch.equal(weight, plain.get_submodule(path).weight)
     error = (logits(ours) - logits(plain)).norm() / logits(plain).norm()
     assert 0 < error < 0.02
-    with unrounded(ours):
+    with disable_rounding(ours):
         torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-4, atol=1e-4)
 
 
@@ -199,7 +199,7 @@ def test_facts_are_answered_as_in_floats(family: str, tmp_path: Path) -> None:
     compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32})
     ours = compressknow.probe(folder, tmp_path / "ours", [facts])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layers, "int4_runs_on", lambda _: False)
+        patched.setattr(layers.Int4Kind, "runs_on", lambda *_: False)
         plain = compressknow.probe(folder, tmp_path / "plain", [facts])
     assert plain.record.model.computed_in == "float32"
     assert [answer.predicted for answer in ours.answers] == [answer.predicted for answer in plain.answers]

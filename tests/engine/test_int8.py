@@ -16,16 +16,18 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
 from compressknow.engine import layers
+from compressknow.engine.batch_invariant import BatchInvariantLinear, make_batch_invariant, undo_batch_invariant
 from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.layers import Int8Linear
 from compressknow.engine.load import load
-from compressknow.engine.steady import SteadyLinear, steady, unsteady
 from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import QUANTIZABLE, logits, save_tiny
 
-pytestmark = pytest.mark.skipif(not layers.int8_runs_on("cpu"), reason="this CPU lacks VNNI: int8 layers run as floats")
+pytestmark = pytest.mark.skipif(
+    not layers.Int8Kind().runs_on("cpu"), reason="this CPU lacks VNNI: int8 layers run as floats"
+)
 SCHEMES = ("int8", "int8-paper")
 
 
@@ -42,7 +44,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def without_vnni() -> Iterator[None]:
     """As on another CPU: int8 layers are floats, as in plain transformers."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layers, "int8_runs_on", lambda _: False)
+        patched.setattr(layers.Int8Kind, "runs_on", lambda *_: False)
         yield
 
 
@@ -120,7 +122,7 @@ def test_a_float_layer_beside_int8_ones_gives_a_row_the_same_bits_in_any_company
     torch.manual_seed(0)
     linear, x = nn.Sequential(nn.Linear(1536, 192)), torch.randn(2, 400, 1536)
     expected = linear(x[0])
-    steady(linear)
+    make_batch_invariant(linear)
     assert torch.equal(linear(x), torch.stack([linear(row) for row in x]))
     assert all(torch.equal(linear(x[0, :rows]), linear(x[0])[:rows]) for rows in (*range(40), 127, 128, 129, 399))
     torch.testing.assert_close(linear(x[0]), expected)
@@ -145,11 +147,11 @@ def test_routers_experts_attention_and_other_layers_than_linear_give_a_row_the_s
     torch.manual_seed(0)
     model, ids = hf.AutoModelForCausalLM.from_config(config).eval(), torch.randint(99, (32, 9))
     expected = logits_of(model, ids)
-    steady(model)
+    make_batch_invariant(model)
     torch.testing.assert_close(logits_of(model, ids), expected)
     assert torch.equal(logits_of(model, ids), torch.cat([logits_of(model, row) for row in ids.split(1)]))
-    unsteady(model)
-    assert not [name for name, module in model.named_modules() if isinstance(module, SteadyLinear)]
+    undo_batch_invariant(model)
+    assert not [name for name, module in model.named_modules() if isinstance(module, BatchInvariantLinear)]
     assert not [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), partial)]
     torch.testing.assert_close(logits_of(model, ids), expected)
 
@@ -162,7 +164,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_models_without_int8_layers_are_left_as_they_are(tmp_path: Path) -> None:
     compressknow.convert(save_tiny("llama", tmp_path / "in"), tmp_path / "out", quantize="int8-weights")
     for folder in (tmp_path / "in", tmp_path / "out"):
-        assert not any(isinstance(module, SteadyLinear) for module in load(folder).modules())
+        assert not any(isinstance(module, BatchInvariantLinear) for module in load(folder).modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

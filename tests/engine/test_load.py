@@ -99,7 +99,7 @@ def test_float_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -> None:
 def test_int8_checkpoint_in_floats_is_that_of_plain_transformers(
     kind: str, scheme: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "int8_runs_on", lambda _: False)
+    monkeypatch.setattr(layers.Int8Kind, "runs_on", lambda *_: False)
     model = saved(kind, tmp_path / "original")
     # T5's class ties its final layer whatever its config says: see the refusal in tests/compress/test_loading.py.
     scope = "blocks" if (kind, scheme) == ("t5", "fp8") else "overall"

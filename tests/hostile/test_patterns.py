@@ -9,7 +9,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import CheckpointError, UsageError
-from compressknow.model.scopes import Pattern, refuse_slow_targets
+from compressknow.model.scopes import Pattern, check_targets
 from tests.hostile.bounded import bounded, refused
 from tests.models import save_tiny
 
@@ -66,4 +66,4 @@ def test_a_checkpoint_whose_targets_would_take_for_ever_is_not_loaded(tmp_path: 
 
 @pytest.mark.parametrize("pattern", [r".*lm_head", r"^model\.layers\.(?:0|1|12)\.mlp\.(gate|up)_proj$", r".*vision.*"])
 def test_targets_as_people_write_them_are_no_reason_to_refuse(pattern: str) -> None:
-    refuse_slow_targets("model", {"config_groups": {"group_0": {"targets": [f"re:{pattern}"]}}, "ignore": []})
+    check_targets("model", {"config_groups": {"group_0": {"targets": [f"re:{pattern}"]}}, "ignore": []})

@@ -14,7 +14,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.base.reading import misfit, sha256_of
+from compressknow.base.reading import find_mismatch, sha256_of
 from compressknow.cli import main
 from compressknow.evaluate.answers import HASH, RECORD, TABLE, read_answers, write_record
 from compressknow.evaluate.records import Record
@@ -275,4 +275,4 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
     ],
 )
 def test_what_does_not_fit_a_form_is_named(value: Any, form: Any, wrong: str | None) -> None:
-    assert misfit(value, form) == wrong
+    assert find_mismatch(value, form) == wrong

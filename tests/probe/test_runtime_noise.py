@@ -187,5 +187,5 @@ def test_it_can_be_left_out_and_early_has_none(untaken: Place, tmp_path: Path, m
     off = Settings(noise_floor=False)
     card = report(untaken.model, untaken.q8, untaken.facts, settings=off, answers=tmp_path / "kept")
     assert "How much was not measured: --no-noise-floor leaves it out." in " ".join(said(card))
-    early = report(untaken.model, untaken.q8, untaken.facts, early=0.5, answers=tmp_path / "early")
+    early = report(untaken.model, untaken.q8, untaken.facts, fail_under=0.1, early=True, answers=tmp_path / "early")
     assert "How much was not measured: --early leaves it out." in " ".join(said(early))

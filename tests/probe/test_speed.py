@@ -12,8 +12,8 @@ import transformers
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Stage
+from compressknow.engine.batch_invariant import BatchInvariantLinear
 from compressknow.engine.identity import locate
-from compressknow.engine.steady import SteadyLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _measure_tokens, measure
@@ -59,10 +59,10 @@ def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> No
     handle = ModelHandle(locate(place / "converted"), Settings())
     language_model = handle.loaded.language_model
     assert language_model is not None
-    if not any(isinstance(module, SteadyLinear) for module in language_model.model.modules()):
+    if not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules()):
         pytest.skip("this CPU multiplies no integers")
     assert _measure_tokens(handle)
-    assert not any(isinstance(module, SteadyLinear) for module in language_model.model.modules())
+    assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
 
 
 def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.reading import (
     NotReadable,
     check_regular,
-    half_character,
+    find_lone_surrogate,
     load_tables,
     open_regular,
     parse_json,
@@ -133,7 +133,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
         raise CompressknowError(f'{path}, line {number}: no text under "{KEY}".', hint=f'Each is {{"{KEY}": "..."}}.')
     text: str = row[KEY]
-    if b"\\u" in line and (half := half_character(text)):
+    if b"\\u" in line and (half := find_lone_surrogate(text)):
         raise CompressknowError(f"{path}, line {number}: {half} is half of a character.", hint="Save it as UTF-8.")
     return text if text.strip() else ""
 

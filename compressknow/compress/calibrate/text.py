@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.files import write_whole
-from compressknow.base.reading import RECORD, misfit, read_json
+from compressknow.base.reading import RECORD, find_mismatch, read_json
 from compressknow.compress.calibrate.passages import HUB, SELF, Kind, check_file, find_kind, read_passages
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def _load(path: Path) -> CalibrationText | None:
 
     try:
         record = read_json(path, RECORD)
-        if not isinstance(record, dict) or misfit(record, _FORM):
+        if not isinstance(record, dict) or find_mismatch(record, _FORM):
             return None
         batches = tuple({name: torch.tensor(ids) for name, ids in batch.items()} for batch in record["batches"])
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stac
 from compressknow.compress.steps import DropBlocks
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import missing_weights
-from compressknow.model.meta import rebuilt
+from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Binding, Naming
 from compressknow.model.structure import Structure
 
@@ -127,7 +127,7 @@ def drop_blocks(
         whole = drop.stack.cut(whole, drop.remaining)
         remaining |= dict.fromkeys(drop.stack.lists, drop.remaining)
     config = settings.update_raw(whole)
-    tree = rebuilt(settings.tree, config, settings.path)
+    tree = rebuild_model(settings.tree, config, settings.path)
     sources = _map_parameters(settings.shapes, tree, remaining)
     _check_alike(settings.tree, tree, sources, remaining)
     names = _map_stored(checkpoint, settings.tree, {old: new for new, old in sources.items()}, remaining)

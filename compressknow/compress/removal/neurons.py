@@ -15,7 +15,7 @@ from compressknow.compress.blocks import Block, Reader
 from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
 from compressknow.compress.steps import DropNeurons
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.meta import rebuilt
+from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Naming
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
@@ -171,7 +171,7 @@ def drop_neurons(
     for drop in drops:
         whole = drop.width.cut(whole, drop.after)
     config = settings.update_raw(whole)
-    tree = rebuilt(settings.tree, config, settings.path)
+    tree = rebuild_model(settings.tree, config, settings.path)
     after = {network.down.parameter: drop.after for drop in drops for network in drop.networks}
     cuts = dict(_find_cuts(checkpoint, settings.tree, [network for drop in drops for network in drop.networks]))
     tensors = dict(checkpoint.tensors)

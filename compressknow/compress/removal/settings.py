@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError
-from compressknow.model.meta import rebuilt, whole_config
+from compressknow.model.meta import build_whole_config, rebuild_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class Settings:
 
     @cached_property
     def whole(self) -> dict[str, Any]:
-        config: dict[str, Any] = whole_config(self.tree, copy.deepcopy(self.raw)).to_dict()
+        config: dict[str, Any] = build_whole_config(self.tree, copy.deepcopy(self.raw)).to_dict()
         return config
 
     @cached_property
@@ -51,7 +51,7 @@ class Settings:
     def try_config(self, changed: dict[str, Any]) -> Shapes | None:
         """Return the shapes of the model with a changed config; None if there is no such model."""
         try:
-            return read_shapes(rebuilt(self.tree, changed, self.path))
+            return read_shapes(rebuild_model(self.tree, changed, self.path))
         except CheckpointError:
             return None
 
@@ -71,7 +71,7 @@ class Settings:
         key = "num_hidden_layers"
         without = [{name: value for name, value in each.items() if name != key} for each in (self.raw, raw)]
         try:
-            before, after = (whole_config(self.tree, copy.deepcopy(each)).to_dict().get(key) for each in without)
+            before, after = (build_whole_config(self.tree, copy.deepcopy(each)).to_dict().get(key) for each in without)
         except Exception:  # A config that needs the setting may fail anywhere without it.
             return raw
         return raw | {key: after} if raw.get(key) == self.raw.get(key) == before and key in raw else raw

@@ -26,7 +26,7 @@ from urllib3.util import Retry
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import plain
-from compressknow.base.reading import misfit, parse_json
+from compressknow.base.reading import find_mismatch, parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
 # What may pass: too many requests, a server that loads its model, a proxy before one that starts.
@@ -67,7 +67,7 @@ class Client:
         self._session.mount("https://", adapter)
 
     def get(self, path: str, form: Any) -> Any:
-        """Return the JSON of a path, in a form of `compressknow.base.reading.misfit`.
+        """Return the JSON of a path, in a form of `compressknow.base.reading.find_mismatch`.
 
         Raises CompressknowError: `Refused` where the server answers with an error or in another form.
         """
@@ -102,7 +102,7 @@ class Client:
             raise self._explain_refusal(status, content)
         if content is None:
             raise self._refuse_content(path, "what is no JSON")
-        if wrong := misfit(content, form):
+        if wrong := find_mismatch(content, form):
             raise self._refuse_content(path, f"JSON of another form: {plain(wrong, 200)}")
         return content
 

@@ -32,7 +32,7 @@ LEAST, ABOVE = -3.5e38, 1e-3
 # Characters of one token, and of all that is asked for at a time: no model writes more.
 LONGEST_TOKEN, LONGEST_TEXT = 1_000, 100_000
 TRIAL = "The capital of France is Paris"
-# Forms of what servers answer, as far as it is read (`compressknow.base.reading.misfit`).
+# Forms of what servers answer, as far as it is read (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
 _WRITTEN = {"choices": [{"text": str}], "model?": (str, None)}
 _STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}

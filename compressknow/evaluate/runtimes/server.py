@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.format import plain
 from compressknow.base.libraries import require
-from compressknow.base.reading import misfit
+from compressknow.base.reading import find_mismatch
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.runtimes import Loaded, Runtime
 
@@ -122,7 +122,7 @@ class LoadedFromServer(Loaded):
 
     def _find_about(self, key: str, kind: type) -> Any:
         value = self._served.about.get(key)
-        return None if misfit(value, kind) else value
+        return None if find_mismatch(value, kind) else value
 
     def _hash(self) -> str:
         """Hash, in place of files, which a server does not show: its address, the model's name, the build, the model's

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressknow.engine.layers import rounds_activations, unrounded
+from compressknow.engine.layers import disable_rounding, rounds_activations
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.grades import cut, find_end, find_opening
 from compressknow.evaluate.scoring.prompts import Ids
@@ -222,7 +222,7 @@ class DecodingScorer(Scorer):
             return self.forward(ids, cache, encoded, keep)
 
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
-        with unrounded(self.model):
+        with disable_rounding(self.model):
             return find_reading(forward, prefix, more)
 
     def cache_of(self, output: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import embedding_rows, most_tokens
-from compressknow.engine.layers import unrounded
+from compressknow.engine.layers import disable_rounding
 from compressknow.evaluate.scoring.decoding import find_cache_name, is_same
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class TransformersReader:
     def _check_causal(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
         known = max(2, len(ids) // 2)
-        with unrounded(self._model):
+        with disable_rounding(self._model):
             whole, part = (self._compute_logits(self._make_row(some), len(some)) for some in (ids, ids[:known]))
         if not is_same(part, whole[:, :known]):
             name = type(self._model).__name__

@@ -316,7 +316,7 @@ def _open_source(kind: str, source: ProbeSource, name: str, part: str, options: 
         if not PROBES.is_added(kind):
             raise
         # Whatever the code of another package does.
-        raise PROBES.unfit(kind, f"{type(error).__name__}: {error}") from error
+        raise PROBES.incompatible(kind, f"{type(error).__name__}: {error}") from error
 
 
 def _check_opened(kind: str, name: str, opened: object) -> Opened:
@@ -324,12 +324,12 @@ def _check_opened(kind: str, name: str, opened: object) -> Opened:
     if isinstance(opened, Task | RunningText):
         return opened
     if not isinstance(opened, Probe):
-        raise PROBES.unfit(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
+        raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
     if not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
     if PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
-        raise PROBES.unfit(kind, flaw)
+        raise PROBES.incompatible(kind, flaw)
     return opened
 
 

@@ -13,11 +13,11 @@ from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.reading import (
     MOST_VALUES,
     NotReadable,
-    half_character,
+    count_values,
+    find_lone_surrogate,
     parse_json,
     read_lines,
     sha256_of,
-    values_in,
 )
 from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, map_relations
 from compressknow.evaluate.scoring.prompts import OBJECT
@@ -33,7 +33,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
         for number, line in enumerate(read_lines(path), start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            values += values_in(content)
+            values += count_values(content)
             if values > MOST_VALUES:
                 raise NotReadable(f"its lines hold more than {MOST_VALUES:,} values")
             if content.strip():
@@ -101,7 +101,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
 
 
 def _find_half_character(line: bytes, value: dict[str, Any]) -> str | None:
-    if b"\\u" not in line or not (escape := half_character(json.dumps(value, ensure_ascii=False))):
+    if b"\\u" not in line or not (escape := find_lone_surrogate(json.dumps(value, ensure_ascii=False))):
         return None
     return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
 

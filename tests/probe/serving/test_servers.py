@@ -20,7 +20,7 @@ import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.base.progress import Progress
 from compressknow.cli import main
-from compressknow.engine.identity import locate, served_at
+from compressknow.engine.identity import locate, locate_server
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import PARTS, Answer, read_answers, read_parts
 from compressknow.evaluate.evaluate import evaluate, make_prompts
@@ -428,7 +428,7 @@ def test_models_by_name(served: Callable[[str], ModelServer]) -> None:
 )
 def test_addresses_that_cannot_be_one_or_hold_a_secret(address: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as raised:
-        served_at(address)
+        locate_server(address)
     assert "secret" not in str(raised.value)
 
 

@@ -50,12 +50,12 @@ def convert(place: Path, name: str, text: Path | str, original: str = "original"
 
 def report(place: Path, name: str = "compressed", **more: Any) -> Card:
     probes = [f"facts:{place / 'facts.jsonl'}"]
-    return compressknow.report(place / "original", place / name, probes, keep_in=place / "answers", **more)
+    return compressknow.report(place / "original", place / name, probes, answers=place / "answers", **more)
 
 
 @pytest.fixture(scope="module")
 def card(place: Path) -> Card:
-    return report(place, outputs=[place / f"card.{suffix}" for suffix in ("html", "md", "json")])
+    return report(place, output=[place / f"card.{suffix}" for suffix in ("html", "md", "json")])
 
 
 def test_the_card_counts_the_facts_that_stand_in_the_text(card: Card, place: Path) -> None:
@@ -122,7 +122,7 @@ def test_compare_tells_the_text_and_counts_too(place: Path) -> None:
     probes = [f"facts:{place / 'facts.jsonl'}"]
     outputs = [place / f"compare.{suffix}" for suffix in ("html", "md", "json")]
     compared = compressknow.compare(
-        place / "original", place / "compressed", probes, outputs=outputs, keep_in=place / "answers"
+        place / "original", place / "compressed", probes, output=outputs, answers=place / "answers"
     )
     assert sum("16 stand in the text that compressed was calibrated on" in each for each in compared.warnings) == 1
     assert "2,048 tokens of" in (place / "compare.html").read_text("utf-8")

@@ -53,7 +53,7 @@ def reported(place: Path, tmp_path: Path) -> Callable[[Path, Path], dict[str, An
     def reported(original: Path, compressed: Path) -> dict[str, Any]:
         facts = [f"facts:{place / 'facts.jsonl'}"]
         kept = place / "kept"
-        card = compressknow.report(original, compressed, facts, settings=SETTINGS, keep_in=kept)
+        card = compressknow.report(original, compressed, facts, settings=SETTINGS, answers=kept)
         values: dict[str, Any] = json.loads(json.dumps(card.to_dict()))
         return values
 

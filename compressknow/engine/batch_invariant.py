@@ -1,4 +1,4 @@
-"""Float products that give a row the same bits in any batch, for models that make much of a last bit.
+"""Batch-invariant float products: a row gets the same bits in any batch, for models that make much of a last bit.
 
 Kernels choose their way by the number of rows and of threads, so that what a row comes to depends on how many stand
 beside it. Where activations are rounded to integers, later layers make answers of that.
@@ -25,8 +25,8 @@ from compressknow.engine.layers import EngineLinear
 ROWS = 128
 
 
-def in_parts(x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What a product of rows [..., in] gives, [..., out], computed `ROWS` rows at a time."""
+def multiply_in_parts(x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return a product of rows [..., in] as [..., out], computed `ROWS` rows at a time."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == ROWS:
         return product(rows).reshape(*x.shape[:-1], -1)
@@ -36,27 +36,27 @@ def in_parts(x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -
     return values[: len(rows)].reshape(*x.shape[:-1], values.shape[-1])
 
 
-class SteadyLinear(nn.Linear):
-    """A Linear that takes [..., in] and gives [..., out], computed `ROWS` rows at a time."""
+class BatchInvariantLinear(nn.Linear):
+    """Linear layer of [..., in] to [..., out], computed `ROWS` rows at a time."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return in_parts(x, super().forward)
+        return multiply_in_parts(x, super().forward)
 
 
 class _Products(TorchFunctionMode):
-    """Products of rows by a matrix are computed so, whoever asks torch for them, and those of two batches of matrices
-    from memory of one layout: of a batch of one, kernels read parts of larger tensors in place, by another way.
-    """
+    """Mode in which torch's products of rows by a matrix are computed `ROWS` rows at a time, and those of two batches
+    of matrices from memory of one layout: of a batch of one, kernels read parts of larger tensors in place, by another
+    way."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and len(args) > 2 and args[0].dim() == 4:
-            return func(*_heads_apart(args[:3], kwargs), *args[3:], **kwargs)
+            return func(*_copy_heads(args[:3], kwargs), *args[3:], **kwargs)
         place = _ROWS_AT.get(func)
         if place is not None and not kwargs and _is_matrix(args[place + 1]) and args[place].numel():
-            return in_parts(args[place], lambda part: func(*args[:place], part, *args[place + 1 :]))
+            return multiply_in_parts(args[place], lambda part: func(*args[:place], part, *args[place + 1 :]))
         if place is not None or func in _OF_BATCHES:
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
         return func(*args, **kwargs)
@@ -74,17 +74,17 @@ def _is_matrix(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and value.is_floating_point()
 
 
-def _heads_apart(given: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """Queries, keys and values [batch, heads, tokens, size], in memory each of its own."""
-    heads = given[0].shape[1]
-    for tensor in given:
+def _copy_heads(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield queries, keys and values [batch, heads, tokens, size], each in memory of its own."""
+    heads = tensors[0].shape[1]
+    for tensor in tensors:
         # One head for all would be read in place.
         shared = tensor.shape[1] == 1 and not kwargs.get("enable_gqa")
         yield (tensor.expand(-1, heads, -1, -1) if shared else tensor).contiguous()
 
 
-def steady(model: nn.Module) -> None:
-    """Make a model's float products such ones, in place; its weights, names and hooks stay.
+def make_batch_invariant(model: nn.Module) -> None:
+    """Make the float products of a model batch-invariant, in place; its weights, names and hooks stay.
 
     A plain Linear is one by its class. Of other modules that hold a matrix (routers, fused experts, a Linear of an
     architecture's own), and of those that their layers are children of (attention), the forward is run with torch's
@@ -92,29 +92,29 @@ def steady(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
-            module.__class__ = SteadyLinear
-        elif not isinstance(module, SteadyLinear | EngineLinear) and _multiplies(module):
-            module.forward = functools.partial(_with_products, module.forward)
+            module.__class__ = BatchInvariantLinear
+        elif not isinstance(module, BatchInvariantLinear | EngineLinear) and _multiplies(module):
+            module.forward = functools.partial(_forward_in_parts, module.forward)
     if isinstance(model, PreTrainedModel):
         # The other implementations hand the rows of all experts to one kernel.
         model.set_experts_implementation("eager")
 
 
-def unsteady(model: nn.Module) -> None:
-    """Undo `steady`: of one row, a product of `ROWS` takes many times as long. How experts are run stays."""
+def undo_batch_invariant(model: nn.Module) -> None:
+    """Undo `make_batch_invariant`, since a product of `ROWS` takes a single row many times as long. How experts are run
+    stays."""
     for module in model.modules():
-        if type(module) is SteadyLinear:
+        if type(module) is BatchInvariantLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
         replaced = vars(module).get("forward")
-        if isinstance(replaced, functools.partial) and replaced.func is _with_products:
+        if isinstance(replaced, functools.partial) and replaced.func is _forward_in_parts:
             module.forward = replaced.args[0]
 
 
 def _multiplies(module: nn.Module) -> bool:
     # A whole model leaves what it does with its layers to them.
-    return _holds_matrix(module) or (
-        not isinstance(module, PreTrainedModel) and any(map(_holds_matrix, module.children()))
-    )
+    children = () if isinstance(module, PreTrainedModel) else module.children()
+    return any(map(_holds_matrix, (module, *children)))
 
 
 def _holds_matrix(module: nn.Module) -> bool:
@@ -128,7 +128,7 @@ def _holds_matrix(module: nn.Module) -> bool:
 _replaced = ContextVar("_replaced", default=False)
 
 
-def _with_products(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward_in_parts(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if _replaced.get():
         return forward(*args, **kwargs)
     token = _replaced.set(True)
