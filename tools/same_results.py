@@ -114,7 +114,6 @@ def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
 def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, Any]:
     """Manifest, config and hashes of a conversion; or that it was refused."""
     import compressknow
-    from compressknow.base.errors import CompressknowError
 
     try:
         manifest = compressknow.convert(model, output, recipe={"steps": [dict(step)]})
@@ -137,7 +136,9 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
     keep_in = answers / hashlib.sha256(f"{compressknow.__file__}{output}".encode()).hexdigest()[:12]
     page = output.parent / "report.json"
     try:
-        compressknow.report(model, output, probes, output=[page], options=compressknow.Options(limit=facts), answers=keep_in)
+        compressknow.report(
+            model, output, probes, output=[page], options=compressknow.Options(limit=facts), answers=keep_in
+        )
     except compressknow.CompressknowError:
         # A model of proteins has no fact of atlas.
         return {"refused": True}

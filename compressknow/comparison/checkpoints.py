@@ -17,7 +17,7 @@ from compressknow.comparison.gguf import gguf_difference
 from compressknow.comparison.weights import Lost, aligned, deviation, dropped_blocks, lost_neurons, numbered_alike
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
-from compressknow.compress.sources import target_count
+from compressknow.compress.sources import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
@@ -260,7 +260,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _quantization(value: Mapping[str, Any]) -> str:
     method, form = value.get("quant_method", "unknown"), value.get("format")
-    layers = sum(target_count(map(str, group.get("targets") or ())) for group in config_groups(value))
+    layers = sum(count_targets(map(str, group.get("targets") or ())) for group in config_groups(value))
     return json.dumps(
         ", ".join([str(method), *([str(form)] if form else []), *([f"{layers} targets"] if layers else [])])
     )

@@ -104,7 +104,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def bits_of(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
+def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """View the bits of a block as integers, in the same memory. (On integers and masks numpy is several times
     faster.)"""
     return values.view(BIT_LAYOUTS[values.dtype].integer).numpy()
@@ -112,7 +112,7 @@ def bits_of(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
 
 def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """Return non-negative integers that order as the magnitudes of `values` do, of the same shape."""
-    bits = bits_of(values)
+    bits = view_bits(values)
     keys: npt.NDArray[np.signedinteger] = bits & bits.dtype.type((1 << BIT_LAYOUTS[values.dtype].bits) - 1)
     return keys
 

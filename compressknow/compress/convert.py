@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Begin, counted, untold
 from compressknow.compress.blocks import Reader
 from compressknow.compress.manifest import Manifest, build_manifest
-from compressknow.compress.output import Known, Memory, NewFolder, Output, RenderCard
+from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Work, hash_file
@@ -24,14 +24,13 @@ from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.staging import check_output, clean
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.engine.load import Variant
-from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
@@ -68,19 +67,14 @@ def convert(
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
-    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `plan_recipe` does."""
-    return plan_recipe(*open_complete(model, revision, trust_remote_code=trust_remote_code), recipe)
+    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `remove` and `plan_rest` do."""
+    checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
+    return plan_rest(remove(checkpoint, tree, recipe), recipe)
 
 
-def plan_recipe(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Plan what a recipe does to a checkpoint (or to what it leaves of it), and prove that the output loads.
-
-    Raises what `remove`, `make_plan` and `prove` do.
-    """
-    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
-
-
-def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
+def plan_rest(removal: Removal, recipe: Recipe) -> Plan:
+    """Plan the rest of a recipe on what its removal steps have left, and prove that the output loads. Raises what
+    `make_plan` and `prove` do."""
     structure = structure_of(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
     return prove(replace(plan, removal=removal) if removal else plan)
@@ -107,7 +101,7 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
 
 def carry_out(
     plan: Plan,
-    output: Output,
+    output: NewFolder | Memory,
     text: CalibrationText | None = None,
     *,
     threads: int | None = None,
@@ -146,9 +140,11 @@ def carry_out(
                 progress = counted(None if blockwise else advance, _bytes_to_read(plan))
                 work = Work(pool, files, progress, output, plan.unfitted)
                 masks = _choose_masks(work, plan)
-                calibrated = _calibrate(plan, work, masks, text, output, advance) if blockwise else None
+                calibrated = None
+                if blockwise:
+                    calibrated = _calibrate(plan, work, masks, text, folder=output.folder, told=advance or max)
                 done = {**output.known, **(calibrated.measured if calibrated else {})}
-                shards = plan.checkpoint.shards if output.is_stored else ()
+                shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
                 output.complete(measured, pool)
@@ -169,7 +165,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
         removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
-    return _plan_rest(removal, plan.recipe)
+    return plan_rest(removal, plan.recipe)
 
 
 def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
@@ -183,17 +179,12 @@ def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
 
 
 def _calibrate(
-    plan: Plan,
-    work: Work,
-    masks: Mapping[str, Mask],
-    text: CalibrationText | None,
-    output: Output,
-    advance: Advance | None,
+    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText | None, **options: Any
 ) -> Calibrated:
     from compressknow.compress.calibrate.compression import calibrate
 
     assert text is not None
-    return calibrate(plan, plan.tree, work, masks, text, folder=output.folder, on_progress=advance or max)
+    return calibrate(plan, plan.tree, work, masks, text, **options)
 
 
 def _write_tensors(
@@ -254,7 +245,7 @@ class VariantMaker:
         self._threads, self._trust_remote_code, self._folder_of_texts = threads, trust_remote_code, texts
         self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
-        self._shared: dict[str, Known] = {}
+        self._shared: dict[str, tuple[torch.Tensor, Measured]] = {}
 
     def structure(self, module_map: ModuleMap = "structural") -> Structure:
         if module_map not in self._structures:
@@ -262,9 +253,9 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Plan what a recipe does, from headers alone. Raises what `plan_recipe` does."""
+        """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return plan_recipe(self.checkpoint, self.tree, recipe)
+            return plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan

@@ -98,7 +98,7 @@ def _summarize(totals: Mapping[str, Any]) -> str:
     return f"of {count(of)} weights {pruned} pruned, {percent(totals['quantized'], of)} quantized"
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Return the versions of the tool and of the libraries whose arithmetic and formats it relies on."""
     from compressknow._version import __version__
 
@@ -143,9 +143,9 @@ def build_manifest(
     """
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
-    summary["totals"]["relative_error"] = pooled_error(rows)
+    summary["totals"]["relative_error"] = pool_errors(rows)
     for group, counts in summary["groups"].items():
-        counts["relative_error"] = pooled_error(row for row in rows if row["group"] == group)
+        counts["relative_error"] = pool_errors(row for row in rows if row["group"] == group)
     if text:
         summary["calibration"] = _describe_calibration(text, calibrated, plan.removal)
     return Manifest(seal_manifest({**summary, "files": dict(sorted(files.items())), "tensors": rows}))
@@ -172,7 +172,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
     left_out = removed["tensors"] if removed else []
     summary = {
         "schema": SCHEMA,
-        "versions": versions(),
+        "versions": read_versions(),
         "source": {
             "name": plan.checkpoint.name,
             "revision": plan.checkpoint.revision,
@@ -255,11 +255,11 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
     return total
 
 
-def pooled_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
+def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """Return ||written - original|| / ||original|| of the weights of all rows together; None where a row lacks its
     norm.
 
-    >>> pooled_error([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
+    >>> pool_errors([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3
     """
     change = energy = 0.0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePath
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 from weakref import finalize
 
 import torch
@@ -55,48 +55,8 @@ REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_IN
 RenderCard = Callable[[Mapping[str, Any], Path], str]
 
 
-class Output(Protocol):
-    """Place that a conversion writes to.
-
-    Attributes
-    ----------
-    folder : of files that are of use only meanwhile; None for that of the system.
-    is_stored : the manifest holds hashes of the files that were read and written.
-    known : tensors that are there already, with what was measured of them, by name.
-    """
-
-    @property
-    def folder(self) -> Path | None: ...
-
-    @property
-    def is_stored(self) -> bool: ...
-
-    @property
-    def known(self) -> Mapping[str, Measured]: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def open(self, plan: Plan) -> None:
-        """Make room for all tensors of a plan."""
-
-    def writer(self, tensor_name: str) -> TensorWriter: ...
-
-    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:
-        """Finish the tensors, now that all are written."""
-
-    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
-        """Write what goes beside the weights; return the SHA-256 of the files that were read and written, by name."""
-
-    def publish(self, manifest: Manifest) -> None:
-        """Put the whole output into its place."""
-
-
 class NewFolder(Staging):
-    """Output folder that appears whole, by one rename, or not at all.
+    """Output folder of a conversion, which appears whole, by one rename, or not at all.
 
     Parameters
     ----------
@@ -106,18 +66,18 @@ class NewFolder(Staging):
 
     Raises
     ------
-    CheckpointError : see `carried_files`.
+    CheckpointError : see `list_carried_files`.
     OutputError : see `Staging`.
     """
 
-    is_stored = True
+    # Tensors that are there already, with what was measured of them.
+    known: Mapping[str, Measured] = MappingProxyType({})
 
     def __init__(
         self, output: str | Path, source: Checkpoint, *, overwrite: bool = False, render_card: RenderCard | None = None
     ) -> None:
         self._source, self._render_card = source, render_card
-        self.known: dict[str, Measured] = {}
-        self._carried = list(carried_files(source.folder))
+        self._carried = list(list_carried_files(source.folder))
         self._weights: OutputFiles | None = None
         super().__init__(Path(output), overwrite=overwrite, source=source.folder)
 
@@ -168,25 +128,19 @@ class NewFolder(Staging):
         self.commit()
 
 
-class Known(NamedTuple):
-    """Tensor that a recipe left alone, with what was measured of it."""
-
-    tensor: torch.Tensor
-    measured: Measured
-
-
 class Memory:
-    """Output in memory.
+    """Output of a conversion in memory.
 
     Parameters
     ----------
-    shared : tensors that plans of one checkpoint leave alone, by name: taken from there, and put there.
+    shared : tensors that plans of one checkpoint leave alone, and what was measured of them, by name: taken from there,
+        and put there.
     """
 
+    # What is of use only meanwhile lies in the system's own folder.
     folder: Path | None = None
-    is_stored = False
 
-    def __init__(self, shared: dict[str, Known]) -> None:
+    def __init__(self, shared: dict[str, tuple[torch.Tensor, Measured]]) -> None:
         self._shared = shared
         self.known: dict[str, Measured] = {}
         self.tensors: dict[str, torch.Tensor] = {}
@@ -222,7 +176,7 @@ class Memory:
         """Share what the plan leaves alone."""
         for tensor in self.plan.tensors:
             if not tensor.in_scope:
-                self._shared[tensor.name] = Known(self.tensors[tensor.name], measured[tensor.name])
+                self._shared[tensor.name] = self.tensors[tensor.name], measured[tensor.name]
 
     def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:  # noqa: ARG002
         """Return no files."""
@@ -237,21 +191,14 @@ class Memory:
         return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
 
 
-class Place(NamedTuple):
-    """File and offset that a tensor's bytes go to."""
-
-    file: str
-    offset: int
-
-
 @dataclass(frozen=True)
 class Layout:
-    """Weight files: `headers` gives each file's first bytes, `sizes` its whole size, `places` the place of each tensor
-    by name."""
+    """Weight files: `headers` gives each file's first bytes, `sizes` its whole size, `places` the file and offset of
+    each tensor by name."""
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
-    places: dict[str, Place]
+    places: dict[str, tuple[str, int]]
     index: dict[str, Any] | None
 
 
@@ -272,15 +219,15 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
         by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, tuple[str, int]] = {}
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
         headers[file], sizes[file], offsets = lay_out_file(entries)
-        places |= {name: Place(file, offset) for name, offset in offsets.items()}
+        places |= {name: (file, offset) for name, offset in offsets.items()}
     index = None
     if len(headers) > 1:
         total = sum(sizes.values()) - sum(map(len, headers.values()))
-        weight_map = {name: place.file for name, place in sorted(places.items())}
+        weight_map = {name: file for name, (file, _) in sorted(places.items())}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return Layout(headers, sizes, places, index)
 
@@ -327,8 +274,8 @@ class OutputFiles:
         finalize(self, self._flushing.end)
 
     def writer(self, tensor_name: str) -> TensorWriter:
-        place = self._layout.places[tensor_name]
-        return TensorWriter(partial(write_at, self._descriptors[place.file]), place.offset)
+        file, offset = self._layout.places[tensor_name]
+        return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
@@ -373,7 +320,7 @@ def list_files(plan: Plan) -> dict[str, int | None]:
     source = plan.checkpoint.folder
     return {
         **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
-        **{name: (source / name).stat().st_size for name in carried_files(source)},
+        **{name: (source / name).stat().st_size for name in list_carried_files(source)},
         **{name: len(content) for name, content in _config_files(plan).items()},
         **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
     }
@@ -391,7 +338,7 @@ def _config_files(plan: Plan) -> dict[str, bytes]:
     return {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
 
 
-def carried_files(folder: Path) -> Iterator[str]:
+def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the
     modules that sentence-transformers runs behind the model, with their weights.
 

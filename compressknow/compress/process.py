@@ -20,10 +20,10 @@ from compressknow.compress.blocks import (
     Block,
     Progress,
     Reader,
-    bits_of,
     check_finite,
     magnitude_keys,
     raw_keys,
+    view_bits,
 )
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
@@ -75,7 +75,7 @@ class TensorWriter:
         return self._digest.hexdigest()
 
 
-class Writers(Protocol):
+class Output(Protocol):
     """Place that the tensors of a conversion go to."""
 
     def writer(self, tensor_name: str) -> TensorWriter: ...
@@ -90,7 +90,7 @@ class Work(Reader):
     unfitted : by the name of a source that was fitted anew, what it was before: its error is measured from there.
     """
 
-    output: Writers
+    output: Output
     unfitted: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
@@ -332,7 +332,7 @@ def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torc
 def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
     """Zero the pruned weights of a block; return a copy that holds only them."""
     # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
-    bits = bits_of(values)
+    bits = view_bits(values)
     taken = bits.copy()
     np.bitwise_and(bits, (pruned.view(np.int8) - np.int8(1)).astype(bits.dtype), out=bits)
     np.bitwise_xor(taken, bits, out=taken)

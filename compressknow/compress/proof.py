@@ -15,7 +15,7 @@ from typing import Any
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.libraries import require
 from compressknow.compress.plan import Plan
-from compressknow.compress.sources import quantization_config
+from compressknow.compress.sources import build_quantization_config
 from compressknow.model.checkpoint import open_checkpoint, some_of
 from compressknow.model.loading import Header, LoadReport, headers_of, load_report
 from compressknow.model.meta import config_from_dict
@@ -27,7 +27,7 @@ def build_config(plan: Plan) -> dict[str, Any]:
         return plan.config
     require("compressed_tensors")
     version = importlib.metadata.version("compressed-tensors")
-    settings = quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
+    settings = build_quantization_config(plan.targets, plan.ignore, version, plan.structure.prefix)
     if plan.unpacked:
         settings["dequantize"] = True
     return plan.config | {"quantization_config": settings}

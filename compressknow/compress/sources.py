@@ -265,7 +265,7 @@ MIXED = "mixed-precision"
 _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
-def target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
+def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
     """Return patterns that match the named modules and none of the `others`, one for all that differ in their numbers
     alone.
 
@@ -274,7 +274,7 @@ def target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] =
     modules, others : names in the module tree of the whole model.
     prefix : the attribute under which the model holds its base model; another class may lack it, or have it.
 
-    >>> target_patterns(["bert.encoder.layer.0.output.dense", "bert.encoder.layer.2.output.dense"], "bert")
+    >>> build_target_patterns(["bert.encoder.layer.0.output.dense", "bert.encoder.layer.2.output.dense"], "bert")
     ['re:^(?:bert\\\\.)?encoder\\\\.layer\\\\.(?:0|2)\\\\.output\\\\.dense$']
     """
     start = f"{prefix}."
@@ -294,11 +294,11 @@ def target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] =
     ]
 
 
-def target_count(targets: Iterable[str]) -> int:
-    """Count the modules that targets name, as `target_patterns` writes them; a pattern of others, or a class, counts as
-    one.
+def count_targets(targets: Iterable[str]) -> int:
+    """Count the modules that targets name, as `build_target_patterns` writes them; a pattern of others, or a class,
+    counts as one.
 
-    >>> target_count(["lm_head", *target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
+    >>> count_targets(["lm_head", *build_target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
     3
     """
     # No pattern of a file is run here: it may take exponential time.
@@ -331,20 +331,20 @@ def _factor(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
             yield [firsts, *inner]
 
 
-def quantization_config(
+def build_quantization_config(
     targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
 ) -> dict[str, Any]:
     """Return `quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear
     module that stays as it is (vLLM refuses a Linear that it finds in neither list).
 
-    `prefix` is that of the base model, which the names may do without: see `target_patterns`.
+    `prefix` is that of the base model, which the names may do without: see `build_target_patterns`.
     """
     linears = {*ignore, *(name for names in targets.values() for name in names)}
     ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
     groups = {
         f"group_{i}": {
             "format": scheme.format,
-            "targets": target_patterns(names, prefix, linears.difference(names)),
+            "targets": build_target_patterns(names, prefix, linears.difference(names)),
             **scheme.arguments(),
             "output_activations": None,
         }
@@ -356,7 +356,7 @@ def quantization_config(
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": target_patterns(ignore, prefix, linears.difference(ignore)),
+        "ignore": build_target_patterns(ignore, prefix, linears.difference(ignore)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": version,

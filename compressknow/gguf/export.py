@@ -19,7 +19,7 @@ from compressknow.base.progress import Begin, counted, untold
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import move
 from compressknow.compress.blocks import Reader
-from compressknow.compress.output import carried_files
+from compressknow.compress.output import list_carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
@@ -194,7 +194,7 @@ def _check_links(folder: Path) -> None:
     if (card := folder / CARD_NAME).is_file():
         check_inside(folder, card)
     # Looking for them refuses them.
-    list(carried_files(folder))
+    list(list_carried_files(folder))
 
 
 def _check_family(architecture: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Reader
-from compressknow.compress.output import carried_files, lay_out_file
+from compressknow.compress.output import lay_out_file, list_carried_files
 from compressknow.compress.weights import Side, Values
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
@@ -86,7 +86,7 @@ def choose_float_type(tensors: list[Plain]) -> str:
 def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, folder: Path) -> None:
     """Write a folder of plain weights, with the small files of the checkpoint; `reader` is told the bytes read."""
     folder.mkdir()
-    for name in (*carried_files(checkpoint.folder), CARD_NAME):
+    for name in (*list_carried_files(checkpoint.folder), CARD_NAME):
         if (source := checkpoint.folder / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(source.read_bytes())

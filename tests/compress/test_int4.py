@@ -35,7 +35,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.sources import quantization_config
+from compressknow.compress.sources import build_quantization_config
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
 from compressknow.model.tensors import OpenFiles, read_header
@@ -127,7 +127,9 @@ def test_integers_are_packed_as_compressed_tensors_packs_them(columns: int) -> N
 
 @pytest.mark.parametrize("size", SIZES)
 def test_described_scheme_is_the_intended_one(size: int) -> None:
-    described = QuantizationConfig.model_validate(quantization_config({of_groups(size): ["b", "a"]}, ["c"], "0.20.0"))
+    described = QuantizationConfig.model_validate(
+        build_quantization_config({of_groups(size): ["b", "a"]}, ["c"], "0.20.0")
+    )
     assert described.config_groups == {"group_0": intended(size, ["re:^a$", "re:^b$"])}
     assert described.format == "pack-quantized"
 

@@ -31,7 +31,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, nearest
-from compressknow.compress.sources import quantization_config
+from compressknow.compress.sources import build_quantization_config
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny
@@ -210,7 +210,9 @@ def test_rows_that_were_pruned_have_a_finite_scale(scheme: str, tmp_path: Path) 
 
 @every_scheme
 def test_described_scheme_is_the_intended_one(scheme: str) -> None:
-    described = QuantizationConfig.model_validate(quantization_config({SCHEMES[scheme]: ["b", "a"]}, ["c"], "0.20.0"))
+    described = QuantizationConfig.model_validate(
+        build_quantization_config({SCHEMES[scheme]: ["b", "a"]}, ["c"], "0.20.0")
+    )
     assert described.config_groups == {"group_0": intended(scheme, ["re:^a$", "re:^b$"])}
     assert described.ignore == ["re:^c$"]
     assert described.format == intended(scheme).format

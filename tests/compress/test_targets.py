@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import compressknow
 from compressknow.comparison.checkpoints import difference
-from compressknow.compress.sources import target_count, target_patterns
+from compressknow.compress.sources import build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
@@ -41,18 +41,18 @@ names = st.lists(
 def test_patterns_match_the_named_modules_and_no_others(modules: list[str], data: Any) -> None:
     chosen = data.draw(st.lists(st.sampled_from(modules), unique=True, min_size=1))
     others = [module for module in modules if module not in chosen]
-    patterns = target_patterns(chosen, "model", others)
+    patterns = build_target_patterns(chosen, "model", others)
     linear = torch.nn.Linear(1, 1)
     assert [name for name in modules if is_match(name, linear, patterns)] == [m for m in modules if m in chosen]
     # One pattern may stand for both, with and without the prefix.
-    assert target_count(patterns) == len({module.removeprefix("model.") for module in chosen})
+    assert count_targets(patterns) == len({module.removeprefix("model.") for module in chosen})
 
 
 def test_layers_that_differ_in_their_number_share_a_pattern() -> None:
     modules = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(3) for j in range(4)]
-    (pattern,) = target_patterns([*modules], "model")
+    (pattern,) = build_target_patterns([*modules], "model")
     assert pattern == r"re:^(?:model\.)?layers\.(?:0|1|2)\.mlp\.experts\.(?:0|1|2|3)\.up_proj$"
-    assert len(target_patterns(modules[1:], "model")) == 2  # one expert of one layer stays as it is
+    assert len(build_target_patterns(modules[1:], "model")) == 2  # one expert of one layer stays as it is
 
 
 def quantized_modules(model: torch.nn.Module) -> set[str]:
