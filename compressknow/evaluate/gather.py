@@ -171,6 +171,7 @@ def gather(
     handles = open_models(models, revision, stored, evaluation, probes)
     # The original's distributions serve only models that are evaluated beside it.
     kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].runtime.whole_vocabulary else None
+    rest = [*stored[1:], *handles[1:]]
     number, of = 0, sum(handle is not None for handle in handles)
     gathered: list[Answers] = []
     with Distributions(kept_of, evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
@@ -179,8 +180,7 @@ def gather(
                 number += 1
                 watched = staged(on_progress, number=number, of=of)
                 context = Context(gathered[0] if gathered else None, whole=whole)
-                others_too = [*stored[1:], *handles[1:]]
-                gathered.append(_evaluate(handle, probes, context, others_too, evaluation, watched))
+                gathered.append(_evaluate(handle, probes, context, rest, evaluation, watched))
             elif answers is not None:
                 gathered.append(select_probes(answers, [probe.name for probe in probes]))
     return gathered[0], gathered[1:]

@@ -248,17 +248,13 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> A
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
     model = loaded.model
     # HFLM ties the weights anew; what is loaded is to be asked as it is.
-    model.tie_weights = _do_nothing
+    model.tie_weights = lambda *_, **__: None
     try:
         # lm-eval gives a tokenizer without a padding token one: to a copy.
         tokenizer = copy.deepcopy(loaded.tokenizer)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend=loaded.family, batch_size=rows, logits_cache=cache)
     finally:
         del model.tie_weights
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, in place of a method."""
 
 
 def _describe_data(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
