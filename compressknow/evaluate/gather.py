@@ -150,7 +150,7 @@ def gather(
 ) -> tuple[Answers, list[Answers]]:
     """Return the original's answers and those of each compressed model, to the same probes.
 
-    Models are evaluated on what is not kept yet, the original first: the others are asked for its most likely tokens,
+    Models are evaluated on what is not kept yet, the original first: the others are scored on its most likely tokens,
     so that distributions can be compared. Answers folders are taken as they are.
 
     Parameters
@@ -354,7 +354,7 @@ def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
 ) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
-    other's tokens. Answers that `keep_in` holds already are not asked for again.
+    other's tokens. What `keep_in` holds already is not evaluated again.
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """

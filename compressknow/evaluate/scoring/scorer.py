@@ -81,7 +81,7 @@ class Scorer(ABC):
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
-    # Whether it is told what the model says; without, facts with candidates are only chosen.
+    # Whether what the model says is wanted; without, facts with candidates are only chosen.
     says = True
     _tried = False
 
@@ -189,7 +189,7 @@ class Scorer(ABC):
         ----------
         reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
             default the most likely ones of this model.
-        whole : is told the whole distributions; gives their divergences from the original's.
+        whole : takes the whole distributions; gives their divergences from the original's.
         """
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
