@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +36,7 @@ RESERVE = 256 << 20
 AT_A_TIME = 1 << 21
 
 
-class Distributions:
+class Distributions(contextlib.AbstractContextManager["Distributions"]):
     """Log-probabilities of every token at the answer's first position, by the original, for each probe.
 
     Parameters
@@ -111,12 +110,7 @@ class Distributions:
         for rows in self._rows.values():
             rows.give_up()
 
-    def __enter__(self) -> Distributions:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

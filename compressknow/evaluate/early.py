@@ -1,4 +1,4 @@
-"""Answers of two models to facts in random order, a chunk at a time, until what is asked of them is known."""
+"""Answers of two models to facts in random order, a chunk at a time, until a question about them is decided."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def evaluate(
     done : ids of facts that are answered. A batch is left out whole or run whole, so that a batch that is run
         later is the same one.
     known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are scored.
-    whole : is told each batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
+    whole : takes each batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
     """
     left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
     total = prompts.total

@@ -80,7 +80,7 @@ class Probe:
     fold_case : an answer counts whatever its case (the paper's protocol).
     keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
         are dropped, as the official LAMA code does.
-    score_rest : causal and seq2seq models are asked for what follows the blank too (BEAR's sentence scores). Without,
+    score_rest : causal and seq2seq models are scored on what follows the blank too (BEAR's sentence scores). Without,
         they are so only where it holds words, or where one candidate begins another.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
     source : where the facts come from: file names with sha256, the set's licence, the template.

@@ -150,7 +150,7 @@ def gather(
 ) -> tuple[Answers, list[Answers]]:
     """Return the original's answers and those of each compressed model, to the same probes.
 
-    Models are evaluated on what is not kept yet, the original first: the others are asked for its most likely tokens,
+    Models are evaluated on what is not kept yet, the original first: the others are scored on its most likely tokens,
     so that distributions can be compared. Answers folders are taken as they are.
 
     Parameters
@@ -171,6 +171,7 @@ def gather(
     handles = open_models(models, revision, stored, evaluation, probes)
     # The original's distributions serve only models that are evaluated beside it.
     kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].runtime.whole_vocabulary else None
+    rest = [*stored[1:], *handles[1:]]
     number, of = 0, sum(handle is not None for handle in handles)
     gathered: list[Answers] = []
     with Distributions(kept_of, evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
@@ -179,8 +180,7 @@ def gather(
                 number += 1
                 watched = staged(on_progress, number=number, of=of)
                 context = Context(gathered[0] if gathered else None, whole=whole)
-                others_too = [*stored[1:], *handles[1:]]
-                gathered.append(_evaluate(handle, probes, context, others_too, evaluation, watched))
+                gathered.append(_evaluate(handle, probes, context, rest, evaluation, watched))
             elif answers is not None:
                 gathered.append(select_probes(answers, [probe.name for probe in probes]))
     return gathered[0], gathered[1:]
@@ -354,7 +354,7 @@ def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
 ) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
-    other's tokens. Answers that `keep_in` holds already are not asked for again.
+    other's tokens. What `keep_in` holds already is not evaluated again.
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.progress import Listener, Stage, begun
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Opened
 
 
-# Facts of a probe that are asked again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it
+# Facts of a probe evaluated again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it
 # from 3 %.
 PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
 _SEED = 20_231
@@ -94,54 +94,52 @@ def measure_noise(
     samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
     try:
         with Distributions(original, folder) as own:
-            rows = {probe.name: _find_rows(probe, samples[probe.name], whole, own, on_progress) for probe in probes}
+            rows = {probe.name: _find_rows(probe, *samples[probe.name], whole, own, on_progress) for probe in probes}
             original.release()
             return _answer_samples(other, work, samples, rows, on_progress)
     finally:
         other.release()
 
 
-class _Sample(NamedTuple):
-    """Some of a probe's facts, and the original's answers to them."""
-
-    probe: Probe
-    answers: Answers
-
-
-def _draw_sample(probe: Probe, answers: Answers) -> _Sample:
-    """Draw from the facts that were answered, in the probe's order, each in all its wordings."""
+def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
+    """Draw some of the answered facts, in the probe's order, each in all its wordings; with their answers."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
     # A user's own id may end like that of a wording.
     whole = strip_wording if probe.templates else str
-    facts_answered = [fact for fact in probe.facts if fact.id in answered]
-    facts = list(dict.fromkeys(whole(fact.id) for fact in facts_answered))
+    known = [fact for fact in probe.facts if fact.id in answered]
+    facts = list(dict.fromkeys(whole(fact.id) for fact in known))
     wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
     chosen = set(random.Random(_SEED).sample(facts, wanted))
-    sample = tuple(fact for fact in facts_answered if whole(fact.id) in chosen)
-    return _Sample(replace(probe, facts=sample), Answers(answers.record, tuple(answered[fact.id] for fact in sample)))
+    sample = tuple(fact for fact in known if whole(fact.id) in chosen)
+    return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
 def _find_rows(
-    probe: Probe, sample: _Sample, whole: Distributions | None, own: Distributions, on_progress: Listener | None
+    probe: Probe,
+    sample: Probe,
+    answers: Answers,
+    whole: Distributions | None,
+    own: Distributions,
+    on_progress: Listener | None,
 ) -> Rows:
     """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
     now.
     """
-    kept = whole.find_rows(probe) if whole else None
-    if kept is not None and kept.holds(answer.fact_id for answer in sample.answers.answers):
-        return kept
-    own.complete([sample.probe], sample.answers, on_progress)
-    return own.find_rows(sample.probe)
+    rows = whole.find_rows(probe) if whole else None
+    if rows is not None and rows.holds(answer.fact_id for answer in answers.answers):
+        return rows
+    own.complete([sample], answers, on_progress)
+    return own.find_rows(sample)
 
 
 def _answer_samples(
     other: ModelHandle,
     work: Literal["noise", "runtime"],
-    samples: Mapping[str, _Sample],
+    samples: Mapping[str, tuple[Probe, Answers]],
     rows: Mapping[str, Rows],
     on_progress: Listener | None,
 ) -> dict[str, NoiseFloor]:
-    facts, found = sum(len(sample.probe.facts) for sample in samples.values()), {}
+    facts, found = sum(len(sample.facts) for sample, _ in samples.values()), {}
     for name, (sample, own) in samples.items():
         stage = Stage(work, other.located.name, name, facts, other.settings.device)
         with begun(on_progress, stage) as advance:

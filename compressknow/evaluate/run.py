@@ -83,7 +83,7 @@ def probe_model(
     on_progress: Listener | None = None,
     wait: bool = False,
 ) -> Answers:
-    """Evaluate a model on some probes and keep the answers in `folder`, beside those that it holds already.
+    """Evaluate a model on some probes and keep the answers in `folder`, with those that it holds already.
 
     A probe that the folder holds for this very model, these facts and this reference is not evaluated again; one that
     was cut short resumes.
@@ -91,7 +91,7 @@ def probe_model(
     Parameters
     ----------
     folder : an answers folder of this model, or a new one.
-    beside : the original's answers, and what else is known; by default this model is the original.
+    context : the original's answers, and what else is known; by default this model is the original.
     on_progress : called with each `compressknow.base.progress.Progress`.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 

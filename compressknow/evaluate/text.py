@@ -208,7 +208,7 @@ def read_text(
     ----------
     known : chunks that this model has read already, without the divergences that are wanted now: what it writes after
         them is taken from there.
-    whole : is told the distributions after each scored token, and gives their divergences; see
+    whole : takes the distributions after each scored token, and gives their divergences; see
         `compressknow.evaluate.distributions`.
     """
     left = [number for number in range(len(chunks.ids)) if number not in (done or {})]

@@ -95,8 +95,8 @@ def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(noise, "PART", 0.0)
     found = probe(model, tmp_path / "a", "bear", options=options)
     (bear,) = open_all(["bear"], options)
-    sample = noise._draw_sample(bear, found)
-    asked = Counter(strip_wording(answer.fact_id) for answer in sample.answers.answers)
+    _, sample = noise._draw_sample(bear, found)
+    asked = Counter(strip_wording(answer.fact_id) for answer in sample.answers)
     assert list(asked.values()) == [3, 3, 3]
     assert floor_of(found).n == 3
 

@@ -207,7 +207,8 @@ class LlamaServer(Served):
         how["response_fields"] = ["completion_probabilities", "content"]
         answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
         steps = answer.get("completion_probabilities")
-        if steps is None and _is_cut(answer.get("content")):
+        content = answer.get("content")
+        if steps is None and content is not None and (not content or content.endswith("\ufffd")):
             return None
         if steps is None or len(steps) > 1:
             raise self.make_error("has no completion_probabilities of one token")
@@ -305,11 +306,6 @@ class Echoing(Writing):
         if not chosen:
             raise self.make_error("has no token for the answer")
         return score + sum(map(self.check_logp, chosen))
-
-
-def _is_cut(text: Any) -> bool:
-    """Return whether a text ends in the middle of a letter, or has not begun one."""
-    return isinstance(text, str) and (not text or text.endswith("\ufffd"))
 
 
 def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:

@@ -254,13 +254,9 @@ class CausalScorer(DecodingScorer):
     def _choose_context(self, fact: Fact) -> str:
         """Return a text before the answer that gives the same tokens as the prompt does: most often its last word."""
         context = fact.before.rpartition(" ")[2]
-        return context if self._is_boundary_kept(fact, context) else fact.before
-
-    def _is_boundary_kept(self, fact: Fact, context: str) -> bool:
         gold = self.encoder.answer(context, fact.obj_label, fact.gap)
-        whole = fact.before + fact.gap + fact.obj_label
-        ids = self.encoder.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        return bool(tuple(ids) == self.encoder.ids(fact.before) + gold)
+        whole = self.tokenizer(fact.before + fact.gap + fact.obj_label, add_special_tokens=False, verbose=False)
+        return context if tuple(whole["input_ids"]) == self.encoder.ids(fact.before) + gold else fact.before
 
 
 class Seq2SeqScorer(DecodingScorer):

@@ -19,16 +19,10 @@ from compressknow.gguf.llama_cpp.model import GgufModel
 
 # Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
 PROMPTS, PROMPT_TOKENS = 64, 512
-
-
 # llama.cpp takes no more (LLAMA_MAX_SEQ of llama-cparams.h).
 SEQUENCES = 256
-
-
 # Tokens of candidates that are held beside them.
 CANDIDATE_TOKENS = 1536
-
-
 # Tokens of candidates that one pass reads without a look at who has fallen behind.
 WIDE = 64
 

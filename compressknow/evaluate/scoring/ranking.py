@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,3 @@ def make_answer(
         popularity=fact.popularity,
         template=fact.template,
     )
-
-
-def add_distribution(answer: Answer, ids: Any, log_probs: Any, kl: float | None) -> Answer:
-    return replace(answer, first_ids=ids, first_logp=log_probs, first_kl=kl)

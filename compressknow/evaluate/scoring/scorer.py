@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -23,7 +23,6 @@ from compressknow.evaluate.scoring.prompts import Encoder, Ids
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
     Scores,
-    add_distribution,
     find_best,
     find_rank,
     make_answer,
@@ -82,7 +81,7 @@ class Scorer(ABC):
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
-    # Whether it is told what the model says; without, facts with candidates are only chosen.
+    # Whether what the model says is wanted; without, facts with candidates are only chosen.
     says = True
     _tried = False
 
@@ -190,7 +189,7 @@ class Scorer(ABC):
         ----------
         reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
             default the most likely ones of this model.
-        whole : is told the whole distributions; gives their divergences from the original's.
+        whole : takes the whole distributions; gives their divergences from the original's.
         """
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
@@ -274,7 +273,10 @@ class Scorer(ABC):
         found = {answer.fact_id: answer for answer in answers}
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
         rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
-        return [add_distribution(found[query.fact.id], *distribution) for query, *distribution in rows]
+        return [
+            replace(found[query.fact.id], first_ids=ids, first_logp=log_probs, first_kl=divergence)
+            for query, ids, log_probs, divergence in rows
+        ]
 
     def _find_misfit(self, query: Query) -> str | None:
         """Return why the ids of a query cannot be run, or None."""

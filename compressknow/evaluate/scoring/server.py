@@ -25,7 +25,6 @@ from compressknow.evaluate.scoring.ranking import (
     TOP,
     Ranking,
     Scores,
-    add_distribution,
     make_answer,
     make_choice,
     rank_candidates,
@@ -229,4 +228,4 @@ def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
     if not all(number in first.logp for number in ids):
         ids = []
     values = np.array([first.logp[number] for number in ids], dtype=np.float32)
-    return add_distribution(answer, np.array(ids, dtype=np.int32), values, None)
+    return replace(answer, first_ids=np.array(ids, dtype=np.int32), first_logp=values, first_kl=None)

@@ -86,7 +86,7 @@ class ProbeSource(ABC):
     help : one line for ``--help``: which facts these are.
     form : what follows the name and a colon, in capitals as in ``FILE.jsonl``; empty where the name stands alone.
     parts : all that may follow, in lower case, where that is one of a few names: those of LAMA's sets.
-    takes : the fields of `Options` that it reads, beside `limit` and `seed`.
+    takes : the fields of `Options` that it reads, besides `limit` and `seed`.
     protocols : what ``--protocol`` may choose, in lower case, the default first; empty where it has one way alone.
     folders : where ``--data`` names a folder of several sets, the names that the set's own folder may have in there.
     origin : where its data can be downloaded, for the message that it is missing.

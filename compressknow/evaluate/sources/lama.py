@@ -4,7 +4,7 @@ The folder is what https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*
 ``Squad/test.jsonl``, ``ConceptNet/test.jsonl`` and ``relations.jsonl``, a template for each relation of T-REx.
 ``common_vocab_cased.txt``, one word a line, lies beside them; the `lama` protocol needs it.
 
-T-REx and Google-RE are asked by template, in both protocols, and SQuAD and ConceptNet by the first of their
+T-REx and Google-RE are evaluated by template, in both protocols, and SQuAD and ConceptNet by the first of their
 ``masked_sentences``. A prompt has one blank, so that sentences with several are dropped (3 of SQuAD's): the official
 code scores the first of the blanks, the paper's code each of them.
 """
@@ -109,13 +109,13 @@ def read_lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lam
     - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
       by the scorers, those whose object is not one token of the model.
     - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
-    - With a template, each pair of subject and object is asked once in a relation; without one, duplicates stay, and
+    - With a template, each pair of subject and object counts once in a relation; without one, duplicates stay, and
       sentences of more than 100 words are dropped.
     - The score of T-REx and of Google-RE is the unweighted mean over relations; the other sets are one relation.
 
     `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
-    of the model's whole vocabulary, their case is ignored, each sentence is asked once in a set, nothing else is
-    dropped, and all facts count alike. Table 3 of the paper tells how it asked: its scores are fractions of 5,510 for
+    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once in a set, nothing else is
+    dropped, and all facts count alike. Table 3 of the paper tells how: its scores are fractions of 5,510 for
     Google-RE, the number of distinct sentences that the templates make of it (the set's own first sentences hold 5,262
     blanks), and of 308 for SQuAD, whose 305 sentences hold 308 blanks.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL
+from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL, compute_chance
 from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 
 # Of an item's context, so much of its end is shown.
@@ -44,9 +44,7 @@ class Collected:
     @property
     def chance(self) -> float | None:
         """Return the expected accuracy of guessing; None where any item has no choices."""
-        choices = [answer.choices for answer in self.answers]
-        known = [1 / number for number in choices if number]
-        return sum(known) / len(known) if known and len(known) == len(choices) else None
+        return compute_chance(answer.choices for answer in self.answers)
 
     @property
     def majority(self) -> float | None:

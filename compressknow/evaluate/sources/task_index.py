@@ -112,8 +112,8 @@ def list_data_files(entry: Any) -> dict[str, str]:
 def build(task: TaskFiles, folder: Path) -> dict[str, Any]:
     """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
 
-    Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task` cannot
-    ask.
+    Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that `run_task`
+    cannot run.
     """
     entry = find_entry(task.include, task.task) if task.include else None
     try:

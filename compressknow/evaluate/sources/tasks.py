@@ -102,7 +102,7 @@ def open_task(
     Parameters
     ----------
     data : holds the local files, itself or in its folder ``tasks/``. With BoolQ's, PIQA's or WinoGrande's there
-        (``boolq.jsonl``, ...), these are asked; otherwise lm-eval's own task loads its set from the Hugging Face hub.
+        (``boolq.jsonl``, ...), these are run; otherwise lm-eval's own task loads its set from the Hugging Face hub.
     include : an lm-eval task folder, searched first. Relative `data_files` in its YAML are looked for in `data`, then
         beside the YAML. Its Python files are run, as lm-eval does.
     limit : the first so many items of each task, not a sample.
@@ -165,7 +165,7 @@ def run_task(
     The model is neither copied nor moved nor changed, the tokenizer is left as it is, and so are all random states.
     In batches of at most `batch_size`, fewer where the vocabulary is large.
 
-    The entry has "truncated" beside the usual keys: so many items lost the beginning of their context, because the
+    The entry has "truncated" besides the usual keys: so many items lost the beginning of their context, because the
     model takes no longer text.
 
     Raises
@@ -243,22 +243,18 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> A
 
     # lm-eval keeps the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB a row in float32.
     rows = max(1, min(batch_size, 2**28 // (512 * len(loaded.tokenizer))))
-    # lm-eval asks the same tokens once for all choices. Where choices are contexts, that saves nothing, and takes the
+    # lm-eval runs the same tokens once for all choices. Where choices are contexts, that saves nothing, and takes the
     # wrong positions for items whose tokens are the same but for where the continuation begins (0.4.13).
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
     model = loaded.model
-    # HFLM ties the weights anew; what is loaded is to be asked as it is.
-    model.tie_weights = _do_nothing
+    # HFLM ties the weights anew; what is loaded is to be evaluated as it is.
+    model.tie_weights = lambda *_, **__: None
     try:
         # lm-eval gives a tokenizer without a padding token one: to a copy.
         tokenizer = copy.deepcopy(loaded.tokenizer)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend=loaded.family, batch_size=rows, logits_cache=cache)
     finally:
         del model.tie_weights
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, in place of a method."""
 
 
 def _describe_data(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
