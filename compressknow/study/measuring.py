@@ -144,19 +144,12 @@ class Measured:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
         text."""
         divergences = {type: self.compute_text_kl(name, type) for type in tried}
-        found = [
+        ratios = [
             kl / self.errors[name, type]
             for type, kl in divergences.items()
             if kl is not None and self.errors[name, type] > 0
         ]
-        return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
-
-    def compute_fact_kl(self, name: str, type: str) -> float | None:
-        """Return the mean over facts, nats, of a type that was tried; None where there are no facts."""
-        changes = self.facts.get((name, type))
-        if changes is None:
-            return None
-        return float(compute_divergence(self.scores, changes, self.owners).mean())
+        return sum(ratios) / len(ratios) if ratios else None if None in divergences.values() else 0.0
 
     def compute_text_kl(self, name: str, type: str) -> float | None:
         """Return the robust mean over rows, nats per token; None where there is no text."""

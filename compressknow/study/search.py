@@ -208,13 +208,13 @@ class SizeSearch:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
         worst, best = ends = self._choose(floor), self._choose(ceiling)
         for _ in range(HALVINGS):
-            found = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
-            if any(each.found.types == found.types for each in self.tried):
+            middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
+            if any(each.found.types == middle.types for each in self.tried):
                 break
-            if self._try_file(found):
-                best = found
+            if self._try_file(middle):
+                best = middle
             else:
-                worst = found
+                worst = middle
         if best is ends[1]:
             self._try_file(best)
         elif worst is ends[0]:
