@@ -59,14 +59,6 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
 
 
-class PerError(NamedTuple):
-    """Loss of each fact per squared error of a weight, float64 [facts], the mean over the types that were tried: KL in
-    nats, and the square of the change of its margin."""
-
-    kl: torch.Tensor
-    moved: torch.Tensor
-
-
 @dataclass(frozen=True)
 class Measured:
     """Changes of scores, by weight and type.
@@ -95,21 +87,22 @@ class Measured:
         rows = []
         for name, weight in self.weights.items():
             tried = roundings.list_measured(weight.shape)
-            facts, per_token = self.compute_per_error(name, tried), self._compute_text_per_error(name, tried)
+            facts, per_token = self._compute_per_error(name, tried), self._compute_text_per_error(name, tried)
             types = {}
             for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
-                kl = None if facts is None else float(facts.kl.mean()) * error
+                kl = None if facts is None else float(facts[0].mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None if facts is None else self._estimate_risk(facts.moved * error)
+                risk = None if facts is None else self._estimate_risk(facts[1] * error)
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
-            by_domain = _compare_domains(facts.kl, domains) if facts is not None else {}
+            by_domain = _compare_domains(facts[0], domains) if facts is not None else {}
             place = (weight.stack, module_in_block(name), by_domain)
             rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
         return tuple(rows)
 
-    def compute_per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
-        """Return the loss of facts per squared error of a weight; None where there are no facts.
+    def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return two losses of each fact per squared error of a weight, float64 [facts], the means over the types that
+        were tried: KL in nats, and the square of the change of its margin. None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -120,7 +113,7 @@ class Measured:
         errors = torch.tensor([self.errors[name, type] or 1.0 for type in own], dtype=torch.float64)
         changes = torch.stack([self.facts[name, type] for type in own], 1).double()
         objects, others, _ = self.margins
-        return PerError(
+        return (
             (compute_divergence(self.scores, changes, self.owners) / errors).mean(1),
             ((changes[objects] - changes[others]).square() / errors).mean(1),
         )

@@ -185,14 +185,9 @@ class Sensitivity(notebook.Shown):
         guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
         rows = (
             TensorSensitivity(
-                row["name"],
-                tuple(row["shape"]),
-                row["group"],
-                row["layer"],
-                {name: Rounding(**rounding) for name, rounding in row["by_type"].items()},
-                row["stack"],
-                row["module"],
-                row["by_domain"],
+                **row
+                | {"shape": tuple(row["shape"])}
+                | {"by_type": {name: Rounding(**each) for name, each in row["by_type"].items()}}
             )
             for row in values["rows"]
         )
