@@ -184,7 +184,7 @@ def _measure_sensitivity(
             f"{model.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
         ) from error
     domains = [each.query.fact.subject for each in scored]
-    rows = measured.rows(roundings, domains)
+    rows = measured.build_rows(roundings, domains)
     known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
     others = _count_weights(tree) - sum(prod(row.shape) for row in rows)
     sensitivity = Sensitivity(handle.sha256, guidance, rows, known, others)

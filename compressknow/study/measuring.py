@@ -60,7 +60,7 @@ class Weight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoreChanges:
     """Changes of scores, by weight and type.
 
     Attributes
@@ -82,7 +82,7 @@ class Measured:
     errors: Mapping[tuple[str, str], float]
     importance: Mapping[str, torch.Tensor]
 
-    def rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
+    def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
         rows = []
         for name, weight in self.weights.items():
@@ -184,10 +184,10 @@ def measure(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    questions: FactBatches | None,
+    facts: FactBatches | None,
     texts: Sequence[Batch] = (),
     advance: Advance | None = None,
-) -> Measured:
+) -> ScoreChanges:
     """Measure all Linear weights of a model, and of a GGUF file its embedding, from one pass forward and one back.
 
     Importance, where a type rounds with it, is that of the same tokens: the mean squares of what facts and text have a
@@ -196,15 +196,15 @@ def measure(
     structure = structure_of(tree)
     sources = Sources(checkpoint, tree, structure)
     weights = [weight for weight in structure.linears if weight.group != "vision" and weight.kind != "experts"]
-    batches = [*(questions.batches if questions else ()), *texts]
+    facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
     with OpenFiles() as files:
         streamed = StreamedModel(tree, sources, files)
-        measuring = _Measuring(streamed, structure, weights, roundings, questions, texts, advance)
-        scores = gradients(streamed, weights, batches, measuring.visit)
-    return measuring.measured(scores)
+        measurer = _Measurer(streamed, structure, weights, roundings, facts, texts, advance)
+        scores = gradients(streamed, weights, [*facts.batches, *texts], measurer.visit)
+    return measurer.finish(scores)
 
 
-class _Measuring:
+class _Measurer:
     """Visitor of blocks that adds up what rounding their weights changes."""
 
     def __init__(
@@ -213,14 +213,13 @@ class _Measuring:
         structure: Structure,
         weights: Sequence[LinearWeight],
         roundings: Roundings,
-        questions: FactBatches | None,
+        facts: FactBatches,
         texts: Sequence[Batch],
         advance: Advance | None,
     ) -> None:
         self._streamed, self._structure, self._roundings, self._advance = streamed, structure, roundings, advance
         self._linears = {weight.parameter: weight for weight in weights}
-        self._questions, self._texts = questions, texts
-        self._fact_batches = len(questions.batches) if questions else 0
+        self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
         self._found: dict[str, Weight] = {}
         self._facts: dict[tuple[str, str], torch.Tensor] = {}
@@ -320,7 +319,7 @@ class _Measuring:
             own = [
                 value
                 for each, value in zip(products, values, strict=True)
-                if (each.batch >= self._fact_batches) is is_text
+                if (each.batch >= len(self._fact_batches.batches)) is is_text
             ]
             if own:
                 total = torch.stack(own).sum(0)
@@ -330,22 +329,21 @@ class _Measuring:
     def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""
         for type, own in zip(types, changes.unbind(2), strict=True):
-            if batch < self._fact_batches:
-                assert self._questions is not None
-                known = self._facts.setdefault((name, type), torch.zeros(len(self._questions.facts)))
-                known.index_add_(0, self._questions.owners[batch].flatten(), own.flatten())
+            number = batch - len(self._fact_batches.batches)
+            if number < 0:
+                known = self._facts.setdefault((name, type), torch.zeros(len(self._fact_batches.facts)))
+                known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
                 continue
-            number = batch - self._fact_batches
             known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
             known[self._starts[number] : self._starts[number + 1]] += own
 
-    def measured(self, scores: Sequence[torch.Tensor]) -> Measured:
+    def finish(self, scores: Sequence[torch.Tensor]) -> ScoreChanges:
         """Return what was found, where these are the scores of all batches."""
-        facts = self._questions.facts if self._questions else torch.empty(0, dtype=torch.long)
+        facts = self._fact_batches.facts
         own = torch.zeros(len(facts))
-        for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
+        for batch, owners in zip(scores, self._fact_batches.owners, strict=False):
             own.index_add_(0, owners.flatten(), batch.flatten())
-        return Measured(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
+        return ScoreChanges(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
