@@ -321,7 +321,12 @@ class CheckpointForm(Form):
         }
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)
-        table = {module: self._list_options(weight, exact[module]) for module, weight in self._weights.items()}
+        table = {}
+        for module, weight in self._weights.items():
+            shape = weight.shape[::-1] if weight.transposed else weight.shape
+            table[module] = {NONE: Option(exact[module], 0.0)}
+            for kind in self.roundings.list_legal(shape):
+                table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         super().__init__(
             _pin_modules(table, self._weights, must),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
@@ -361,11 +366,6 @@ class CheckpointForm(Form):
     @property
     def label(self) -> str:
         return _describe_rounding(self._guide, "to nearest")
-
-    def _list_options(self, weight: LinearWeight, exact: int) -> dict[str, Option]:
-        shape = weight.shape[::-1] if weight.transposed else weight.shape
-        own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.list_legal(shape)}
-        return {NONE: Option(exact, 0.0), **{kind: Option(nbytes, 0.0) for kind, nbytes in own.items()}}
 
     def _learn_table(self, guides: Guides) -> OptionTable:
         rows = guides.sensitivity.kl(self._guide)

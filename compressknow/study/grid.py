@@ -294,7 +294,8 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
             raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
     has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
-        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_name_owners(idle[0])} it is one.")
+        owners = ", ".join(name for name in (*METHODS, *SCHEMES) if idle[0] in _get_parameters(name))
+        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
 
 
 def _needs_activations(method: Any) -> bool:
@@ -327,10 +328,6 @@ def _get_parameters(name: Any) -> set[str]:
     """Return the parameters of the method or scheme of that name; none of what is neither."""
     things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
     return {each.name for thing in things for each in thing.parameters()}
-
-
-def _name_owners(parameter: str) -> str:
-    return ", ".join(name for name in (*METHODS, *SCHEMES) if parameter in _get_parameters(name))
 
 
 def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
