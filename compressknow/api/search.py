@@ -159,14 +159,14 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
-        guided = EvaluationSet.of(study_model, [part.search for part in parts], folder / SEARCHED, listening, known)
+        guided = EvaluationSet.create(study_model, [part.search for part in parts], folder / SEARCHED, listening, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
-            selection = EvaluationSet.of(study_model, selected_by, folder / HELD_OUT, listening, known)
+            selection = EvaluationSet.create(study_model, selected_by, folder / HELD_OUT, listening, known)
             check_enough_known(selection, keep)
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        grading = EvaluationSet.of(
+        grading = EvaluationSet.create(
             study_model, [*graded_by, *texts], folder / GRADING, listening, known, noise_floors=NOISE[form.name]
         )
         answers = guided.reference
@@ -176,7 +176,7 @@ def search(
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.kept(by.answers(candidates.handle(found), listening), LEVEL)
+            return by.estimate_kept(by.evaluate(candidates.handle(found), listening), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))
@@ -200,8 +200,8 @@ def search(
         else:
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
-            after = grading.answers(handle, listening, whole=True)
-            trial = replace(winner.trial, graded=grading.kept(after))
+            after = grading.evaluate(handle, listening, whole=True)
+            trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
             write_reports(card, [folder / name for name in REPORTS], overwrite=True)

@@ -246,8 +246,8 @@ def write(
         record = _build_record(export, made)
         write_with_metadata(build_metadata(record), made.path, place.file)
         made.path.unlink()
-        with Pool(threads) as pool:
-            _sync(place.file)
+        with Pool(threads) as pool, place.file.open("rb+") as file:
+            os.fsync(file.fileno())
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
         if export.fit is not None:
             export.fit.check(nbytes)
@@ -425,14 +425,6 @@ def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
         write_plain(export.checkpoint, export.tensors, Reader(pool, files, counted(advance, total)), plain)
     yield plain
     shutil.rmtree(plain.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _describe_export(export: Export) -> dict[str, Any]:

@@ -141,18 +141,13 @@ class _Rows:
         importance = self._importance[start : start + width]
         blocks = quantize(natural.T.numpy(), self._kind, importance.numpy())
         self._blocks[start // width] = blocks
-        # The type's own reading of code 0 and code 1 tells the grid, whatever its scales look like.
-        zero, one = (self._read_code(blocks, code)[order - start] for code in self._choose_probes())
-        if self._levels is None:
-            self._offset, self._step = zero, one - zero
+        # The type's own reading of two codes, or of the one whose level is 1, tells the grid whatever its scales are.
+        if self._layout.levels is None:
+            self._offset = self._read_code(blocks, 0)[order - start]
+            self._step = self._read_code(blocks, 1)[order - start] - self._offset
         else:
-            self._step = one
+            self._step = self._read_code(blocks, self._layout.levels.index(1))[order - start]
         self._first = first
-
-    def _choose_probes(self) -> tuple[int, int]:
-        """Return two codes that tell the grid: 0 and 1, or twice the one whose level is 1."""
-        levels = self._layout.levels
-        return (0, 1) if levels is None else (levels.index(1), levels.index(1))
 
     def _read_code(self, blocks: Bytes, code: int) -> torch.Tensor:
         """Return what a code means for each weight, float32 [width, rows]."""
@@ -160,19 +155,19 @@ class _Rows:
         packed = pack(blocks, codes, self._layout)
         return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
 
-    def _round_column(self, column: int, found: torch.Tensor) -> torch.Tensor:
+    def _round_column(self, column: int, values: torch.Tensor) -> torch.Tensor:
         place = column - self._first
         step = self._step[place]
         inverse = torch.where(step == 0, 0, 1 / step)
         if self._levels is None:
             offset = self._offset[place]
-            code = ((found - offset) * inverse).round_().clamp_(*self._layout.codes)
-            made = offset + step * code
+            code = ((values - offset) * inverse).round_().clamp_(*self._layout.codes)
+            rounded = offset + step * code
         else:
-            code = torch.bucketize(found * inverse, (self._levels[1:] + self._levels[:-1]) / 2)
-            made = step * self._levels[code]
+            code = torch.bucketize(values * inverse, (self._levels[1:] + self._levels[:-1]) / 2)
+            rounded = step * self._levels[code]
         self._codes[self._order[column]] = code.to(torch.int16)
-        return made
+        return rounded
 
 
 def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: Layout) -> Bytes:

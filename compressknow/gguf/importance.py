@@ -57,12 +57,12 @@ class Importance:
 
     def means(self) -> dict[str, Floats]:
         """Return float32 [matrices * in] by tensor name, contiguous: what llama.cpp takes."""
-        found = {}
+        means = {}
         for name, sums in self.sums.items():
             counts = self.counts[name].reshape(-1, 1)
             known = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
-            found[name] = np.ascontiguousarray(known, dtype=np.float32).reshape(-1)
-        return found
+            means[name] = np.ascontiguousarray(known, dtype=np.float32).reshape(-1)
+        return means
 
 
 def write_importance(importance: Importance, path: Path) -> None:
@@ -113,12 +113,12 @@ def _read_gguf(path: Path) -> Importance:
     counts = {name: np.array(stored[name + COUNTS], np.float32).reshape(-1) for name in names}
     sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
 
-    def said(key: str, default: Any) -> Any:
+    def get(key: str, default: Any) -> Any:
         field = reader.get_field(key)
         return default if field is None else field.contents()
 
-    datasets, models = (tuple(map(str, said(key, ()))) for key in ("imatrix.datasets", _MODELS))
-    chunks, chunk = (int(said(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size"))
+    datasets, models = (tuple(map(str, get(key, ()))) for key in ("imatrix.datasets", _MODELS))
+    chunks, chunk = (int(get(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size"))
     return Importance(sums, counts, datasets, chunks, chunk, models)
 
 

@@ -63,7 +63,7 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
 def read_planned_types(scratch: Path) -> dict[str, str]:
     """Return the type of each tensor, by name, from the log of a dry run."""
     log = (scratch / "quantize.log").read_text("utf-8", "replace")
-    return {name: (chosen or kept).lower() for name, kept, chosen in _PLANNED.findall(log)}
+    return {name: (chosen or stored).lower() for name, stored, chosen in _PLANNED.findall(log)}
 
 
 def _call_llama_cpp(request: Request) -> int:
@@ -72,7 +72,7 @@ def _call_llama_cpp(request: Request) -> int:
 
     ffi, library = load_bindings().get_ffi(), load_bindings().get_lib()
     # What is handed over lives as long as it is named here.
-    kept: list[Any] = []
+    alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     parameters.ftype = list_file_types()[request.file_type]
     parameters.nthread, parameters.dry_run = request.threads, request.dry_run
@@ -80,26 +80,26 @@ def _call_llama_cpp(request: Request) -> int:
         numbers = list_tensor_types()
         overrides = ffi.new("struct llama_model_tensor_override[]", len(request.types) + 1)
         for place, (name, chosen) in enumerate(request.types.items()):
-            kept.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
-            overrides[place].pattern, overrides[place].type = kept[-1], numbers[chosen]
+            alive.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
+            overrides[place].pattern, overrides[place].type = alive[-1], numbers[chosen]
         # A pattern that is none ends the list.
         overrides[len(request.types)].pattern = ffi.NULL
         parameters.tt_overrides = overrides
     if request.importance:
-        kept.append(_build_matrix(ffi, request.importance, kept))
-        parameters.imatrix = kept[-1]
+        alive.append(_build_matrix(ffi, request.importance, alive))
+        parameters.imatrix = alive[-1]
     return int(library.llama_model_quantize(os.fsencode(request.source), os.fsencode(request.output), parameters))
 
 
-def _build_matrix(ffi: Any, path: str, kept: list[Any]) -> Any:
+def _build_matrix(ffi: Any, path: str, alive: list[Any]) -> Any:
     """Return llama.cpp's list of structs, which an entry without a name ends."""
     from compressknow.gguf.importance import read_importance
 
     matrices = read_importance(Path(path)).means()
     entries = ffi.new("struct llama_model_imatrix_data[]", len(matrices) + 1)
     for place, (name, values) in enumerate(matrices.items()):
-        kept += [ffi.new("char[]", name.encode()), values, ffi.from_buffer("float[]", values)]
-        entries[place].name, entries[place].data, entries[place].size = kept[-3], kept[-1], values.size
+        alive += [ffi.new("char[]", name.encode()), values, ffi.from_buffer("float[]", values)]
+        entries[place].name, entries[place].data, entries[place].size = alive[-3], alive[-1], values.size
     entries[len(matrices)].name = ffi.NULL
     return entries
 

@@ -60,8 +60,8 @@ class Tensors:
     def find_by_pattern(self, text: str) -> list[str]:
         """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
         pattern = Pattern("--type-of", text)
-        found = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
-        if not found:
+        names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
+        if not names:
             scopes = scope_names(self.side.structure)
             kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
             raise UsageError(
@@ -69,7 +69,7 @@ class Tensors:
                 hint=f"{did_you_mean(text, scopes)}There is {', '.join(scopes)}. Tensors (N stands for a number): "
                 f"{', '.join(kind for kind in kinds if kind.endswith('.weight'))}.",
             )
-        return found
+        return names
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -123,18 +123,16 @@ def _map_weights(
     for weight in side.structure.linears if name_map else ():
         supplier = side.supply.get(weight.parameter)
         own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
-        found: dict[str, list[str]] = {}
+        held: dict[str, list[str]] = {}
         for name in own:
-            if (there := _find_tensor(name_map, (name, weight.parameter), tensors)) is not None:
-                found.setdefault(there, []).append(name)
-        for there, names in found.items():
-            yield weight, there, names
-
-
-def _find_tensor(name_map: Any, names: Iterable[str], tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the first tensor of the file that one of these names is mapped to."""
-    mapped = (name_map.get_name(_EXPERT.sub("experts.", name), try_suffixes=_SUFFIXES) for name in names)
-    return next((name for name in mapped if name in tensors), None)
+            mapped = (
+                name_map.get_name(_EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
+                for each in (name, weight.parameter)
+            )
+            if (holder := next((each for each in mapped if each in tensors), None)) is not None:
+                held.setdefault(holder, []).append(name)
+        for holder, names in held.items():
+            yield weight, holder, names
 
 
 def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:

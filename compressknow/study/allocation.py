@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, gcd
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -82,12 +82,12 @@ def allocate(
         )
     chosen = _solve([options for _, options in units], budget - floor)
     _spend_rest([options for _, options in units], chosen, budget - overhead)
-    found = [(names, kind, options[kind]) for (names, options), kind in zip(units, chosen, strict=True)]
-    types = {name: kind for names, kind, _ in found for name in names}
+    choices = [(names, kind, options[kind]) for (names, options), kind in zip(units, chosen, strict=True)]
+    types = {name: kind for names, kind, _ in choices for name in names}
     return Allocation(
         {name: types[name] for name in table},
-        overhead + sum(option.nbytes for *_, option in found),
-        sum(option.loss for *_, option in found),
+        overhead + sum(option.nbytes for *_, option in choices),
+        sum(option.loss for *_, option in choices),
     )
 
 
@@ -137,16 +137,16 @@ def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     picks: list[tuple[list[str], npt.NDArray[np.int16]]] = []
     for options, own in zip(units, extra, strict=True):
         kinds = sorted(own, key=lambda kind: own[kind])
-        found = np.full(count, np.inf)
+        least_losses = np.full(count, np.inf)
         pick = np.zeros(count, np.int16)
         for number, kind in enumerate(kinds):
             cost = -(-own[kind] // step)
             if cost < count:
                 losses = best[: count - cost] + options[kind].loss
-                better = losses < found[cost:]
-                found[cost:][better] = losses[better]
+                better = losses < least_losses[cost:]
+                least_losses[cost:][better] = losses[better]
                 pick[cost:][better] = number
-        best = found
+        best = least_losses
         picks.append((kinds, pick))
     at, chosen = count - 1, []
     for (kinds, pick), own in zip(reversed(picks), reversed(extra), strict=True):
@@ -204,15 +204,15 @@ class Target:
 
     def budget(self, numel: int) -> int:
         """Return the bytes of a file with so many weights."""
-        return self.size if self.size is not None else floor(numel * (self.bits or 0) / 8)
+        return self.size if self.size is not None else int(numel * (self.bits or 0) / 8)
 
     @property
     def label(self) -> str:
         """Return ``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
         amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
-        told = [f"{which} {chosen}" for which, chosen in self.must]
+        rules = [f"{which} {chosen}" for which, chosen in self.must]
         by = {"both": "facts and text"}.get(self.guide, self.guide)
-        return f"{amount} by {', '.join([by, self.rounding, *told])}"
+        return f"{amount} by {', '.join([by, self.rounding, *rules])}"
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
@@ -243,19 +243,19 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
     whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
     check_below_whole(budget, whole, f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.")
-    found = allocate(pin_types(table, tensors, target.must), budget, overhead=overhead)
-    return describe_fit(found, budget, target, sensitivity.guidance)
+    allocation = allocate(pin_types(table, tensors, target.must), budget, overhead=overhead)
+    return describe_fit(allocation, budget, target, sensitivity.guidance)
 
 
-def describe_fit(found: Allocation, budget: int, target: Target, guidance: Guidance) -> Fitted:
+def describe_fit(allocation: Allocation, budget: int, target: Target, guidance: Guidance) -> Fitted:
     """Return the types that were chosen, and what a record says of the choice."""
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
-        **{"must": [list(rule) for rule in target.must], "predicted_kl": found.loss},
+        **{"must": [list(rule) for rule in target.must], "predicted_kl": allocation.loss},
         **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint},
         **{"tokens": guidance.tokens, "text_sha256": guidance.text},
     }
-    return Fitted(found.types, record)
+    return Fitted(allocation.types, record)
 
 
 def build_table(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:

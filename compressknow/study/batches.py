@@ -69,16 +69,16 @@ class ScoredFact(NamedTuple):
     answer: Answer
 
 
-def batch_facts(asked: Sequence[ScoredFact]) -> FactBatches:
+def batch_facts(scored: Sequence[ScoredFact]) -> FactBatches:
     """Return the questions of facts to one model, one or more."""
     rows: list[Row] = []
     facts: list[int] = []
-    for number, (scorer, query, answer) in enumerate(asked):
+    for number, (scorer, query, answer) in enumerate(scored):
         assert query.fact.candidates is not None
         options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
         rows += _build_rows(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
-    family = asked[0].scorer.family
+    family = scored[0].scorer.family
     groups = _group_rows(rows, fills=family != "masked")
     batches, owners = zip(*(_build_batch(group, family) for group in groups), strict=True)
     return FactBatches(batches, owners, torch.tensor(facts))
@@ -152,17 +152,16 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
     """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
     sequences for others, for these are made of what is hidden in them. The draws are seeded."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    text_batches = []
     for batch in batches:
         ids = batch["input_ids"]
         inputs = dict(batch)
         if family == "causal":
             # The first positions of a piece say little of the text: they have read too few tokens.
             length = min(TEXT_LENGTH, ids.shape[1])
-            inputs = {"input_ids": ids[:, : ids.shape[1] // length * length].reshape(-1, length)}
-            positions = _draw_positions(
-                torch.ones_like(inputs["input_ids"], dtype=torch.bool)[:, length // 4 :], generator
-            )
+            ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
+            inputs = {"input_ids": ids}
+            positions = _draw_positions(torch.ones_like(ids, dtype=torch.bool)[:, length // 4 :], generator)
             positions += length // 4
         elif family == "masked":
             positions = _draw_positions(ids.eq(mask if mask is not None else -1), generator)
@@ -170,8 +169,8 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
             positions = _draw_positions(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
             inputs = {"attention_mask": torch.ones_like(ids), **inputs}
-        found.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketch, generator)))
-    return found
+        text_batches.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketch, generator)))
+    return text_batches
 
 
 def _draw_positions(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

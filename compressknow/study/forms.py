@@ -321,7 +321,12 @@ class CheckpointForm(Form):
         }
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)
-        table = {module: self._list_options(weight, exact[module]) for module, weight in self._weights.items()}
+        table = {}
+        for module, weight in self._weights.items():
+            shape = weight.shape[::-1] if weight.transposed else weight.shape
+            table[module] = {NONE: Option(exact[module], 0.0)}
+            for kind in self.roundings.list_legal(shape):
+                table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         super().__init__(
             _pin_modules(table, self._weights, must),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
@@ -361,11 +366,6 @@ class CheckpointForm(Form):
     @property
     def label(self) -> str:
         return _describe_rounding(self._guide, "to nearest")
-
-    def _list_options(self, weight: LinearWeight, exact: int) -> dict[str, Option]:
-        shape = weight.shape[::-1] if weight.transposed else weight.shape
-        own = {kind: self.roundings.nbytes(kind, shape) + _SHAPE for kind in self.roundings.list_legal(shape)}
-        return {NONE: Option(exact, 0.0), **{kind: Option(nbytes, 0.0) for kind, nbytes in own.items()}}
 
     def _learn_table(self, guides: Guides) -> OptionTable:
         rows = guides.sensitivity.kl(self._guide)
@@ -410,13 +410,13 @@ def _build_steps(types: Mapping[str, str]) -> dict[str, Any]:
 
 def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
     """List modules that are parts of one matrix in vLLM."""
-    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in weights:
         parent, _, leaf = module.rpartition(".")
         for parts in JOINED:
             if leaf in parts:
-                found.setdefault((parent, parts), []).append(module)
-    return [modules for modules in found.values() if len(modules) > 1]
+                groups.setdefault((parent, parts), []).append(module)
+    return [modules for modules in groups.values() if len(modules) > 1]
 
 
 def _pin_modules(
@@ -425,17 +425,17 @@ def _pin_modules(
     pins: dict[str, str] = {}
     for which, kind in must:
         pattern = None if which in SCOPES else Pattern("--must", which)
-        own = [
+        modules = [
             module
             for module, weight in weights.items()
             if (pattern.search(module) if pattern else SCOPES[which](weight, "quantize"))
         ]
-        if not own:
+        if not modules:
             raise UsageError(
                 f"--must: {which!r} is no scope, and matches no module of the blocks.",
                 hint=did_you_mean(which, SCOPES) or None,
             )
-        for module in own:
+        for module in modules:
             if kind not in table[module]:
                 raise UsageError(
                     f"--must {kind}: {module} cannot be that.", hint=f"It can be {', '.join(table[module])}."
@@ -451,11 +451,11 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
     {'q6_k': ['^z$'], 'q4_k': ['^a\\\\.(0|1)\\\\.(x|y)$']}
     """
     blocks: dict[tuple[str, str, str], list[str]] = {}
-    found: dict[str, list[str]] = {}
+    rules: dict[str, list[str]] = {}
     for name, kind in types.items():
         at = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
         if at is None:
-            found.setdefault(kind, []).append(f"^{re.escape(name)}$")
+            rules.setdefault(kind, []).append(f"^{re.escape(name)}$")
         else:
             blocks.setdefault((kind, at[1], at[3]), []).append(at[2])
     alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
@@ -463,8 +463,8 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
         alike.setdefault((kind, before, tuple(sorted(numbers, key=int))), []).append(after[1:])
     for (kind, before, own), parts in alike.items():
         ends = "|".join(map(re.escape, parts))
-        found.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(own)})\\.({ends})$")
-    return found
+        rules.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(own)})\\.({ends})$")
+    return rules
 
 
 @contextmanager

@@ -134,9 +134,9 @@ class GridOptions:
     def check(self, grid: str | Path) -> None:
         """Raise UsageError where one is given that a grid does not have, or what `check_text` raises of the text."""
         has = {PAPER: ("module_map", "scheme"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
-        given = [each.name for each in fields(self) if getattr(self, each.name) is not None]
-        if strange := next((name for name in given if name not in has), None):
-            name = {"scheme": "quantize"}.get(strange, strange)
+        options = [each.name for each in fields(self) if getattr(self, each.name) is not None]
+        if unknown := next((name for name in options if name not in has), None):
+            name = {"scheme": "quantize"}.get(unknown, unknown)
             raise UsageError(
                 f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
@@ -205,10 +205,10 @@ def build_methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
     structure = model.structure(module_map)
     groups = fit_parameters(structure, "int4")
 
-    def recipe(scope: str, **given: Any) -> Recipe:
-        looks = _needs_activations(given.get("prune_method", METHODS.first)) or given.keys() & set(ROUNDED)
-        said = _select(vars(options), *CALIBRATED) if looks else {}
-        return build_recipe(Where((scope,)), module_map=module_map, **given, **said)
+    def recipe(scope: str, **step: Any) -> Recipe:
+        looks = _needs_activations(step.get("prune_method", METHODS.first)) or step.keys() & set(ROUNDED)
+        text = _select(vars(options), *CALIBRATED) if looks else {}
+        return build_recipe(Where((scope,)), module_map=module_map, **step, **text)
 
     scopes = [scope for scope in MODULES if scope in scope_names(structure)]
     pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
@@ -293,7 +293,8 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
             raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
     has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
-        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {_name_owners(idle[0])} it is one.")
+        owners = ", ".join(name for name in (*METHODS, *SCHEMES) if idle[0] in _get_parameters(name))
+        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
 
 
 def _needs_activations(method: Any) -> bool:
@@ -328,10 +329,6 @@ def _get_parameters(name: Any) -> set[str]:
     return {each.name for thing in things for each in thing.parameters()}
 
 
-def _name_owners(parameter: str) -> str:
-    return ", ".join(name for name in (*METHODS, *SCHEMES) if parameter in _get_parameters(name))
-
-
 def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe]:
     point = dict(cell)
     name = point.pop("name", None)
@@ -357,15 +354,15 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
 def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
     # What may be nothing is a text where there is something: "none" is nothing.
-    said = {name: value for name, value in point.items() if value != "none"}
+    parameters = {name: value for name, value in point.items() if value != "none"}
     shared = _select(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
     steps = []
     if "prune" in given:
         of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)
-        steps.append(_select(given, "prune", "method", "seed") | _select(said, *of_method) | shared)
+        steps.append(_select(given, "prune", "method", "seed") | _select(parameters, *of_method) | shared)
     if "quantize" in given:
         of_scheme = _get_parameters(given["quantize"])
-        steps.append(_select(given, "quantize", *ROUNDED) | _select(said, *of_scheme) | shared)
+        steps.append(_select(given, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | shared)
     more = _select(given, "module_map") | _build_calibration(given, where)
     try:
         return Recipe.from_dict({"steps": steps} | more, where)
@@ -373,15 +370,15 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
         raise UsageError(f"{where}: {error.what}", error.why, error.hint) from None
 
 
-def _build_calibration(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _build_calibration(point: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a recipe's entry of its calibration: the text, or a table of what `Calibration` has."""
-    said = given.get("calibration", {})
-    table = dict(said) if isinstance(said, Mapping) else {"text": said}
+    calibration = point.get("calibration", {})
+    table = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
     for name, key in (("tokens", "calibration_tokens"), ("seed", "seed")):
-        if key in given and name in table:
+        if key in point and name in table:
             raise UsageError(f"{where}: calibration has {name} already.", hint=f"Leave out {key}.")
-        table |= {name: given[key]} if key in given else {}
-    return {"calibration": table} if table and (_is_calibrated(given) or given.keys() & set(CALIBRATED)) else {}
+        table |= {name: point[key]} if key in point else {}
+    return {"calibration": table} if table and (_is_calibrated(point) or point.keys() & set(CALIBRATED)) else {}
 
 
 def _select(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

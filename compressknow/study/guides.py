@@ -96,9 +96,9 @@ def measure_guides(
         facts = {}
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
     text = _get_text(handle, tree, calibration, on_progress)
-    asked = _score_facts(model.path, tree, answers, probes, facts, trusted)
-    sensitivity = _get_sensitivity(handle, checkpoint, tree, roundings, asked, facts, text, on_progress)
-    return Guides(sensitivity, (*_batch_facts(asked), text.batches))
+    scored = _score_facts(model.path, tree, answers, probes, facts, trusted)
+    sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, scored, facts, text, on_progress)
+    return Guides(sensitivity, (*_batch_sequences(scored), text.batches))
 
 
 def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
@@ -128,14 +128,14 @@ def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FA
         for fact in probe.facts:
             if fact.candidates and (probe.name, fact.id) in right:
                 by_relation.setdefault((probe.name, fact.relation), []).append(fact)
-    found: dict[str, list[Fact]] = {}
+    selected: dict[str, list[Fact]] = {}
     depth = max(map(len, by_relation.values()), default=0)
     turns = [
         (name, facts[turn]) for turn in range(depth) for (name, _), facts in by_relation.items() if turn < len(facts)
     ]
     for name, fact in turns[:most]:
-        found.setdefault(name, []).append(fact)
-    return found
+        selected.setdefault(name, []).append(fact)
+    return selected
 
 
 def hash_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
@@ -144,12 +144,12 @@ def hash_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _get_sensitivity(
+def _measure_sensitivity(
     handle: ModelHandle,
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    asked: Sequence[ScoredFact],
+    scored: Sequence[ScoredFact],
     facts: Mapping[str, Sequence[Fact]],
     text: CalibrationText,
     on_progress: Listener | None,
@@ -163,8 +163,8 @@ def _get_sensitivity(
     guidance = Guidance(
         roundings.form,
         roundings.types,
-        facts=len(asked),
-        fingerprint=hash_facts(facts) if asked else None,
+        facts=len(scored),
+        fingerprint=hash_facts(facts) if scored else None,
         tokens=min(text.tokens, TOKENS),
         text=text.sha256,
     )
@@ -175,22 +175,22 @@ def _get_sensitivity(
     model, trusted = handle.located, handle.settings.trust_remote_code
     mask = load_whole_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
     texts = batch_text(_cut_text(text), family_of(tree) or "", mask, text.seed)
-    questions = batch_facts(asked) if asked else None
+    fact_batches = batch_facts(scored) if scored else None
     try:
         with begun(on_progress, Stage("sensitivity", model.name)) as advance:
-            measured = measure(checkpoint, tree, roundings, questions, texts, advance)
+            measured = measure(checkpoint, tree, roundings, fact_batches, texts, advance)
     except BlockwiseUnsupported as error:
         raise UnsupportedError(
             f"{model.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
         ) from error
-    domains = [each.query.fact.subject for each in asked]
-    rows = measured.rows(roundings, domains)
-    told = {name: known for name, known in Counter(domains).items() if known >= FEWEST_OF_A_DOMAIN}
+    domains = [each.query.fact.subject for each in scored]
+    rows = measured.build_rows(roundings, domains)
+    known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
     others = _count_weights(tree) - sum(prod(row.shape) for row in rows)
-    found = Sensitivity(handle.sha256, guidance, rows, told, others)
+    sensitivity = Sensitivity(handle.sha256, guidance, rows, known, others)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_sensitivity(found, place)
-    return found
+    write_sensitivity(sensitivity, place)
+    return sensitivity
 
 
 def _count_weights(tree: PreTrainedModel) -> int:
@@ -216,34 +216,34 @@ def _score_facts(
     from compressknow.study.batches import ScoredFact
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
-    asked: list[ScoredFact] = []
+    scored: list[ScoredFact] = []
     for probe in probes:
         scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
-        asked += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
-    return asked
+        scored += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
+    return scored
 
 
-def _batch_facts(asked: Sequence[ScoredFact]) -> list[Batches]:
+def _batch_sequences(scored: Sequence[ScoredFact]) -> list[Batches]:
     """Return token ids of facts with their objects, but for the last token, after which nothing is predicted."""
     from compressknow.gguf.gptq import batch_sequences
 
-    sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in asked if each.scorer.family == "causal"]
+    sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
     return [batch_sequences(sequences)] if sequences else []
 
 
 def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     """Return batches of the first tokens of a text."""
-    found: list[dict[str, torch.Tensor]] = []
+    batches: list[dict[str, torch.Tensor]] = []
     left = TOKENS
     for batch in text.batches:
         length = batch["input_ids"].shape[1]
-        rows = min(len(batch["input_ids"]), max(left // length, 0 if found else 1))
+        rows = min(len(batch["input_ids"]), max(left // length, 0 if batches else 1))
         if rows:
-            found.append({name: ids[:rows] for name, ids in batch.items()})
+            batches.append({name: ids[:rows] for name, ids in batch.items()})
             left -= rows * length
-    return found
+    return batches
 
 
 def _get_text(

@@ -149,8 +149,8 @@ class Map:
 
     def at(self, nbytes: int) -> Size:
         """Return the least KL within so many bytes."""
-        found = allocate(self.table, nbytes, overhead=self.others)
-        return Size(found.nbytes, found.loss)
+        least = allocate(self.table, nbytes, overhead=self.others)
+        return Size(least.nbytes, least.loss)
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
@@ -181,10 +181,10 @@ def format_millinats(kl: float) -> str:
 
 
 def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity], str]) -> dict[str, Weights]:
-    found: dict[str, list[TensorSensitivity]] = {}
+    groups: dict[str, list[TensorSensitivity]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return dict(found)
+        groups.setdefault(key(row), []).append(row)
+    return dict(groups)
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
@@ -256,8 +256,8 @@ def build_page(map: Map, *, charts: bool) -> Page:
         ("run", "The run"): iter([Entries(_list_run(map))]),
     }
     shown = (
-        Shown(id, title, tuple(draw_charts(found, id, charts)), look="text" if id in ("method", "run") else "wide")
-        for (id, title), found in parts.items()
+        Shown(id, title, tuple(draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide")
+        for (id, title), section in parts.items()
     )
     return Page(
         kind="map",
@@ -294,11 +294,11 @@ def write_verdict(map: Map) -> str:
 def _share_of_top_tenth(map: Map) -> float:
     """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
     losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
-    left, found = sum(row.saved for row in map.ranked) / 10, 0.0
+    left, total = sum(row.saved for row in map.ranked) / 10, 0.0
     for row, loss in zip(map.ranked, losses, strict=True):
         part = min(1.0, left / row.saved)
-        found, left = found + part * loss, left - part * row.saved
-    return found / sum(losses) if sum(losses) else 0.0
+        total, left = total + part * loss, left - part * row.saved
+    return total / sum(losses) if sum(losses) else 0.0
 
 
 def name_weight(row: TensorSensitivity) -> str:

@@ -59,16 +59,8 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
 
 
-class PerError(NamedTuple):
-    """Loss of each fact per squared error of a weight, float64 [facts], the mean over the types that were tried: KL in
-    nats, and the square of the change of its margin."""
-
-    kl: torch.Tensor
-    moved: torch.Tensor
-
-
 @dataclass(frozen=True)
-class Measured:
+class ScoreChanges:
     """Changes of scores, by weight and type.
 
     Attributes
@@ -90,26 +82,27 @@ class Measured:
     errors: Mapping[tuple[str, str], float]
     importance: Mapping[str, torch.Tensor]
 
-    def rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
+    def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
         rows = []
         for name, weight in self.weights.items():
             tried = roundings.list_measured(weight.shape)
-            facts, per_token = self.compute_per_error(name, tried), self._compute_text_per_error(name, tried)
+            facts, per_token = self._compute_per_error(name, tried), self._compute_text_per_error(name, tried)
             types = {}
             for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
-                kl = None if facts is None else float(facts.kl.mean()) * error
+                kl = None if facts is None else float(facts[0].mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None if facts is None else self._estimate_risk(facts.moved * error)
+                risk = None if facts is None else self._estimate_risk(facts[1] * error)
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
-            by_domain = _compare_domains(facts.kl, domains) if facts is not None else {}
+            by_domain = _compare_domains(facts[0], domains) if facts is not None else {}
             place = (weight.stack, module_in_block(name), by_domain)
             rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
         return tuple(rows)
 
-    def compute_per_error(self, name: str, tried: Sequence[str]) -> PerError | None:
-        """Return the loss of facts per squared error of a weight; None where there are no facts.
+    def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return two losses of each fact per squared error of a weight, float64 [facts], the means over the types that
+        were tried: KL in nats, and the square of the change of its margin. None where there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -120,7 +113,7 @@ class Measured:
         errors = torch.tensor([self.errors[name, type] or 1.0 for type in own], dtype=torch.float64)
         changes = torch.stack([self.facts[name, type] for type in own], 1).double()
         objects, others, _ = self.margins
-        return PerError(
+        return (
             (compute_divergence(self.scores, changes, self.owners) / errors).mean(1),
             ((changes[objects] - changes[others]).square() / errors).mean(1),
         )
@@ -144,19 +137,12 @@ class Measured:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
         text."""
         divergences = {type: self.compute_text_kl(name, type) for type in tried}
-        found = [
+        ratios = [
             kl / self.errors[name, type]
             for type, kl in divergences.items()
             if kl is not None and self.errors[name, type] > 0
         ]
-        return sum(found) / len(found) if found else None if None in divergences.values() else 0.0
-
-    def compute_fact_kl(self, name: str, type: str) -> float | None:
-        """Return the mean over facts, nats, of a type that was tried; None where there are no facts."""
-        changes = self.facts.get((name, type))
-        if changes is None:
-            return None
-        return float(compute_divergence(self.scores, changes, self.owners).mean())
+        return sum(ratios) / len(ratios) if ratios else None if None in divergences.values() else 0.0
 
     def compute_text_kl(self, name: str, type: str) -> float | None:
         """Return the robust mean over rows, nats per token; None where there is no text."""
@@ -198,10 +184,10 @@ def measure(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
-    questions: FactBatches | None,
+    facts: FactBatches | None,
     texts: Sequence[Batch] = (),
     advance: Advance | None = None,
-) -> Measured:
+) -> ScoreChanges:
     """Measure all Linear weights of a model, and of a GGUF file its embedding, from one pass forward and one back.
 
     Importance, where a type rounds with it, is that of the same tokens: the mean squares of what facts and text have a
@@ -210,15 +196,15 @@ def measure(
     structure = structure_of(tree)
     sources = Sources(checkpoint, tree, structure)
     weights = [weight for weight in structure.linears if weight.group != "vision" and weight.kind != "experts"]
-    batches = [*(questions.batches if questions else ()), *texts]
+    facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
     with OpenFiles() as files:
         streamed = StreamedModel(tree, sources, files)
-        measuring = _Measuring(streamed, structure, weights, roundings, questions, texts, advance)
-        scores = compute_gradients(streamed, weights, batches, measuring.visit)
-    return measuring.measured(scores)
+        measurer = _Measurer(streamed, structure, weights, roundings, facts, texts, advance)
+        scores = compute_gradients(streamed, weights, [*facts.batches, *texts], measurer.visit)
+    return measurer.finish(scores)
 
 
-class _Measuring:
+class _Measurer:
     """Visitor of blocks that adds up what rounding their weights changes."""
 
     def __init__(
@@ -227,14 +213,13 @@ class _Measuring:
         structure: Structure,
         weights: Sequence[LinearWeight],
         roundings: Roundings,
-        questions: FactBatches | None,
+        facts: FactBatches,
         texts: Sequence[Batch],
         advance: Advance | None,
     ) -> None:
         self._streamed, self._structure, self._roundings, self._advance = streamed, structure, roundings, advance
         self._linears = {weight.parameter: weight for weight in weights}
-        self._questions, self._texts = questions, texts
-        self._fact_batches = len(questions.batches) if questions else 0
+        self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
         self._found: dict[str, Weight] = {}
         self._facts: dict[tuple[str, str], torch.Tensor] = {}
@@ -334,7 +319,7 @@ class _Measuring:
             own = [
                 value
                 for each, value in zip(products, values, strict=True)
-                if (each.batch >= self._fact_batches) is is_text
+                if (each.batch >= len(self._fact_batches.batches)) is is_text
             ]
             if own:
                 total = torch.stack(own).sum(0)
@@ -344,22 +329,21 @@ class _Measuring:
     def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""
         for type, own in zip(types, changes.unbind(2), strict=True):
-            if batch < self._fact_batches:
-                assert self._questions is not None
-                known = self._facts.setdefault((name, type), torch.zeros(len(self._questions.facts)))
-                known.index_add_(0, self._questions.owners[batch].flatten(), own.flatten())
+            number = batch - len(self._fact_batches.batches)
+            if number < 0:
+                known = self._facts.setdefault((name, type), torch.zeros(len(self._fact_batches.facts)))
+                known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
                 continue
-            number = batch - self._fact_batches
             known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
             known[self._starts[number] : self._starts[number + 1]] += own
 
-    def measured(self, scores: Sequence[torch.Tensor]) -> Measured:
+    def finish(self, scores: Sequence[torch.Tensor]) -> ScoreChanges:
         """Return what was found, where these are the scores of all batches."""
-        facts = self._questions.facts if self._questions else torch.empty(0, dtype=torch.long)
+        facts = self._fact_batches.facts
         own = torch.zeros(len(facts))
-        for batch, owners in zip(scores, self._questions.owners if self._questions else (), strict=False):
+        for batch, owners in zip(scores, self._fact_batches.owners, strict=False):
             own.index_add_(0, owners.flatten(), batch.flatten())
-        return Measured(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
+        return ScoreChanges(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:

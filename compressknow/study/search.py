@@ -27,6 +27,9 @@ from compressknow.study.cells import NoiseFloor, StudyModel
 from compressknow.study.folder import CELLS, ORIGINAL, grade
 from compressknow.study.forms import Form, Request
 
+# Parts of the facts: to search with, to select by and to grade by.
+_THIRDS = 3
+
 
 class Parts(NamedTuple):
     """Facts of a probe, each in one part.
@@ -66,9 +69,6 @@ def split_facts(probe: Opened, seed: int) -> Parts:
     if not all(parts):
         raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
     return Parts(*(replace(probe, facts=facts) for facts in parts))
-
-
-_THIRDS = 3
 
 
 def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
@@ -116,7 +116,7 @@ class EvaluationSet:
     known_as: str
 
     @classmethod
-    def of(
+    def create(
         cls,
         study_model: StudyModel,
         probes: Sequence[Opened],
@@ -142,7 +142,7 @@ class EvaluationSet:
         """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
-    def answers(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
+    def evaluate(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
         """Return a model's answers as they were given, and what it read, like `reference`.
 
         Raises CompressknowError where it cannot be evaluated.
@@ -150,7 +150,7 @@ class EvaluationSet:
         folder = self.folder / CELLS / handle.sha256[:16]
         return self.study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
 
-    def kept(self, answers: Answers, level: float = 0.95) -> Estimate:
+    def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
         return compare(self.original, grade(answers, self.known_as), show_facts=False).kept_at(level)
 
@@ -208,13 +208,13 @@ class SizeSearch:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
         worst, best = ends = self._choose(floor), self._choose(ceiling)
         for _ in range(HALVINGS):
-            found = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
-            if any(each.found.types == found.types for each in self.tried):
+            middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
+            if any(each.found.types == middle.types for each in self.tried):
                 break
-            if self._try_file(found):
-                best = found
+            if self._try_file(middle):
+                best = middle
             else:
-                worst = found
+                worst = middle
         if best is ends[1]:
             self._try_file(best)
         elif worst is ends[0]:

@@ -185,14 +185,9 @@ class Sensitivity(notebook.Shown):
         guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
         rows = (
             TensorSensitivity(
-                row["name"],
-                tuple(row["shape"]),
-                row["group"],
-                row["layer"],
-                {name: Rounding(**rounding) for name, rounding in row["by_type"].items()},
-                row["stack"],
-                row["module"],
-                row["by_domain"],
+                **row
+                | {"shape": tuple(row["shape"])}
+                | {"by_type": {name: Rounding(**each) for name, each in row["by_type"].items()}}
             )
             for row in values["rows"]
         )
@@ -213,7 +208,7 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
 def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
     """Return what was stored of this model and guidance; None where there is nothing, or something else."""
     try:
-        found = Sensitivity.from_json(read_json(path, _MOST_BYTES))
+        stored = Sensitivity.from_json(read_json(path, _MOST_BYTES))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return found if (found.sha256, found.guidance) == (sha256, guidance) else None
+    return stored if (stored.sha256, stored.guidance) == (sha256, guidance) else None

@@ -22,7 +22,7 @@ from compressknow.evaluate.scoring.families import scorer_for
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
-from compressknow.study.measuring import Measured, compute_divergence, measure
+from compressknow.study.measuring import ScoreChanges, compute_divergence, measure
 from compressknow.study.roundings import GgufRoundings, Roundings, SchemeRoundings
 from compressknow.study.sensitivity import (
     Guidance,
@@ -84,7 +84,7 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
     return own[:, None].expand(-1, batch.directions, -1, -1)
 
 
-def rounded(known: Known, measured: Measured, roundings: Roundings, name: str, type: str) -> torch.Tensor:
+def rounded(known: Known, measured: ScoreChanges, roundings: Roundings, name: str, type: str) -> torch.Tensor:
     """The scores of the model with one weight rounded."""
     weight = dict(known.model.named_parameters())[name]
     before = weight.data
@@ -136,7 +136,10 @@ def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_
         after = scores_of(known)
         for name, weight in kept.items():
             parameters[name].data = weight
-        predicted.append(sum(measured.compute_fact_kl(name, type) or 0 for name, type in mix.items()))
+        divergences = [
+            compute_divergence(measured.scores, measured.facts[each], measured.owners) for each in mix.items()
+        ]
+        predicted.append(sum(float(each.mean()) for each in divergences))
         real.append(float(exact_divergence(before, after, measured.owners).mean()))
     assert spearmanr(predicted, real).statistic > 0.9
 
@@ -159,7 +162,7 @@ def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], 
     scores = measured.scores.double()
     close = replace(measured, scores=scores.index_put((objects,), scores[others] + near))
     torch.testing.assert_close(close.margins, (objects, others, near))
-    rows = {row.name: row for row in close.rows(GGUF)}
+    rows = {row.name: row for row in close.build_rows(GGUF)}
     predicted, real = [], []
     for name, type in measured.facts:
         change = rounded(known, measured, GGUF, name, type) - measured.scores
@@ -177,7 +180,7 @@ def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], 
 def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[[str], Known]) -> None:
     known = known_by("llama")
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
-    rows = {row.name: row for row in measured.rows(SCHEMES, known.domains)}
+    rows = {row.name: row for row in measured.build_rows(SCHEMES, known.domains)}
     first = torch.tensor([domain == known.domains[0] for domain in known.domains])
     predicted, real = [], []
     for name, row in rows.items():
@@ -192,7 +195,7 @@ def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[[str], Know
         assert sum(row.by_domain.values()) == pytest.approx(2)
     assert spearmanr(predicted, real).statistic > 0.9
     few = ["a"] * 4 + ["b"] * 60
-    assert set(measured.rows(SCHEMES, few)[0].by_domain) == {"b"}
+    assert set(measured.build_rows(SCHEMES, few)[0].by_domain) == {"b"}
 
 
 def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> None:

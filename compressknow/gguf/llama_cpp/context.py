@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,36 +142,40 @@ class GgufTokenizer:
         """Return ids of a text, with the tokens that begin and end every text if `special`; names of special tokens in
         it are these tokens if `parse_special`."""
         encoded = text.encode("utf-8", "replace")
-        size = len(encoded) + 8
-        while True:
-            ids = self._ffi.new("llama_token[]", size)
-            count = self._lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, size, special, parse_special)
-            if count >= 0:
-                return list(self._ffi.unpack(ids, count)) if count else []
-            size = -count
+        ids, count = self._fill(
+            "llama_token[]",
+            len(encoded) + 8,
+            lambda *buffer: self._lib.llama_tokenize(
+                self._vocab, encoded, len(encoded), *buffer, special, parse_special
+            ),
+        )
+        return list(self._ffi.unpack(ids, count)) if count else []
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids; bytes that make no letter are replaced."""
         tokens = [int(number) for number in ids]
-        size = 16 * len(tokens) + 16
-        while True:
-            text = self._ffi.new("char[]", size)
-            count = self._lib.llama_detokenize(
-                self._vocab, tokens, len(tokens), text, size, False, not skip_special_tokens
-            )
-            if count >= 0:
-                return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
-            size = -count
+        text, count = self._fill(
+            "char[]",
+            16 * len(tokens) + 16,
+            lambda *buffer: self._lib.llama_detokenize(
+                self._vocab, tokens, len(tokens), *buffer, False, not skip_special_tokens
+            ),
+        )
+        return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
 
     def decode_token(self, token: int) -> bytes:
         """Return the bytes that a token stands for."""
-        size = 256
-        while True:
-            text = self._ffi.new("char[]", size)
-            count = self._lib.llama_token_to_piece(self._vocab, token, text, size, 0, True)
-            if count >= 0:
-                return bytes(self._ffi.buffer(text, count))
+        text, count = self._fill(
+            "char[]", 256, lambda *buffer: self._lib.llama_token_to_piece(self._vocab, token, *buffer, 0, True)
+        )
+        return bytes(self._ffi.buffer(text, count))
+
+    def _fill(self, kind: str, size: int, fill: Callable[[Any, int], int]) -> tuple[Any, int]:
+        """Return a buffer that llama.cpp filled, and how far: where it is too small, it returns the size that it needs,
+        negative."""
+        while (count := fill(buffer := self._ffi.new(kind, size), size)) < 0:
             size = -count
+        return buffer, count
 
     @property
     def adds_bos(self) -> bool:

@@ -48,14 +48,9 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     return {group: dict(types.most_common()) for group, types in counts.items() if types}
 
 
-@cache
-def _open_gguf() -> tuple[Any, Any]:
-    return open_ggml(_HEADER)
-
-
 def _list_tensors(path: Path) -> list[tuple[str, str, int]]:
     """List name, type and number of parameters of each tensor."""
-    ffi, lib = _open_gguf()
+    ffi, lib = open_ggml(_HEADER)
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
     if file == ffi.NULL:

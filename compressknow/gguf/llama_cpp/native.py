@@ -81,6 +81,7 @@ def load_native() -> Native:
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
 
+@cache
 def open_ggml(declarations: str) -> tuple[Any, Any]:
     """Open ggml itself, which llama-cpp-py-sync binds no part of; return CFFI's two halves of these C declarations."""
     import llama_cpp_py_sync
