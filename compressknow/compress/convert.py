@@ -142,7 +142,7 @@ def carry_out(
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:
-                    calibrated = _calibrate(plan, work, masks, text, folder=output.folder, told=advance or max)
+                    calibrated = _calibrate(plan, work, masks, text, folder=output.folder, on_progress=advance or max)
                 done = {**output.known, **(calibrated.measured if calibrated else {})}
                 shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)

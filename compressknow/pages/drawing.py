@@ -1,4 +1,4 @@
-"""What all charts are drawn with: axes of one look, lines, bars, labels. matplotlib is imported by the first drawn."""
+"""Draw charts: axes of one look, lines, bars, labels. matplotlib is imported by the first drawn."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A figure of one scope, by the share of its weights that was pruned (0 to 100)."""
+    """Figure of one scope, by the share of its weights that was pruned (0 to 100)."""
 
     scope: str
     points: tuple[tuple[float, Estimate], ...]
@@ -59,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure with its name; bars of one `series` share a colour, those of a `group` stand under its name."""
+    """Figure with its name; bars of one `series` share a colour, those of a `group` stand under its name."""
 
     name: str
     value: Estimate
@@ -69,7 +69,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A line across the chart that figures are measured by: what always the same answer scores, say (0 to 1)."""
+    """Line across the chart that figures are measured by: what always the same answer scores, say (0 to 1)."""
 
     name: str
     value: float
@@ -77,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart of a section, drawn where a page has room for it.
+    """Chart of a section, drawn where a page has room for it.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Chart:
     heading: str = ""
 
     def svg(self, id: str) -> str:
-        """The SVG element; `id` as in `axes`."""
+        """Return the SVG element; `id` as in `open_axes`."""
         with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
             self.draw(plot)
         return drawn()
@@ -111,7 +111,9 @@ def open_axes(
     width: int = WIDTH,
     hover: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Axes to draw on, and the function that gives the SVG once the block has ended; `hover` as in `svg.inline`."""
+    """Yield axes to draw on, and the function that gives the SVG once the block has ended; `hover` as in
+    `svg.make_inline`.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -135,7 +137,7 @@ def draw_lines(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """A figure against the amount pruned, a line a scope; at most as many lines as there are markers.
+    """Draw a figure against the amount pruned, one line per scope; at most as many lines as there are markers.
 
     Parameters
     ----------
@@ -161,7 +163,7 @@ def draw_lines(
 
 
 def find_reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
-    """The least and the largest that is drawn of these, in percent: of bars with their intervals, of lines without."""
+    """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
     ends = [100 * level.value for level in levels]
     for each in plotted:
         ends += to_percents(each.value) if isinstance(each, Bar) else [to_percents(y)[0] for _, y in each.points]
@@ -169,7 +171,7 @@ def find_reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> t
 
 
 def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
-    """Draw it; where it ends, its name and its colour."""
+    """Draw a line; return where it ends, its name and its colour."""
     colour = SERIES[place]
     # The original itself is at 0 %.
     amounts = [0.0, *(amount for amount, _ in line.points)]
@@ -197,7 +199,7 @@ def _set_amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) ->
 
 
 def _space_out(amounts: Sequence[float], gap: float) -> list[float]:
-    """From the least up, those that are `gap` from the last that is kept.
+    """Return, from the least up, the amounts that are `gap` from the last one returned.
 
     >>> _space_out([0, 10, 15, 20, 40], gap=10)
     [0, 10, 20, 40]
@@ -214,7 +216,8 @@ def _draw_levels(
     plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float], start: float
 ) -> None:
     gap = _APART * (limits[1] - limits[0])
-    for level, place in zip(levels, _level_places(levels, gap), strict=True):
+    places = move_apart([100 * level.value for level in levels], gap, float("-inf"))
+    for level, place in zip(levels, places, strict=True):
         y, label = 100 * level.value, _shorten(level.name, 40)
         # On the left, but for a level near the start: there all lines lie.
         x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
@@ -222,10 +225,6 @@ def _draw_levels(
         plot.annotate(
             label, (x, place), (0, 3), textcoords="offset points", fontsize=10, color=MUTED, va="bottom", ha=side
         )
-
-
-def _level_places(levels: Sequence[Level], gap: float) -> list[float]:
-    return move_apart([100 * level.value for level in levels], gap, float("-inf"))
 
 
 def _describe_levels(levels: Sequence[Level], unit: str) -> str:
@@ -242,7 +241,7 @@ def draw_bars(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Figures as bars from left to right, each with its name and interval.
+    """Draw figures as bars from left to right, each with its name and interval.
 
     Parameters
     ----------
@@ -290,7 +289,7 @@ def draw_bars(
 
 
 def _place_bars(drawn_bars: Sequence[Bar]) -> list[float]:
-    """Where each bar lies; a named group has a heading above its first."""
+    """Return where each bar lies; a named group has a heading above its first."""
     places = [0.9 if drawn_bars[0].group else 0.0]
     for before, bar in pairwise(drawn_bars):
         places.append(places[-1] + (1.0 if bar.group == before.group else 2.0))
@@ -310,19 +309,19 @@ def _draw_bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
 
 
 def write_value(value: float | None, unit: str) -> str:
-    """A figure of 1 in percent, or in points of 100 with one digit."""
+    """Write a figure of 1 in percent, or in points of 100 with one digit."""
     return share(value) if unit == PERCENT or value is None else number(round(100 * value, 1), 1)
 
 
 def to_percents(value: Estimate) -> tuple[float, float, float]:
-    """The figure and the ends of its interval, in percent; the figure itself where there is none."""
+    """Return the figure and the ends of its interval, in percent; the figure itself where there is none."""
     middle = 100 * (value.value or 0.0)
     low = middle if value.low is None else 100 * value.low
     return middle, low, middle if value.high is None else 100 * value.high
 
 
 def set_percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PERCENT) -> None:
-    """A vertical axis in percent, with a little room above."""
+    """Make the vertical axis one of percent, with a little room above."""
     room = 0.02 * (top - bottom) * (1 if bottom else 2)
     plot.set_ylim(bottom, top + room)
     plot.set_yticks(_list_ticks(bottom, top))
@@ -332,14 +331,14 @@ def set_percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PE
 
 
 def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float]:
-    """From `low`, or the tens below the least value, to the tens above the largest; by fives where all lie close."""
+    """Return the tens below the least value, or `low`, and those above the largest; by fives where all lie close."""
     low, high = min(low, *values), max(10.0, *values)
     step = 5 if high - low <= 20 else 10
     return step * (low // step), -step * (-high // step)
 
 
 def _list_ticks(low: float, high: float) -> list[float]:
-    """Multiples of a round step between the two."""
+    """Return multiples of a round step between the two."""
     step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
     first = -(-low // step) * step
     return [first + step * i for i in range(int((high - first) // step) + 1)]
@@ -355,7 +354,7 @@ def _write_tick(value: float, unit: str) -> str:
 
 
 def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
-    """The places moved as little as needed for each to be `gap` from the next, downwards from the highest.
+    """Return the places moved as little as needed for each to be `gap` from the next, downwards from the highest.
 
     >>> move_apart([50, 49, 10], gap=7)
     [50, 43, 10]

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Write model cards: of a conversion, of a GGUF file, and a report's results into a card that is there."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _OURS = "knowledge-kept"
 
 
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
-    """The model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
+    """Return the model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
     return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"))
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a model card; empty where there is no card, no front matter, or it is no valid YAML."""
+    """Return the front matter of a model card; empty where there is none, or it is no valid YAML."""
     try:
         match = FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
@@ -56,7 +56,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
-    """The model card as Markdown with front matter for the Hub.
+    """Return the model card as Markdown with front matter for the Hub.
 
     Parameters
     ----------
@@ -101,7 +101,9 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
 def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes: set[str]) -> dict[str, Any]:
     metadata = {key: clean for key in _CARRIED_OVER if (clean := _clean(carried.get(key)))}
     metadata.setdefault("library_name", "transformers")
-    if base := _find_base_model(manifest["source"], carried):
+    source = manifest["source"]
+    # A local folder has no id on the hub; its own card may name one.
+    if base := _clean(source["name"] if source.get("revision") else carried.get("base_model")):
         metadata["base_model"] = base
         if schemes:
             metadata["base_model_relation"] = "quantized"
@@ -114,15 +116,8 @@ def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes
     return metadata
 
 
-def _find_base_model(source: dict[str, Any], carried: dict[str, Any]) -> str | list[str] | None:
-    """The hub id that was converted or, for a local folder, the one that its own card names."""
-    if source.get("revision"):
-        return _clean(source["name"])
-    return _clean(carried.get("base_model"))
-
-
 def _clean(value: object) -> str | list[str] | None:
-    """A text, or a list of texts, of one line each; None for all else that a foreign card may hold."""
+    """Return a text, or a list of texts, of one line each; None for all else that a foreign card may hold."""
     if isinstance(value, str):
         return " ".join(value.split()) or None
     if isinstance(value, list):
@@ -135,7 +130,7 @@ def _list_schemes(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
-    """What was done, as the parts of a sentence."""
+    """Return what was done, as the parts of a sentence."""
     deeds, totals = [], manifest["totals"]
     if removed := manifest.get("removed"):
         deeds.append(f"{count(removed['parameters'])} parameters left out")
@@ -144,13 +139,9 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
     if totals["quantized"]:
         names = ", ".join(to_code_span(scheme) for scheme in sorted(schemes))
-        deeds.append(f"{count(totals['quantized'])} weights quantized to {_write_nouns(schemes)} (scheme {names})")
+        nouns = " and ".join(sorted({scheme.noun for scheme in known(schemes)})) or "low-bit values"
+        deeds.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
     return deeds or ["nothing changed"]
-
-
-def _write_nouns(schemes: set[str]) -> str:
-    nouns = sorted({scheme.noun for scheme in find_schemes(schemes)})
-    return " and ".join(nouns) or "low-bit values"
 
 
 def _make_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -195,7 +186,7 @@ _BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoMode
 
 
 def find_auto_class(architecture: str, model_type: str) -> str:
-    """The Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
+    """Return the Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
 
     >>> find_auto_class("BertForMaskedLM", "bert"), find_auto_class("T5ForConditionalGeneration", "t5")
     ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
@@ -208,12 +199,12 @@ def find_auto_class(architecture: str, model_type: str) -> str:
 
 
 def is_encoder_decoder(architecture: str, model_type: str) -> bool:
-    """Whether it is a text-to-text model with an encoder of its own."""
+    """Return whether it is a text-to-text model with an encoder of its own."""
     return model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel"))
 
 
 def describe_runtimes(manifest: Mapping[str, Any]) -> str:
-    """A sentence, or two where a decoder that vLLM knows does not run there."""
+    """Say where the output runs, and why not in vLLM where that knows the decoder."""
     limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
     told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
@@ -228,7 +219,7 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def warn_of_refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield that weights which the source had pruned have values again, and its pattern with them."""
+    """Warn that weights which the source had pruned have values again, and its pattern with them."""
     rows = [row for row in manifest["tensors"] if row.get("refilled", 0) >= PRUNED_SHARE * row["numel"]]
     if rows:
         again, before = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
@@ -240,14 +231,14 @@ def warn_of_refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def warn_of_unused(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """That the model has no place for some of the tensors; nothing where it has."""
+    """Warn that the model has no place for some of the tensors."""
     if unused := manifest.get("unused", []):
         tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
         yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
 
 
 def warn_of_growth(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """That the output is larger than the input, and why; nothing where it is not."""
+    """Warn that the output is larger than the input, and say why."""
     before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
     if after <= before:
         return
@@ -262,7 +253,7 @@ def warn_of_growth(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_metadata(front_matter: str) -> dict[str, Any]:
-    """The metadata. Raises OutputError where it cannot be read."""
+    """Return the metadata. Raises OutputError where it cannot be read."""
     try:
         metadata = yaml.safe_load(front_matter)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -283,7 +274,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
 
 
 def add_results(front_matter: str, comparison: Comparison) -> str:
-    """The front matter with the comparison's results in it, in place of those of an earlier report."""
+    """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
     results = {KEY: _merge_results(metadata.get(KEY) or [], comparison)}
     added = to_yaml(results)
@@ -295,7 +286,7 @@ def add_results(front_matter: str, comparison: Comparison) -> str:
 
 
 def _cut_index(front_matter: str) -> str | None:
-    """The text less its results: what the user wrote stays as written, comments too. None where it is in braces."""
+    """Return the text less its results: what the user wrote stays, comments too. None where it is in braces."""
     node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return front_matter
@@ -315,7 +306,7 @@ def _cut_index(front_matter: str) -> str | None:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """The user's own results, and beside them the comparison's."""
+    """Return the user's own results, and beside them the comparison's."""
     kept = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
     kept = [model for model in kept if model["results"]]
     ours, name = _make_results(comparison), comparison.model.name
@@ -327,7 +318,7 @@ def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[
 
 
 def _make_results(comparison: Comparison) -> list[dict[str, Any]]:
-    """Of each probe the accuracy and the knowledge kept."""
+    """Return the accuracy and the knowledge kept of each probe."""
     results = []
     for probe in comparison.probes:
         metrics = [
@@ -349,7 +340,7 @@ def _is_ours(result: Mapping[str, Any]) -> bool:
 
 
 def _is_index(value: Any) -> bool:
-    """Whether it is a list of models with results with metrics."""
+    """Return whether it is a list of models with results with metrics."""
     try:
         return all(isinstance(m, dict) for model in value for r in model["results"] for m in r["metrics"])
     except (TypeError, KeyError):
@@ -387,7 +378,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
-    """A model card with the report in it: its section replaced or added, its results in the metadata too.
+    """Return a model card with the report in it: its section replaced or added, its results in the metadata too.
 
     Raises OutputError where the card's metadata cannot be read: writing would lose it.
     """
@@ -438,7 +429,7 @@ def _write_estimate(figure: Estimate) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The card's front matter, without its fences, and the rest."""
+    """Return the card's front matter, without its fences, and the rest."""
     match = FRONT_MATTER.match(text)
     head = match.group(1) if match else ""
     check_metadata(head)
@@ -447,7 +438,7 @@ def _split(text: str) -> tuple[str, str]:
 
 @contextmanager
 def _name_errors(path: Path) -> Iterator[None]:
-    """An error of a card names its file."""
+    """Name the file in an error of a card."""
     try:
         yield
     except OutputError as error:
@@ -464,7 +455,7 @@ def _read(path: Path) -> str:
 
 
 def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
-    """The card as Markdown with front matter for the Hub.
+    """Return the card as Markdown with front matter for the Hub.
 
     Parameters
     ----------
@@ -472,9 +463,10 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
     file : the GGUF file's name.
     """
     source = record["source"]
+    base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
     return render(
         "gguf_card.md.j2",
-        metadata=_make_gguf_metadata(source),
+        metadata={**base, "tags": ["compressknow", "gguf"]},
         name=source["name"],
         revision=source.get("revision"),
         architecture=str(source.get("architecture", "")),
@@ -492,8 +484,3 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
         file=shlex.quote(file),
         record=f"{file}.json",
     )
-
-
-def _make_gguf_metadata(source: Mapping[str, Any]) -> dict[str, Any]:
-    base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
-    return {**base, "tags": ["compressknow", "gguf"]}

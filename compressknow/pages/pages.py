@@ -1,4 +1,4 @@
-"""Pages: templates, escaping, HTML that requests nothing from any server, Markdown, and where they may be written."""
+"""Render pages: templates, escaping, HTML that requests nothing from any server, Markdown; and write them safely."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def render(template: str, **values: Any) -> str:
 
 
 def read_source(name: str) -> str:
-    """The text of a file beside the templates, as it is."""
+    """Return the text of a file beside the templates, as it is."""
     path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
     return path.read_text(encoding="utf-8")
 
 
 def escape_markdown(text: object) -> str:
-    r"""One line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of it.
+    r"""Return one line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of
+    it.
 
     >>> print(escape_markdown("[x](http://y) <b>"))
     \[x\](http&#58;//y) &lt;b&gt;
@@ -53,7 +54,7 @@ def escape_markdown(text: object) -> str:
 
 
 def to_code_span(text: object) -> str:
-    """`text` as a Markdown code span, whatever backticks are in it; fit for a table cell too.
+    """Return `text` as a Markdown code span, whatever backticks are in it; fit for a table cell too.
 
     >>> to_code_span("a`b")
     '``a`b``'
@@ -66,19 +67,19 @@ def to_code_span(text: object) -> str:
 
 
 def to_code_block(text: str, language: str = "") -> str:
-    """`text` as a fenced Markdown block that nothing in it can close."""
+    """Return `text` as a fenced Markdown block that nothing in it can close."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
 
 
 def to_front_matter(metadata: dict[str, Any]) -> str:
-    """`metadata` as YAML front matter, fences included."""
+    """Return `metadata` as YAML front matter, fences included."""
     return f"---\n{to_yaml(metadata)}---"
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """`values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
+    """Return `values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
 
     def dumped(unicode: bool) -> str:
         # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
@@ -90,7 +91,8 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def isolate(sentence: str) -> Markup:
-    """A sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings round.
+    """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
+    round.
 
     >>> print(isolate("<\u05d0\u05d1> 5 %"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
@@ -99,7 +101,7 @@ def isolate(sentence: str) -> Markup:
 
 
 def keep_unbroken(sentence: str) -> Markup:
-    """The same with each number and its percent sign in one line.
+    """Return the same with each number and its percent sign in one line.
 
     >>> print(keep_unbroken("95 % is kept"))
     95&nbsp;% is kept
@@ -108,7 +110,7 @@ def keep_unbroken(sentence: str) -> Markup:
 
 
 def to_markdown(sentence: str) -> str:
-    """The same in Markdown, by the isolating marks of Unicode."""
+    """Return the same in Markdown, by the isolating marks of Unicode."""
     return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
 
 
@@ -156,7 +158,7 @@ def render_markdown_page(template: str, **values: Any) -> str:
 
 
 def _write_policy(style: str, script: str) -> str:
-    """Nothing may be loaded; only this very style sheet and this very script may be used."""
+    """Return a policy by which nothing may be loaded, and only this very style sheet and script be used."""
     return "; ".join(
         [
             "default-src 'none'",
@@ -229,7 +231,7 @@ def _check_ours(path: Path) -> None:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file holds what every page of its format does."""
+    """Return whether a file holds what every page of its format does."""
     if not path.is_file():
         return False
     with open_regular(path) as file:

@@ -1,4 +1,4 @@
-"""The kinds of things that a section of a page is made of, tables among them.
+"""Parts that a section of a page is made of, tables among them.
 
 A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
 escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `report.drawing` alone.
@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, estimate, millions, p_value, percent, plain, share, size, smaller
+from compressknow.base.format import NONE, count, millions, p_value, percent, plain, share, size, smaller
 from compressknow.comparison.records import Estimate, Group, ProbeFigures
-from compressknow.pages.drawing import Chart
-from compressknow.pages.records import Card, ModelFacts
+from compressknow.pages.drawing import Chart as Chart
+from compressknow.pages.records import Card, ModelFacts, write_estimate
 
 _GROUP_COLUMNS = ("Facts", "Known before", "Lost", "Gained", "Kept", "Answer changed", "p (Holm)")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text, one tuple a row; the first cell is the header of its row.
+    """Table of cells as text, one tuple per row; the first cell is the header of its row.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ _SHORT = 12  # hexadecimal digits that tell any two checkpoints apart
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A labelled value; `full` is what a shortened value stands for, `code` that it is to be copied as it is."""
+    """Labelled value; `full` is what a shortened value stands for, `code` that it is to be copied as it is."""
 
     label: str
     value: str
@@ -61,11 +61,13 @@ class Entry:
 
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
-    """Which checkpoint this is, where it came from and what was done to it."""
+    """Return which checkpoint this is, where it came from and what was done to it."""
     entries = [
         Entry("Name", _at(model.name, model.revision), code=True),
         Entry("SHA-256", plain(model.sha256, 80)[:_SHORT], code=True, full=plain(model.sha256, 80)),
-        Entry("Made from", _source(model.source), code=True) if model.source else None,
+        Entry("Made from", _at(str(model.source.get("name", "")), str(model.source.get("revision") or "")), code=True)
+        if model.source
+        else None,
         Entry("Setup", plain(model.setup, 80)) if model.setup else None,
         Entry("Quantization", plain(model.quantization, 200)) if model.quantization else None,
         *_runtime(model.runtime or {}),
@@ -76,7 +78,7 @@ def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
 
 
 def _runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
-    """What ran it, where that was not transformers, and how it stores each group of layers."""
+    """Yield what ran it, where that was not transformers, and how it stores each group of layers."""
     if runtime:
         yield Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80))
     if types := runtime.get("types"):
@@ -84,7 +86,7 @@ def _runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def _shares(kinds: Mapping[str, int]) -> str:
-    """Types with their shares of the parameters, where there are several.
+    """Write types with their shares of the parameters, where there are several.
 
     >>> _shares({"Q4_K": 3, "F32": 1}), _shares({"Q6_K": 5})
     ('Q4_K 75.0 %, F32 25.0 %', 'Q6_K')
@@ -99,10 +101,6 @@ def _at(name: str, revision: str | None) -> str:
     return plain(name, 120) + (f"@{plain(revision, 60)}" if revision else "")
 
 
-def _source(source: Mapping[str, Any]) -> str:
-    return _at(str(source.get("name", "")), str(source["revision"]) if source.get("revision") else None)
-
-
 def _parameters(model: ModelFacts) -> str:
     known = model.zeros is not None and model.parameters is not None
     zeros = f", {percent(model.zeros or 0, model.parameters or 0)} of them zero" if known else ""
@@ -110,27 +108,27 @@ def _parameters(model: ModelFacts) -> str:
 
 
 def list_run(card: Card) -> tuple[Entry, ...]:
-    """How the card was made, for making it again."""
+    """Return how the card was made, for making it again."""
     seeds = sorted({probe.seed for c in card.comparisons for probe in c.probes})
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
     return (Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE))
 
 
 def list_hashes(card: Card) -> tuple[Entry, ...]:
-    """The SHA-256 of every model, in full."""
+    """Return the SHA-256 of every model, in full."""
     models = (card.original, *(comparison.model for comparison in card.comparisons))
     return tuple(Entry(plain(model.name, 60), plain(model.sha256, 80), code=True) for model in models)
 
 
 def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
-    """Of the original and of the compressed model, averaged as the probe's protocol does."""
+    """Return the accuracy of the original and of the compressed model, averaged as the probe's protocol does."""
     if probe.average == "macro":
         return probe.macro_original, probe.macro_compressed
     return probe.accuracy_original, probe.accuracy_compressed
 
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
-    """A row a group; `kind` is what a group is of."""
+    """Return a table with one row per group; `kind` is what a group is of."""
     return Table(
         caption,
         (kind, *_GROUP_COLUMNS),
@@ -149,46 +147,15 @@ def _group_row(group: Group) -> tuple[str, ...]:
         count(counts.known_before),
         count(counts.lost),
         count(counts.gained),
-        estimate(group.kept.value, group.kept.low, group.kept.high),
+        write_estimate(group.kept),
         share(group.answer_changed),
         p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
     )
 
 
-__all__ = [
-    "BAR",
-    "BLANK",
-    "NO_FACTS",
-    "Beside",
-    "Chart",
-    "Charts",
-    "Claim",
-    "Claims",
-    "Code",
-    "Drawn",
-    "Entries",
-    "Facts",
-    "Finding",
-    "Findings",
-    "Folded",
-    "LeftOut",
-    "Note",
-    "Page",
-    "Part",
-    "Remarks",
-    "Sentences",
-    "Shown",
-    "Table",
-    "Terms",
-    "Text",
-    "draw_charts",
-    "make_fact_parts",
-]
-
-
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A paragraph."""
+    """Paragraph."""
 
     kind: ClassVar[str] = "text"
     sentence: str
@@ -196,7 +163,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a reader must know of what stands above, in small print; `drawn` of what HTML alone draws."""
+    """Note on what stands above, in small print; `drawn` is on what HTML alone draws."""
 
     kind: ClassVar[str] = "note"
     sentence: str
@@ -205,7 +172,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Sentences:
-    """Several: a paragraph each or, `joined`, one paragraph in HTML; a list in Markdown."""
+    """Sentences: a paragraph each or, `joined`, one paragraph in HTML; a list in Markdown."""
 
     kind: ClassVar[str] = "sentences"
     sentences: tuple[str, ...]
@@ -240,7 +207,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What is claimed of whom, whether it holds, and why; `look` is the answer as a class of the style sheet."""
+    """Claim about models, whether it holds, and why; `look` is the answer as a class of the style sheet."""
 
     id: str
     claim: str
@@ -263,7 +230,7 @@ class Claims:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is claimed, whether it holds, and the numbers, in a line; `id` is that of the `Claim` with more on it."""
+    """Claim, whether it holds, and the numbers, in a line; `id` is that of the `Claim` with more on it."""
 
     id: str
     claim: str
@@ -304,7 +271,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """How many more of the above only the JSON has; nothing where there are none."""
+    """Number of those of the above that only the JSON has; nothing where there are none."""
 
     kind: ClassVar[str] = "left-out"
     number: int
@@ -314,7 +281,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A chart as SVG, made by `report.drawing`; Markdown leaves it out.
+    """Chart as SVG, made by `pages.drawing`; Markdown leaves it out.
 
     Attributes
     ----------
@@ -340,7 +307,7 @@ class Charts:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A chart, and the table of its figures beside it where there is room."""
+    """Chart, and the table of its figures beside it where there is room."""
 
     kind: ClassVar[str] = "beside"
     chart: Chart | Drawn | None
@@ -349,7 +316,7 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """More under a title, unfolded by a click; Markdown shows it all without the title, if `in_text`."""
+    """Parts under a title, unfolded by a click; Markdown shows them all without the title, if `in_text`."""
 
     kind: ClassVar[str] = "folded"
     title: str
@@ -380,7 +347,7 @@ Part = (
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A section as it stands on a page.
+    """Section as it stands on a page.
 
     Attributes
     ----------
@@ -435,12 +402,12 @@ class Page:
 
     @property
     def contents(self) -> tuple[tuple[str, str], ...]:
-        """Id and name of the sections listed."""
+        """Return id and name of the sections listed."""
         return tuple((section.id, section.short or section.title) for section in self.sections[self.unlisted :])
 
 
 def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
-    """The parts with their charts drawn and ids given; with neither charts nor bars in tables where not `charts`."""
+    """Yield the parts with their charts drawn and ids given; without charts and bars in tables where not `charts`."""
     for number, part in enumerate(parts, start=1):
         if isinstance(part, Chart):
             if charts:
@@ -485,7 +452,7 @@ def make_fact_parts(
     shade: str = "",
     of: tuple[str, str] = ("report", "report.json"),
 ) -> Iterator[Part]:
-    """Facts as parts of a section, `shown` of them at once.
+    """Yield facts as parts of a section, `shown` of them at once.
 
     Parameters
     ----------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import count, estimate, plain, size
+from compressknow.base.format import count, estimate, plain, share, size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.records import (
     NOT_MEASURED,
@@ -40,7 +40,7 @@ NAME_CHARACTERS = 80  # of a name that a sentence can carry
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Which checkpoint one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
+    """Checkpoint that one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
 
     name: str
     revision: str | None
@@ -55,7 +55,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """A line of the report card: knowledge kept of one domain over all probes.
+    """Line of the report card: knowledge kept of one domain over all probes.
 
     `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
     `unsure` says that the interval spans several grades, `range` names them ("A to C"). The interval is over
@@ -76,7 +76,7 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model: identity, size, and what was done to it.
+    """Facts known of a model: identity, size, and what was done to it.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Shown):
-    """The original against one compressed model, over all probes.
+    """Comparison of the original with one compressed model, over all probes.
 
     Attributes
     ----------
@@ -154,7 +154,7 @@ class Comparison(Shown):
 
     @property
     def clusters(self) -> list[Counts]:
-        """What the facts are drawn in, over all probes."""
+        """Return what the facts are drawn in, over all probes."""
         # Whoever only writes a model card need not import numpy.
         from compressknow.comparison.clusters import clusters_of
 
@@ -170,11 +170,10 @@ class Comparison(Shown):
 
     @property
     def only_texts(self) -> bool:
-        """Whether the two were compared on texts alone: there are no facts to count."""
+        """Return whether the two were compared on texts alone: there are no facts to count."""
         return bool(self.texts) and not self.probes
 
     def _summary(self) -> Summary:
-        """The grades by domain."""
         grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
         title = f"Comparison: what {plain(self.model.name, 60)} kept"
         return Summary(title, self.verdict, grades, tuple(map(_make_grade_row, self.grades)))
@@ -182,7 +181,7 @@ class Comparison(Shown):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Which of several models to take.
+    """Choice of one of several models.
 
     Attributes
     ----------
@@ -200,7 +199,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Card(Tabular):
-    """A whole report card: one original against one or several compressed models.
+    """Report card of one original against one or several compressed models.
 
     Its rows are those of each compressed model and probe: counts, shares and their intervals.
     """
@@ -239,7 +238,6 @@ class Card(Tabular):
         return [_make_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes]
 
     def _summary(self) -> Summary:
-        """By subject of one model, a line per model of several."""
         title = f"Card: what {plain(self.original.name, 60)} knew"
         if len(self.comparisons) == 1:
             return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
@@ -260,15 +258,19 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
 
 
 def _make_grade_row(grade: Grade) -> tuple[str, ...]:
-    kept = estimate(grade.kept.value, grade.kept.low, grade.kept.high)
-    mark = grade.grade + ("?" if grade.unsure else "")
-    return grade.subject, count(grade.counts.known_before), count(grade.counts.both), kept, mark
+    counts, mark = grade.counts, "?" if grade.unsure else ""
+    kept = write_estimate(grade.kept)
+    return grade.subject, count(counts.known_before), count(counts.both), kept, f"{grade.grade}{mark}"
 
 
 def _make_model_row(comparison: Comparison) -> tuple[str, ...]:
-    model, kept = comparison.model, comparison.kept
-    kept_text = estimate(kept.value, kept.low, kept.high)
-    return model.name, model.setup or "-", size(model.bytes), kept_text
+    model = comparison.model
+    return model.name, model.setup or "-", size(model.bytes), write_estimate(comparison.kept)
+
+
+def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> str:
+    """Write a figure with its interval."""
+    return estimate(figure.value, figure.low, figure.high, write)
 
 
 def label_models(models: Sequence[ModelFacts]) -> list[str]:

@@ -1,4 +1,4 @@
-"""SVG as matplotlib writes it, made fit to stand inside an HTML page.
+"""Make SVG as matplotlib writes it fit to stand inside an HTML page.
 
 Colours become classes, so that a chart follows the page from light to dark; inline styles become attributes, so that
 the page's content security policy can forbid them; ids are prefixed, so that charts do not share them; metadata goes.
@@ -28,7 +28,7 @@ _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
 def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
-    """`raw` as an element for HTML, named and described for those who cannot see it.
+    """Return `raw` as an element for HTML, named and described for those who cannot see it.
 
     Parameters
     ----------
@@ -67,7 +67,8 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
 
 
 def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
-    """Elements of `inline` as one file: its title above them, two in a row, in the page's colours, light and dark.
+    """Return elements of `make_inline` as one file: its title above, two in a row, in the page's colours, light and
+    dark.
 
     Parameters
     ----------
@@ -90,7 +91,7 @@ def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -
 
 
 def _put_row(root: ElementTree.Element, panels: Sequence[tuple[str, str]], top: float) -> tuple[float, float]:
-    """Put the panels side by side; where the row ends, to the right and below."""
+    """Put the panels side by side; return where the row ends, to the right and below."""
     right, bottom = 0.0, top
     for name, chart in panels:
         element = ElementTree.fromstring(chart)
@@ -112,7 +113,7 @@ def _write(root: ElementTree.Element, text: str, x: float, y: float) -> None:
 
 
 def _write_colours(style: str) -> str:
-    """Rules for the classes of charts, from the variables that the page's style sheet sets: light first, then dark."""
+    """Write rules for the classes of charts, from the variables that the page's style sheet sets: light, then dark."""
     light, dark = (_read_variables(style, place) for place in (0, 1))
     return (
         f"svg{{background:{light['paper']};font-family:sans-serif}}"
@@ -174,7 +175,7 @@ def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
 
 
 def _read_style(style: str) -> dict[str, str]:
-    """The declarations of a style attribute as attributes; colours as classes."""
+    """Return the declarations of a style attribute as attributes; colours as classes."""
     declarations = [part.partition(":") for part in style.split(";") if part.strip()]
     found = {name.strip(): value.strip() for name, _, value in declarations}
     attributes = {name: value for name, value in found.items() if name in _KEPT}

@@ -1,4 +1,4 @@
-"""What two models gave to running texts, as tables, a chart, sentences and values for JSON."""
+"""Show what two models gave to running texts, as tables, a chart and sentences."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ _WHY = {
     OTHER_TOKENS: "the two models read the text as different tokens. Perplexities per token do not compare: compare "
     "the bits per byte",
 }
-# Percentiles that the chart shows.
-_DRAWN = (("p50", "median"), ("p90", "90th"), ("p95", "95th"), ("p99", "99th"), ("p99_9", "99.9th"), ("max", "largest"))
+_PERCENTILES = (
+    ("p50", "median"),
+    ("p90", "90th"),
+    ("p95", "95th"),
+    ("p99", "99th"),
+    ("p99_9", "99.9th"),
+    ("max", "largest"),
+)
 # The least divergence that is drawn, in nats: what 16 bits and float32 leave undecided.
 _LEAST = 1e-7
 METHOD = (
@@ -38,7 +44,7 @@ METHOD = (
 
 
 def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
-    """Tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
+    """Yield tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
     names = plain(names[0], 40), plain(names[1], 40)
     for figures in texts:
         name = plain(figures.text, 60)
@@ -50,7 +56,7 @@ def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Ite
 
 
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
-    """One text in a sentence of the verdict; `names` are what it calls the two models."""
+    """Write one text as a sentence of the verdict; `names` are what it calls the two models."""
     one, other = names
     name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
     if ratio is None:
@@ -64,14 +70,14 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
 
 
 def write_text_headline(figures: TextFigures) -> str:
-    """The figure of a page that has no facts."""
+    """Write the figure of a page that has no facts."""
     if figures.moved:
         return f"Perplexity {write_change(figures.moved.ratio)} on {plain(figures.text, 60)}"
     return f"Perplexity on {plain(figures.text, 60)}"
 
 
 def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
-    """A text's figures in two lines, for a terminal."""
+    """Yield a text's figures in two lines, for a terminal."""
     before, after = (write_measured(side.value, 3) for side in (figures.original, figures.compressed))
     yield f"{plain(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
     if moved := figures.moved:
@@ -84,12 +90,12 @@ def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str
 
 
 def write_perplexity(found: Perplexity | None) -> str:
-    """A perplexity without its error."""
+    """Write a perplexity without its error."""
     return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
 
 
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
-    """One text in a sentence of the verdict on several models, each with its label."""
+    """Write one text as a sentence of the verdict on several models, each with its label."""
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
     return (
         f"On {plain(text, 60)}, where the original's perplexity is {write_perplexity(original)}, {best[0]} has the "
@@ -98,7 +104,7 @@ def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[
 
 
 def write_change(ratio: Measured) -> str:
-    """The change of a perplexity in percent, with its sign.
+    """Write the change of a perplexity in percent, with its sign.
 
     >>> write_change(Measured(1.049, 0.001))
     '+4.9 %'
@@ -111,7 +117,7 @@ def write_change(ratio: Measured) -> str:
 def list_text_warnings(
     texts: Sequence[TextFigures], names: tuple[str, str] = ("The original", "The compressed model")
 ) -> Iterator[str]:
-    """What a reader must know before trusting the figures."""
+    """Yield what a reader must know before trusting the figures."""
     for figures in texts:
         name = plain(figures.text, 60)
         if figures.divergence == OTHER_TOKENS:
@@ -137,7 +143,7 @@ def _write_per_byte(side: Perplexity) -> str:
 
 
 def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:
-    """A figure with its standard error; with a unit, in hundredths.
+    """Write a figure with its standard error; with a unit, in hundredths.
 
     >>> write_measured(Measured(12.3456, 0.5), 2), write_measured(Measured(0.5, 0.01), 1, " %"), write_measured(None, 2)
     ('12.35 ± 0.50', '50.0 ± 1.0 %', '-')
@@ -155,7 +161,7 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
         ("Perplexity, difference", write_measured(moved.difference, 4)),
         ("Correlation of log-likelihoods", number(moved.correlation, 4)),
         ("KL, mean", write_measured(moved.kl, 4)),
-        *((f"KL, {label}", number(kl[key], 4) if kl else NONE) for key, label in _KL_ROWS),
+        *((f"KL, {_name_percentile(label)}", number(kl[key], 4) if kl else NONE) for key, label in _PERCENTILES),
         ("Same top token", write_measured(moved.same_top, 1, " %")),
         ("Change of the text's token's probability, mean", write_measured(moved.change, 2, " points")),
         ("Change, root mean square", write_measured(moved.change_rms, 2, " points")),
@@ -164,14 +170,8 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
 
 
-_KL_ROWS = (
-    ("p50", "median"),
-    ("p90", "90th percentile"),
-    ("p95", "95th percentile"),
-    ("p99", "99th percentile"),
-    ("p99_9", "99.9th percentile"),
-    ("max", "largest"),
-)
+def _name_percentile(label: str) -> str:
+    return f"{label} percentile" if label[0].isdigit() else label
 
 
 def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
@@ -187,11 +187,11 @@ def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str
 
 
 def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
-    """KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
+    """Chart KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
     found = moved.kl_percentiles
-    if not found or not all(math.isfinite(found[key]) for key, _ in _DRAWN) or found["p99_9"] <= _LEAST:
+    if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:
         return None
-    values = [(label, max(found[key], _LEAST)) for key, label in _DRAWN]
+    values = [(label, max(found[key], _LEAST)) for key, label in _PERCENTILES]
     told = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
     return Chart(title, f"In nats: {told}.", lambda plot: _draw(plot, values), height=210)

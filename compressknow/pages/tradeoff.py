@@ -1,4 +1,4 @@
-"""Two charts: knowledge kept against what a model costs, and figures by layer and module."""
+"""Draw two charts: knowledge kept against what a model costs, and figures by layer and module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8),
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A model.
+    """Model on the chart.
 
     Attributes
     ----------
@@ -58,13 +58,13 @@ class Mark:
 
     @property
     def share(self) -> float:
-        """What is kept, without its interval."""
+        """Return what is kept, without its interval."""
         return self.kept.value or 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How marks of a kind are drawn: a marker of matplotlib's, its colour and size."""
+    """Look of the marks of a kind: a marker of matplotlib's, its colour and size."""
 
     marker: str
     colour: str
@@ -73,7 +73,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """What is drawn.
+    """Chart of knowledge kept against a cost.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class Tradeoff:
 def find_unbeaten(
     points: Sequence[T], place: Callable[[T], tuple[float, float]], *, more_is_better: bool = False
 ) -> list[T]:
-    """Those of which none keeps more at the same cost or less, the cheapest first; `place` says (cost, kept).
+    """Return those of which none keeps more at the same cost or less, the cheapest first; `place` says (cost, kept).
 
     >>> find_unbeaten([(3, 0.9), (1, 0.5), (2, 0.4)], lambda point: point)
     [(1, 0.5), (3, 0.9)]
@@ -112,8 +112,8 @@ def find_unbeaten(
 
 
 def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
-    """The SVG element, for a narrow screen or, if `broad`, for the width of the page. Each mark says which it is to a
-    pointer over it.
+    """Return the SVG element, for a narrow screen or, if `broad`, for the width of the page. A pointer over a mark is
+    told which model it is.
     """
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
@@ -136,8 +136,8 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
 
 
 def _find_left(plot: Axes) -> float:
-    """Where the axis of costs begins: zero where that is near, and no nearer to the dearest than half of it, or what is
-    alike would look far apart.
+    """Return where the axis of costs begins: zero where that is near, and no nearer to the dearest than half of it, or
+    what is alike would look far apart.
     """
     low, high = plot.get_xlim()
     return 0.0 if low < high / 4 else min(low, high / 2)
@@ -151,7 +151,7 @@ def _find_bottom(chart: Tradeoff) -> float:
 
 
 def _describe_beginnings(left: float, bottom: float) -> Iterator[str]:
-    """Of axes that do not begin at zero, where they do."""
+    """Yield where the axes begin, if not at zero."""
     cut = [f"across from {left:,.3g}"] if left else []
     cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
     if cut:
@@ -159,7 +159,7 @@ def _describe_beginnings(left: float, bottom: float) -> Iterator[str]:
 
 
 def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
-    """All in one path: a page may have many."""
+    """Draw all intervals in one path: a page may have many."""
     ends = [
         (mark.cost, end) for mark in marks if mark.kept.low is not None for end in (*to_percents(mark.kept)[1:], nan)
     ]
@@ -168,7 +168,7 @@ def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
 
 
 def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
-    """What nothing beats is kept at every cost from there on; at every speed up to there."""
+    """Draw what nothing beats: it is kept at every cost from there on; at every speed up to there."""
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
     best = find_unbeaten(able, lambda mark: (mark.cost, mark.share), more_is_better=chart.more_is_better)
     if best:
@@ -178,7 +178,7 @@ def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
 
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
-    """A mark each, with a name by which it is told apart; the first of a kind stands in the legend."""
+    """Draw each mark with a name by which it is told apart; the first of a kind stands in the legend."""
     for kind, look in chart.looks.items():
         label = kind
         for i, mark in enumerate(chart.marks):
@@ -204,7 +204,7 @@ def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
         for right, up in _list_offsets(size[0]) if label else ():
             box = _make_box(x + right, y + up, *size)
             inside = edges[0] <= box[0] and box[2] <= edges[2] and edges[1] <= box[1] and box[3] <= edges[3]
-            if inside and not any(_do_meet(box, other) for other in taken):
+            if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
                 plot.annotate(label, (across, high), (right, up), fontsize=10, color=INK, **place)
@@ -222,14 +222,15 @@ def _make_box(x: float, y: float, width: float, height: float) -> _Box:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _do_meet(one: _Box, other: _Box) -> bool:
+def _overlap(one: _Box, other: _Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures by block (rows) and by module inside a block (columns); None where a block has no such module, or no
-    figure of it. A row of one figure is as wide as all columns."""
+    """Figures by block (rows) and by module inside a block (columns); None where there is no such module or figure. A
+    row of one figure is as wide as all columns.
+    """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -237,18 +238,18 @@ class Grid:
 
     @property
     def figures(self) -> list[float]:
-        """Those that are not 0."""
+        """Return the figures that are not 0."""
         return [cell for row in self.cells for cell in row if cell]
 
 
 def write_four_digits(figure: float) -> str:
-    """A figure to four decimals."""
+    """Write a figure to four decimals."""
     return number(figure, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a map is drawn, in units of the drawing.
+    """Form of a map, in units of the drawing.
 
     Attributes
     ----------
@@ -284,7 +285,7 @@ def draw_heat_map(
     write: Callable[[float], str] = write_four_digits,
     form: Form = WIDE,
 ) -> str | None:
-    """The map as an element for HTML; None where all figures are 0.
+    """Return the map as an element for HTML; None where all figures are 0.
 
     Parameters
     ----------
@@ -312,16 +313,11 @@ def draw_heat_map(
 
 
 def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
-    """Figures that part the shades, in equal ratios between the least and the largest."""
+    """Return figures that part the shades, in equal ratios between the least and the largest."""
     high = max(figures)
     low = max(min(figures), high / 10**_ORDERS)
     steps = len(_SHADES)
     return tuple(low * math.exp(math.log(high / low) * i / steps) for i in range(1, steps))
-
-
-def _find_shade(figure: float, bounds: Sequence[float]) -> int:
-    """Which shade a figure has, 0 the faintest; `bounds` are the lowest figures of the shades above it."""
-    return sum(figure >= bound for bound in bounds)
 
 
 def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
@@ -363,7 +359,7 @@ def _draw_row(
     for j, figure in enumerate(cells):
         if figure is None:
             continue
-        step, x = _find_shade(figure, bounds), form.label + wide * j
+        step, x = sum(figure >= bound for bound in bounds), form.label + wide * j
         colour = f'class="f-c1" opacity="{_SHADES[step]}"' if figure else 'class="f-rule" opacity="0.35"'
         place = (
             f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(wide - 1)}" height="{form.row - 1}"'

@@ -1,1 +1,1 @@
-"""The report card of compressed models against their original: verdict, page, Markdown, JSON."""
+"""Report card of compressed models against their original: verdict, page, Markdown, JSON."""

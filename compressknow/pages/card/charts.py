@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compressknow.base.format import estimate, size
+from compressknow.base.format import size
 from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
 from compressknow.pages.card.method import find_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line
-from compressknow.pages.records import Card, Comparison, ModelFacts
+from compressknow.pages.records import Card, Comparison, ModelFacts, write_estimate
 from compressknow.pages.tradeoff import Look, Mark, Tradeoff, find_unbeaten
 
 _FEWEST = 3  # fewer models are told apart at a glance at the table
@@ -74,7 +74,7 @@ def _chart_cost(card: Card, names: Sequence[str], cost: _Cost) -> Tradeoff | Non
     for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
         amount, kept = cost.read(comparison.model), comparison.kept
         if amount is not None and kept.value is not None:
-            text = f"{name}: {estimate(kept.value, kept.low, kept.high)} kept, {cost.write(amount)}"
+            text = f"{name}: {write_estimate(kept)} kept, {cost.write(amount)}"
             kind = f"in {cost.run_in(comparison.model)}"
             marks.append(Mark(amount / cost.divisor, kept, kind, text, str(number)))
     if len({mark.cost for mark in marks}) < _FEWEST:

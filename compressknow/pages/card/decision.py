@@ -1,16 +1,17 @@
-"""Several compressed models: which one to take and why, and charts of what each keeps against what it costs."""
+"""Decide which of several compressed models to take, and say why."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
-from compressknow.base.format import count, estimate, share, size
+from compressknow.base.format import count, share, size
 from compressknow.comparison.clusters import Standing, smallest, standings
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.gate import Gate, is_met
 from compressknow.pages.card.method import find_rounding_kept, list_probes
 from compressknow.pages.card.verdict import join_names
-from compressknow.pages.records import Comparison, Decision, label_models
+from compressknow.pages.records import Comparison, Decision, label_models, write_estimate
 
 
 def decide(
@@ -39,10 +40,11 @@ def decide(
     of = [[answer for answer in each.answers if answer.probe in probes[0]] for each in (original, *compressed)]
     sizes = [comparison.model.bytes for comparison in comparisons]
     standing = standings(of[0], of[1:], sizes)
+    conclude = partial(Decision, standings=tuple(standing), within=within)
     labels = label_models([comparison.model for comparison in comparisons])
     fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
     if not fitting:
-        return Decision(None, _write_none_fits(labels, sizes, within), tuple(standing), within)
+        return conclude(None, _write_none_fits(labels, sizes, within))
     at_most = f" of {size(within)} at most" if within is not None else ""
     rounding = find_rounding_kept(list_probes(comparisons))
     best = max(fitting, key=lambda place: standing[place].keeps)
@@ -55,13 +57,8 @@ def decide(
         enough = [i for i in fitting if rounding is not None and (comparisons[i].kept.high or 0.0) >= rounding]
         words = (f"whose interval reaches {floor}", f"whose intervals reach {floor}")
     if not enough and gates:
-        most = f"{labels[best]} keeps most, {_write_kept(comparisons[best])}"
-        return Decision(
-            None,
-            f"No model{at_most} {words[0].removeprefix('that ')}: none is recommended. {most}.",
-            tuple(standing),
-            within,
-        )
+        most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"
+        return conclude(None, f"No model{at_most} {words[0].removeprefix('that ')}: none is recommended. {most}.")
     before = ""
     if not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
@@ -77,9 +74,9 @@ def decide(
     )
     reason = (
         f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps "
-        f"{_write_kept(comparisons[taken])}. {_write_others(taken, standing, labels, sizes)}"
+        f"{write_estimate(comparisons[taken].kept)}. {_write_others(taken, standing, labels, sizes)}"
     )
-    return Decision(taken, reason, tuple(standing), within)
+    return conclude(taken, reason)
 
 
 def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int | None) -> str:
@@ -91,7 +88,7 @@ def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within:
 
 
 def _write_others(taken: int, standing: Sequence[Standing], labels: Sequence[str], sizes: Sequence[int | None]) -> str:
-    """What no test tells from the one that is taken."""
+    """Say what no test tells from the one that is taken."""
     alike = standing[taken].alike
     if not alike:
         return "No other keeps as much or as little: that is more than chance."
@@ -99,13 +96,8 @@ def _write_others(taken: int, standing: Sequence[Standing], labels: Sequence[str
     return f"No test tells it from {named}."
 
 
-def _write_kept(comparison: Comparison) -> str:
-    kept = comparison.kept
-    return estimate(kept.value, kept.low, kept.high)
-
-
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:
-    """What a table says of each model: that it is taken, or not told from that, or beaten by a smaller one."""
+    """Say of each model that it is recommended, or unbeaten at its size, or beaten by a smaller one."""
     found = []
     for place, standing in enumerate(decision.standings):
         if place == decision.place:

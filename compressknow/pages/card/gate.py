@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
-from compressknow.base.format import count, estimate, percent, size
+from compressknow.base.format import count, percent, size
 from compressknow.comparison.clusters import kept_by_cluster
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.card.verdict import estimate_facts_needed, round_up
 from compressknow.pages.pages import escape_markdown
-from compressknow.pages.records import Card, Comparison, label_models, name_models
+from compressknow.pages.records import Card, Comparison, label_models, name_models, write_estimate
 
 SUMMARY = "summary.md"
 _FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
@@ -253,4 +253,4 @@ def _summarize_domains(comparison: Comparison, *, show_facts: bool) -> list[str]
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = measure_kept(comparison, gate)
-    return f"{counts.both} of {counts.known_before}, {estimate(kept.value, kept.low, kept.high)}"
+    return f"{counts.both} of {counts.known_before}, {write_estimate(kept)}"

@@ -1,4 +1,4 @@
-"""The report card of one original and one or several compressed models, from their answers."""
+"""Make the report card of one original and one or several compressed models, from their answers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
 
 
 def _add_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
-    """The comparison with the figures of each wording, of answers that are not put together yet."""
+    """Return the comparison with the figures of each wording, of answers that are not put together yet."""
     probes = (
         replace(probe, wordings=wordings_of(original.of(probe.probe), compressed.of(probe.probe)))
         for probe in comparison.probes
@@ -145,7 +145,7 @@ def _add_sections(
 
 
 def read_model_facts(record: ModelRecord) -> ModelFacts:
-    """The "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
+    """Return the "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
@@ -165,7 +165,7 @@ def compare(
     early: EarlyStop | None = None,
     path: str | None = None,
 ) -> Comparison:
-    """All figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
@@ -222,7 +222,7 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
 
 
 def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
-    """Both models' answers to a probe, and its entries in both records."""
+    """Return both models' answers to a probe, and its entries in both records."""
     return (
         original.of(probe),
         compressed.of(probe),
@@ -232,7 +232,7 @@ def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[
 
 
 def _check_comparable(original: Answers, compressed: Answers) -> None:
-    """Models that cannot be set side by side fact by fact."""
+    """Raise CompressknowError where models cannot be set side by side fact by fact."""
     before, after = original.record.model, compressed.record.model
     shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
     # Bits per byte of a text compare whatever its tokens are; and so do texts where another runtime than transformers
@@ -260,7 +260,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """Warnings that hold for all of several compressed models: they are said once, of the whole card."""
+    """Return warnings that hold for all of several compressed models: they are said once, of the whole card."""
     if len(comparisons) < 2:
         return ()
     return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
@@ -269,7 +269,7 @@ def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
 def describe_method(
     original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """How the probes were run and judged, and the limits of that, in sentences."""
+    """Say how the probes were run and judged, and the limits of that."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
         for figures in comparison.probes:

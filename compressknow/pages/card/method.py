@@ -1,4 +1,4 @@
-"""How facts were evaluated and judged, and what rounding alone changes, in sentences."""
+"""Say how facts were evaluated and judged, and what rounding alone changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe_probes(
     probes: Iterable[tuple[ProbeFigures, ProbeEntry, Sequence[Answer]]],
     of_sections: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """The sentences.
+    """Say how probes were run and judged, a sentence each.
 
     Parameters
     ----------
@@ -57,15 +57,17 @@ def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[
     reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
     dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
     wordings = f", each in {entry.templates} wordings, and known if more than half are right" if entry.templates else ""
+    template = (entry.source or {}).get("template")
+    template = f" Template: {plain(template, 200)}." if template else ""
     average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
     return (
         f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
-        f"evaluated{limited}{wordings}; its headline accuracy is {average}."
-    ) + _own_note(entry)
+        f"evaluated{limited}{wordings}; its headline accuracy is {average}.{template}"
+    )
 
 
 def _describe_source(probe: str) -> str | None:
-    """How its answers came about, where not by the scorers of this package: what its source says of that."""
+    """Say how its answers came about, where not by the scorers of this package, as its source has it."""
     source = find_source(probe)
     return source.evaluated if source else None
 
@@ -76,12 +78,6 @@ def _describe_choices(answers: Sequence[Answer]) -> str:
         return "the answer is free text"
     low, high = min(numbers), max(numbers)
     return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
-
-
-def _own_note(entry: ProbeEntry) -> str:
-    """What the reader of the facts says of its own way: licence, template."""
-    template = (entry.source or {}).get("template")
-    return f" Template: {plain(template, 200)}." if template else ""
 
 
 def _describe_figures() -> Iterator[str]:
@@ -125,7 +121,7 @@ def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
 
 
 def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """Return what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
+    """Say what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
     probes that tell; nothing where none does.
     """
     told = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
@@ -149,12 +145,12 @@ def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
 
 
 def list_probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
-    """One of each name: what is the original's alone is the same in all."""
+    """Return one probe of each name: what is the original's alone is the same in all."""
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
 def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
-    """Of all that the original knows, the share that it still knows in another precision (0 to 1).
+    """Return the share of all that the original knows which it still knows in another precision (0 to 1).
 
     A probe counts as much as it has known facts, as in knowledge kept. None where the original knows nothing, or where
     this was not found for every probe of which it knows something.
@@ -169,12 +165,12 @@ def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
 
 
 def mark_rounding(kept: float | None) -> tuple[Level, ...]:
-    """The mark of what rounding alone keeps; none where that is not known."""
+    """Return the mark of what rounding alone keeps; none where that is not known."""
     return () if kept is None else (Level("rounding alone", kept),)
 
 
 def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
-    """What the mark of this name shows; nothing where there is none."""
+    """Say what the mark of this name shows; nothing where there is none."""
     probes = [probe for probe in probes if probe.counts.known_before]
     kept = find_rounding_kept(probes)
     if kept is None:

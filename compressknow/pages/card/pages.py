@@ -1,4 +1,4 @@
-"""A report card as a page: what it says, as text in order, and that as HTML, Markdown and JSON.
+"""Show a report card: what it says, as text in order, and that as HTML, Markdown and JSON.
 
 All texts of models and facts go through `plain` here; the templates escape for their own syntax.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, estimate, json_text, plain, plain_lines, share, size
+from compressknow.base.format import NONE, count, json_text, plain, plain_lines, share, size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.pages.card.charts import chart_costs, chart_setups, name_deployment, name_runtime
@@ -33,7 +33,7 @@ from compressknow.pages.parts import (
     list_identity,
     list_run,
 )
-from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, name_models
+from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, name_models, write_estimate
 from compressknow.pages.texts import write_perplexity, write_text_headline
 from compressknow.pages.tradeoff import draw_tradeoff
 
@@ -200,7 +200,7 @@ def _make_grade_row(grade: Grade) -> GradeRow:
 
 def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
     """Return the facts known before, the share kept and, apart so that a narrow screen breaks there, its interval."""
-    value, opening, interval = estimate(kept.value, kept.low, kept.high).partition("(")
+    value, opening, interval = write_estimate(kept).partition("(")
     return f"{count(counts.known_before)} of {count(counts.n)}", value.rstrip(), opening + interval
 
 
@@ -280,7 +280,7 @@ def _make_overview_row(
     return (
         name,
         size(comparison.model.bytes),
-        estimate(kept.value, kept.low, kept.high),
+        write_estimate(kept),
         *run,
         *(share(accuracy.get(probe)) for probe in probes),
         *(grades.get(subject, NONE) for subject in subjects),

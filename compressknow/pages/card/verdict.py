@@ -1,4 +1,4 @@
-"""The verdict, one sentence with its numbers, the grades of domains, and what to do next in one line."""
+"""Write the verdict, one sentence with its numbers, grade the domains, and say what to do next in one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
 
 
 def find_grade(part: float, whole: float = 1) -> str:
-    """The grade for keeping `part` of `whole`. Counts are compared as whole numbers: nothing is rounded up.
+    """Return the grade for keeping `part` of `whole`. Counts are compared as whole numbers: nothing is rounded up.
 
     >>> find_grade(99, 100), find_grade(98_999, 100_000), find_grade(7, 10), find_grade(0, 3), find_grade(0, 0)
     ('A+', 'A', 'D', 'F', '-')
@@ -70,7 +70,7 @@ def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
 
 
 def _grade_ends(kept: Estimate) -> tuple[str, str]:
-    """The grades of an interval's upper and lower end."""
+    """Return the grades of an interval's upper and lower end."""
     if kept.low is None or kept.high is None:
         return NOTHING_KNOWN, NOTHING_KNOWN
     return find_grade(kept.high), find_grade(kept.low)
@@ -106,15 +106,14 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
     if not counts.lost:
         return f"Keeps {_count_all(counts.both)} that {name} knew {interval}, and gained {_write_gained(counts)}."
     if not counts.both:
-        opening = f"Keeps none of the {_count_facts(counts.lost)} that {name} knew {interval}"
+        opening = f"Keeps none of the {count_facts(counts.lost)} that {name} knew {interval}"
         return f"{opening}, and gained {_write_gained(counts)}{_judge_change(counts, p)}."
-    opening = f"Keeps {count(counts.both)} of {_count_facts(counts.known_before)} that {name} knew {interval}"
+    opening = f"Keeps {count(counts.both)} of {count_facts(counts.known_before)} that {name} knew {interval}"
     return f"{opening}: it forgot {count(counts.lost)} and gained {_write_gained(counts)}{_judge_change(counts, p)}."
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
-    """Return which loss so many facts show, and how many facts it takes for a small one; nothing where that is not
-    known.
+    """Say which loss so many facts show, and how many facts it takes for a small one; nothing where that is not known.
 
     >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
@@ -129,7 +128,7 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
 
 
 def describe_early(early: EarlyStop | None) -> str:
-    """How a gate was decided early, and how many facts it took; nothing where it was not.
+    """Say how a gate was decided early, and how many facts it took; nothing where it was not.
 
     >>> early = EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)
     >>> print(describe_early(early))
@@ -149,7 +148,7 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
 
 
 def round_up(facts: int) -> str:
-    """About how many: two digits, rounded up.
+    """Say about how many: two digits, rounded up.
 
     >>> round_up(4514), round_up(94)
     ('4,600', '94')
@@ -208,7 +207,7 @@ def _get_kept(known: tuple[Counts, str]) -> float:
 
 def _write_nothing_known(name: str, counts: Counts) -> str:
     gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-    return f"{name} knew none of the {_count_facts(counts.n)}, so there is nothing to keep{gained}."
+    return f"{name} knew none of the {count_facts(counts.n)}, so there is nothing to keep{gained}."
 
 
 def _write_ends(kept: Estimate, name: str) -> str:
@@ -218,7 +217,7 @@ def _write_ends(kept: Estimate, name: str) -> str:
 
 
 def _judge_change(counts: Counts, p: float | None) -> str:
-    """Whether lost and gained are out of balance: many of both, and so a model that is much changed, can even out."""
+    """Say whether lost and gained are out of balance: many of both, of a model that is much changed, can even out."""
     if p is None or counts.lost == counts.gained:
         return ", which evens out"
     net = "loss" if counts.lost > counts.gained else "gain"
@@ -229,7 +228,7 @@ def _write_gained(counts: Counts) -> str:
     return count(counts.gained) if counts.gained else "none"
 
 
-def _count_facts(number: int) -> str:
+def count_facts(number: int) -> str:
     return "1 fact" if number == 1 else f"{count(number)} facts"
 
 
@@ -257,14 +256,14 @@ MOST = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Milder:
-    """A recipe that does less, and in words what it does other than the one that was used."""
+    """Recipe that does less, and in words what it does other than the one that was used."""
 
     change: str
     recipe: Recipe
 
 
 def write_advice(comparison: Comparison, path: str | None = None) -> str:
-    """The line; nothing where the numbers carry none. `path` is where the user has the model's source.
+    """Return the line; nothing where the numbers carry none. `path` is where the user has the model's source.
 
     They are held to the gate that was decided early, or else to `ENOUGH`: the interval must lie on one side of it.
     """
@@ -306,7 +305,7 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
 
 
 def _advise_limit(comparison: Comparison, needed: int) -> str:
-    """How to get so many, where the probes have them."""
+    """Say how to get so many, where the probes have them."""
     counts = comparison.counts
     limits = [probe.limit for probe in comparison.probes]
     if len(limits) != 1 or limits[0] is None:
@@ -336,7 +335,7 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
 
 
 def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
-    """Recipes that do less than this one, the one to try first before the others.
+    """Yield recipes that do less than this one, the one to try first before the others.
 
     Parameters
     ----------
@@ -353,7 +352,7 @@ def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iter
 
 
 def _halve(recipe: Recipe, kind: type[Step], name: str, change: str, least: float) -> Iterator[Milder]:
-    """Half of what the steps of a kind take away."""
+    """Halve what the steps of a kind take away."""
     amounts = [getattr(step, name) for step in recipe.steps if isinstance(step, kind)]
     # Blocks that are named cannot be halved.
     if not amounts or any(isinstance(amount, str) or amount / 2 < least for amount in amounts):
@@ -380,7 +379,7 @@ def _write_amount(amount: float) -> str:
 
 
 def _round_finer(recipe: Recipe) -> Iterator[Milder]:
-    """Quantization that errs less: by GPTQ, then of 8 bits, then of the weights alone."""
+    """Quantize with less error: by GPTQ, then to 8 bits, then the weights alone."""
     for step in recipe.steps:
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
@@ -393,7 +392,7 @@ def _round_finer(recipe: Recipe) -> Iterator[Milder]:
 
 
 def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
-    """Without the group of layers whose weights changed most, where several changed and each has a scope."""
+    """Spare the group of layers whose weights changed most, where several changed and each has a scope."""
     errors = {name: group.get("relative_error") or 0.0 for name, group in groups.items()}
     changed = sorted((name for name, error in errors.items() if error > 0), key=lambda name: errors[name])
     if (

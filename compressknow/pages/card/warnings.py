@@ -1,4 +1,4 @@
-"""Warnings: what a reader must know before trusting a comparison's figures, in plain words."""
+"""Warn of what a reader must know before trusting a comparison's figures, in plain words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
+from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Grade, ModelFacts
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
 
 
 def warn_of_known(known: str) -> Iterator[str]:
-    """That only what a model says counts as known, where that is so."""
+    """Warn that only what a model says counts as known, where that is so."""
     if known == PRODUCED:
         yield (
             "Known means produced here: a fact counts where the model picks the right answer, and what it writes by "
@@ -37,7 +38,7 @@ def warn_of_known(known: str) -> Iterator[str]:
 
 
 def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """What is odd about the two checkpoints."""
+    """Warn of what is odd about the two checkpoints."""
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from warn_of_recipe(model)
@@ -63,7 +64,7 @@ def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
 
 
 def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """That the compressed model was made from other files than the original's."""
+    """Warn that the compressed model was made from other files than the original's."""
     if check_source(original, model) is False:
         source = model.source or {}
         other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
@@ -75,8 +76,9 @@ def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
 
 
 def check_source(original: ModelFacts, model: ModelFacts) -> bool | None:
-    """Whether a model says that it was made from the original, or from what the original was made from; None where it
-    does not say so, or where the original's files are on a server."""
+    """Return whether a model says that it was made from the original, or from what that was made from; None where it
+    does not say so, or where the original's files are on a server.
+    """
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
     if not hashes or (original.runtime or {}).get("name") == "server":
         return None
@@ -84,13 +86,13 @@ def check_source(original: ModelFacts, model: ModelFacts) -> bool | None:
 
 
 def _list_source_hashes(model: ModelFacts) -> set[str]:
-    """Of what it was made from, and of what that was converted from."""
+    """Return the hashes of what it was made from, and of what that was converted from."""
     told = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
     return {value for value in told if isinstance(value, str) and value}
 
 
 def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
-    """That files differ from what their manifest says of them."""
+    """Warn that files differ from what their manifest says of them."""
     for model in models:
         if model.changed:
             yield (
@@ -100,7 +102,7 @@ def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
 
 
 def warn_of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """That the model taken for the original was made from the other one."""
+    """Warn that the model taken for the original was made from the other one."""
     if is_made_from(original, model):
         yield (
             f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
@@ -109,18 +111,18 @@ def warn_of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
 
 
 def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
-    """Whether the one says that it was made from the other, and not the other way round too."""
+    """Return whether the one says that it was made from the other, and not the other way round too."""
     return _is_source(other, one) and not _is_source(one, other)
 
 
 def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) -> bool:
-    """Whether what a model says that it was made from has the name or the content of the other one."""
+    """Return whether what a model says that it was made from has the name or the content of the other one."""
     source = made.source or {}
     return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
 def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
-    """What a converted checkpoint's recipe makes of its answers."""
+    """Warn of what a converted checkpoint's recipe makes of its answers."""
     if model.groups and not model.removed and not any(_is_changed(group) for group in model.groups.values()):
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
@@ -132,14 +134,14 @@ def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
 
 
 def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """That the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
+    """Warn that the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
     if not model.calibration:
         return
     found = model.in_calibration
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
         yield (
-            f"Of {_count_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} "
+            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} "
             f"was calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
             f"{plain(original.name, 80)} knew. It may keep more of these than of other facts."
         )
@@ -151,7 +153,7 @@ def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str
 
 
 def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
-    """What the two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
+    """Warn of what two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
     yield from _warn_of_versions(original.record.versions, compressed.record.versions)
     yield from warn_of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
@@ -171,7 +173,7 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
 
 
 def warn_of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
-    """That two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
+    """Warn that two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
     before, after = original.record.model, compressed.record.model
     if before.ran_in != after.ran_in:
         names, ran_in = ([plain(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
@@ -192,7 +194,7 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     floors = [floor for entry in entries if (floor := entry.runtime_noise_floors.get(after.ran_in)) and floor.n]
     if floors:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
-        answers = f"{count(changed)} of {_count_facts(of)}"
+        answers = f"{count(changed)} of {count_facts(of)}"
         return f"Run there from an unquantized file, the original answers {answers} otherwise."
     return f"How much was not measured: {_explain_unmeasured(before, after)}"
 
@@ -206,7 +208,7 @@ def _explain_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
 
 
 def _have_same_tokens(original: ModelRecord, model: ModelRecord) -> bool:
-    """False where both vocabularies are known, and are two."""
+    """Return False where both vocabularies are known, and are two."""
     return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
 
 
@@ -224,7 +226,7 @@ def _warn_of_versions(original: Mapping[str, Any], compressed: Mapping[str, Any]
 
 
 def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
-    """Which figures are left out, or are bounds, for want of what a server tells."""
+    """Warn which figures are left out, or are bounds, for want of what a server tells."""
     runtime = answers.record.model.runtime or {}
     if not is_on_server(answers.record.model):
         return
@@ -246,13 +248,13 @@ def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
 
 
 def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
-    """That a model is broken, if it is."""
+    """Warn that a model is broken, if it is."""
     numbers = Counter(
         a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
     )
     for probe, number in numbers.items():
         yield (
-            f"{who} computes no numbers (NaN) for {_count_facts(number)} of {plain(probe, 60)}: it is broken, and "
+            f"{who} computes no numbers (NaN) for {count_facts(number)} of {plain(probe, 60)}: it is broken, and "
             "these answers are meaningless."
         )
 
@@ -260,9 +262,11 @@ def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
 def warn_of_figures(
     counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
 ) -> Iterator[str]:
-    """Too few facts, and originals that know no more than guessing would; `name` is what the original is called."""
+    """Warn of too few facts, and of originals that know no more than guessing would; `name` is what the original is
+    called.
+    """
     if 0 < counts.known_before < FEW_FACTS:
-        yield f"{name} knew only {_count_facts(counts.known_before)}: with so few, the share kept is uncertain."
+        yield f"{name} knew only {count_facts(counts.known_before)}: with so few, the share kept is uncertain."
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
     if few:
         named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
@@ -274,7 +278,7 @@ def warn_of_figures(
 
 
 def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
-    """That the figures are those of facts that were enough for one question."""
+    """Warn that the figures are those of facts that were enough for one question."""
     if early and early.facts < early.of:
         yield (
             f"Facts were evaluated only until it was known whether {100 * early.gate:g} % of the knowledge is kept. "
@@ -319,7 +323,3 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
 
 def _is_changed(group: Mapping[str, Any]) -> bool:
     return bool(group.get("pruned") or group.get("quantized"))
-
-
-def _count_facts(number: int) -> str:
-    return "1 fact" if number == 1 else f"{count(number)} facts"

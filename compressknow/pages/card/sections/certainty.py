@@ -1,4 +1,4 @@
-"""How sure the figures are, and how sure both models are of their answers."""
+"""Sections on certainty: how sure the figures are, and how sure both models are of their answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, count, estimate, p_value, percent, plain, points, share
+from compressknow.base.format import NONE, count, p_value, percent, plain, points, share
 from compressknow.comparison.clusters import FEWEST
 from compressknow.comparison.distributions import CALIBRATION_BINS
 from compressknow.comparison.intervals import mcnemar, paired_difference, proportion
@@ -15,7 +15,7 @@ from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import Chart
 from compressknow.pages.parts import Charts, Folded, Note, Part, Table
-from compressknow.pages.records import Comparison
+from compressknow.pages.records import Comparison, write_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _Figures = tuple[str, Counts, Certainty]
 
 
 class HowSure(Section):
-    """A row a figure, a column a probe, and one of all where there are several."""
+    """Table of one row per figure and one column per probe, and one of all where there are several."""
 
     title = "How sure the figures are"
     order = 57
@@ -56,7 +56,7 @@ class HowSure(Section):
         # On a page of many models the verdict alone says it; the JSON has it all.
         if not columns or context.limits.relations is not None:
             return
-        rows = tuple((name, *(write(each) for each in columns)) for name, write in _ROWS)
+        rows = tuple((name, *(write(counts, sure) for _, counts, sure in columns)) for name, write in _ROWS)
         yield Table(
             "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
         )
@@ -79,39 +79,31 @@ def _note_missing_clusters(columns: list[_Figures]) -> Iterator[Note]:
             yield Note(f"The known facts{where} are of {sure.relations} relations: too few for an interval over these.")
 
 
-def _write_difference(figures: _Figures) -> str:
-    simple = paired_difference(figures[1])
-    return estimate(simple.value, simple.low, simple.high, points)
-
-
 def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
-    return NONE if figure.low is None else estimate(figure.value, figure.low, figure.high, write)
+    return NONE if figure.low is None else write_estimate(figure, write)
 
 
-def _simple(figures: _Figures) -> str:
-    return _write_interval(proportion(figures[1].both, figures[1].known_before))
-
-
-_ROWS: tuple[tuple[str, Callable[[_Figures], str]], ...] = (
-    ("Known facts", lambda figures: count(figures[1].known_before)),
-    ("Relations with known facts", lambda figures: count(figures[2].relations)),
-    ("Knowledge kept, simple interval", _simple),
-    ("Knowledge kept, interval over relations", lambda figures: _write_interval(figures[2].kept)),
-    ("Difference of accuracy, simple interval", _write_difference),
-    ("Difference of accuracy, interval over relations", lambda figures: _write_interval(figures[2].difference, points)),
-    ("Net change against chance, by relation", lambda figures: _by_relation(figures[2])),
-    ("Net change against chance, facts as independent", lambda figures: p_value(mcnemar(figures[1]))),
-    ("Smallest net loss seen", lambda figures: share(figures[2].smallest_loss)),
-    ("Known facts to see a net loss of 2 %", lambda figures: _number(figures[2].facts_for_two)),
+_ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
+    ("Known facts", lambda counts, _: count(counts.known_before)),
+    ("Relations with known facts", lambda _, sure: count(sure.relations)),
+    (
+        "Knowledge kept, simple interval",
+        lambda counts, _: _write_interval(proportion(counts.both, counts.known_before)),
+    ),
+    ("Knowledge kept, interval over relations", lambda _, sure: _write_interval(sure.kept)),
+    ("Difference of accuracy, simple interval", lambda counts, _: write_estimate(paired_difference(counts), points)),
+    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, points)),
+    (
+        "Net change against chance, by relation",
+        lambda _, sure: p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
+    ),
+    ("Net change against chance, facts as independent", lambda counts, _: p_value(mcnemar(counts))),
+    ("Smallest net loss seen", lambda _, sure: share(sure.smallest_loss)),
+    (
+        "Known facts to see a net loss of 2 %",
+        lambda _, sure: NONE if sure.facts_for_two is None else count(sure.facts_for_two),
+    ),
 )
-
-
-def _by_relation(sure: Certainty) -> str:
-    return p_value(sure.test.p) if sure.test.unit == "relation" else NONE
-
-
-def _number(facts: int | None) -> str:
-    return NONE if facts is None else count(facts)
 
 
 _BINS = ("Confidence", "Original's answers", "Right", "Compressed model's answers", "Right")
@@ -124,7 +116,7 @@ _DRAWN = (
 
 
 class Confident(Section):
-    """A table, a note and two charts a probe that gives probabilities of answers."""
+    """Table, note and two charts for each probe that gives probabilities of answers."""
 
     title = "Confidence"
     order = 48
@@ -172,7 +164,7 @@ def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
                 f"{share(third.low).removesuffix(' %')} to {share(third.high)}",
                 count(third.counts.known_before),
                 count(third.counts.lost),
-                estimate(third.kept.value, third.kept.low, third.kept.high),
+                write_estimate(third.kept),
             )
             for third in thirds
         ),

@@ -1,4 +1,4 @@
-"""The facts themselves and groups of them: lost and gained, by relation, by grade, by wording; running text."""
+"""Sections on facts and groups of them: lost and gained, by relation, by grade, by wording; running text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, answer, count, estimate, ordinal, percent, plain, share
+from compressknow.base.format import NONE, answer, count, ordinal, percent, plain, share
 from compressknow.comparison.records import ChangedFact, Counts, Estimate, Group, Knowing, ProbeFigures, Wordings
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
@@ -14,6 +14,7 @@ from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import Chart, to_percents
 from compressknow.pages.parts import BLANK, Beside, Note, Part, Table, make_fact_parts, make_groups_table
+from compressknow.pages.records import write_estimate
 from compressknow.pages.texts import list_text_warnings, make_text_parts
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _write_grade(fact: ChangedFact) -> str:
 
 
 class Dropped(Section):
-    """A row a reason and probe."""
+    """Table of one row per reason and probe."""
 
     title = "Dropped facts"
     order = 80
@@ -99,7 +100,7 @@ def _list_dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
 
 
 class Relations(Section):
-    """A table a probe, a row a relation."""
+    """Table per probe, with one row per relation."""
 
     title = "By relation"
     order = 30
@@ -119,7 +120,7 @@ class Relations(Section):
 
 
 def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
-    """All relations, or the `limit` that lost most."""
+    """Tabulate all relations, or the `limit` that lost most."""
     caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
     if limit is None or len(groups) <= limit:
         return make_groups_table(groups, "Relation", caption)
@@ -129,7 +130,7 @@ def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
 
 
 class Popularity(Section):
-    """A table a probe, a row a popularity bin, and its chart."""
+    """Table per probe, with one row per popularity bin, and its chart."""
 
     title = "By popularity"
     order = 40
@@ -143,7 +144,7 @@ class Popularity(Section):
 
 
 def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
-    """Knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
+    """Chart knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
     bins = [(plain(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
         return None
@@ -153,7 +154,7 @@ def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
 
 
 def _shorten_tick(bin: str) -> str:
-    """Short, or the fifth touches the fourth."""
+    """Shorten it, or the fifth touches the fourth."""
     return bin.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in bin else bin
 
 
@@ -170,7 +171,7 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
 
 
 class Grades(Section):
-    """A table a probe, the original's grades by the compressed model's."""
+    """Table per probe: the original's grades by the compressed model's."""
 
     title = "Grades of knowing"
     order = 25
@@ -205,7 +206,7 @@ class Grades(Section):
 
 
 def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> Table:
-    """Facts by the grades of one model, `who`, in rows, and of the other in columns."""
+    """Tabulate facts by the grades of one model, `who`, in rows, and of the other in columns."""
     rows = [
         (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
         for grade in GRADES
@@ -224,7 +225,7 @@ def _describe_grades(knowing: Knowing) -> Iterator[str]:
 
 
 class Text(Section):
-    """Two tables and a chart a text; left out where there is none."""
+    """Two tables and a chart per text; left out where there is none."""
 
     title = "Running text"
     order = 55
@@ -240,7 +241,7 @@ _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "
 
 
 class ByWording(Section):
-    """A table a probe, a row a wording and one of the majority."""
+    """Table per probe, with one row per wording and one of the majority."""
 
     title = "By wording"
     order = 45
@@ -263,7 +264,7 @@ def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, .
         percent(counts.known_after, counts.n),
         count(counts.lost),
         count(counts.gained),
-        estimate(kept.value, kept.low, kept.high),
+        write_estimate(kept),
     )
 
 

@@ -1,4 +1,4 @@
-"""Every figure of every probe, and the models themselves: what was done to them, how fast each is."""
+"""Sections on every figure of every probe, and on the models: what was done to them, how fast each is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from compressknow.base.format import (
     NONE,
     at_least,
     count,
-    estimate,
     number,
     p_value,
     percent,
@@ -19,19 +18,20 @@ from compressknow.base.format import (
     share,
     size,
 )
-from compressknow.comparison.records import Estimate, Movement, ProbeFigures
+from compressknow.comparison.records import Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
 from compressknow.model.manifest import calibrated_in_words, removed_in_words
 from compressknow.pages.card.charts import name_deployment
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
+from compressknow.pages.records import write_estimate
 
 _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}
 
 
 class Figures(Section):
-    """A row a figure, a column a probe."""
+    """Table of one row per figure and one column per probe."""
 
     title = "All figures"
     order = 60
@@ -74,18 +74,17 @@ class Figures(Section):
         yield table
         if missing:
             yield Remarks("Why some figures are missing", missing)
-        subjects = tuple(_tabulate_subjects(probe) for probe in probes if probe.by_subject)
+        subjects = tuple(
+            make_groups_table(probe.by_subject, "Domain", f"{plain(probe.probe, 60)} by domain", bars=False)
+            for probe in probes
+            if probe.by_subject
+        )
         if subjects:
             yield Folded("By domain, probe by probe", subjects)
 
 
-def _tabulate_subjects(probe: ProbeFigures) -> Table:
-    caption = f"{plain(probe.probe, 60)} by domain"
-    return make_groups_table(probe.by_subject, "Domain", caption, bars=False)
-
-
 def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
-    """The table, and why some figures are missing, a sentence each."""
+    """Return the table, and why some figures are missing, a sentence each."""
     rows, missing = [], []
     for figure in _FIGURES:
         cells = tuple(figure.write(probe) for probe in probes)
@@ -100,10 +99,6 @@ def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[st
     return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
 
 
-def _write(figure: Estimate, write: Callable[[float], str] = share) -> str:
-    return estimate(figure.value, figure.low, figure.high, write)
-
-
 def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
     return NONE if pair is None else f"{write(pair[0])} → {write(pair[1])}"
 
@@ -113,12 +108,8 @@ def _write_movement(probe: ProbeFigures, get: Callable[[Movement], float]) -> st
     return NONE if moved is None else at_least(number(get(moved)), moved.is_lower_bound)
 
 
-def _write_rest(probe: ProbeFigures) -> str:
-    return _write_pair(probe.movement.rest if probe.movement else None, share)
-
-
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
-    """What the changes between two percentiles lie between, or the median."""
+    """Write what the changes between two percentiles lie between, or the median."""
     change = probe.logp_change
     if not change or low not in change or high not in change:
         return NONE
@@ -184,20 +175,20 @@ _NO_CONFIDENCE = (
 
 _FIGURES = (
     _Figure("Facts evaluated", _write_facts),
-    _Figure("Accuracy before", lambda p: _write(p.accuracy_original), _NO_FACTS),
-    _Figure("Accuracy after", lambda p: _write(p.accuracy_compressed), _NO_FACTS),
-    _Figure("Difference", lambda p: _write(p.difference, points), _NO_FACTS),
-    _Figure("Mean over relations before", lambda p: _write(p.macro_original), _FEW_RELATIONS),
-    _Figure("Mean over relations after", lambda p: _write(p.macro_compressed), _FEW_RELATIONS),
+    _Figure("Accuracy before", lambda p: write_estimate(p.accuracy_original), _NO_FACTS),
+    _Figure("Accuracy after", lambda p: write_estimate(p.accuracy_compressed), _NO_FACTS),
+    _Figure("Difference", lambda p: write_estimate(p.difference, points), _NO_FACTS),
+    _Figure("Mean over relations before", lambda p: write_estimate(p.macro_original), _FEW_RELATIONS),
+    _Figure("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
     _Figure(
         "Difference of these means",
-        lambda p: _write(p.macro_difference, points),
+        lambda p: write_estimate(p.macro_difference, points),
         "there are too few relations.",
     ),
-    _Figure("Knowledge kept", lambda p: _write(p.kept), _NOTHING_KNOWN),
+    _Figure("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
     _Figure(
         "Kept above chance",
-        lambda p: _write(p.kept_above_chance),
+        lambda p: write_estimate(p.kept_above_chance),
         "the answer is free text, so that nothing is right by chance, or the original was no better than chance.",
     ),
     _Figure("Lost", _write_lost),
@@ -218,7 +209,10 @@ _FIGURES = (
     _Figure("Movement, median", lambda p: _write_movement(p, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: _write_movement(p, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: _write_movement(p, lambda m: m.kl_max)),
-    _Figure("Probability of the tokens taken together", _write_rest),
+    _Figure(
+        "Probability of the tokens taken together",
+        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
+    ),
     _Figure(f"{_LOGP}, median", lambda p: _write_logp_change(p, "p50", "p50"), _NO_LOGP),
     _Figure(f"{_LOGP}, middle half", lambda p: _write_logp_change(p, "p25", "p75")),
     _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _write_logp_change(p, "p5", "p95")),
