@@ -139,7 +139,7 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
     if totals["quantized"]:
         names = ", ".join(to_code_span(scheme) for scheme in sorted(schemes))
-        nouns = " and ".join(sorted({scheme.noun for scheme in known(schemes)})) or "low-bit values"
+        nouns = " and ".join(sorted({scheme.noun for scheme in find_schemes(schemes)})) or "low-bit values"
         deeds.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
     return deeds or ["nothing changed"]
 
