@@ -307,7 +307,7 @@ class Pace:
 
 
 class Repeating:
-    """Thread that calls `task` after each of the `waits` (seconds) until it is told to end.
+    """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
     or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
@@ -316,28 +316,28 @@ class Repeating:
 
     def __init__(self, task: Callable[[], object], waits: Iterable[float]) -> None:
         self._task, self._waits = task, waits
-        self._told: SimpleQueue[None] = SimpleQueue()
-        self._gone: SimpleQueue[None] = SimpleQueue()
+        self._ending: SimpleQueue[None] = SimpleQueue()
+        self._ended: SimpleQueue[None] = SimpleQueue()
         self._over = False
         start_new_thread(self._run, ())
 
     def end(self) -> None:
         """Let it end; the task is not called again after one that is under way."""
-        self._told.put(None)
+        self._ending.put(None)
 
     def wait(self) -> None:
         """Wait until it has ended, as `end` lets it."""
         # A signal may come after the message was taken and before it was seen: the attribute says it too.
         while not self._over:
-            self._gone.get()
+            self._ended.get()
 
     def _run(self) -> None:
         try:
             for seconds in self._waits:
                 try:
-                    return self._told.get(timeout=seconds)
+                    return self._ending.get(timeout=seconds)
                 except Empty:
                     self._task()
         finally:
             self._over = True
-            self._gone.put(None)
+            self._ended.put(None)

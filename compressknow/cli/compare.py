@@ -11,11 +11,12 @@ import click
 
 from compressknow.base.format import plain, size, smaller
 from compressknow.cli.options import (
-    EVALUATE,
     RUNS,
+    answers_option,
     command,
     known_option,
     option,
+    output_files,
     probe_options,
     probes_help,
     runtime_option,
@@ -47,13 +48,7 @@ if TYPE_CHECKING:
 @command(short_help="Show how two checkpoints differ.", more=probes_help)
 @click.argument("a")
 @click.argument("b")
-@option(
-    "-o",
-    "--output",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="File, repeatable: .html, .md or .json.",
-)
+@output_files("File, repeatable: .html, .md or .json.")
 @probe_options
 @runtime_option
 @templates_option
@@ -66,12 +61,7 @@ if TYPE_CHECKING:
 )
 @option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
-@option(
-    "--answers",
-    type=click.Path(path_type=Path, file_okay=False),
-    group=EVALUATE,
-    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
-)
+@answers_option
 @option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--revision", group=RUNS, help="Branch, tag or commit of A on the Hub.")

@@ -22,6 +22,7 @@ from compressknow.cli.options import (
     Share,
     calibration_options,
     command,
+    module_map_option,
     option,
 )
 from compressknow.cli.push import prepare_upload, push_options
@@ -112,13 +113,7 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 )
 @option("--exclude", group=COMPRESS, multiple=True, metavar="REGEX", help="No modules whose name matches, repeatable.")
 @option("--layers", group=COMPRESS, metavar="RANGE", help="Only these blocks, such as 0-5 or 0-2,11.")
-@option(
-    "--module-map",
-    group=COMPRESS,
-    type=OneOf(["structural", "paper"]),
-    default="structural",
-    help="structural (default) or paper, the authors' split.",
-)
+@module_map_option
 @option(
     "--drop-blocks",
     group=HOW,

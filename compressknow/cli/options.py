@@ -98,6 +98,22 @@ def option(*names: str, group: str = OUTPUT, **settings: Any) -> Callable[[Calla
     return click.option(*names, cls=Option, group=group, **settings)
 
 
+def output_folder(about: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the option of the folder that a command writes, whose help says what is in it."""
+    return option("-o", "--output", type=click.Path(path_type=Path), required=True, help=about)
+
+
+def output_files(about: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the option of the files that a command writes, whose help says of which kinds."""
+    return option("-o", "--output", multiple=True, type=click.Path(path_type=Path), help=about)
+
+
+answers_option = option(
+    "--answers",
+    type=click.Path(path_type=Path, file_okay=False),
+    group=EVALUATE,
+    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
+)
 _facts = partial(option, group=EVALUATE)
 _runs = partial(option, group=RUNS)
 # Width of the column of names in the list of probes, and of the page.
@@ -172,33 +188,6 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How long a server may take to answer.",
         ),
     )
-
-
-def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option of what runs the models of a command."""
-    return _runs(
-        "--runtime",
-        metavar="NAME",
-        help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]",
-    )(command)
-
-
-def templates_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option of several wordings per fact."""
-    return _facts("--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them.")(
-        command
-    )
-
-
-def known_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option of what counts as known in a comparison."""
-    return _facts(
-        "--known",
-        type=OneOf(["recognized", "produced"]),
-        default="recognized",
-        show_default=True,
-        help="What counts as known: recognized or produced.",
-    )(command)
 
 
 def _add_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
@@ -313,3 +302,25 @@ class OneOf(click.Choice[str]):
         return (
             f"{value!r} is not known. {did_you_mean(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
         )
+
+
+module_map_option = option(
+    "--module-map",
+    group=COMPRESS,
+    type=OneOf(["structural", "paper"]),
+    default="structural",
+    help="structural (default) or paper, the authors' split.",
+)
+runtime_option = _runs(
+    "--runtime", metavar="NAME", help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]"
+)
+templates_option = _facts(
+    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them."
+)
+known_option = _facts(
+    "--known",
+    type=OneOf(["recognized", "produced"]),
+    default="recognized",
+    show_default=True,
+    help="What counts as known: recognized or produced.",
+)

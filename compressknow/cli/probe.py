@@ -17,6 +17,7 @@ from compressknow.cli.options import (
     RUNS,
     command,
     option,
+    output_folder,
     probe_options,
     probes_help,
     runtime_option,
@@ -39,13 +40,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 
 @command(short_help="Evaluate a model on facts, and store its answers.", more=probes_help)
 @click.argument("model")
-@option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for the answers; a stopped run resumes.",
-)
+@output_folder("Folder for the answers; a stopped run resumes.")
 @probe_options
 @runtime_option
 @templates_option

@@ -15,9 +15,11 @@ from compressknow.base.format import at_least, count, estimate, p_value, plain, 
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
+    answers_option,
     command,
     known_option,
     option,
+    output_files,
     probe_options,
     probes_help,
     runtime_option,
@@ -34,13 +36,7 @@ from compressknow.pages.texts import summarize_text
 @command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
-@option(
-    "-o",
-    "--output",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Report file, repeatable: .html, .md, .json, .xml (JUnit).",
-)
+@output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
 @probe_options
 @runtime_option
 @templates_option
@@ -53,12 +49,7 @@ from compressknow.pages.texts import summarize_text
 @option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 @option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
-@option(
-    "--answers",
-    type=click.Path(path_type=Path, file_okay=False),
-    group=EVALUATE,
-    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
-)
+@answers_option
 @option("--overwrite", is_flag=True, help="Replace report files that compressknow wrote.")
 @option("--revision", group=RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
 @option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

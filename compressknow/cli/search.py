@@ -23,6 +23,7 @@ from compressknow.cli.options import (
     guide_option,
     known_option,
     option,
+    output_folder,
     probe_options,
     probes_help,
     templates_option,
@@ -39,13 +40,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 @command(short_help="Find the smallest file that keeps a share of knowledge.", more=probes_help)
 @click.argument("model")
-@option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the search; a stopped one resumes.",
-)
+@output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=Share(), metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
 @option(

@@ -23,6 +23,7 @@ from compressknow.cli.options import (
     command,
     guide_option,
     option,
+    output_files,
 )
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, show
@@ -38,13 +39,7 @@ _BITS = 5.0
 
 @command(short_help="Show which weights hold a model's knowledge.")
 @click.argument("model")
-@option(
-    "-o",
-    "--output",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="File, repeatable: .html, .md, .json or .csv.",
-)
+@output_files("File, repeatable: .html, .md, .json or .csv.")
 @option(
     "--to",
     group=HOW,

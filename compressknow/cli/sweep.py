@@ -20,6 +20,7 @@ from compressknow.cli.options import (
     command,
     known_option,
     option,
+    output_folder,
     probe_options,
     probes_help,
     ray_options,
@@ -60,13 +61,7 @@ single cells:
 
 @command(short_help="Evaluate a model compressed by every recipe of a grid.", epilog=GRID, more=probes_help)
 @click.argument("model")
-@option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the study; a stopped one resumes.",
-)
+@output_folder("Folder of the study; a stopped one resumes.")
 @option(
     "--grid",
     group=HOW,

@@ -291,12 +291,8 @@ def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
 
 
 def _albert(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    layers_a_group = config.num_hidden_layers / config.num_hidden_groups
-    return [int(index / layers_a_group) for index in range(config.num_hidden_layers)].count(layer)
-
-
-def _perceiver(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    return int(config.num_blocks) if ".self_attends." in module else 1
+    layers_per_group = config.num_hidden_layers / config.num_hidden_groups
+    return [int(index / layers_per_group) for index in range(config.num_hidden_layers)].count(layer)
 
 
 def _funnel(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
@@ -304,26 +300,20 @@ def _funnel(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
     return int(config.block_repeats[int(block.group(1))]) if block else 1
 
 
-def _dory(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    looped = config.n_input_layers <= layer < config.n_input_layers + config.n_recurrent_layers
-    return int(config.n_recurrent_loops) if looped else 1
-
-
-def _hrm(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    return int(config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1))
-
-
-def _inkling2_loop(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    looped = config.loop_layer_index_start <= layer < config.loop_layer_index_end
-    return int(config.loop_num_passes) if looped else 1
+def _loop(first: int, stop: int, times: int, layer: int) -> int:
+    return times if first <= layer < stop else 1
 
 
 # Blocks reached by several names are counted from the tree itself; these loop over a block that has one name.
 RULES: dict[str, Callable[[Any, str, int], int]] = {
     "albert": _albert,
-    "perceiver": _perceiver,
+    "perceiver": lambda config, module, _: config.num_blocks if ".self_attends." in module else 1,
     "funnel": _funnel,
-    "dory": _dory,
-    "hrm_text": _hrm,
-    "inkling2_loop_text": _inkling2_loop,
+    "dory": lambda config, _, layer: _loop(
+        config.n_input_layers, config.n_input_layers + config.n_recurrent_layers, config.n_recurrent_loops, layer
+    ),
+    "hrm_text": lambda config, module, _: config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1),
+    "inkling2_loop_text": lambda config, _, layer: _loop(
+        config.loop_layer_index_start, config.loop_layer_index_end, config.loop_num_passes, layer
+    ),
 }
