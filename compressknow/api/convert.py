@@ -96,7 +96,7 @@ def convert(
         from compressknow.compress.calibrate.text import check_text
 
         check_text(chosen.calibration.text, chosen.calibration.tokens)
-    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
@@ -104,8 +104,8 @@ def convert(
     from compressknow.compress.output import NewFolder, list_files
     from compressknow.pages.model_card import make_model_card
 
-    on_stage, wanted = listener(on_progress), chosen.calibration
-    with begun(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
+    on_stage, wanted = resolve_progress(on_progress), chosen.calibration
+    with report_progress(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         plan = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             check_smoothable(plan, plan.tree)
@@ -115,7 +115,7 @@ def convert(
             return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
         text = make_text(plan, trust_remote_code=trust_remote_code, advance=advance)
     return carry_out(
-        plan, new_folder(), text, threads=threads, begin=lambda work: begun(on_stage, Stage(work, str(model)))
+        plan, new_folder(), text, threads=threads, begin=lambda work: report_progress(on_stage, Stage(work, str(model)))
     )
 
 

@@ -17,7 +17,7 @@ from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.libraries import require
-from compressknow.base.progress import Advance, OnProgress, Stage, Work, begun, listener
+from compressknow.base.progress import Advance, OnProgress, Stage, Work, report_progress, resolve_progress
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
@@ -139,7 +139,7 @@ def search(
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
     check_text(request.text.text, request.text.tokens)
-    folder, listening = Path(output), listener(on_progress)
+    folder, listener = Path(output), resolve_progress(on_progress)
     check_study_folder(folder)
     opened = open_named([*list_names(probe), *list_names(facts)], options, known)
     check_has_facts(opened, "A search")
@@ -147,7 +147,7 @@ def search(
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
     def begin(work: Work) -> AbstractContextManager[Advance | None]:
-        return begun(listening, Stage(work, str(model)))
+        return report_progress(listener, Stage(work, str(model)))
 
     with (
         StudyModel(model, settings, revision=revision, keep_in=folder) as study_model,
@@ -158,25 +158,25 @@ def search(
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
-            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
-        guided = EvaluationSet.create(study_model, [part.search for part in parts], folder / SEARCHED, listening, known)
+            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listener)
+        guided = EvaluationSet.create(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
-            selection = EvaluationSet.create(study_model, selected_by, folder / HELD_OUT, listening, known)
+            selection = EvaluationSet.create(study_model, selected_by, folder / HELD_OUT, listener, known)
             check_enough_known(selection, keep)
         graded_by = [part.grading if selection else part.held_out for part in parts]
         grading = EvaluationSet.create(
-            study_model, [*graded_by, *texts], folder / GRADING, listening, known, noise_floors=NOISE[form.name]
+            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
         )
         answers = guided.reference
         form.learn(
-            measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listening, answers)
+            measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(candidates.handle(found), listening), LEVEL)
+            return by.estimate_kept(by.evaluate(candidates.handle(found), listener), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))
@@ -200,7 +200,7 @@ def search(
         else:
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
-            after = grading.evaluate(handle, listening, whole=True)
+            after = grading.evaluate(handle, listener, whole=True)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)

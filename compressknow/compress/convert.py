@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, Begin, counted, untold
+from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.compress.blocks import Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard
@@ -105,7 +105,7 @@ def carry_out(
     text: CalibrationText | None = None,
     *,
     threads: int | None = None,
-    begin: Begin = untold,
+    begin: Begin = ignore_progress,
 ) -> Manifest:
     """Carry a plan out.
 
@@ -137,7 +137,7 @@ def carry_out(
                 Pool(threads) as pool,
                 OpenFiles() as files,
             ):
-                progress = counted(None if blockwise else advance, _bytes_to_read(plan))
+                progress = count_progress(None if blockwise else advance, _bytes_to_read(plan))
                 work = Work(pool, files, progress, output, plan.unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None

@@ -159,7 +159,7 @@ def gather(
 
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
-    from compressknow.base.progress import staged
+    from compressknow.base.progress import relabel_progress
     from compressknow.evaluate.distributions import Context, Distributions
 
     models = [original, *compressed]
@@ -178,7 +178,7 @@ def gather(
         for answers, handle in zip(stored, handles, strict=True):
             if handle is not None:
                 number += 1
-                watched = staged(on_progress, number=number, of=of)
+                watched = relabel_progress(on_progress, number=number, of=of)
                 context = Context(gathered[0] if gathered else None, whole=whole)
                 gathered.append(_evaluate(handle, probes, context, rest, evaluation, watched))
             elif answers is not None:
@@ -245,7 +245,7 @@ def finish_answers(
     """Add to a model's answers what is found once: the facts that stand in its calibration text and, if `timed`, its
     speed. Stored answers, which have no model, are returned as they are.
     """
-    from compressknow.base.progress import Stage, begun
+    from compressknow.base.progress import Stage, report_progress
     from compressknow.evaluate.speed import measure
 
     if handle is None:
@@ -254,7 +254,7 @@ def finish_answers(
     answers = add_calibration(answers, handle, reference)
     if not timed:
         return answers
-    with begun(on_progress, Stage("time", handle.located.name)):
+    with report_progress(on_progress, Stage("time", handle.located.name)):
         model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
     return replace(answers, record=replace(answers.record, model=model))
 
@@ -317,7 +317,7 @@ def find_both(
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
-    from compressknow.base.progress import Stage, begun, counted
+    from compressknow.base.progress import Stage, count_progress, report_progress
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import make_handles
@@ -335,8 +335,8 @@ def find_both(
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
-    with begun(on_progress, Stage("hash", f"{a[0]} and {b[0]}")) as advance, ThreadPoolExecutor(2) as pool:
-        read = counted(advance, total)
+    with report_progress(on_progress, Stage("hash", f"{a[0]} and {b[0]}")) as advance, ThreadPoolExecutor(2) as pool:
+        read = count_progress(advance, total)
         first.contents, second.contents = pool.map(lambda side: read_contents(side.located, read), (first, second))
     return first, second
 
@@ -358,7 +358,7 @@ def evaluate_both(
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
-    from compressknow.base.progress import staged
+    from compressknow.base.progress import relabel_progress
     from compressknow.evaluate.distributions import Context, Distributions
     from compressknow.evaluate.noise import add_noise_floors
     from compressknow.evaluate.run import probe_model
@@ -367,7 +367,7 @@ def evaluate_both(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
         context = Context(reference, known, whole)
-        watched = staged(on_progress, number=1 if model is a else 2, of=2)
+        watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
         return probe_model(
             model, probes, choose_folder(keep_in, model, context), context, on_progress=watched, wait=True
         )

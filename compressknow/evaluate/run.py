@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from compressknow._version import __version__
 from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
-from compressknow.base.progress import Advance, Listener, Stage, Work, begun
+from compressknow.base.progress import Advance, Listener, Stage, Work, report_progress
 from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import (
     RECORD,
@@ -204,7 +204,7 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
-        with begun(self._on_progress, stage) as advance:
+        with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._beside if alike else Context()
                 answers, entry = self._evaluate_facts(probe, find_parts(self._folder, key), known, context, advance)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow._version import __version__
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Listener, staged
+from compressknow.base.progress import Listener, relabel_progress
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
@@ -154,7 +154,7 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    on_progress, context = staged(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
+    on_progress, context = relabel_progress(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
     places = {probe.name: folder / name_folder(probe.name) for probe in probes}
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.files import cache_folder, write_whole
-from compressknow.base.progress import Stage, begun
+from compressknow.base.progress import Stage, report_progress
 from compressknow.base.reading import read_json
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
 
@@ -177,7 +177,7 @@ def _measure_sensitivity(
     texts = batch_text(_cut_text(text), family_of(tree) or "", mask, text.seed)
     fact_batches = batch_facts(scored) if scored else None
     try:
-        with begun(on_progress, Stage("sensitivity", model.name)) as advance:
+        with report_progress(on_progress, Stage("sensitivity", model.name)) as advance:
             measured = measure(checkpoint, tree, roundings, fact_batches, texts, advance)
     except BlockwiseUnsupported as error:
         raise UnsupportedError(
@@ -257,7 +257,7 @@ def _get_text(
     if calibration.text == "self" and (stored := _read_text(file)) is not None:
         return stored
     folder, trusted = handle.located.path, handle.settings.trust_remote_code
-    with begun(on_progress, Stage(calibration.work, handle.located.name)) as advance:
+    with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
         text = calibration_text(
             folder,
             tree,

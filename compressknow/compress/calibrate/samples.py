@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.progress import Advance, counted
+from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.calibrate.sequences import Form, Span, blank_out
 from compressknow.compress.pool import Pool, Stopped
 from compressknow.engine.language_model import LanguageModel, decoder_start
@@ -318,7 +318,9 @@ def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: 
     written: Pieces = []
     try:
         with Pool() as pool:
-            writer = WRITERS[form.family](language_model.model, form, tokens, pool.check, counted(advance, tokens))
+            writer = WRITERS[form.family](
+                language_model.model, form, tokens, pool.check, count_progress(advance, tokens)
+            )
             batches = 0
             while (missing := tokens - sum(map(len, written))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
