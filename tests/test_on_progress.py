@@ -11,7 +11,7 @@ import pytest
 
 import compressknow
 from compressknow import Progress, Stage
-from compressknow.base.progress import Bars, begun, counted, listener, staged
+from compressknow.base.progress import Bars, count_progress, relabel_progress, report_progress, resolve_progress
 from compressknow.cli.terminal import _State
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -108,7 +108,7 @@ def test_a_stage_ends_where_its_work_fails() -> None:
     stage = Stage("verify", "x")
 
     def work() -> None:
-        with begun(told.append, stage) as advance:
+        with report_progress(told.append, stage) as advance:
             assert advance is not None
             advance(1, 2)
             raise ZeroDivisionError
@@ -120,7 +120,7 @@ def test_a_stage_ends_where_its_work_fails() -> None:
 
 def test_threads_add_up_to_the_whole() -> None:
     told: list[tuple[int, int]] = []
-    add = counted(lambda *far: told.append(far[:2]), 4000)
+    add = count_progress(lambda *far: told.append(far[:2]), 4000)
     threads = [threading.Thread(target=lambda: [add(1) for _ in range(1000)]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -130,9 +130,9 @@ def test_threads_add_up_to_the_whole() -> None:
 
 
 def test_nobody_listens() -> None:
-    assert listener(None) is None
-    assert staged(None, number=2) is None
-    with begun(None, Stage("verify", "x")) as advance:
+    assert resolve_progress(None) is None
+    assert relabel_progress(None, number=2) is None
+    with report_progress(None, Stage("verify", "x")) as advance:
         assert advance is None
 
 
@@ -158,7 +158,7 @@ def test_bars_show_each_stage(place: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_bar_writes_no_control_characters_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    with begun(Bars(), Stage("evaluate", "\x1b[31mred", "atlas")) as advance:
+    with report_progress(Bars(), Stage("evaluate", "\x1b[31mred", "atlas")) as advance:
         assert advance is not None
         advance(30, 40)
         advance(40, 40, 0.0)

@@ -70,7 +70,7 @@ def compare(
         an output that cannot be written.
     """
     from compressknow.base.errors import UsageError
-    from compressknow.base.progress import listener
+    from compressknow.base.progress import resolve_progress
     from compressknow.engine.identity import describe
     from compressknow.evaluate.gather import Named, default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.evaluate.grades import check_known
@@ -89,8 +89,8 @@ def compare(
     check_outputs(files, overwrite=overwrite)
     options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
-    listening = listener(on_progress)
-    first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listening)
+    listener = resolve_progress(on_progress)
+    first, second = find_both(Named(a, revision), Named(b, revision_b), settings, listener)
     # It imports torch, which takes seconds: what is missing is said before.
     from compressknow.comparison.checkpoints import difference_of, other_files
 
@@ -98,11 +98,11 @@ def compare(
     if first.sha256 != second.sha256:
         trusted = settings.trust_remote_code
         difference = difference_of(
-            first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listening
+            first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listener
         )
     if opened:
         folder = Path(answers) if answers else default_answers_folder()
-        both = evaluate_both(first, second, opened, folder, listening)
+        both = evaluate_both(first, second, opened, folder, listener)
         behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
     for side in (first, second):
         side.check_unchanged()

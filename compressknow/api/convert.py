@@ -92,16 +92,16 @@ def convert(
     chosen = _chosen(locals())
     _refuse_before_work(model, Path(output), overwrite=overwrite, writes=not dry_run)
     _refuse_no_text(chosen)
-    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.compress.calibrate.trial import refuse_unsmoothable
     from compressknow.compress.convert import planned_files, prepare, text_for, write
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.pages.model_card import model_card_for
 
-    listening, wanted = listener(on_progress), chosen.calibration
+    listener, wanted = resolve_progress(on_progress), chosen.calibration
     how: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "render_card": model_card_for}
-    with begun(listening, Stage(wanted.work if wanted else "convert", str(model))) as advance:
+    with report_progress(listener, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         conversion = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             refuse_unsmoothable(*conversion)
@@ -109,7 +109,9 @@ def convert(
         if not wanted:
             return write(conversion, output, begin=lambda _: nullcontext(advance), **how)
         text = text_for(conversion, trust_remote_code=trust_remote_code, advance=advance)
-    return write(conversion, output, text=text, begin=lambda work: begun(listening, Stage(work, str(model))), **how)
+    return write(
+        conversion, output, text=text, begin=lambda work: report_progress(listener, Stage(work, str(model))), **how
+    )
 
 
 # Those of built-in methods and schemes.

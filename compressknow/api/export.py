@@ -106,12 +106,12 @@ def export(
     is_there = _check_places(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
         _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
-    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.gguf.converter import find_converter
     from compressknow.gguf.importance import read_importance
 
-    listening = listener(on_progress)
-    found = find_converter(converter, fetch=True, on_progress=listening)
+    listener = resolve_progress(on_progress)
+    found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
         read_importance(choice.importance)
     from compressknow.gguf.export import find_made, prepare, preview, write
@@ -127,7 +127,7 @@ def export(
         check_modelfile(chat_place, place, chat, overwrite=overwrite)
 
     def begin(work):  # type: ignore[no-untyped-def]
-        return begun(listening, Stage(work, str(model)))
+        return report_progress(listener, Stage(work, str(model)))
 
     if is_there:
         made = find_made(job, place)
@@ -138,7 +138,7 @@ def export(
         refuse_file(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        job = replace(job, fit=_make_fit(job, target, deciding, text, listening))
+        job = replace(job, fit=_make_fit(job, target, deciding, text, listener))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     record = write(
@@ -187,7 +187,7 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
 
 
 def _make_fit(
-    job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listening: Listener | None
+    job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.engine.identity import locate
@@ -199,7 +199,7 @@ def _make_fit(
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
-    guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listening)
+    guides = guides_of(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(
         target.label,
         target.budget(job.numel),

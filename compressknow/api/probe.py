@@ -54,7 +54,7 @@ def probe(
     from compressknow.base.libraries import require
 
     require("pyarrow")
-    from compressknow.base.progress import listener
+    from compressknow.base.progress import resolve_progress
     from compressknow.engine.identity import locate
     from compressknow.evaluate.gather import open_named, read_reference
     from compressknow.evaluate.handle import Beside, ModelHandle
@@ -65,6 +65,6 @@ def probe(
     opened = open_named(probe, options)
     original = read_reference(reference) if reference is not None else None
     handle = ModelHandle(locate(model, revision), settings)
-    listening = listener(on_progress)
-    answers = probe_model(handle, opened, Path(output), Beside(original), on_progress=listening)
-    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listening)
+    listener = resolve_progress(on_progress)
+    answers = probe_model(handle, opened, Path(output), Beside(original), on_progress=listener)
+    return answers if original else with_noise_floor(handle, opened, answers, Path(output), listener)

@@ -77,7 +77,7 @@ def report(
     """
     from compressknow.base.errors import UsageError
     from compressknow.base.format import parse_size
-    from compressknow.base.progress import listener
+    from compressknow.base.progress import resolve_progress
     from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, names_of
     from compressknow.evaluate.grades import check_known
     from compressknow.model.checkpoint import can_be_converted
@@ -106,16 +106,16 @@ def report(
         timed=time,
         known=known,
     )
-    listening = listener(on_progress)
+    listener = resolve_progress(on_progress)
     if not early:
-        before, after = gather(original, models, evaluation, revision=revision, on_progress=listening)
+        before, after = gather(original, models, evaluation, revision=revision, on_progress=listener)
         stop = None
     else:
         from compressknow.comparison.power import decider
         from compressknow.evaluate.early import gather_early
 
         before, only, stop = gather_early(
-            original, models[0], evaluation, decider(gates[0].least), revision=revision, on_progress=listening
+            original, models[0], evaluation, decider(gates[0].least), revision=revision, on_progress=listener
         )
         after = [only]
     path = str(original) if can_be_converted(original) else None

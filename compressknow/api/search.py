@@ -17,7 +17,7 @@ from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.libraries import require
-from compressknow.base.progress import Advance, OnProgress, Stage, Work, begun, listener
+from compressknow.base.progress import Advance, OnProgress, Stage, Work, report_progress, resolve_progress
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
@@ -130,7 +130,7 @@ def search(
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
     check_text(request.text.text, request.text.tokens)
-    folder, listening = Path(output), listener(on_progress)
+    folder, listener = Path(output), resolve_progress(on_progress)
     refuse_foreign(folder)
     opened = open_named([*names_of(probe), *names_of(facts)], options, known)
     refuse_texts_alone(opened, "A search")
@@ -138,7 +138,7 @@ def search(
     parts = [parts_of(each, seed) for each in opened if not isinstance(each, RunningText)]
 
     def begin(work: Work) -> AbstractContextManager[Advance | None]:
-        return begun(listening, Stage(work, str(model)))
+        return report_progress(listener, Stage(work, str(model)))
 
     with (
         StudyModel(model, settings, revision=revision, keep_in=folder) as study_model,
@@ -149,25 +149,25 @@ def search(
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
-            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listening)
-        guided = EvaluationSet.of(study_model, [part.search for part in parts], folder / SEARCHED, listening, known)
+            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listener)
+        guided = EvaluationSet.of(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
-            selection = EvaluationSet.of(study_model, selected_by, folder / HELD_OUT, listening, known)
+            selection = EvaluationSet.of(study_model, selected_by, folder / HELD_OUT, listener, known)
             refuse_too_few(selection, keep)
         graded_by = [part.grading if selection else part.held_out for part in parts]
         grading = EvaluationSet.of(
-            study_model, [*graded_by, *texts], folder / GRADING, listening, known, noise_floors=NOISE[form.name]
+            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
         )
         answers = guided.reference
         form.learn(
-            guides_of(study_model.original, guided.facts, request.text, guide, form.roundings, listening, answers)
+            guides_of(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.kept(by.answers(candidates.handle(found), listening), LEVEL)
+            return by.kept(by.answers(candidates.handle(found), listener), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))
@@ -191,7 +191,7 @@ def search(
         else:
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
-            after = grading.answers(handle, listening, whole=True)
+            after = grading.answers(handle, listener, whole=True)
             trial = replace(winner.trial, graded=grading.kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)

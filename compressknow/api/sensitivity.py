@@ -78,7 +78,7 @@ def sensitivity(
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
     check_is_checkpoint(model)
-    from compressknow.base.progress import listener
+    from compressknow.base.progress import resolve_progress
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import ModelHandle, Settings
     from compressknow.study.guides import guides_of
@@ -86,7 +86,7 @@ def sensitivity(
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
-    result = guides_of(handle, probes, text, guide, roundings, listener(on_progress)).sensitivity
+    result = guides_of(handle, probes, text, guide, roundings, resolve_progress(on_progress)).sensitivity
     if files:
         write_map(Map(handle.located.name, result, guide), files, overwrite=overwrite)
     return result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from compressknow.api.words import SeededWords, build_records, resolve_cluster, verb
 from compressknow.base.libraries import require
-from compressknow.base.progress import OnProgress, listener, staged
+from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import open_named, refuse_texts_alone
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import Settings
@@ -97,7 +97,7 @@ def sweep(
     cluster = resolve_cluster(ray, num_cpus, num_gpus)
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
-    folder, listening = Path(output), listener(on_progress)
+    folder, listener = Path(output), resolve_progress(on_progress)
     refuse_foreign(folder)
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
@@ -109,8 +109,10 @@ def sweep(
         cells = grid_cells(
             grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
         )
-        with claim(folder, study_model.original), runner(cluster, listening) as run:
-            original = study_model.evaluate_original(opened, folder / ORIGINAL, staged(listening, of=len(cells) + 1))
+        with claim(folder, study_model.original), runner(cluster, listener) as run:
+            original = study_model.evaluate_original(
+                opened, folder / ORIGINAL, relabel_progress(listener, of=len(cells) + 1)
+            )
             before, by_cell = judged(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
                 for result in (each.judged(before, known) for each in results):

@@ -40,10 +40,10 @@ def verify(
 
     # Said before torch is imported, which takes a second.
     check_converted(Path(folder))
-    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 
-    with begun(listener(on_progress), Stage("verify", str(folder))) as advance:
+    with report_progress(resolve_progress(on_progress), Stage("verify", str(folder))) as advance:
         result = compare_to_manifest(folder, threads=threads, advance=advance)
     if check:
         raise_if_different(folder, result)
@@ -62,10 +62,10 @@ def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Ver
     from compressknow.gguf.place import refuse_no_record
 
     refuse_no_record(path)
-    from compressknow.base.progress import Stage, begun, listener
+    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.gguf.record import compare_to_record
 
-    with begun(listener(on_progress), Stage("verify", str(path))) as advance:
+    with report_progress(resolve_progress(on_progress), Stage("verify", str(path))) as advance:
         result = compare_to_record(path, advance=advance)
     if check and result.differences:
         raise VerificationError(

@@ -178,7 +178,7 @@ Listener = Callable[[Progress], None]
 OnProgress = Listener | Literal["bar"]
 
 
-def listener(on_progress: OnProgress | None) -> Listener | None:
+def resolve_progress(on_progress: OnProgress | None) -> Listener | None:
     """Return the function that is called with each `Progress`. Raises UsageError where it is neither one nor
     ``"bar"``."""
     if isinstance(on_progress, str) and on_progress == "bar":
@@ -226,43 +226,43 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def begun(listening: Listener | None, stage: Stage) -> Iterator[Advance | None]:
+def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance | None]:
     """Report that a stage begins and, whatever becomes of it, ends; gives the function that reports how far it is, or
     None."""
-    if listening is None:
+    if listener is None:
         yield None
         return
     last = Progress(stage, "begins")
-    listening(last)
+    listener(last)
 
     def advance(done: int, total: int, left: float | None = None) -> None:
         nonlocal last
         last = Progress(stage, "advances", done, total, left)
-        listening(last)
+        listener(last)
 
     try:
         yield advance
     finally:
-        listening(replace(last, state="ends"))
+        listener(replace(last, state="ends"))
 
 
-# Begins a stage of a kind of work on what the caller works on: see `begun`.
+# Begins a stage of a kind of work on what the caller works on: see `report_progress`.
 Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
 
 
-def untold(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
+def ignore_progress(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
     """Begin a stage that is reported to nobody."""
     return contextlib.nullcontext()
 
 
-def staged(listening: Listener | None, **changes: Any) -> Listener | None:
+def relabel_progress(listener: Listener | None, **changes: Any) -> Listener | None:
     """Return the listener for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
-    if listening is None:
+    if listener is None:
         return None
-    return lambda progress: listening(replace(progress, stage=replace(progress.stage, **changes)))
+    return lambda progress: listener(replace(progress, stage=replace(progress.stage, **changes)))
 
 
-def counted(advance: Advance | None, total: int) -> Callable[[int], None]:
+def count_progress(advance: Advance | None, total: int) -> Callable[[int], None]:
     """Return a function that adds each piece that is done, from any thread; `advance` gets their sum, and the total."""
     done, lock = 0, threading.Lock()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, Listener, Stage, begun, counted
+from compressknow.base.progress import Advance, Listener, Stage, count_progress, report_progress
 from compressknow.base.reading import sha256_of
 from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, TensorDifference
 from compressknow.comparison.gguf import gguf_difference
@@ -92,7 +92,7 @@ def difference_of(
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
         return None
-    with begun(on_progress, Stage("compare", f"{a.name} and {b.name}")) as advance:
+    with report_progress(on_progress, Stage("compare", f"{a.name} and {b.name}")) as advance:
         if all(are_gguf):
             return gguf_difference(a.files, b.files, threads=threads, advance=advance)
         opened = [open_checkpoint(located.path) for located in (a, b)]
@@ -197,7 +197,7 @@ def _measure(
 ) -> Iterable[TensorDifference]:
     total = sum(pair.a.bytes_read + pair.b.bytes_read for pair in pairs)
     with Pool(threads) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, counted(advance, total))
+        reader = Reader(pool, files, count_progress(advance, total))
         return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, counted
+from compressknow.base.progress import Advance, count_progress
 from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, Sums, TensorDifference
 from compressknow.comparison.weights import sums_of
 from compressknow.compress.pool import Pool
@@ -56,7 +56,7 @@ def gguf_difference(
     stored = [{each.name: each for reader in own for each in reader.tensors} for own in readers]
     both = [name for name, t in described[0].items() if (o := described[1].get(name)) and o.shape == t.shape]
     groups = groups_of(described[0])
-    add = counted(advance, sum(each[name].nbytes for each in described for name in both))
+    add = count_progress(advance, sum(each[name].nbytes for each in described for name in both))
 
     def compared(name: str) -> TensorDifference | None:
         one, other = (each[name] for each in described)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.libraries import require
-from compressknow.base.progress import Advance, Begin, counted, untold
+from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.base.reading import sha256_of
 from compressknow.compress.blocks import Reader
 from compressknow.compress.layout import Layout, lay_out
@@ -131,7 +131,7 @@ def planned_on(removal: Removal, recipe: Recipe) -> Conversion:
 
 
 def decided(
-    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, begin: Begin = untold
+    conversion: Conversion, text: CalibrationText | None, reader: Reader, folder: Path, begin: Begin = ignore_progress
 ) -> Conversion:
     """The conversion once the text has said which blocks and neurons go, of what it did not say before.
 
@@ -148,7 +148,7 @@ def decided(
 
     assert text is not None
     with begin("choose") as advance:
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, told=advance or max)
+        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
     smaller, tree = planned_on(removal, plan.recipe)
     return Conversion(proved(smaller, tree), tree)
 
@@ -188,7 +188,7 @@ def write(
     overwrite: bool = False,
     text: CalibrationText | None = None,
     threads: int | None = None,
-    begin: Begin = untold,
+    begin: Begin = ignore_progress,
     render_card: Callable[[Mapping[str, Any], Path], str] | None = None,
 ) -> Manifest:
     """Carry a conversion out.
@@ -270,8 +270,8 @@ def _write_weights(
         outputs = OutputFiles(staging.folder, layout)
         staging.expect(layout.sizes)
         try:
-            told = None if _is_calibrated(plan) else advance
-            work = Work(pool, files, counted(told, _bytes_to_read(plan)), outputs, plan.unfitted)
+            on_progress = None if _is_calibrated(plan) else advance
+            work = Work(pool, files, count_progress(on_progress, _bytes_to_read(plan)), outputs, plan.unfitted)
             masks = choose_masks(work, plan)
             calibrated = compress_blocks(conversion, work, masks, text, staging.folder, advance)
             hashes, measured = _write_tensors(work, plan, masks, calibrated.measured if calibrated else {})
@@ -296,7 +296,7 @@ def compress_blocks(
     from compressknow.compress.calibrate.compression import calibrate
 
     assert text is not None
-    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, told=advance or max)
+    return calibrate(conversion.plan, conversion.tree, work, masks, text, folder=folder, on_progress=advance or max)
 
 
 def _is_calibrated(plan: Plan) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.format import count, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, counted
+from compressknow.base.progress import Advance, count_progress
 from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import raw_keys
 from compressknow.compress.layout import METADATA
@@ -90,7 +90,7 @@ def compare_to_manifest(
     stored, differences = _stored(folder, places)
     rows = expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
-    report = counted(advance, total)
+    report = count_progress(advance, total)
     with Pool(threads) as pool, OpenFiles() as files:
         checks = pool.map(
             lambda name: _compare(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressknow.base.progress import Listener, Stage, begun
+from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
@@ -82,7 +82,7 @@ class Distributions:
     def _read(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
         original = self._original
         stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
-        with begun(on_progress, stage) as advance:
+        with report_progress(on_progress, stage) as advance:
             reader = original.reader()
             context = context_of(reader, text, answers.record.probes.get(text.name))
             read_again(reader, chunks_of(reader, text, context), self.of(text), advance)
@@ -91,7 +91,7 @@ class Distributions:
         original, rows = self._original, self.of(probe)
         name, device = original.located.name, original.settings.device
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
-        with begun(on_progress, stage) as advance:
+        with report_progress(on_progress, stage) as advance:
             known = {answer.fact_id: answer for answer in answers.of(probe.name)}
             prompts = original.prompts(probe)
             for _ in evaluate(prompts, done=rows.facts, known=known, whole=rows.keep, advance=advance):

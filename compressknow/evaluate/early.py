@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from compressknow.base.errors import UsageError
-from compressknow.base.progress import Listener, staged
+from compressknow.base.progress import Listener, relabel_progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Distributions
@@ -113,7 +113,7 @@ def _until(
 ) -> T | None:
     """Evaluate chunk by chunk until `decide` knows enough, or all facts are done."""
     keep_in = evaluation.keep_in
-    listen = [staged(on_progress, number=number, of=2) for number in (1, 2)]
+    listen = [relabel_progress(on_progress, number=number, of=2) for number in (1, 2)]
     # Divergences over all tokens cost no second look at the original where both are evaluated side by side.
     of = first.handle if not first.stored and not second.stored else None
     known: list[bool] = []

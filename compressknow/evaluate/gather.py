@@ -197,7 +197,7 @@ class _Gathering:
 
     def run(self, on_progress: Listener | None) -> list[Answers]:
         """The answers of all, in their order."""
-        from compressknow.base.progress import staged
+        from compressknow.base.progress import relabel_progress
         from compressknow.evaluate.distributions import Distributions
         from compressknow.evaluate.handle import Beside
 
@@ -212,7 +212,7 @@ class _Gathering:
                 reference = gathered[0] if gathered else None
                 if handle is not None:
                     number += 1
-                    watched = staged(on_progress, number=number, of=of)
+                    watched = relabel_progress(on_progress, number=number, of=of)
                     gathered.append(self._evaluate(handle, Beside(reference, whole=whole), watched))
                 elif answers is not None:
                     gathered.append(of_probes(answers, names))
@@ -255,7 +255,7 @@ def finished(
     """The answers of a model that has given them all, with what is found once: facts of its calibration text that they
     are to and, if `timed`, its speed. Stored answers, which have no model beside them, are given back as they are.
     """
-    from compressknow.base.progress import Stage, begun
+    from compressknow.base.progress import Stage, report_progress
     from compressknow.evaluate.speed import measure
 
     if handle is None:
@@ -264,7 +264,7 @@ def finished(
     answers = with_calibration(answers, handle, reference)
     if not timed:
         return answers
-    with begun(on_progress, Stage("time", handle.located.name)):
+    with report_progress(on_progress, Stage("time", handle.located.name)):
         model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
     return replace(answers, record=replace(answers.record, model=model))
 
@@ -334,7 +334,7 @@ def find_both(
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
-    from compressknow.base.progress import Stage, begun, counted
+    from compressknow.base.progress import Stage, count_progress, report_progress
     from compressknow.engine.contents import read_contents
     from compressknow.engine.identity import locate
     from compressknow.evaluate.handle import handles_of
@@ -348,8 +348,11 @@ def find_both(
     if first.located.path.resolve() == second.located.path.resolve():
         return first, first
     total = sum(path.stat().st_size for side in (first, second) for path in side.located.files)
-    with begun(on_progress, Stage("hash", f"{a.model} and {b.model}")) as advance, ThreadPoolExecutor(2) as pool:
-        read = counted(advance, total)
+    with (
+        report_progress(on_progress, Stage("hash", f"{a.model} and {b.model}")) as advance,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        read = count_progress(advance, total)
         first.contents, second.contents = pool.map(lambda side: read_contents(side.located, read), (first, second))
     return first, second
 
@@ -383,7 +386,7 @@ def evaluate_both(
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
-    from compressknow.base.progress import staged
+    from compressknow.base.progress import relabel_progress
     from compressknow.evaluate.distributions import Distributions
     from compressknow.evaluate.handle import Beside
     from compressknow.evaluate.noise import is_wanted, with_noise_floor, with_runtime_noise_floor
@@ -393,7 +396,7 @@ def evaluate_both(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
     ) -> Answers:
         beside = Beside(reference, known, whole)
-        watched = staged(on_progress, number=1 if model is a else 2, of=2)
+        watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
         return probe_model(model, probes, folder_of(keep_in, model, beside), beside, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
-from compressknow.base.progress import Listener, Stage, begun
+from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, locked, read_record, write_record
@@ -141,7 +141,7 @@ def _answered(
     facts, found = sum(len(sample.probe.facts) for sample in samples.values()), {}
     for name, (sample, own) in samples.items():
         stage = Stage(work, other.located.name, name, facts, other.settings.device)
-        with begun(on_progress, stage) as advance:
+        with report_progress(on_progress, stage) as advance:
             prompts = other.prompts(sample)
             # What it would write is of no use where the original writes nothing.
             prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
@@ -278,6 +278,6 @@ def _in_llama_cpp(
     with scratch(folder / "in-llama-cpp") as place:
         # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
         kind = "f32" if export.exact == "f32" else "f16"
-        file = write_floats(export, place, kind, begin=lambda work: begun(on_progress, Stage(work, name)))
+        file = write_floats(export, place, kind, begin=lambda work: report_progress(on_progress, Stage(work, name)))
         settings = replace(original.settings, runtime=LlamaCpp.name, device=CPU, dtype=None)
         yield ModelHandle(replace(original.located, path=file), settings)

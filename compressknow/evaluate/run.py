@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from compressknow._version import __version__
 from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
-from compressknow.base.progress import Advance, Listener, Stage, Work, begun
+from compressknow.base.progress import Advance, Listener, Stage, Work, report_progress
 from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import (
     RECORD,
@@ -190,7 +190,7 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
-        with begun(self._on_progress, stage) as advance:
+        with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 beside = self._beside if alike else Beside()
                 answers, entry = self._evaluate(probe, parts_of(self._folder, key), known, beside, advance)

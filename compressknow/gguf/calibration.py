@@ -57,7 +57,7 @@ def see(
         )
     with begin("gather") as advance:
         statistics = input_statistics(
-            checkpoint, tree, text.batches, threads=threads, folder=folder, told=advance or max
+            checkpoint, tree, text.batches, threads=threads, folder=folder, on_progress=advance or max
         )
     return Seen(statistics, text)
 

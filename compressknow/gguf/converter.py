@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
 from compressknow.base.files import cache_folder, claim_folder
 from compressknow.base.libraries import is_installed, require
-from compressknow.base.progress import Advance, Listener, Stage, begun
+from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
 from compressknow.gguf.children import reason, refuse_failure, run, run_python, tail
 
@@ -98,7 +98,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
     with claim_folder(folder.parent, wait=True):
         if not (folder / SCRIPT).is_file():
             with (
-                begun(on_progress, Stage("fetch", str(folder))),
+                report_progress(on_progress, Stage("fetch", str(folder))),
                 Staging(folder, overwrite=True, source=folder, refuse=lambda *_, **__: None) as staging,
             ):
                 _install(staging.folder)

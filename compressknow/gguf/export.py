@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.base.progress import Begin, counted, untold
+from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import move
 from compressknow.compress.blocks import Reader
@@ -216,7 +216,7 @@ def write(
     importance_output: Path | None = None,
     smoke: bool = False,
     threads: int | None = None,
-    begin: Begin = untold,
+    begin: Begin = ignore_progress,
 ) -> ExportRecord:
     """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
 
@@ -261,7 +261,7 @@ def write(
     return record
 
 
-def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = untold) -> Path:
+def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
     """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
     output, but something to run. It has neither a record nor more metadata than the converter's own.
 
@@ -277,7 +277,9 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = unto
     return file
 
 
-def preview(export: Export, output: Path, *, threads: int | None = None, begin: Begin = untold) -> ExportRecord:
+def preview(
+    export: Export, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
+) -> ExportRecord:
     """What `write` would record, but for the hash: llama.cpp chooses types by a file, which is made for that beside
     `output` and removed again."""
     refuse_no_room(output, export.needed_bytes)
@@ -415,7 +417,7 @@ def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
     plain.parent.mkdir()
     with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
         total = sum(each.values.stored.nbytes for each in export.tensors)
-        write_plain(export.checkpoint, export.tensors, Reader(pool, files, counted(advance, total)), plain)
+        write_plain(export.checkpoint, export.tensors, Reader(pool, files, count_progress(advance, total)), plain)
     yield plain
     shutil.rmtree(plain.parent)
 

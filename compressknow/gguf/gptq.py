@@ -241,7 +241,7 @@ def round_file(
             products=True,
             threads=threads,
             folder=folder,
-            told=advance or max,
+            on_progress=advance or max,
         )
     made.data.flush()
     return rounding.names

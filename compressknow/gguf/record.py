@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError
 from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, counted, quiet
+from compressknow.base.progress import Advance, count_progress, quiet
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.compress.manifest import versions
 from compressknow.compress.pool import Pool
@@ -155,7 +155,7 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
     record = read_record(path)
     nbytes = path.stat().st_size
     with Pool(1) as pool:
-        sha256 = hash_file(pool, path, counted(advance, nbytes))
+        sha256 = hash_file(pool, path, count_progress(advance, nbytes))
     different = sha256 != record.get("sha256")
     found = [Difference(path.name, None, "its bytes differ (sha256)")] if different else list(_edited(path, record))
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(found))

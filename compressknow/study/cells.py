@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from compressknow._version import __version__
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Listener, staged
+from compressknow.base.progress import Listener, relabel_progress
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import language_model_of
 from compressknow.engine.load import load_tokenizer
@@ -158,7 +158,7 @@ def _evaluate(
     *,
     noise_floors: Collection[NoiseFloor] = (),
 ) -> Answers:
-    watched, beside = staged(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
+    watched, beside = relabel_progress(on_progress, facts=facts_of(probes)), Beside(reference, whole=whole)
     if whole and reference:
         # Before the first is evaluated: then the original need not be in memory beside the cell.
         facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]

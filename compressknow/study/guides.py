@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.files import cache_folder, write_whole
-from compressknow.base.progress import Stage, begun
+from compressknow.base.progress import Stage, report_progress
 from compressknow.base.reading import read_json
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
 
@@ -176,7 +176,7 @@ def _sensitivity(
     texts = text_batches(_beginning(text), family_of(tree) or "", mask, text.seed)
     questions = fact_questions(asked) if asked else None
     try:
-        with begun(on_progress, Stage("sensitivity", model.name)) as advance:
+        with report_progress(on_progress, Stage("sensitivity", model.name)) as advance:
             measured = measure(checkpoint, tree, roundings, questions, texts, advance)
     except NotApart as error:
         raise UnsupportedError(
@@ -261,7 +261,7 @@ def _text(
     if calibration.text == "self" and (stored := _stored_text(file)) is not None:
         return stored
     folder, trusted = handle.located.path, handle.settings.trust_remote_code
-    with begun(on_progress, Stage(calibration.work, handle.located.name)) as advance:
+    with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
         text = calibration_text(
             folder,
             tree,

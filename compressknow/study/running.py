@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.base.files import write_whole
-from compressknow.base.progress import Listener, staged
+from compressknow.base.progress import Listener, relabel_progress
 from compressknow.evaluate.answers import RECORD, Answers
 from compressknow.evaluate.handle import Settings
 from compressknow.evaluate.sources import Opened
@@ -68,7 +68,7 @@ def runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run
     if ray is None:
         yield lambda batch: (
             # The original has been evaluated before.
-            _here(batch, cell, staged(on_progress, number=number, of=len(batch.cells) + 1))
+            _here(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
             for number, cell in enumerate(batch.cells, start=2)
         )
         return

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compressknow.base import progress
-from compressknow.base.progress import Pace, Progress, Stage, begun, staged
+from compressknow.base.progress import Pace, Progress, Stage, relabel_progress, report_progress
 from compressknow.cli import terminal
 from compressknow.cli.terminal import Lines, announce
 
@@ -64,7 +64,7 @@ def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    with begun(Lines(), STAGE) as told:
+    with report_progress(Lines(), STAGE) as told:
         assert told is not None
         until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 s so far")
         told(0, 4021)
@@ -83,7 +83,7 @@ def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
     screen = watch(monkeypatch, terminal=terminal)
     lines = Lines()
     for number in (1, 2):
-        with begun(staged(lines, number=number, of=2), STAGE) as told:
+        with report_progress(relabel_progress(lines, number=number, of=2), STAGE) as told:
             assert told is not None
             told(0, 4021)
             told(0, 4021, 270.0)
@@ -94,7 +94,7 @@ def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
 @pytest.mark.usefixtures("often")
 def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with begun(Lines(), CONVERTING) as told:
+    with report_progress(Lines(), CONVERTING) as told:
         assert told is not None
         told(1_000_000, 4_000_000)
         until(screen, "Converting: 1.0 MB of 4.0 MB")
@@ -107,7 +107,7 @@ def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.Monk
 def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=terminal)
     lines = Lines()
-    with begun(lines, STAGE) as told, begun(lines, CONVERTING) as bytes_told:
+    with report_progress(lines, STAGE) as told, report_progress(lines, CONVERTING) as bytes_told:
         assert told is not None
         assert bytes_told is not None
         told(4021, 4021, 0.0)
@@ -118,7 +118,7 @@ def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytes
 @pytest.mark.usefixtures("often")
 def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with begun(Lines(), CONVERTING):
+    with report_progress(Lines(), CONVERTING):
         screen.close()
         time.sleep(0.05)
 
@@ -129,7 +129,7 @@ def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: 
     screen, lines = watch(monkeypatch, terminal=False), Lines()
     end = time.monotonic() + 20
     for number in count(1):
-        with begun(lines, replace(STAGE, number=number, of=9)):
+        with report_progress(lines, replace(STAGE, number=number, of=9)):
             time.sleep(0.1)
         if screen.lines:
             break
@@ -148,14 +148,14 @@ def test_all_work_has_a_line(work: Any) -> None:
 @pytest.mark.usefixtures("often")
 def test_of_speeds_the_line_says_whose(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
-    with begun(staged(Lines(), number=15, of=20), Stage("time", "int4")):
+    with report_progress(relabel_progress(Lines(), number=15, of=20), Stage("time", "int4")):
         until(screen, "Measuring the speed of int4 (15 of 20): 0 s so far")
 
 
 @pytest.mark.usefixtures("often")
 def test_the_first_bytes_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
-    with begun(Lines(), CONVERTING) as told:
+    with report_progress(Lines(), CONVERTING) as told:
         assert told is not None
         told(24, 269_000_000)
         until(screen, "Converting: 0 s so far")
@@ -193,7 +193,7 @@ def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
 def test_the_original_that_runs_again_is_told_apart(often: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
     again = Stage("evaluate", "smollm2", "atlas", facts=4021, number=2, of=3, again=True)
-    with begun(Lines(), again) as told:
+    with report_progress(Lines(), again) as told:
         assert told is not None
         told(2010, 4021, 3600.0)
         until(screen, "smollm2 again, for the KL over all tokens, atlas: 2,010 of 4,021 facts")

@@ -74,7 +74,7 @@ def calibrate(
     text: CalibrationText,
     *,
     folder: Path | None = None,
-    told: Callable[[int, int], object] = max,
+    on_progress: Callable[[int, int], object] = max,
 ) -> Calibrated:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
     compressed.
@@ -84,7 +84,7 @@ def calibrate(
     tree : the checkpoint's module tree on the meta device; left as it is.
     masks : what is pruned by methods that look at weights alone, by tensor name.
     folder : where large hidden states lie meanwhile.
-    told : the blocks that are done, and in all.
+    on_progress : the blocks that are done, and in all.
 
     Raises
     ------
@@ -97,10 +97,10 @@ def calibrate(
             memory_named(name, lambda: f"That takes about {size(estimate(plan).bytes)}."),
             Pool(work.pool.threads) as pool,
         ):
-            return _Run(plan, tree, replace(work, pool=pool), masks, told).apart(text.batches, folder)
+            return _Run(plan, tree, replace(work, pool=pool), masks, on_progress).apart(text.batches, folder)
     except NotApart:
         with memory_named(name, whole_in_memory):
-            return _Run(plan, tree, work, masks, told).together(text.batches)
+            return _Run(plan, tree, work, masks, on_progress).together(text.batches)
 
 
 class _Run:
@@ -110,9 +110,9 @@ class _Run:
         tree: PreTrainedModel,
         work: Work,
         masks: Mapping[str, Mask],
-        told: Callable[[int, int], object],
+        on_progress: Callable[[int, int], object],
     ) -> None:
-        self._plan, self._tree, self._work, self._masks, self._told = plan, tree, work, masks, told
+        self._plan, self._tree, self._work, self._masks, self._on_progress = plan, tree, work, masks, on_progress
         self._visited: set[str] = set()
         self.result = Calibrated()
 
@@ -125,15 +125,15 @@ class _Run:
                 if several:
                     refuse_smoothing(self._plan, SHARING)
                 visitor = _Compressing(self, streamed, part, waits=several)
-                told = partial(self._tell, part, len(targets.repeated) + len(targets.once))
-                walk(streamed, batches, visitor, self._work.pool, folder, told)
+                on_progress = partial(self._tell, part, len(targets.repeated) + len(targets.once))
+                walk(streamed, batches, visitor, self._work.pool, folder, on_progress)
                 visitor.finish()
         return self.result
 
     def _tell(self, part: Collection[str], total: int, module: str) -> None:
         if module in part:
             self._visited.add(module)
-            self._told(len(self._visited), total)
+            self._on_progress(len(self._visited), total)
 
     def together(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Calibrated:
         """The whole model at once: every layer sees what the original gave it."""
@@ -148,7 +148,7 @@ class _Run:
             with Watch(weights) as watch:
                 streamed.run(batch)
             sums.add(number, watch.seen)
-            self._told(number + 1, len(batches))
+            self._on_progress(number + 1, len(batches))
         self._work.pool.map(partial(self.compress, sums=sums, factors={}), tensors)
         return self.result
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.progress import Advance, counted
+from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.calibrate.corruption import Span, with_blanks
 from compressknow.compress.calibrate.passages import Form
 from compressknow.compress.pool import Pool, Stopped
@@ -323,7 +323,9 @@ def samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, a
     found: Pieces = []
     try:
         with Pool() as pool:
-            writer = WRITERS[form.family](language_model.model, form, tokens, pool.check, counted(advance, tokens))
+            writer = WRITERS[form.family](
+                language_model.model, form, tokens, pool.check, count_progress(advance, tokens)
+            )
             batches = 0
             while (missing := tokens - sum(map(len, found))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))

@@ -69,7 +69,7 @@ def walk(
     visitor: Visitor,
     pool: Pool,
     folder: Path | None = None,
-    told: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the batches through the model side by side, block by block, and have each visited.
 
@@ -80,7 +80,7 @@ def walk(
     batches : keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
         ``decoder_input_ids`` where it has a decoder.
     folder : where hidden states that are large lie meanwhile; in memory without one.
-    told : called with the name of each block when it is done.
+    on_progress : called with the name of each block when it is done.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def walk(
             with memory_named(module, partial(_needs, streamed, module)):
                 calls = step.take(passes, [call for call in calls if call])
             streamed.let_go()
-            told(module)
+            on_progress(module)
             if visitor.done:
                 break
 
@@ -248,7 +248,7 @@ def _needs(streamed: StreamedModel, module: str) -> str:
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
-Told = Callable[[int, int], object]
+Report = Callable[[int, int], object]
 
 
 AnySums = Sums | MixedSums
@@ -264,11 +264,19 @@ def input_statistics(
     *,
     threads: int | None = None,
     folder: Path | None = None,
-    told: Told = max,
+    on_progress: Report = max,
 ) -> dict[Key, InputStatistics]:
     """The sums of squares of what each Linear weight is multiplied with, the final layer's included. See `observe`."""
     found: dict[Key, InputStatistics] = {}
-    observe(checkpoint, tree, [batches], lambda seen, _: found.update(seen), threads=threads, folder=folder, told=told)
+    observe(
+        checkpoint,
+        tree,
+        [batches],
+        lambda seen, _: found.update(seen),
+        threads=threads,
+        folder=folder,
+        on_progress=on_progress,
+    )
     return found
 
 
@@ -281,7 +289,7 @@ def observe(
     products: bool = False,
     threads: int | None = None,
     folder: Path | None = None,
-    told: Told = max,
+    on_progress: Report = max,
 ) -> None:
     """Show what each Linear weight is multiplied with, block by block; nothing is kept of a block that was visited.
 
@@ -293,7 +301,7 @@ def observe(
         reach is missing (experts, vision towers).
     products : whether X^T X is gathered too.
     folder : where large hidden states lie meanwhile.
-    told : the blocks that are done, and in all.
+    on_progress : the blocks that are done, and in all.
     """
     structure = structure_of(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
@@ -310,13 +318,13 @@ def observe(
             with memory_named(structure.architecture, whole_in_memory), Pool(threads) as own:
                 streamed = StreamedModel(tree, sources, files)
                 visitor = _Observing(streamed.blocks, weights, own, make, visit)
-                walk(streamed, batches, visitor, own, folder, lambda module: visitor.tell(module, told))
+                walk(streamed, batches, visitor, own, folder, lambda module: visitor.tell(module, on_progress))
                 visitor.finish()
         except NotApart:
             with memory_named(structure.architecture, whole_in_memory):
                 streamed = StreamedModel(tree, sources, files, whole=True)
                 sums = make(weights, pool)
-                _sum_together(streamed, weights, batches, sums, told)
+                _sum_together(streamed, weights, batches, sums, on_progress)
                 visit(dict(_found(weights, sums)), pool)
 
 
@@ -329,7 +337,7 @@ def _found(weights: Iterable[LinearWeight], sums: AnySums) -> Iterator[tuple[Key
 
 
 def _sum_together(
-    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, sums: AnySums, told: Told
+    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Batches, sums: AnySums, on_progress: Report
 ) -> None:
     """The whole model at once."""
     parameters = {weight.parameter: streamed.model.get_parameter(weight.parameter) for weight in weights}
@@ -337,7 +345,7 @@ def _sum_together(
         with Watch(parameters) as watch:
             streamed.run(batch)
         sums.add(number, watch.seen)
-        told(number + 1, len(batches))
+        on_progress(number + 1, len(batches))
 
 
 class _Observing:
@@ -390,10 +398,10 @@ class _Observing:
     def output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Nothing is learned from it."""
 
-    def tell(self, module: str, told: Told) -> None:
+    def tell(self, module: str, on_progress: Report) -> None:
         """Count a block that was seen."""
         if module in self._targets:
-            told(len(self._targets) - len(self._left), len(self._targets))
+            on_progress(len(self._targets) - len(self._left), len(self._targets))
 
     @property
     def done(self) -> bool:

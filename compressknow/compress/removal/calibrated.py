@@ -111,7 +111,7 @@ def decide(
     batches: Batches,
     reader: Reader,
     folder: Path,
-    told: Callable[[int, int], object] = max,
+    on_progress: Callable[[int, int], object] = max,
 ) -> Removal:
     """Choose blocks and neurons, and write the tensors that are cut.
 
@@ -120,12 +120,12 @@ def decide(
     removal : of the recipe, as `remove` gives it from headers alone.
     batches : the calibration text, as arguments of forward passes.
     folder : where cut tensors and large hidden states lie; it must stay until the tensors were read.
-    told : the blocks that were run, and in all: each once for the blocks to drop, and once for the neurons.
+    on_progress : the blocks that were run, and in all: each once for the blocks to drop, and once for the neurons.
 
     Raises what `remove`, `walk` and `fit` do.
     """
     open_blocks = any(not drop.known for drop in removal.blocks)
-    run = _Run(batches, reader, folder, told, _later_blocks(removal, recipe))
+    run = _Run(batches, reader, folder, on_progress, _later_blocks(removal, recipe))
     if open_blocks:
         removal = remove(*removal.given, recipe, run.similarities)
     if removal.cuts:
@@ -147,10 +147,15 @@ def _later_blocks(removal: Removal, recipe: Recipe) -> list[int]:
 
 class _Run:
     def __init__(
-        self, batches: Batches, reader: Reader, folder: Path, told: Callable[[int, int], object], later: list[int]
+        self,
+        batches: Batches,
+        reader: Reader,
+        folder: Path,
+        on_progress: Callable[[int, int], object],
+        later: list[int],
     ) -> None:
         self._batches, self._reader, self._folder = batches, reader, folder
-        self._told, self._later, self._run = told, later, 0
+        self._on_progress, self._later, self._run = on_progress, later, 0
         self._found: dict[int, _Similarities] = {}
         self.are_apart = True
 
@@ -173,8 +178,8 @@ class _Run:
             # What fails stops its pool.
             with memory_named(name, _outside), Pool(self._reader.pool.threads) as pool:
                 visitor.streamed, visitor.pool = StreamedModel(tree, sources, self._reader.files), pool
-                told = partial(self._tell, visitor.streamed.blocks, [])
-                walk(visitor.streamed, self._batches, visitor, pool, self._folder, told)
+                on_progress = partial(self._tell, visitor.streamed.blocks, [])
+                walk(visitor.streamed, self._batches, visitor, pool, self._folder, on_progress)
                 visitor.finish()
         except NotApart:
             self.are_apart = False
@@ -185,13 +190,13 @@ class _Run:
                 visitor.together(visitor.streamed, self._batches)
                 visitor.finish()
         self._run += len(visitor.streamed.blocks)
-        self._told(self._run, self._run + self._to_come(visitor.streamed.blocks))
+        self._on_progress(self._run, self._run + self._to_come(visitor.streamed.blocks))
         self._later = self._later[1:]
 
     def _tell(self, blocks: Sequence[str], seen: list[str], module: str) -> None:
         seen.append(module)
         done = self._run + min(len(seen), len(blocks))
-        self._told(done, self._run + len(blocks) + self._to_come(blocks))
+        self._on_progress(done, self._run + len(blocks) + self._to_come(blocks))
 
     def _to_come(self, blocks: Sequence[str]) -> int:
         """Of the passes after this one."""
