@@ -197,7 +197,7 @@ class _Run:
         """Write a norm's weight and bias divided; the factors that this comes to."""
         for leaf in ("weight", "bias"):
             parameter = f"{norm.module}.{leaf}"
-            if not self._plan.sources.supplied(parameter):
+            if not self._plan.sources.is_supplied(parameter):
                 continue
             stored = self._plan.sources.tensor(parameter)
             values = read_tensor(self._work.files, stored)

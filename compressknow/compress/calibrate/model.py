@@ -75,7 +75,7 @@ class StreamedModel:
         for name, module in self.model.named_modules(remove_duplicate=False):
             own = self.parameters_of(name)
             large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
-            if large and outside.issuperset(own) and all(map(self._sources.supplied, own)):
+            if large and outside.issuperset(own) and all(map(self._sources.is_supplied, own)):
                 found[name] = own
         return found
 
@@ -117,7 +117,7 @@ class StreamedModel:
         made: dict[str, torch.Tensor] = {}
         lacking = []
         for name in names:
-            if not self._sources.supplied(name):
+            if not self._sources.is_supplied(name):
                 lacking.append(name)
                 continue
             key = self._sources.supply.get(name, name)
