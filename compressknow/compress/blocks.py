@@ -1,4 +1,4 @@
-"""A stored tensor as a sequence of small blocks of rows, read one at a time into one buffer.
+"""Blocks of rows of a stored tensor, small, and read one at a time into one buffer.
 
 The block size is fixed, so that sums over blocks do not depend on threads or memory; it fits a core's caches, where
 the many passes of pruning and quantizing cost a tenth of what they cost over a whole tensor.

@@ -137,7 +137,7 @@ def carry_out(
                 Pool(threads) as pool,
                 OpenFiles() as files,
             ):
-                progress = count_progress(None if blockwise else advance, _bytes_to_read(plan))
+                progress = count_progress(None if blockwise else advance, _count_bytes(plan))
                 work = Work(pool, files, progress, output, plan.unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None
@@ -171,7 +171,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
 def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
     """Return what the plan prunes by looking at weights alone, by tensor name."""
     masks: dict[str, Mask] = {}
-    for step, tensors in plan.prune_steps():
+    for step, tensors in plan.list_prune_steps():
         if not step.calibrated:
             chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
@@ -210,13 +210,13 @@ def _write_tensors(
 
 def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
     """Raise CompressknowError where a step did not prune as many weights as it said it would."""
-    for step, tensors in plan.prune_steps():
+    for step, tensors in plan.list_prune_steps():
         _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
         if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:
             raise CompressknowError(f"{step.method} prunes {pruned:,} weights where it said {expected:,}.")
 
 
-def _bytes_to_read(plan: Plan) -> int:
+def _count_bytes(plan: Plan) -> int:
     hashed = sum((plan.checkpoint.folder / name).stat().st_size for name in plan.checkpoint.shards)
     # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
     thresholds = sum(t.source.nbytes * (t.source.itemsize // 2) for t in plan.tensors if t.prune is not None)

@@ -216,7 +216,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
             {
                 **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
                 **{"after": len(drop.remaining), "dropped": list(drop.dropped) if drop.is_decided else []},
-                **({"similarities": list(map(_nine_digits, drop.similarities))} if drop.similarities else {}),
+                **({"similarities": list(map(_round, drop.similarities))} if drop.similarities else {}),
             }
             for drop in removal.blocks
         ],
@@ -225,7 +225,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
                 **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
                 "modules": [network.down.module for network in drop.networks],
                 # Nothing before the text has said which.
-                **({"dropped": _dropped_neurons(drop, removal)} if removal.selected else {}),
+                **({"dropped": _list_dropped(drop, removal)} if removal.selected else {}),
             }
             for drop in removal.neurons
         ],
@@ -233,7 +233,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _dropped_neurons(drop: DroppedNeurons, removal: Removal) -> list[str]:
+def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
     """Return the neurons that went, of each network."""
     remaining = [set(removal.selected[network.down.parameter]) for network in drop.networks]
     return [ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
@@ -268,10 +268,10 @@ def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
             return None
         energy += row["norm"] ** 2
         change += (row["norm"] * row["relative_error"]) ** 2
-    return _nine_digits(math.sqrt(change / energy)) if energy else 0.0
+    return _round(math.sqrt(change / energy)) if energy else 0.0
 
 
-def _nine_digits(value: float) -> float:
+def _round(value: float) -> float:
     # All that float32 sums hold; more would look like knowledge.
     return float(f"{value:.9g}")
 
@@ -312,8 +312,8 @@ def _describe(tensor: PlannedTensor, measured: Measured, removal: Removal | None
         "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
         **({"refilled": measured.refilled} if measured.refilled else {}),
-        "norm": _nine_digits(measured.norm),
-        "relative_error": _nine_digits(measured.relative_error),
+        "norm": _round(measured.norm),
+        "relative_error": _round(measured.relative_error),
         "sha256": measured.sha256,
     }
     if [part.suffix for part in tensor.stored] == ["", SCALE]:

@@ -109,7 +109,7 @@ class NewFolder(Staging):
     def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
         """Write config.json and copy what is carried along; the output is proved to load before anything is copied."""
         source = self._source.folder
-        written = {name: self.write(name, content) for name, content in _config_files(plan).items()}
+        written = {name: self.write(name, content) for name, content in _serialize_configs(plan).items()}
         prove_written(plan, self.folder)
         copied = {name: self.copy(source / name, name) for name in self._carried if name not in written}
         replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
@@ -321,12 +321,12 @@ def list_files(plan: Plan) -> dict[str, int | None]:
     return {
         **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
         **{name: (source / name).stat().st_size for name in list_carried_files(source)},
-        **{name: len(content) for name, content in _config_files(plan).items()},
+        **{name: len(content) for name, content in _serialize_configs(plan).items()},
         **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
     }
 
 
-def _config_files(plan: Plan) -> dict[str, bytes]:
+def _serialize_configs(plan: Plan) -> dict[str, bytes]:
     """Return config.json and what else depends on how the weights are stored, by name: the index of several weight
     files, and how sentence-transformers loads quantized ones."""
     config = build_config(plan)

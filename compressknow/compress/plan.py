@@ -99,7 +99,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a conversion will do.
+    """Plan of all that a conversion will do.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class Plan:
         """Tell whether what is done to a tensor depends on its inputs on the calibration text."""
         return any(step and step.calibrated for step in (self.prune_step(tensor), self.quantize_step(tensor)))
 
-    def prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
+    def list_prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
         """Yield each prune step with the tensors that it acts on, in the order in which it breaks ties."""
         for index, step in enumerate(self.recipe.steps):
             if isinstance(step, Prune):
@@ -154,7 +154,7 @@ class Plan:
         """Return how many weights will be pruned: by tensor name, where shapes alone tell it, and in all."""
         known: dict[str, int] = {}
         total = 0
-        for step, tensors in self.prune_steps():
+        for step, tensors in self.list_prune_steps():
             counts, in_all = count_pruned(step, [tensor.to_prune for tensor in tensors])
             total += in_all
             known |= {} if counts is None else dict(zip((t.name for t in tensors), counts, strict=True))
@@ -191,7 +191,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for action in actions.values() for t in _plan_changed(action, sources)}.values())
     _check_methods_fit(changed, recipe)
-    shared = {action.weight.parameter: sources.tied_embedding(action.weight) for action in actions.values()}
+    shared = {action.weight.parameter: sources.find_tied_embedding(action.weight) for action in actions.values()}
     shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
     config = untie_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
     extra = _find_untied(model, config, set(sources.supply)) if shared_with else {}
@@ -199,7 +199,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
     needed = [*extra.items(), *((embedding, parameter) for parameter, embedding in shared_with.items())]
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
-    tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.order(t.source, t.created, t.name)))
+    tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.sort_key(t.source, t.created, t.name)))
     _check_reachable(tensors, recipe)
     targets = _collect_targets(changed)
     quantized = {module for modules in targets.values() for module in modules}
@@ -275,7 +275,7 @@ def _check_methods_fit(changed: Iterable[PlannedTensor], recipe: Recipe) -> None
 def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
     """Give weights that are stored in one tensor a tensor each, where they are not all pruned by one step alone."""
     for action in actions.values():
-        siblings = sources.siblings(action.weight)
+        siblings = sources.find_siblings(action.weight)
         others = [actions.get(parameter) for parameter in siblings]
         alike = all(other and (other.prune, other.scheme) == (action.prune, None) for other in others)
         if siblings and not alike and not sources.split(action.weight):

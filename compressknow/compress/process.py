@@ -111,24 +111,24 @@ class Work(Reader):
                 writer.write(tally.keep(block.values))
                 if treatment.see:
                     treatment.see(block.rows, block.values)
-            return tally.measured(writer.sha256, {})
-        coder = _Coder(planned, self._tensor_scale(planned, planned.scheme, mask), treatment)
+            return tally.summarize(writer.sha256, {})
+        coder = _Coder(planned, self._compute_tensor_scale(planned, planned.scheme, mask), treatment)
         for block in self.blocks(planned.source, whole=treatment.whole):
             absmax = tally.prune(block, coder.span)
             writer.write(coder.code(block, absmax, tally))
-        return tally.measured(writer.sha256, dict(self._write_beside(planned, coder.beside())))
+        return tally.summarize(writer.sha256, dict(self._write_beside(planned, coder.finish())))
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
-        writer, energy = self.output.writer(planned.name), _energy(original[None])
+        writer, energy = self.output.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
-        error = _energy((values.to(torch.float32) * factors - original.to(torch.float32))[None])
+        error = _sum_squares((values.to(torch.float32) * factors - original.to(torch.float32))[None])
         zeros = [each.numel() - int(torch.count_nonzero(each)) for each in (original, values)]
         relative = math.sqrt(error / energy) if energy else 0.0
         return Measured(zeros[0], zeros[1], 0, math.sqrt(energy), relative, writer.sha256)
 
-    def _tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
+    def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
         """Compute the one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
         if scheme.scale_per != "tensor":
             return None
@@ -155,7 +155,7 @@ class Work(Reader):
             if planned.weight and source.dtype in FLOAT_DTYPES:
                 check_finite(int(keys.max(initial=0)), torch_dtype(source.dtype), source)
             if source.dtype in FLOATS and piece:
-                energy += _energy(torch.frombuffer(piece, dtype=torch_dtype(source.dtype))[None])
+                energy += _sum_squares(torch.frombuffer(piece, dtype=torch_dtype(source.dtype))[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
         # A mask that is kept beside the weights may hold infinities.
@@ -202,7 +202,7 @@ class _Coder:
         values, factors = block.values, self._treatment.factors
         if factors is not None:
             values = (values.to(torch.float32) * factors).to(values.dtype)
-            absmax = torch.from_numpy(_largest(magnitude_keys(values), self.span)).view(values.dtype)
+            absmax = torch.from_numpy(_find_largest(magnitude_keys(values), self.span)).view(values.dtype)
         with SCHEMES.explain_failures(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
             codes = self._treatment.rounding(values, scales, self._scheme)
@@ -213,7 +213,7 @@ class _Coder:
         self._scales.append(scales)
         return self._check(rows, self._planned.stored[0], len(values))
 
-    def beside(self) -> dict[str, torch.Tensor]:
+    def finish(self) -> dict[str, torch.Tensor]:
         """Return what is stored beside the rows, by suffix; called once, after the last block."""
         with SCHEMES.explain_failures(self._scheme.name):
             made = dict(self._scheme.constants(self._planned.source.shape))
@@ -248,12 +248,12 @@ class _Tally:
         `span` columns of a row, by default all."""
         values = block.values
         keys = magnitude_keys(values)
-        largest = _largest(keys, span)
+        largest = _find_largest(keys, span)
         check_finite(int(largest.max(initial=0)), values.dtype, self._source)
         self._original = next(self._unfitted).values if self._unfitted else None
         before = keys if self._original is None else magnitude_keys(self._original)
         self.zeros_before += before.size - int(np.count_nonzero(before))
-        self.energy += _energy(values if self._original is None else self._original)
+        self.energy += _sum_squares(values if self._original is None else self._original)
         if self._mask is not None:
             chosen = self._mask(block)
             pruned = chosen.mask if isinstance(chosen, Pruned) else chosen
@@ -265,15 +265,15 @@ class _Tally:
                 _take(values, pruned)
             else:
                 # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
-                self.error_energy += _energy(_take(values, pruned))
-            largest = _largest(magnitude_keys(values), span)
+                self.error_energy += _sum_squares(_take(values, pruned))
+            largest = _find_largest(magnitude_keys(values), span)
         return torch.from_numpy(largest).view(values.dtype)
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
         if self._original is not None:
             self._count_refilled(values)
-            self.error_energy += _energy(values.to(torch.float32) - self._original.to(torch.float32))
+            self.error_energy += _sum_squares(values.to(torch.float32) - self._original.to(torch.float32))
         return values
 
     def quantize(
@@ -294,7 +294,7 @@ class _Tally:
         written = scheme.dequantize(codes, scales)
         if factors is not None:
             written.div_(factors)
-        error = _energy(written.sub_(original.to(torch.float32)))
+        error = _sum_squares(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
             spread = scheme.spread(scales, codes.shape[-1])
@@ -307,13 +307,13 @@ class _Tally:
         if self._original is not None:
             self.refilled += int(torch.count_nonzero((self._original == 0) & (written != 0)))
 
-    def measured(self, sha256: str, beside: Mapping[str, str]) -> Measured:
+    def summarize(self, sha256: str, beside: Mapping[str, str]) -> Measured:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         norm = math.sqrt(self.energy)
         return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside, self.refilled)
 
 
-def _largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
+def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
     """Return the largest keys [rows, groups] of each `span` columns, by default of all."""
     groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
     largest: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
@@ -339,7 +339,7 @@ def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
     return torch.from_numpy(taken).view(values.dtype)
 
 
-def _energy(values: torch.Tensor) -> float:
+def _sum_squares(values: torch.Tensor) -> float:
     """Return the sum of squares of a block [rows, columns]."""
     energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
     in_range = SMALLEST_ENERGY < energy < math.inf

@@ -92,7 +92,7 @@ class Recipe:
         removals = [step.label for step in self.removals]
         prunes = [step for step in self.steps if isinstance(step, Prune)]
         quantizes = [step for step in self.steps if isinstance(step, Quantize)]
-        return " + ".join([*removals, *_name_of_weights(prunes, quantizes)])
+        return " + ".join([*removals, *_name_weights(prunes, quantizes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; `from_dict` takes them back."""
@@ -157,12 +157,9 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
         values |= {} if step.rounding == "nearest" else {"rounding": step.rounding}
         values |= {} if step.smooth is None else {"smooth": step.smooth}
     where = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(step.where).items()}
-    return {**action, **{key: _without_infinity(value) for key, value in (values | where).items() if value is not None}}
-
-
-def _without_infinity(value: Any) -> Any:
+    values = {key: value for key, value in {**action, **values, **where}.items() if value is not None}
     # JSON has no infinity.
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in values.items()}
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -209,7 +206,7 @@ def _parse_strings(value: Any, key: str, origin: str) -> Any:
     raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
 
 
-def _name_of_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
+def _name_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
     if len(prunes) == 1 and len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
         quantized = quantizes[0].label.removeprefix("GQ")
         return [f"{prunes[0].where.label}_GPQ {_name_amount(prunes[0])}{quantized}"]
@@ -218,18 +215,18 @@ def _name_of_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str
 
 def _name_prune(step: Prune) -> str:
     if step.where == Where(("final",)):
-        return f"FLP {step.label} {_percent(step)}"
+        return f"FLP {step.label} {_format_percent(step)}"
     if step.is_global:
         return f"{step.where.label}_GP {_name_amount(step)}"
-    return f"{step.where.label} {step.label}{' per layer' if step.per_layer else ''} {_percent(step)}"
+    return f"{step.where.label} {step.label}{' per layer' if step.per_layer else ''} {_format_percent(step)}"
 
 
 def _name_amount(step: Prune) -> str:
     # The paper's own method goes without saying.
-    return _percent(step) if step.chosen == METHODS[METHODS.first] else f"{step.label} {_percent(step)}"
+    return _format_percent(step) if step.chosen == METHODS[METHODS.first] else f"{step.label} {_format_percent(step)}"
 
 
-def _percent(step: Prune) -> str:
+def _format_percent(step: Prune) -> str:
     return f"{step.amount * 100:.6g}%"
 
 

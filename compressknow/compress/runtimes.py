@@ -31,7 +31,7 @@ def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """Return where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
     if vllm_obstacle(manifest):
         return None
-    shapes = _shapes(manifest)
+    shapes = _collect_shapes(manifest)
     limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
@@ -43,8 +43,8 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
         return f"{architecture} is not among the text generation models that are known to run there"
     if unused := manifest.get("unused"):
         return f"{architecture} has no place for {unused[0]}, at which its loader stops"
-    quantized = {_module(row): row for row in _quantized(manifest)}
-    shapes = _shapes(manifest)
+    quantized = {_name_module(row): row for row in _find_quantized(manifest)}
+    shapes = _collect_shapes(manifest)
     obstacles = (
         SCHEMES[name].vllm_obstacle(shapes[name]) if name in SCHEMES else f"it has no kernel for {name}"
         for name in sorted(shapes)
@@ -56,23 +56,23 @@ def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
             return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"
-    modules = {_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
+    modules = {_name_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
     return next((f"it fuses {split}" for split in _describe_split(modules, quantized, word)), None)
 
 
-def _quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _find_quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (row for row in manifest["tensors"] if row.get("scheme"))
 
 
-def _shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+def _collect_shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
     """Return the shapes of the weights that each scheme stores."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    for row in _quantized(manifest):
+    for row in _find_quantized(manifest):
         shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
     return shapes
 
 
-def _module(row: Mapping[str, Any]) -> str:
+def _name_module(row: Mapping[str, Any]) -> str:
     return str(row["name"]).removesuffix(".weight")
 
 

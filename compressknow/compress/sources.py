@@ -74,7 +74,7 @@ class Sources:
             return self._parts[weight.parameter]
         return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
 
-    def siblings(self, weight: LinearWeight) -> tuple[str, ...]:
+    def find_siblings(self, weight: LinearWeight) -> tuple[str, ...]:
         """Return the parameters that are stored in one tensor with a weight and split off it on loading, its own
         included."""
         stored = self._parts.get(weight.parameter, [])
@@ -100,7 +100,7 @@ class Sources:
         """Return the stored tensor that gives a parameter its values."""
         return self._tensors[self.supply[parameter]]
 
-    def supplied(self, parameter: str) -> bool:
+    def is_supplied(self, parameter: str) -> bool:
         """Tell whether the checkpoint holds its values, under its own name or a tied one."""
         return parameter in self._parts or parameter in self.supply
 
@@ -131,14 +131,14 @@ class Sources:
         if own is None or weight.parameter not in own.parameters:
             return True
         supplier = self.supply.get(weight.parameter, stored.name)
-        return supplier != stored.name and _place(self._tensors[supplier]) == _place(stored)
+        return supplier != stored.name and _locate(self._tensors[supplier]) == _locate(stored)
 
     def is_transposed_on_loading(self, stored: StoredTensor) -> bool:
         """Tell whether transformers swaps the axes of a stored matrix, or of each of a stack, when it loads it."""
         binding = self.bound.get(stored.name)
         return binding is not None and self._naming.transposes(stored.name, stored.shape, binding.parameter)
 
-    def tied_embedding(self, weight: LinearWeight) -> str | None:
+    def find_tied_embedding(self, weight: LinearWeight) -> str | None:
         """Return the embedding that a weight shares its values with, if it does."""
         supplier = self.supply.get(weight.parameter)
         tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
@@ -149,12 +149,12 @@ class Sources:
         others."""
         seen: dict[tuple[Any, ...], str] = {}
         for stored in self.supply.values():
-            seen.setdefault(_place(self._tensors[stored]), stored)
+            seen.setdefault(_locate(self._tensors[stored]), stored)
         for name, tensor in self._tensors.items():
-            if seen.setdefault(_place(tensor), name) == name:
+            if seen.setdefault(_locate(tensor), name) == name:
                 yield tensor
 
-    def order(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
+    def sort_key(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
         """Return a key that sorts output tensors as their sources are stored, created ones behind what they were tied
         to."""
         return self._position[source.name], created, name
@@ -174,7 +174,7 @@ class Sources:
             if not reshaped:
                 self._check_shape(part, weight.parameter)
         if scheme and (reason := self._find_obstacle(weight, parts[0], reshaped, scheme)):
-            word, others = scheme.word, _kind_pattern(weight.module)
+            word, others = scheme.word, _build_kind_pattern(weight.module)
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
                 why=reason,
@@ -231,16 +231,16 @@ def _suggest_options(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
     return f"With {options} all layers in scope can be stored. " if options else ""
 
 
-def _kind_pattern(module: str) -> str:
+def _build_kind_pattern(module: str) -> str:
     """Return a pattern of the modules that differ from one in the numbers of blocks alone.
 
-    >>> _kind_pattern("backbone.layers.0.mixer.dt_proj")
+    >>> _build_kind_pattern("backbone.layers.0.mixer.dt_proj")
     'backbone\\\\.layers\\\\.\\\\d+\\\\.mixer\\\\.dt_proj$'
     """
     return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module)) + "$"
 
 
-def _place(tensor: StoredTensor) -> tuple[Any, ...]:
+def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
     return tensor.file, tensor.offset, tensor.nbytes, tensor.name if not tensor.nbytes else ""
 
 

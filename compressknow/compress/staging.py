@@ -55,8 +55,8 @@ class Staging:
                 clean(self.output, self.finish)
                 # An interrupted run's old output may have been put back just now.
                 self._check(self.output, overwrite=overwrite, source=source)
-                self._locked = new_locked_file(self.output.parent, _prefix(self.output, "lock"))
-                self.folder = _twin(self.output, self._locked[0], "new")
+                self._locked = new_locked_file(self.output.parent, _make_prefix(self.output, "lock"))
+                self.folder = _find_twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
         except OSError as error:
             self._remove()
@@ -117,7 +117,7 @@ class Staging:
         self._check(self.output, overwrite=self._overwrite, source=None)
         self._check_complete()
         sync_folder(self.folder)
-        aside = _twin(self.output, self.folder, "old")
+        aside = _find_twin(self.output, self.folder, "old")
         try:
             with uninterrupted():
                 try:
@@ -195,30 +195,30 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
         )
 
 
-def _prefix(output: Path, kind: str) -> str:
+def _make_prefix(output: Path, kind: str) -> str:
     return f".{output.name}.compressknow-{kind}-"
 
 
-def _twin(output: Path, path: Path, kind: str) -> Path:
+def _find_twin(output: Path, path: Path, kind: str) -> Path:
     """Return the path of another kind that belongs to the same run: its lock, its new folder, or the old output moved
     aside."""
-    return output.with_name(_prefix(output, kind) + path.name.rpartition("-")[2])
+    return output.with_name(_make_prefix(output, kind) + path.name.rpartition("-")[2])
 
 
-def _list_kind(output: Path, kind: str) -> list[Path]:
-    return list(output.parent.glob(glob.escape(_prefix(output, kind)) + "*"))
+def _find_kind(output: Path, kind: str) -> list[Path]:
+    return list(output.parent.glob(glob.escape(_make_prefix(output, kind)) + "*"))
 
 
 def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
     """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is called
     with each staging folder before."""
-    for lock_file in _list_kind(output, "lock"):
+    for lock_file in _find_kind(output, "lock"):
         with lock_dead(lock_file) as ended:
             if ended:
                 _clean_one(output, lock_file, finish)
-    for path in (*_list_kind(output, "old"), *_list_kind(output, "new")):
+    for path in (*_find_kind(output, "old"), *_find_kind(output, "new")):
         # A run takes its lock first and removes it last: without one it has ended.
-        if not _twin(output, path, "lock").exists():
+        if not _find_twin(output, path, "lock").exists():
             _clean_one(output, path, finish)
 
 
@@ -234,13 +234,13 @@ def scratch(place: Path) -> Iterator[Path]:
 
 def discard(output: Path) -> None:
     """Remove an output that convert wrote. Of a run that dies meanwhile, all of it stays or none."""
-    aside = output.with_name(f"{_prefix(output, 'old')}{secrets.token_hex(4)}")
+    aside = output.with_name(f"{_make_prefix(output, 'old')}{secrets.token_hex(4)}")
     move(output, aside)
     shutil.rmtree(aside)
 
 
 def _clean_one(output: Path, of: Path, finish: Callable[[Path], None] | None) -> None:
-    old, new = _twin(output, of, "old"), _twin(output, of, "new")
+    old, new = _find_twin(output, of, "old"), _find_twin(output, of, "new")
     if old.exists() and not output.exists():
         move(old, output)
     if finish and new.is_dir():

@@ -215,11 +215,11 @@ class Prune:
             near = did_you_mean(str(self.method), METHODS)
             raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
         parameters = dict(self.parameters)
-        for each in _shared_parameters():
+        for each in _list_shared_parameters():
             object.__setattr__(self, each.name, each.check(parameters.pop(each.name, getattr(self, each.name))))
         # `chosen` is made of these, and fills in the defaults.
         object.__setattr__(self, "parameters", parameters)
-        object.__setattr__(self, "parameters", _unshared_values(self.chosen))
+        object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
         with METHODS.explain_failures(self.method):
             self.chosen.check(self.amount)
 
@@ -270,7 +270,7 @@ class Quantize:
         if self.scheme not in SCHEMES:
             hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
             raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
-        object.__setattr__(self, "parameters", _unshared_values(self.chosen))
+        object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
         self._check_rounding()
         self._check_smooth()
 
@@ -322,13 +322,13 @@ class Quantize:
         return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
 
 
-def _unshared_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
+def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
     """Return the parameters that a step says only where its method or scheme has them."""
     return {name: value for name, value in chosen.values().items() if name not in SHARED}
 
 
 @cache
-def _shared_parameters() -> tuple[Parameter, ...]:
+def _list_shared_parameters() -> tuple[Parameter, ...]:
     known = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
     return tuple(known[name] for name in SHARED)
 

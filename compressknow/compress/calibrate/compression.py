@@ -247,7 +247,7 @@ class _Compressor:
         """Write a norm's weight and bias divided; return the factors that this comes to."""
         for leaf in ("weight", "bias"):
             parameter = f"{norm.module}.{leaf}"
-            if not self.plan.sources.supplied(parameter):
+            if not self.plan.sources.is_supplied(parameter):
                 continue
             stored = self.plan.sources.tensor(parameter)
             values = read_tensor(self.work.files, stored)

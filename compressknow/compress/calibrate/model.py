@@ -117,7 +117,7 @@ class StreamedModel:
         made: dict[str, torch.Tensor] = {}
         lacking = []
         for name in names:
-            if not self._sources.supplied(name):
+            if not self._sources.is_supplied(name):
                 lacking.append(name)
                 continue
             key = self._sources.supply.get(name, name)
