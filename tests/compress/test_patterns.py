@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
-from compressknow.compress.pruning.masks import smallest_of_rows
+from compressknow.compress.pruning.masks import mask_smallest_of_rows
 from compressknow.compress.recipe import Recipe, read_recipe
 from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
@@ -86,7 +86,7 @@ def test_smallest_of_rows_is_a_stable_sort(rows: int, columns: int, highest: int
     keys = np.array(data.draw(values), dtype=np.int32).reshape(rows, columns)
     expected = np.zeros(keys.shape, dtype=bool)
     np.put_along_axis(expected, np.argsort(keys, axis=1, kind="stable")[:, :count], True, axis=1)
-    assert np.array_equal(smallest_of_rows(keys, count), expected)
+    assert np.array_equal(mask_smallest_of_rows(keys, count), expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -141,25 +141,26 @@ def _run(
                 waiting[number] = call
 
 
+_TENSOR = object()
+
+
 class _Form(NamedTuple):
-    """Form of the arguments or outputs of a module, without their tensors."""
+    """Form of the arguments or outputs of a module, with `_TENSOR` in the places of its tensors."""
 
     values: Sequence[Any]
-    is_tensor: Sequence[bool]
     spec: Any
 
     @classmethod
     def split(cls, nested: Any) -> tuple[_Form, list[torch.Tensor]]:
         """Split values into their form, and their tensors in order."""
         flat, spec = pytree.tree_flatten(nested)
-        is_tensor = [isinstance(value, torch.Tensor) for value in flat]
-        values = [None if is_own else value for value, is_own in zip(flat, is_tensor, strict=True)]
-        return cls(values, is_tensor, spec), [value for value in flat if isinstance(value, torch.Tensor)]
+        values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
+        return cls(values, spec), [value for value in flat if isinstance(value, torch.Tensor)]
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Return the values that were split, with these tensors in them."""
-        own = iter(tensors)
-        flat = [next(own) if is_own else value for value, is_own in zip(self.values, self.is_tensor, strict=True)]
+        remaining = iter(tensors)
+        flat = [next(remaining) if value is _TENSOR else value for value in self.values]
         return pytree.tree_unflatten(flat, self.spec)
 
 

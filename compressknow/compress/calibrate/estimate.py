@@ -30,40 +30,34 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-class _Work(NamedTuple):
-    """Blocks, bytes at most, and operations of one go over the text."""
-
-    blocks: int
-    bytes: int
-    operations: float
-
-
 def estimate(plan: Plan) -> Estimate:
     """Estimate the cost of a plan whose recipe has a calibration."""
     calibration = plan.recipe.calibration
     assert calibration is not None
-    parts = list(_estimate_removal(plan.removal, calibration.tokens)) if plan.removal else []
+    pace = _measure_pace()
+    parts = list(_estimate_removal(plan.removal, calibration.tokens, pace)) if plan.removal else []
     if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
-        parts.append(_estimate_compression(plan, calibration.tokens))
+        parts.append(_estimate_compression(plan, calibration.tokens, pace))
     blocks, most = max(part.blocks for part in parts), max(part.bytes for part in parts)
-    return Estimate(blocks, most, sum(part.operations for part in parts) / _measure_pace())
+    return Estimate(blocks, most, sum(part.seconds for part in parts))
 
 
-def _estimate_removal(removal: Removal, tokens: int) -> Iterator[_Work]:
-    """Count one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
+def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Estimate]:
+    """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
         places = _group_by_block(structure_of(removal.original[1]))
-        yield _Work(_count_blocks(places), _count_bytes(places, tokens, 0), 2 * tokens * _count_used(places))
+        operations = 2 * tokens * _count_used(places)
+        yield Estimate(_count_blocks(places), _count_bytes(places, tokens, 0), operations / pace)
     if removal.neurons and not removal.is_decided:
         widths = [network.width for drop in removal.neurons for network in drop.networks]
         places = _group_by_block(structure_of(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
         memory = _count_bytes(places, tokens, 5 * max(widths) ** 2)
         operations = 2 * 2 * tokens * _count_used(places) + _count_operations(widths, tokens)
-        yield _Work(_count_blocks(places), memory, operations)
+        yield Estimate(_count_blocks(places), memory, operations / pace)
 
 
-def _estimate_compression(plan: Plan, tokens: int) -> _Work:
+def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     places = _group_by_block(plan.structure)
     targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     widths: list[list[int]] = []
@@ -74,7 +68,7 @@ def _estimate_compression(plan: Plan, tokens: int) -> _Work:
     squares = max((sum(width**2 for width in own) for own in widths), default=0)
     inside = {weight.parameter for weights in places.values() for weight in weights if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return _Work(blocks, _count_bytes(places, tokens, squares, outside), operations)
+    return Estimate(blocks, _count_bytes(places, tokens, squares, outside), operations / pace)
 
 
 def _needs_products(step: Step) -> bool:

@@ -76,7 +76,7 @@ class Watch(TorchFunctionMode):
         if name is None:
             return
         if self._copies is not None:
-            inputs = self._copies.setdefault((*_identity(inputs), inputs._version), inputs.clone())
+            inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
         if weight.dim() > 2:
             # A batch of products, one with each matrix.
             self.seen += [Seen(Key(name, matrix), inputs[matrix], inputs._version) for matrix in range(len(weight))]
@@ -90,7 +90,7 @@ class Watch(TorchFunctionMode):
         return any(each.inputs._version != each.version for each in self.seen)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
@@ -129,13 +129,13 @@ class Sums:
             for key, inputs in self._drop_twins(seen):
                 by_key.setdefault(key, []).append(inputs)
             self._pass(batch, (1, -1))
-            for key in sorted(by_key, key=self._place):
-                self._wait(batch, self._place(key))
+            for key in sorted(by_key, key=self._locate):
+                self._wait(batch, self._locate(key))
                 if key not in self._sums:
                     self._sums[key] = _Sum(key.parameter, products=self._products, peaks=self._peaks)
                 for inputs in by_key[key]:
                     self._sums[key].add(inputs)
-                self._pass(batch, self._place(key, after=True))
+                self._pass(batch, self._locate(key, after=True))
         finally:
             self._pass(batch, (float("inf"), 0))
 
@@ -149,7 +149,7 @@ class Sums:
         leaders, while all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
         for key, inputs, _ in seen:
-            read.setdefault(key.parameter, {})[key.matrix, _identity(inputs)] = key, inputs
+            read.setdefault(key.parameter, {})[key.matrix, _identify(inputs)] = key, inputs
         first: dict[tuple[Any, ...], str] = {}
         distinct: list[tuple[Key, torch.Tensor]] = []
         for parameter, tensors in read.items():
@@ -161,7 +161,7 @@ class Sums:
             distinct += tensors.values() if leader == parameter else ()
         return distinct
 
-    def _place(self, key: Key, *, after: bool = False) -> tuple[float, float]:
+    def _locate(self, key: Key, *, after: bool = False) -> tuple[float, float]:
         return self._order[key.parameter] + 1, key.matrix + after
 
     def _wait(self, batch: int, place: tuple[float, float]) -> None:
@@ -245,14 +245,14 @@ class _Sum:
         self._tokens += len(rows)
         self._statistics = None
         if self._has_products:
-            for band in self._bands():
+            for band in self._cut_bands():
                 self._products[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
         else:
             self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
         if self._has_peaks and len(rows):
             self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
 
-    def _bands(self) -> Iterator[slice]:
+    def _cut_bands(self) -> Iterator[slice]:
         """Cut the products into bands of rows, which are added to from the diagonal on; the rest mirrors that."""
         for start in range(0, len(self._products), BAND):
             yield slice(start, start + BAND)
@@ -260,7 +260,7 @@ class _Sum:
     def summarize(self) -> InputStatistics:
         """Return the statistics of all that was added: one object for all callers, who cache by it."""
         if self._statistics is None:
-            for band in self._bands():
+            for band in self._cut_bands():
                 self._products[band.stop :, band] = self._products[band, band.stop :].T
             products = self._products if self._has_products else None
             squares = products.diagonal().clone() if products is not None else self._squares

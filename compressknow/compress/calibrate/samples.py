@@ -69,7 +69,7 @@ class Writer(abc.ABC):
         barred[[*form.known, *(form.suffix + form.separator + sentinels if form.family != "masked" else ())]] = False
         return barred
 
-    def random_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    def draw_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ordinary tokens, each as likely: int64 [rows, tokens]."""
         places = torch.randint(len(self.form.known), (rows, tokens), generator=generator)
         return torch.tensor(self.form.known)[places]
@@ -150,7 +150,7 @@ class CausalWriter(Writer):
         from transformers import GenerationConfig
 
         begin = torch.tensor(self.form.prefix, dtype=torch.int64).expand(self.rows, -1)
-        ids = torch.cat([begin, self.random_tokens(self.rows, 1, generator)], dim=1)
+        ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         written = self.generate(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
@@ -177,7 +177,7 @@ class MaskedWriter(Writer):
     def _write(self, generator: torch.Generator) -> Pieces:
         body = torch.full((self.BATCH, self.tokens), self.form.marks[0])
         first = range(0, self.tokens, self.STRETCH)
-        body[:, first] = self.random_tokens(len(body), len(first), generator)
+        body[:, first] = self.draw_tokens(len(body), len(first), generator)
         start = len(self.form.prefix)
         for step in range(1, min(self.STRETCH, self.tokens)):
             places = torch.arange(step, self.tokens, self.STRETCH)
@@ -211,7 +211,7 @@ class FillingWriter(Writer):
         return min(self.BATCH // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        texts = self.random_tokens(self.rows, self.blanks, generator).tolist()
+        texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
             texts = self._fill(texts, [self._draw_gaps(len(ids), generator) for ids in texts], generator)
         return [[*ids, *self.form.separator] for ids in texts if ids]

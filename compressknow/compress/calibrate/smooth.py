@@ -279,9 +279,9 @@ class _SmoothingTrial(Visitor):
         self._blocks = {module: names for module, names in wanted.items() if module in streamed.blocks}
         if not self._blocks:
             raise_unsmoothable(next(iter(wanted)))
-        self._untried = {self._kind(module) for module in self._blocks}
+        self._untried = {self._find_kind(module) for module in self._blocks}
 
-    def _kind(self, module: str) -> tuple[type, frozenset[str]]:
+    def _find_kind(self, module: str) -> tuple[type, frozenset[str]]:
         names = frozenset(name.removeprefix(module) for name in self._blocks.get(module, ()))
         return type(self._streamed.model.get_submodule(module)), names
 
@@ -290,7 +290,7 @@ class _SmoothingTrial(Visitor):
         return not self._untried
 
     def list_watched(self, module: str) -> Collection[str]:
-        return self._blocks.get(module, ()) if self._kind(module) in self._untried else ()
+        return self._blocks.get(module, ()) if self._find_kind(module) in self._untried else ()
 
     def get_sums(self, module: str) -> Sums:
         return Sums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
@@ -299,4 +299,4 @@ class _SmoothingTrial(Visitor):
         weights = {name: self._streamed.model.get_parameter(name) for name in self.list_watched(module)}
         if not any(find_norms(module, self._streamed.model.get_submodule(module), weights, rerun)):
             raise_unsmoothable(module)
-        self._untried.remove(self._kind(module))
+        self._untried.remove(self._find_kind(module))

@@ -33,12 +33,12 @@ class Wanda(Patterned, Calibrated):
         """See `Calibrated.prune`; weights that stay do not change."""
         import torch
 
-        from compressknow.compress.pruning.masks import score_keys, smallest_of_rows
+        from compressknow.compress.pruning.masks import make_score_keys, mask_smallest_of_rows
 
-        keys = score_keys(weight.abs() * inputs.squares.sqrt(), weight == 0)
+        keys = make_score_keys(weight.abs() * inputs.squares.sqrt(), weight == 0)
         if self.groups is None:
-            return torch.from_numpy(smallest_of_rows(keys, round(amount * keys.shape[1]))), None
-        pruned = smallest_of_rows(keys.reshape(-1, self.groups.of), self.groups.pruned)
+            return torch.from_numpy(mask_smallest_of_rows(keys, round(amount * keys.shape[1]))), None
+        pruned = mask_smallest_of_rows(keys.reshape(-1, self.groups.of), self.groups.pruned)
         return torch.from_numpy(pruned).view(weight.shape), None
 
 
@@ -79,7 +79,7 @@ class SparseGPT(Patterned, Calibrated):
         def settle(column: int, current: torch.Tensor) -> torch.Tensor:
             return values[column].copy_(current).masked_fill_(choice.pruned[column] | zero[column], 0)
 
-        compensate(columns, factor, choice.levels(), settle)
+        compensate(columns, factor, choice.build_levels(), settle)
         return choice.pruned.T.contiguous(), values.T.contiguous()
 
 
@@ -92,7 +92,7 @@ class _Choice:
         self.pruned = torch.zeros_like(zero)
         self._zero, self._scale, self._amount, self._pattern = zero, scale, amount, pattern
 
-    def levels(self) -> list[Level]:
+    def build_levels(self) -> list[Level]:
         from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level
 
         if self._pattern is None:
@@ -105,26 +105,26 @@ class _Choice:
         """Choose so many that the amount is right up to this block; ties go in the order of rows, then of columns."""
         import torch
 
-        from compressknow.compress.pruning.masks import smallest_of_rows
+        from compressknow.compress.pruning.masks import mask_smallest_of_rows
 
         last, rows = first + len(block), block.shape[1]
         count = round(self._amount * rows * last) - round(self._amount * rows * first)
-        pruned = smallest_of_rows(self._score_keys(first, block).reshape(1, -1), count)
+        pruned = mask_smallest_of_rows(self._make_keys(first, block).reshape(1, -1), count)
         self.pruned[first:last] = torch.from_numpy(pruned).view(rows, -1).T
 
     def _choose_in_groups(self, first: int, block: torch.Tensor) -> None:
         import torch
 
-        from compressknow.compress.pruning.masks import smallest_of_rows
+        from compressknow.compress.pruning.masks import mask_smallest_of_rows
 
         assert self._pattern is not None
-        pruned = smallest_of_rows(self._score_keys(first, block), self._pattern.pruned)
+        pruned = mask_smallest_of_rows(self._make_keys(first, block), self._pattern.pruned)
         self.pruned[first : first + len(block)] = torch.from_numpy(pruned).T
 
-    def _score_keys(self, first: int, block: torch.Tensor) -> Keys:
+    def _make_keys(self, first: int, block: torch.Tensor) -> Keys:
         """Return keys of the scores, [out, columns of the block]."""
-        from compressknow.compress.pruning.masks import score_keys
+        from compressknow.compress.pruning.masks import make_score_keys
 
         here = slice(first, first + len(block))
         scores = block.square().div_(self._scale[here, None])
-        return score_keys(scores.T.contiguous(), self._zero[here].T)
+        return make_score_keys(scores.T.contiguous(), self._zero[here].T)

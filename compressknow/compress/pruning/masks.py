@@ -211,14 +211,14 @@ def smallest(
     return [KeyMask(one.key, one.ties[0], maker) for one, maker in zip(singles, makers, strict=True)]
 
 
-def score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
+def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
     """Return integers that order as non-negative float32 scores do, with weights that are `zero` (bool) first."""
     keys = magnitude_keys(scores)
     keys[zero.numpy()] = -1
     return keys
 
 
-def smallest_of_rows(keys: Keys, count: int) -> BoolArray:
+def mask_smallest_of_rows(keys: Keys, count: int) -> BoolArray:
     """Mask the `count` smallest keys of each row [rows, columns], ties in the order of columns."""
     if count == 0:
         return np.zeros(keys.shape, dtype=np.bool_)
@@ -237,11 +237,25 @@ def mask_groups(reader: Reader, weights: Weights, size: int, count: int) -> Mask
     """Mask the `count` smallest magnitudes in each group of `size` neighbouring input channels, ties in their order."""
     if weights.axis(1) == 1:
         return EachBlock(lambda block: _mask_along_columns(magnitude_keys(block.values), size, count))
-    return EachBlock(_RowGroups(size, count, _mask_straddling(reader, weights.tensor, size, count)).mask)
+    straddling = _mask_straddling(reader, weights.tensor, size, count)
+
+    def mask(block: Block) -> BoolArray:
+        start, stop = block.rows.start, block.rows.stop
+        first, last = -(-start // size) * size, stop // size * size
+        parts = []
+        if start < first:
+            parts.append(straddling[first - size][start - first + size :][: stop - start])
+        if first < last:
+            parts.append(_mask_along_rows(magnitude_keys(block.values[first - start : last - start]), size, count))
+        if first <= last < stop:
+            parts.append(straddling[last][: stop - last])
+        return np.concatenate(parts)
+
+    return EachBlock(mask)
 
 
 def _mask_along_columns(keys: Keys, size: int, count: int) -> BoolArray:
-    return smallest_of_rows(keys.reshape(-1, size), count).reshape(keys.shape)
+    return mask_smallest_of_rows(keys.reshape(-1, size), count).reshape(keys.shape)
 
 
 def _mask_along_rows(keys: Keys, size: int, count: int) -> BoolArray:
@@ -261,29 +275,6 @@ def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int
         left = len(keys) % size
         rest = keys[len(keys) - left :].copy() if left else None
     return found
-
-
-@dataclass(frozen=True)
-class _RowGroups:
-    """Mask of groups of `size` rows: those within a block are chosen with it, the others are `straddling`."""
-
-    size: int
-    count: int
-    straddling: dict[int, BoolArray]
-
-    def mask(self, block: Block) -> BoolArray:
-        start, stop = block.rows.start, block.rows.stop
-        first, last = -(-start // self.size) * self.size, stop // self.size * self.size
-        parts = []
-        if start < first:
-            parts.append(self.straddling[first - self.size][start - first + self.size :][: stop - start])
-        if first < last:
-            parts.append(
-                _mask_along_rows(magnitude_keys(block.values[first - start : last - start]), self.size, self.count)
-            )
-        if first <= last < stop:
-            parts.append(self.straddling[last][: stop - last])
-        return np.concatenate(parts)
 
 
 def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:
