@@ -216,13 +216,13 @@ def _asked(
 ) -> list[Asked]:
     """The facts as the model reads them, and what it answered."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.evaluate.scoring.families import scorer_for
+    from compressknow.evaluate.scoring.families import make_scorer
     from compressknow.study.questions import Asked
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
     asked: list[Asked] = []
     for probe in probes:
-        scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
+        scorer = make_scorer(tree, tokenizer, family_of(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
         asked += [Asked(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.prompts import Encoder
 from compressknow.evaluate.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
@@ -214,5 +214,5 @@ def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(facts()[0], candidates=("Guinea", text))
-    prompts = make_prompts(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    prompts = make_prompts(make_scorer(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
     assert prompts.dropped == {NO_TOKENS: 1}
