@@ -111,13 +111,13 @@ def test_words_of_one_token_in_running_text(tokenizers: dict[str, PreTrainedToke
         ids, places = sentence(tokenizer, "It is ", word, "")
         if len(places) == 1 and ids[places[0]] != tokenizer.unk_token_id:
             expected[ids[places[0]]] = word
-    assert encoder.single(words) == expected
+    assert encoder.find_single(words) == expected
     assert "Guinea" in expected.values()
 
 
 def test_of_two_words_with_one_token_the_first_is_meant(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     encoder = Encoder(tokenizers["word pieces"])
-    assert list(encoder.single(("Guinea", "guinea")).values()) == ["Guinea"]
+    assert list(encoder.find_single(("Guinea", "guinea")).values()) == ["Guinea"]
 
 
 def _gpt2(vocabulary: int) -> PreTrainedModel:
