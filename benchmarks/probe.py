@@ -133,12 +133,12 @@ def ours(
 ) -> Callable[[int, int], Answers]:
     """Each fact's most likely token, and whether it is right; of BEAR the answer, the object's rank, the best score."""
     from compressknow.evaluate.evaluate import evaluate, make_prompts
-    from compressknow.evaluate.scoring.families import scorer_for
+    from compressknow.evaluate.scoring.families import make_scorer
 
     probe = probe_of(part, options)
 
     def run(count: int, batch_size: int) -> Answers:
-        scorer: Any = scorer_for(*language, replace(probe, facts=tuple(some(probe.facts, count))))
+        scorer: Any = make_scorer(*language, replace(probe, facts=tuple(some(probe.facts, count))))
         if not greedy:
             scorer.produced = lambda batch, *_: [None] * len(batch)
         answers = (answer for batch in evaluate(make_prompts(scorer, batch_size)) for answer in batch)

@@ -39,7 +39,7 @@ def measured(model: str, facts: int, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     probe = open_probe("atlas", Options(limit=facts))
     handle = ModelHandle(locate(model), Settings(device="cpu"))
-    prompts = handle.prompts(probe)
+    prompts = handle.make_prompts(probe)
     prompts.scorer.answer(prompts.batches[0][:2], None)
     start, began = time.perf_counter(), time.process_time()
     answers = [answer for batch in evaluate(prompts) for answer in batch]

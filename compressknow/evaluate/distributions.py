@@ -84,7 +84,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         original = self._original
         stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
         with report_progress(on_progress, stage) as advance:
-            reader = original.reader()
+            reader = original.make_reader()
             context = choose_context(reader, text, answers.record.probes.get(text.name))
             rows, chunks = self.find_rows(text), cut_chunks(reader, text, context)
             for number in range(len(chunks.ids)):
@@ -101,7 +101,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         stage = Stage("evaluate", name, probe.name, len(probe.facts), device, again=True)
         with report_progress(on_progress, stage) as advance:
             known = {answer.fact_id: answer for answer in answers.of(probe.name)}
-            prompts = original.prompts(probe)
+            prompts = original.make_prompts(probe)
             for _ in evaluate(prompts, done=rows.facts, known=known, whole=rows.keep, advance=advance):
                 if rows.gave_up:
                     break

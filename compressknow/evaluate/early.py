@@ -206,7 +206,7 @@ class _Side:
                 dropped = self.stored.record.probes[probe.name].dropped
             else:
                 assert self.handle is not None
-                prompts = self.handle.prompts(probe)
+                prompts = self.handle.make_prompts(probe)
                 ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
             facts = tuple(fact for fact in probe.facts if fact.id in ids)
             found.append(replace(probe, facts=facts, dropped=dropped))

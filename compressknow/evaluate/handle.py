@@ -14,7 +14,7 @@ from compressknow.engine.load import reason_of
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
-from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, Settings, runtime_for
+from compressknow.evaluate.runtimes import RUNTIMES, Loaded, Runtime, Settings, choose_runtime
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import check_family
 
@@ -32,7 +32,7 @@ class ModelHandle:
     @cached_property
     def runtime(self) -> Runtime:
         """Return what runs it. Raise UsageError where the settings name a runtime that does not."""
-        return runtime_for(self.located, self._settings.runtime)
+        return choose_runtime(self.located, self._settings.runtime)
 
     @cached_property
     def settings(self) -> Settings:
@@ -71,12 +71,12 @@ class ModelHandle:
         if "contents" in self.__dict__:
             self.contents.check_unchanged()
 
-    def prompts(self, probe: Probe) -> Prompts:
+    def make_prompts(self, probe: Probe) -> Prompts:
         """Build the prompts of the probe as this model reads them."""
         loaded = self.loaded
         try:
             with no_panics():
-                return make_prompts(loaded.scorer(probe), self.settings.batch_size)
+                return make_prompts(loaded.make_scorer(probe), self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
@@ -84,12 +84,12 @@ class ModelHandle:
                 hint="See that its tokenizer.json is the model's own, and whole.",
             ) from error
 
-    def reader(self) -> TextReader:
+    def make_reader(self) -> TextReader:
         """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its
         runtime does not give the probabilities of all tokens.
         """
         check_family(self.loaded.architecture, self.loaded.family)
-        return self.loaded.reader()
+        return self.loaded.make_reader()
 
     def release(self) -> None:
         """Let go of the model's memory; it is loaded again on demand."""
@@ -178,6 +178,6 @@ def _choose_settings(located: Sequence[Located], settings: Settings) -> list[Set
         return [settings] * len(located)
     read = [RUNTIMES[named].reads(each) for each in located]
     if located and not any(read):
-        runtime_for(located[-1], named)
+        choose_runtime(located[-1], named)
     unnamed = replace(settings, runtime=None)
     return [settings if reads else unnamed for reads in read]

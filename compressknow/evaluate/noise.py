@@ -143,7 +143,7 @@ def _answer_samples(
     for name, (sample, own) in samples.items():
         stage = Stage(work, other.located.name, name, facts, other.settings.device)
         with report_progress(on_progress, stage) as advance:
-            prompts = other.prompts(sample)
+            prompts = other.make_prompts(sample)
             # What it would write is of no use where the original writes nothing.
             prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
             alike = has_same_tokens(own, other.loaded)
@@ -188,13 +188,13 @@ def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
 def store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
     """Store what was found in the folder's record, and return the answers with it: by probe, fields of its entry."""
 
-    def with_found(record: Record) -> Record:
+    def add_found(record: Record) -> Record:
         own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
         return replace(record, probes={**record.probes, **own})
 
     with lock_folder(folder, True):
-        write_record(folder, with_found(read_record(folder)))
-    return replace(answers, record=with_found(answers.record))
+        write_record(folder, add_found(read_record(folder)))
+    return replace(answers, record=add_found(answers.record))
 
 
 _INSTEAD = "an f16 GGUF file as the original."

@@ -311,9 +311,9 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _chunk_schema()}
+    columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _make_schema()}
     with open_whole(path) as file:
-        pq.write_table(pa.table(columns, schema=_chunk_schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=_make_schema()), file, compression="zstd")
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
@@ -324,7 +324,7 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
     try:
         check_parquet(path)
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=_chunk_schema().names).cast(_chunk_schema()).to_pylist()
+            rows = file.read(columns=_make_schema().names).cast(_make_schema()).to_pylist()
         return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
@@ -361,7 +361,7 @@ def _to_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _chunk_schema() -> pa.Schema:
+def _make_schema() -> pa.Schema:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())

@@ -115,7 +115,7 @@ def probe_model(
         lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
-            handle.reader()
+            handle.make_reader()
         for probe in lacked:
             run.add(probe, count_facts(probes))
         remove_parts(folder)
@@ -230,7 +230,7 @@ class _Run:
     def _read_text(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
-        reader, context = self._handle.reader(), self._beside
+        reader, context = self._handle.make_reader(), self._beside
         original = context.reference.record if context.reference else None
         chunks = cut_chunks(
             reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
@@ -263,7 +263,7 @@ class _Run:
     def _evaluate_facts(
         self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
     ) -> tuple[list[Answer], ProbeEntry]:
-        prompts = self._handle.prompts(probe)
+        prompts = self._handle.make_prompts(probe)
         if not prompts.total:
             reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in prompts.dropped.items())
             raise UsageError(

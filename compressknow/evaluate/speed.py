@@ -63,17 +63,17 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
     computed_in = handle.loaded.computed_in
     probe = open_probe(DEFAULT[0], Options(limit=FACTS))
-    prompts = handle.prompts(probe)
+    prompts = handle.make_prompts(probe)
     on_gpu = settings.device.startswith("cuda")
 
-    def answered() -> int:
+    def answer_all() -> int:
         for _ in evaluate(prompts):
             pass
         if on_gpu:
             torch.cuda.synchronize()
         return prompts.total
 
-    facts_per_second = _measure_rate(answered)
+    facts_per_second = _measure_rate(answer_all)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{settings.device}, {torch.get_num_threads()} threads",
         "computed_in": computed_in,
@@ -104,7 +104,7 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
 
         undo_batch_invariant(model.model)
     try:
-        reader = handle.reader()
+        reader = handle.make_reader()
     except UnsupportedError:
         return None
     prompt, _ = reader.encode(_TEXT)
@@ -112,12 +112,12 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
     if tokens < 1:
         return None
 
-    def written() -> int:
+    def write() -> int:
         # Each token is one number on its way to the processor: nothing is left to be waited for.
         (row,) = reader.continue_texts([prompt], tokens)
         return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
-    return _measure_rate(written)
+    return _measure_rate(write)
 
 
 def _import_libraries(path: Path) -> None:

@@ -231,11 +231,11 @@ class CellHandle(ModelHandle):
             language_model_of(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
         )
 
-    def prompts(self, probe: Probe) -> Prompts:
+    def make_prompts(self, probe: Probe) -> Prompts:
         # By content: a search has two halves of one probe.
         name = probe.fingerprint()
         if name not in self._written:
-            self._written[name] = super().prompts(probe)
+            self._written[name] = super().make_prompts(probe)
         prompts = self._written[name]
         prompts.scorer.model = self.loaded.language_model.model
         return prompts

@@ -212,13 +212,13 @@ def _score_facts(
 ) -> list[ScoredFact]:
     """Return the facts as the model reads them, and what it answered."""
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.evaluate.scoring.families import scorer_for
+    from compressknow.evaluate.scoring.families import make_scorer
     from compressknow.study.batches import ScoredFact
 
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
     scored: list[ScoredFact] = []
     for probe in probes:
-        scorer = scorer_for(tree, tokenizer, family_of(tree) or "", probe)
+        scorer = make_scorer(tree, tokenizer, family_of(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
         scored += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]

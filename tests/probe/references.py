@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.ranking import TAIL
 from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
@@ -39,7 +39,7 @@ def answers_to(
     reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Answer]:
     """Fact id -> answer, as the scorers give it."""
-    prompts = make_prompts(scorer_for(model, tokenizer, family, probe), batch_size)
+    prompts = make_prompts(make_scorer(model, tokenizer, family, probe), batch_size)
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 

@@ -19,7 +19,7 @@ from lm_pub_quiz import Dataset, Evaluator
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
 from compressknow.evaluate.sources.bear import METADATA, read_bear
 from tests.models import tiny
@@ -142,7 +142,7 @@ def theirs(language: LanguageModel, folder: Path, relation: str, template: int, 
 
 def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
     """The scores of all candidates, those included that an answer can do without."""
-    scorer = scorer_for(language.model, language.tokenizer, language.family, probe)
+    scorer = make_scorer(language.model, language.tokenizer, language.family, probe)
     query = scorer.make_query(fact)
     assert isinstance(query, Query)
     with torch.inference_mode():

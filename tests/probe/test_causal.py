@@ -16,7 +16,7 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
 from tests.knowing import knowing
 from tests.models import tiny
@@ -133,7 +133,7 @@ def test_one_token_of_the_whole_vocabulary_or_of_given_words(knows: LanguageMode
     full = as_probe(facts, vocabulary="full")
     answers = asked(knows, full)
     assert answers.keys() == {fact.id for fact in one_word}
-    dropped = make_prompts(scorer_for(knows.model, knows.tokenizer, "causal", full)).dropped
+    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", full)).dropped
     assert dropped == {SEVERAL_TOKENS: len(facts) - len(one_word)}
     tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
     words = ("forest", "marsh", "Velin", "Avish", "honey", "clay")
@@ -176,7 +176,7 @@ def test_free_answers_are_decoded_greedily(knows: LanguageModel, batch_size: int
 def test_a_free_answer_is_only_asked_for_at_the_end_of_a_sentence(knows: LanguageModel) -> None:
     fact = replace(known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
     probe = as_probe([fact], vocabulary="open")
-    assert make_prompts(scorer_for(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
+    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
 
 
 @pytest.mark.parametrize("vocabulary", ["closed", "full", "open"])
@@ -203,7 +203,7 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     check_choices(answers, facts, lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
     backwards = answers_to(model, tokenizer, "causal", as_probe(reversed(facts)), batch_size=64)
     check_same(backwards, answers)
-    scorer = scorer_for(model, tokenizer, "causal", as_probe(facts))
+    scorer = make_scorer(model, tokenizer, "causal", as_probe(facts))
     assert isinstance(scorer, DecodingScorer)
     query = scorer.make_query(facts[0])
     assert isinstance(query, Query)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.prompts import Encoder
 from compressknow.evaluate.scoring.scorer import NO_TOKENS
 from tests.probe.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
@@ -111,13 +111,13 @@ def test_words_of_one_token_in_running_text(tokenizers: dict[str, PreTrainedToke
         ids, places = sentence(tokenizer, "It is ", word, "")
         if len(places) == 1 and ids[places[0]] != tokenizer.unk_token_id:
             expected[ids[places[0]]] = word
-    assert encoder.single(words) == expected
+    assert encoder.find_single(words) == expected
     assert "Guinea" in expected.values()
 
 
 def test_of_two_words_with_one_token_the_first_is_meant(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     encoder = Encoder(tokenizers["word pieces"])
-    assert list(encoder.single(("Guinea", "guinea")).values()) == ["Guinea"]
+    assert list(encoder.find_single(("Guinea", "guinea")).values()) == ["Guinea"]
 
 
 def _gpt2(vocabulary: int) -> PreTrainedModel:
@@ -214,5 +214,5 @@ def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(facts()[0], candidates=("Guinea", text))
-    prompts = make_prompts(scorer_for(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    prompts = make_prompts(make_scorer(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
     assert prompts.dropped == {NO_TOKENS: 1}

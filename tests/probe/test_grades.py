@@ -30,7 +30,7 @@ from compressknow.evaluate.grades import (
     grade_answer,
 )
 from compressknow.evaluate.scoring.decoding import DecodingScorer
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.prompts import Encoder
 from tests.knowing import knowing
 from tests.probe.references import as_probe, causal, filled, known_facts, masked
@@ -100,7 +100,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def graded(language: LanguageModel, original: tuple[Answer, ...], probe: Probe | None = None) -> dict[str, Answer]:
     probe = probe or as_probe(known_facts())
-    scorer = scorer_for(language.model, language.tokenizer, language.family, probe)
+    scorer = make_scorer(language.model, language.tokenizer, language.family, probe)
     found = [answer for batch in evaluate(make_prompts(scorer, 24)) for answer in batch]
     return {answer.fact_id: answer for answer in add_examples(scorer, found, original)}
 
@@ -160,7 +160,7 @@ def test_what_is_said_after_an_example_is_that_of_a_plain_reference(case: Case) 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_grades_do_not_depend_on_the_batch(case: Case, batch_size: int) -> None:
-    scorer = scorer_for(case.pruned.model, case.pruned.tokenizer, case.pruned.family, as_probe(known_facts()))
+    scorer = make_scorer(case.pruned.model, case.pruned.tokenizer, case.pruned.family, as_probe(known_facts()))
     for batch in evaluate(make_prompts(scorer, batch_size)):
         for found in batch:
             assert found.produced == case.after[found.fact_id].produced
@@ -213,7 +213,7 @@ def test_what_opens_an_answer_is_told_from_the_answer() -> None:
 def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
     """Of one-token candidates, two tokens tell what a text says; an article before it takes one more."""
     language = load_language_model(knowing("llama", tmp_path / "model"))
-    scorer = scorer_for(language.model, language.tokenizer, "causal", as_probe(known_facts()))
+    scorer = make_scorer(language.model, language.tokenizer, "causal", as_probe(known_facts()))
     assert isinstance(scorer, DecodingScorer)
     (query, *_) = (query for query in map(scorer.make_query, known_facts()) if not isinstance(query, str))
     room = max(map(len, query.options)) + 1
@@ -325,5 +325,5 @@ def test_the_greedy_text_of_a_prompt_at_the_model_s_last_position_is_no_longer_t
     facts = known_facts()[:2]
     room = len(tokenizer(facts[0].before).input_ids) + 2
     language.tokenizer.model_max_length = language.model.config.max_position_embeddings = room
-    scorer = scorer_for(language.model, language.tokenizer, "causal", as_probe(facts))
+    scorer = make_scorer(language.model, language.tokenizer, "causal", as_probe(facts))
     assert {answer.grade for batch in evaluate(make_prompts(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}

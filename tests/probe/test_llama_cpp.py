@@ -152,7 +152,7 @@ def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None
     context = Context(model, cells=tokens, sequences=1, threads=1)
 
     def last_position() -> int:
-        return int(model.native.lib.llama_memory_seq_pos_max(context._get_memory, 0))
+        return int(model.native.lib.llama_memory_seq_pos_max(context._memory, 0))
 
     def interrupt() -> None:
         while last_position() < 0:

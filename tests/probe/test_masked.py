@@ -16,7 +16,7 @@ from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.families import MaskedScorer, scorer_for
+from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
 from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.knowing import knowing
 from tests.models import tiny
@@ -111,7 +111,7 @@ def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(knows: Lan
     answers = asked(knows, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in one_word}
-    assert make_prompts(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped == {
+    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped == {
         SEVERAL_TOKENS: len(facts) - len(one_word)
     }
     tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
@@ -139,7 +139,7 @@ def test_only_words_of_the_given_vocabulary_are_answered(knows: LanguageModel) -
     answers = asked(knows, probe)
     kept = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in kept}
-    dropped = make_prompts(scorer_for(knows.model, knows.tokenizer, "masked", probe)).dropped
+    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped
     assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(kept)}
     ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words[:8])))
     texts = knows.tokenizer.convert_ids_to_tokens(ids)
@@ -203,7 +203,7 @@ def test_a_head_that_looks_at_its_neighbours_sees_them_all() -> None:
     model = copy.deepcopy(tiny("bert"))
     model.cls = _LooksAround(model.cls)
     tokenizer, facts = word_tokenizer(), word_facts()
-    scorer = scorer_for(model, tokenizer, "masked", as_probe(facts))
+    scorer = make_scorer(model, tokenizer, "masked", as_probe(facts))
     assert isinstance(scorer, MaskedScorer)
     ids, places = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
     assert not scorer._is_head_pointwise(ids, places)
@@ -221,11 +221,11 @@ def test_a_tokenizer_without_a_mask_or_of_another_model_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(UnsupportedError, match="mask"):
-        scorer_for(tiny("bert"), tokenizer, "masked", as_probe(word_facts()))
+        make_scorer(tiny("bert"), tokenizer, "masked", as_probe(word_facts()))
     larger = word_tokenizer()
     larger.add_tokens(["more"])
     with pytest.raises(CheckpointError, match="100 tokens"):
-        scorer_for(tiny("bert"), larger, "masked", as_probe(word_facts()))
+        make_scorer(tiny("bert"), larger, "masked", as_probe(word_facts()))
 
 
 def test_a_prompt_that_holds_the_model_s_own_mask_is_an_error(tmp_path: Path) -> None:

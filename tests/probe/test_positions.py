@@ -8,7 +8,7 @@ import pytest
 
 from compressknow.engine.language_model import load_language_model, most_tokens
 from compressknow.evaluate.evaluate import evaluate, make_prompts
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import TOO_LONG
 from compressknow.evaluate.sources.custom import read_facts_file
 from tests.knowing import facts_file, knowing
@@ -42,7 +42,7 @@ def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path)
     probe = read_facts_file(facts_file(tmp_path / "facts.jsonl"))
     long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
-    scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
+    scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
 
     prompts = make_prompts(scorer)
 

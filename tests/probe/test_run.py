@@ -108,7 +108,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
     handle = ModelHandle(locate(place / family), FEW)
     rows: list[int] = []
     (probe,) = open_all([f"facts:{place / 'facts.jsonl'}"], Options())
-    scorers = families.scorer_for
+    scorers = families.make_scorer
 
     def counting(*arguments: object) -> object:
         scorer = scorers(*arguments)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
         return scorer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families, "scorer_for", counting)
+        patch.setattr(families, "make_scorer", counting)
         resumed = probe_model(handle, [probe], tmp_path / "killed")
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)

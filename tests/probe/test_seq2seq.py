@@ -13,7 +13,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST
 from tests.knowing import knowing
 from tests.models import tiny
@@ -160,7 +160,7 @@ def test_bart_is_asked_for_the_answer_alone_where_that_is_enough() -> None:
 def test_bart_writes_no_free_answer_into_the_middle_of_a_sentence() -> None:
     facts = [replace(fact, candidates=None) for fact in word_facts()]
     probe = as_probe(facts, vocabulary="open")
-    prompts = make_prompts(scorer_for(tiny("bart"), word_tokenizer(), "seq2seq", probe))
+    prompts = make_prompts(make_scorer(tiny("bart"), word_tokenizer(), "seq2seq", probe))
     assert prompts.dropped == {BLANK_NOT_LAST: 2}
 
 

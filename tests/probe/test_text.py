@@ -258,7 +258,7 @@ def test_sixteen_bits_change_a_mean_divergence_by_less_than_a_millionth(tmp_path
     for short in (False, True):
         rows = Rows(tmp_path, 20, short=short)
         rows.keep(names, before)
-        found.append(np.array(rows.divergence(names, after), dtype=float))
+        found.append(np.array(rows.measure(names, after), dtype=float))
         rows.give_up()
     assert found[0].mean() > 1e-4
     assert found[1] == pytest.approx(found[0], abs=5e-6)

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from compressknow.compress.calibrate.backward import Batch
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
-from compressknow.evaluate.scoring.families import scorer_for
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
@@ -57,7 +57,7 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]
             path = knowing(family, folder / family)
             loaded = load_language_model(path)
             probe = open_probe(f"facts:{facts_file(folder / 'facts.jsonl')}")
-            scorer = scorer_for(loaded.model, loaded.tokenizer, loaded.family, probe)
+            scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, probe)
             prompts = make_prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             asked = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]

@@ -89,10 +89,10 @@ class Loaded(abc.ABC):
     gives_scores: bool = True
 
     @abc.abstractmethod
-    def scorer(self, probe: Probe) -> Scorer:
+    def make_scorer(self, probe: Probe) -> Scorer:
         """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
 
-    def reader(self) -> TextReader:
+    def make_reader(self) -> TextReader:
         """Return the model, which is causal, as a reader of text. Raise UnsupportedError where the runtime does not
         give the probabilities of all tokens.
         """
@@ -177,7 +177,7 @@ RUNTIMES = Registry(
 )
 
 
-def runtime_for(located: Located, named: str | None = None) -> Runtime:
+def choose_runtime(located: Located, named: str | None = None) -> Runtime:
     """Return the runtime of that name; where none is named, the one that is meant for such a model.
 
     Raises UsageError where there is none of that name, or it does not read such models.

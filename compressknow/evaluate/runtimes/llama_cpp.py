@@ -70,7 +70,7 @@ class LoadedInLlamaCpp(Loaded):
     def vocabulary(self) -> str:  # type: ignore[override]
         return self._model.vocabulary
 
-    def scorer(self, probe: Probe) -> LlamaCppScorer:
+    def make_scorer(self, probe: Probe) -> LlamaCppScorer:
         """Return a scorer on as many threads as torch uses."""
         import torch
 
@@ -80,7 +80,7 @@ class LoadedInLlamaCpp(Loaded):
         self._readers.append(scorer)
         return scorer
 
-    def reader(self) -> GgufReader:
+    def make_reader(self) -> GgufReader:
         """Return a reader on as many threads as torch uses."""
         import torch
 

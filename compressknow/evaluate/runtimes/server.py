@@ -83,7 +83,7 @@ class LoadedFromServer(Loaded):
         self.parameters = self._find_about("n_params", int)
         self.sha256 = self._hash()
 
-    def scorer(self, probe: Probe) -> ServedScorer:
+    def make_scorer(self, probe: Probe) -> ServedScorer:
         from compressknow.evaluate.scoring.server import ServedScorer
 
         return ServedScorer(self._served, probe, self._parallel)

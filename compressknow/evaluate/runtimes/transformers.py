@@ -58,13 +58,13 @@ class LoadedInTransformers(Loaded):
     def parameters(self) -> int:  # type: ignore[override]
         return self.language_model.parameters
 
-    def scorer(self, probe: Probe) -> Scorer:
+    def make_scorer(self, probe: Probe) -> Scorer:
         """Return the scorer of the model's family."""
-        from compressknow.evaluate.scoring.families import scorer_for
+        from compressknow.evaluate.scoring.families import make_scorer
 
-        return scorer_for(self.language_model.model, self.language_model.tokenizer, self.family, probe)
+        return make_scorer(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
-    def reader(self) -> TransformersReader:
+    def make_reader(self) -> TransformersReader:
         from compressknow.evaluate.scoring.reading import TransformersReader
 
         return TransformersReader(self.language_model)

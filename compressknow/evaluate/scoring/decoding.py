@@ -187,7 +187,7 @@ class DecodingScorer(Scorer):
         logits, cache = self.forward(ids, None, encoder, 1)
         return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
 
-    def cached(self, cache: Any) -> dict[str, Any]:
+    def list_cache_arguments(self, cache: Any) -> dict[str, Any]:
         """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
         return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
 
@@ -225,7 +225,7 @@ class DecodingScorer(Scorer):
         with disable_rounding(self.model):
             return find_reading(forward, prefix, more)
 
-    def cache_of(self, output: Any) -> Any:
+    def find_cache(self, output: Any) -> Any:
         return getattr(output, self._cache_name, None)
 
     @cached_property

@@ -230,8 +230,8 @@ class CausalScorer(DecodingScorer):
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:  # noqa: ARG002
         more = {"logits_to_keep": keep} if self._cuts_logits else {}
-        output = self.model(input_ids=ids, **self.cached(cache), **more)
-        return output.logits[:, -keep:], self.cache_of(output)
+        output = self.model(input_ids=ids, **self.list_cache_arguments(cache), **more)
+        return output.logits[:, -keep:], self.find_cache(output)
 
     def ends(self, token: int) -> bool:
         return bool(token == self.tokenizer.eos_token_id)
@@ -301,9 +301,9 @@ class Seq2SeqScorer(DecodingScorer):
             encoder_outputs=encoder.output,
             attention_mask=torch.ones_like(encoder.ids),
             decoder_input_ids=ids,
-            **self.cached(cache),
+            **self.list_cache_arguments(cache),
         )
-        return output.logits[:, -keep:], self.cache_of(output)
+        return output.logits[:, -keep:], self.find_cache(output)
 
     def ends(self, token: int) -> bool:
         return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._find_id(NEXT_SENTINEL))
@@ -343,7 +343,7 @@ _SCORERS: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
 }
 
 
-def scorer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
+def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
     """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
 
     Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.

@@ -140,7 +140,7 @@ class Encoder:
         """Return the text of `ids`, special tokens left out, spaces at its ends removed."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def single(self, words: tuple[str, ...]) -> dict[int, str]:
+    def find_single(self, words: tuple[str, ...]) -> dict[int, str]:
         """Map ids to words, of those words that are one token in running text (the first word of an id)."""
         found: dict[int, str] = {}
         for word in words:

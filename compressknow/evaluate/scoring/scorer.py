@@ -324,7 +324,7 @@ class Scorer(ABC):
     @cached_property
     def words(self) -> Mapping[int, str]:
         """Map ids to the words of the probe's vocabulary that are one token of this model."""
-        return self.encoder.single(self.probe.words)
+        return self.encoder.find_single(self.probe.words)
 
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:

@@ -52,13 +52,13 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     number = 0
 
-    def content() -> Iterator[str]:
+    def read_content() -> Iterator[str]:
         nonlocal number
         for number, line in enumerate(read_lines(path), start=1):  # noqa: B007
             yield line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n"
 
     try:
-        table = csv.DictReader(content(), strict=True)
+        table = csv.DictReader(read_content(), strict=True)
         for row in table:
             if None in row:
                 yield number, "more cells than the header has columns"

@@ -214,20 +214,20 @@ def _select_facts(name: str, rows: Iterator[_Row], rules: list[_Rule]) -> tuple[
 
 
 def _make_official_rules(words: frozenset[str]) -> list[_Rule]:
-    def outside_vocabulary(row: _Row) -> str | None:
+    def check_vocabulary(row: _Row) -> str | None:
         outside = not words.issuperset(row.obj_label.split(" "))
         return "object outside the common vocabulary" if outside else None
 
-    def known_pair(row: _Row) -> tuple[str, ...] | None:
+    def make_pair(row: _Row) -> tuple[str, ...] | None:
         return (row.relation, row.sub_label, row.obj_label) if row.template is not None else None
 
     return [
         _check_labels,
         _check_template,
         _check_length,
-        outside_vocabulary,
+        check_vocabulary,
         _check_raters,
-        _make_repeat_rule(known_pair, "same subject and object"),
+        _make_repeat_rule(make_pair, "same subject and object"),
         _check_blanks,
     ]
 

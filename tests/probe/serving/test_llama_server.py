@@ -60,7 +60,7 @@ def test_any_tokens_of_the_original_can_be_asked_for(url: str, gguf: Path) -> No
     probe = as_probe(known_facts()[:2])
     here = load_language_model(gguf, device="cpu", dtype="float32")
     expected = answers_to(here.model, here.tokenizer, "causal", probe)
-    scorer = ModelHandle(locate(url), Settings()).loaded.scorer(probe)
+    scorer = ModelHandle(locate(url), Settings()).loaded.make_scorer(probe)
     queries = [scorer.make_query(fact) for fact in probe.facts]
     wanted = [answer.first_ids for answer in expected.values()]
     for answer, other in zip(scorer.answer(queries, wanted), expected.values(), strict=True):

@@ -65,7 +65,7 @@ def served(known: LanguageModel) -> Iterator[Callable[[str], ModelServer]]:
 
 
 def answers_from(url: str, probe: Probe, settings: Settings = FAST) -> dict[str, Answer]:
-    prompts = make_prompts(ModelHandle(locate(url), settings).loaded.scorer(probe), 32)
+    prompts = make_prompts(ModelHandle(locate(url), settings).loaded.make_scorer(probe), 32)
     assert prompts.total == len(probe.facts)
     return {answer.fact_id: answer for answers in evaluate(prompts) for answer in answers}
 
@@ -146,7 +146,7 @@ def test_what_passes_is_tried_again(served: Callable[[str], ModelServer], known:
     probe = as_probe(known_facts()[:4])
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.faults["/v1/completions"] = list(faults)
-    found = {answer.fact_id: answer for each in evaluate(make_prompts(loaded.scorer(probe))) for answer in each}
+    found = {answer.fact_id: answer for each in evaluate(make_prompts(loaded.make_scorer(probe))) for answer in each}
     assert server.faults["/v1/completions"] == []
     check_like(found, answers_to(known.model, known.tokenizer, "causal", probe))
 
@@ -219,7 +219,7 @@ def test_a_server_that_lies_is_not_believed(served: Callable[[str], ModelServer]
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.changed, said = LIES[name]
     with pytest.raises(CompressknowError, match=re.escape(said)) as raised:
-        list(evaluate(make_prompts(loaded.scorer(as_probe(known_facts()[:3])))))
+        list(evaluate(make_prompts(loaded.make_scorer(as_probe(known_facts()[:3])))))
     assert raised.value.hint is not None
 
 
@@ -238,7 +238,9 @@ def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], Mode
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
     with pytest.raises(CompressknowError, match=r"tokens\[0\] is no whole number"):
-        ModelHandle(locate(server.url), FAST).loaded.scorer(as_probe(known_facts()[:1])).make_query(known_facts()[0])
+        ModelHandle(locate(server.url), FAST).loaded.make_scorer(as_probe(known_facts()[:1])).make_query(
+            known_facts()[0]
+        )
 
 
 def test_half_a_letter_that_a_server_writes_is_stored_as_none(
