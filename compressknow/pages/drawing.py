@@ -144,7 +144,7 @@ def draw_lines(
     start : the figure at 0 %, that of the original itself (0 to 1).
     levels : lines across.
     unit : `PERCENT`, or `POINTS` for differences of percentages.
-    within : what the axis reaches over at least, as `reach` gives it: that of all charts of a row is their one scale.
+    within : what the axis reaches over at least, as `find_reach` gives it: one scale for all charts of a row.
     """
     description = "; ".join(
         f"{plain(line.scope, 40)}: "
@@ -245,7 +245,7 @@ def draw_bars(
 
     Parameters
     ----------
-    high : the axis reaches so far at least, and over `within`; that and `levels` as in `lines`.
+    high : the axis reaches so far at least, and over `within`; that and `levels` as in `draw_lines`.
     """
     description = ", ".join(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"

@@ -1,7 +1,7 @@
 """Parts that a section of a page is made of, tables among them.
 
 A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
-escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `report.drawing` alone.
+escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
 """
 
 from __future__ import annotations
