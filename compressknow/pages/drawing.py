@@ -144,14 +144,14 @@ def draw_lines(
     start : the figure at 0 %, that of the original itself (0 to 1).
     levels : lines across.
     unit : `PERCENT`, or `POINTS` for differences of percentages.
-    within : what the axis reaches over at least, as `reach` gives it: that of all charts of a row is their one scale.
+    within : what the axis reaches over at least, as `find_reach` gives it: one scale for all charts of a row.
     """
-    told = "; ".join(
+    description = "; ".join(
         f"{plain(line.scope, 40)}: "
         + ", ".join(f"{write_value(y.value, unit)} at {amount:g} %" for amount, y in line.points)
         for line in drawn_lines
     )
-    with open_axes(260, id, title, f"{told}.{_describe_levels(levels, unit)}") as (plot, drawn):
+    with open_axes(260, id, title, f"{description}.{_describe_levels(levels, unit)}") as (plot, drawn):
         ends = [_draw_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
         bottom, top = round_range([100 * start, *find_reach(drawn_lines, levels), *within])
@@ -204,12 +204,12 @@ def _space_out(amounts: Sequence[float], gap: float) -> list[float]:
     >>> _space_out([0, 10, 15, 20, 40], gap=10)
     [0, 10, 20, 40]
     """
-    kept = list(amounts[:1])
+    spaced = list(amounts[:1])
     for amount in amounts[1:]:
         # Amounts are rounded: what is a gap apart in decimals may be a little less in floats.
-        if amount - kept[-1] >= gap * (1 - 1e-9):
-            kept.append(amount)
-    return kept
+        if amount - spaced[-1] >= gap * (1 - 1e-9):
+            spaced.append(amount)
+    return spaced
 
 
 def _draw_levels(
@@ -245,16 +245,16 @@ def draw_bars(
 
     Parameters
     ----------
-    high : the axis reaches so far at least, and over `within`; that and `levels` as in `lines`.
+    high : the axis reaches so far at least, and over `within`; that and `levels` as in `draw_lines`.
     """
-    told = ", ".join(
+    description = ", ".join(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
     )
     places = _place_bars(drawn_bars)
     last = places[-1]
     with open_axes(
-        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{told}.{_describe_levels(levels, unit)}"
+        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{description}.{_describe_levels(levels, unit)}"
     ) as (
         plot,
         drawn,

@@ -206,9 +206,9 @@ def is_encoder_decoder(architecture: str, model_type: str) -> bool:
 def describe_runtimes(manifest: Mapping[str, Any]) -> str:
     """Say where the output runs, and why not in vLLM where that knows the decoder."""
     limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
-    told = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
+    text = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
-    return f"{told} It does not run in vLLM: {obstacle}." if obstacle and known else told
+    return f"{text} It does not run in vLLM: {obstacle}." if obstacle and known else text
 
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -278,11 +278,11 @@ def add_results(front_matter: str, comparison: Comparison) -> str:
     metadata = check_metadata(front_matter)
     results = {KEY: _merge_results(metadata.get(KEY) or [], comparison)}
     added = to_yaml(results)
-    kept = _cut_index(front_matter)
-    if kept is None:
+    others = _cut_index(front_matter)
+    if others is None:
         rest = {key: value for key, value in metadata.items() if key != KEY}
-        kept = to_yaml(rest)
-    return f"{kept.rstrip()}\n{added}" if kept.strip() else added
+        others = to_yaml(rest)
+    return f"{others.rstrip()}\n{added}" if others.strip() else added
 
 
 def _cut_index(front_matter: str) -> str | None:
@@ -307,13 +307,13 @@ def _cut_index(front_matter: str) -> str | None:
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     """Return the user's own results, and beside them the comparison's."""
-    kept = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
-    kept = [model for model in kept if model["results"]]
+    others = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
+    others = [model for model in others if model["results"]]
     ours, name = _make_results(comparison), comparison.model.name
-    if kept:
+    if others:
         # The Hub knows one model a card: its name is the user's.
-        kept[0]["results"] += ours
-        return kept
+        others[0]["results"] += ours
+        return others
     return [{"name": name, "results": ours}]
 
 

@@ -1,7 +1,7 @@
 """Parts that a section of a page is made of, tables among them.
 
 A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
-escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `report.drawing` alone.
+escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
 """
 
 from __future__ import annotations
@@ -62,33 +62,39 @@ class Entry:
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
-    entries = [
-        Entry("Name", _at(model.name, model.revision), code=True),
-        Entry("SHA-256", plain(model.sha256, 80)[:_SHORT], code=True, full=plain(model.sha256, 80)),
-        Entry("Made from", _at(str(model.source.get("name", "")), str(model.source.get("revision") or "")), code=True)
-        if model.source
-        else None,
-        Entry("Setup", plain(model.setup, 80)) if model.setup else None,
-        Entry("Quantization", plain(model.quantization, 200)) if model.quantization else None,
-        *_runtime(model.runtime or {}),
-        Entry("Kind", f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}"),
-        Entry("Parameters", _parameters(model)),
-    ]
-    return tuple(entry for entry in entries if entry)
+    return tuple(_identify(model))
 
 
-def _runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
+def _identify(model: ModelFacts) -> Iterator[Entry]:
+    yield Entry("Name", _write_name(model.name, model.revision), code=True)
+    yield Entry("SHA-256", plain(model.sha256, 80)[:_SHORT], code=True, full=plain(model.sha256, 80))
+    if source := model.source:
+        yield Entry("Made from", _write_name(source.get("name", ""), source.get("revision")), code=True)
+    if model.setup:
+        yield Entry("Setup", plain(model.setup, 80))
+    if model.quantization:
+        yield Entry("Quantization", plain(model.quantization, 200))
+    yield from _list_runtime(model.runtime or {})
+    yield Entry("Kind", f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}")
+    zeros = ""
+    if model.zeros is not None and model.parameters is not None:
+        zeros = f", {percent(model.zeros, model.parameters)} of them zero"
+    yield Entry("Parameters", f"{millions(model.parameters)}{zeros}")
+
+
+def _list_runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
     """Yield what ran it, where that was not transformers, and how it stores each group of layers."""
     if runtime:
         yield Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80))
     if types := runtime.get("types"):
-        yield Entry("Stored as", plain("; ".join(f"{group} {_shares(kinds)}" for group, kinds in types.items()), 400))
+        stored = "; ".join(f"{group} {_write_shares(kinds)}" for group, kinds in types.items())
+        yield Entry("Stored as", plain(stored, 400))
 
 
-def _shares(kinds: Mapping[str, int]) -> str:
+def _write_shares(kinds: Mapping[str, int]) -> str:
     """Write types with their shares of the parameters, where there are several.
 
-    >>> _shares({"Q4_K": 3, "F32": 1}), _shares({"Q6_K": 5})
+    >>> _write_shares({"Q4_K": 3, "F32": 1}), _write_shares({"Q6_K": 5})
     ('Q4_K 75.0 %, F32 25.0 %', 'Q6_K')
     """
     if len(kinds) == 1:
@@ -97,14 +103,8 @@ def _shares(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {percent(number, total)}" for kind, number in kinds.items())
 
 
-def _at(name: str, revision: str | None) -> str:
+def _write_name(name: object, revision: object) -> str:
     return plain(name, 120) + (f"@{plain(revision, 60)}" if revision else "")
-
-
-def _parameters(model: ModelFacts) -> str:
-    known = model.zeros is not None and model.parameters is not None
-    zeros = f", {percent(model.zeros or 0, model.parameters or 0)} of them zero" if known else ""
-    return f"{millions(model.parameters)}{zeros}"
 
 
 def list_run(card: Card) -> tuple[Entry, ...]:
@@ -132,14 +132,14 @@ def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bar
     return Table(
         caption,
         (kind, *_GROUP_COLUMNS),
-        tuple(_group_row(group) for group in groups),
+        tuple(_make_group_row(group) for group in groups),
         bars=tuple(group.kept for group in groups) if bars else (),
         bars_after=5,
         sortable=len(groups) > 1,
     )
 
 
-def _group_row(group: Group) -> tuple[str, ...]:
+def _make_group_row(group: Group) -> tuple[str, ...]:
     counts = group.counts
     return (
         plain(group.name, 80),
@@ -414,25 +414,26 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
                 yield _draw(part, f"{id}-{number}")
         elif isinstance(part, Charts):
             if charts:
-                yield replace(part, charts=tuple(_drawn(c, f"{id}-{number}-{i}") for i, c in enumerate(part.charts, 1)))
+                titled = (_draw_titled(each, f"{id}-{number}-{i}") for i, each in enumerate(part.charts, start=1))
+                yield replace(part, charts=tuple(titled))
         elif isinstance(part, Beside):
             chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
-            yield replace(part, chart=chart, table=_table(part.table, charts))
+            yield replace(part, chart=chart, table=_drop_bars(part.table, charts))
         elif isinstance(part, Folded):
             yield replace(part, parts=tuple(draw_charts(part.parts, f"{id}-{number}", charts)))
         else:
-            yield _table(part, charts) if isinstance(part, Table) else part
-
-
-def _drawn(chart: Chart | Drawn, id: str) -> Drawn:
-    return replace(_draw(chart, id), title=chart.heading) if isinstance(chart, Chart) else chart
+            yield _drop_bars(part, charts) if isinstance(part, Table) else part
 
 
 def _draw(chart: Chart, id: str) -> Drawn:
     return Drawn(Markup(chart.svg(id)))
 
 
-def _table(table: Table, bars: bool) -> Table:
+def _draw_titled(chart: Chart | Drawn, id: str) -> Drawn:
+    return Drawn(Markup(chart.svg(id)), title=chart.heading) if isinstance(chart, Chart) else chart
+
+
+def _drop_bars(table: Table, bars: bool) -> Table:
     return table if bars else replace(table, bars=())
 
 

@@ -16,7 +16,7 @@ from compressknow.base.format import plain
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
-_KEPT = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
+_ATTRIBUTES = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
 # Of a file: characters of a line of its title in each column, and room for labels that reach over the edge.
 _TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
@@ -178,7 +178,7 @@ def _read_style(style: str) -> dict[str, str]:
     """Return the declarations of a style attribute as attributes; colours as classes."""
     declarations = [part.partition(":") for part in style.split(";") if part.strip()]
     found = {name.strip(): value.strip() for name, _, value in declarations}
-    attributes = {name: value for name, value in found.items() if name in _KEPT}
+    attributes = {name: value for name, value in found.items() if name in _ATTRIBUTES}
     classes = []
     for name in ("fill", "stroke"):
         if (colour := found.get(name)) in _CLASSES:

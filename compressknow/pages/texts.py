@@ -192,9 +192,9 @@ def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
     if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:
         return None
     values = [(label, max(found[key], _LEAST)) for key, label in _PERCENTILES]
-    told = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
+    figures = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
-    return Chart(title, f"In nats: {told}.", lambda plot: _draw(plot, values), height=210)
+    return Chart(title, f"In nats: {figures}.", lambda plot: _draw(plot, values), height=210)
 
 
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:

@@ -290,7 +290,7 @@ def draw_heat_map(
     Parameters
     ----------
     id : of the element; nothing else on the page may have it or begin with it.
-    bounds : the scale, as `bounds_of` gives it; by default the grid's own.
+    bounds : the scale, as `find_bounds` gives it; by default the grid's own.
     write : writes a figure.
     """
     if not grid.figures:

@@ -20,7 +20,8 @@ from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.pages.card.make import compare, describe_method, read_model_facts
+from compressknow.pages.card.make import compare, read_model_facts
+from compressknow.pages.card.method import describe_method
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell

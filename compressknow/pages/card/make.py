@@ -11,7 +11,7 @@ from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.comparison.distributions import wordings_of
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.paired import Pair, certainty, changed_facts, compare_probe, paired
-from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
+from compressknow.comparison.records import Counts, EarlyStop, TextFigures
 from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
@@ -19,7 +19,7 @@ from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
 from compressknow.pages.card import warnings
 from compressknow.pages.card.decision import decide
 from compressknow.pages.card.gate import Gate
-from compressknow.pages.card.method import compare_with_rounding, describe_probes
+from compressknow.pages.card.method import compare_with_rounding, describe_method
 from compressknow.pages.card.sections import ProbeAnswers, add_sections, collect_methods, list_failures
 from compressknow.pages.card.verdict import (
     describe_early,
@@ -29,7 +29,6 @@ from compressknow.pages.card.verdict import (
     write_verdict,
 )
 from compressknow.pages.records import Card, Comparison, Decision, ModelFacts, label_models
-from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
 _REQUIRED = ("name", "sha256", "architecture", "family")
@@ -106,11 +105,11 @@ def make_card(
 
 def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Decision | None) -> str:
     name = original.record.model.name
-    said = []
+    sentences = []
     if any(c.probes for c in comparisons):
         # Over the same facts alone can one be called the best.
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
-        said.append(write_joint_verdict(name, comparisons, alike))
+        sentences.append(write_joint_verdict(name, comparisons, alike))
     labels = label_models([comparison.model for comparison in comparisons])
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
@@ -120,8 +119,8 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
             for figures in comparison.texts
             if figures.text == text
         ]
-        said.append(write_joint_sentence(text, before, found))
-    return " ".join(said)
+        sentences.append(write_joint_sentence(text, before, found))
+    return " ".join(sentences)
 
 
 def _add_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
@@ -180,10 +179,10 @@ def compare(
     graded = grade_domains(figures)
     sure = certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
-    said = write_verdict(before.name, counts, kept, sure) + compare_with_rounding(figures) if probes else ""
+    outcome = write_verdict(before.name, counts, kept, sure) + compare_with_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
-        verdict=" ".join(filter(None, (said, *map(write_sentence, texts), describe_early(early)))),
+        verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), describe_early(early)))),
         kept=kept,
         counts=counts,
         grades=graded,
@@ -223,12 +222,8 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
 
 def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
     """Return both models' answers to a probe, and its entries in both records."""
-    return (
-        original.of(probe),
-        compressed.of(probe),
-        original.record.probes[probe],
-        compressed.record.probes[probe],
-    )
+    both = (original, compressed)
+    return (*(side.of(probe) for side in both), *(side.record.probes[probe] for side in both))
 
 
 def _check_comparable(original: Answers, compressed: Answers) -> None:
@@ -249,14 +244,10 @@ def _check_comparable(original: Answers, compressed: Answers) -> None:
     if not set(original.probes) & set(compressed.probes):
         raise CompressknowError(
             f"{before.name} and {after.name} were not evaluated on any common probe.",
-            why=f"The original was evaluated on {_listed(original.probes)}, "
-            f"the other model on {_listed(compressed.probes)}.",
+            why=f"The original was evaluated on {', '.join(original.probes) or 'nothing'}, "
+            f"the other model on {', '.join(compressed.probes) or 'nothing'}.",
             hint="Probe both with the same -p PROBE.",
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "nothing"
 
 
 def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
@@ -264,19 +255,3 @@ def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     if len(comparisons) < 2:
         return ()
     return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
-
-
-def describe_method(
-    original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """Say how the probes were run and judged, and the limits of that."""
-    probes: dict[str, ProbeFigures] = {}
-    for comparison in comparisons:
-        for figures in comparison.probes:
-            probes.setdefault(figures.probe, figures)
-    family = original.record.model.family or ""
-    evaluated = [(p, original.record.probes[name], original.of(name)) for name, p in probes.items()]
-    of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
-    if not evaluated and of_texts:
-        return (*of_texts, *of_sections)
-    return describe_probes(family, evaluated, (*of_texts, *of_sections))

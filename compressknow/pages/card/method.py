@@ -9,17 +9,18 @@ from compressknow.comparison.clusters import FEWEST, FEWEST_SIGNS
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS
 from compressknow.comparison.intervals import RESAMPLES, SEED, proportion
 from compressknow.comparison.records import ProbeFigures
-from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
+from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer, Answers
 from compressknow.evaluate.records import NoiseFloor, ProbeEntry
 from compressknow.evaluate.sources import find_source
 from compressknow.pages.card.verdict import LOWEST, SCALE
 from compressknow.pages.drawing import Level
 from compressknow.pages.records import Comparison
+from compressknow.pages.texts import METHOD as TEXT_METHOD
 
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
 LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
-_ASKED = {
+_SCORING = {
     "masked": "The blank of each prompt is the model's mask; an answer of several tokens is scored by its "
     "pseudo-log-likelihood.",
     "causal": "The model reads each prompt up to the blank; an answer is scored by the log-probability of all its "
@@ -29,24 +30,32 @@ _ASKED = {
 }
 
 
-def describe_probes(
-    family: str,
-    probes: Iterable[tuple[ProbeFigures, ProbeEntry, Sequence[Answer]]],
-    of_sections: Sequence[str] = (),
+def describe_method(
+    original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Say how probes were run and judged, a sentence each.
+    """Say how the probes were run and judged, and the limits of that.
 
     Parameters
     ----------
-    family : ``masked``, ``causal`` or ``seq2seq``.
-    probes : of each probe its figures, its entry in the original's ``probe.json``, and the original's answers.
     of_sections : how the card's sections compute what they alone show.
     """
-    probes = list(probes)
-    own = any(_describe_source(figures.probe) is None for figures, _, _ in probes)
-    asked = [_ASKED[family]] if own and family in _ASKED else []
-    limits = _describe_limits(figures for figures, _, _ in probes)
-    return (*asked, *(_describe_probe(*probe) for probe in probes), *_describe_figures(), *of_sections, *limits)
+    probes: dict[str, ProbeFigures] = {}
+    for comparison in comparisons:
+        for figures in comparison.probes:
+            probes.setdefault(figures.probe, figures)
+    of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
+    if not probes and of_texts:
+        return (*of_texts, *of_sections)
+    scored_here = any(_describe_source(name) is None for name in probes)
+    family = original.record.model.family or ""
+    return (
+        *([_SCORING[family]] if scored_here and family in _SCORING else []),
+        *(_describe_probe(p, original.record.probes[name], original.of(name)) for name, p in probes.items()),
+        *_describe_figures(),
+        *of_texts,
+        *of_sections,
+        *_describe_limits(probes.values()),
+    )
 
 
 def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
@@ -124,14 +133,14 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     """Say what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
     probes that tell; nothing where none does.
     """
-    told = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
-    if not told:
+    measured = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
+    if not measured:
         return ""
-    facts = sum(probe.counts.n for probe in told)
-    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in told)
+    facts = sum(probe.counts.n for probe in measured)
+    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
-    for name in _list_floors(told[0]):
-        floors = [floor for probe in told if (floor := _list_floors(probe)[name]) and floor.n]
+    for name in _list_floors(measured[0]):
+        floors = [floor for probe in measured if (floor := _list_floors(probe)[name]) and floor.n]
         if floors:
             alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts

@@ -87,8 +87,8 @@ def check_source(original: ModelFacts, model: ModelFacts) -> bool | None:
 
 def _list_source_hashes(model: ModelFacts) -> set[str]:
     """Return the hashes of what it was made from, and of what that was converted from."""
-    told = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
-    return {value for value in told if isinstance(value, str) and value}
+    values = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
+    return {value for value in values if isinstance(value, str) and value}
 
 
 def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
@@ -236,14 +236,14 @@ def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
             "object: there are no ranks, no probabilities, and nothing on how far distributions moved."
         )
         return
-    told = max((len(answer.first_ids) for answer in answers.answers), default=0)
-    if not told:
+    tokens = max((len(answer.first_ids) for answer in answers.answers), default=0)
+    if not tokens:
         tells = "tells its own most likely tokens alone" if runtime.get("distribution") else "tells no tokens"
         yield f"The server of {who} {tells}: how far distributions moved is left out."
-    elif told < REFERENCE_TOKENS:
+    elif tokens < REFERENCE_TOKENS:
         yield (
-            f"The server of {who} tells its {told} most likely tokens: KL is over these and the rest as one, which is "
-            "a lower bound."
+            f"The server of {who} tells its {tokens} most likely tokens: KL is over these and the rest as one, which "
+            "is a lower bound."
         )
 
 
