@@ -75,7 +75,7 @@ class StreamedModel:
         for name, module in self.model.named_modules(remove_duplicate=False):
             names = self._list_parameters(name)
             is_large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
-            if is_large and set(self.outside).issuperset(names) and all(map(self._sources.supplied, names)):
+            if is_large and set(self.outside).issuperset(names) and all(map(self._sources.is_supplied, names)):
                 module.register_forward_pre_hook(lambda *_, names=names: self._hold(names))
                 late.update(names)
         return late
