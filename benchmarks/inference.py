@@ -34,10 +34,10 @@ from compressknow.comparison.clusters import paired_test, share_by_cluster
 from compressknow.comparison.intervals import SIGNIFICANT, mcnemar, proportion
 from compressknow.comparison.power import LEVEL, capitals
 from compressknow.comparison.records import Counts, Estimate
-from compressknow.pages.study.findings import by_method, findings
+from compressknow.pages.study.claims import CANNOT_TELL
+from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
 from compressknow.pages.study.records import Study
-from compressknow.pages.study.summary import method_that_hurts_least, module_that_hurts_least
-from compressknow.pages.study.tests import CANNOT_TELL
+from compressknow.pages.study.summary import rank_methods, rank_modules
 from compressknow.study.search import CONFIRMED, HALVINGS
 from tests.report.study.studies import Asked, gp, gq, study
 from tests.report.test_clusters import shares, without_net_change
@@ -163,10 +163,13 @@ def _drawn_anew(made: Study, drawn: np.random.Generator, icc: float, relations: 
 
 def says_anything(made: Study) -> tuple[bool, bool]:
     """Whether a study tells cells apart: in a finding, of one method or of the paper's; and of what hurts least."""
-    told = [*findings(made), *(finding for method in by_method(made) for finding in method.findings)]
-    orders = [*module_that_hurts_least(made), *method_that_hurts_least(made)]
+    told = [
+        *evaluate_findings(made),
+        *(finding for method in evaluate_findings_by_method(made) for finding in method.findings),
+    ]
+    orders = [*rank_modules(made), *rank_methods(made)]
     return (
-        any(finding.paired_tests and finding.answer != CANNOT_TELL for finding in told),
+        any(finding.comparisons and finding.answer != CANNOT_TELL for finding in told),
         any(order.clear or order.clear_worst for order in orders),
     )
 

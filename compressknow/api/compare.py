@@ -75,7 +75,7 @@ def compare(
     from compressknow.evaluate.gather import default_answers_folder, evaluate_both, find_both, open_named
     from compressknow.evaluate.grades import check_known
     from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
-    from compressknow.pages.diff.make import behaviour_of, checkpoint_of, make_comparison
+    from compressknow.pages.diff.make import make_behaviour, make_checkpoint, make_comparison
     from compressknow.pages.diff.pages import write_comparisons
     from compressknow.pages.pages import check_outputs, require_for
 
@@ -92,26 +92,26 @@ def compare(
     listener = resolve_progress(on_progress)
     first, second = find_both((a, revision), (b, revision_b), settings, listener)
     # It imports torch, which takes seconds: what is missing is said before.
-    from compressknow.comparison.checkpoints import difference_of, other_files
+    from compressknow.comparison.checkpoints import diff_models, find_other_files
 
     difference, behaviour = None, None
     if first.sha256 != second.sha256:
         trusted = settings.trust_remote_code
-        difference = difference_of(
+        difference = diff_models(
             first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listener
         )
     if opened:
         folder = Path(answers) if answers else default_answers_folder()
         both = evaluate_both(first, second, opened, folder, listener)
-        behaviour = behaviour_of(both, show_facts=not no_facts, known=known)
+        behaviour = make_behaviour(both, show_facts=not no_facts, known=known)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(
-        checkpoint_of(describe(first.located), first.sha256),
-        checkpoint_of(describe(second.located), second.sha256),
+        make_checkpoint(describe(first.located), first.sha256),
+        make_checkpoint(describe(second.located), second.sha256),
         difference,
         behaviour,
-        files=tuple(other_files(first.located, second.located)),
+        files=tuple(find_other_files(first.located, second.located)),
         show_facts=not no_facts,
         command=command,
     )

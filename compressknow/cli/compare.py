@@ -29,19 +29,19 @@ from compressknow.pages.diff.records import Behaviour, CheckpointComparison, nam
 from compressknow.pages.diff.tables import (
     Part,
     figures_table,
-    groups,
-    layers,
+    find_worst,
+    list_groups,
+    list_layers,
+    pair_probes,
     part_row,
-    probes_of,
     settings_table,
     structure_table,
-    worst,
 )
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.texts import summarize_text
 
 if TYPE_CHECKING:
-    from compressknow.comparison.differences import Difference
+    from compressknow.comparison.diff import CheckpointDiff
     from compressknow.pages.parts import Table
 
 
@@ -148,17 +148,17 @@ def _sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     yield f"B is {smaller(a.bytes, b.bytes).replace('the same size', 'of the same size')}"
 
 
-def _weights(difference: Difference) -> Iterator[str]:
+def _weights(difference: CheckpointDiff) -> Iterator[str]:
     if not difference.tensors:
         return
     yield ""
     yield _row(("Group", *HEADS[1:]))
     yield "-" * WIDTH
-    for part in groups(difference):
+    for part in list_groups(difference):
         yield _row(part_row(part))
     yield "-" * WIDTH
     yield _row(part_row(Part("all", difference.tensors)))
-    yield from _worst(worst(layers(difference), WORST))
+    yield from _worst(find_worst(list_layers(difference), WORST))
 
 
 def _worst(parts: Iterable[Part]) -> Iterator[str]:
@@ -196,7 +196,7 @@ def _describe(row: tuple[str, ...]) -> str:
 
 
 def _knowledge(behaviour: Behaviour) -> Iterator[str]:
-    for both in probes_of(behaviour):
+    for both in pair_probes(behaviour):
         table = figures_table((both,))
         yield ""
         yield table.columns[1]

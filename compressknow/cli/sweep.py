@@ -162,11 +162,11 @@ def _line(result: CellResult) -> Iterator[str]:
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:
-    from compressknow.pages.study.findings import findings
-    from compressknow.pages.study.summary import what_was_found
+    from compressknow.pages.study.findings import evaluate_findings
+    from compressknow.pages.study.summary import draw_conclusions
 
     yield ""
-    for each in what_was_found(study, findings(study)):
+    for each in draw_conclusions(study, evaluate_findings(study)):
         yield from textwrap.wrap(str(each), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"

@@ -1,106 +1,82 @@
-"""compare: how two checkpoints of one architecture differ, in settings, in what they store, and weight by weight."""
+"""Compare two checkpoints of one architecture: in settings, in what they store, and weight by weight."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Listener, Stage, count_progress, report_progress
 from compressknow.base.reading import sha256_of
-from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, TensorDifference
-from compressknow.comparison.gguf import gguf_difference
-from compressknow.comparison.weights import Lost, aligned, deviation, dropped_blocks, lost_neurons, numbered_alike
+from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
+from compressknow.comparison.weights import (
+    Lost,
+    align,
+    diff_values,
+    read_dropped_blocks,
+    read_lost_neurons,
+    renumber_blocks,
+    sum_values,
+)
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
+from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, Tensor, groups_of, open_gguf, tensors_of, value_of
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.naming import config_groups
 from compressknow.model.tensors import OpenFiles, StoredTensor
 
-NOT_LINEAR = "not-linear"
-ABSENT = "-"
 # Who wrote the file, with what, and how a caller likes its results. The dtype is told by the tensors themselves.
-NOISE = {
+_NOISE = {
     *("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "torchscript", "id2label", "label2id", "problem_type"),
 }
+# The same of GGUF files, by how keys begin.
+_GGUF_NOISE = (
+    *("GGUF.", "general.name", "general.file_type", "general.quantization_version"),
+    *("compressknow.", "quantize.", "split."),
+)
 # Its list of layers and its settings of each group would bury everything else.
-QUANTIZATION = "quantization_config"
+_QUANTIZATION = "quantization_config"
+# Values of a GGUF tensor that are unpacked at a time.
+_VALUES = 1 << 22
+# Of a longer value of a GGUF file, the hash is shown.
+_LONGEST = 80
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One parameter's values on both sides; what is compared of them is of one shape."""
-
-    name: str
-    a: Values
-    b: Values
-
-
-def difference(
-    a: Checkpoint,
-    b: Checkpoint,
-    *,
-    trust_remote_code: bool = False,
-    threads: int | None = None,
-    advance: Advance | None = None,
-) -> Difference:
-    """Compare what two checkpoints hold, in the memory of a block a thread.
-
-    Parameters
-    ----------
-    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
-    advance : told the bytes read so far, and in all.
-
-    Raises
-    ------
-    CheckpointError : one of them has no weights, or its config describes no model that can be built.
-    CompressknowError : they are of different architectures.
-    """
-    side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
-    _refuse_other_architecture(side_a, side_b)
-    manifests = [_manifest(checkpoint.folder) for checkpoint in (a, b)]
-    lost = [lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]
-    side_a, side_b = numbered_alike(side_a, side_b, *map(dropped_blocks, manifests))
-    pairs = list(_pairs(side_a, side_b, *lost))
-    return Difference(
-        architecture=side_a.structure.architecture,
-        config=config_changes(side_a.config, side_b.config),
-        structure=tuple(_structure(side_a, side_b)),
-        tensors=tuple(_measure(side_a, side_b, pairs, threads, advance)),
-    )
-
-
-def difference_of(
+def diff_models(
     a: Located,
     b: Located,
     *,
     trust_remote_code: bool = False,
     threads: int | None = None,
     on_progress: Listener | None = None,
-) -> Difference | None:
-    """As `difference`, of models that are found, which may be two GGUF files; None where one alone is, whose weights
-    have other names and another order."""
+) -> CheckpointDiff | None:
+    """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
+    weights have other names and another order.
+    """
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
         return None
     with report_progress(on_progress, Stage("compare", f"{a.name} and {b.name}")) as advance:
         if all(are_gguf):
-            return gguf_difference(a.files, b.files, threads=threads, advance=advance)
+            return diff_gguf(a.files, b.files, threads=threads, advance=advance)
         opened = [open_checkpoint(located.path) for located in (a, b)]
-        return difference(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
+        return diff_checkpoints(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
 
 
-def other_files(a: Located, b: Located) -> Iterator[str]:
-    """Small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
+def find_other_files(a: Located, b: Located) -> Iterator[str]:
+    """Yield small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
     left_out = {"config.json", *weight_files(a.path), *weight_files(b.path)}
@@ -110,23 +86,58 @@ def other_files(a: Located, b: Located) -> Iterator[str]:
             yield name
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Nothing of a folder that `convert` did not write."""
-    return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else {}
+def diff_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    advance: Advance | None = None,
+) -> CheckpointDiff:
+    """Compare what two checkpoints hold, in the memory of one block per thread.
+
+    Parameters
+    ----------
+    threads : tensors worked on at a time, by default one per core; the figures do not depend on it.
+    advance : called with the bytes read so far, and in all.
+
+    Raises
+    ------
+    CheckpointError : one of them has no weights, or its config describes no model that can be built.
+    CompressknowError : they are of different architectures.
+    """
+    side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
+    architectures = side_a.structure.architecture, side_b.structure.architecture
+    hint = "Compare an original with its conversion, or two checkpoints made from the same original."
+    _check_architectures((side_a.name, side_b.name), architectures, hint)
+    # Nothing is removed of a folder that `convert` did not write.
+    manifests = [read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b)]
+    lost = [read_lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]
+    side_a, side_b = renumber_blocks(side_a, side_b, *map(read_dropped_blocks, manifests))
+    pairs = list(_pair_values(side_a, side_b, *lost))
+    total = sum(values.bytes_read for _, *both in pairs for values in both)
+    with Pool(threads) as pool, OpenFiles() as files:
+        reader = Reader(pool, files, count_progress(advance, total))
+        tensors = tuple(pool.map(lambda pair: _diff_tensor(reader, side_a, side_b, *pair), pairs))
+    return CheckpointDiff(
+        architecture=side_a.structure.architecture,
+        config=diff_configs(side_a.config, side_b.config),
+        structure=tuple(_diff_structure(side_a, side_b)),
+        tensors=tensors,
+    )
 
 
-def _refuse_other_architecture(a: Side, b: Side) -> None:
-    if a.structure.architecture != b.structure.architecture:
+def _check_architectures(names: tuple[str, str], architectures: tuple[str, str], hint: str) -> None:
+    if architectures[0] != architectures[1]:
         raise CompressknowError(
-            f"{a.name} and {b.name} cannot be compared: they are of different architectures.",
-            why=f"{a.name} is {a.structure.architecture}, {b.name} is {b.structure.architecture}: their weights "
-            "cannot be matched.",
-            hint="Compare an original with its conversion, or two checkpoints made from the same original.",
+            f"{names[0]} and {names[1]} cannot be compared: they are of different architectures.",
+            why=f"{names[0]} is {architectures[0]}, {names[1]} is {architectures[1]}: their weights cannot be matched.",
+            hint=hint,
         )
 
 
-def _names(a: Side, b: Side) -> list[str]:
-    """All that either side stores, in the order of the module tree; what the tree does not have comes last."""
+def _list_names(a: Side, b: Side) -> list[str]:
+    """Return all that either stores, in the order of the module tree; what the tree does not have comes last."""
     place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
 
@@ -136,93 +147,48 @@ def _names(a: Side, b: Side) -> list[str]:
     return sorted(names, key=order)
 
 
-def _pairs(a: Side, b: Side, lost_a: Mapping[str, Lost], lost_b: Mapping[str, Lost]) -> Iterator[Pair]:
+def _pair_values(
+    a: Side, b: Side, lost_a: Mapping[str, Lost], lost_b: Mapping[str, Lost]
+) -> Iterator[tuple[str, Values, Values]]:
+    """Yield each parameter's name and its values in both checkpoints, of one shape."""
     seen: set[tuple[str, str]] = set()
-    for name in _stored_apart(a, b):
+    for name in _list_names(a, b):
+        # Under this name at least one of them stores values that no other name of it has.
+        if not any(name in side.own and side.supply[name] is side.own[name] for side in (a, b)):
+            continue
         values_a, values_b = a.values(name), b.values(name)
         if values_a is None or values_b is None:
             continue
         stored = (values_a.tensor.name, values_b.tensor.name)
-        alike = aligned(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
-        # Two names of a tie, of which the one side stores the first and the other the second.
-        if alike and stored not in seen:
+        aligned = align(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
+        # Two names of a tie, of which the one checkpoint stores the first and the other the second.
+        if aligned and stored not in seen:
             seen.add(stored)
-            yield Pair(name, *alike)
+            yield name, *aligned
 
 
-def _stored_apart(a: Side, b: Side) -> Iterator[str]:
-    """The names under which at least one side stores values that no other name of it has."""
-    for name in _names(a, b):
-        if any(name in side.own and side.supply[name] is side.own[name] for side in (a, b)):
-            yield name
-
-
-def _structure(a: Side, b: Side) -> Iterator[StructureChange]:
-    for name in _names(a, b):
-        in_a, in_b = a.supply.get(name), b.supply.get(name)
-        if a.packed(name) or b.packed(name):
-            told = (side.packed(name) or _told(side.supply.get(name)) for side in (a, b))
-            yield StructureChange(name, "packed", *told)
-        elif in_a is None or in_b is None:
-            yield StructureChange(name, "missing" if in_a else "added", _told(in_a), _told(in_b))
-        elif in_a.shape != in_b.shape:
-            yield StructureChange(name, "reshaped", _told(in_a), _told(in_b))
-        else:
-            yield from _tie(a, b, name)
-            if in_a.dtype != in_b.dtype:
-                yield StructureChange(name, "retyped", _told(in_a), _told(in_b))
-
-
-def _tie(a: Side, b: Side, name: str) -> Iterator[StructureChange]:
-    """A tie of one side that is none on the other: there, both names have values of their own."""
-    if (shared := _tied_to(a, b, name)) is not None:
-        yield StructureChange(name, "untied", f"tied to {shared}", _told(b.supply[name]))
-    elif (shared := _tied_to(b, a, name)) is not None:
-        yield StructureChange(name, "tied", _told(a.supply[name]), f"tied to {shared}")
-
-
-def _tied_to(tied: Side, apart: Side, name: str) -> str | None:
-    if name in tied.own and tied.supply[name] is tied.own[name]:
-        return None
-    others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)
-    return next((other for other in others if apart.supply.get(other) not in (None, apart.supply[name])), None)
-
-
-def _told(tensor: StoredTensor | None) -> str:
-    return ABSENT if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _measure(
-    a: Side, b: Side, pairs: list[Pair], threads: int | None, advance: Advance | None
-) -> Iterable[TensorDifference]:
-    total = sum(pair.a.bytes_read + pair.b.bytes_read for pair in pairs)
-    with Pool(threads) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, count_progress(advance, total))
-        return pool.map(lambda pair: _compared(reader, a, b, pair), pairs)
-
-
-def _compared(reader: Reader, a: Side, b: Side, pair: Pair) -> TensorDifference:
-    sums, same = deviation(reader, pair.a, pair.b)
-    linear = a.linear(pair.name) or b.linear(pair.name)
+def _diff_tensor(reader: Reader, a: Side, b: Side, name: str, values_a: Values, values_b: Values) -> TensorDiff:
+    sums, same = diff_values(reader, values_a, values_b)
+    linear = a.linear(name) or b.linear(name)
     in_block = linear is not None and linear.layer is not None
-    return TensorDifference(
-        name=pair.name,
+    return TensorDiff(
+        name=name,
         group=NOT_LINEAR if linear is None else linear.group or "other",
         stack=linear.stack if linear and in_block else None,
         layer=linear.layer if linear and in_block else None,
-        module=module_in_block(pair.name) if in_block else None,
-        shape=pair.a.shape,
-        dtype_a=pair.a.tensor.dtype,
-        dtype_b=pair.b.tensor.dtype,
-        bytes_a=pair.a.nbytes,
-        bytes_b=pair.b.nbytes,
+        module=module_in_block(name) if in_block else None,
+        shape=values_a.shape,
+        dtype_a=values_a.tensor.dtype,
+        dtype_b=values_b.tensor.dtype,
+        bytes_a=values_a.nbytes,
+        bytes_b=values_b.nbytes,
         same_bytes=same,
         sums=sums,
     )
 
 
 def module_in_block(name: str) -> str:
-    """What a weight is inside its block: alike for all blocks, all stacks and all experts.
+    """Return what a weight is inside its block: alike for all blocks, all stacks and all experts.
 
     >>> module_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'layer.EncDecAttention.q'
@@ -233,34 +199,176 @@ def module_in_block(name: str) -> str:
     return ".".join(part for part in inside.split(".") if not part.isdigit())
 
 
-def config_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[ConfigChange, ...]:
-    """What differs between two configs, by key; a setting that is null is none.
+def _diff_structure(a: Side, b: Side) -> Iterator[StructureChange]:
+    for name in _list_names(a, b):
+        in_a, in_b = a.supply.get(name), b.supply.get(name)
+        if a.packed(name) or b.packed(name):
+            forms = (side.packed(name) or _describe(side.supply.get(name)) for side in (a, b))
+            yield StructureChange(name, "packed", *forms)
+        elif in_a is None or in_b is None:
+            yield StructureChange(name, "missing" if in_a else "added", _describe(in_a), _describe(in_b))
+        elif in_a.shape != in_b.shape:
+            yield StructureChange(name, "reshaped", _describe(in_a), _describe(in_b))
+        else:
+            # A tie of one checkpoint that is none in the other: there, both names have values of their own.
+            if (shared := _find_tie(a, b, name)) is not None:
+                yield StructureChange(name, "untied", f"tied to {shared}", _describe(in_b))
+            elif (shared := _find_tie(b, a, name)) is not None:
+                yield StructureChange(name, "tied", _describe(in_a), f"tied to {shared}")
+            if in_a.dtype != in_b.dtype:
+                yield StructureChange(name, "retyped", _describe(in_a), _describe(in_b))
 
-    >>> config_changes({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}}, {"vocab_size": 9, "rope": {}})
+
+def _find_tie(tied: Side, apart: Side, name: str) -> str | None:
+    if name in tied.own and tied.supply[name] is tied.own[name]:
+        return None
+    others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)
+    return next((other for other in others if apart.supply.get(other) not in (None, apart.supply[name])), None)
+
+
+def _describe(tensor: StoredTensor | None) -> str:
+    return "-" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def diff_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[ConfigChange, ...]:
+    """Return what differs between two configs, by key; a setting that is null is none.
+
+    >>> diff_configs({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}}, {"vocab_size": 9, "rope": {}})
     (ConfigChange(key='rope.theta', a='1', b=None),)
     """
-    before, after = dict(_settings(a)), dict(_settings(b))
-    keys = sorted(before.keys() | after.keys())
-    return tuple(
-        ConfigChange(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
-    )
+    return _diff_settings(dict(_list_settings(a)), dict(_list_settings(b)))
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _diff_settings(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[ConfigChange, ...]:
+    keys = sorted(a.keys() | b.keys())
+    return tuple(ConfigChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key))
+
+
+def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in config.items():
-        if str(name).startswith("_") or name in NOISE or value is None:
+        if str(name).startswith("_") or name in _NOISE or value is None:
             continue
-        if name == QUANTIZATION and isinstance(value, Mapping):
-            yield prefix + name, _quantization(value)
+        if name == _QUANTIZATION and isinstance(value, Mapping):
+            yield prefix + name, _summarize_quantization(value)
         elif isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{name}.")
+            yield from _list_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
-def _quantization(value: Mapping[str, Any]) -> str:
-    method, form = value.get("quant_method", "unknown"), value.get("format")
+def _summarize_quantization(value: Mapping[str, Any]) -> str:
+    form = value.get("format")
     layers = sum(count_targets(map(str, group.get("targets") or ())) for group in config_groups(value))
-    return json.dumps(
-        ", ".join([str(method), *([str(form)] if form else []), *([f"{layers} targets"] if layers else [])])
+    parts = [str(value.get("quant_method", "unknown")), *([str(form)] if form else [])]
+    return json.dumps(", ".join([*parts, *([f"{layers} targets"] if layers else [])]))
+
+
+def diff_gguf(
+    a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance | None = None
+) -> CheckpointDiff:
+    """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
+
+    Raises
+    ------
+    CheckpointError : one of them is damaged.
+    CompressknowError : they are of different architectures.
+    """
+    readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
+    architecture, other = (str(value_of(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
+    _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")
+    tensors_a, tensors_b = (
+        {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
+        for readers in (readers_a, readers_b)
     )
+    stored = [{each.name: each for reader in readers for each in reader.tensors} for readers in (readers_a, readers_b)]
+    names = [name for name, t in tensors_a.items() if name in tensors_b and tensors_b[name].shape == t.shape]
+    groups = groups_of(tensors_a)
+    add = count_progress(advance, sum(tensors[name].nbytes for tensors in (tensors_a, tensors_b) for name in names))
+
+    def compare(name: str) -> TensorDiff | None:
+        tensor_a, tensor_b = tensors_a[name], tensors_b[name]
+        try:
+            sums, same = _diff_gguf_values(*(each[name] for each in stored))
+        except NotImplementedError:
+            # A type that the gguf package cannot unpack.
+            return None
+        finally:
+            add(tensor_a.nbytes + tensor_b.nbytes)
+        return _diff_gguf_tensor(groups[name], tensor_a, tensor_b, sums, same)
+
+    with Pool(threads) as pool:
+        diffs = dict(zip(names, pool.map(compare, names), strict=True))
+    packed = {name for name, diff in diffs.items() if diff is None}
+    return CheckpointDiff(
+        architecture=architecture,
+        config=_diff_settings(*(dict(_list_gguf_settings(readers[0])) for readers in (readers_a, readers_b))),
+        structure=tuple(_diff_gguf_structure(tensors_a, tensors_b, packed)),
+        tensors=tuple(diff for diff in diffs.values() if diff is not None),
+    )
+
+
+def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) -> TensorDiff:
+    # As of a checkpoint: an embedding is no Linear layer, and a vector is none.
+    linear = group not in (EMBEDDING, NOT_LINEAR)
+    in_block = linear and a.layer is not None
+    return TensorDiff(
+        name=a.name,
+        group=group if linear else NOT_LINEAR,
+        stack=None,
+        layer=a.layer if in_block else None,
+        module=a.name.split(".", 2)[2].removesuffix(".weight") if in_block else None,
+        shape=a.shape[::-1],
+        dtype_a=a.type,
+        dtype_b=b.type,
+        bytes_a=a.nbytes,
+        bytes_b=b.nbytes,
+        same_bytes=same,
+        sums=sums,
+    )
+
+
+def _diff_gguf_values(a: Any, b: Any) -> tuple[Sums, bool]:
+    """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are stored alike to the
+    bit.
+    """
+    rows_a, rows_b = (each.data.reshape(-1, each.data.shape[-1]) for each in (a, b))
+    same = a.tensor_type == b.tensor_type and np.array_equal(rows_a.view(np.uint8), rows_b.view(np.uint8))
+    sums, step = Sums(), max(_VALUES // int(a.shape[0]), 1)
+    for start in range(0, len(rows_a), step):
+        x = _unpack(rows_a[start : start + step], a.tensor_type)
+        sums += sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))
+    return sums, same
+
+
+def _unpack(rows: Any, kind: Any) -> torch.Tensor:
+    """Return rows as float64."""
+    import gguf
+
+    return torch.from_numpy(np.ascontiguousarray(gguf.dequantize(rows, kind)).astype(np.float64))
+
+
+def _diff_gguf_structure(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], packed: set[str]
+) -> Iterator[StructureChange]:
+    for name in dict.fromkeys([*a, *b]):
+        form_a, form_b = _describe_gguf(a.get(name)), _describe_gguf(b.get(name))
+        if name not in b or name not in a:
+            yield StructureChange(name, "missing" if name in a else "added", form_a, form_b)
+        elif a[name].shape != b[name].shape:
+            yield StructureChange(name, "reshaped", form_a, form_b)
+        elif name in packed:
+            yield StructureChange(name, "packed", form_a, form_b)
+        elif a[name].type != b[name].type:
+            yield StructureChange(name, "retyped", form_a, form_b)
+
+
+def _describe_gguf(tensor: Tensor | None) -> str:
+    return "-" if tensor is None else f"{tensor.type} {list(tensor.shape[::-1])}"
+
+
+def _list_gguf_settings(reader: Any) -> Iterator[tuple[str, str]]:
+    for key, field in reader.fields.items():
+        if not key.startswith(_GGUF_NOISE):
+            text = json.dumps(field.contents(), ensure_ascii=False, default=str)
+            short = f"{len(text):,} characters, {hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
+            yield key, text if len(text) <= _LONGEST else short

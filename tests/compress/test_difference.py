@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.comparison.checkpoints import difference
-from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
+from compressknow.comparison.checkpoints import diff_checkpoints
+from compressknow.comparison.diff import CheckpointDiff, Sums, TensorDiff, group_tensors
 from compressknow.compress import blocks
 from compressknow.engine.identity import describe, locate
 from compressknow.model.checkpoint import open_checkpoint
@@ -28,8 +28,8 @@ Arrays = dict[str, npt.NDArray[np.float64]]
 FAMILIES = ("bert", "llama", "t5-gated", "t5-tied", "gpt2", "mixtral")
 
 
-def compared(a: Path, b: Path, **options: Any) -> Difference:
-    return difference(open_checkpoint(a), open_checkpoint(b), **options)
+def compared(a: Path, b: Path, **options: Any) -> CheckpointDiff:
+    return diff_checkpoints(open_checkpoint(a), open_checkpoint(b), **options)
 
 
 def values(folder: Path) -> Arrays:
@@ -73,7 +73,7 @@ def assert_recounted(sums: Sums, a: npt.NDArray[np.float64], b: npt.NDArray[np.f
         assert sums.snr_db is None
 
 
-def by_name(found: Difference) -> dict[str, TensorDifference]:
+def by_name(found: CheckpointDiff) -> dict[str, TensorDiff]:
     return {tensor.name: tensor for tensor in found.tensors}
 
 
@@ -165,7 +165,7 @@ def test_a_relative_error_is_one_figure_in_manifest_report_and_comparison(
     manifest = compressknow.convert(a, tmp_path / "b", **options)
     difference, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
     in_report = describe(locate(tmp_path / "b"))["groups"]
-    for group, those in summed(difference.tensors, lambda tensor: tensor.group).items():
+    for group, those in group_tensors(difference.tensors, lambda tensor: tensor.group).items():
         changes = [after[t.name].ravel() - before[t.name].ravel() for t in those if t.name in before]
         found = sum((t.sums for t in those), Sums()).relative_error
         assert manifest["groups"][group]["relative_error"] == pytest.approx(found, rel=1e-5, abs=1e-9)
@@ -208,13 +208,13 @@ def test_groups_and_layers_add_up_to_what_the_tensors_say(family: str, tmp_path:
     groups = {row["name"]: row["group"] for row in manifest["tensors"]}
     assert {tensor.name: tensor.group for tensor in found.tensors} == groups
 
-    def joined(of: Arrays, tensors: tuple[TensorDifference, ...]) -> npt.NDArray[np.float64]:
+    def joined(of: Arrays, tensors: tuple[TensorDiff, ...]) -> npt.NDArray[np.float64]:
         return np.concatenate([of[tensor.name].ravel() for tensor in tensors])
 
-    by_layer = summed(found.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    by_layer = group_tensors(found.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
     stacks = ("encoder", "decoder") if family == "t5-gated" else (None,)
     assert list(by_layer) == [(stack, layer) for stack in stacks for layer in (0, 1)]
-    for those in [found.tensors, *by_layer.values(), *summed(found.tensors, lambda t: t.group).values()]:
+    for those in [found.tensors, *by_layer.values(), *group_tensors(found.tensors, lambda t: t.group).values()]:
         sums = sum((tensor.sums for tensor in those), Sums())
         assert_recounted(sums, joined(before, those), joined(after, those))
 
@@ -222,7 +222,7 @@ def test_groups_and_layers_add_up_to_what_the_tensors_say(family: str, tmp_path:
 def test_modules_are_named_alike_in_all_layers_and_stacks(tmp_path: Path) -> None:
     a = save_tiny("t5-gated", tmp_path / "a")
     found = compared(a, a)
-    modules = summed(found.tensors, lambda t: t.module)
+    modules = group_tensors(found.tensors, lambda t: t.module)
     assert len(modules["layer.SelfAttention.q"]) == 4
     assert len(modules["layer.EncDecAttention.o"]) == 2
     assert {t.group for t in modules["layer.DenseReluDense.wi_1"]} == {"feed-forward"}
@@ -415,12 +415,12 @@ def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path
     compressknow.convert(source, tmp_path / "a", drop_blocks="1")
     compressknow.convert(source, tmp_path / "b", drop_blocks="0,1", quantize="int8")
     opened = {name: open_checkpoint(tmp_path / name) for name in ("source", "a", "b")}
-    found = difference(opened["source"], opened["a"])
+    found = diff_checkpoints(opened["source"], opened["a"])
     assert all(tensor.same_bytes for tensor in found.tensors)
     assert {change.kind for change in found.structure} == {"missing"}
     assert {change.name for change in found.structure} == {n for n in opened["source"].tensors if ".layers.1." in n}
     # Two conversions of one original: both by its numbers.
-    found = difference(opened["a"], opened["b"])
+    found = diff_checkpoints(opened["a"], opened["b"])
     assert {change.name for change in found.structure if change.kind == "missing"} == {
         name for name in opened["source"].tensors if ".layers.0." in name
     }
@@ -429,6 +429,6 @@ def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path
     assert {tensor.layer for tensor in found.tensors if tensor.layer is not None} == {2, 3}
     # A conversion of a conversion: by the numbers of the first.
     compressknow.convert(tmp_path / "a", tmp_path / "c", drop_blocks="0")
-    found = difference(opened["a"], open_checkpoint(tmp_path / "c"))
+    found = diff_checkpoints(opened["a"], open_checkpoint(tmp_path / "c"))
     assert all(tensor.same_bytes for tensor in found.tensors)
     assert {change.name for change in found.structure} == {n for n in opened["a"].tensors if ".layers.0." in n}

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.comparison.checkpoints import difference
-from compressknow.comparison.differences import Difference
+from compressknow.comparison.checkpoints import diff_checkpoints
+from compressknow.comparison.diff import CheckpointDiff
 from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import VariantMaker, carry_out, prepare
@@ -335,7 +335,7 @@ def test_what_is_left_is_compared_with_the_same_rows_and_columns(
         convert(source, tmp_path / folder, build_recipe(Where(), drop_neurons=amount))
     stored = {folder: load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "a", "b")}
     opened = {folder: open_checkpoint(tmp_path / folder) for folder in stored}
-    whole, narrow = difference(opened["in"], opened["a"]), difference(opened["b"], opened["a"])
+    whole, narrow = diff_checkpoints(opened["in"], opened["a"]), diff_checkpoints(opened["b"], opened["a"])
     for found in (whole, narrow):
         assert len(found.tensors) == len(opened["a"].tensors)
         assert {change.kind for change in found.structure} == {"reshaped"}
@@ -377,7 +377,7 @@ def told_of(folder: Path, down: str) -> list[int]:
     return [number for run in runs for number in range(run[0], run[-1] + 1)]
 
 
-def assert_error(found: Difference, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_error(found: CheckpointDiff, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     (tensor,) = (tensor for tensor in found.tensors if tensor.name == name)
     expected = float((b.double() - a.double()).norm() / a.double().norm())
     assert tensor.sums.relative_error == pytest.approx(expected, rel=1e-9)
@@ -393,7 +393,7 @@ def test_narrower_layers_are_compared_whatever_their_type(tmp_path: Path, scheme
     convert(source, tmp_path / "b", build_recipe(Where(), drop_neurons=0.5, **scheme))
     opened = {folder: open_checkpoint(tmp_path / folder) for folder in ("in", "a", "b")}
     for a, b in (("in", "b"), ("a", "b"), ("b", "a"), ("b", "in")):
-        found = difference(opened[a], opened[b])
+        found = diff_checkpoints(opened[a], opened[b])
         assert len(found.tensors) == len(opened["in"].tensors)
         for tensor in found.tensors:
             if tensor.module and "up_proj" in tensor.module:
@@ -417,7 +417,7 @@ def test_the_error_of_what_was_fitted_anew_is_measured_from_what_it_was(
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
     source = save(name, tmp_path / "in")
     manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25, **more))
-    found = difference(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
+    found = diff_checkpoints(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
     assert manifest["groups"]["feed-forward"]["relative_error"] > 0.01
     assert manifest["totals"]["relative_error"] == pytest.approx(found.total.relative_error, rel=1e-5)
     errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
@@ -444,7 +444,7 @@ def test_a_manifest_that_does_not_say_which_neurons_went_is_damaged(tmp_path: Pa
     # One of before says nothing of it.
     del manifest["removed"]["neurons"][0]["dropped"]
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
-    found = difference(*(open_checkpoint(tmp_path / folder) for folder in ("in", "out")))
+    found = diff_checkpoints(*(open_checkpoint(tmp_path / folder) for folder in ("in", "out")))
     assert not any("mlp" in tensor.name for tensor in found.tensors)
 
 

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import compressknow
-from compressknow.comparison.checkpoints import difference
+from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.compress.sources import build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
@@ -155,7 +155,7 @@ def test_folders_with_absolute_names_still_load_and_compare(tmp_path: Path) -> N
     absolute(tmp_path / "old")
     assert quantized_modules(hf.BertForMaskedLM.from_pretrained(tmp_path / "old")) == expected
     assert torch.equal(logits(compressknow.load(tmp_path / "old")), before)
-    found = difference(open_checkpoint(tmp_path / "old"), open_checkpoint(folder))
+    found = diff_checkpoints(open_checkpoint(tmp_path / "old"), open_checkpoint(folder))
     assert found.same_weights
     assert found.config == ()
 

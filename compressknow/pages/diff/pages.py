@@ -1,8 +1,8 @@
-"""The page of a comparison of two checkpoints: HTML that requests nothing from any server, Markdown, JSON."""
+"""Page of a comparison of two checkpoints: HTML that requests nothing from any server, Markdown, JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.base.format import NONE, count, json_text, number, plain, share, size, smaller
-from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
+from compressknow.comparison.diff import CheckpointDiff, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Counts, TextFigures
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
-from compressknow.pages.diff import tables as weights
+from compressknow.pages.diff import tables
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
-from compressknow.pages.diff.tables import groups
 from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
 from compressknow.pages.parts import NO_FACTS, Drawn, Entry, Folded, LeftOut, Part, Shown, Size, Table, draw_charts
 from compressknow.pages.records import Checkpoint, comparison_to_json
@@ -41,7 +40,7 @@ METHOD = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many tensors and facts a format shows; the JSON has them all."""
+    """Numbers of tensors and facts that a format shows; the JSON has them all."""
 
     tensors: int
     facts: int
@@ -51,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A whole comparison.
+    """Text of a whole comparison.
 
     Attributes
     ----------
@@ -77,21 +76,21 @@ class Page:
 
     @property
     def contents(self) -> tuple[tuple[str, str], ...]:
-        """The parts of the page: id and name."""
+        """Return the parts of the page: id and name."""
         return (*((section.id, section.title) for section in self.below), ("compare-method", "Method"))
 
     @property
     def below(self) -> tuple[Shown, ...]:
-        """The sections but the weights."""
+        """Return the sections but the weights."""
         return tuple(section for section in self.sections if section is not self.weights)
 
 
-def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
-    """The comparison as text."""
+def make_comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
+    """Return the comparison as text."""
     a, b = names_of(comparison.a, comparison.b)
-    headline = _headline(comparison)
+    headline = _write_headline(comparison)
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
-    sections = tuple(section for section in _sections(comparison, limits) if section.parts)
+    sections = tuple(section for section in _make_sections(comparison, limits) if section.parts)
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
     return Page(
         id="compare",
@@ -100,9 +99,9 @@ def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
         headline=headline,
         verdict=plain(comparison.verdict, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
-        size=_size(comparison.a.bytes, comparison.b.bytes),
-        a=_identity(comparison.a),
-        b=_identity(comparison.b),
+        size=_compare_sizes(comparison.a.bytes, comparison.b.bytes),
+        a=_describe_checkpoint(comparison.a),
+        b=_describe_checkpoint(comparison.b),
         counts=there.comparisons[0].counts if there else None,
         weights=next((section for section in sections if section.id == _WEIGHTS), None),
         sections=sections,
@@ -112,14 +111,15 @@ def comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
     )
 
 
-def _headline(comparison: CheckpointComparison) -> str:
+def _write_headline(comparison: CheckpointComparison) -> str:
     if comparison.identical:
         return "Identical"
-    texts = comparison.behaviour.b_against_a.comparisons[0].texts if comparison.behaviour else ()
-    if comparison.behaviour and texts and not comparison.behaviour.b_against_a.comparisons[0].probes:
-        return write_text_headline(texts[0])
-    if comparison.behaviour and (kept := comparison.behaviour.b_against_a.comparisons[0].kept.value) is not None:
-        return f"B knows {share(kept)} of what A knows"
+    if comparison.behaviour:
+        there = comparison.behaviour.b_against_a.comparisons[0]
+        if there.texts and not there.probes:
+            return write_text_headline(there.texts[0])
+        if there.kept.value is not None:
+            return f"B knows {share(there.kept.value)} of what A knows"
     if comparison.difference is None or not comparison.difference.tensors:
         return "Weights that cannot be compared"
     total = comparison.difference.total
@@ -128,12 +128,12 @@ def _headline(comparison: CheckpointComparison) -> str:
     return f"Relative error {number(total.relative_error, 4)}"
 
 
-def _size(a: int, b: int) -> Size:
+def _compare_sizes(a: int, b: int) -> Size:
     largest = max(a, b, 1)
     return Size(size(a), size(b), smaller(a, b), b / largest, a / largest)
 
 
-def _identity(side: Checkpoint) -> tuple[Entry, ...]:
+def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     name = plain(side.name, 120) + (f"@{plain(side.revision, 60)}" if side.revision else "")
     source = plain((side.source or {}).get("name") or "", 120)
     entries = (
@@ -149,89 +149,79 @@ def _identity(side: Checkpoint) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry)
 
 
-def _sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
-    if comparison.behaviour:
-        yield Shown("compare-knowledge", "Knowledge", tuple(_knowledge(comparison.behaviour)))
-        yield Shown("compare-text", "Running text", _drawn(_texts(comparison.behaviour), limits))
-    if comparison.behaviour and weights.probes_of(comparison.behaviour):
-        yield Shown(
-            "compare-answers", "Answers side by side", tuple(_answers(comparison, comparison.behaviour, limits))
-        )
+def _make_sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
+    if behaviour := comparison.behaviour:
+        probes = tables.pair_probes(behaviour)
+        yield Shown("compare-knowledge", "Knowledge", tuple(_show_knowledge(probes)))
+        texts = draw_charts(_show_texts(behaviour), "compare-text", limits.charts)
+        yield Shown("compare-text", "Running text", tuple(texts))
+        if probes:
+            answers = tables.answer_parts(behaviour.answers, limits.facts, limits.open)
+            shown = tuple(answers) if comparison.show_facts else (NO_FACTS,)
+            yield Shown("compare-answers", "Answers side by side", shown)
     if difference := comparison.difference:
-        yield Shown(_WEIGHTS, "Weights", tuple(_groups(difference)))
-        yield Shown("compare-map", "By layer and module", tuple(_map(difference, limits)))
-        yield Shown("compare-layers", "By layer", tuple(_layers(difference)))
-        yield Shown("compare-tensors", "By tensor", tuple(_tensors(difference, limits)))
-        stored = weights.settings_table(difference, comparison.files), weights.structure_table(difference)
+        yield Shown(_WEIGHTS, "Weights", tuple(_show_groups(difference)))
+        yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, limits)))
+        yield Shown("compare-layers", "By layer", tuple(_show_layers(difference)))
+        yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, limits)))
+        stored = tables.settings_table(difference, comparison.files), tables.structure_table(difference)
         yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
-def _texts(behaviour: Behaviour) -> Iterator[Part]:
+def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
     yield from make_text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
     back = behaviour.a_against_b.comparisons[0].texts
-    rows = tuple((plain(f.text, 60), write_measured(f.moved.kl if f.moved else None, 4), _p99(f)) for f in back)
+    rows = tuple((plain(f.text, 60), write_measured(f.moved.kl if f.moved else None, 4), _write_p99(f)) for f in back)
     if rows:
         yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
 
 
-def _p99(figures: TextFigures) -> str:
-    found = figures.moved.kl_percentiles if figures.moved else None
-    return number(found["p99"], 4) if found else NONE
+def _write_p99(figures: TextFigures) -> str:
+    percentiles = figures.moved.kl_percentiles if figures.moved else None
+    return number(percentiles["p99"], 4) if percentiles else NONE
 
 
-def _knowledge(behaviour: Behaviour) -> Iterator[Part]:
-    probes = weights.probes_of(behaviour)
+def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
     if probes:
-        yield weights.figures_table(probes)
+        yield tables.figures_table(probes)
     for there, _ in probes:
         if there.knowing:
             yield make_grades_table(
                 there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
             )
-    if groups := weights.group_tables(probes):
+    if groups := tables.group_tables(probes):
         yield Folded("By domain and by relation", groups)
 
 
-def _drawn(parts: Iterator[Part], limits: Limits) -> tuple[Part, ...]:
-    return tuple(draw_charts(parts, "compare-text", limits.charts))
-
-
-def _answers(comparison: CheckpointComparison, behaviour: Behaviour, limits: Limits) -> Iterator[Part]:
-    if comparison.show_facts:
-        yield from weights.answer_parts(behaviour.answers, limits.facts, limits.open)
-    else:
-        yield NO_FACTS
-
-
-def _groups(difference: Difference) -> Iterator[Part]:
+def _show_groups(difference: CheckpointDiff) -> Iterator[Part]:
     if difference.tensors:
-        total = weights.Part("all", difference.tensors)
-        yield weights.parts_table("What differs by group of layers", "Group", weights.groups(difference), total)
+        total = tables.Part("all", difference.tensors)
+        yield tables.parts_table("What differs by group of layers", "Group", tables.list_groups(difference), total)
 
 
-def _map(difference: Difference, limits: Limits) -> Iterator[Part]:
-    grid = weights.grid(difference)
-    if grid is None or not _changed(difference):
+def _show_map(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
+    grid = tables.make_grid(difference)
+    if grid is None or not _is_changed(difference):
         return
     if limits.charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
         yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
-    yield Folded("The map as a table", (weights.grid_table(grid),))
+    yield Folded("The map as a table", (tables.grid_table(grid),))
 
 
-def _layers(difference: Difference) -> Iterator[Part]:
-    layers = weights.layers(difference)
-    if layers and _changed(difference):
-        yield weights.parts_table("Linear weights by layer", "Layer", layers)
+def _show_layers(difference: CheckpointDiff) -> Iterator[Part]:
+    layers = tables.list_layers(difference)
+    if layers and _is_changed(difference):
+        yield tables.parts_table("Linear weights by layer", "Layer", layers)
 
 
-def _tensors(difference: Difference, limits: Limits) -> Iterator[Part]:
-    table, left_out = weights.tensors_table(difference, limits.tensors)
+def _show_tensors(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
+    table, left_out = tables.tensors_table(difference, limits.tensors)
     if table:
         title = f"{count(len(table.rows))} tensors that differ, those first that differ most"
-        yield Folded(title, (table, LeftOut(left_out, *weights.OF_COMPARISON)))
+        yield Folded(title, (table, LeftOut(left_out, *tables.OF_COMPARISON)))
 
 
-def _changed(difference: Difference) -> bool:
+def _is_changed(difference: CheckpointDiff) -> bool:
     return bool(difference.total.energy_change) or not difference.total.finite
 
 
@@ -240,23 +230,23 @@ SCHEMA = 1
 
 
 def render_comparison_html(comparison: CheckpointComparison) -> str:
-    """The page: the same comparison gives the same bytes."""
+    """Return the page: the same comparison gives the same bytes."""
     styles = ("style.css", "compare.css")
-    return render_html_page("compare.html.j2", styles=styles, page=comparison_page(comparison, _HTML))
+    return render_html_page("compare.html.j2", styles=styles, page=make_comparison_page(comparison, _HTML))
 
 
 def render_comparison_markdown(comparison: CheckpointComparison) -> str:
-    """The same as GitHub-flavoured Markdown, with fewer tensors and facts."""
-    return render_markdown_page("compare.md.j2", page=comparison_page(comparison, _MARKDOWN))
+    """Return the same as GitHub-flavoured Markdown, with fewer tensors and facts."""
+    return render_markdown_page("compare.md.j2", page=make_comparison_page(comparison, _MARKDOWN))
 
 
 def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
-    write_formats(lambda path: rendered(comparison, path.suffix.lower()), paths, overwrite=overwrite)
+    write_formats(lambda path: render(comparison, path.suffix.lower()), paths, overwrite=overwrite)
 
 
-def rendered(comparison: CheckpointComparison, suffix: str) -> str:
-    """The comparison as text: ``.html``, ``.md`` or ``.json``."""
+def render(comparison: CheckpointComparison, suffix: str) -> str:
+    """Return the comparison as text: ``.html``, ``.md`` or ``.json``."""
     if suffix == ".html":
         return render_comparison_html(comparison)
     if suffix == ".md":
@@ -265,7 +255,8 @@ def rendered(comparison: CheckpointComparison, suffix: str) -> str:
 
 
 def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
-    """Plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; what cannot be told is None."""
+    """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; what cannot be told is None."""
+    behaviour = comparison.behaviour
     return {
         "schema": SCHEMA,
         "verdict": comparison.verdict,
@@ -273,64 +264,56 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "a": asdict(comparison.a),
         "b": asdict(comparison.b),
         "files": list(comparison.files),
-        **_difference(comparison.difference),
-        "behaviour": _behaviour(comparison.behaviour, comparison.show_facts) if comparison.behaviour else None,
+        **_difference_to_json(comparison.difference),
+        "behaviour": _behaviour_to_json(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),
         "versions": dict(comparison.versions),
         "command": comparison.command,
     }
 
 
-def _difference(difference: Difference | None) -> dict[str, Any]:
+def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
     if difference is None:
         return {"architecture": None, "config": [], "structure": [], "weights": None}
-    blocks = summed(difference.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
-    cells = summed(difference.tensors, lambda t: (t.stack, t.layer, t.module) if t.module else None)
+    blocks = group_tensors(difference.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    modules = group_tensors(difference.tensors, lambda t: (t.stack, t.layer, t.module) if t.module else None)
     return {
         "architecture": difference.architecture,
         "config": [asdict(change) for change in difference.config],
         "structure": [asdict(change) for change in difference.structure],
         "weights": {
-            "total": _figures(difference.total),
-            "groups": {part.name: _figures(part.sums) for part in groups(difference)},
-            "layers": [{"stack": stack, "layer": layer, **_of(those)} for (stack, layer), those in blocks.items()],
-            "modules": [
-                {"stack": stack, "layer": layer, "module": module, **_of(those)}
-                for (stack, layer, module), those in cells.items()
+            "total": _sums_to_json(difference.total),
+            "groups": {part.name: _sums_to_json(part.sums) for part in tables.list_groups(difference)},
+            "layers": [
+                {"stack": stack, "layer": layer, **_sums_to_json(sum_tensors(tensors))}
+                for (stack, layer), tensors in blocks.items()
             ],
-            "tensors": [_tensor(tensor) for tensor in difference.tensors],
+            "modules": [
+                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sum_tensors(tensors))}
+                for (stack, layer, module), tensors in modules.items()
+            ],
+            "tensors": [_tensor_to_json(tensor) for tensor in difference.tensors],
         },
     }
 
 
-def _tensor(tensor: TensorDifference) -> dict[str, Any]:
+def _tensor_to_json(tensor: TensorDiff) -> dict[str, Any]:
     described = asdict(tensor)
     del described["sums"]
-    return described | {"shape": list(tensor.shape), **_figures(tensor.sums)}
+    return described | {"shape": list(tensor.shape), **_sums_to_json(tensor.sums)}
 
 
-def _of(tensors: Iterable[TensorDifference]) -> dict[str, Any]:
-    return _figures(sum((tensor.sums for tensor in tensors), Sums()))
+def _sums_to_json(sums: Sums) -> dict[str, Any]:
+    names = ("numel", "zeros_a", "zeros_b", "relative_error", "cosine", "snr_db", "largest_change")
+    return {name: getattr(sums, name) for name in names}
 
 
-def _figures(sums: Sums) -> dict[str, Any]:
-    return {
-        "numel": sums.numel,
-        "zeros_a": sums.zeros_a,
-        "zeros_b": sums.zeros_b,
-        "relative_error": sums.relative_error,
-        "cosine": sums.cosine,
-        "snr_db": sums.snr_db,
-        "largest_change": sums.largest_change,
-    }
-
-
-def _behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
+def _behaviour_to_json(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
     there, back = behaviour.b_against_a, behaviour.a_against_b
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "known": behaviour.known,
         "b_against_a": comparison_to_json(there.comparisons[0], show_facts=show_facts),
         "a_against_b": comparison_to_json(back.comparisons[0], show_facts=show_facts),
         "method": list(there.method),
     }
-    return told | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})
+    return values | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})

@@ -1,22 +1,22 @@
-"""The typed records of a comparison of two checkpoints: filled from files and answers, rendered to every format."""
+"""Records of a comparison of two checkpoints: filled from files and answers, rendered to every format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from compressknow.base.format import count, number, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.comparison.differences import Difference, Sums, TensorDifference, summed
+from compressknow.comparison.diff import CheckpointDiff, group_tensors, sum_tensors
 from compressknow.pages.records import Card, Checkpoint
 
 KnownBy = Literal["only A", "only B", "neither"]
 
 
 @dataclass(frozen=True, slots=True)
-class SideBySide:
-    """A fact that the two models answer differently, with the answers that each holds most likely, best first."""
+class AnswerPair:
+    """Fact that the two models answer differently, with the answers that each holds most likely, best first."""
 
     probe: str
     fact_id: str
@@ -33,7 +33,7 @@ class SideBySide:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What the two models answer to the same facts.
+    """Answers of the two models to the same facts.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Behaviour:
 
     b_against_a: Card
     a_against_b: Card
-    answers: tuple[SideBySide, ...]
+    answers: tuple[AnswerPair, ...]
     warnings: tuple[str, ...]
     known: str = "recognized"
 
@@ -67,7 +67,7 @@ class CheckpointComparison(Shown):
     b: Checkpoint
     identical: bool
     files: tuple[str, ...]
-    difference: Difference | None
+    difference: CheckpointDiff | None
     behaviour: Behaviour | None
     warnings: tuple[str, ...]
     show_facts: bool
@@ -76,22 +76,20 @@ class CheckpointComparison(Shown):
 
     def _summary(self) -> Summary:
         names = [f"{plain(side.name, 40)} ({size(side.bytes)})" for side in (self.a, self.b)]
-        groups = summed(self.difference.tensors, lambda tensor: tensor.group) if self.difference else {}
-        rows = tuple((group, *_weights(tensors)) for group, tensors in groups.items())
+        groups = group_tensors(self.difference.tensors, lambda tensor: tensor.group) if self.difference else {}
+        sums = {group: sum_tensors(tensors) for group, tensors in groups.items()}
         return Summary(
             f"CheckpointComparison: {names[1]} against {names[0]}",
             self.verdict,
             ("Group", "Weights", "Zeros before", "Zeros after", "Relative error"),
-            rows,
+            tuple(
+                (group, count(s.numel), count(s.zeros_a), count(s.zeros_b), number(s.relative_error))
+                for group, s in sums.items()
+            ),
         )
 
 
 def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
-    """What sentences call the two: their names where these differ."""
+    """Return what sentences call the two: their names where these differ."""
     names = plain(a.name, 60), plain(b.name, 60)
     return names if names[0] != names[1] else ("A", "B")
-
-
-def _weights(tensors: Sequence[TensorDifference]) -> tuple[str, ...]:
-    sums = sum((tensor.sums for tensor in tensors), Sums())
-    return count(sums.numel), count(sums.zeros_a), count(sums.zeros_b), number(sums.relative_error)

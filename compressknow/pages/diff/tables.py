@@ -1,4 +1,4 @@
-"""The tables of a comparison: weights, settings and structure, and what both models know of the same facts."""
+"""Tables of a comparison: what both models know of the same facts, weights, settings and structure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from compressknow.base.format import (
     plain,
     share,
 )
-from compressknow.comparison.differences import Difference, StructureChange, Sums, TensorDifference, summed
+from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Estimate, Group, Movement, ProbeFigures
-from compressknow.pages.diff.records import Behaviour, SideBySide
+from compressknow.pages.diff.records import AnswerPair, Behaviour
 from compressknow.pages.parts import BLANK, Table, make_fact_parts
 from compressknow.pages.parts import Part as PagePart
 from compressknow.pages.tradeoff import Grid
@@ -28,60 +28,60 @@ from compressknow.pages.tradeoff import Grid
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
-# Of what a page cuts: which page it is, and which file has it all.
+# Words for a page that is cut, and the file that has all of it.
 OF_COMPARISON = ("comparison", "compare.json")
 
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
 
 
-def probes_of(behaviour: Behaviour) -> tuple[Both, ...]:
-    """Each probe's figures in both directions."""
+def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
+    """Return each probe's figures in both directions."""
     there, back = behaviour.b_against_a.comparisons[0].probes, behaviour.a_against_b.comparisons[0].probes
     return tuple(zip(there, back, strict=True))
 
 
 def figures_table(probes: tuple[Both, ...]) -> Table:
-    """Every figure that says something of two models on a level, a column a probe."""
+    """Return every figure that says something of two models on a level, one column per probe."""
     rows = tuple((name, *(write(both[side]) for both in probes)) for name, side, write in _FIGURES)
     columns = ("Figure", *(plain(there.probe, 60) for there, _ in probes))
     return Table("What each model knows, and how much their answers differ", columns, rows)
 
 
 def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
-    """By school subject and by relation, of each probe."""
-    found = []
+    """Return tables by domain and by relation, of each probe."""
+    tables = []
     for there, back in probes:
         name = plain(there.probe, 60)
-        found.append(_groups(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
-        found.append(_groups(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
-    return tuple(table for table in found if table.rows)
+        tables.append(_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
+        tables.append(_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
+    return tuple(table for table in tables if table.rows)
 
 
-def answer_parts(answers: tuple[SideBySide, ...], limit: int, shown: int) -> Iterator[PagePart]:
-    """The facts that are answered differently, `shown` of them at once."""
-    rows = tuple(map(_row, answers[:limit]))
+def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Iterator[PagePart]:
+    """Yield the facts that are answered differently, `shown` of them at once."""
+    rows = tuple(map(_answers_row, answers[:limit]))
     return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
 
 
-def _row(fact: SideBySide) -> tuple[str, ...]:
+def _answers_row(fact: AnswerPair) -> tuple[str, ...]:
     return (
         plain(fact.prompt.replace(BLANK, "___"), 300),
         plain(fact.gold),
-        _top(fact.top_a, fact.rank_a),
-        _top(fact.top_b, fact.rank_b),
+        _list_answers(fact.top_a, fact.rank_a),
+        _list_answers(fact.top_b, fact.rank_b),
         fact.known_by,
         plain(fact.relation, 60),
     )
 
 
-def _top(answers: tuple[str, ...], rank: int | None) -> str:
-    """The answers, best first, and the right one's rank where it is none of them."""
+def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
+    """Return the answers, best first, and the right one's rank where it is none of them."""
     named = ", ".join(answer(plain(each, 60)) for each in answers)
     return f"{named} (the right one is {ordinal(rank)})" if rank and rank > len(answers) else named
 
 
-def _groups(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
+def _groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
     others = {group.name: group for group in back}
     rows = tuple(
         (
@@ -99,19 +99,19 @@ def _groups(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group
     return Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
 
 
-def _written(figure: Estimate) -> str:
+def _write(figure: Estimate) -> str:
     return estimate(figure.value, figure.low, figure.high)
 
 
-def _moved(movement: Movement | None, get: Callable[[Movement], float]) -> str:
+def _write_kl(movement: Movement | None, get: Callable[[Movement], float]) -> str:
     return NONE if movement is None else at_least(number(get(movement), 4), movement.is_lower_bound)
 
 
-def _rest(movement: Movement | None) -> str:
-    return _pair(movement.rest if movement else None, share)
+def _write_rest(movement: Movement | None) -> str:
+    return _write_pair(movement.rest if movement else None, share)
 
 
-def _pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
+def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
     return NONE if pair is None else f"{write(pair[0])}, {write(pair[1])}"
 
 
@@ -119,27 +119,27 @@ def _pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> st
 _THERE, _BACK = 0, 1
 _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("Facts evaluated", _THERE, lambda p: count(p.counts.n)),
-    ("A is right", _THERE, lambda p: _written(p.accuracy_original)),
-    ("B is right", _THERE, lambda p: _written(p.accuracy_compressed)),
+    ("A is right", _THERE, lambda p: _write(p.accuracy_original)),
+    ("B is right", _THERE, lambda p: _write(p.accuracy_compressed)),
     ("Both know", _THERE, lambda p: count(p.counts.both)),
     ("Only A knows", _THERE, lambda p: count(p.counts.lost)),
     ("Only B knows", _THERE, lambda p: count(p.counts.gained)),
     ("Neither knows", _THERE, lambda p: count(p.counts.neither)),
-    ("Of what A knows, B keeps", _THERE, lambda p: _written(p.kept)),
-    ("Of what B knows, A keeps", _BACK, lambda p: _written(p.kept)),
+    ("Of what A knows, B keeps", _THERE, lambda p: _write(p.kept)),
+    ("Of what B knows, A keeps", _BACK, lambda p: _write(p.kept)),
     ("Flips (known by one alone)", _THERE, lambda p: share(p.counts.flips)),
     ("Is one better?", _THERE, lambda p: p_value(p.certainty.test.p)),
     ("Top answer differs", _THERE, lambda p: share(p.answer_changed)),
-    ("Mean reciprocal rank, A and B", _THERE, lambda p: _pair(p.mrr, number)),
-    ("Right answer among the top 5, A and B", _THERE, lambda p: _pair(p.p_at_5, share)),
-    ("KL(A‖B), nats, mean", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
-    ("KL(A‖B), median", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_median)),
-    ("KL(A‖B), 99th percentile", _THERE, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
-    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: _rest(p.movement)),
-    ("KL(B‖A), nats, mean", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_mean)),
-    ("KL(B‖A), median", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_median)),
-    ("KL(B‖A), 99th percentile", _BACK, lambda p: _moved(p.movement, lambda m: m.kl_p99)),
-    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: _rest(p.movement)),
+    ("Mean reciprocal rank, A and B", _THERE, lambda p: _write_pair(p.mrr, number)),
+    ("Right answer among the top 5, A and B", _THERE, lambda p: _write_pair(p.p_at_5, share)),
+    ("KL(A‖B), nats, mean", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
+    ("KL(A‖B), median", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
+    ("KL(A‖B), 99th percentile", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
+    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: _write_rest(p.movement)),
+    ("KL(B‖A), nats, mean", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
+    ("KL(B‖A), median", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
+    ("KL(B‖A), 99th percentile", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
+    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: _write_rest(p.movement)),
 )
 
 
@@ -151,89 +151,93 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some tensors together: a group of layers, a block."""
+    """Tensors taken together: a group of layers, a block."""
 
     name: str
-    tensors: tuple[TensorDifference, ...]
+    tensors: tuple[TensorDiff, ...]
 
     @property
     def sums(self) -> Sums:
-        return sum((tensor.sums for tensor in self.tensors), Sums())
+        return sum_tensors(self.tensors)
 
 
-def groups(difference: Difference) -> tuple[Part, ...]:
-    """The groups of layers that there are, in their usual order."""
-    found = summed(difference.tensors, lambda tensor: tensor.group)
-    return tuple(Part(name, found[name]) for name in GROUPS if name in found)
+def list_groups(difference: CheckpointDiff) -> tuple[Part, ...]:
+    """Return the groups of layers that there are, in their usual order."""
+    groups = group_tensors(difference.tensors, lambda tensor: tensor.group)
+    return tuple(Part(name, groups[name]) for name in GROUPS if name in groups)
 
 
-def layers(difference: Difference) -> tuple[Part, ...]:
-    """The Linear weights of each block, in the order of the module tree."""
-    found = summed(difference.tensors, _block)
-    return tuple(Part(name, those) for name, those in found.items())
+def list_layers(difference: CheckpointDiff) -> tuple[Part, ...]:
+    """Return the Linear weights of each block, in the order of the module tree."""
+    blocks = group_tensors(difference.tensors, _name_block)
+    return tuple(Part(name, tensors) for name, tensors in blocks.items())
 
 
-def worst(parts: Iterable[Part], limit: int) -> tuple[Part, ...]:
-    """The parts that changed at all, those first that changed most."""
+def find_worst(parts: Iterable[Part], limit: int) -> tuple[Part, ...]:
+    """Return the parts that changed at all, those first that changed most."""
     changed = [part for part in parts if part.sums.energy_change]
     return tuple(sorted(changed, key=lambda part: -(part.sums.relative_error or 0.0))[:limit])
 
 
-def grid(difference: Difference) -> Grid | None:
-    """What the heat map shows; None where no Linear weight lies in a block."""
-    found = summed(difference.tensors, lambda tensor: (_block(tensor), tensor.module) if tensor.module else None)
-    if not found:
+def make_grid(difference: CheckpointDiff) -> Grid | None:
+    """Return what the heat map shows; None where no Linear weight lies in a block."""
+    weights = (tensor for tensor in difference.tensors if tensor.module)
+    tensors = group_tensors(weights, lambda tensor: (_name_block(tensor), tensor.module))
+    if not tensors:
         return None
-    rows, modules = (tuple(dict.fromkeys(key[i] or "" for key in found)) for i in (0, 1))
-    cells = tuple(tuple(_error(found.get((row, module), ())) for module in modules) for row in rows)
+    rows, modules = (tuple(dict.fromkeys(key[i] or "" for key in tensors)) for i in (0, 1))
+    cells = tuple(tuple(_error(tensors.get((row, module), ())) for module in modules) for row in rows)
     return Grid(rows, tuple(plain(name, 40) for name in short_names(modules)), cells)
 
 
 def short_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The last parts of dotted names, as few as tell them apart.
+    """Return the last parts of dotted names, as few as tell them apart.
 
     >>> short_names(("attention.self.query", "attention.output.dense", "output.dense"))
     ('query', 'attention.output.dense', 'output.dense')
     """
     parts = [name.split(".") for name in names]
 
-    def short(own: list[str]) -> str:
+    def shorten(own: list[str]) -> str:
         others = [other for other in parts if other != own]
         sizes = range(1, len(own) + 1)
         enough = (size for size in sizes if all(other[-size:] != own[-size:] for other in others))
         return ".".join(own[-next(enough, len(own)) :])
 
-    return tuple(map(short, parts))
+    return tuple(map(shorten, parts))
 
 
 def parts_table(caption: str, kind: str, parts: Iterable[Part], total: Part | None = None) -> Table:
-    """The figures of each part."""
+    """Return the figures of each part."""
     rows = tuple(part_row(part) for part in (*parts, *([total] if total else [])))
     return Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
 def part_row(part: Part) -> tuple[str, ...]:
-    """A part's name and figures."""
+    """Return a part's name and figures."""
     return plain(part.name, _NAME), *_figures(part.sums)
 
 
-def tensors_table(difference: Difference, limit: int) -> tuple[Table | None, int]:
-    """The tensors that differ, those first that changed most; and how many are left out."""
+def tensors_table(difference: CheckpointDiff, limit: int) -> tuple[Table | None, int]:
+    """Return the tensors that differ, those first that changed most; and how many are left out."""
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
-    rows = tuple((plain(t.name, _NAME), _types(t.dtype_a, t.dtype_b), *_figures(t.sums)) for t in changed[:limit])
+    rows = tuple(
+        (plain(t.name, _NAME), t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} → {t.dtype_b}", *_figures(t.sums))
+        for t in changed[:limit]
+    )
     table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), rows, sortable=len(rows) > 1)
     return (table if rows else None), len(changed) - len(rows)
 
 
 def grid_table(grid: Grid) -> Table:
-    """The heat map as figures."""
+    """Return the heat map as figures."""
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
     return Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
 
 
-def settings_table(difference: Difference, files: tuple[str, ...]) -> Table | None:
-    """The settings that differ, and the files beside config and weights that do."""
+def settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
+    """Return the settings that differ, and the files beside config and weights that do."""
     rows = tuple(
         (plain(change.key, 80), *(NONE if value is None else plain(value, 200) for value in (change.a, change.b)))
         for change in difference.config
@@ -252,41 +256,41 @@ _KINDS = {
 }
 
 
-def structure_table(difference: Difference) -> Table | None:
-    """What the two store otherwise, tensors alike in that on one line."""
+def structure_table(difference: CheckpointDiff) -> Table | None:
+    """Return what the two store otherwise, tensors alike in that on one line."""
     alike: dict[tuple[str, str, str], list[StructureChange]] = {}
     for change in difference.structure:
-        alike.setdefault((change.kind, _without_shape(change.a), _without_shape(change.b)), []).append(change)
+        alike.setdefault((change.kind, _drop_shape(change.a), _drop_shape(change.b)), []).append(change)
     rows = tuple(
-        (_KINDS[kind], count(len(changes)), *_sides(changes, a, b), _examples(changes))
+        (_KINDS[kind], count(len(changes)), *_describe_forms(changes, a, b), _list_examples(changes))
         for (kind, a, b), changes in alike.items()
     )
     columns = ("What", "Tensors", "A", "B", "Which")
     return Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
 
 
-def _sides(changes: list[StructureChange], a: str, b: str) -> tuple[str, str]:
-    """Both sides in full where there is one tensor, else what its kind has in common."""
+def _describe_forms(changes: list[StructureChange], a: str, b: str) -> tuple[str, str]:
+    """Return both forms in full where there is one tensor, else what its kind has in common."""
     return (plain(changes[0].a), plain(changes[0].b)) if len(changes) == 1 else (plain(a), plain(b))
 
 
-def _without_shape(told: str) -> str:
-    return told.partition(" [")[0]
+def _drop_shape(form: str) -> str:
+    return form.partition(" [")[0]
 
 
-def _examples(changes: list[StructureChange]) -> str:
+def _list_examples(changes: list[StructureChange]) -> str:
     named = ", ".join(plain(change.name, 80) for change in changes[:_EXAMPLES])
     return f"{named}, …" if len(changes) > _EXAMPLES else named
 
 
-def _block(tensor: TensorDifference) -> str | None:
+def _name_block(tensor: TensorDiff) -> str | None:
     if tensor.layer is None:
         return None
     return f"{tensor.stack} {tensor.layer}" if tensor.stack else f"layer {tensor.layer}"
 
 
-def _error(tensors: tuple[TensorDifference, ...]) -> float | None:
-    return Part("", tensors).sums.relative_error if tensors else None
+def _error(tensors: tuple[TensorDiff, ...]) -> float | None:
+    return sum_tensors(tensors).relative_error if tensors else None
 
 
 def _figures(sums: Sums) -> tuple[str, ...]:
@@ -295,22 +299,18 @@ def _figures(sums: Sums) -> tuple[str, ...]:
         percent(sums.zeros_a, sums.numel),
         percent(sums.zeros_b, sums.numel),
         number(sums.relative_error, 4),
-        cosine(sums.cosine),
+        format_cosine(sums.cosine),
         NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB",
         number(sums.largest_change, 4),
     )
 
 
-def cosine(value: float | None) -> str:
-    """A cosine; 1 is shown only where it is exact.
+def format_cosine(value: float | None) -> str:
+    """Return a cosine as text; 1 is shown only where it is exact.
 
-    >>> cosine(1.0), cosine(0.999999), cosine(0.99875), cosine(None)
-    ('1', '> 0.99999', '0.99875', '-')
+    >>> [format_cosine(value) for value in (1.0, 0.999999, 0.99875, None)]
+    ['1', '> 0.99999', '0.99875', '-']
     """
     if value is not None and 0.999995 <= value < 1:
         return "> 0.99999"
     return "1" if value == 1 else number(value, 5)
-
-
-def _types(a: str, b: str) -> str:
-    return a if a == b else f"{a} → {b}"

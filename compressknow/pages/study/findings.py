@@ -8,38 +8,34 @@ medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compressknow.base.format import count, estimate, number, p_value, share
-from compressknow.base.format import percent as percent_of
-from compressknow.pages.study.records import (
+from compressknow.base.format import count, estimate, number, p_value, percent, share
+from compressknow.pages.study.axes import (
     MODULES,
     STRUCTURED,
     UNSTRUCTURED,
-    Study,
-    StudyCell,
-    methods,
-    names,
-    percent,
-    pruned,
-    pruned_and_quantized,
-    quantized,
-    schemes,
+    list_methods,
+    list_schemes,
+    name_cells,
+    select_pruned,
+    select_quantized,
 )
-from compressknow.pages.study.tests import (
+from compressknow.pages.study.claims import (
     CANNOT_TELL,
     HOLDS,
     Bound,
-    CheckpointComparison,
+    CellComparison,
     Claim,
-    adjusted,
+    adjust_claims,
     average,
-    bound,
-    decline,
-    left,
-    paired_test,
+    compare_cells,
+    hold_to_limit,
+    measure_decline,
+    measure_remaining,
 )
+from compressknow.pages.study.records import Study, StudyCell
 
 NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
@@ -48,16 +44,17 @@ MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called m
 NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zero or the baseline (F5, F10)
 _ALL = tuple(FAMILIES)
 _FALL = "Relative fall in accuracy"
-_LEFT = "Left of what the original knows beyond the baseline"
-_IN_SHORT = {_FALL: "relative fall", _LEFT: "left beyond the baseline"}
+_REMAINING = "Left of what the original knows beyond the baseline"
+_SHORT = {_FALL: "relative fall", _REMAINING: "left beyond the baseline"}
 _ATTENTION, _FEED_FORWARD, _OVERALL, _FINAL = "attention", "feed-forward", "overall", "final"
-_FEW = 3  # comparisons that are told one by one; of more, their number and the one that separates best
+_AGAINST = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
+_FEW = 3  # comparisons that are described one by one; of more, their number and the clearest
 NO_CELLS = "The study has no cells for it."
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A finding of the paper, and whether it holds of this study.
+    """Finding of the paper, and whether it holds of this study.
 
     Attributes
     ----------
@@ -67,8 +64,8 @@ class Finding:
     statistic : the figures behind the answer, in words.
     why : what in them decides.
     per_million : the same question by million parameters changed, in words; empty where nothing is compared.
+    comparisons, bounds : the figures themselves.
     numbers : the clearest of those figures, in a few words.
-    contrasts, bounds : the figures themselves.
     """
 
     id: str
@@ -78,23 +75,27 @@ class Finding:
     statistic: str
     why: str
     per_million: str = ""
-    paired_tests: tuple[CheckpointComparison, ...] = ()
+    comparisons: tuple[CellComparison, ...] = ()
     bounds: tuple[Bound, ...] = ()
     numbers: str = ""
 
+    @property
+    def has_cells(self) -> bool:
+        return bool(self.comparisons or self.bounds)
+
 
 @dataclass(frozen=True, slots=True)
-class _Claim:
+class _PaperClaim:
     id: str
     text: str
     families: tuple[str, ...]
     test: Callable[[Study], Claim]
-    what: str = ""  # the figure that is held to a limit
+    figure: str = ""  # what is held to a limit
 
 
 @dataclass(frozen=True, slots=True)
 class MethodFindings:
-    """The findings that the study has cells of one method for.
+    """Findings that the study has cells of one method for.
 
     Attributes
     ----------
@@ -113,274 +114,257 @@ class MethodFindings:
 PRUNING, QUANTIZATION = "pruning", "quantization"
 
 
-def findings(study: Study) -> tuple[Finding, ...]:
+def evaluate_findings(study: Study) -> tuple[Finding, ...]:
     """Return all ten, in order. Needs plain cells by scope; what is missing makes a finding "cannot tell"."""
-    return _tables(study)[0]
+    return _evaluate_tables(study)[0]
 
 
-def by_method(study: Study) -> tuple[MethodFindings, ...]:
+def evaluate_findings_by_method(study: Study) -> tuple[MethodFindings, ...]:
     """Return the findings of the cells of one method alone, in the place of the paper's: of each method that modules
     are pruned by, and each scheme; of kinds of which the study has several.
     """
-    return _tables(study)[1]
+    return _evaluate_tables(study)[1]
 
 
-def _tables(study: Study) -> tuple[tuple[Finding, ...], tuple[MethodFindings, ...]]:
-    pruning, quantization = methods(study), schemes(study)
-    # The cells that a method prunes, as those of the paper's method.
-    alone = {
-        (PRUNING, name): tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
-        for name in (pruning if len(pruning) > 1 else ())
-    } | {
-        (QUANTIZATION, name): tuple(cell for cell in study.cells if cell.quantization == name)
-        for name in (quantization if len(quantization) > 1 else ())
+def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], tuple[MethodFindings, ...]]:
+    studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in _cells_by_method(study).items()}
+    applicable = [claim for claim in _CLAIMS if study.original.family in claim.families]
+    tested = [replace(claim.test(each), key=(claim.id, *of)) for of, each in studies.items() for claim in applicable]
+    adjusted = iter(adjust_claims(tested))
+    by_study = {
+        of: [_word_finding(each, claim, next(adjusted)) for claim in applicable] for of, each in studies.items()
     }
-    studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in alone.items()}
-    asked = [claim for claim in _CLAIMS if study.original.family in claim.families]
-    tested = [replace(claim.test(each), key=(claim.id, *of)) for of, each in studies.items() for claim in asked]
-    together = iter(adjusted(tested))
-    by_study = {of: tuple(_finding(each, claim, next(together)) for claim in asked) for of, each in studies.items()}
-    own = {finding.id: finding for finding in by_study.pop(("", ""))}
-    told = (MethodFindings(*of, tuple(f for f in each if f.paired_tests or f.bounds)) for of, each in by_study.items())
-    return tuple(own.get(claim.id) or _not_asked(claim) for claim in _CLAIMS), tuple(t for t in told if t.findings)
+    of_paper = {finding.id: finding for finding in by_study.pop(("", ""))}
+    by_method = (
+        MethodFindings(*of, tuple(each for each in findings if each.has_cells)) for of, findings in by_study.items()
+    )
+    return (
+        tuple(of_paper.get(claim.id) or _word_not_evaluated(claim) for claim in _CLAIMS),
+        tuple(each for each in by_method if each.findings),
+    )
 
 
-def _not_asked(claim: _Claim) -> Finding:
-    named = " and ".join(FAMILIES[family] for family in claim.families)
-    return Finding(claim.id, claim.text, claim.families, NOT_EVALUATED, "-", f"The paper says it of {named} models.")
+def _cells_by_method(study: Study) -> dict[tuple[str, str], tuple[StudyCell, ...]]:
+    methods, schemes = list_methods(study), list_schemes(study)
+    by_method = {
+        # As if by the paper's method, which the tests look for.
+        (PRUNING, name): tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
+        for name in (methods if len(methods) > 1 else ())
+    }
+    by_scheme = {
+        (QUANTIZATION, name): tuple(cell for cell in study.cells if cell.quantization == name)
+        for name in (schemes if len(schemes) > 1 else ())
+    }
+    return by_method | by_scheme
 
 
-def low_decline(study: Study) -> Claim:
-    """F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
+def _claim_low_decline(study: Study) -> Claim:
+    """Claim F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
 
     Holds where for every such cell the interval of the relative fall in accuracy lies below `MINIMAL` (each must pass
     by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
     number, lies above.
     """
-    cells = [cell for scope in MODULES for cell in _within(pruned(study, scope), (LOW[0] - 1, LOW[1])).values()]
-    bounds = [bound(cell.key, decline(study, cell), MINIMAL) for cell in cells]
-    return _limited(bounds)
+    limits = (LOW[0] - 1, LOW[1])
+    cells = [cell for scope in MODULES for cell in _limit_amounts(select_pruned(study, scope), limits).values()]
+    return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
 
 
-def medium_attention_less(study: Study) -> Claim:
-    """F2: pruned by more than 30 and up to 50 %, attention hurts less than feed-forward at equal amounts.
+def _claim_medium_attention_less(study: Study) -> Claim:
+    """Claim F2: pruned by more than 30 and up to 50 %, attention hurts less than feed-forward at equal amounts.
 
-    A paired test of the two cells at each amount; see `tests.decide`.
+    A paired test of the two cells at each amount; see `claims.decide`.
     """
-    return _compared(_at_equal_amounts(study, _ATTENTION, _FEED_FORWARD))
+    return Claim(tuple(_compare_medium(study, _ATTENTION, _FEED_FORWARD)))
 
 
-def medium_attention_more(study: Study) -> Claim:
-    """F3: the other way round, likewise."""
-    return _compared(_at_equal_amounts(study, _FEED_FORWARD, _ATTENTION))
+def _claim_medium_attention_more(study: Study) -> Claim:
+    """Claim F3: the other way round, likewise."""
+    return Claim(tuple(_compare_medium(study, _FEED_FORWARD, _ATTENTION)))
 
 
-def overall_pruned_most(study: Study) -> Claim:
-    """F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
+def _claim_overall_pruned_most(study: Study) -> Claim:
+    """Claim F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
 
     A paired test for each amount and rival. Both rivals must be shown to hurt less, at one amount at least.
     """
-    overall = pruned(study, _OVERALL)
-    pairs = [
-        paired_test(study, cell, overall[amount], f"against {scope}")
-        for scope in (_ATTENTION, _FEED_FORWARD)
-        for amount, cell in pruned(study, scope).items()
+    overall = select_pruned(study, _OVERALL)
+    comparisons = [
+        compare_cells(study, cell, overall[amount], part)
+        for scope, part in _AGAINST.items()
+        for amount, cell in select_pruned(study, scope).items()
         if amount in overall
     ]
-    return _compared(pairs, (f"against {_ATTENTION}", f"against {_FEED_FORWARD}"))
+    return Claim(tuple(comparisons), tuple(_AGAINST.values()))
 
 
-def high_rapid(study: Study) -> Claim:
-    """F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
+def _claim_high_rapid(study: Study) -> Claim:
+    """Claim F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
 
     Two figures of what is left beyond such a baseline must both be below their limits, their whole intervals: the mean
     over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
     left at the largest amount below `NEAR`.
     """
-    cells = list(_within(pruned(study, _OVERALL), HIGH).values())
+    cells = list(_limit_amounts(select_pruned(study, _OVERALL), HIGH).values())
     if not cells:
-        return _limited([])
-    weights = sum(1 - percent(cell) / 100 for cell in cells) / len(cells)
-    amounts = f"{percent(cells[0]):g} to {percent(cells[-1]):g} %" if len(cells) > 1 else f"{percent(cells[0]):g} %"
-    mean = average([left(study, cell) for cell in cells])
-    bounds = [
-        bound(f"overall pruned by {amounts}, on average", mean, weights),
-        bound(cells[-1].key, left(study, cells[-1]), NEAR),
-    ]
-    return _limited(bounds)
+        return Claim()
+    weights = sum(1 - cell.percent / 100 for cell in cells) / len(cells)
+    first, last = cells[0], cells[-1]
+    amounts = f"{first.percent:g} to {last.percent:g} %" if len(cells) > 1 else f"{first.percent:g} %"
+    mean = average([measure_remaining(study, cell) for cell in cells])
+    return Claim(
+        bounds=(
+            hold_to_limit(f"overall pruned by {amounts}, on average", mean, weights),
+            hold_to_limit(last.key, measure_remaining(study, last), NEAR),
+        )
+    )
 
 
-def attention_quantized_less(study: Study) -> Claim:
-    """F6: quantized, attention hurts less than feed-forward: a paired test for each scheme."""
-    return _compared(_by_scheme(study, _ATTENTION, _FEED_FORWARD))
+def _claim_attention_quantized_less(study: Study) -> Claim:
+    """Claim F6: quantized, attention hurts less than feed-forward: a paired test for each scheme."""
+    return Claim(tuple(_compare_quantized(study, _ATTENTION, _FEED_FORWARD)))
 
 
-def overall_quantized_most(study: Study) -> Claim:
-    """F7: quantized, overall hurts more than attention and more than feed-forward.
+def _claim_overall_quantized_most(study: Study) -> Claim:
+    """Claim F7: quantized, overall hurts more than attention and more than feed-forward.
 
     Both rivals must be shown to hurt less, under one scheme at least.
     """
-    parts = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
-    pairs = [pair for scope, part in parts.items() for pair in _by_scheme(study, scope, _OVERALL, part)]
-    return _compared(pairs, tuple(parts.values()))
+    comparisons = [
+        comparison
+        for scope, part in _AGAINST.items()
+        for comparison in _compare_quantized(study, scope, _OVERALL, part)
+    ]
+    return Claim(tuple(comparisons), tuple(_AGAINST.values()))
 
 
-def pruned_and_quantized_attention(study: Study) -> Claim:
-    """F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in encoder-decoder
-    models, where it hurts more.
+def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
+    """Claim F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in
+    encoder-decoder models, where it hurts more.
 
     A paired test for each amount and scheme. Both amounts must be shown, under one scheme at least.
     """
     order = (_ATTENTION, _FEED_FORWARD)
     reverse = order[::-1] if study.original.family == "seq2seq" else order
-    pairs = [
-        paired_test(study, less[amount], more[amount], f"at {amount} %")
-        for amount, scopes in ((20, order), (40, reverse))
-        for less, more in (tuple(pruned_and_quantized(study, s, scheme) for s in scopes) for scheme in schemes(study))
-        if amount in less and amount in more
-    ]
-    return _compared(pairs, ("at 20 %", "at 40 %"))
+    comparisons = []
+    for amount, scopes in ((20, order), (40, reverse)):
+        for scheme in list_schemes(study):
+            less, more = (select_pruned(study, scope, scheme=scheme) for scope in scopes)
+            if amount in less and amount in more:
+                comparisons.append(compare_cells(study, less[amount], more[amount], f"at {amount} %"))
+    return Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
 
 
-def final_structured_more(study: Study) -> Claim:
-    """F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each equal amount."""
-    single, rows = pruned(study, _FINAL, UNSTRUCTURED), pruned(study, _FINAL, STRUCTURED)
-    pairs = [paired_test(study, cell, rows[amount]) for amount, cell in single.items() if amount in rows]
-    return _compared(pairs)
+def _claim_final_structured_more(study: Study) -> Claim:
+    """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each equal
+    amount.
+    """
+    unstructured, structured = (select_pruned(study, _FINAL, method) for method in (UNSTRUCTURED, STRUCTURED))
+    equal = [amount for amount in unstructured if amount in structured]
+    return Claim(tuple(compare_cells(study, unstructured[amount], structured[amount]) for amount in equal))
 
 
-def final_near_baseline(study: Study) -> Claim:
-    """F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
+def _claim_final_near_baseline(study: Study) -> Claim:
+    """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
     By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
     """
-    cells = [pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
-    found = [cell for cell in cells if cell]
-    bounds = [bound(cell.key, left(study, cell), NEAR) for cell in found]
-    return _limited(bounds)
+    cells = [select_pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
+    bounds = [hold_to_limit(cell.key, measure_remaining(study, cell), NEAR) for cell in cells if cell]
+    return Claim(bounds=tuple(bounds))
 
 
-def _within(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
-    """Those above the lower limit and up to the upper."""
+def _limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
+    """Return those above the lower limit and up to the upper."""
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
 
-def _at_equal_amounts(study: Study, less: str, more: str) -> Iterator[CheckpointComparison]:
-    others = pruned(study, more)
-    for amount, cell in _within(pruned(study, less), MEDIUM).items():
+def _compare_medium(study: Study, less: str, more: str) -> Iterator[CellComparison]:
+    others = select_pruned(study, more)
+    for amount, cell in _limit_amounts(select_pruned(study, less), MEDIUM).items():
         if amount in others:
-            yield paired_test(study, cell, others[amount])
+            yield compare_cells(study, cell, others[amount])
 
 
-def _by_scheme(study: Study, less: str, more: str, part: str = "") -> Iterator[CheckpointComparison]:
-    others = quantized(study, more)
-    for scheme, cell in quantized(study, less).items():
+def _compare_quantized(study: Study, less: str, more: str, part: str = "") -> Iterator[CellComparison]:
+    others = select_quantized(study, more)
+    for scheme, cell in select_quantized(study, less).items():
         if scheme in others:
-            yield paired_test(study, cell, others[scheme], part)
-
-
-def _compared(pairs: Iterable[CheckpointComparison], parts: tuple[str, ...] = ("",)) -> Claim:
-    return Claim((), tuple(pairs), parts)
-
-
-def _limited(bounds: Sequence[Bound]) -> Claim:
-    return Claim((), bounds=tuple(bounds))
-
-
-def _finding(study: Study, claim: _Claim, tested: Claim) -> Finding:
-    """Put the answer to a claim, and what decides, into words."""
-    answer, pairs, bounds = tested.answer, tested.paired_tests, tested.bounds
-    if claim.what:
-        words = bounds_in_words(study, bounds, claim.what), why_bounds(answer, bounds), ""
-        numbers = bounds_in_short(study, bounds, claim.what)
-    else:
-        rates = per_million_in_words(study, tested.answer_per_million, pairs)
-        words = tests_in_words(study, pairs), why_tests(answer, pairs, tested.parts), rates
-        numbers = tests_in_short(study, pairs)
-    return Finding(claim.id, claim.text, claim.families, answer, *words, pairs, bounds, numbers)
+            yield compare_cells(study, cell, others[scheme], part)
 
 
 _CLAIMS = (
-    _Claim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, low_decline, _FALL),
-    _Claim(
+    _PaperClaim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, _claim_low_decline, _FALL),
+    _PaperClaim(
         "F2",
         "Pruned by 30 to 50 %, attention hurts less than feed-forward",
         ("masked",),
-        medium_attention_less,
+        _claim_medium_attention_less,
     ),
-    _Claim(
+    _PaperClaim(
         "F3",
         "Pruned by 30 to 50 %, attention hurts more than feed-forward",
         ("seq2seq", "causal"),
-        medium_attention_more,
+        _claim_medium_attention_more,
     ),
-    _Claim("F4", "Pruning all modules together hurts most", _ALL, overall_pruned_most),
-    _Claim("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL, high_rapid, _LEFT),
-    _Claim("F6", "Quantizing attention hurts less than feed-forward", _ALL, attention_quantized_less),
-    _Claim("F7", "Quantizing everything hurts most", _ALL, overall_quantized_most),
-    _Claim(
+    _PaperClaim("F4", "Pruning all modules together hurts most", _ALL, _claim_overall_pruned_most),
+    _PaperClaim(
+        "F5",
+        "Above 50 % knowledge falls rapidly, towards zero or the majority baseline",
+        _ALL,
+        _claim_high_rapid,
+        _REMAINING,
+    ),
+    _PaperClaim("F6", "Quantizing attention hurts less than feed-forward", _ALL, _claim_attention_quantized_less),
+    _PaperClaim("F7", "Quantizing everything hurts most", _ALL, _claim_overall_quantized_most),
+    _PaperClaim(
         "F8",
         "Pruned by 20 % and quantized, attention hurts less than feed-forward; by 40 % too in encoder-only and "
         "decoder-only models, the other way round in encoder-decoder models",
         _ALL,
-        pruned_and_quantized_attention,
+        _claim_attention_pruned_and_quantized,
     ),
-    _Claim(
-        "F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",), final_structured_more
+    _PaperClaim(
+        "F9",
+        "In the final layer, L1-structured hurts more than L1-unstructured",
+        ("masked",),
+        _claim_final_structured_more,
     ),
-    _Claim(
+    _PaperClaim(
         "F10",
         "With the final layer pruned by 20 %, accuracy is already near the majority baseline",
         ("seq2seq", "causal"),
-        final_near_baseline,
-        _LEFT,
+        _claim_final_near_baseline,
+        _REMAINING,
     ),
 )
 
 
-def tests_in_words(study: Study, pairs: Sequence[CheckpointComparison]) -> str:
-    """Each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
+def _word_not_evaluated(claim: _PaperClaim) -> Finding:
+    families = " and ".join(FAMILIES[family] for family in claim.families)
+    return Finding(claim.id, claim.text, claim.families, NOT_EVALUATED, "-", f"The paper says it of {families} models.")
+
+
+def _word_finding(study: Study, claim: _PaperClaim, tested: Claim) -> Finding:
+    """Put the answer to a claim, and what decides, into words."""
+    names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
+    if claim.figure:
+        words = _describe_bounds(bounds, claim.figure, names), _explain_bounds(answer, bounds), ""
+        numbers = _summarize_bounds(bounds, claim.figure, names)
+    else:
+        rates = _describe_rates(tested.answer_per_million, pairs, names)
+        words = _describe_comparisons(pairs, names), _explain_comparisons(answer, pairs, tested.parts), rates
+        numbers = _summarize_comparisons(pairs, names)
+    return Finding(claim.id, claim.text, claim.families, answer, *words, pairs, bounds, numbers)
+
+
+def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+    """Describe each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
     if not pairs:
         return "-"
-    called = names(study)
     if len(pairs) <= _FEW:
-        return " ".join(test_in_words(pair, called) for pair in pairs)
-    return f"{_numbers(pairs)} The clearest: {test_in_words(_clearest(pairs), called)}"
-
-
-def _clearest(pairs: Sequence[CheckpointComparison]) -> CheckpointComparison:
-    return min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
-
-
-def tests_in_short(study: Study, pairs: Sequence[CheckpointComparison]) -> str:
-    """How many of the comparisons separate their cells, and what the two of the clearest answer right."""
-    if not pairs:
-        return ""
-    best, called = _clearest(pairs), names(study)
-    as_claimed, against = sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
-    tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
-    c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
-    right = (
-        f"{called[best.less]} {percent_of(c.known_before, c.n)} right, {called[best.more]} "
-        f"{percent_of(c.known_after, c.n)}, {p}"
-    )
-    return f"{tally if len(pairs) > 1 else ''}{right}"
-
-
-def test_in_words(pair: CheckpointComparison, called: dict[str, str]) -> str:
-    """One comparison: what each answers right, what only one of them does, and p."""
-    c = pair.counts
-    sentence = (
-        f"{called[pair.less]} answers {count(c.known_before)} of {count(c.n)} right, {called[pair.more]} "
-        f"{count(c.known_after)}: {count(c.lost)} only the first, {count(c.gained)} only the second"
-    )
-    if pair.at_floor:
-        return f"{sentence}; neither is clearly above the baseline, so it does not count."
-    return f"{sentence} ({p_value(pair.p_holm)})."
-
-
-def _numbers(pairs: Sequence[CheckpointComparison]) -> str:
-    as_claimed, against = sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
+        return " ".join(_describe_comparison(pair, names) for pair in pairs)
+    as_claimed, against = _count_directions(pairs)
     floor = sum(p.at_floor for p in pairs)
     parts = [
         f"{count(as_claimed)} as claimed",
@@ -388,11 +372,47 @@ def _numbers(pairs: Sequence[CheckpointComparison]) -> str:
         f"{count(len(pairs) - as_claimed - against - floor)} not significant",
         *([f"{count(floor)} not counted, neither cell being clearly above the baseline"] if floor else []),
     ]
-    return f"{count(len(pairs))} comparisons: {', '.join(parts)}."
+    clearest = _describe_comparison(_find_clearest(pairs), names)
+    return f"{count(len(pairs))} comparisons: {', '.join(parts)}. The clearest: {clearest}"
 
 
-def why_tests(answer: str, pairs: Sequence[CheckpointComparison], parts: Sequence[str]) -> str:
-    """What decides."""
+def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
+    """Describe what each answers right, what only one of them does, and p."""
+    c = pair.counts
+    sentence = (
+        f"{names[pair.less]} answers {count(c.known_before)} of {count(c.n)} right, {names[pair.more]} "
+        f"{count(c.known_after)}: {count(c.lost)} only the first, {count(c.gained)} only the second"
+    )
+    if pair.at_floor:
+        return f"{sentence}; neither is clearly above the baseline, so it does not count."
+    return f"{sentence} ({p_value(pair.p_holm)})."
+
+
+def _find_clearest(pairs: Sequence[CellComparison]) -> CellComparison:
+    return min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
+
+
+def _count_directions(pairs: Sequence[CellComparison]) -> tuple[int, int]:
+    """Return how many comparisons separate their cells as claimed, and how many against it."""
+    return sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
+
+
+def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+    """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
+    if not pairs:
+        return ""
+    best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
+    tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
+    c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
+    right = (
+        f"{names[best.less]} {percent(c.known_before, c.n)} right, {names[best.more]} {percent(c.known_after, c.n)}, "
+        f"{p}"
+    )
+    return f"{tally if len(pairs) > 1 else ''}{right}"
+
+
+def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Sequence[str]) -> str:
+    """Say what decides."""
     if not pairs:
         return NO_CELLS
     if answer == HOLDS:
@@ -411,51 +431,48 @@ def why_tests(answer: str, pairs: Sequence[CheckpointComparison], parts: Sequenc
     return f"Chance could explain the differences{where}."
 
 
-def per_million_in_words(study: Study, answer: str, pairs: Sequence[CheckpointComparison]) -> str:
-    """The same question by million parameters changed, with the clearest comparison."""
-    told = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
-    if not told:
+def _describe_rates(answer: str, pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+    """Answer the same question by million parameters changed, with the clearest comparison."""
+    known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
+    if not known:
         return ""
-    best, called = min(told, key=lambda pair: pair.rate_p_holm or 0.0), names(study)
+    best = min(known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
     return (
-        f"Per million parameters changed: {answer}. {called[best.more]} loses {number(abs(rate))} points of accuracy "
-        f"{'more' if rate > 0 else 'less'} a million than {called[best.less]} ({p_value(best.rate_p_holm)})."
+        f"Per million parameters changed: {answer}. {names[best.more]} loses {number(abs(rate))} points of accuracy "
+        f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({p_value(best.rate_p_holm)})."
     )
 
 
-def bounds_in_words(study: Study, figures: Sequence[Bound], what: str) -> str:
-    """The figures with their limits: of many, the largest."""
-    if not figures:
+def _describe_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, str]) -> str:
+    """Describe the figures with their limits: of many, the largest."""
+    if all(bound.value.value is None for bound in bounds):
         return "-"
-    called = names(study)
-    if all(bound.value.value is None for bound in figures):
-        return "-"
-    shown = [_largest(figures)] if len(figures) > _FEW else figures
-    most = f", the largest of {count(len(figures))}" if len(figures) > _FEW else ""
-    return f"{what}{most}: " + "; ".join(_bound(bound, called) for bound in shown) + "."
+    shown = [_find_largest(bounds)] if len(bounds) > _FEW else bounds
+    most = f", the largest of {count(len(bounds))}" if len(bounds) > _FEW else ""
+    return f"{figure}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
 
 
-def bounds_in_short(study: Study, figures: Sequence[Bound], what: str) -> str:
-    """The figure that lies highest above its limit, or nearest below."""
-    told = [bound for bound in figures if bound.value.value is not None]
-    return f"{_IN_SHORT[what]}: {_bound(_largest(told), names(study))}" if told else ""
+def _summarize_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, str]) -> str:
+    """Describe the figure that lies highest above its limit, or nearest below."""
+    known = [bound for bound in bounds if bound.value.value is not None]
+    return f"{_SHORT[figure]}: {_describe_bound(_find_largest(known), names)}" if known else ""
 
 
-def _largest(figures: Sequence[Bound]) -> Bound:
-    return max(figures, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
+def _find_largest(bounds: Sequence[Bound]) -> Bound:
+    return max(bounds, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
 
 
-def _bound(bound: Bound, called: dict[str, str]) -> str:
+def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
     value = estimate(bound.value.value, bound.value.low, bound.value.high)
-    return f"{called.get(bound.of, bound.of)} {value}, limit {share(bound.limit)}"
+    return f"{names.get(bound.of, bound.of)} {value}, limit {share(bound.limit)}"
 
 
-def why_bounds(answer: str, figures: Sequence[Bound]) -> str:
-    """What decides."""
-    if not figures:
+def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:
+    """Say what decides."""
+    if not bounds:
         return NO_CELLS
-    if any(bound.value.value is None for bound in figures):
+    if any(bound.value.value is None for bound in bounds):
         return "The original itself knows no more than the baseline."
     if answer == HOLDS:
         return "Every figure is clearly below its limit."

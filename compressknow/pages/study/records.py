@@ -1,29 +1,31 @@
-"""The typed records of a study: one original, its compressed forms, which cell is which, and the axes of its grid.
-
-What the paper's figures show already (plain cells by scope, amount and method) is left to these.
-"""
+"""Records of a study: one original, its compressed forms, and a row for each of these and each probe."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from compressknow.base.format import count, estimate, plain, size
 from compressknow.base.notebook import Summary, Tabular
-from compressknow.compress.pruning import METHODS
-from compressknow.compress.schemes import SCHEMES
+from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.pages.as_json import finite
+from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, ModelFacts
 
 Setting = str | int | float | bool | None
+# Settings that columns of their own have, in the order in which a reader asks for them.
+METHOD, SCHEME, AMOUNT, SCOPE = "method", "quantize", "prune", "scope"
+MAIN_SETTINGS = (SCOPE, METHOD, AMOUNT, SCHEME)
+# Among so few answers a model that always says the same scores as a majority does; among more it scores as guessing.
+_FEW_ANSWERS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StudyProbe:
-    """What one probe is, and what the original knows of it.
+    """Probe of a study, and what the original knows of it.
 
     Attributes
     ----------
@@ -45,10 +47,21 @@ class StudyProbe:
     relations: tuple[str, ...]
     templates: int = 1
 
+    @property
+    def floor(self) -> float:
+        """Accuracy of a model that has forgotten everything: the paper's "zero or the majority baseline".
+
+        That of always the same answer where there are few to choose from (BoolQ, PIQA, WinoGrande), else that of
+        guessing, or 0 where any text may be answered.
+        """
+        if self.chance is None:
+            return 0.0
+        return max(self.chance, self.majority or 0.0) if self.chance >= 1 / _FEW_ANSWERS else self.chance
+
 
 @dataclass(frozen=True, slots=True)
 class StudyCell:
-    """One compressed form of the original.
+    """Compressed form of the original.
 
     Attributes
     ----------
@@ -89,10 +102,20 @@ class StudyCell:
     comparison: Comparison
     correct: Mapping[str, tuple[bool, ...]]
 
+    @property
+    def percent(self) -> float:
+        """Amount pruned in percent, rounded where floats hold no more: 30, not 30.000000000000004."""
+        return round(100 * (self.amount or 0.0), 6)
+
+    @property
+    def changed(self) -> int:
+        """Parameters that the recipe changed: quantized, or pruned where nothing was quantized."""
+        return self.quantized or self.pruned
+
 
 @dataclass(frozen=True, slots=True)
 class FailedCell:
-    """A cell that could not be made or evaluated, or that was refused, and why."""
+    """Cell that could not be made or evaluated, or that was refused, and why."""
 
     key: str
     setup: str
@@ -101,7 +124,7 @@ class FailedCell:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Study(Tabular):
-    """A whole study, in the order of its grid. Its rows are those of ``cells.csv``."""
+    """Whole study, in the order of its grid. Its rows are those of ``cells.csv``."""
 
     original: ModelFacts
     probes: tuple[StudyProbe, ...]
@@ -114,230 +137,122 @@ class Study(Tabular):
     known: str = RECOGNIZED  # what counts as known: that or better, or only "produced"
 
     def _rows(self) -> list[dict[str, Any]]:
-        from compressknow.pages.study.pages import tidy_rows
-
         return tidy_rows(self)
 
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
+        kept = [cell.comparison.kept for cell in self.cells]
         return Summary(
             f"Study: {plain(self.original.name, 60)}",
             f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
-            tuple(map(_cell_row, self.cells)),
+            tuple(
+                (cell.setup, estimate(k.value, k.low, k.high), size(cell.bytes), size(cell.sparse_bytes))
+                for cell, k in zip(self.cells, kept, strict=True)
+            ),
         )
 
 
-def _cell_row(cell: StudyCell) -> tuple[str, ...]:
-    kept = cell.comparison.kept
-    return cell.setup, estimate(kept.value, kept.low, kept.high), size(cell.bytes), size(cell.sparse_bytes)
+_TEXT, _SHARE, _COUNT, _FLAG = "string", "double", "int64", "bool"
+# Columns and their types, in order. Shares and accuracies lie between 0 and 1; sizes are bytes, divergences nats.
+COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys(("key", "setup", "scope", "method"), _TEXT),
+    "amount": _SHARE,
+    **dict.fromkeys(("scheme", "pruning", "quantization", "probe", "known"), _TEXT),
+    **dict.fromkeys(("n", "both", "lost", "gained", "neither"), _COUNT),
+    **dict.fromkeys(("accuracy_original", "accuracy_compressed", "drop_absolute", "drop_relative"), _SHARE),
+    **dict.fromkeys(("kept", "kept_low", "kept_high", "mcnemar_p", "p", "answer_changed", "kl_mean"), _SHARE),
+    "kl_is_lower_bound": _FLAG,
+    **dict.fromkeys(("perplexity_original", "perplexity_compressed"), _SHARE),
+    **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
+    **dict.fromkeys(("status", "error"), _TEXT),
+}
+_LONGEST = 2000  # characters of an error
 
 
-# The methods that the paper prunes by.
-UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
-MODULES = ("overall", "attention", "feed-forward")
-IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
-ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
-# Among so few answers a model that always says the same scores as a majority does; among more it scores as guessing.
-_FEW_ANSWERS = 5
+def tidy_rows(study: Study) -> list[dict[str, Any]]:
+    """Return one row per cell and probe, in the order of the grid; failed cells come last, with None for what is not
+    known. A running text has a row per cell too, without counts of facts. Beside `COLUMNS` there is a column for each
+    setting that any cell has (``layers``, ``rounding``, ``group_size``, ...).
 
-
-def pruned(study: Study, scope: str, method: str = UNSTRUCTURED) -> dict[float, StudyCell]:
-    """The cells of a scope that are pruned and not quantized, by amount in percent, ascending."""
-    found = {percent(c): c for c in _plain(study, scope) if c.pruning == method and c.quantization is None}
-    return dict(sorted(found.items()))
-
-
-def quantized(study: Study, scope: str) -> dict[str, StudyCell]:
-    """The cells of a scope that are quantized and not pruned, by scheme."""
-    return {c.quantization: c for c in _plain(study, scope) if c.pruning is None and c.quantization is not None}
-
-
-def pruned_and_quantized(study: Study, scope: str, scheme: str, method: str = UNSTRUCTURED) -> dict[float, StudyCell]:
-    """The cells of a scope that are pruned and then quantized by that scheme, by amount in percent, ascending."""
-    found = {percent(c): c for c in _plain(study, scope) if c.pruning == method and c.quantization == scheme}
-    return dict(sorted(found.items()))
-
-
-def schemes(study: Study) -> tuple[str, ...]:
-    """The schemes of the study's plain cells, each with what is not as usual of it, in the order of the grid."""
-    return tuple(dict.fromkeys(c.quantization for c in study.cells if c.plain and c.quantization is not None))
-
-
-def methods(study: Study) -> tuple[str, ...]:
-    """Likewise the methods that the study's modules are pruned by."""
-    cells = (c for c in study.cells if c.plain and c.scope in MODULES)
-    return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
-
-
-def called(method: str) -> str:
-    """A method as setups call it, where it is as usual."""
-    return METHODS[method].label if method in METHODS else method
-
-
-def percent(cell: StudyCell) -> float:
-    """The amount pruned in percent, rounded where floats hold no more: 30, not 30.000000000000004."""
-    return round(100 * (cell.amount or 0.0), 6)
-
-
-def names(study: Study) -> dict[str, str]:
-    """By key, what to call each cell: its setup, with the scheme where there are several, with its key where that
-    does not tell it from another either.
+    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
+    ``failed`` or ``refused``; the text of an error is on one line.
     """
-    several = len({cell.scheme for cell in study.cells} - {None}) > 1
-    called = {cell.key: plain(cell.setup, 80) + (_scheme(cell) if several else "") for cell in study.cells}
-    repeated = Counter(called.values())
-    return {key: f"{name} [{plain(key, 60)}]" if repeated[name] > 1 else name for key, name in called.items()}
-
-
-def _scheme(cell: StudyCell) -> str:
-    """The scheme, unless the setup says it or there is none."""
-    return f" ({plain(cell.scheme, 20)})" if cell.scheme and cell.scheme not in cell.setup.split() else ""
-
-
-def floor(probe: StudyProbe) -> float:
-    """The accuracy of a model that has forgotten everything: the paper's "zero or the majority baseline".
-
-    That of always the same answer where there are few to choose from (BoolQ, PIQA, WinoGrande), else that of guessing,
-    or 0 where any text may be answered.
-    """
-    if probe.chance is None:
-        return 0.0
-    few = probe.chance >= 1 / _FEW_ANSWERS
-    return max(probe.chance, probe.majority or 0.0) if few else probe.chance
-
-
-def _plain(study: Study, scope: str) -> Iterator[StudyCell]:
-    return (cell for cell in study.cells if cell.plain and cell.scope == scope)
-
-
-METHOD, SCHEME, AMOUNT, SCOPE = "method", "quantize", "prune", "scope"
-# What a cell's other columns say, in the order in which a reader asks.
-TOLD = (SCOPE, METHOD, AMOUNT, SCHEME)
-_CALIBRATED = {"calibration", "calibration_tokens", "seed"}
-_OF_FIGURES = (SCOPE, METHOD, AMOUNT)
-_DRAWN = (*MODULES, *ATTENTION_KINDS, "final")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Cells alike but for one setting, by its value, ascending where it is a number; `name` says what they share and
-    other groups of the axis do not."""
-
-    name: str
-    cells: Mapping[str, StudyCell]
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A setting that varies while all else stays, and the groups of cells in which it does."""
-
-    name: str
-    groups: tuple[Group, ...]
-
-    @property
-    def chart(self) -> str:
-        """The name of the chart that shows it."""
-        return f"axis-{self.name.replace('_', '-')}"
-
-
-def varying(study: Study) -> tuple[str, ...]:
-    """The settings, beside those that a setup says, of which the study has several values."""
-    return tuple(name for name, values in _values(study).items() if len(values) > 1 and name not in TOLD)
-
-
-def axes(study: Study) -> tuple[Axis, ...]:
-    """One for each setting that some cells differ in and in nothing else, by their order in recipes."""
-    found = (_axis(study, name) for name, values in _values(study).items() if len(values) > 1)
-    return tuple(axis for axis in found if axis.groups)
-
-
-def _values(study: Study) -> dict[str, set[Setting]]:
-    values: dict[str, set[Setting]] = {}
+    rows = []
     for cell in study.cells:
-        for name, value in cell.settings.items():
-            values.setdefault(name, set()).add(value)
-    return values
+        rows += [_row_of_probe(cell, probe, study.known) for probe in cell.comparison.probes]
+        rows += [_row_of_text(cell, figures) for figures in cell.comparison.texts]
+    probes: list[str | None] = [probe.name for probe in study.probes]
+    missing = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
+    rows += [_row_of_failed(cell, probe, status) for status, cell in missing for probe in probes or [None]]
+    settings = _settings_columns(study)
+    columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
+    # A column has one type: numbers beside texts become texts.
+    texts = [name for name, kind in settings.items() if kind == _TEXT]
+    typed = (row | {name: plain(row[name]) for name in texts if row.get(name) is not None} for row in rows)
+    return [{name: row.get(name) for name in columns} for row in typed]
 
 
-def _axis(study: Study, name: str) -> Axis:
-    cells = [(cell, _rest(cell, name)) for cell in study.cells if name in cell.settings]
-    # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
-    rests = sorted({frozenset(rest.items()) for _, rest in cells}, key=len, reverse=True)
-    whole = [rest for i, rest in enumerate(rests) if not any(_fits(rest, other) for other in rests[:i])]
-    groups = [(dict(rest), [cell for cell, its in cells if _fits(frozenset(its.items()), rest)]) for rest in whole]
-    order = {cell.key: place for place, cell in enumerate(study.cells)}
-    groups = [(rest, of) for rest, of in groups if _is_compared(name, of)]
-    groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
-    rest_of_all = [rest for rest, _ in groups]
-    return Axis(name, tuple(Group(_told(rest, rest_of_all), _by_value(of, name)) for rest, of in groups))
+def _settings_columns(study: Study) -> dict[str, str]:
+    """Return the type of each setting that any cell has and no other column shows."""
+    shown = (*MAIN_SETTINGS, *COLUMNS)
+    names = dict.fromkeys(name for cell in study.cells for name in cell.settings if name not in shown)
+    return {name: infer_type([cell.settings.get(name) for cell in study.cells]) for name in names}
 
 
-def _fits(rest: frozenset[tuple[str, Setting]], other: frozenset[tuple[str, Setting]]) -> bool:
-    return rest <= other and {name for name, _ in other - rest} <= _CALIBRATED
+def infer_type(values: Sequence[Setting]) -> str:
+    """Return the narrowest type of a column that all values fit, by pyarrow's name."""
+    kinds = {type(value) for value in values if value is not None}
+    candidates = ((_FLAG, {bool}), (_COUNT, {int}), (_SHARE, {int, float}))
+    return next((name for name, fitting in candidates if kinds and kinds <= fitting), _TEXT)
 
 
-def _is_compared(name: str, cells: Sequence[StudyCell]) -> bool:
-    drawn = name in _OF_FIGURES and all(cell.plain and cell.scope in _DRAWN for cell in cells)
-    return not drawn and len({cell.settings[name] for cell in cells}) > 1
+def _row_of_probe(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
+    before, after = get_headline_accuracy(probe)
+    return _columns_of_cell(cell) | {
+        "probe": plain(probe.probe),
+        "known": known,
+        "n": probe.counts.n,
+        **asdict(probe.counts),
+        "accuracy_original": before.value,
+        "accuracy_compressed": after.value,
+        "drop_absolute": probe.drop_absolute,
+        "drop_relative": probe.drop_relative,
+        "kept": probe.kept.value,
+        "kept_low": probe.kept.low,
+        "kept_high": probe.kept.high,
+        "mcnemar_p": mcnemar(probe.counts),
+        "p": probe.certainty.test.p,
+        "answer_changed": probe.answer_changed,
+        "kl_mean": probe.movement.kl_mean if probe.movement else None,
+        "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
+    }
 
 
-def _rest(cell: StudyCell, name: str) -> dict[str, Setting]:
-    """All that a cell has beside an axis and, of a method or scheme, beside its own parameters."""
-    left_out = {name} | (_parameters(name) if name in (METHOD, SCHEME) else set())
-    return {key: value for key, value in cell.settings.items() if key not in left_out}
+def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
+    kl = figures.moved.kl if figures.moved else None
+    values = {
+        "perplexity_original": figures.original.value.value,
+        "perplexity_compressed": figures.compressed.value.value,
+        "kl_mean": kl.value if kl else None,
+        "kl_is_lower_bound": False if kl else None,
+    }
+    return _columns_of_cell(cell) | {"probe": plain(figures.text)} | finite(values)
 
 
-@cache
-def _parameters(name: str) -> frozenset[str]:
-    own = {"rounding", "smooth"} if name == SCHEME else set()
-    things = (METHODS if name == METHOD else SCHEMES).usable()[0].values()
-    return frozenset(own | {each.name for thing in things for each in thing.parameters()})
+def _columns_of_cell(cell: StudyCell) -> dict[str, Any]:
+    texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
+    numbers = ("amount", "in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes")
+    return {
+        **cell.settings,
+        **{name: None if (text := getattr(cell, name)) is None else plain(text) for name in texts},
+        **{name: getattr(cell, name) for name in numbers},
+        "status": "ok",
+    }
 
 
-def _by_value(cells: Sequence[StudyCell], name: str) -> dict[str, StudyCell]:
-    numbers = [cell.settings[name] for cell in cells]
-    if all(isinstance(value, int | float) for value in numbers):
-        cells = sorted(cells, key=lambda cell: float(cell.settings[name] or 0))
-    return {_value(cell, name): cell for cell in cells}
-
-
-def _value(cell: StudyCell, name: str) -> str:
-    """With the parameters of a method or scheme."""
-    told = {METHOD: cell.pruning, SCHEME: cell.quantization}.get(name)
-    return plain(told, 60) if told else setting(name, cell.settings[name])
-
-
-def setting(name: str, value: Setting) -> str:
-    """In words."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if isinstance(value, int | float):
-        return f"{100 * value:.6g} %" if name in (AMOUNT, "drop_neurons") else f"{value:,.6g}"
-    return plain(value, 60)
-
-
-def _told(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setting]]) -> str:
-    differs = [name for name in rest if len({each.get(name) for each in of_all}) > 1]
-    return ", ".join(_part(name, rest[name]) for name in sorted(differs, key=_place))
-
-
-def _place(name: str) -> int:
-    return TOLD.index(name) if name in TOLD else len(TOLD)
-
-
-def _part(name: str, value: Setting) -> str:
-    return setting(name, value) if name in TOLD else f"{plain(name, 30)} {setting(name, value)}"
-
-
-def alike(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:
-    """By value, the cells of all groups that have the same values and knew something, in the same order."""
-    found: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
-    for group in axis.groups:
-        known = {value: cell for value, cell in group.cells.items() if cell.comparison.kept.value is not None}
-        of_values = found.setdefault(frozenset(known), {value: [] for value in known})
-        for value, cell in known.items():
-            of_values[value].append(cell)
-    yield from (each for each in found.values() if len(each) > 1)
+def _row_of_failed(cell: FailedCell, probe: str | None, status: str) -> dict[str, Any]:
+    known = {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
+    return {**known, "status": status, "error": plain(cell.why, _LONGEST)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compressknow.comparison.differences import ConfigChange, Difference, StructureChange, Sums, TensorDifference
+from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.evaluate.gather import PairedAnswers
-from compressknow.pages.diff.make import behaviour_of, comparison_verdict
+from compressknow.pages.diff.make import make_behaviour, write_verdict
 from compressknow.pages.diff.records import CheckpointComparison
 from compressknow.pages.records import Checkpoint
 from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
@@ -14,11 +14,9 @@ from tests.report.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")
 
 
-def tensor(
-    stack: str | None, layer: int | None, module: str, error: float, group: str = "attention"
-) -> TensorDifference:
+def tensor(stack: str | None, layer: int | None, module: str, error: float, group: str = "attention") -> TensorDiff:
     """1,000 weights of energy 100, whose change has this relative error."""
-    return TensorDifference(
+    return TensorDiff(
         name=f"{stack}.block.{layer}.{module}.weight",
         group=group,
         stack=stack,
@@ -34,7 +32,7 @@ def tensor(
     )
 
 
-def difference_of(layers: int = 3) -> Difference:
+def make_diff(layers: int = 3) -> CheckpointDiff:
     tensors = [
         tensor(stack, layer, module, 0.0 if module == MODULES[2] else 0.01 * 2 ** (layer + len(stack) // 2 * i))
         for stack in ("encoder", "decoder")
@@ -42,7 +40,7 @@ def difference_of(layers: int = 3) -> Difference:
         for i, module in enumerate(MODULES)
     ]
     tensors.append(tensor(None, None, "shared", 0.0, "not-linear"))
-    return Difference(
+    return CheckpointDiff(
         "T5ForConditionalGeneration",
         (ConfigChange("d_ff", "48", None), ConfigChange("rope.theta", '"x"', "5")),
         (
@@ -61,10 +59,10 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
         "tiny-t5-int8", None, COMPRESSED_HASH, 1_100_000, "I8 + F32", "int8", "Overall_GQ", {"name": "tiny-t5"}
     )
     of_a, of_b = run(sides(140, 30, 2, 60))
-    behaviour = behaviour_of(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
-    difference = difference_of(layers)
+    behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
+    difference = make_diff(layers)
     return CheckpointComparison(
-        verdict=comparison_verdict((a.name, b.name), False, difference, behaviour),
+        verdict=write_verdict((a.name, b.name), False, difference, behaviour),
         a=a,
         b=b,
         identical=False,
@@ -81,5 +79,5 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
 def identical() -> CheckpointComparison:
     """One checkpoint beside itself."""
     found = comparison_of(facts=False)
-    verdict = comparison_verdict((found.a.name, found.b.name), True, None, None)
+    verdict = write_verdict((found.a.name, found.b.name), True, None, None)
     return replace(found, identical=True, difference=None, files=(), warnings=(), verdict=verdict)

@@ -16,14 +16,14 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compressknow.base.format import plain
-from compressknow.comparison.differences import Difference
-from compressknow.pages.diff.make import comparison_verdict, comparison_warnings
+from compressknow.comparison.diff import CheckpointDiff
+from compressknow.pages.diff.make import list_warnings, write_verdict
 from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
 from compressknow.pages.diff.records import CheckpointComparison
-from compressknow.pages.diff.tables import grid
+from compressknow.pages.diff.tables import make_grid
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.tradeoff import Grid, draw_heat_map
-from tests.report.diff.contrasts import comparison_of, difference_of, identical
+from tests.report.diff.contrasts import comparison_of, identical, make_diff
 from tests.report.hostile import TEXTS
 from tests.report.pages import Element, read
 
@@ -119,8 +119,8 @@ def test_errors_far_below_the_largest_are_all_faint() -> None:
 
 
 def test_a_layer_without_a_module_has_no_figure_there() -> None:
-    difference = difference_of()
-    found = grid(replace(difference, tensors=difference.tensors[1:]))
+    difference = make_diff()
+    found = make_grid(replace(difference, tensors=difference.tensors[1:]))
     assert found is not None
     assert found.cells[0].count(None) == 1
 
@@ -175,7 +175,7 @@ def hostile(text: str) -> CheckpointComparison:
         warnings=(text,),
         command=text,
         versions={"x": text},
-        difference=Difference(
+        difference=CheckpointDiff(
             text,
             tuple(replace(change, key=next(numbered), a=text, b=text) for change in difference.config),
             tuple(replace(change, name=next(numbered), a=text, b=text) for change in difference.structure),
@@ -223,18 +223,18 @@ def test_markdown_and_json_say_the_verdict_and_json_holds_no_nan(name: str) -> N
 
 
 def test_verdicts() -> None:
-    difference = difference_of()
+    difference = make_diff()
     same = replace(difference, tensors=tuple(t for t in difference.tensors if t.same_bytes), structure=())
     names = ("one", "two")
-    assert comparison_verdict(names, True, None, None).startswith("one and two are identical")
-    assert comparison_verdict(names, False, same, None) == (
+    assert write_verdict(names, True, None, None).startswith("one and two are identical")
+    assert write_verdict(names, False, same, None) == (
         "The weights of one and two are identical to the byte; only other files differ."
     )
-    assert comparison_verdict(names, False, difference, None) == (
+    assert write_verdict(names, False, difference, None) == (
         "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "
         "(0.1232); 1 tensor is only in B, 1 tensor is packed in a form that cannot be compared."
     )
-    assert comparison_verdict(names, False, None, None) == "The weights of one and two could not be compared."
+    assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
 
 
 def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
@@ -242,7 +242,7 @@ def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
     def told(a: Checkpoint, b: Checkpoint) -> list[str]:
-        return list(comparison_warnings(a, b, False, difference_of(), None))
+        return list(list_warnings(a, b, False, make_diff(), None))
 
     assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1
     assert sum("A was smoothed" in warning for warning in told(smoothed, rounded)) == 1

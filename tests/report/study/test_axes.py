@@ -11,19 +11,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.pages.study.charts import study_charts
-from compressknow.pages.study.findings import findings
+from compressknow.pages.study.axes import find_axes
+from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import (
     render_study_html,
     render_study_markdown,
     study_to_json,
-    tidy_rows,
     to_csv,
     to_parquet,
     write_study,
 )
-from compressknow.pages.study.records import Study, axes
-from compressknow.pages.study.summary import what_was_found
+from compressknow.pages.study.records import Study, tidy_rows
+from compressknow.pages.study.summary import draw_conclusions
 from compressknow.pages.study.view import cells_table
 from tests.report.pages import read
 from tests.report.study.studies import own_grid, study, two_methods, whole_grid
@@ -90,11 +90,11 @@ def made_of(name: str, folder: Path) -> Study:
 @pytest.mark.parametrize("name", GRIDS)
 def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: Path) -> None:
     made, values = made_of(name, tmp_path), GRIDS[name][2]
-    axis = next(each for each in axes(made) if each.name == name)
+    axis = next(each for each in find_axes(made) if each.name == name)
     assert [list(group.cells) for group in axis.groups] == [values] * len(axis.groups)
-    (chart,) = [chart for chart in study_charts(made) if chart.name == axis.chart]
+    (chart,) = [chart for chart in draw_charts(made) if chart.name == axis.chart]
     assert all(value in chart.panels[0].svg for value in values)
-    (found,) = [each for each in what_was_found(made, findings(made)) if each.chart == axis.chart]
+    (found,) = [each for each in draw_conclusions(made, evaluate_findings(made)) if each.chart == axis.chart]
     best = max(values, key=lambda value: sum(group.cells[value].comparison.kept.value or 0 for group in axis.groups))
     assert found.answer == "holds"
     assert f"{best} hurts least" in found.claim
@@ -107,10 +107,10 @@ def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: P
 
 def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None:
     made = made_of("layers", tmp_path)
-    by_layers, by_amount = {axis.name: axis for axis in axes(made)}["layers"], axes(made)[-1]
+    by_layers, by_amount = {axis.name: axis for axis in find_axes(made)}["layers"], find_axes(made)[-1]
     assert [group.name for group in by_layers.groups] == ["20 %", "50 %"]
     assert (by_amount.name, [group.name for group in by_amount.groups]) == ("prune", ["layers 0-5", "layers 6-11"])
-    found = {each.claim: each for each in what_was_found(made, findings(made))}
+    found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
     assert found["All else equal, layers 0-5 hurts least"].numbers == "kept on average: 0-5 85.0 % and 6-11 40.0 %"
     assert found["Pruned by 50 %, layers 0-5 keeps less than 90 %"].answer == "holds"
     assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
@@ -119,19 +119,19 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
 def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
     made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
-    axis = next(each for each in axes(made) if each.name == "rounding")
+    axis = next(each for each in find_axes(made) if each.name == "rounding")
     assert [group.name for group in axis.groups] == ["calibration self", "calibration hf:some/set"]
     assert [list(group.cells) for group in axis.groups] == [["nearest", "gptq"]] * 2
 
 
 def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> None:
     grid = (ROOT / "examples" / "grid.toml").read_text(encoding="utf-8")
-    assert axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100])) == ()
+    assert find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100])) == ()
 
 
 def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
-    assert axes(whole_grid()) == ()
-    assert axes(study(two_methods())) == ()
+    assert find_axes(whole_grid()) == ()
+    assert find_axes(study(two_methods())) == ()
 
 
 def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:

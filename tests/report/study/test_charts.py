@@ -16,13 +16,12 @@ from compressknow.pages.drawing import Bar, Level, Line, draw_bars, draw_lines
 from compressknow.pages.pages import read_source
 from compressknow.pages.study.charts import (
     Chart,
-    baselines,
-    guessing,
+    draw_baselines,
+    draw_charts,
+    draw_marks,
     is_chart,
-    marks,
     mean_drop,
     mean_kept,
-    study_charts,
 )
 from compressknow.pages.study.records import Study
 from compressknow.pages.svg import COLOURS, make_standalone
@@ -42,7 +41,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_whole_grid_has_the_figures_of_its_family() -> None:
-    names = {family: [chart.name for chart in study_charts(whole_grid(family))] for family in ("masked", "seq2seq")}
+    names = {family: [chart.name for chart in draw_charts(whole_grid(family))] for family in ("masked", "seq2seq")}
     common = ["pruning-drop", "pruning-kept", "quantization", "pruning-quantization", "final-layer"]
     assert names["masked"] == common
     assert names["seq2seq"] == [*common[:4], "attention-kinds", "final-layer"]
@@ -54,19 +53,19 @@ def test_whole_grid_has_the_figures_of_its_family() -> None:
     [("masked", "figures 2 and 19"), ("causal", "figure 5"), ("seq2seq", "figures 6 and 12")],
 )
 def test_title_names_the_figure_of_the_paper(family: str, figure: str) -> None:
-    chart = study_charts(study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
+    chart = draw_charts(study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
     assert chart.title.endswith(f"({figure} of the paper)")
 
 
 def test_charts_without_cells_are_left_out() -> None:
-    assert study_charts(study([])) == ()
-    assert study_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is no line
-    assert [chart.name for chart in study_charts(study([gq("attention", range(100))]))] == ["quantization"]
+    assert draw_charts(study([])) == ()
+    assert draw_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is no line
+    assert [chart.name for chart in draw_charts(study([gq("attention", range(100))]))] == ["quantization"]
 
 
 def test_lines_are_told_in_words_too() -> None:
     made = study([gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], asked=Asked(n=200, known=200))
-    drop, kept = study_charts(made)
+    drop, kept = draw_charts(made)
     assert "attention: 25.0 at 20 %, 50.0 at 40 %." in svg_of(drop)
     assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in svg_of(kept)
 
@@ -83,23 +82,23 @@ def test_figures_are_means_over_the_probes() -> None:
 
 def test_baselines_are_where_every_probe_has_them() -> None:
     tasks = study([], asked=Asked(n=100, known=80, probes=("a", "b"), entry=TASK))
-    assert [(level.name, round(level.value, 9)) for level in baselines(tasks)] == [
+    assert [(level.name, round(level.value, 9)) for level in draw_baselines(tasks)] == [
         ("majority baseline", 0.2),
         ("guessing", 0.3),
     ]
-    assert guessing(tasks) == (Level("guessing", 0.5),)
+    assert draw_marks(tasks) == (Level("guessing", 0.5),)
     free = study([], asked=Asked(n=100, known=80, entry={"chance": None, "majority": 0.1}))
-    assert [level.name for level in baselines(free)] == ["majority baseline"]
-    assert guessing(free) == ()
-    drawn = study_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
+    assert [level.name for level in draw_baselines(free)] == ["majority baseline"]
+    assert draw_marks(free) == ()
+    drawn = draw_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
     assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
 
 
 def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
     cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
     made = study(cells, asked=Asked(n=200, known=100, entry=ENTRY))
-    drop, kept = study_charts(made)
-    assert marks(made) == (Level("rounding alone", 0.98),)
+    drop, kept = draw_charts(made)
+    assert draw_marks(made) == (Level("rounding alone", 0.98),)
     assert "rounding alone: 98.0 %." in svg_of(kept)
     assert "rounding alone" in texts(svg_of(kept))
     assert "rounding" not in svg_of(drop)
@@ -108,9 +107,9 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
         study(cells, asked=replace(asked, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
         for lost, asked in probes
     )
-    assert marks(together(first, second)) == (Level("rounding alone", 0.95),)
+    assert draw_marks(together(first, second)) == (Level("rounding alone", 0.95),)
     without = study(cells, asked=Asked(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
-    assert marks(together(first, without)) == marks(without) == ()
+    assert draw_marks(together(first, without)) == draw_marks(without) == ()
 
 
 def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
@@ -124,7 +123,7 @@ def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
 
 
 def test_lines_differ_in_marker_and_dashes() -> None:
-    svg = svg_of(study_charts(whole_grid())[0])
+    svg = svg_of(draw_charts(whole_grid())[0])
     dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
     assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
@@ -136,7 +135,7 @@ def test_lines_begin_at_the_original_however_little_is_kept() -> None:
 
 
 def test_bars_stand_in_groups_under_their_names() -> None:
-    chart = next(chart for chart in study_charts(whole_grid()) if chart.name == "pruning-quantization")
+    chart = next(chart for chart in draw_charts(whole_grid()) if chart.name == "pruning-quantization")
     shown = texts(svg_of(chart))
     assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
     assert shown.count("attention") == 2
@@ -167,7 +166,7 @@ def of_two_probes() -> Study:
 
 
 def test_each_probe_has_a_plot_of_its_own_figures() -> None:
-    means, _, by_probe = study_charts(of_two_probes())
+    means, _, by_probe = draw_charts(of_two_probes())
     assert "attention: 17.5 at 20 %, 35.0 at 40 %." in svg_of(means)
     assert by_probe.name == "pruning-drop-by-probe"
     assert by_probe.title == "Accuracy lost by how much was pruned, in points, by probe (figures 20 to 22 of the paper)"
@@ -186,14 +185,14 @@ def ticks(svg: str) -> list[str]:
 def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
     both = of_two_probes()
     without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
-    much, little = study_charts(without_levels)[-1].panels
+    much, little = draw_charts(without_levels)[-1].panels
     assert ticks(much.svg) == ticks(little.svg) == ["0", "10", "20", "30", "40", "50"]
 
 
 def test_charts_of_one_quantity_have_one_scale() -> None:
     most_is_lost = [gp("final", 0.2, range(20))]
     cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
-    charts = study_charts(study(cells, asked=Asked(entry={"chance": None, "majority": None})))
+    charts = draw_charts(study(cells, asked=Asked(entry={"chance": None, "majority": None})))
     assert [chart.name for chart in charts] == ["quantization", "final-layer"]
     first, second = (ticks(svg_of(chart)) for chart in charts)
     assert first == second
@@ -215,7 +214,7 @@ def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
     ],
 )
 def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: dict[str, str]) -> None:
-    drawn = {chart.name: chart.title for chart in study_charts(whole_grid(family, TASKS)) if chart.by_probe}
+    drawn = {chart.name: chart.title for chart in draw_charts(whole_grid(family, TASKS)) if chart.by_probe}
     numbered = {f"{name}-by-probe": f"({number} of the paper)" for name, number in figures.items()}
     assert set(drawn) == {*numbered, "quantization-by-probe", "pruning-quantization-by-probe"}
     assert all(map(is_chart, drawn))
@@ -224,7 +223,7 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
 
 
 def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
-    chart = study_charts(of_two_probes())[-1]
+    chart = draw_charts(of_two_probes())[-1]
     panels = [(panel.probe, panel.svg) for panel in chart.panels]
     root = ElementTree.fromstring(make_standalone([*panels, *panels], chart.title, read_source("style.css")))
     plots = [element for element in root if element.tag.endswith("svg")]
@@ -252,7 +251,7 @@ def test_hostile_names_stay_text(text: str) -> None:
 
 
 def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
-    chart = study_charts(whole_grid())[0]
+    chart = draw_charts(whole_grid())[0]
     file = make_standalone([("", svg_of(chart))], chart.title, read_source("style.css"))
     root = ElementTree.fromstring(file.encode())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -270,7 +269,7 @@ def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
 
 
 def test_same_study_gives_the_same_bytes_in_another_process() -> None:
-    code = "from tests.report.study.test_charts import *; print(study_charts(whole_grid()))"
+    code = "from tests.report.study.test_charts import *; print(draw_charts(whole_grid()))"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)

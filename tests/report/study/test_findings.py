@@ -10,10 +10,9 @@ from scipy.stats import ttest_1samp
 
 from compressknow.comparison.clusters import rate_difference
 from compressknow.comparison.intervals import mean
-from compressknow.pages.study.findings import Finding, findings
-from compressknow.pages.study.records import floor
-from compressknow.pages.study.summary import cliffs, module_that_hurts_least, verdict
-from compressknow.pages.study.tests import decide, decline, left, paired_test
+from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
+from compressknow.pages.study.findings import Finding, evaluate_findings
+from compressknow.pages.study.summary import find_cliffs, rank_modules, write_verdict
 from tests.report.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -90,7 +89,7 @@ def of(found: tuple[Finding, ...], id: str) -> Finding:
 def test_finding_is_what_the_data_make_evident(
     id: str, family: str, cells: list[Cell], asked: Asked | None, answer: str
 ) -> None:
-    finding = of(findings(study(cells, family, asked)), id)
+    finding = of(evaluate_findings(study(cells, family, asked)), id)
     assert finding.answer == answer, (finding.why, finding.statistic)
     assert finding.why
 
@@ -100,41 +99,41 @@ def test_finding_is_what_the_data_make_evident(
     [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],
 )
 def test_findings_are_asked_of_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
-    found = findings(whole_grid(family))
+    found = evaluate_findings(whole_grid(family))
     assert [finding.id for finding in found] == [f"F{i}" for i in range(1, 11)]
     assert {finding.id for finding in found if finding.answer == "not asked of this family"} == ids
 
 
 def test_a_study_without_cells_can_tell_nothing() -> None:
-    found = findings(study([], "masked"))
+    found = evaluate_findings(study([], "masked"))
     assert {finding.answer for finding in found} == {"cannot tell", "not asked of this family"}
     assert of(found, "F4").why == "The study has no cells for it."
 
 
 def test_cells_that_are_not_plain_are_left_out() -> None:
     cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
-    assert of(findings(study(cells)), "F6").paired_tests == ()
+    assert of(evaluate_findings(study(cells)), "F6").comparisons == ()
 
 
 def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     # Facts 0 to 6 only the first answers right, fact 7 only the second: 2 (1 + 8) / 2^8.
     made = study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
-    (pair,) = of(findings(made), "F2").paired_tests
+    (pair,) = of(evaluate_findings(made), "F2").comparisons
     assert (pair.counts.both, pair.counts.lost, pair.counts.gained, pair.counts.neither) == (92, 7, 1, 200)
     assert pair.p == pytest.approx(18 / 256)
-    assert "99 of 300 right" in of(findings(made), "F2").statistic
-    assert "7 only the first, 1 only the second (p = 0.07)" in of(findings(made), "F2").statistic
+    assert "99 of 300 right" in of(evaluate_findings(made), "F2").statistic
+    assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made), "F2").statistic
 
 
 def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
     # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
-    finding = of(findings(study(cells)), "F2")
-    assert [pair.p for pair in finding.paired_tests] == [pytest.approx(2 / 64)] * 2
-    assert [pair.p_holm for pair in finding.paired_tests] == [pytest.approx(4 / 64)] * 2
+    finding = of(evaluate_findings(study(cells)), "F2")
+    assert [pair.p for pair in finding.comparisons] == [pytest.approx(2 / 64)] * 2
+    assert [pair.p_holm for pair in finding.comparisons] == [pytest.approx(4 / 64)] * 2
     assert finding.answer == "cannot tell"
-    assert of(findings(study(cells[:2])), "F2").answer == "holds"
-    both = findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))
+    assert of(evaluate_findings(study(cells[:2])), "F2").answer == "holds"
+    both = evaluate_findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))
     assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
 
 
@@ -142,8 +141,8 @@ def test_a_finding_goes_by_relations() -> None:
     # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
     for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
         cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
-        finding = of(findings(study(cells, asked=Asked(relations=20))), "F2")
-        assert (finding.paired_tests[0].counts.lost, finding.answer) == (30, answer)
+        finding = of(evaluate_findings(study(cells, asked=Asked(relations=20))), "F2")
+        assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
 
 
 @pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
@@ -155,8 +154,8 @@ def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: fl
     wrong = 0
     for _ in range(DRAWN):
         by_chance = (replace(cell, correct={"lama:trex": answers(drawn, icc)}) for cell in made.cells)
-        found = findings(replace(made, cells=tuple(by_chance)))
-        wrong += any(finding.answer != "cannot tell" for finding in found if finding.paired_tests)
+        found = evaluate_findings(replace(made, cells=tuple(by_chance)))
+        wrong += any(finding.answer != "cannot tell" for finding in found if finding.comparisons)
     assert wrong / DRAWN <= 0.06
 
 
@@ -172,19 +171,19 @@ def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
 def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
     # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
     cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
-    finding = of(findings(study(cells, "causal", CAUSAL_TASK)), "F4")
-    assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.paired_tests)
+    finding = of(evaluate_findings(study(cells, "causal", CAUSAL_TASK)), "F4")
+    assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.comparisons)
     assert finding.answer == "cannot tell"
     assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
     # Where any text may be answered, as little is knowledge.
-    assert of(findings(study(cells, "causal", Asked(n=400, known=350))), "F4").answer == "does not hold"
+    assert of(evaluate_findings(study(cells, "causal", Asked(n=400, known=350))), "F4").answer == "does not hold"
 
 
 def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> None:
     # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
-    finding = of(findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))])), "F2")
+    finding = of(evaluate_findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))])), "F2")
     assert finding.answer == "holds"
-    (pair,) = finding.paired_tests
+    (pair,) = finding.comparisons
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
     assert finding.per_million.startswith("Per million parameters changed:")
     assert "FF_GP 40% loses 0.273 points of accuracy less a million than Att_GP 40%" in finding.per_million
@@ -223,7 +222,7 @@ def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
     made = study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], asked=Asked(probes=("a", "b")))
     less, more = made.cells
     only = {"a": more.correct["a"]}
-    pair = paired_test(made, less, type(more)(**{**fields_of(more), "correct": only}))
+    pair = compare_cells(made, less, type(more)(**{**fields_of(more), "correct": only}))
     assert pair.counts.n == 300
 
 
@@ -239,23 +238,23 @@ def test_floor_is_zero_or_guessing_or_the_majority_of_few(
     chance: float | None, majority: float | None, expected: float
 ) -> None:
     made = study([], asked=Asked(entry={"chance": chance, "majority": majority}))
-    assert floor(made.probes[0]) == expected
+    assert made.probes[0].floor == expected
 
 
 def test_what_is_left_is_counted_from_the_baseline() -> None:
     made = study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
     # 299 less 0.62 x 400 of 350 less that: exactly half.
-    assert left(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
-    assert decline(made, made.cells[0])(0.95).value == pytest.approx(51 / 350)
+    assert measure_remaining(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
+    assert measure_decline(made, made.cells[0])(0.95).value == pytest.approx(51 / 350)
     unknowing = study(at(ALL, range(100), 0.2), "causal", Asked(n=400, known=250, entry=CAUSAL_TASK.entry))
-    assert left(unknowing, unknowing.cells[0])(0.95).value is None
+    assert measure_remaining(unknowing, unknowing.cells[0])(0.95).value is None
 
 
 def test_module_that_hurts_least_is_told_by_level() -> None:
     cells = [*at(ATT, INTACT, 0.1, 0.3), *at(FF, GOOD, 0.1, 0.3), *at(ALL, BAD, 0.1, 0.3)]
     cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
     cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
-    low, medium, high = module_that_hurts_least(study(cells))
+    low, medium, high = rank_modules(study(cells))
     assert (low.level, low.best, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
     assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
@@ -263,22 +262,22 @@ def test_module_that_hurts_least_is_told_by_level() -> None:
 
 
 def test_level_of_one_module_compares_nothing() -> None:
-    assert module_that_hurts_least(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)])) == ()
+    assert rank_modules(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)])) == ()
 
 
 def test_cliff_is_the_first_amount_below_nine_tenths() -> None:
     cells = [*at(ATT, INTACT, 0.1), *at(ATT, GOOD, 0.3), *at(ATT, BAD, 0.5), *at(ATT, WORSE, 0.6), *at(FF, INTACT, 0.2)]
-    (cliff,) = cliffs(study(cells))
+    (cliff,) = find_cliffs(study(cells))
     assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
     assert cliff.steepest == (50, 60)
     assert cliff.fall == pytest.approx(0.25)
-    (level,) = cliffs(study([*at(FF, INTACT, 0.1, 0.2)]))
+    (level,) = find_cliffs(study([*at(FF, INTACT, 0.1, 0.2)]))
     assert (level.below, level.kept, level.before) == (None, None, 20)
 
 
 def test_verdict_says_what_the_figures_say() -> None:
     made = whole_grid()
-    said = verdict(made)
+    said = write_verdict(made)
     assert said.startswith(
         "tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; "
         "pruned by 30 to 50 % and more than 50 %, attention hurts least; "
@@ -288,5 +287,7 @@ def test_verdict_says_what_the_figures_say() -> None:
 
 def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst() -> None:
     made = study([gq(ATT, GOOD), gq(FF, BAD)])
-    assert verdict(made) == ("Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %).")
-    assert verdict(study([])).startswith("Nothing can be said of what is left of tiny-bert")
+    assert write_verdict(made) == (
+        "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
+    )
+    assert write_verdict(study([])).startswith("Nothing can be said of what is left of tiny-bert")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from compressknow.pages.study.charts import study_charts
-from compressknow.pages.study.findings import findings
+from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import render_study_html, render_study_markdown
 from compressknow.pages.study.records import Study
-from compressknow.pages.study.summary import Found, what_was_found
+from compressknow.pages.study.summary import Conclusion, draw_conclusions
 from tests.report.pages import read
 from tests.report.study.studies import STUDIES, TASKS, Asked, gp, gq, study, whole_grid
 
 
-def found(made: Study) -> dict[str, Found]:
-    return {each.id or each.claim: each for each in what_was_found(made, findings(made))}
+def found(made: Study) -> dict[str, Conclusion]:
+    return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
 
 
 def test_lines_say_what_the_figures_say() -> None:
@@ -70,10 +70,10 @@ def test_what_the_study_has_no_cells_for_is_not_among_them() -> None:
 def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
     made = STUDIES[name]()
     page = read(render_study_html(made))
-    drawn = {chart.name for chart in study_charts(made)}
+    drawn = {chart.name for chart in draw_charts(made)}
     blocks = [each for each in page.all("div") if each.attributes.get("class") == "found"]
     charts = [svg.attributes["id"] for block in blocks for svg in block.all("svg")]
-    lines = what_was_found(made, findings(made))
+    lines = draw_conclusions(made, evaluate_findings(made))
     assert charts == [each for each in dict.fromkeys(line.chart for line in lines) if each in drawn]
     said = [each.text for block in blocks for each in block.all("li")]
     for line, text in zip(lines, said, strict=True):
@@ -85,6 +85,6 @@ def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
 def test_markdown_and_terminal_have_the_same_lines() -> None:
     made = whole_grid(asked=Asked(n=200, known=100))
     markdown = render_study_markdown(made)
-    for line in what_was_found(made, findings(made)):
+    for line in draw_conclusions(made, evaluate_findings(made)):
         assert f"- **{line.answer}**: {f'{line.id} '.lstrip()}{line.claim} (" in markdown
         assert str(line).startswith(f"{line.answer}: {f'{line.id} '.lstrip()}{line.claim} (")

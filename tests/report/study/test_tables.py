@@ -8,10 +8,11 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.pages.study.findings import findings
-from compressknow.pages.study.pages import COLUMNS, tidy_rows, to_csv, to_parquet
-from compressknow.pages.study.records import FailedCell, names
-from compressknow.pages.study.view import bounds_table, cells_table, failed_cells, paired_tests_table, paper_tables
+from compressknow.pages.study.axes import name_cells
+from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.pages import render_study_markdown, to_csv, to_parquet
+from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
+from compressknow.pages.study.view import bounds_table, cells_table, comparisons_table, paper_tables
 from tests.report.hostile import TEXTS
 from tests.report.study.studies import Asked, gp, gpq, gq, study, whole_grid
 
@@ -74,27 +75,28 @@ def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
 
 def test_cells_of_one_setup_are_told_apart() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
-    assert list(names(study(cells)).values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
-    assert list(names(study(cells[:1])).values()) == ["Att_GQ"]
+    assert list(name_cells(study(cells)).values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
+    assert list(name_cells(study(cells[:1])).values()) == ["Att_GQ"]
 
 
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     made = whole_grid()
-    found = findings(made)
-    behind, figures = paired_tests_table(made, found), bounds_table(made, found)
+    found = evaluate_findings(made)
+    behind, figures = comparisons_table(made, found), bounds_table(made, found)
     assert behind is not None
     assert figures is not None
-    assert len(behind.rows) == sum(len(finding.paired_tests) for finding in found)
+    assert len(behind.rows) == sum(len(finding.comparisons) for finding in found)
     assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
     assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
     nothing = study([])
-    assert paired_tests_table(nothing, findings(nothing)) is None
+    assert comparisons_table(nothing, evaluate_findings(nothing)) is None
 
 
 def test_failed_cells_have_their_reasons() -> None:
     made = study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
-    assert failed_cells(made.failed) == (("Att_GP 95%", "att-95", "RuntimeError: out of memory"),)
-    assert failed_cells(()) == ()
+    page = render_study_markdown(made)
+    assert all(part in page for part in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
+    assert "Cells that failed" not in render_study_markdown(study([]))
 
 
 def test_tidy_table_is_one_row_a_cell_and_probe() -> None:

@@ -1,4 +1,4 @@
-"""How two checkpoints differ, as plain records: filled from their files, shown by the report. Needs no torch."""
+"""Records of how two checkpoints differ: filled from their files, shown by the report. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the elements of two tensors of one shape, a and b, add up to; ratios are derived, never stored.
+    """Sums over the elements of two tensors of one shape, a and b; ratios are derived, never stored.
 
     Attributes
     ----------
@@ -46,19 +46,19 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        """Whether neither side holds NaN or infinity: where one does, there are no ratios."""
+        """Return whether neither tensor holds NaN or infinity: where one does, there are no ratios."""
         return math.isfinite(self.energy_a + self.energy_b)
 
     @property
     def relative_error(self) -> float | None:
-        """||b - a|| / ||a||, by the Frobenius norm; None where a is all zero and b is not."""
+        """Return ||b - a|| / ||a||, by the Frobenius norm; None where a is all zero and b is not."""
         if not self.finite or (self.energy_change and not self.energy_a):
             return None
         return math.sqrt(self.energy_change / self.energy_a) if self.energy_change else 0.0
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between a and b; None where one of them is all zero."""
+        """Return the cosine of the angle between a and b; None where one of them is all zero."""
         if not self.finite or not self.energy_a or not self.energy_b:
             return None
         product = (self.energy_a + self.energy_b - self.energy_change) / 2
@@ -66,26 +66,26 @@ class Sums:
 
     @property
     def snr_db(self) -> float | None:
-        """10 log10(||a||² / ||b - a||²), in decibels; None where nothing changed, and where a is all zero."""
+        """Return 10 log10(||a||² / ||b - a||²), in decibels; None where nothing changed, and where a is all zero."""
         if not self.finite or not self.energy_change or not self.energy_a:
             return None
         return 10 * math.log10(self.energy_a / self.energy_change)
 
     @property
     def largest_change(self) -> float | None:
-        """The largest |b - a|."""
+        """Return the largest |b - a|."""
         return self.largest if self.finite else None
 
 
 @dataclass(frozen=True, slots=True)
-class TensorDifference:
-    """A tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for.
+class TensorDiff:
+    """Tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for.
 
     Attributes
     ----------
     name : of the parameter in the module tree, or as stored where the tree has none.
     group : ``attention``, ``feed-forward``, ``final``, ``other`` or ``not-linear``.
-    stack, layer, module : of a Linear weight in a block: the side of an encoder-decoder model, the block's number, and
+    stack, layer, module : of a Linear weight in a block: the stack of an encoder-decoder model, the block's number, and
         what it is inside the block (``self_attn.q_proj``).
     bytes_a, bytes_b : on disk, scales included.
     same_bytes : stored alike to the bit.
@@ -107,7 +107,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class StructureChange:
-    """A tensor that the two checkpoints do not store alike; `a` and `b` say how each does, "-" for not at all."""
+    """Tensor that the two checkpoints do not store alike; `a` and `b` say how each does, "-" for not at all."""
 
     name: str
     kind: Kind
@@ -117,7 +117,7 @@ class StructureChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfigChange:
-    """A setting that differs, by its dotted name; values as JSON, None for a setting that is not there."""
+    """Setting that differs, by its dotted name; values as JSON, None for a setting that is not there."""
 
     key: str
     a: str | None
@@ -125,34 +125,39 @@ class ConfigChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Two checkpoints of one architecture, b against a."""
+class CheckpointDiff:
+    """Diff of two checkpoints of one architecture, b against a."""
 
     architecture: str
     config: tuple[ConfigChange, ...]
     structure: tuple[StructureChange, ...]
-    tensors: tuple[TensorDifference, ...]
+    tensors: tuple[TensorDiff, ...]
 
     @property
     def total(self) -> Sums:
-        return sum((tensor.sums for tensor in self.tensors), Sums())
+        return sum_tensors(self.tensors)
 
     @property
     def same_weights(self) -> bool:
-        """Whether every tensor is on both sides, in one dtype, to the bit."""
+        """Return whether both checkpoints store every tensor, in one dtype, alike to the bit."""
         return not self.structure and all(tensor.same_bytes for tensor in self.tensors)
 
     def packed(self) -> tuple[StructureChange, ...]:
-        """Weights that are stored in a form whose values cannot be read here."""
+        """Return weights that are stored in a form whose values cannot be read here."""
         return tuple(change for change in self.structure if change.kind == "packed")
 
 
-def summed(
-    tensors: Iterable[TensorDifference], key: Callable[[TensorDifference], Key | None]
-) -> dict[Key, tuple[TensorDifference, ...]]:
-    """Tensors by a key, in the order in which it first comes; those without one are left out."""
-    found: dict[Key, list[TensorDifference]] = {}
+def sum_tensors(tensors: Iterable[TensorDiff]) -> Sums:
+    """Return the sums of all these tensors taken as one."""
+    return sum((tensor.sums for tensor in tensors), Sums())
+
+
+def group_tensors(
+    tensors: Iterable[TensorDiff], key: Callable[[TensorDiff], Key | None]
+) -> dict[Key, tuple[TensorDiff, ...]]:
+    """Return tensors by a key, in the order in which it first comes; those without one are left out."""
+    groups: dict[Key, list[TensorDiff]] = {}
     for tensor in tensors:
-        if (at := key(tensor)) is not None:
-            found.setdefault(at, []).append(tensor)
-    return {at: tuple(those) for at, those in found.items()}
+        if (value := key(tensor)) is not None:
+            groups.setdefault(value, []).append(tensor)
+    return {value: tuple(members) for value, members in groups.items()}

@@ -1,0 +1,285 @@
+"""Claims about a study's cells, decided by paired comparisons of two cells and by figures that are held to limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from compressknow.comparison.clusters import (
+    difference_by_cluster,
+    number_clusters,
+    paired_test,
+    rate_difference,
+    share_by_cluster,
+    tally,
+)
+from compressknow.comparison.intervals import SIGNIFICANT, holm, paired_difference, proportion
+from compressknow.comparison.records import Counts, Estimate
+from compressknow.pages.study.records import Study, StudyCell, StudyProbe
+
+HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
+# Where the search for a p-value begins, and in how many steps it halves what is open.
+_LEAST_P, _STEPS = 1e-9, 20
+
+# A figure with its interval of the level that it is called with.
+Figure = Callable[[float], Estimate]
+
+
+@dataclass(frozen=True, slots=True)
+class CellComparison:
+    """Two cells, paired by fact over all probes that both have; `less` is the one that a claim says hurts less.
+
+    Attributes
+    ----------
+    less, more : the cells' keys.
+    part : of the claim, where it has several that must all be shown ("at 20 %").
+    counts : `both` right, `lost` only `less` right, `gained` only `more` right, `neither`.
+    p : of the paired test by relation, two-sided; `p_holm` over all that the table claims.
+    at_floor : neither cell is clearly better than a model that has forgotten everything: there is nothing left to
+        compare, and what chance or habit gets right decides nothing. Such a comparison does not count.
+    rate : how much more accuracy `more` loses than `less`, per million parameters that each changed (pruned, or
+        quantized where it was quantized too), with its interval; `rate_p` and `rate_p_holm` as above.
+    """
+
+    less: str
+    more: str
+    part: str
+    counts: Counts
+    p: float | None
+    at_floor: bool
+    rate: Estimate
+    rate_p: float | None
+    p_holm: float | None = None
+    rate_p_holm: float | None = None
+
+    @property
+    def direction(self) -> int:
+        """1 where it separates the two as claimed, -1 the other way round, 0 where it does not separate them."""
+        return _get_direction(self.counts.lost - self.counts.gained, self.p_holm)
+
+    @property
+    def rate_direction(self) -> int:
+        """Direction per million parameters."""
+        return _get_direction(self.rate.value or 0.0, self.rate_p_holm)
+
+
+def _get_direction(change: float, p: float | None) -> int:
+    if p is None or p >= SIGNIFICANT or not change:
+        return 0
+    return 1 if change > 0 else -1
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Figure that a claim says is below a limit.
+
+    Attributes
+    ----------
+    of : what it is the figure of: a cell's key, or words.
+    value : with its 95 % interval.
+    p : two-sided, that it is the limit itself: the interval of level 1 - p ends there. None where there is no interval.
+    """
+
+    of: str
+    value: Estimate
+    limit: float
+    p: float | None
+
+    @property
+    def is_below(self) -> bool:
+        return self.value.value is not None and self.value.value < self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits.
+
+    `key` tells it from the others of its table; `p_holm` is that of its limits.
+    """
+
+    comparisons: tuple[CellComparison, ...] = ()
+    parts: tuple[str, ...] = ("",)
+    bounds: tuple[Bound, ...] = ()
+    key: tuple[str, ...] = ()
+    p_holm: float | None = None
+
+    @property
+    def answer(self) -> str:
+        if self.bounds:
+            clear = self.p_holm is not None and self.p_holm < SIGNIFICANT
+            below = HOLDS if all(bound.is_below for bound in self.bounds) else DOES_NOT_HOLD
+            return below if clear else CANNOT_TELL
+        return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
+
+    @property
+    def answer_per_million(self) -> str:
+        return decide([(each.part, each.rate_direction) for each in self.comparisons], self.parts)
+
+
+def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
+    """Return the answer to a claim from its comparisons, given as pairs of part and direction.
+
+    It does not hold where any comparison separates its cells the other way round. It holds where none does and, in each
+    part of the claim, at least one separates them as claimed. Else nothing can be told.
+
+    >>> decide([("", 1), ("", 0)], [""]), decide([("", 1), ("", -1)], [""])
+    ('holds', 'does not hold')
+    >>> decide([("20", 1), ("40", 0)], ["20", "40"])
+    'cannot tell'
+    """
+    if any(direction < 0 for _, direction in directions):
+        return DOES_NOT_HOLD
+    shown = {part for part, direction in directions if direction > 0}
+    return HOLDS if parts and shown >= set(parts) else CANNOT_TELL
+
+
+def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
+    """Return all claims of a table with their p-values adjusted together (Holm), each comparison counted once. Those
+    per million parameters are a table of their own.
+    """
+    pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
+    limits = {claim.key: _test_limits(claim.bounds) for claim in claims if claim.bounds}
+    by_count = holm([*(each.p for each in pairs.values()), *limits.values()])
+    p_holm = dict(zip([*pairs, *limits], by_count, strict=True))
+    rate_p_holm = dict(zip(pairs, holm([each.rate_p for each in pairs.values()]), strict=True))
+
+    def adjust(pair: CellComparison) -> CellComparison:
+        key = pair.less, pair.more
+        return pair if pair.at_floor else replace(pair, p_holm=p_holm[key], rate_p_holm=rate_p_holm[key])
+
+    return [
+        replace(claim, comparisons=tuple(map(adjust, claim.comparisons)), p_holm=p_holm.get(claim.key))
+        for claim in claims
+    ]
+
+
+def _test_limits(bounds: Sequence[Bound]) -> float | None:
+    """Return the p-value of "all are below their limits" where all are, which each must show by itself; else of "one is
+    above" (Bonferroni).
+    """
+    known = [bound.p for bound in bounds if bound.p is not None]
+    if len(known) < len(bounds):
+        return None
+    if all(bound.is_below for bound in bounds):
+        return max(known)
+    return min(1.0, len(bounds) * min(p for bound, p in zip(bounds, known, strict=True) if not bound.is_below))
+
+
+def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> CellComparison:
+    """Compare two cells of the study fact by fact."""
+    probes = [probe for probe in study.probes if probe.name in less.correct and probe.name in more.correct]
+    original, cluster = _join([probe.correct for probe in probes]), _number_clusters(probes)
+    first, second = (_join([cell.correct[probe.name] for probe in probes]) for cell in (less, more))
+    lost_first, lost_second = (original.astype(np.int8) - right for right in (first, second))
+    rate, rate_p = rate_difference(lost_first, lost_second, cluster, (less.changed / 1e6, more.changed / 1e6))
+    clusters = tally(first, second, cluster)
+    known = [probe for probe in probes if _is_known(probe)]
+    at_floor = not any(_is_above_floor([(p, cell.correct[p.name]) for p in known]) for cell in (less, more))
+    counts, p = sum(clusters, Counts()), paired_test(clusters).p
+    return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
+
+
+def _is_known(probe: StudyProbe) -> bool:
+    """Return whether the original knows clearly more of the probe than a model that has forgotten everything would."""
+    return _is_above_floor([(probe, probe.correct)])
+
+
+def _is_above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
+    """Return whether what is right of all these probes together is above their floors, its whole interval."""
+    n, low = sum(probe.n for probe, _ in evaluated), _accuracy(evaluated, 0.95).low
+    return low is not None and low * n > sum(probe.n * probe.floor for probe, _ in evaluated)
+
+
+def _accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
+    cluster, right = _number_clusters([p for p, _ in evaluated]), _join([correct for _, correct in evaluated])
+    parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
+    simple = proportion(int(right.sum()), len(right), level)
+    return simple.or_wider(share_by_cluster(parts, wholes, level))
+
+
+def _number_clusters(probes: Sequence[StudyProbe]) -> np.ndarray:
+    """Return the number of each fact's cluster, of several probes' facts one after the other."""
+    return number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
+
+
+def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
+    """Return several probes' facts one after the other."""
+    return np.concatenate([np.array(each, dtype=bool) for each in right]) if right else np.empty(0, dtype=bool)
+
+
+def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:
+    """Return the figure beside its limit, with the p-value at which its interval just reaches the limit."""
+    value = figure(0.95)
+    if value.value is None or value.low is None:
+        return Bound(of, value, limit, None)
+
+    def leaves_out(p: float) -> bool:
+        each = figure(1 - p)
+        return each.low is not None and each.high is not None and not each.low <= limit <= each.high
+
+    low, high = _LEAST_P, 1.0
+    if leaves_out(low):
+        return Bound(of, value, limit, low)
+    for _ in range(_STEPS):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if leaves_out(middle) else (middle, high)
+    return Bound(of, value, limit, high)
+
+
+def measure_decline(study: Study, cell: StudyCell) -> Figure:
+    """Return how far accuracy fell over all probes' facts, relative to the original's; negative where it rose.
+
+    From the paired difference, with Newcombe's interval or the one over relations; the original's accuracy is taken as
+    it was measured.
+    """
+    probes = [probe for probe in study.probes if probe.name in cell.correct]
+    right = _join([cell.correct[probe.name] for probe in probes])
+    clusters = tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
+    counts = sum(clusters, Counts())
+
+    def decline(level: float) -> Estimate:
+        change = paired_difference(counts, level).or_wider(difference_by_cluster(clusters, level))
+        if change.value is None or change.low is None or change.high is None or not counts.known_before:
+            return Estimate(None)
+        scale = counts.known_before / counts.n
+        # From zero, since there is a negative zero.
+        return Estimate(*((0.0 - end) / scale for end in (change.value, change.high, change.low)))
+
+    return decline
+
+
+def measure_remaining(study: Study, cell: StudyCell) -> Figure:
+    """Return the share left of what the original knows beyond a model that has forgotten everything (see
+    `StudyProbe.floor`); negative where the cell scores below that.
+
+    Over the probes of which the original knows clearly more than the floor; None where there is no such probe. The
+    interval is that of the cell's accuracy; the original's is taken as it was measured.
+    """
+    probes = [probe for probe in study.probes if probe.name in cell.correct and _is_known(probe)]
+    n, nothing = sum(probe.n for probe in probes), sum(probe.n * probe.floor for probe in probes)
+    known = sum(sum(probe.correct) for probe in probes) - nothing
+    evaluated = [(probe, cell.correct[probe.name]) for probe in probes]
+
+    def remaining(level: float) -> Estimate:
+        after = _accuracy(evaluated, level)
+        if not n or after.value is None or after.low is None or after.high is None:
+            return Estimate(None)
+        return Estimate(*((n * share - nothing) / known for share in (after.value, after.low, after.high)))
+
+    return remaining
+
+
+def average(figures: Sequence[Figure]) -> Figure:
+    """Return the mean of figures of the same facts: they move together, so their intervals' ends are averaged too."""
+
+    def mean(level: float) -> Estimate:
+        estimates = [figure(level) for figure in figures]
+        parts = list(zip(*((e.value, e.low, e.high) for e in estimates), strict=True))
+        if not parts or any(number is None for part in parts for number in part):
+            return Estimate(None)
+        return Estimate(*(sum(number or 0.0 for number in part) / len(part) for part in parts))
+
+    return mean
