@@ -13,7 +13,7 @@ import compressknow
 from compressknow import Options
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.comparison.distributions import consistency, wordings_of
+from compressknow.comparison.distributions import compare_wordings, consistency
 from compressknow.evaluate.facts import Probe, fact_of
 from compressknow.evaluate.grades import after_example, by_majority
 from compressknow.evaluate.sources import open_all, open_probe
@@ -148,7 +148,7 @@ def test_one_wording_is_the_probe_itself() -> None:
     assert isinstance(one, Probe)
     assert one.fingerprint() == open_probe("atlas").fingerprint()
     assert by_majority(answers([answer(0, True)])) == answers([answer(0, True)])
-    assert wordings_of([answer(0, True)], [answer(0, True)]) is None
+    assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
 
 
 @pytest.mark.parametrize(
