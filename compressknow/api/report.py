@@ -111,11 +111,11 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listener)
         stop = None
     else:
-        from compressknow.comparison.power import decider
+        from compressknow.comparison.power import make_decider
         from compressknow.evaluate.early import gather_early
 
         before, only, stop = gather_early(
-            original, models[0], evaluation, decider(gates[0].least), revision=revision, on_progress=listener
+            original, models[0], evaluation, make_decider(gates[0].least), revision=revision, on_progress=listener
         )
         after = [only]
     path = str(original) if can_be_converted(original) else None

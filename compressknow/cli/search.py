@@ -81,7 +81,7 @@ def search(
     compressknow search MODEL -o found --keep 0.95 --to checkpoint
     """
     from compressknow.api.search import search as run
-    from compressknow.pages.search import said, verdict
+    from compressknow.pages.search import list_warnings, write_verdict
 
     with if_interrupted(RESUMES):
         found = run(
@@ -97,7 +97,7 @@ def search(
         show_json_text((output / "search.json").read_text(encoding="utf-8"))
     else:
         show()
-        for text in (verdict(found), *said(found)):
+        for text in (write_verdict(found), *list_warnings(found)):
             show("\n".join(textwrap.wrap(text, WIDTH)))
         file = "model.gguf" if found.form == "gguf" else "model/"
         show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if found.winner else ""))

@@ -1,4 +1,4 @@
-"""TODO
+"""Figures of facts that hang together in clusters (relations): tests, intervals, and models ranked by them.
 
 `benchmarks/inference.py` draws nulls with relations that differ and counts false alarms of what stands here and of its
 rivals.
@@ -118,7 +118,7 @@ def _students_t(changes: np.ndarray) -> float:
 
 
 class Design(NamedTuple):
-    """How much less clustered facts tell than as many independent ones.
+    """Loss of information: how much less clustered facts tell than as many independent ones.
 
     Attributes
     ----------
@@ -267,7 +267,7 @@ def rate_difference(
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A model among the others.
+    """Standing of a model among the others.
 
     Attributes
     ----------
@@ -284,7 +284,7 @@ class Standing:
     alike: tuple[int, ...]
 
 
-def standings(
+def rank_models(
     original: Sequence[Answer], models: Sequence[Sequence[Answer]], sizes: Sequence[int | None]
 ) -> list[Standing]:
     """Compare each model with each other on what the original knows: paired by fact, by relation, Holm over all pairs,
@@ -314,7 +314,7 @@ def standings(
     return found
 
 
-def smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
+def find_smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
     """Return the place of the smallest of these models, of equal ones that which keeps most; None where no size is
     known."""
     sized = [(size, -standing[place].keeps, place) for place in places if (size := sizes[place]) is not None]

@@ -1,4 +1,4 @@
-"""What answers tell beyond right and wrong: divergence, ranks, confidence, grades of knowing, wordings."""
+"""Figures of answers beyond right and wrong: divergence, ranks, confidence, grades of knowing, wordings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
-    """KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
+    """Compute KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
 
     By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
     short of it only by what moved within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is taken as
@@ -55,7 +55,7 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
 
 
 def rest_of(logp: ArrayLike) -> np.ndarray:
-    """The probability that log-probabilities of shape (..., tokens) leave to all other tokens, 0 to 1, shape (...).
+    """Return the probability (0 to 1), shape (...), that log-probabilities of shape (..., tokens) leave to all others.
 
     >>> import math
     >>> float(rest_of([math.log(0.5), math.log(0.25)]))
@@ -65,7 +65,7 @@ def rest_of(logp: ArrayLike) -> np.ndarray:
 
 
 def _with_rest(logp: np.ndarray) -> np.ndarray:
-    """Log-probabilities with that of the rest, 1 - sum, appended."""
+    """Append that of the rest, 1 - sum, to log-probabilities."""
     logp = np.maximum(logp, LOGP_FLOOR)
     total = np.exp(logp).sum(axis=-1, keepdims=True)
     rest = np.log(np.maximum(1.0 - total, REST_FLOOR))
@@ -73,8 +73,8 @@ def _with_rest(logp: np.ndarray) -> np.ndarray:
 
 
 def ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """Expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by their facts
-    (Guo et al. 2017, "On calibration of modern neural networks", equation 3). None below 20 facts.
+    """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
+    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3). None below 20 facts.
     """
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(sure) < CALIBRATION_FACTS:
@@ -86,16 +86,16 @@ def ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
 
 
 def brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """Mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where it is wrong
-    (Brier 1950). None below 20 facts, as for the calibration error beside it.
+    """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
+    it is wrong (Brier 1950). None below 20 facts, as for the calibration error beside it.
     """
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     return float(np.mean((sure - right) ** 2)) if len(sure) >= CALIBRATION_FACTS else None
 
 
 def mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
-    """Mean of 1 / rank of the gold. A gold that is no possible answer (None) has no rank however far one looks, and
-    counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
+    """Return the mean of 1 / rank of the gold. A gold that is no possible answer (None) has no rank however far one
+    looks, and counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
 
     >>> mean_reciprocal_rank([1, 2, None, 4]), mean_reciprocal_rank([None, None])
     (0.4375, None)
@@ -105,7 +105,7 @@ def mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
 
 
 def precision_at(k: int, ranks: Sequence[int | None]) -> float | None:
-    """Share of facts whose gold is among the k most likely answers; None as for `mean_reciprocal_rank`.
+    """Return the share of facts whose gold is among the k most likely answers; None as for `mean_reciprocal_rank`.
 
     >>> precision_at(5, [1, 5, 6, None])
     0.5
@@ -115,7 +115,7 @@ def precision_at(k: int, ranks: Sequence[int | None]) -> float | None:
 
 
 def percentiles(values: ArrayLike) -> Mapping[str, float] | None:
-    """Percentiles 1 to 99 by linear interpolation, {"p1": ..., "p50": ...}; None where there are no values.
+    """Return percentiles 1 to 99 by linear interpolation, {"p1": ..., "p50": ...}; None where there are no values.
 
     >>> percentiles([0, 10])["p25"]
     2.5
@@ -127,7 +127,7 @@ def percentiles(values: ArrayLike) -> Mapping[str, float] | None:
 
 
 def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
-    """The bin of each fact, most popular first: "top 20 %", "20 to 40 %", ... "bottom 20 %"; None where it has none.
+    """Return the bin of each fact: "top 20 %" (of popularity), "20 to 40 %", ... "bottom 20 %"; None where it has none.
 
     Bins are of about equal size, five or as many as leave 20 facts in each; facts as popular as each other stay
     together. With fewer than two such bins no fact has one.
@@ -146,7 +146,7 @@ def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
 
 
 def bin_names(bins: int) -> list[str]:
-    """Names of popularity bins, most popular first.
+    """Return the names of popularity bins, most popular first.
 
     >>> bin_names(3)
     ['top 33 %', '33 to 67 %', 'bottom 33 %']
@@ -162,23 +162,23 @@ FEWEST = 10
 
 
 def has_confidence(answer: Answer) -> bool:
-    """Whether the answer has a probability among all that the model could have given. Where any text may be given there
-    is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
+    """Return whether the answer has a probability among all that the model could have given. Where any text may be
+    given there is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
     """
     logp = answer.top5_logp
     return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_total_of(answer))
 
 
-def confidence_of(answer: Answer) -> float:
-    """The probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their scores.
-    As text, a long answer has a tiny probability even where the model has no doubt.
+def get_confidence(answer: Answer) -> float:
+    """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
+    scores. As text, a long answer has a tiny probability even where the model has no doubt.
     """
     return math.exp(min(answer.top5_logp[0] - _total_of(answer), 0.0))
 
 
 def _total_of(answer: Answer) -> float:
-    """The logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in answers
-    of older versions, which do not tell it.
+    """Return the logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in
+    answers of older versions, which do not tell it.
     """
     logp = answer.top5_logp
     if answer.choices is None or not logp:
@@ -189,11 +189,11 @@ def _total_of(answer: Answer) -> float:
 
 
 def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
-    """What the confidence of both models tells, over the facts for which both have one; None below 20 of these."""
+    """Compare how confident both models are, over the facts for which both have one; None below 20 of these."""
     usable = [pair for pair in pairs if all(map(has_confidence, pair))]
     if len(usable) < CALIBRATION_FACTS:
         return None
-    before, after = (np.array([confidence_of(answer) for answer in side]) for side in zip(*usable, strict=True))
+    before, after = (np.array([get_confidence(answer) for answer in side]) for side in zip(*usable, strict=True))
     knew, keeps = (np.array([answer.correct for answer in side]) for side in zip(*usable, strict=True))
     median = float(np.median(before))
     return Confidence(
@@ -209,8 +209,8 @@ def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
 
 
 def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
-    """Knowledge kept by thirds of the original's confidence, the most confident first; facts of one confidence stay
-    together. Nothing where that leaves a third with too few facts.
+    """Return knowledge kept by thirds of the original's confidence, the most confident first; facts of one confidence
+    stay together. Nothing where that leaves a third with too few facts.
 
     Parameters
     ----------
@@ -233,8 +233,8 @@ def _third(name: str, sure: np.ndarray, kept: np.ndarray) -> Third:
 
 
 def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
-    """Share of right answers by confidence, in the bins of the calibration error (Guo et al. 2017, section 2): of equal
-    width, from 0 to 1.
+    """Return the share of right answers by confidence, in the bins of the calibration error (Guo et al. 2017, section
+    2): of equal width, from 0 to 1.
     """
     bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
@@ -245,8 +245,10 @@ def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ..
     )
 
 
-def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
-    """The grades of facts, paired; None where some answer has none (lm-eval's tasks, answers of older versions)."""
+def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
+    """Count facts by the grades of both models; None where some answer has none (lm-eval's tasks, answers of older
+    versions).
+    """
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)
@@ -254,47 +256,40 @@ def knowing_of(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
     lost = [other for one, other in pairs if one.correct and not other.correct]
     shown = [answer for answer in lost if answer.with_example is not None]
     return Knowing(
-        original=_counted(before),
-        compressed=_counted(after),
+        original=_count_grades(before),
+        compressed=_count_grades(after),
         moved={(one, other): moved[one, other] for one in GRADES for other in GRADES},
-        written=(_written(before), _written(after)),
+        written=(_is_written(before), _is_written(after)),
         shown=len(shown),
         back=sum(answer.with_example == answer.gold for answer in shown),
     )
 
 
-def _counted(answers: Iterable[Answer]) -> dict[str, int]:
+def _count_grades(answers: Iterable[Answer]) -> dict[str, int]:
     found = Counter(answer.grade for answer in answers)
     return {grade: found[grade] for grade in GRADES}
 
 
-def _written(answers: Iterable[Answer]) -> bool:
+def _is_written(answers: Iterable[Answer]) -> bool:
     return any(answer.produced is not None for answer in answers)
 
 
-# Of each wording, by whether the original and the compressed model are right.
-Judged = tuple[bool, bool]
-
-
-def wordings_of(original: Sequence[Answer], compressed: Sequence[Answer]) -> Wordings | None:
-    """The figures of each wording of a probe, before they are put together; None where there is one."""
+def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> Wordings | None:
+    """Return the figures of each wording of a probe, before they are put together; None where there is only one."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
     if len(templates) < 2:
         return None
-    judged = {
-        number: [(one.correct, other.correct) for one, other in pairs if one.template == number] for number in templates
-    }
-    sides = zip(*pairs, strict=True)
-    one, other = (consistency(side) for side in sides)
-    return Wordings(tuple(_wording(number, judged[number]) for number in templates), (one, other))
+    wordings = tuple(_count_wording(number, [p for p in pairs if p[0].template == number]) for number in templates)
+    of_original, of_compressed = zip(*pairs, strict=True)
+    return Wordings(wordings, (consistency(of_original), consistency(of_compressed)))
 
 
 def consistency(answers: Iterable[Answer]) -> float | None:
-    """Share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or more
-    (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None where
-    there is none.
+    """Return the share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or
+    more (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
+    where there is none.
     """
     shares = []
     for wordings in group_by_fact(answers).values():
@@ -304,8 +299,7 @@ def consistency(answers: Iterable[Answer]) -> float | None:
     return math.fsum(shares) / len(shares) if shares else None
 
 
-def _wording(number: int, judged: Sequence[Judged]) -> Wording:
-    found: Mapping[Judged, int] = Counter(judged)
-    both, lost, gained, neither = (found[cell] for cell in ((True, True), (True, False), (False, True), (False, False)))
-    counts = Counts(both, lost, gained, neither)
+def _count_wording(number: int, pairs: Sequence[tuple[Answer, Answer]]) -> Wording:
+    kinds = Counter((before.correct, after.correct) for before, after in pairs)
+    counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
     return Wording(number, counts, proportion(counts.both, counts.known_before))

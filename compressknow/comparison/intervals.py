@@ -1,4 +1,4 @@
-"""Proportions of facts: intervals, tests and averages over relations. Pure functions of counts; scipy does the work.
+"""Shares of facts: intervals, tests and averages over relations. Pure functions of counts; scipy does the work.
 
 Confidence intervals are two-sided, 95 % where no other level is asked for.
 """
@@ -20,7 +20,7 @@ _QUANTILES = (2.5, 97.5)
 
 
 def proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
-    """part / whole with its Wilson score interval (Wilson 1927); nothing where `whole` is 0.
+    """Return part / whole with its Wilson score interval (Wilson 1927); nothing where `whole` is 0.
 
     >>> estimate = proportion(81, 263)  # Newcombe (1998a), table I
     >>> round(estimate.low, 4), round(estimate.high, 4)
@@ -48,7 +48,7 @@ def wilson(share: float, number: float, z: float) -> tuple[float, float]:
 
 
 def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
-    """Accuracy of the compressed model less that of the original, (c - b) / n, with Newcombe's interval.
+    """Return the accuracy of the compressed model less that of the original, (c - b) / n, with Newcombe's interval.
 
     Method 10 of Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based
     on paired data", Statistics in Medicine 17, 2635-2650: the Wilson intervals of both proportions, squared and added,
@@ -64,15 +64,15 @@ def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
     after, before = counts.known_after / n, counts.known_before / n
     z = normal_quantile(level)
     (low_after, high_after), (low_before, high_before) = wilson(after, n, z), wilson(before, n, z)
-    phi, value = _phi(counts), (counts.gained - counts.lost) / n
-    below = _square_and_add(after - low_after, high_before - before, phi)
-    above = _square_and_add(high_after - after, before - low_before, phi)
+    phi, value = _correlate(counts), (counts.gained - counts.lost) / n
+    below = _add_squares(after - low_after, high_before - before, phi)
+    above = _add_squares(high_after - after, before - low_before, phi)
     return Estimate(value, max(-1.0, value - below), min(1.0, value + above))
 
 
-def _phi(counts: Counts) -> float:
-    """Correlation of the two models' being right, corrected for continuity as Newcombe's method 10 does; 0 where one
-    of them is always or never right.
+def _correlate(counts: Counts) -> float:
+    """Return the correlation of the two models' being right, corrected for continuity as Newcombe's method 10 does; 0
+    where one of them is always or never right.
     """
     n = counts.n
     margins = math.prod([counts.known_before, n - counts.known_before, counts.known_after, n - counts.known_after])
@@ -82,13 +82,14 @@ def _phi(counts: Counts) -> float:
     return (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins)
 
 
-def _square_and_add(first: float, second: float, phi: float) -> float:
+def _add_squares(first: float, second: float, phi: float) -> float:
     return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
 def mcnemar(counts: Counts) -> float | None:
-    """Exact two-sided McNemar test: the chance of so uneven a split of lost and gained facts, were a change as likely
-    either way (McNemar 1947; a binomial test of the discordant pairs). 1 where nothing changed, None without facts.
+    """Run the exact two-sided McNemar test: the chance of so uneven a split of lost and gained facts, were a change as
+    likely either way (McNemar 1947; a binomial test of the discordant pairs). 1 where nothing changed, None without
+    facts.
 
     >>> mcnemar(Counts(both=1, lost=1, gained=7, neither=12))
     0.0703125
@@ -105,8 +106,9 @@ def mcnemar(counts: Counts) -> float | None:
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The plain mean of independent figures, with its interval: the distances to the ends of their intervals, squared
-    and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no value.
+    """Return the plain mean of independent figures, with its interval: the distances to the ends of their intervals,
+    squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no
+    value.
 
     >>> mean([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
     Estimate(value=0.6, low=0.35, high=0.65)
@@ -142,7 +144,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def above_chance(kept: Estimate, chance: float | None) -> Estimate:
-    """Knowledge kept beyond what guessing would also have got right: (kept - g) / (1 - g), not below 0.
+    """Return knowledge kept beyond what guessing would also have got right: (kept - g) / (1 - g), not below 0.
 
     A model that has forgotten a fact still answers it right with the guessing rate g (1 / number of candidates, its
     mean over the facts that the original knew). If the share k is truly kept, k + (1 - k) g is seen as kept: solved
@@ -154,16 +156,16 @@ def above_chance(kept: Estimate, chance: float | None) -> Estimate:
     """
     if kept.value is None or chance is None or chance >= 1:
         return Estimate(None)
-    return Estimate(*(None if x is None else _beyond(x, chance) for x in (kept.value, kept.low, kept.high)))
+    return Estimate(*(None if x is None else _subtract_chance(x, chance) for x in (kept.value, kept.low, kept.high)))
 
 
-def _beyond(share: float, chance: float) -> float:
+def _subtract_chance(share: float, chance: float) -> float:
     # Rounded where floats hold no more, so that 0.6 at 0.5 is 0.2 and not 0.19999999999999996.
     return min(1.0, max(0.0, round((share - chance) / (1 - chance), 12)))
 
 
 def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
-    """Accuracy of the original, of the compressed model, and their difference, as means over relations.
+    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations.
 
     Intervals by a stratified paired bootstrap of `RESAMPLES` samples, percentiles 2.5 and 97.5 (Efron and Tibshirani
     1993, chapter 13). To draw a relation's facts anew, pairs kept together, is to draw its four counts from a
@@ -179,18 +181,18 @@ def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Esti
         return Estimate(None), Estimate(None), Estimate(None)
     sizes = table.sum(axis=1)
     drawn = np.random.default_rng(seed).multinomial(sizes, table / sizes[:, None], size=(RESAMPLES, len(table)))
-    values, samples = _macro_accuracies(table, sizes), _macro_accuracies(drawn, sizes)
-    before, after, difference = (_percentile_interval(*pair) for pair in zip(values, samples, strict=True))
+    values, samples = _average_relations(table, sizes), _average_relations(drawn, sizes)
+    before, after, difference = (_bootstrap_interval(*pair) for pair in zip(values, samples, strict=True))
     return before, after, difference
 
 
-def _macro_accuracies(counts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """Means over relations, the last axis but one: accuracy before, after, and after less before."""
+def _average_relations(counts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Return means over relations, the last axis but one: accuracy before, after, and after less before."""
     both, lost, gained = counts[..., 0], counts[..., 1], counts[..., 2]
     return [(part / sizes).mean(axis=-1) for part in (both + lost, both + gained, gained - lost)]
 
 
-def _percentile_interval(value: np.ndarray, samples: np.ndarray) -> Estimate:
+def _bootstrap_interval(value: np.ndarray, samples: np.ndarray) -> Estimate:
     if np.ptp(samples) == 0:
         return Estimate(float(value))
     low, high = np.percentile(samples, _QUANTILES)

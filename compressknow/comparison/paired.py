@@ -1,4 +1,4 @@
-"""Two models' answers paired by fact: counts, figures and tests of each probe."""
+"""Pair two models' answers by fact: counts, figures and tests of each probe."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from compressknow.comparison.distributions import (
     bin_names,
     brier,
     confidence,
-    confidence_of,
+    count_grades,
     ece,
+    get_confidence,
     has_confidence,
     kl_divergence,
-    knowing_of,
     mean_reciprocal_rank,
     percentiles,
     popularity_bins,
@@ -53,7 +53,7 @@ def compare_probe(
     probe: str | None = None,
     ran_in: str = "",
 ) -> ProbeFigures:
-    """All figures of one probe.
+    """Return all figures of one probe.
 
     Parameters
     ----------
@@ -67,39 +67,39 @@ def compare_probe(
     CompressknowError : the two sides were evaluated on different prompts.
     """
     name = probe or (original[0].probe if original else "the probe")
-    pairs = paired(name, original, compressed, entry_original, entry_compressed)
-    by_subject = _groups(pairs, lambda answer: answer.subject)
+    pairs = pair_answers(name, original, compressed, entry_original, entry_compressed)
+    by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     return ProbeFigures(
         probe=name,
-        **_share_figures(pairs, entry_original.average),
-        answer_changed=_answer_changed(pairs),
-        movement=_movement(pairs) if _same_reference(entry_original, entry_compressed) else None,
-        logp_change=percentiles([change for pair in pairs if (change := _logp_change(pair)) is not None]),
-        **_rank_figures(pairs),
-        **_confidence_figures(pairs),
+        **_measure_shares(pairs, entry_original.average),
+        answer_changed=_share_changed(pairs),
+        movement=_measure_movement(pairs) if _has_same_reference(entry_original, entry_compressed) else None,
+        logp_change=percentiles([change for pair in pairs if (change := _measure_logp_change(pair)) is not None]),
+        **_measure_ranks(pairs),
+        **_measure_confidence(pairs),
         confidence=confidence(pairs),
         by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
-        by_popularity=_by_popularity(pairs),
-        **_given(entry_original),
+        by_popularity=_group_by_popularity(pairs),
+        **_describe_run(entry_original),
         runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
-        knowing=knowing_of(pairs),
+        knowing=count_grades(pairs),
     )
 
 
-def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
-    """What is counted of right and wrong: shares with their intervals, over facts and over relations."""
-    total, by_relation = counts(pairs), _groups(pairs, lambda answer: answer.relation)
+def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
+    """Count right and wrong: shares with their intervals, over facts and over relations."""
+    total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
     before, after, difference = macro([group.counts for group in by_relation])
-    sure = certainty([[group.counts for group in by_relation]])
+    sure = measure_certainty([[group.counts for group in by_relation]])
     kept = proportion(total.both, total.known_before).or_wider(sure.kept)
-    drop_absolute, drop_relative = _drop(total, (before, after) if average == "macro" else None)
+    drop_absolute, drop_relative = _compute_drop(total, (before, after) if average == "macro" else None)
     return {
         "counts": total,
         "accuracy_original": proportion(total.known_before, total.n),
         "accuracy_compressed": proportion(total.known_after, total.n),
         "difference": paired_difference(total),
         "kept": kept,
-        "kept_above_chance": above_chance(kept, _chance([pair for pair in pairs if pair[0].correct])),
+        "kept_above_chance": above_chance(kept, _estimate_chance([pair for pair in pairs if pair[0].correct])),
         "macro_original": before,
         "macro_compressed": after,
         "macro_difference": difference,
@@ -110,7 +110,7 @@ def _share_figures(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     }
 
 
-def certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
+def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
     could have shown. A relation is a cluster; in a probe of one relation, a fact is.
     """
@@ -126,8 +126,8 @@ def certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     )
 
 
-def _given(entry: ProbeEntry) -> dict[str, Any]:
-    """What the original's run says of the probe."""
+def _describe_run(entry: ProbeEntry) -> dict[str, Any]:
+    """Return what the original's run says of the probe."""
     return {
         "protocol": entry.protocol,
         "average": entry.average,
@@ -141,23 +141,23 @@ def _given(entry: ProbeEntry) -> dict[str, Any]:
     }
 
 
-def changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """The facts lost and gained, of one probe or of several: by school subject, by relation, then those first whose
-    gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
+def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
+    """Return the facts lost and gained, of one probe or of several: by school subject, by relation, then those first
+    whose gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
     """
     pairs = list(pairs)
-    lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _place(p, 1))
-    gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _place(p, -1))
-    return tuple(map(_changed, lost)), tuple(map(_changed, gained))
+    lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
+    gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
+    return tuple(map(_make_changed_fact, lost)), tuple(map(_make_changed_fact, gained))
 
 
-def _place(pair: Pair, sign: int) -> tuple[Any, ...]:
-    fact, change = pair[0], _logp_change(pair)
+def _order(pair: Pair, sign: int) -> tuple[Any, ...]:
+    fact, change = pair[0], _measure_logp_change(pair)
     # Facts whose change is not known come last of their relation.
     return domain_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
 
 
-def _changed(pair: Pair) -> ChangedFact:
+def _make_changed_fact(pair: Pair) -> ChangedFact:
     before, after = pair
     return ChangedFact(
         probe=before.probe,
@@ -177,27 +177,27 @@ def _changed(pair: Pair) -> ChangedFact:
 
 
 def domain_order(subject: str) -> tuple[int, str]:
-    """Sort key: domains as on a report card, then all others by name."""
+    """Return a sort key: domains as on a report card, then all others by name."""
     place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
     return place, subject
 
 
-def _groups(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None]) -> tuple[Group, ...]:
-    """The figures of each group of facts, by name; facts without a group are left out."""
+def _group_pairs(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None]) -> tuple[Group, ...]:
+    """Return the figures of each group of facts, by name; facts without a group are left out."""
     members: dict[str, list[Pair]] = {}
     for pair in pairs:
         if (name := name_of(pair[0])) is not None:
             members.setdefault(name, []).append(pair)
-    groups = [_group(name, members[name]) for name in sorted(members)]
+    groups = [_make_group(name, members[name]) for name in sorted(members)]
     adjusted = holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
-def _group(name: str, pairs: Sequence[Pair]) -> Group:
+def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
     relations: dict[str, list[Pair]] = {}
     for pair in pairs:
         relations.setdefault(pair[0].relation, []).append(pair)
-    clusters, total = tuple(map(counts, relations.values())), counts(pairs)
+    clusters, total = tuple(map(count_pairs, relations.values())), count_pairs(pairs)
     return Group(
         name=name,
         counts=total,
@@ -205,33 +205,35 @@ def _group(name: str, pairs: Sequence[Pair]) -> Group:
         kept=proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters)),
         p=paired_test(clusters).p,
         p_holm=None,
-        answer_changed=_answer_changed(pairs),
-        chance=_chance(pairs),
+        answer_changed=_share_changed(pairs),
+        chance=_estimate_chance(pairs),
     )
 
 
-def _by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
+def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
     bins = popularity_bins([before.popularity for before, _ in pairs])
     of_fact = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
     order = {name: place for size in range(2, POPULARITY_BINS + 1) for place, name in enumerate(bin_names(size))}
-    groups = _groups(pairs, lambda answer: of_fact[answer.fact_id])
+    groups = _group_pairs(pairs, lambda answer: of_fact[answer.fact_id])
     return tuple(sorted(groups, key=lambda group: order[group.name]))
 
 
-def _chance(pairs: Sequence[Pair]) -> float | None:
-    """Mean of 1 / number of choices; None where some fact may be answered with any text."""
+def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
+    """Return the mean of 1 / number of choices; None where some fact may be answered with any text."""
     choices = [before.choices for before, _ in pairs]
     if not choices or not all(choices):
         return None
     return math.fsum(1 / number for number in choices if number) / len(choices)
 
 
-def _answer_changed(pairs: Sequence[Pair]) -> float | None:
+def _share_changed(pairs: Sequence[Pair]) -> float | None:
     return sum(a.predicted != b.predicted for a, b in pairs) / len(pairs) if pairs else None
 
 
-def _drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
-    """The paper's figures: the drop of the probe's headline accuracy in points of 1, and relative to what it was."""
+def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
+    """Return the paper's figures: how far the probe's headline accuracy drops, in points of 1 and
+    relative to before.
+    """
     if not total.n:
         return None, None
     if macros is None:
@@ -241,35 +243,35 @@ def _drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[floa
     return before - after, (before - after) / before if before else None
 
 
-def _same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
-    """Whether both models gave the probabilities of the same model's most likely tokens."""
+def _has_same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
+    """Return whether both models gave the probabilities of the same model's most likely tokens."""
     return original.reference is not None and original.reference == compressed.reference
 
 
-def _movement(pairs: Sequence[Pair]) -> Movement | None:
-    """KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the facts for
-    which these are the same. Those with NaN (a model that broke) are left out.
+def _measure_movement(pairs: Sequence[Pair]) -> Movement | None:
+    """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
+    facts for which these are the same. Those with NaN (a model that broke) are left out.
     """
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
-        return _moved(np.array([value for value in exact if math.isfinite(value)]), None)
+        return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
     by_size: dict[int, list[Pair]] = {}
     for pair in pairs:
         size = len(pair[0].first_ids)
         if size and size == len(pair[1].first_ids):
             by_size.setdefault(size, []).append(pair)
     blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
-    found = np.concatenate([_divergences(block) for block in blocks]) if blocks else np.empty((0, 3))
+    found = np.concatenate([_measure_divergence(block) for block in blocks]) if blocks else np.empty((0, 3))
     found = found[np.isfinite(found[:, 0])]
     if not len(found):
         return None
     before, after = (math.fsum(column) / len(found) for column in found[:, 1:].T)
     # A smaller vocabulary is compared token by token: all but one, whose probability follows.
     partly = max(by_size) >= REFERENCE_TOKENS or max(by_size) <= SERVER_TOKENS
-    return _moved(found[:, 0], (before, after) if partly else None)
+    return _summarize_movement(found[:, 0], (before, after) if partly else None)
 
 
-def _moved(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | None:
+def _summarize_movement(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | None:
     if not len(values):
         return None
     median, p99 = np.percentile(values, [50, 99])
@@ -277,8 +279,8 @@ def _moved(values: np.ndarray, rest: tuple[float, float] | None) -> Movement | N
     return Movement(len(values), mean, float(median), float(p99), float(values.max()), rest)
 
 
-def _divergences(pairs: Sequence[Pair]) -> np.ndarray:
-    """KL divergence, and the probability of the rest before and after, [facts, 3]."""
+def _measure_divergence(pairs: Sequence[Pair]) -> np.ndarray:
+    """Return KL divergence, and the probability of the rest before and after, [facts, 3]."""
     ids = [np.array([side.first_ids for side in sides]) for sides in zip(*pairs, strict=True)]
     logps = [np.array([side.first_logp for side in sides]) for sides in zip(*pairs, strict=True)]
     same = (ids[0] == ids[1]).all(axis=1)
@@ -286,46 +288,46 @@ def _divergences(pairs: Sequence[Pair]) -> np.ndarray:
     return np.stack([kl_divergence(before, after), rest_of(before), rest_of(after)], axis=1)
 
 
-def _logp_change(pair: Pair) -> float | None:
-    """Change of the gold's log-probability; None where one of the models could not have answered it."""
+def _measure_logp_change(pair: Pair) -> float | None:
+    """Return the change of the gold's log-probability; None where one of the models could not have answered it."""
     before, after = pair[0].logp_gold, pair[1].logp_gold
     if before is None or after is None or not math.isfinite(after - before):
         return None
     return after - before
 
 
-def _rank_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """MRR, P@5, and the lost facts whose gold is still among the five most likely answers.
+def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return MRR, P@5, and the lost facts whose gold is still among the five most likely answers.
 
     The latter two say nothing where there are five answers to choose from at most: they are None there.
     """
     before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
     few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
     still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
-    top5 = None if few else _both(precision_at(5, before), precision_at(5, after))
+    top5 = None if few else _join(precision_at(5, before), precision_at(5, after))
     return {
-        "mrr": _both(mean_reciprocal_rank(before), mean_reciprocal_rank(after)),
+        "mrr": _join(mean_reciprocal_rank(before), mean_reciprocal_rank(after)),
         "p_at_5": top5,
         "lost_still_in_top5": None if top5 is None else len(still),
     }
 
 
-def _confidence_figures(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """ECE and Brier score of both models, over the facts for which both hold a probability of their answer.
+def _measure_confidence(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return ECE and Brier score of both models, over the facts for which both hold a probability of their answer.
 
     Where any text may be given, the probabilities are those of its first token, not of the answer: there are none.
     """
     usable = [pair for pair in pairs if all(map(has_confidence, pair))]
     sides = list(zip(*usable, strict=True)) or [(), ()]
-    sure = [[confidence_of(answer) for answer in side] for side in sides]
+    sure = [[get_confidence(answer) for answer in side] for side in sides]
     right = [[answer.correct for answer in side] for side in sides]
     return {
-        "ece": _both(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
-        "brier": _both(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
+        "ece": _join(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
+        "brier": _join(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
     }
 
 
-def _both(before: float | None, after: float | None) -> tuple[float, float] | None:
+def _join(before: float | None, after: float | None) -> tuple[float, float] | None:
     return (before, after) if before is not None and after is not None else None
 
 
@@ -336,31 +338,31 @@ Pair = tuple[Answer, Answer]
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 
-def paired(
+def pair_answers(
     probe: str,
     original: Sequence[Answer],
     compressed: Sequence[Answer],
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
-    """Answers to the same facts, in the order of the facts' ids.
+    """Pair the answers to the same facts, in the order of the facts' ids.
 
     Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
     """
-    _same_prompts(probe, entry_original, entry_compressed)
-    before, after = _by_id(probe, original), _by_id(probe, compressed)
-    _same_facts(probe, before, after)
+    _check_prompts(probe, entry_original, entry_compressed)
+    before, after = _index_answers(probe, original), _index_answers(probe, compressed)
+    _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
 
 
-def counts(pairs: Sequence[Pair]) -> Counts:
-    """How many facts both know, were lost, were gained, and neither knows."""
+def count_pairs(pairs: Sequence[Pair]) -> Counts:
+    """Count the facts that both know, that were lost, that were gained, and that neither knows."""
     both = sum(a.correct and b.correct for a, b in pairs)
     before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
     return Counts(both, before - both, after - both, len(pairs) - before - after + both)
 
 
-def _same_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
+def _check_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
     if (original.protocol, original.fingerprint) == (compressed.protocol, compressed.fingerprint):
         return
     differing = [
@@ -375,7 +377,7 @@ def _same_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> N
     )
 
 
-def _by_id(probe: str, answers: Sequence[Answer]) -> dict[str, Answer]:
+def _index_answers(probe: str, answers: Sequence[Answer]) -> dict[str, Answer]:
     by_id = {answer.fact_id: answer for answer in answers}
     if len(by_id) != len(answers):
         raise CompressknowError(
@@ -385,7 +387,7 @@ def _by_id(probe: str, answers: Sequence[Answer]) -> dict[str, Answer]:
     return by_id
 
 
-def _same_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping[str, Answer]) -> None:
+def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping[str, Answer]) -> None:
     only_original, only_compressed = sorted(set(original) - set(compressed)), sorted(set(compressed) - set(original))
     if not only_original and not only_compressed:
         return

@@ -1,4 +1,4 @@
-"""How much facts can show: the smallest loss that so many show, and a gate that may be looked at after every fact.
+"""Power of facts: the smallest loss that so many show, and a gate that may be looked at after every fact.
 
 All with one power, 80 %. Facts that hang together tell less: they count as the independent ones that tell as much.
 """
@@ -24,7 +24,7 @@ _STANDARD_DEVIATIONS = 6
 
 
 def power(known: float, loss: float, gained: float, unknown: float) -> float:
-    """The chance that the exact McNemar test, two-sided at 5 %, shows a net loss.
+    """Return the chance that the exact McNemar test, two-sided at 5 %, shows a net loss.
 
     Of all facts a share is lost and a share gained, independently. So the number of changed facts is binomial, and of
     these the number of lost ones is binomial again; summed over all that the test rejects (Duffy 1984, "Asymptotic and
@@ -43,7 +43,7 @@ def power(known: float, loss: float, gained: float, unknown: float) -> float:
     if not 0 < up + down <= facts:
         return 0.0
     changed, chances = _binomial(facts, (up + down) / facts)
-    most = _most_gained(changed)
+    most = _find_most_gained(changed)
     shown = most >= 0
     if not shown.any():
         return 0.0
@@ -52,7 +52,7 @@ def power(known: float, loss: float, gained: float, unknown: float) -> float:
 
 
 def _binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers that are not all but impossible, and the probability of each."""
+    """Return the numbers that are not all but impossible, and the probability of each."""
     from scipy.special import gammaln, xlog1py, xlogy
 
     middle, spread = trials * chance, _STANDARD_DEVIATIONS * math.sqrt(trials * chance * (1 - chance)) + 20
@@ -61,8 +61,8 @@ def _binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
     return k, np.exp(ways + xlogy(k, chance) + xlog1py(trials - k, -chance))
 
 
-def _most_gained(changed: np.ndarray) -> np.ndarray:
-    """How many of so many changed facts may be gained for the test to show a loss; -1 where none may."""
+def _find_most_gained(changed: np.ndarray) -> np.ndarray:
+    """Return how many of so many changed facts may be gained for the test to show a loss; -1 where none may."""
     from scipy.special import bdtr, bdtrik
 
     # The inverse is a real number: the whole one below it, and its neighbours, in case of rounding.
@@ -85,7 +85,7 @@ def smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | None:
     >>> round(smallest_loss(counts), 3), smallest_loss(Counts(both=5))
     (0.121, None)
     """
-    gained, discount = _gained(counts), design.discount()
+    gained, discount = _share_gained(counts), design.discount()
     known, unknown = counts.known_before / discount, (counts.n - counts.known_before) / discount
     low, high = 0.0, max(0.0, 1.0 - gained)
     if not known or power(known, high, gained, unknown) < POWER:
@@ -103,7 +103,7 @@ def facts_for(counts: Counts, loss: float = SMALL, design: Design = INDEPENDENT)
     >>> facts_for(Counts(both=185)), facts_for(Counts(both=169, lost=16, gained=19, neither=96))
     (394, 4514)
     """
-    known, gained = counts.known_before, _gained(counts)
+    known, gained = counts.known_before, _share_gained(counts)
     if not known:
         return None
     unknown = (counts.n - known) / known
@@ -112,7 +112,7 @@ def facts_for(counts: Counts, loss: float = SMALL, design: Design = INDEPENDENT)
         alone = number / design.discount(number / known)
         return power(alone, loss, gained, unknown * alone) >= POWER
 
-    return _least(shows)
+    return _find_least(shows)
 
 
 def facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
@@ -134,15 +134,15 @@ def facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -
         low, high = wilson(min(1.0, max(0.0, share - away if share > gate else share + away)), alone, z)
         return low >= gate if share > gate else high < gate
 
-    return _least(decides) if share != gate else None
+    return _find_least(decides) if share != gate else None
 
 
-def _gained(counts: Counts) -> float:
+def _share_gained(counts: Counts) -> float:
     return counts.gained / counts.known_before if counts.known_before else 0.0
 
 
-def _least(enough: Callable[[int], bool]) -> int | None:
-    """The number at which it begins to be enough, where more is enough too; found by doubling and halving."""
+def _find_least(enough: Callable[[int], bool]) -> int | None:
+    """Return the number at which it begins to be enough, where more is enough too; found by doubling and halving."""
     high = 1
     while not enough(high):
         high *= 2
@@ -163,7 +163,7 @@ _FINEST = 1 << 20
 
 
 def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: float = LEVEL) -> EarlyStop | None:
-    """Whether the share kept of all facts lies at the gate or above, as soon as that is known; None before.
+    """Decide whether the share kept of all facts lies at the gate or above, as soon as that is known; None before.
 
     The share is that of the known ones among all `of` facts, which are drawn one by one, each only once, in random
     order. Two players bet, one that the share is above the gate and one that it is below. If it is the gate itself,
@@ -189,19 +189,19 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: 
     known, both = known[:facts], both[:facts]
     share = float(both.sum() / max(known.sum(), 1))
     met = bool(above[facts - 1] > below[facts - 1]) if crossed.any() else share >= gate
-    low, high = _interval(known, both, of, share, level)
+    low, high = _find_interval(known, both, of, share, level)
     low, high = (max(low, gate), high) if met else (low, min(high, gate))
     return EarlyStop(gate, level, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
 
 
-def decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlyStop | None]:
-    """`decide` at one gate."""
+def make_decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlyStop | None]:
+    """Return `decide` at one gate."""
     return lambda known, kept, of: decide(known, kept, gate, of)
 
 
 def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of what both players have after each fact, [..., facts]: of the one that bets on a share above the
-    gate, and of the one that bets on a share below. Each begins with 1.
+    """Return logarithms of what both players have after each fact, [..., facts]: of the one that bets on a share above
+    the gate, and of the one that bets on a share below. Each begins with 1.
 
     What a fact adds is kept - gate where it is known, else nothing: over all facts this comes to nothing if the share
     is the gate. So the mean of what is left is known before each draw, and a bet on a higher one is fair.
@@ -216,10 +216,12 @@ def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple
     added = known * (whole * both.astype(np.int64) - part)
     before, remaining = np.cumsum(added, axis=-1) - added, of - np.arange(added.shape[-1])
     value, mean = added + part, part * remaining - before
-    return _capital(value, mean, remaining), _capital(whole - value, whole * remaining - mean, remaining)
+    return _compute_capital(value, mean, remaining), _compute_capital(
+        whole - value, whole * remaining - mean, remaining
+    )
 
 
-def _capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
     """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
     be, the bet is won for ever.
     """
@@ -232,18 +234,18 @@ def _capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.n
     return np.where(np.logical_or.accumulate(refuted, axis=-1), np.inf, capital)
 
 
-def _interval(known: np.ndarray, both: np.ndarray, of: int, share: float, level: float) -> tuple[float, float]:
-    """The shares that neither player has refuted: what each has won falls, or rises, with the gate, so that these are
-    all between two ends.
+def _find_interval(known: np.ndarray, both: np.ndarray, of: int, share: float, level: float) -> tuple[float, float]:
+    """Return the ends of the shares that neither player has refuted: what each has won falls, or rises, with the gate,
+    so that these are all between two ends.
     """
     won = np.log(2 / level)
-    low = _end(lambda gate: bool((capitals(known, both, gate, of)[0] >= won).any()), 0.0, share)
-    high = _end(lambda gate: bool((capitals(known, both, gate, of)[1] >= won).any()), 1.0, share)
+    low = _find_end(lambda gate: bool((capitals(known, both, gate, of)[0] >= won).any()), 0.0, share)
+    high = _find_end(lambda gate: bool((capitals(known, both, gate, of)[1] >= won).any()), 1.0, share)
     return low, high
 
 
-def _end(refuted: Callable[[float], bool], far: float, near: float) -> float:
-    """Where, from the far end to the near one, gates are no longer refuted."""
+def _find_end(refuted: Callable[[float], bool], far: float, near: float) -> float:
+    """Return where, from the far end to the near one, gates are no longer refuted."""
     if not refuted(far):
         return far
     for _ in range(_STEPS):

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: raw counts, with ratios derived, and what each probe's answers come to."""
+"""Records of the numbers of a comparison: raw counts, with ratios derived, and what each probe's answers come to."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Counts:
 
     @property
     def kept(self) -> float | None:
-        """Knowledge kept: the share of what the original knew that the compressed model still knows."""
+        """Return knowledge kept: the share of what the original knew that the compressed model still knows."""
         return self.both / self.known_before if self.known_before else None
 
     @property
@@ -53,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95 % interval. `value` is None where there is nothing to estimate from (no fact known, ...);
+    """Figure with its 95 % interval. `value` is None where there is nothing to estimate from (no fact known, ...);
     `low` and `high` are None where there are too few facts for an interval.
     """
 
@@ -68,7 +68,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Whether facts are lost as often as gained: the two-sided p-value (None without facts), and what the test takes
+    """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and what it takes
     as drawn, a ``fact`` or a whole ``relation``.
     """
 
@@ -81,7 +81,7 @@ NO_TEST = PairedTest(None, "fact")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The facts of one relation, domain or popularity bin.
+    """Facts of one relation, domain or popularity bin.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
+    """Movement of the distribution at the answer's first position (nats), over the `n` facts that have one.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class Movement:
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """How sure figures are, where facts of one relation hang together, and what so many facts could have shown.
+    """Certainty of figures, where facts of one relation hang together, and what so many facts could have shown.
 
     Attributes
     ----------
@@ -172,7 +172,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """How sure both models are of their answers.
+    """Confidence of both models in their answers.
 
     Attributes
     ----------
@@ -195,7 +195,7 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """A gate that was decided by the first facts of a random order.
+    """Gate that was decided by the first facts of a random order.
 
     Attributes
     ----------
@@ -216,7 +216,7 @@ class EarlyStop:
 
     @property
     def saved(self) -> int:
-        """Facts that did not have to be evaluated."""
+        """Return the number of facts that did not have to be evaluated."""
         return self.of - self.facts
 
 
@@ -242,7 +242,7 @@ class Knowing:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """The facts in one wording, from 1; `kept` is knowledge kept."""
+    """Facts in one wording, from 1; `kept` is knowledge kept."""
 
     number: int
     counts: Counts
@@ -264,7 +264,7 @@ class Wordings:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """All figures of one probe, original against one compressed model, paired by fact.
+    """Figures of one probe, original against one compressed model, paired by fact.
 
     `kept` has the interval to go by: over relations where there are enough of them, else the simple one.
     """
@@ -310,7 +310,7 @@ class ProbeFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChangedFact:
-    """A fact that was lost or gained, with what both models said.
+    """Fact that was lost or gained, with what both models said.
 
     Attributes
     ----------
@@ -335,7 +335,7 @@ class ChangedFact:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A figure with its standard error; 0 where there are too few tokens for one."""
+    """Figure with its standard error; 0 where there are too few tokens for one."""
 
     value: float
     error: float
@@ -343,7 +343,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Divergent:
-    """How soon the greedy continuations of two models differ.
+    """Divergence of the greedy continuations of two models: how soon they differ.
 
     Attributes
     ----------
@@ -359,7 +359,7 @@ class Divergent:
 
     @property
     def middle(self) -> float | None:
-        """The first differing token in the median of all continuations; None where that one does not differ."""
+        """Return the first differing token in the median of all continuations; None where that one does not differ."""
         places = [float(place) for place in self.first] + [math.inf] * self.same
         found = median(places) if places else math.inf
         return found if math.isfinite(found) else None
@@ -367,7 +367,7 @@ class Divergent:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """One model against the other, over the same tokens.
+    """Figures of one model against the other, over the same tokens.
 
     Attributes
     ----------
@@ -393,7 +393,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per token.
+    """Perplexity: exp of the mean negative log-likelihood per token.
 
     Attributes
     ----------
@@ -409,7 +409,7 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """All figures of one text.
+    """Figures of one text.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What two models gave to one text, token by token: perplexity, divergence, how soon what they write differs.
+"""Compare two models on one text, token by token: perplexity, divergence, how soon what they write differs.
 
 The definitions, and the standard errors, are those of llama.cpp's perplexity tool (tools/perplexity/perplexity.cpp,
 function `kl_divergence`), so that figures compare: a mean's error is sqrt((E[x^2] - E[x]^2) / (n - 1)), a perplexity's
@@ -24,9 +24,9 @@ PERCENTILES = {
 
 
 def perplexity(chunks: Sequence[Chunk]) -> Perplexity:
-    """Of one model."""
-    nll = _column(chunks, "logp") * -1
-    mean = measured(nll)
+    """Compute the perplexity of one model."""
+    nll = _join(chunks, "logp") * -1
+    mean = measure_mean(nll)
     value = math.exp(mean.value) if mean.value < 700 else math.inf
     lengths = [chunk.bytes for chunk in chunks]
     per_token = None
@@ -36,44 +36,46 @@ def perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     return Perplexity(Measured(value, value * mean.error), len(nll), per_token)
 
 
-def same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> bool:
-    """Whether both models were scored on the same tokens."""
+def has_same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> bool:
+    """Return whether both models were scored on the same tokens."""
     return [chunk.number for chunk in original] == [chunk.number for chunk in compressed] and all(
         np.array_equal(one.ids, other.ids) for one, other in zip(original, compressed, strict=True)
     )
 
 
-def moved(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Moved:
-    """One model against the other, over the same tokens."""
-    before, after = (_column(side, "logp") for side in (original, compressed))
+def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Moved:
+    """Compare one model with the other, over the same tokens."""
+    before, after = (_join(side, "logp") for side in (original, compressed))
     kl = np.concatenate([chunk.kl for chunk in compressed if chunk.kl is not None] or [np.array([])])
     whole = len(kl) == len(after)
     change = np.exp(after) - np.exp(before)
-    log_ratio = _log_ratio(before, after)
+    # The error is that of the mean of the paired differences, which is the same as the square root of both variances
+    # less twice the covariance.
+    log_ratio = measure_mean(before - after)
     ratio = math.exp(min(log_ratio.value, 700.0))
     one, other = perplexity(original).value, perplexity(compressed).value
-    squares = measured(change**2)
+    squares = measure_mean(change**2)
     rms = math.sqrt(squares.value)
     return Moved(
         ratio=Measured(ratio, ratio * log_ratio.error),
         log_ratio=log_ratio,
-        difference=Measured(other.value - one.value, _difference_error(before, after, one, other)),
-        correlation=_correlation(before, after),
-        kl=measured(kl) if whole else None,
+        difference=Measured(other.value - one.value, _estimate_difference_error(before, after, one, other)),
+        correlation=_compute_correlation(before, after),
+        kl=measure_mean(kl) if whole else None,
         kl_percentiles=percentiles(kl) if whole else None,
-        same_top=_same_top(original, compressed),
-        change=measured(change),
+        same_top=_measure_same_top(original, compressed),
+        change=measure_mean(change),
         change_rms=Measured(rms, squares.error / (2 * rms) if rms else 0.0),
         change_percentiles=percentiles(change),
-        divergent=_divergent(original, compressed),
+        divergent=_compare_greedy(original, compressed),
     )
 
 
 def text_figures(
     text: str, context: int, divergence: str, original: Sequence[Chunk], compressed: Sequence[Chunk]
 ) -> TextFigures:
-    """All figures of one text, the first model taken as the original; see `TextFigures`."""
-    alike = divergence != OTHER_TOKENS and same_tokens(original, compressed)
+    """Return all figures of one text, the first model taken as the original; see `TextFigures`."""
+    alike = divergence != OTHER_TOKENS and has_same_tokens(original, compressed)
     return TextFigures(
         text=text,
         context=context,
@@ -81,14 +83,14 @@ def text_figures(
         divergence=divergence if alike else OTHER_TOKENS,
         original=perplexity(original),
         compressed=perplexity(compressed),
-        moved=moved(original, compressed) if alike else None,
+        moved=compare_tokens(original, compressed) if alike else None,
     )
 
 
-def measured(values: np.ndarray) -> Measured:
-    """Mean and standard error, as llama.cpp's `mean_and_uncertainty`: no error of ten values or fewer.
+def measure_mean(values: np.ndarray) -> Measured:
+    """Return mean and standard error, as llama.cpp's `mean_and_uncertainty`: no error of ten values or fewer.
 
-    >>> measured(np.arange(11.0))
+    >>> measure_mean(np.arange(11.0))
     Measured(value=5.0, error=1.0)
     """
     variance = float(np.var(values))
@@ -97,7 +99,7 @@ def measured(values: np.ndarray) -> Measured:
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:
-    """By linear interpolation, as llama.cpp's `percentile` has them; names as in `PERCENTILES`.
+    """Return percentiles by linear interpolation, as llama.cpp's `percentile` has them; names as in `PERCENTILES`.
 
     >>> percentiles(np.array([0.0, 10.0]))["p90"]
     9.0
@@ -105,35 +107,28 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
     return dict(zip(PERCENTILES, map(float, np.percentile(values, list(PERCENTILES.values()))), strict=True))
 
 
-def _log_ratio(before: np.ndarray, after: np.ndarray) -> Measured:
-    """Of the perplexities. The error is that of the mean of the paired differences, which is the same as the square
-    root of both variances less twice the covariance.
-    """
-    return measured(before - after)
-
-
-def _difference_error(before: np.ndarray, after: np.ndarray, one: Measured, other: Measured) -> float:
-    covariance = _covariance(before, after) / max(len(before) - 1, 1) if len(before) > 10 else 0.0
+def _estimate_difference_error(before: np.ndarray, after: np.ndarray, one: Measured, other: Measured) -> float:
+    covariance = _compute_covariance(before, after) / max(len(before) - 1, 1) if len(before) > 10 else 0.0
     squared = one.error**2 + other.error**2 - 2 * one.value * other.value * covariance
     return math.sqrt(squared) if squared > 0 else 0.0
 
 
-def _covariance(one: np.ndarray, other: np.ndarray) -> float:
+def _compute_covariance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean((one - one.mean()) * (other - other.mean())))
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+def _compute_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     spread = float(np.std(one) * np.std(other))
-    return _covariance(one, other) / spread if spread > 0 else None
+    return _compute_covariance(one, other) / spread if spread > 0 else None
 
 
-def _same_top(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Measured:
+def _measure_same_top(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Measured:
     same = np.concatenate([one.top == other.top for one, other in zip(original, compressed, strict=True)])
     share = float(same.mean())
     return Measured(share, math.sqrt(share * (1 - share) / (len(same) - 1)) if len(same) > 1 else 0.0)
 
 
-def _divergent(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Divergent | None:
+def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Divergent | None:
     pairs = [(one.greedy, other.greedy) for one, other in zip(original, compressed, strict=True)]
     pairs = [pair for pair in pairs if len(pair[0]) and len(pair[0]) == len(pair[1])]
     if not pairs:
@@ -143,5 +138,5 @@ def _divergent(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Diverg
     return Divergent(len(pairs), max(len(one) for one, _ in pairs), len(pairs) - len(places), tuple(places))
 
 
-def _column(chunks: Sequence[Chunk], name: str) -> np.ndarray:
+def _join(chunks: Sequence[Chunk], name: str) -> np.ndarray:
     return np.concatenate([getattr(chunk, name) for chunk in chunks]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a search for the smallest file that keeps enough knowledge says: its records, page, chart and JSON."""
+"""Search for the smallest file that keeps enough knowledge: its records, page, chart and JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A file that was evaluated.
+    """File that was evaluated.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Search(notebook.Tabular):
-    """A whole search. Its rows are the files that were evaluated.
+    """Whole search. Its rows are the files that were evaluated.
 
     Attributes
     ----------
@@ -110,8 +110,8 @@ class Search(notebook.Tabular):
     rounding: float | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
-        # A file that was confirmed is told with what held-out facts say of it.
-        found = {each.bytes: each for each in (*self.tried, *self.confirmed)}
+        # Of a file that was confirmed, the row with its share of held-out facts.
+        trials = {each.bytes: each for each in (*self.tried, *self.confirmed)}
         return [
             {
                 **{"setup": each.setup, "bytes": each.bytes, "predicted_kl": each.predicted_kl},
@@ -120,7 +120,7 @@ class Search(notebook.Tabular):
                 "graded": each.graded.value if each.graded else None,
                 "is_winner": self.winner is not None and each.bytes == self.winner.bytes,
             }
-            for each in found.values()
+            for each in trials.values()
         ]
 
     def _summary(self) -> notebook.Summary:
@@ -129,52 +129,52 @@ class Search(notebook.Tabular):
             f"Search: the smallest {name} that keeps {share(self.keep)}"
             if self.keep is not None
             else f"Search: the best {name} of {size(self.budget or 0)}",
-            self._outcome(),
+            self._describe_outcome(),
             ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", "Size"),
-            tuple((each.setup, _kept(each.held_out), size(each.bytes)) for each in self.confirmed),
+            tuple((each.setup, _write_kept(each.held_out), size(each.bytes)) for each in self.confirmed),
         )
 
-    def _outcome(self) -> str:
+    def _describe_outcome(self) -> str:
         if self.winner is None:
             return f"{count(len(self.tried))} files tried; none keeps that much for sure."
-        return f"{size(self.winner.bytes)}, the original {size(self.bytes)}: {_kept(self.winner.graded)} kept."
+        return f"{size(self.winner.bytes)}, the original {size(self.bytes)}: {_write_kept(self.winner.graded)} kept."
 
 
-def search_page(search: Search) -> Page:
-    """The search as text, with its chart."""
+def make_search_page(search: Search) -> Page:
+    """Return the search as text, with its chart."""
     return Page(
         kind="search",
-        title=f"{headline(search)}: {plain(search.original.name, 60)}",
+        title=f"{write_headline(search)}: {plain(search.original.name, 60)}",
         models=plain(search.original.name, 80),
-        headline=headline(search),
-        verdict=verdict(search),
-        warnings=said(search),
-        sections=tuple(section for section in _sections(search) if section.parts),
+        headline=write_headline(search),
+        verdict=write_verdict(search),
+        warnings=list_warnings(search),
+        sections=tuple(section for section in _make_sections(search) if section.parts),
         unlisted=_ALL,
     )
 
 
-def _sections(search: Search) -> Iterator[Shown]:
+def _make_sections(search: Search) -> Iterator[Shown]:
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
     run = (*list_identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions))
     command = plain(search.command, 2000) if search.command else None
     recipe = plain_lines(search.recipe) if search.recipe else None
-    confirmed, tried = (_files(search, trials) for trials in (search.confirmed, search.tried))
+    confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
-        yield Shown("front", "Knowledge kept against size", (*_front(search), Note(_about(search))))
+        yield Shown("front", "Knowledge kept against size", (*_draw_charts(search), Note(_describe_chart(search))))
     yield Shown("winner", "The types of its weights", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")
     yield Shown("tried", "All files", (*tried, Note("", drawn=BAR)) if tried else (), look="wide")
-    yield Shown("method", "Method and limits", (Sentences(tuple(_method(search))),), look="text")
+    yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
     yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
 
 
-def _front(search: Search) -> Iterator[Drawn]:
-    yield Drawn(Markup(pareto(search)), look="narrow")
-    yield Drawn(Markup(pareto(search, broad=True)), look="broad")
+def _draw_charts(search: Search) -> Iterator[Drawn]:
+    yield Drawn(Markup(draw_pareto(search)), look="narrow")
+    yield Drawn(Markup(draw_pareto(search, broad=True)), look="broad")
 
 
-def _about(search: Search) -> str:
+def _describe_chart(search: Search) -> str:
     about = (
         "The share is measured on the facts of the search split. The broken line is the share to keep; the lower end "
         f"of a file's interval ({100 * search.level:.3g} %, the stroke through its mark) must reach it."
@@ -187,8 +187,8 @@ def _about(search: Search) -> str:
     )
 
 
-def headline(search: Search) -> str:
-    """What stands above everything."""
+def write_headline(search: Search) -> str:
+    """Return what stands above everything."""
     if search.winner is None:
         return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
     if search.keep is None:
@@ -197,45 +197,44 @@ def headline(search: Search) -> str:
     return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and at least {100 * search.keep:.6g} % kept"
 
 
-def verdict(search: Search) -> str:
-    """The outcome in one sentence or two, with its numbers."""
+def write_verdict(search: Search) -> str:
+    """Say the outcome in one sentence or two, with its numbers."""
     name = plain(search.original.name, 60)
     if search.winner is not None:
         return (
-            f"The {_FORMS[search.form]} of {size(search.winner.bytes)} keeps {_kept(search.winner.graded)} of what "
-            f"{name} knew of {count(search.graded)} facts that chose nothing. The original has {size(search.bytes)} "
-            f"({smaller(search.bytes, search.winner.bytes)})."
+            f"The {_FORMS[search.form]} of {size(search.winner.bytes)} keeps {_write_kept(search.winner.graded)} of "
+            f"what {name} knew of {count(search.graded)} facts that chose nothing. The original has "
+            f"{size(search.bytes)} ({smaller(search.bytes, search.winner.bytes)})."
         )
     if search.closest is None:
         return f"No file that keeps {share(search.keep)} could be evaluated."
     return (
         f"No file of {count(len(search.tried))} is certain to keep {share(search.keep)}. The closest has "
-        f"{size(search.closest.bytes)}: it keeps {_kept(search.closest.held_out)} of the "
+        f"{size(search.closest.bytes)}: it keeps {_write_kept(search.closest.held_out)} of the "
         f"{count(search.known_held_out)} facts held out that {name} knew."
     )
 
 
-def said(search: Search) -> tuple[str, ...]:
-    """What a reader must know beside the verdict: what counts as known where that is not the usual, and that rounding
-    alone keeps less than is asked for.
+def list_warnings(search: Search) -> tuple[str, ...]:
+    """Return what a reader must know beside the verdict: that rounding alone keeps less than is asked for, and what
+    counts as known where that is not the usual.
     """
-    return (*_below_rounding(search), *warn_of_known(search.known))
+    warnings = tuple(warn_of_known(search.known))
+    if search.rounding is None or search.keep is None or search.rounding >= search.keep:
+        return warnings
+    below_rounding = (
+        f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
+        f"another precision): {100 * search.keep:.6g} % is more than the same weights keep there."
+    )
+    return below_rounding, *warnings
 
 
-def _below_rounding(search: Search) -> Iterator[str]:
-    if search.rounding is not None and search.keep is not None and search.rounding < search.keep:
-        yield (
-            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
-            f"another precision): {100 * search.keep:.6g} % is more than the same weights keep there."
-        )
-
-
-def _kept(kept: Estimate | None) -> str:
+def _write_kept(kept: Estimate | None) -> str:
     kept = kept or Estimate(None)
     return estimate(kept.value, kept.low, kept.high)
 
 
-def _files(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
+def _files_table(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
     """Files, the smallest first."""
     if not trials:
         return ()
@@ -246,8 +245,8 @@ def _files(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
         "Files evaluated on the facts held out to select by" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(
-            (plain(t.setup, 160), size(t.bytes), number(t.predicted_kl, 4), _kept(t.kept))
-            + ((_kept(t.held_out),) if held_out else ())
+            (plain(t.setup, 160), size(t.bytes), number(t.predicted_kl, 4), _write_kept(t.kept))
+            + ((_write_kept(t.held_out),) if held_out else ())
             for t in rows
         ),
         bars=() if held_out else tuple(t.kept for t in rows),
@@ -257,16 +256,16 @@ def _files(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
     return (table,)
 
 
-def _method(search: Search) -> Iterator[str]:
+def _describe_method(search: Search) -> Iterator[str]:
     third = f"A third of the facts of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, guided the "
     guided = f"{third}search ({count(search.searched)}, of which the original knew {count(search.known_searched)})"
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
-        yield f"{guided}; the others grade what it found {graded}. {_whole(search)}"
+        yield f"{guided}; the others grade what it found {graded}. {_describe_split(search)}"
     else:
         yield (
             f"{guided}; a third was held out to select the winner by ({count(search.held_out)}, "
-            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {_whole(search)}"
+            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {_describe_split(search)}"
         )
     yield (
         "What rounding each weight to each type changes of the answers was measured once (KL divergence, to second "
@@ -286,7 +285,7 @@ def _method(search: Search) -> Iterator[str]:
     )
 
 
-def _whole(search: Search) -> str:
+def _describe_split(search: Search) -> str:
     whole = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
     if search.templates == 1:
         return whole
@@ -296,26 +295,26 @@ def _whole(search: Search) -> str:
     )
 
 
-def pareto(search: Search, *, broad: bool = False) -> str:
-    """The chart, as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
+def draw_pareto(search: Search, *, broad: bool = False) -> str:
+    """Draw the chart as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
     file is told which it is.
     """
-    return draw_tradeoff(_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
+    return draw_tradeoff(_make_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
 
 
 _TRIED, _WINNER = "files tried", "the winner"
 _LOOKS = {_TRIED: Look("o", SERIES[0]), _WINNER: Look("*", INK, 13)}
 
 
-def _tradeoff(search: Search) -> Tradeoff:
+def _make_tradeoff(search: Search) -> Tradeoff:
     marks = [
-        Mark(each.bytes / 1e6, each.kept, _TRIED, _hovered(each))
+        Mark(each.bytes / 1e6, each.kept, _TRIED, _describe_trial(each))
         for each in search.tried
         if each.kept.value is not None
     ]
     best = find_unbeaten(marks, lambda mark: (mark.cost, mark.share))
     if (won := search.winner) and won.kept.value is not None:
-        marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_hovered(won)}"))
+        marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
     return Tradeoff(
         "Knowledge kept by size",
         "size, MB",
@@ -328,7 +327,7 @@ def _tradeoff(search: Search) -> Tradeoff:
     )
 
 
-def _hovered(trial: Trial) -> str:
+def _describe_trial(trial: Trial) -> str:
     return f"{size(trial.bytes)} {share(trial.kept.value)}, {plain(trial.setup, 60)}"
 
 
@@ -342,10 +341,10 @@ def write_search(search: Search, folder: Path) -> None:
 
 
 def render_search_html(search: Search) -> str:
-    """The page: the same search gives the same bytes."""
-    return render_html_page("sections.html.j2", page=search_page(search))
+    """Return the page: the same search gives the same bytes."""
+    return render_html_page("sections.html.j2", page=make_search_page(search))
 
 
 def search_to_json(search: Search) -> dict[str, Any]:
-    """Plain values: all that the page says. Shares lie between 0 and 1, sizes are bytes."""
-    return {"schema": SCHEMA, "verdict": verdict(search), **asdict(search)}
+    """Return plain values: all that the page says. Shares lie between 0 and 1, sizes are bytes."""
+    return {"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}

@@ -13,7 +13,7 @@ import compressknow
 from compressknow import Options
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.comparison.distributions import consistency, wordings_of
+from compressknow.comparison.distributions import compare_wordings, consistency
 from compressknow.evaluate.evaluate import put_after_example
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import merge_wordings
@@ -149,7 +149,7 @@ def test_one_wording_is_the_probe_itself() -> None:
     assert isinstance(one, Probe)
     assert one.fingerprint() == open_probe("atlas").fingerprint()
     assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
-    assert wordings_of([answer(0, True)], [answer(0, True)]) is None
+    assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from compressknow.comparison.clusters import (
     tally,
 )
 from compressknow.comparison.intervals import mcnemar, proportion
-from compressknow.comparison.paired import certainty
+from compressknow.comparison.paired import measure_certainty
 from compressknow.comparison.records import Counts, Estimate, PairedTest
 
 SIMULATED = 500
@@ -105,11 +105,11 @@ def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None
 
 def test_a_probe_of_one_relation_is_of_single_facts() -> None:
     one = Counts(both=90, lost=10, gained=2)
-    assert certainty([[one]]).test == PairedTest(mcnemar(one), "fact")
+    assert measure_certainty([[one]]).test == PairedTest(mcnemar(one), "fact")
     assert clusters_of([one]).count(Counts(lost=1)) == 10
-    assert (certainty([[one]]).relations, certainty([[one]]).kept) == (1, Estimate(0.9))
+    assert (measure_certainty([[one]]).relations, measure_certainty([[one]]).kept) == (1, Estimate(0.9))
     # Beside a probe with relations, a task's items stay independent.
-    both = certainty([[one], [Counts(both=18, lost=2)] * 12])
+    both = measure_certainty([[one], [Counts(both=18, lost=2)] * 12])
     assert both.test.unit == "relation"
     assert both.kept.low is not None
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import CompressknowError
-from compressknow.comparison.paired import changed_facts, compare_probe
+from compressknow.comparison.paired import compare_probe, list_changed_facts
 from compressknow.comparison.records import Counts, Estimate, ProbeFigures
 from tests.report.answering import answer, entry, sides
 
@@ -213,13 +213,13 @@ class TestChangedFacts:
         falls = [("science", "r", -1.0), ("geography", "b", -1.0), ("geography", "a", -1.0), ("geography", "a", -9.0)]
         before = [answer(n, True, subject=s, relation=r, logp_gold=0.0) for n, (s, r, _) in enumerate(falls)]
         after = [answer(n, False, subject=s, relation=r, logp_gold=fall) for n, (s, r, fall) in enumerate(falls)]
-        lost, gained = changed_facts(zip(before, after, strict=True))
+        lost, gained = list_changed_facts(zip(before, after, strict=True))
         assert [fact.fact_id for fact in lost] == ["fact-0003", "fact-0002", "fact-0001", "fact-0000"]
         assert gained == ()
 
     def test_says_what_both_models_answered(self) -> None:
         before, after = sides(gained=1)
-        _, (fact,) = changed_facts(zip(before, after, strict=True))
+        _, (fact,) = list_changed_facts(zip(before, after, strict=True))
         assert (fact.before, fact.after, fact.gold) == ("Rome", "Paris", "Paris")
         assert (fact.rank_before, fact.rank_after) == (2, 1)
 
@@ -227,7 +227,7 @@ class TestChangedFacts:
         before, after = sides(gained=3, relation="r")
         before[0] = replace(before[0], logp_gold=None)
         before[2] = replace(before[2], logp_gold=-7.0)
-        _, gained = changed_facts(zip(before, after, strict=True))
+        _, gained = list_changed_facts(zip(before, after, strict=True))
         assert [fact.fact_id for fact in gained] == ["fact-0002", "fact-0001", "fact-0000"]
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from compressknow.comparison.distributions import FEWEST, THIRDS, confidence, confidence_of, ece, thirds
+from compressknow.comparison.distributions import FEWEST, THIRDS, confidence, ece, get_confidence, thirds
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.paired import compare_probe
 from tests.report.answering import answer, entry, sides
@@ -53,7 +53,7 @@ def test_reliability_adds_up_to_the_calibration_error() -> None:
         facts = sum(each.facts for each in bins)
         error = sum(abs(each.right - each.facts * each.confidence) for each in bins if each.facts) / facts
         answers = [pair[side] for pair in found]
-        assert error == pytest.approx(ece([confidence_of(a) for a in answers], [a.correct for a in answers]))
+        assert error == pytest.approx(ece([get_confidence(a) for a in answers], [a.correct for a in answers]))
         assert facts == len(found)
 
 

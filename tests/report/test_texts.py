@@ -13,7 +13,7 @@ import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.comparison.records import Measured
-from compressknow.comparison.text import moved, perplexity, text_figures
+from compressknow.comparison.text import compare_tokens, perplexity, text_figures
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
@@ -90,7 +90,7 @@ def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
     same = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
     kl = np.concatenate([c.kl for c in compressed if c.kl is not None])
     expected = sums_of_llama_cpp(before, after, kl, same)
-    found = moved(original, compressed)
+    found = compare_tokens(original, compressed)
     figures = {
         "ppl": perplexity(compressed).value,
         "base": perplexity(original).value,
@@ -109,7 +109,7 @@ def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
 
 
 def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
-    found = moved(chunks(1), chunks(2)).kl_percentiles
+    found = compare_tokens(chunks(1), chunks(2)).kl_percentiles
     values = np.sort(np.concatenate([c.kl for c in chunks(2) if c.kl is not None]))
 
     def percentile(fraction: float) -> float:
@@ -125,7 +125,7 @@ def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
 
 
 def test_a_model_against_itself_has_not_moved() -> None:
-    found = moved(chunks(1), chunks(1))
+    found = compare_tokens(chunks(1), chunks(1))
     assert (found.ratio, found.difference, found.same_top) == (Measured(1, 0), Measured(0, 0), Measured(1, 0))
     assert found.correlation == pytest.approx(1)
 
@@ -147,7 +147,7 @@ def test_the_first_different_token(differs: list[int], same: int, first: tuple[i
         place = differs[number] if number < len(differs) else None
         return [1 if token == place else 0 for token in range(8)]
 
-    found = moved(chunks(1, greedy=lambda _: [0] * 8), chunks(2, greedy=other)).divergent
+    found = compare_tokens(chunks(1, greedy=lambda _: [0] * 8), chunks(2, greedy=other)).divergent
     assert found is not None
     assert (found.n, found.tokens, found.same, found.first) == (4, 8, same, first)
     assert found.middle == median

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 from compressknow.base.format import count, share, size
-from compressknow.comparison.clusters import Standing, smallest, standings
+from compressknow.comparison.clusters import Standing, find_smallest, rank_models
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.gate import Gate, is_met
 from compressknow.pages.card.method import find_rounding_kept, list_probes
@@ -39,7 +39,7 @@ def decide(
         return None
     of = [[answer for answer in each.answers if answer.probe in probes[0]] for each in (original, *compressed)]
     sizes = [comparison.model.bytes for comparison in comparisons]
-    standing = standings(of[0], of[1:], sizes)
+    standing = rank_models(of[0], of[1:], sizes)
     conclude = partial(Decision, standings=tuple(standing), within=within)
     labels = label_models([comparison.model for comparison in comparisons])
     fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
@@ -64,7 +64,7 @@ def decide(
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps {floor}; " if floor else ""
         words = ("that keeps so much", f"that no test tells from {labels[best]}, which keeps most")
-    taken = smallest(enough, sizes, standing)
+    taken = find_smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
     number = count(len(enough))
     which = (

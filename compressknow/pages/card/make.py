@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.comparison.distributions import wordings_of
+from compressknow.comparison.distributions import compare_wordings
 from compressknow.comparison.intervals import proportion
-from compressknow.comparison.paired import Pair, certainty, changed_facts, compare_probe, paired
+from compressknow.comparison.paired import Pair, compare_probe, list_changed_facts, measure_certainty, pair_answers
 from compressknow.comparison.records import Counts, EarlyStop, TextFigures
 from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import Answers
@@ -126,7 +126,7 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
 def _add_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
     """Return the comparison with the figures of each wording, of answers that are not put together yet."""
     probes = (
-        replace(probe, wordings=wordings_of(original.of(probe.probe), compressed.of(probe.probe)))
+        replace(probe, wordings=compare_wordings(original.of(probe.probe), compressed.of(probe.probe)))
         for probe in comparison.probes
     )
     return replace(comparison, probes=tuple(probes))
@@ -138,7 +138,9 @@ def _add_sections(
     @cache
     def answers() -> tuple[ProbeAnswers, ...]:
         evaluated = {probe.probe: _get_evaluated(*both, probe.probe) for probe in comparison.probes}
-        return tuple(ProbeAnswers(probe, tuple(paired(probe, *each)), *each[2:]) for probe, each in evaluated.items())
+        return tuple(
+            ProbeAnswers(probe, tuple(pair_answers(probe, *each)), *each[2:]) for probe, each in evaluated.items()
+        )
 
     return add_sections(model, comparison, answers, show_facts=show_facts)
 
@@ -174,10 +176,12 @@ def compare(
     ran_in = compressed.record.model.ran_in
     figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
     counts = sum((probe.counts for probe in figures), Counts())
-    pairs: list[Pair] = [pair for probe in probes for pair in paired(probe, *evaluated[probe])] if show_facts else []
-    lost, gained = changed_facts(pairs)
+    pairs: list[Pair] = (
+        [pair for probe in probes for pair in pair_answers(probe, *evaluated[probe])] if show_facts else []
+    )
+    lost, gained = list_changed_facts(pairs)
     graded = grade_domains(figures)
-    sure = certainty([[group.counts for group in probe.by_relation] for probe in figures])
+    sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
     outcome = write_verdict(before.name, counts, kept, sure) + compare_with_rounding(figures) if probes else ""
     compared = Comparison(

@@ -1,1 +1,1 @@
-"""The page of a comparison: two checkpoints in what they are and, with probes, in what they know."""
+"""Page of a comparison: two checkpoints in what they are and, with probes, in what they know."""

@@ -9,7 +9,7 @@ from typing import Any
 from compressknow._version import __version__
 from compressknow.base.format import count, number, percent, plain
 from compressknow.comparison.diff import CheckpointDiff, Kind, group_tensors, sum_tensors
-from compressknow.comparison.paired import Pair, domain_order, paired
+from compressknow.comparison.paired import Pair, domain_order, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
@@ -218,7 +218,7 @@ def _pair_answers(a: Answers, b: Answers) -> Iterator[AnswerPair]:
         pair
         for probe, entry in a.record.probes.items()
         if not entry.text
-        for pair in paired(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
+        for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
     for pair in sorted(pairs, key=_order):

@@ -52,7 +52,7 @@ class Behaviour:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointComparison(Shown):
-    """Two checkpoints, b against a.
+    """Comparison of two checkpoints, b against a.
 
     Attributes
     ----------

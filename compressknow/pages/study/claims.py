@@ -30,7 +30,7 @@ Figure = Callable[[float], Estimate]
 
 @dataclass(frozen=True, slots=True)
 class CellComparison:
-    """Two cells, paired by fact over all probes that both have; `less` is the one that a claim says hurts less.
+    """Comparison of two cells by fact, over all probes that both have; `less` is the one that a claim says hurts less.
 
     Attributes
     ----------

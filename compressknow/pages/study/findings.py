@@ -1,4 +1,4 @@
-"""The paper's ten findings as tests on a study's data, by method too, and their answers in words.
+"""Ten findings of the paper as tests on a study's data, by method too, and their answers in words.
 
 None is assumed: each holds, does not hold, or cannot be told. What decides is said with each test below; all are paired
 by fact, over all probes together, and go by relation. All that the table of findings and the table by method claim

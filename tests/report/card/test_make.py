@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.comparison.clusters import standings
+from compressknow.comparison.clusters import rank_models
 from compressknow.comparison.records import Counts
 from compressknow.pages.card.make import make_card, read_model_facts
 from compressknow.pages.records import Card, Speed
@@ -101,7 +101,7 @@ class TestVerdict:
             shares = drawn.beta(0.9 * 4, 0.1 * 4, (5, 20))
             right = drawn.random((5, 300)) < np.tile(shares, (1, 15))
             forms = [[replace(a, correct=bool(r)) for a, r in zip(known, row, strict=True)] for row in right]
-            found = standings(known, forms, [None] * 5)
+            found = rank_models(known, forms, [None] * 5)
             wrong += len(max(found, key=lambda each: each.keeps).alike) < 4
         assert wrong / DRAWN <= 0.06
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compressknow.base.format import plain
-from compressknow.pages.search import headline, render_search_html, said, verdict
+from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.report.hostile import TEXTS
 from tests.report.pages import read
 from tests.report.search.searches import found, sized
@@ -40,7 +40,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
 
 @pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
 def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> None:
-    warnings = " ".join(said(replace(found(), keep=keep)))
+    warnings = " ".join(list_warnings(replace(found(), keep=keep)))
     assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
     assert ("99 % is more than the same weights keep there" in warnings) == told
 
@@ -49,9 +49,9 @@ def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> Non
     page = read(render_search_html(sized()))
     assert not page.all("figure")
     text = page.one("main").text
-    assert "of what a-model knew of 150 facts that chose nothing" in verdict(sized())
+    assert "of what a-model knew of 150 facts that chose nothing" in write_verdict(sized())
     assert "held out to select" not in text
-    assert headline(sized()) == "60.0 MB, and 94.0 % kept"
+    assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
 
 
 def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
