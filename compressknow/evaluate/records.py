@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
-
 from compressknow.base.errors import DamagedAnswers
 from compressknow.base.files import open_whole
 from compressknow.base.reading import check_parquet, sha256_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 
@@ -358,6 +357,8 @@ def _read_checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
 
 
 def _to_list(value: Any) -> Any:
+    import numpy as np
+
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
@@ -379,6 +380,8 @@ def _make_schema() -> pa.Schema:
 
 
 def _parse_chunk(row: Mapping[str, Any]) -> Chunk:
+    import numpy as np
+
     lists: dict[str, np.ndarray] = {name: np.array(row[name], dtype=kind) for name, kind in _KINDS.items()}
     kl = None if row["kl"] is None else np.array(row["kl"], dtype=np.float64)
     scored = [len(lists["ids"]), len(lists["logp"]), len(lists["top"]), *([] if kl is None else [len(kl)])]
@@ -387,4 +390,4 @@ def _parse_chunk(row: Mapping[str, Any]) -> Chunk:
     return Chunk(int(row["number"]), kl=kl, bytes=row["bytes"], **lists)
 
 
-_KINDS: dict[str, type[np.generic]] = {"ids": np.int32, "logp": np.float32, "top": np.int32, "greedy": np.int32}
+_KINDS = {"ids": "int32", "logp": "float32", "top": "int32", "greedy": "int32"}
