@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -27,11 +28,17 @@ def quiet() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    # What compressed-tensors logs by; versions of it that log otherwise say nothing.
+    loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
+    if loguru:
+        loguru.disable("compressed_tensors")
     try:
         with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
+        if loguru:
+            loguru.enable("compressed_tensors")
 
 
 class PanicError(Exception):

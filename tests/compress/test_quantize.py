@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.ao.quantization import default_weight_observer
 from transformers import PreTrainedModel
 
+import compressknow
 from compressknow.compress import blocks
 from compressknow.compress.convert import convert
 from compressknow.compress.output import OutputFiles, lay_out
@@ -218,6 +219,13 @@ def test_described_scheme_is_the_intended_one(scheme: str) -> None:
     assert described.format == intended(scheme).format
     assert described.quantization_status == "compressed"
     assert described.kv_cache_scheme is None
+
+
+def test_python_hears_nothing_of_what_libraries_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny("bert", tmp_path / "in")
+    capfd.readouterr()
+    compressknow.convert(source, tmp_path / "out", quantize="int8-weights")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_config_of_a_conversion_names_each_linear_module_once(tmp_path: Path) -> None:
