@@ -34,7 +34,7 @@ from compressknow.study.allocation import Allocation
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import ORIGINAL, SEARCH, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Candidates, Request, is_made, open_form, remove
-from compressknow.study.guides import FIT_TOKENS, measure_guides
+from compressknow.study.guides import FIT_TOKENS, check_has_candidates, measure_guides
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -144,6 +144,8 @@ def search(
     opened = open_named([*list_names(probe), *list_names(facts)], options, known)
     check_has_facts(opened, "A search")
     texts = [each for each in opened if isinstance(each, RunningText)]
+    if guide != "text":
+        check_has_candidates(each for each in opened if each not in texts)
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
     def begin(work: Work) -> AbstractContextManager[Advance | None]:

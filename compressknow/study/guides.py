@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.facts import Fact, Probe
     from compressknow.evaluate.handle import ModelHandle
+    from compressknow.evaluate.sources import Opened
     from compressknow.model.checkpoint import Checkpoint
     from compressknow.study.batches import ScoredFact
     from compressknow.study.roundings import Roundings
@@ -110,13 +111,18 @@ def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
     from compressknow.evaluate.gather import open_named
 
     opened = open_named(names, None)
-    for each in opened:
-        if not isinstance(each, Probe) or not any(fact.candidates for fact in each.facts):
-            raise UsageError(
-                f"--facts {each.name}: what guides are facts with candidates to choose from.",
-                hint="Give atlas, lama:trex, bear or facts:FILE.jsonl with candidates.",
-            )
+    check_has_candidates(opened)
     return [each for each in opened if isinstance(each, Probe)]
+
+
+def check_has_candidates(opened: Iterable[Opened]) -> None:
+    """Raise UsageError for what cannot guide: anything but facts with candidates."""
+    for each in opened:
+        if not any(fact.candidates for fact in getattr(each, "facts", ())):
+            raise UsageError(
+                f"{each.name}: what guides are facts with candidates to choose from.",
+                hint="Give atlas, bear or facts:FILE.jsonl with candidates.",
+            )
 
 
 def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
