@@ -348,7 +348,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
 
 def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
     batches = ({"input_ids": torch.arange(12).view(3, 4)},)
-    whole = CalibrationText("self", "self", text.sha256_of_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
+    whole = CalibrationText("self", "self", text.hash_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
     made: list[int] = []
 
     def make() -> CalibrationText:
