@@ -281,10 +281,10 @@ def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
 
 
 def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
-    llama: Place, capsys: pytest.CaptureFixture[str]
+    llama: Place, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (llama.folder / "mine" / "model").mkdir(parents=True)
-    (llama.folder / "mine" / RECORD).write_bytes((llama.folder / "undisturbed" / RECORD).read_bytes())
+    (llama.folder / "mine" / RECORD).write_bytes(undisturbed[RECORD])
     assert llama.search("mine", "--keep", str(KEEP)) == 1
     assert f"{llama.folder}/mine/model exists already, and is no winner of a search." in capsys.readouterr().err
     assert {path.name for path in (llama.folder / "mine").iterdir()} <= {"model", RECORD, LOCK}
