@@ -1,3 +1,1 @@
 """Functions of the package, one per verb: what is checked first, the steps, what comes back."""
-
-from __future__ import annotations

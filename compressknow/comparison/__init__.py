@@ -1,3 +1,1 @@
 """Answers to numbers: paired by fact, with intervals and tests. Pure functions of records."""
-
-from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
@@ -32,7 +32,6 @@ from compressknow.model.tensors import OpenFiles
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
 
 
@@ -142,7 +141,10 @@ def carry_out(
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:
-                    calibrated = _calibrate(plan, work, masks, text, folder=output.folder, on_progress=advance or max)
+                    from compressknow.compress.calibrate.compression import calibrate
+
+                    assert text is not None
+                    calibrated = calibrate(plan, work, masks, text, folder=output.folder, on_progress=advance or max)
                 done = {**output.known, **(calibrated.measured if calibrated else {})}
                 shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
@@ -176,15 +178,6 @@ def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
             chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
             masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
     return masks
-
-
-def _calibrate(
-    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText | None, **options: Any
-) -> Calibrated:
-    from compressknow.compress.calibrate.compression import calibrate
-
-    assert text is not None
-    return calibrate(plan, plan.tree, work, masks, text, **options)
 
 
 def _write_tensors(

@@ -47,8 +47,6 @@ from compressknow.compress.schemes.gptq import gptq
 from compressknow.compress.steps import prune_matrix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compressknow.compress.blocks import Block
     from compressknow.compress.calibrate.text import CalibrationText
 
@@ -77,7 +75,6 @@ class Calibrated:
 
 def calibrate(
     plan: Plan,
-    tree: PreTrainedModel,
     work: Work,
     masks: Mapping[str, Mask],
     text: CalibrationText,
@@ -90,7 +87,6 @@ def calibrate(
 
     Parameters
     ----------
-    tree : the checkpoint's module tree on the meta device; left as it is.
     masks : by tensor name, those of methods that look at weights alone.
     folder : for large hidden states.
     on_progress : called with the blocks that are done, and with how many there are.
@@ -107,19 +103,19 @@ def calibrate(
             Pool(work.pool.threads) as pool,
         ):
             compressor = _Compressor(plan, replace(work, pool=pool), masks)
-            _compress_blockwise(compressor, tree, text.batches, folder, on_progress)
+            _compress_blockwise(compressor, text.batches, folder, on_progress)
     except BlockwiseUnsupported:
         with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY):
             compressor = _Compressor(plan, work, masks)
-            _compress_whole(compressor, tree, text.batches, on_progress)
+            _compress_whole(compressor, text.batches, on_progress)
     return compressor.result
 
 
 def _compress_blockwise(
-    compressor: _Compressor, tree: PreTrainedModel, batches: Batches, folder: Path | None, on_progress: OnProgress
+    compressor: _Compressor, batches: Batches, folder: Path | None, on_progress: OnProgress
 ) -> None:
     plan, work = compressor.plan, compressor.work
-    streamed = StreamedModel(tree, plan.sources, work.files)
+    streamed = StreamedModel(plan.tree, plan.sources, work.files)
     repeated, once = (group_in_scope(plan, streamed, repeated=repeated) for repeated in (True, False))
     done: set[str] = set()
     for targets in (repeated, once):
@@ -138,12 +134,12 @@ def _compress_blockwise(
         visitor.finish()
 
 
-def _compress_whole(compressor: _Compressor, tree: PreTrainedModel, batches: Batches, on_progress: OnProgress) -> None:
+def _compress_whole(compressor: _Compressor, batches: Batches, on_progress: OnProgress) -> None:
     """Run the whole model at once: every layer sees what the original gave it."""
     plan, work = compressor.plan, compressor.work
     check_no_smoothing(plan, NOT_BLOCKWISE)
     compressor.result.is_blockwise = False
-    streamed = StreamedModel(tree, plan.sources, work.files, whole=True)
+    streamed = StreamedModel(plan.tree, plan.sources, work.files, whole=True)
     tensors = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
     sums = compressor.make_sums(tensors)
     gather_whole(streamed, dict.fromkeys(tensor.parameter for tensor in tensors), batches, sums, on_progress)

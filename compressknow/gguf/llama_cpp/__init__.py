@@ -1,3 +1,1 @@
 """llama.cpp in this process: GGUF files run in its own kernels, read by its own tokenizer."""
-
-from __future__ import annotations
