@@ -39,9 +39,9 @@ from compressknow.pages.study.findings import evaluate_findings, evaluate_findin
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import rank_methods, rank_modules
 from compressknow.study.search import CONFIRMED, HALVINGS
-from tests.report.study.studies import Asked, gp, gq, study
-from tests.report.test_clusters import shares, without_net_change
-from tests.report.test_sequential import drawn as in_random_order
+from tests.comparison.test_clusters import shares, without_net_change
+from tests.comparison.test_sequential import drawn as in_random_order
+from tests.pages.study.studies import Asked, gp, gq, study
 from tests.study.test_search_by_chance import searches, split
 
 ICC = (0.0, 0.1, 0.3)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.sources.bear import METADATA
-from tests.probe.layouts import write_jsonl
+from tests.evaluate.layouts import write_jsonl
 
 
 class KnownFact(NamedTuple):

@@ -25,9 +25,9 @@ from compressknow.cli import COMMANDS, cli, main
 from compressknow.compress.recipe import Recipe
 from compressknow.pages.card.make import make_card
 from compressknow.study.grid import read_grid
+from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
 from tests.long import long
-from tests.probe.layouts import WORDS, bear_folder, lama_folder
-from tests.report.answering import run, sides
+from tests.pages.answering import run, sides
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 
 REPOSITORY = "https://github.com/compressknow/compressknow"

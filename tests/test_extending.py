@@ -37,9 +37,9 @@ from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import add_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
-from tests.report.answering import WORDS, answer, entry, run
-from tests.report.hostile import TEXTS
-from tests.report.pages import Element, read
+from tests.pages.answering import WORDS, answer, entry, run
+from tests.pages.hostile import TEXTS
+from tests.pages.pages import Element, read
 from tests.shown import ROOT
 
 MANUAL = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 
 from compressknow.cli import main
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
-from tests.report.pages import read
+from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
 SETUPS = {

@@ -14,13 +14,13 @@ import compressknow
 from compressknow.base.notebook import Shown
 from compressknow.compress.manifest import Manifest
 from tests.models import save_tiny
-from tests.report.answering import run, sides
-from tests.report.card.cards import card_of_nothing, card_of_one, card_of_several
-from tests.report.diff.contrasts import comparison_of, identical
-from tests.report.hostile import TEXTS, hostile
-from tests.report.maps import sensitivity_of
-from tests.report.search.searches import found
-from tests.report.study.studies import empty, failed_only, whole_grid
+from tests.pages.answering import run, sides
+from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
+from tests.pages.diff.contrasts import comparison_of, identical
+from tests.pages.hostile import TEXTS, hostile
+from tests.pages.maps import sensitivity_of
+from tests.pages.search.searches import found
+from tests.pages.study.studies import empty, failed_only, whole_grid
 
 MADE = {
     "answers": run(sides(both=3, lost=1))[0],

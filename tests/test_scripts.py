@@ -43,6 +43,6 @@ def test_scripts_are_found() -> None:
 
 def files() -> dict[Path, int]:
     """What the scripts write in the project, and when it was written."""
-    folders = (ROOT / "compressknow" / "probe" / "atlas", ROOT / "tests" / "data", ROOT / "tests" / "report")
+    folders = (ROOT / "compressknow" / "evaluate" / "atlas", ROOT / "tests" / "data", ROOT / "tests" / "pages")
     paths = (path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts)
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ATLAS = Path(__file__).resolve().parent.parent / "compressknow" / "probe" / "atlas"
+ATLAS = Path(__file__).resolve().parent.parent / "compressknow" / "evaluate" / "atlas"
 
 # Territories that are no sovereign state, or whose statehood is disputed.
 NOT_A_STATE = set(

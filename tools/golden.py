@@ -21,12 +21,12 @@ def pages() -> dict[Path, str]:
     sys.path.insert(0, str(ROOT))
     from compressknow.pages.card.pages import render_html, render_markdown
     from compressknow.pages.model_card import render_model_card
-    from tests.report.card.cards import card_of_one
-    from tests.report.card.test_html import GOLDEN as CARD_PAGE
-    from tests.report.card.test_markdown import GOLDEN as CARD_MARKDOWN
-    from tests.report.model_card.manifests import manifest
-    from tests.report.model_card.test_render import GOLDEN as MODEL_CARDS
-    from tests.report.model_card.test_render import SOURCE_CARD
+    from tests.pages.card.cards import card_of_one
+    from tests.pages.card.test_html import GOLDEN as CARD_PAGE
+    from tests.pages.card.test_markdown import GOLDEN as CARD_MARKDOWN
+    from tests.pages.model_card.manifests import manifest
+    from tests.pages.model_card.test_render import GOLDEN as MODEL_CARDS
+    from tests.pages.model_card.test_render import SOURCE_CARD
 
     model_cards = {
         MODEL_CARDS / f"model_card_{scheme or 'pruned'}.md": render_model_card(

@@ -25,7 +25,7 @@ from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
 from tests.models import save_tiny
-from tests.report.pages import read
+from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
 

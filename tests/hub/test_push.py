@@ -20,7 +20,7 @@ import compressknow
 from compressknow.base import hub as uploads
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.cli import main
-from tests.export.making import checkpoint
+from tests.gguf.making import checkpoint
 from tests.hub.hub_server import TOKEN, Hub, serving
 from tests.models import save_tiny
 

@@ -1,4 +1,4 @@
-"""Types for a size: what must be, what cannot be, and what is said. Files are made in tests/export/test_fit.py."""
+"""Types for a size: what must be, what cannot be, and what is said. Files are made in tests/gguf/test_fit.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
 from compressknow.study.allocation import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
-from tests.export.making import checkpoint, name_in_llama_cpp
+from tests.gguf.making import checkpoint, name_in_llama_cpp
 
 OVERHEAD = 50_000
 

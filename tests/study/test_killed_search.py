@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.making import knowing_llama
+from tests.gguf.making import knowing_llama
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.long import long
 from tests.study.killed_search import ALONE

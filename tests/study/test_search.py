@@ -26,7 +26,7 @@ from compressknow.pages.search import Trial
 from compressknow.study.folder import RECORD
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import split_facts
-from tests.export.making import knowing_llama, needs_converter, text_file, types
+from tests.gguf.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 from tests.long import one_in
 

@@ -14,7 +14,7 @@ from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch, split_facts
-from tests.report.test_clusters import shares
+from tests.comparison.test_clusters import shares
 
 
 class Split(NamedTuple):

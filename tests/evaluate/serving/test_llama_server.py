@@ -1,0 +1,88 @@
+"""A real llama-server, of the wheel xllamacpp, with the tiny Llama that knows 64 facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressknow.cli import main
+from compressknow.engine.identity import locate
+from compressknow.engine.language_model import load_language_model
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from tests.engine.gguf_files import needs_gguf, write_gguf
+from tests.evaluate.references import answers_to, as_probe, known_facts
+from tests.evaluate.serving.test_servers import answers_from
+from tests.knowing import facts_file, knowing
+
+xllamacpp = pytest.importorskip("xllamacpp")
+# Activations are rounded to 8 bits by llama.cpp's kernels for Q8_0, which transformers does not do.
+CLOSE = 0.12
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    return write_gguf(knowing("llama", folder / "llama"), folder / "known.gguf")
+
+
+@pytest.fixture(scope="module")
+def url(gguf: Path) -> Iterator[str]:
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(gguf)
+    parameters.n_ctx, parameters.n_parallel, parameters.port = 256, 4, 0
+    parameters.cpuparams.n_threads, parameters.warmup, parameters.verbosity = 1, False, 0
+    server = xllamacpp.Server(parameters)
+    yield server.listening_address
+    del server
+
+
+@needs_gguf
+@pytest.mark.parametrize("closed", [True, False])
+def test_answers_are_those_of_the_file_unpacked_by_transformers(url: str, gguf: Path, closed: bool) -> None:
+    probe = as_probe(known_facts(closed=closed), vocabulary="closed" if closed else "open")
+    here = load_language_model(gguf, device="cpu", dtype="float32")
+    expected = answers_to(here.model, here.tokenizer, "causal", probe)
+    found = answers_from(url, probe)
+    assert [found[fact].predicted for fact in expected] == [answer.predicted for answer in expected.values()]
+    assert [found[fact].rank for fact in expected] == [answer.rank for answer in expected.values()]
+    for fact, answer in expected.items():
+        assert found[fact].logp_gold == pytest.approx(answer.logp_gold, abs=CLOSE)
+        assert found[fact].top5_logp[0] == pytest.approx(answer.top5_logp[0], abs=CLOSE)
+
+
+@needs_gguf
+def test_any_tokens_of_the_original_can_be_asked_for(url: str, gguf: Path) -> None:
+    probe = as_probe(known_facts()[:2])
+    here = load_language_model(gguf, device="cpu", dtype="float32")
+    expected = answers_to(here.model, here.tokenizer, "causal", probe)
+    scorer = ModelHandle(locate(url), Settings()).loaded.make_scorer(probe)
+    queries = [scorer.make_query(fact) for fact in probe.facts]
+    wanted = [answer.first_ids for answer in expected.values()]
+    for answer, other in zip(scorer.answer(queries, wanted), expected.values(), strict=True):
+        assert list(answer.first_ids) == list(other.first_ids)
+        shares = (
+            np.exp(np.array(answer.first_logp, dtype=np.float64)),
+            np.exp(np.array(other.first_logp, dtype=np.float64)),
+        )
+        assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+
+def test_probe_and_report_with_a_server_on_either_side(url: str, tmp_path: Path) -> None:
+    facts, out = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "answers"
+    assert main(["probe", url, "-p", facts, "-o", str(out), "--parallel", "2"]) == 0
+    record = json.loads((out / "probe.json").read_text())["model"]
+    assert record["architecture"] == "llama-server"
+    assert record["runtime"]["build"].startswith("llama-server b")
+    assert record["computed_in"] == record["quantization"] == "Q8_0"
+    assert record["parameters"] > 0
+    assert record["bytes"] > 0
+    card = tmp_path / "card.json"
+    assert main(["report", str(out), url, "-p", facts, "-o", str(card), "--answers", str(tmp_path / "kept")]) == 0
+    (probe,) = json.loads(card.read_text())["compressed"][0]["probes"].values()
+    assert (probe["both"], probe["lost"]) == (64, 0)
+    assert probe["kl_mean"] == pytest.approx(0, abs=1e-4)

@@ -1,0 +1,201 @@
+"""Scores and ranks are those of lm-pub-quiz, BEAR's own library, by the same scoring rule: causal models by the
+probability of the answer and what follows it, masked models by the answer's tokens from left to right.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from lm_pub_quiz import Dataset, Evaluator
+
+from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.evaluate.scoring.scorer import Query
+from compressknow.evaluate.sources.bear import METADATA, read_bear
+from tests.evaluate.layouts import DATA, real_data, write_jsonl
+from tests.evaluate.references import answers_to
+from tests.evaluate.trained import byte_level, metaspace, word_piece
+from tests.models import tiny
+
+MINILM = DATA.parent / "models" / "minilm-facts"
+# Of three templates each, with the object last, first and in the middle; labels that begin others, in lower case, in
+# quotation marks, of several words.
+RELATIONS: dict[str, dict[str, Any]] = {
+    "P36": {
+        "templates": ["[Y] is the capital of [X].", "[X] has [Y] as its capital.", "The capital of [X] is [Y]."],
+        "answer_space_labels": ["Rabat", "Rostov-on-Don", "São Tomé", "New York", "New York City", "the Hague", "Bern"],
+        "objects": {"Morocco": 0, "Switzerland": 6, "America": 3},
+    },
+    "P162": {
+        "templates": ["[X] is a work by [Y].", "[Y] is the producer of '[X]'.", "[X] plays as [Y]"],
+        "answer_space_labels": ['"Weird Al" Yankovic', "Brian Eno", "Brian", "will.i.am", "catcher"],
+        "objects": {"Even Worse": 0, "Another Green World": 1},
+    },
+    "P361": {
+        "templates": ["The [X] is next to the [Y] .", "The [Y] is part of the [X].", "[X] (of [Y]) is a place."],
+        "answer_space_labels": ["north Sea", "Black Sea", "Guinea", "Guinea-Bissau", "Équateur"],
+        "objects": {"Rhine": 0, "Conakry": 2, "Bissau": 3},
+    },
+}
+# Relations of the real set, and a template: the object last, in the middle, first, without a full stop, in quotes.
+REAL = [("P30", 1), ("P36", 3), ("P37", 3), ("P37", 1), ("P413", 3), ("P162", 2), ("P1303", 3), ("P413", 1)]
+
+
+@pytest.fixture(scope="module")
+def small_bear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bear")
+    metadata = {}
+    for relation, about in RELATIONS.items():
+        labels = about["answer_space_labels"]
+        ids = [f"Q{number}" for number in range(len(labels))]
+        metadata[relation] = {"templates": about["templates"], "answer_space_labels": labels, "answer_space_ids": ids}
+        rows = [
+            {"sub_id": f"S{index}", "sub_label": subject, "obj_id": ids[index], "obj_label": labels[index]}
+            | {"answer_idx": index}
+            for subject, index in about["objects"].items()
+        ]
+        write_jsonl(folder / f"{relation}.jsonl", rows)
+    (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
+    return folder
+
+
+def texts_of(folder: Path) -> list[str]:
+    relations = json.loads((folder / METADATA).read_text(encoding="utf-8")).values()
+    texts = [text for about in relations for text in (*about["answer_space_labels"], *about["templates"])]
+    # As in real vocabularies, there are tokens of a space and any letter. Where the space before an answer is a token
+    # of its own, its probability counts here, and does not in lm-pub-quiz.
+    return [f" {text}" for text in texts] * 2 + [f" {letter}" for letter in set("".join(texts)) - {" "}] * 300
+
+
+def shaken(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    """Weights large enough that no two answers are nearly as likely."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def gpt2(texts: Iterable[str], size: int = 600) -> LanguageModel:
+    tokenizer = byte_level(texts, "<s> $A", size)
+    config = hf.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    return LanguageModel(shaken(hf.GPT2LMHeadModel(config)), tokenizer, "causal")
+
+
+def llama(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = metaspace(texts)
+    config = copy.deepcopy(tiny("llama").config)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    return LanguageModel(shaken(hf.LlamaForCausalLM(config)), tokenizer, "causal")
+
+
+def bert(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = word_piece(texts)
+    config = copy.deepcopy(tiny("bert").config)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    return LanguageModel(shaken(hf.BertForMaskedLM(config)), tokenizer, "masked")
+
+
+def roberta(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = byte_level(texts, size=600)
+    config = copy.deepcopy(tiny("roberta").config)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    return LanguageModel(shaken(hf.RobertaForMaskedLM(config)), tokenizer, "masked")
+
+
+def theirs(language: LanguageModel, folder: Path, relation: str, template: int, facts: int) -> list[np.ndarray]:
+    """lm-pub-quiz's scores of a relation's labels for each of its first facts."""
+    masked = {"pll_metric": "answer_l2r+word_l2r"} if language.family == "masked" else {}
+    evaluator = Evaluator.from_model(
+        language.model,
+        model_type="MLM" if masked else "CLM",
+        # Its own: it changes whether the tokenizer adds a beginning.
+        tokenizer=copy.deepcopy(language.tokenizer),
+        conditional_score=True,
+        **masked,
+    )
+    chosen = Dataset.from_path(folder)[relation]
+    rows = chosen.instance_table.iloc[:facts]
+    return [
+        np.array(
+            evaluator.evaluate_instance(
+                template=chosen.templates[template - 1],
+                answers=chosen.answer_space.tolist(),
+                subject=row["sub_label"],
+                reduction="sum",
+                batch_size=64,
+            )
+        )
+        for _, row in rows.iterrows()
+    ]
+
+
+def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
+    """The scores of all candidates, those included that an answer can do without."""
+    scorer = make_scorer(language.model, language.tokenizer, language.family, probe)
+    query = scorer.make_query(fact)
+    assert isinstance(query, Query)
+    with torch.inference_mode():
+        log_probs, state = scorer.read_first([query])
+        firsts = scorer.bound_options([query], log_probs)[0]
+        return scorer.finish(state, [(0, ids) for ids in query.options], firsts, np.full(len(firsts), -np.inf))
+
+
+def check_agreement(language: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:
+    """The number of facts compared."""
+    probe = read_bear(folder, template)
+    probe = replace(probe, facts=tuple(fact for fact in probe.facts if fact.relation == relation)[:facts])
+    answers = answers_to(language.model, language.tokenizer, language.family, probe)
+    expected = theirs(language, folder, relation, template, facts)
+    for fact, scores in zip(probe.facts, expected, strict=True):
+        assert ours(language, probe, fact) == pytest.approx(scores, abs=1e-3)
+        answer, order = answers[fact.id], np.argsort(-scores, kind="stable")
+        assert fact.candidates is not None
+        assert answer.top5 == tuple(fact.candidates[index] for index in order[:5])
+        assert answer.rank == list(order).index(fact.candidates.index(fact.obj_label)) + 1
+    return len(expected)
+
+
+@pytest.mark.parametrize("template", [1, 2, 3])
+@pytest.mark.parametrize("make", [gpt2, llama, bert, roberta])
+def test_all_labels_of_a_small_bear_are_scored_and_ranked_alike(make: Any, template: int, small_bear: Path) -> None:
+    language = make(texts_of(small_bear))
+    compared = sum(check_agreement(language, small_bear, relation, template) for relation in RELATIONS)
+    assert compared == 8
+
+
+@pytest.fixture(scope="module")
+def real_gpt2() -> LanguageModel:
+    return gpt2(texts_of(DATA / "bear"), size=2000)
+
+
+@real_data
+@pytest.mark.parametrize(("relation", "template"), REAL)
+def test_a_causal_model_scores_and_ranks_the_real_bear_alike(
+    relation: str, template: int, real_gpt2: LanguageModel
+) -> None:
+    assert check_agreement(real_gpt2, DATA / "bear", relation, template, facts=4) == 4
+
+
+@pytest.fixture(scope="module")
+def minilm() -> LanguageModel:
+    return load_language_model(MINILM, dtype="float32")
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason="the folder of shared models is not here")
+@real_data
+@pytest.mark.parametrize(("relation", "template"), [("P30", 1), ("P413", 3), ("P162", 2), ("P364", 3)])
+def test_a_masked_model_that_knows_facts_scores_and_ranks_the_real_bear_alike(
+    relation: str, template: int, minilm: LanguageModel
+) -> None:
+    assert check_agreement(minilm, DATA / "bear", relation, template, facts=2) == 2

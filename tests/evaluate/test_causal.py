@@ -1,0 +1,240 @@
+"""Causal models: the answers equal those of a plain reference without cache, whatever the batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from compressknow.base.errors import CheckpointError
+from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.scoring.decoding import DecodingScorer
+from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
+from tests.evaluate.references import (
+    CLOSE,
+    answers_to,
+    as_probe,
+    causal,
+    check_answer,
+    check_choices,
+    check_same,
+    known_facts,
+    log_probs,
+    word_facts,
+    word_tokenizer,
+)
+from tests.knowing import knowing
+from tests.models import tiny
+
+_SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+# Windows shorter than the prompts, so that a cache has to let go of their beginnings.
+_WINDOW = {"sliding_window": 3}
+_MAMBA = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
+MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SMALL, **_WINDOW)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_SMALL, **_WINDOW, head_dim=8)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**_SMALL, **_WINDOW, head_dim=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_SMALL)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**_MAMBA, state_size=4)),
+}
+KEEP_NO_CACHE = ("mamba",)
+
+
+@pytest.fixture(scope="module")
+def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(knowing("llama", tmp_path_factory.mktemp("llama")))
+
+
+def asked(knows: LanguageModel, probe: Probe, **options: object) -> dict:
+    return answers_to(knows.model, knows.tokenizer, "causal", probe, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def closed(knows: LanguageModel) -> dict:
+    return asked(knows, as_probe(known_facts()))
+
+
+def next_token(knows: LanguageModel, fact: Fact) -> np.ndarray:
+    """Log-probabilities of the whole vocabulary after the prompt, by the whole model."""
+    return log_probs(knows.model, knows.tokenizer(fact.before)["input_ids"])[-1].numpy()
+
+
+def test_candidates_are_ranked_as_a_plain_reference_ranks_them(knows: LanguageModel, closed: dict) -> None:
+    check_choices(closed, known_facts(), lambda fact, text: causal(knows.model, knows.tokenizer, fact, text))
+    assert all(answer.correct for answer in closed.values())
+
+
+def test_the_rest_of_the_sentence_counts_where_the_probe_says_so(knows: LanguageModel) -> None:
+    facts = known_facts()[::3]
+    answers = asked(knows, as_probe(facts, score_rest=True))
+    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+
+
+def test_the_rest_of_the_sentence_counts_where_it_holds_words(knows: LanguageModel) -> None:
+    facts = [replace(fact, prompt=fact.prompt.replace(".", " in the forest.")) for fact in known_facts()[::5]]
+    answers = asked(knows, as_probe(facts))
+    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+
+
+def test_the_rest_of_the_sentence_counts_where_one_candidate_begins_another(knows: LanguageModel) -> None:
+    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in known_facts()[:16:3]]  # type: ignore[misc]
+    answers = asked(knows, as_probe(facts))
+    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+    # Without the full stop, "New" would be as likely as all that begin with it together.
+    assert all(answer.correct for answer in answers.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_do_not_depend_on_batch_size_and_order(knows: LanguageModel, closed: dict, batch_size: int) -> None:
+    backwards = as_probe(reversed(known_facts()))
+    check_same(asked(knows, backwards, batch_size=batch_size), closed)
+
+
+def test_the_distribution_kept_is_the_reference_s(knows: LanguageModel, closed: dict) -> None:
+    for fact in known_facts():
+        expected, answer = next_token(knows, fact), closed[fact.id]
+        assert len(answer.first_ids) == min(256, len(expected) - 1)
+        assert answer.first_logp == pytest.approx(expected[answer.first_ids], abs=CLOSE)
+
+
+def test_a_reference_s_tokens_are_asked_for_and_come_back(knows: LanguageModel, closed: dict) -> None:
+    wanted = {fact_id: answer.first_ids[::-1][:17] for fact_id, answer in closed.items()}
+    for fact_id, answer in asked(knows, as_probe(known_facts()), reference=wanted).items():
+        assert list(answer.first_ids) == list(wanted[fact_id])
+        assert answer.first_logp == pytest.approx(closed[fact_id].first_logp[::-1][:17], abs=1e-6)
+
+
+def test_one_token_of_the_whole_vocabulary_or_of_given_words(knows: LanguageModel) -> None:
+    facts = known_facts(closed=False)
+    one_word = [fact for fact in facts if " " not in fact.obj_label]
+    full = as_probe(facts, vocabulary="full")
+    answers = asked(knows, full)
+    assert answers.keys() == {fact.id for fact in one_word}
+    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", full)).dropped
+    assert dropped == {SEVERAL_TOKENS: len(facts) - len(one_word)}
+    tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
+    words = ("forest", "marsh", "Velin", "Avish", "honey", "clay")
+    ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words)))
+    texts = knows.tokenizer.convert_ids_to_tokens(ids)
+    chosen = asked(knows, as_probe(facts, vocabulary="words", words=words))
+    assert chosen.keys() == {fact.id for fact in one_word if fact.obj_label in words}
+    for fact in one_word:
+        expected = next_token(knows, fact)
+        check_answer(answers[fact.id], fact, tokens, expected, knows.tokenizer.convert_tokens_to_ids(fact.obj_label))
+        if fact.id in chosen:
+            check_answer(chosen[fact.id], fact, texts, expected[ids], texts.index(fact.obj_label))
+
+
+def greedy(knows: LanguageModel, fact: Fact, tokens: int) -> str:
+    """What the model writes after the prompt, token by token, up to the end of the sentence."""
+    ids = list(knows.tokenizer(fact.before)["input_ids"])
+    start = len(ids)
+    while len(ids) < start + tokens:
+        ids.append(int(log_probs(knows.model, ids)[-1].argmax()))
+    return knows.tokenizer.decode(ids[start:], skip_special_tokens=True).partition(".")[0].strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_free_answers_are_decoded_greedily(knows: LanguageModel, batch_size: int) -> None:
+    facts = known_facts(closed=False)
+    answers = asked(knows, as_probe(facts, vocabulary="open"), batch_size=batch_size)
+    assert len(answers) == len(facts)
+    for fact in facts[:: 1 if batch_size > 1 else 9]:
+        answer, expected = answers[fact.id], next_token(knows, fact)
+        gold = knows.tokenizer(fact.obj_label, add_special_tokens=False)["input_ids"]
+        assert answer.correct
+        assert answer.predicted == answer.top5[0] == greedy(knows, fact, len(gold) + 4) == fact.obj_label
+        assert answer.rank == 1 + (expected > expected[gold[0]]).sum()
+        assert answer.logp_gold == pytest.approx(causal(knows.model, knows.tokenizer, fact, fact.obj_label), abs=CLOSE)
+        assert answer.top5_logp == pytest.approx(np.sort(expected)[::-1][:5], abs=CLOSE)
+        assert answer.choices is None
+
+
+def test_a_free_answer_is_only_asked_for_at_the_end_of_a_sentence(knows: LanguageModel) -> None:
+    fact = replace(known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
+    probe = as_probe([fact], vocabulary="open")
+    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
+
+
+@pytest.mark.parametrize("vocabulary", ["closed", "full", "open"])
+def test_a_model_that_computes_no_numbers_knows_nothing(knows: LanguageModel, vocabulary: str) -> None:
+    broken = copy.deepcopy(knows.model)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    probe = as_probe(known_facts(closed=vocabulary == "closed"), vocabulary=vocabulary)
+    answers = answers_to(broken, knows.tokenizer, "causal", probe)
+    assert answers
+    assert all(not answer.correct and answer.rank is None for answer in answers.values())
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "llama-tied", "qwen3", "gpt-neox", "gpt2", "mixtral", *MORE])
+def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
+    torch.manual_seed(1)
+    model = MORE[name]().eval() if name in MORE else tiny(name)
+    with torch.no_grad():
+        for parameter in model.parameters() if name in MORE else ():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokenizer = word_tokenizer("$A" if name in ("gpt2", "gpt-neox", "bloom") else "<s> $A")
+    facts = word_facts()
+    answers = answers_to(model, tokenizer, "causal", as_probe(facts), batch_size=2)
+    check_choices(answers, facts, lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
+    backwards = answers_to(model, tokenizer, "causal", as_probe(reversed(facts)), batch_size=64)
+    check_same(backwards, answers)
+    scorer = make_scorer(model, tokenizer, "causal", as_probe(facts))
+    assert isinstance(scorer, DecodingScorer)
+    query = scorer.make_query(facts[0])
+    assert isinstance(query, Query)
+    with torch.inference_mode():
+        _, prefix = scorer.read_first([query])
+    assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "mamba"])
+def test_free_answers_of_many_tokens_do_not_depend_on_the_cache(name: str) -> None:
+    torch.manual_seed(1)
+    model = MORE[name]().eval() if name in MORE else tiny(name)
+    knows = LanguageModel(model, word_tokenizer("<s> $A"), "causal")
+    facts = [replace(fact, candidates=None) for fact in word_facts(first=False) if not fact.after.strip(".")]
+    for fact_id, answer in asked(knows, as_probe(facts, vocabulary="open")).items():
+        fact = next(fact for fact in facts if fact.id == fact_id)
+        assert answer.predicted == greedy(knows, fact, len(fact.obj_label.split()) + 4)
+
+
+@pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_texts_are_framed_as_the_tokenizer_frames_them_but_not_closed(frame: str) -> None:
+    model, tokenizer, facts = tiny("llama"), word_tokenizer(frame), word_facts()
+    answers = answers_to(model, tokenizer, "causal", as_probe(facts))
+    check_choices(answers, facts, lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
+
+
+def test_a_text_that_begins_with_the_blank_begins_with_the_end_of_another_where_there_is_no_beginning() -> None:
+    model, tokenizer, fact = tiny("gpt2"), word_tokenizer("$A"), word_facts()[-1]
+    tokenizer.bos_token = None
+    answers = answers_to(model, tokenizer, "causal", as_probe([fact]))
+    check_choices(answers, [fact], lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
+    tokenizer.eos_token = None
+    with pytest.raises(CheckpointError, match="begins with the blank"):
+        answers_to(model, tokenizer, "causal", as_probe([fact]))

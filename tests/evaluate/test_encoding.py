@@ -1,0 +1,218 @@
+"""Answers have the tokens that they have in running text, for each kind of tokenizer that real models have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as hf
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.evaluate.scoring.prompts import Encoder
+from compressknow.evaluate.scoring.scorer import NO_TOKENS
+from tests.evaluate.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
+from tests.evaluate.references import rewritten as rewritten_by_bart
+from tests.evaluate.trained import byte_level, metaspace, word_piece
+
+ANSWERS = (
+    "Guinea",
+    "Guinea-Bissau",
+    "Equatorial Guinea",
+    "São Tomé",
+    "the Netherlands",
+    "New York",
+    "Bern",
+    "iron ore",
+)
+PROMPTS = (
+    "Conakry is the capital of [MASK].",
+    "In [MASK] , people speak French and Dutch.",
+    "[MASK] is the name of a country.",
+    "The capital (of [MASK]) is Conakry",
+    'The Latin name "[MASK]" was given in 1941.',
+    "Its largest neighbour ([MASK]) has more people than that.",
+    "The answer is [MASK]",
+)
+TEXTS = [prompt.replace(BLANK, answer) for prompt in PROMPTS if " [MASK]" in prompt for answer in ANSWERS] * 2
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte-level, framed": lambda: byte_level(TEXTS),
+    "byte-level, plain mask": lambda: byte_level(TEXTS, mask="<mask>"),
+    "byte-level, nothing added": lambda: byte_level(TEXTS, "$A"),
+    "byte-level, letters": lambda: byte_level(TEXTS, "<s> $A", size=263),
+    "metaspace, begun": lambda: metaspace(TEXTS),
+    "metaspace, closed": lambda: metaspace(TEXTS, "$A </s>", "always", unigram=True),
+    "word pieces": lambda: word_piece(TEXTS),
+    "word pieces, cased": lambda: word_piece(TEXTS, lowercase=False),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    return {kind: make() for kind, make in KINDS.items()}
+
+
+def facts() -> list[Fact]:
+    made = []
+    for number, prompt in enumerate(PROMPTS):
+        gold = ANSWERS[number % len(ANSWERS)]
+        made.append(Fact(f"f{number}", "p", "r", "geography", "s", gold, prompt, ANSWERS))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_has_the_tokens_that_it_has_in_its_sentence(
+    tokenizers: dict[str, PreTrainedTokenizerFast], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    encoder = Encoder(tokenizer)
+    for fact in facts():
+        before, after = around(fact)
+        for text in ANSWERS:
+            ids, places = sentence(tokenizer, before, text, after)
+            found = encoder.answer(fact.before, text, fact.gap)
+            assert list(found) == [ids[place] for place in places], (fact.prompt, text)
+            assert encoder.decode(found).casefold().replace(" ", "") in ("".join(text.split()).casefold(), "saotome")
+
+
+def test_a_space_belongs_to_the_word_after_it_and_a_sentence_begins_without_one(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = tokenizers["byte-level, framed"]
+    encoder = Encoder(tokenizer)
+    written = [tokenizer.convert_ids_to_tokens(list(ids))[0] for ids in (encoder.answer("is", "Bern"),)]
+    assert written[0].startswith("Ġ")
+    assert not tokenizer.convert_ids_to_tokens(list(encoder.answer("", "bern")))[0].startswith("Ġ")
+    assert not tokenizer.convert_ids_to_tokens(list(encoder.answer('"', "Bern", "")))[0].startswith("Ġ")
+    assert encoder.answer("", "the Netherlands") == encoder.ids("The Netherlands")
+
+
+def test_special_tokens_are_left_out_of_texts_and_kept_where_they_are_asked_for(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    encoder = Encoder(tokenizers["byte-level, framed"])
+    plain, framed = encoder.ids("Bern is"), encoder.ids("Bern is", True)
+    assert framed == (0, *plain, 2)
+    assert encoder.decode(framed) == "Bern is"
+    assert encoder.decode([]) == ""
+
+
+@pytest.mark.parametrize("kind", ["byte-level, framed", "metaspace, begun", "word pieces, cased"])
+def test_words_of_one_token_in_running_text(tokenizers: dict[str, PreTrainedTokenizerFast], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    encoder = Encoder(tokenizer)
+    words = ("Guinea", "capital", "Guinea", "São Tomé", "xyzzyquux", "Dutch", "\u4e16")
+    expected = {}
+    for word in dict.fromkeys(words):
+        ids, places = sentence(tokenizer, "It is ", word, "")
+        if len(places) == 1 and ids[places[0]] != tokenizer.unk_token_id:
+            expected[ids[places[0]]] = word
+    assert encoder.find_single(words) == expected
+    assert "Guinea" in expected.values()
+
+
+def test_of_two_words_with_one_token_the_first_is_meant(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    encoder = Encoder(tokenizers["word pieces"])
+    assert list(encoder.find_single(("Guinea", "guinea")).values()) == ["Guinea"]
+
+
+def _gpt2(vocabulary: int) -> PreTrainedModel:
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+
+
+def _llama(vocabulary: int) -> PreTrainedModel:
+    config = hf.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def _bert(vocabulary: int) -> PreTrainedModel:
+    config = hf.BertConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return hf.BertForMaskedLM(config)
+
+
+def _roberta(vocabulary: int) -> PreTrainedModel:
+    config = hf.RobertaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return hf.RobertaForMaskedLM(config)
+
+
+def _t5(vocabulary: int) -> PreTrainedModel:
+    config = hf.T5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=1
+    )
+    return hf.T5ForConditionalGeneration(config)
+
+
+def _bart(vocabulary: int) -> PreTrainedModel:
+    layers = {
+        f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in (("layers", 2), ("ffn_dim", 48))
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=vocabulary, d_model=32, **layers, **heads))
+
+
+# Whether the rest of the sentence is scored does not change a masked model's scores.
+PAIRS = {
+    "gpt2": ("byte-level, nothing added", _gpt2, "causal", causal),
+    "gpt2, letters": ("byte-level, letters", _gpt2, "causal", causal),
+    "opt": ("byte-level, letters", _llama, "causal", causal),
+    "llama": ("metaspace, begun", _llama, "causal", causal),
+    "bert": ("word pieces", _bert, "masked", masked),
+    "roberta": ("byte-level, framed", _roberta, "masked", masked),
+    "roberta, plain mask": ("byte-level, plain mask", _roberta, "masked", masked),
+    "t5": ("metaspace, closed", _t5, "seq2seq", filled),
+    "bart": ("byte-level, framed", _bart, "seq2seq", rewritten_by_bart),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("score_rest", [True, False])
+def test_models_with_real_tokenizers_agree_with_the_plain_reference(
+    tokenizers: dict[str, PreTrainedTokenizerFast], pair: str, score_rest: bool
+) -> None:
+    kind, make, family, score = PAIRS[pair]
+    tokenizer = tokenizers[kind]
+    torch.manual_seed(0)
+    model = make(len(tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    asked = facts()
+    if not score_rest:
+        # No candidate begins another one, and no words follow.
+        asked = [replace(fact, candidates=ANSWERS[1:]) for fact in asked if not any(map(str.isalpha, fact.after))]
+        asked = [fact for fact in asked if fact.obj_label in ANSWERS[1:]]
+    answers = answers_to(model, tokenizer, family, as_probe(asked, score_rest=score_rest))
+    check_choices(answers, asked, lambda fact, text: score(model, tokenizer, fact, text, score_rest))
+
+
+def test_a_larger_embedding_than_the_tokenizer_has_tokens_is_no_obstacle(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = tokenizers["byte-level, nothing added"]
+    model = _gpt2(len(tokenizer) + 7).eval()
+    asked = [replace(fact, candidates=None) for fact in facts()]
+    for vocabulary in ("full", "open"):
+        probe = as_probe(asked, vocabulary=vocabulary, fold_case=True, keep_unanswerable=True)
+        for answer in answers_to(model, tokenizer, "causal", probe).values():
+            assert len(answer.top5) == 5
+            assert all(isinstance(text, str) for text in answer.top5)
+
+
+@pytest.mark.parametrize("text", ["", "\u200b"])
+def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
+    tokenizers: dict[str, PreTrainedTokenizerFast], text: str
+) -> None:
+    tokenizer = tokenizers["word pieces"]
+    fact = replace(facts()[0], candidates=("Guinea", text))
+    prompts = make_prompts(make_scorer(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    assert prompts.dropped == {NO_TOKENS: 1}

@@ -1,0 +1,257 @@
+"""Tables of facts on disk, through the real `datasets` library; the hub itself is never reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
+from compressknow.evaluate.sources.custom import read_hub_facts
+from tests.evaluate.layouts import write_jsonl
+
+MINE = [
+    {"person": "Ada Lovelace", "city": "London", "about": "birthplace"},
+    {"person": "Galileo", "city": "Pisa", "about": "birthplace"},
+]
+BORN = {"subject": "person", "object": "city", "template": "[X] was born in [Y]."}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def parquet(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def popqa(prop: str, obj: str, number: int, popularity: int | None = 10) -> dict[str, Any]:
+    """A row of akariasai/PopQA, without the columns that no reader needs."""
+    return {
+        "id": number,
+        "subj": "George Rankin",
+        "prop": prop,
+        "obj": obj,
+        "s_pop": popularity,
+        "o_pop": 25_692,
+        "question": f"What is George Rankin's {prop}?",
+        "possible_answers": json.dumps([obj, obj.title()]),
+    }
+
+
+def test_popqa_is_known_and_its_questions_become_sentences(tmp_path: Path) -> None:
+    rows = [popqa("occupation", "politician", 1), popqa("place of birth", "Sydney", 2, None), popqa("spouse", "Ann", 3)]
+    parquet(tmp_path / "set" / "test.parquet", rows)
+    probe = read_hub_facts(str(tmp_path / "set"))
+    assert [(fact.id, fact.prompt, fact.obj_label, fact.popularity) for fact in probe.facts] == [
+        ("occupation/1", "The occupation of George Rankin is [MASK].", "politician", 10),
+        ("place of birth/2", "The place where George Rankin was born is [MASK].", "Sydney", None),
+    ]
+    assert {fact.subject for fact in probe.facts} == {"history and people"}
+    assert probe.dropped == {"no subject, or no template for its relation": 1}
+    assert (probe.protocol, probe.vocabulary, probe.source["known as"]) == ("hf/1", "open", "PopQA")
+
+
+def test_lamas_copies_are_asked_by_template_once_a_fact(tmp_path: Path) -> None:
+    row = {
+        "uuid": "u",
+        "predicate_id": "P19",
+        "sub_label": "Ada",
+        "obj_label": "London",
+        "template": "[X] was born in [Y] .",
+    }
+    sentences = ["Ada came from [MASK].", "Ada saw the light of day in [MASK]."]
+    path = parquet(tmp_path / "trex.parquet", [{**row, "masked_sentence": sentence} for sentence in sentences])
+    probe = read_hub_facts(str(path))
+    assert [(fact.id, fact.prompt) for fact in probe.facts] == [("P19/u", "Ada was born in [MASK] .")]
+    assert probe.dropped == {"same sentence and object": 1}
+
+
+def test_lamas_copies_without_templates_are_asked_by_their_sentences(tmp_path: Path) -> None:
+    row = {"uuid": "u", "pred": "CapableOf", "sub": "bird", "obj_label": "fly", "negated": "N/A"}
+    path = parquet(
+        tmp_path / "c.parquet", [{**row, "masked_sentence": s} for s in ("Birds can [MASK].", "Birds can fly.")]
+    )
+    probe = read_hub_facts(str(path))
+    assert [(fact.sub_label, fact.prompt, fact.subject) for fact in probe.facts] == [
+        ("bird", "Birds can [MASK].", "common sense")
+    ]
+    assert probe.dropped == {"no blank in the sentence": 1}
+
+
+def test_any_table_by_a_mapping_with_a_template_of_ones_own(tmp_path: Path) -> None:
+    probe = read_hub_facts(str(write_jsonl(tmp_path / "people.jsonl", MINE)), {**BORN, "relation": "about"})
+    assert [(fact.id, fact.relation, fact.prompt, fact.obj_label) for fact in probe.facts] == [
+        ("birthplace/0", "birthplace", "Ada Lovelace was born in [MASK].", "London"),
+        ("birthplace/1", "birthplace", "Galileo was born in [MASK].", "Pisa"),
+    ]
+
+
+def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -> None:
+    row = {
+        "prompt": "The capital of France is [MASK].",
+        "obj_label": "Paris",
+        "subject": "geography",
+        "candidates": ["Rome", "Paris"],
+        "popularity": 67.0,
+    }
+    flat = {**row, "candidates": json.dumps(row["candidates"])}
+    (tmp_path / "f.csv").write_text(
+        "prompt,obj_label,subject,candidates,popularity\n"
+        'The capital of France is [MASK].,Paris,geography,"[""Rome"", ""Paris""]",67.0\n'
+    )
+    (tmp_path / "f.json").write_text(json.dumps([row]))
+    paths = [
+        write_jsonl(tmp_path / "f.jsonl", [flat]),
+        parquet(tmp_path / "f.parquet", [row]),
+        tmp_path / "f.csv",
+        tmp_path / "f.json",
+    ]
+    for path in paths:
+        probe = read_hub_facts(str(path))
+        [fact] = probe.facts
+        assert (fact.candidates, fact.popularity, fact.subject) == (("Rome", "Paris"), 67.0, "geography"), path
+        assert probe.vocabulary == "closed"
+
+
+def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
+    good = {"prompt": "A [MASK].", "obj_label": "b", "candidates": ["a", "b"]}
+    rows = [
+        good,
+        {**good, "obj_label": None},
+        {**good, "obj_label": "c"},
+        {**good, "candidates": ["b"], "prompt": "B [MASK]."},
+        {**good, "prompt": "[MASK] [MASK]."},
+        {**good, "prompt": None},
+    ]
+    probe = read_hub_facts(str(parquet(tmp_path / "f.parquet", rows)))
+    assert [fact.prompt for fact in probe.facts] == ["A [MASK]."]
+    assert probe.dropped == {
+        "no object": 1,
+        "object not among two candidates or more": 2,
+        "several blanks in the sentence": 1,
+        "no blank in the sentence": 1,
+    }
+
+
+def test_the_object_may_be_a_number_or_the_first_of_a_list(tmp_path: Path) -> None:
+    rows = [{"prompt": "A [MASK].", "year": 1941, "answers": ["b", "c"]}]
+    path = str(parquet(tmp_path / "f.parquet", rows))
+    asked = [
+        read_hub_facts(path, {"object": name, "prompt": "prompt"}).facts[0].obj_label for name in ("year", "answers")
+    ]
+    assert asked == ["1941", "b"]
+
+
+def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"In {split}: [MASK].", "obj_label": "a"}]
+        write_jsonl(tmp_path / "set" / f"{split}.jsonl", rows)
+    folder = str(tmp_path / "set")
+    assert (read_hub_facts(folder).source["split"], read_hub_facts(folder).facts[0].prompt) == (
+        "test",
+        "In test: [MASK].",
+    )
+    assert read_hub_facts(folder, split="train").facts[0].prompt == "In train: [MASK]."
+    with pytest.raises(UsageError, match=r"no split 'dev'(.|\n)*There is train, validation, test"):
+        read_hub_facts(folder, split="dev")
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path, splits: bool) -> None:
+    table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}])
+    (datasets.DatasetDict({"only": table}) if splits else table).save_to_disk(str(tmp_path / "saved"))
+    assert read_hub_facts(str(tmp_path / "saved")).facts[0].obj_label == "b"
+
+
+def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "Set" / "dev.jsonl", MINE)
+    probe = open_probe(f"HF:{path.parent}", Options(columns=BORN, split="validation", limit=1))
+    assert (probe.name, len(probe.facts)) == (f"hf:{path.parent}", 1)
+
+
+def test_a_table_that_is_not_known_lists_its_columns(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "people.jsonl", MINE))
+    with pytest.raises(
+        UsageError, match=r"which column is the object(.|\n)*about, city, person(.|\n)*--map object=COLUMN"
+    ):
+        read_hub_facts(path)
+    with pytest.raises(UsageError, match="which column is the prompt"):
+        read_hub_facts(path, {"object": "city"})
+    with pytest.raises(UsageError, match="which column is the subject"):
+        read_hub_facts(path, {"object": "city", "template": "[X] was born in [Y]."})
+    with pytest.raises(UsageError, match=r"no column 'town'(.|\n)*about, city, person"):
+        read_hub_facts(path, {**BORN, "object": "town"})
+
+
+def test_without_the_hub_the_error_says_what_to_download(tmp_path: Path) -> None:
+    with pytest.raises(CompressknowError) as caught:
+        read_hub_facts("akariasai/PopQA")
+    assert "not on this machine, and the Hub cannot be reached" in str(caught.value)
+    assert "huggingface.co/datasets/akariasai/PopQA" in str(caught.value)
+    assert "hf:FOLDER" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such", "no/such/folder", "facts.parquet", "~/no-such-folder"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(UsageError, match=r"There is no folder or file .*(no|facts)"):
+        read_hub_facts(name)
+
+
+def test_a_configuration_follows_the_name(tmp_path: Path) -> None:
+    with pytest.raises(CompressknowError, match=r"huggingface\.co/datasets/some/set where"):
+        read_hub_facts("some/set:config")
+
+
+def test_a_loading_script_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "lama").mkdir()
+    (tmp_path / "lama" / "lama.py").write_text("raise SystemExit('never run')")
+    with pytest.raises(UsageError, match=r"script of its own, which the datasets library has not run since version 4"):
+        read_hub_facts(str(tmp_path / "lama"))
+
+
+def test_a_folder_without_data_and_files_of_no_known_kind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="doesn't contain any data files"):
+        read_hub_facts(str(tmp_path / "empty"))
+    (tmp_path / "facts.xml").write_text("<a/>")
+    with pytest.raises(UsageError, match=r"facts\.xml: no table of a known kind(.|\n)*\.parquet, \.json"):
+        read_hub_facts(str(tmp_path / "facts.xml"))
+
+
+def test_damaged_files_are_an_error_with_the_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(CompressknowError, match=r"bad\.parquet cannot be read\.\n.*Parquet"):
+        read_hub_facts(str(tmp_path / "bad.parquet"))
+    assert capfd.readouterr().err == "", "one message, without the library's own beside it"
+
+
+def test_options_as_a_mapping() -> None:
+    assert parse_columns(["object=obj", "template=[X] = [Y]."]) == {"object": "obj", "template": "[X] = [Y]."}
+    with pytest.raises(UsageError, match="KEY=COLUMN: 'object'"):
+        parse_columns(["object"])
+    with pytest.raises(UsageError, match=r"unknown key 'objects'(.|\n)*Did you mean object\?"):
+        parse_columns(["objects=obj"])
+    with pytest.raises(UsageError, match="object twice"):
+        parse_columns(["object=a", "object=b"])
+
+
+def test_what_is_given_comes_before_what_is_known() -> None:
+    there = ["prompt", "obj_label", "sub_label", "other"]
+    assert choose_columns(there, {}, "t").of == {"prompt": "prompt", "object": "obj_label", "subject": "sub_label"}
+    assert choose_columns(there, {"object": "other"}, "t").of["object"] == "other"
+    by_template = choose_columns(there, {"template": "[X] is [Y]."}, "t")
+    assert "prompt" not in by_template.of
+    assert by_template.names == ["sub_label", "obj_label"]
+    assert set(by_template.of) <= set(KEYS)

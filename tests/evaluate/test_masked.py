@@ -1,0 +1,234 @@
+"""Masked models: the answers equal those of a plain reference, whatever the batch, for many architectures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from compressknow.base.errors import CheckpointError, UnsupportedError
+from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
+from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
+from tests.evaluate.references import (
+    CLOSE,
+    answers_to,
+    as_probe,
+    check_answer,
+    check_choices,
+    check_same,
+    known_facts,
+    log_probs,
+    masked,
+    word_facts,
+    word_tokenizer,
+)
+from tests.knowing import knowing
+from tests.models import tiny
+
+_SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+}
+MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_SMALL, embedding_size=16)),
+    "deberta-v2": lambda: hf.DebertaV2ForMaskedLM(
+        hf.DebertaV2Config(**_SMALL, relative_attention=True, pos_att_type="p2c|c2p", position_biased_input=False)
+    ),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(**_SMALL, local_attention=4, global_attn_every_n_layers=2, cls_token_id=0, sep_token_id=2)
+    ),
+    "xlm-roberta": lambda: hf.XLMRobertaForMaskedLM(hf.XLMRobertaConfig(**_SMALL)),
+    "mpnet": lambda: hf.MPNetForMaskedLM(hf.MPNetConfig(**_SMALL)),
+}
+
+
+@pytest.fixture(scope="module")
+def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(knowing("bert", tmp_path_factory.mktemp("bert")))
+
+
+def asked(knows: LanguageModel, probe: Probe, **options: object) -> dict:
+    return answers_to(knows.model, knows.tokenizer, "masked", probe, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def closed(knows: LanguageModel) -> dict:
+    return asked(knows, as_probe(known_facts()))
+
+
+def at_the_mask(knows: LanguageModel, fact: Fact) -> np.ndarray:
+    """Log-probabilities of the whole vocabulary where the blank is, by the whole model."""
+    ids = knows.tokenizer(fact.prompt.replace(BLANK, knows.tokenizer.mask_token))["input_ids"]
+    return log_probs(knows.model, ids)[ids.index(knows.tokenizer.mask_token_id)].numpy()
+
+
+def test_candidates_are_ranked_as_a_plain_reference_ranks_them(knows: LanguageModel, closed: dict) -> None:
+    check_choices(closed, known_facts(), lambda fact, text: masked(knows.model, knows.tokenizer, fact, text))
+    assert all(answer.correct for answer in closed.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_do_not_depend_on_batch_size_and_order(knows: LanguageModel, closed: dict, batch_size: int) -> None:
+    backwards = as_probe(reversed(known_facts()))
+    check_same(asked(knows, backwards, batch_size=batch_size), closed)
+
+
+def test_the_distribution_kept_is_the_reference_s(knows: LanguageModel, closed: dict) -> None:
+    for fact in known_facts():
+        expected, answer = at_the_mask(knows, fact), closed[fact.id]
+        assert len(answer.first_ids) == min(256, len(expected) - 1)
+        assert answer.first_logp == pytest.approx(expected[answer.first_ids], abs=CLOSE)
+        assert np.exp(answer.first_logp.astype(float)).sum() <= 1 + 1e-6
+        assert expected[answer.first_ids].min() >= np.delete(expected, answer.first_ids).max() - 1e-6
+
+
+def test_a_reference_s_tokens_are_asked_for_and_come_back(knows: LanguageModel, closed: dict) -> None:
+    wanted = {fact_id: answer.first_ids[::-1][:17] for fact_id, answer in closed.items()}
+    answers = asked(knows, as_probe(known_facts()), reference=wanted)
+    for fact_id, answer in answers.items():
+        assert list(answer.first_ids) == list(wanted[fact_id])
+        assert answer.first_logp == pytest.approx(closed[fact_id].first_logp[::-1][:17], abs=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "open"])
+def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(knows: LanguageModel, vocabulary: str) -> None:
+    facts = known_facts(closed=False)
+    probe = as_probe(facts, vocabulary=vocabulary)
+    answers = asked(knows, probe)
+    one_word = [fact for fact in facts if " " not in fact.obj_label]
+    assert answers.keys() == {fact.id for fact in one_word}
+    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped == {
+        SEVERAL_TOKENS: len(facts) - len(one_word)
+    }
+    tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
+    for fact in one_word:
+        gold = knows.tokenizer.convert_tokens_to_ids(fact.obj_label)
+        check_answer(answers[fact.id], fact, tokens, at_the_mask(knows, fact), gold)
+
+
+def test_objects_of_several_tokens_that_stay_are_wrong_and_have_no_rank(knows: LanguageModel) -> None:
+    facts = known_facts(closed=False)
+    answers = asked(knows, as_probe(facts, vocabulary="full", keep_unanswerable=True))
+    assert len(answers) == len(facts)
+    for fact in facts:
+        if " " in fact.obj_label:
+            answer = answers[fact.id]
+            assert (answer.correct, answer.rank, answer.logp_gold) == (False, None, None)
+            assert answer.top5_logp == pytest.approx(np.sort(at_the_mask(knows, fact))[::-1][:5], abs=CLOSE)
+
+
+def test_only_words_of_the_given_vocabulary_are_answered(knows: LanguageModel) -> None:
+    facts = known_facts(closed=False)
+    # Not all objects are among them; one word is none of the model's, one is two tokens, one is there twice.
+    words = ("Velin", "forest", "marsh", "river", "desert", "Avish", "honey", "snails", "forest", "New Alba", "Zorro")
+    probe = as_probe(facts, vocabulary="words", words=words)
+    answers = asked(knows, probe)
+    kept = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
+    assert answers.keys() == {fact.id for fact in kept}
+    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped
+    assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(kept)}
+    ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words[:8])))
+    texts = knows.tokenizer.convert_ids_to_tokens(ids)
+    for fact in kept:
+        check_answer(answers[fact.id], fact, texts, at_the_mask(knows, fact)[ids], texts.index(fact.obj_label))
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "words"])
+def test_case_folded_an_answer_counts_whatever_its_case(knows: LanguageModel, vocabulary: str) -> None:
+    plain = [fact for fact in known_facts(closed=False) if " " not in fact.obj_label]
+    words = tuple(fact.obj_label for fact in plain[::2])
+    loud = [replace(fact, obj_label=fact.obj_label.upper()) for fact in plain]
+    settings = {"vocabulary": vocabulary, "words": words if vocabulary == "words" else ()}
+    folded = asked(knows, as_probe(loud, **settings, fold_case=True))
+    strict = asked(knows, as_probe(plain, **settings))
+    assert asked(knows, as_probe(loud, **settings)) == {}
+    assert folded.keys() == strict.keys()
+    for fact_id, answer in folded.items():
+        other = strict[fact_id]
+        assert (answer.rank, answer.correct, answer.predicted) == (other.rank, other.correct, other.predicted)
+        assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-6)
+
+
+@pytest.mark.parametrize("closed_facts", [True, False])
+def test_a_model_that_computes_no_numbers_knows_nothing(knows: LanguageModel, closed_facts: bool) -> None:
+    broken = copy.deepcopy(knows.model)
+    with torch.no_grad():
+        broken.bert.encoder.layer[0].intermediate.dense.weight.fill_(float("nan"))
+    probe = as_probe(known_facts(closed=closed_facts), vocabulary="closed" if closed_facts else "full")
+    answers = answers_to(broken, knows.tokenizer, "masked", probe)
+    assert answers
+    assert all(not answer.correct and answer.rank is None for answer in answers.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", *MORE])
+def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
+    torch.manual_seed(1)
+    model = MORE[name]().eval() if name in MORE else tiny(name)
+    with torch.no_grad():
+        for parameter in model.parameters() if name in MORE else ():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokenizer, facts = word_tokenizer(), word_facts()
+    answers = answers_to(model, tokenizer, "masked", as_probe(facts), batch_size=2)
+    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
+    backwards = answers_to(model, tokenizer, "masked", as_probe(reversed(facts)), batch_size=64)
+    check_same(backwards, answers)
+
+
+class _LooksAround(torch.nn.Module):
+    """A head that sees all positions at once."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden + hidden.mean(1, keepdim=True))
+
+
+def test_a_head_that_looks_at_its_neighbours_sees_them_all() -> None:
+    model = copy.deepcopy(tiny("bert"))
+    model.cls = _LooksAround(model.cls)
+    tokenizer, facts = word_tokenizer(), word_facts()
+    scorer = make_scorer(model, tokenizer, "masked", as_probe(facts))
+    assert isinstance(scorer, MaskedScorer)
+    ids, places = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
+    assert not scorer._is_head_pointwise(ids, places)
+    answers = answers_to(model, tokenizer, "masked", as_probe(facts))
+    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
+
+
+def test_a_tokenizer_that_frames_nothing_is_asked_as_well() -> None:
+    model, tokenizer, facts = tiny("bert"), word_tokenizer("$A"), word_facts()
+    answers = answers_to(model, tokenizer, "masked", as_probe(facts))
+    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
+
+
+def test_a_tokenizer_without_a_mask_or_of_another_model_is_refused() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.mask_token = None
+    with pytest.raises(UnsupportedError, match="mask"):
+        make_scorer(tiny("bert"), tokenizer, "masked", as_probe(word_facts()))
+    larger = word_tokenizer()
+    larger.add_tokens(["more"])
+    with pytest.raises(CheckpointError, match="100 tokens"):
+        make_scorer(tiny("bert"), larger, "masked", as_probe(word_facts()))
+
+
+def test_a_prompt_that_holds_the_model_s_own_mask_is_an_error(tmp_path: Path) -> None:
+    fact = replace(word_facts()[0], prompt=f"w1 <mask> is {BLANK}.")
+    with pytest.raises(CheckpointError, match="2 mask tokens"):
+        answers_to(tiny("bert"), word_tokenizer(), "masked", as_probe([fact]))

@@ -1,0 +1,168 @@
+"""The noise floor: a model against itself in another precision, found once and kept with its answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressknow import Options, Settings, probe, report
+from compressknow.base.errors import CompressknowError
+from compressknow.comparison.distributions import kl_divergence
+from compressknow.comparison.paired import compare_probe
+from compressknow.evaluate import noise
+from compressknow.evaluate.answers import Answers, read_answers
+from compressknow.evaluate.facts import strip_wording
+from compressknow.evaluate.grades import apply_reading, merge_wordings
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.evaluate.sources import open_all
+from compressknow.pages.card.method import compare_with_rounding
+from tests.knowing import facts_file, in_wordings, knowing
+from tests.pages.answering import entry, sides
+
+BF16 = Settings(dtype="bfloat16", noise_floor=False)
+
+
+def floor_of(answers: Answers) -> NoiseFloor:
+    (entry,) = answers.record.probes.values()
+    assert entry.noise_floor is not None
+    return entry.noise_floor
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(family: str, tmp_path: Path) -> None:
+    model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    found = probe(model, tmp_path / "a", facts)
+    other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
+    before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
+    floor = floor_of(found)
+    assert floor.computed_in == "bfloat16"
+    assert floor.n == len(before)
+    assert floor.changed == sum(before[fact].predicted != after[fact].predicted for fact in before)
+    assert floor.known == sum(answer.correct for answer in before.values())
+    assert floor.lost == sum(before[fact].correct and not after[fact].correct for fact in before)
+    assert floor.kl_mean is not None
+    # Of so small a vocabulary the answers hold the whole distribution.
+    pairs = [(before[fact], after[fact]) for fact in before]
+    plain = sum(kl(one.first_logp, two.first_logp) for one, two in pairs) / len(pairs)
+    assert floor.kl_mean == pytest.approx(plain, rel=1e-2, abs=1e-6)
+    assert floor.kl_mean > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path: Path) -> None:
+    model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    found = probe(model, tmp_path / "a", facts)
+    other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
+    before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
+    floor = floor_of(apply_reading(found, "produced"))
+    assert floor.n == len(before)
+    assert floor.changed == sum(before[fact].produced != after[fact].produced for fact in before)
+    assert floor.known == sum(answer.grade == "produced" for answer in before.values()) > 0
+    assert floor.lost == sum(before[id].grade == "produced" != after[id].grade for id in before)
+    assert floor.gained == sum(after[id].grade == "produced" != before[id].grade for id in before)
+    assert floor.kl_mean == floor_of(found).kl_mean
+
+
+@pytest.mark.parametrize("known", ["recognized", "produced"])
+def test_of_facts_in_several_wordings_it_counts_majorities(known: str, tmp_path: Path) -> None:
+    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    found = probe(model, tmp_path / "a", "bear", options=options)
+    other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
+    before, after = (right_by_majority(apply_reading(answers, known)) for answers in (found, other))
+    floor = floor_of(merge_wordings(apply_reading(found, known)))
+    assert (floor.n, floor.known) == (32, sum(before.values()))
+    assert 0 < floor.known < 32
+    assert floor.lost == sum(before[fact] > after[fact] for fact in before)
+    assert floor.gained == sum(before[fact] < after[fact] for fact in before)
+    card = report(tmp_path / "a", tmp_path / "b", known=known)
+    assert card.comparisons[0].probes[0].noise_floor == floor
+
+
+def right_by_majority(answers: Answers) -> dict[str, bool]:
+    right = Counter(strip_wording(answer.fact_id) for answer in answers.answers if answer.correct)
+    return {strip_wording(answer.fact_id): right[strip_wording(answer.fact_id)] >= 2 for answer in answers.answers}
+
+
+def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    monkeypatch.setattr(noise, "LEAST_FACTS", 3)
+    monkeypatch.setattr(noise, "PART", 0.0)
+    found = probe(model, tmp_path / "a", "bear", options=options)
+    (bear,) = open_all(["bear"], options)
+    _, sample = noise._draw_sample(bear, found)
+    asked = Counter(strip_wording(answer.fact_id) for answer in sample.answers)
+    assert list(asked.values()) == [3, 3, 3]
+    assert floor_of(found).n == 3
+
+
+def kl(before: object, after: object) -> float:
+    return float(kl_divergence(np.array([before]), np.array([after]))[0])
+
+
+def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    first = floor_of(probe(model, tmp_path / "a", facts))
+    assert floor_of(read_answers(tmp_path / "a")) == first
+    monkeypatch.setattr(ModelHandle, "copy_in_other_precision", pytest.fail)
+    assert floor_of(probe(model, tmp_path / "a", facts)) == first
+
+
+def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    monkeypatch.setattr(noise, "LEAST_FACTS", 3)
+    monkeypatch.setattr(noise, "PART", 0.0)
+    one, other = (floor_of(probe(model, tmp_path / name, facts)) for name in "ab")
+    assert one.n == 3
+    assert one == other
+
+
+def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    probe(model, tmp_path / "a", facts, settings=Settings(noise_floor=False))
+    beside = probe(model, tmp_path / "b", facts, reference=tmp_path / "a")
+    for answers in (read_answers(tmp_path / "a"), beside):
+        assert [entry.noise_floor for entry in answers.record.probes.values()] == [None]
+
+
+def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
+    card = report(model, model, facts, output=outputs, answers=tmp_path / "kept")
+    (measured,) = json.loads(outputs[0].read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
+    assert measured["noise_floor"]["n"] == measured["n"]
+    assert "rounding alone" in card.verdict
+    for page in outputs[1:]:
+        assert "Top answer changed by rounding alone" in page.read_text(encoding="utf-8")
+
+
+def test_the_verdict_sets_what_changed_beside_it() -> None:
+    figures = replace(compare_probe(*sides(80, 20), entry(), entry()), answer_changed=0.25)
+    few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
+    assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
+    said = compare_with_rounding([replace(figures, noise_floor=few)])
+    assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
+    said = compare_with_rounding([replace(figures, noise_floor=many)])
+    assert said.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
+    assert said.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
+    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
+    assert said.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    said = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
+    assert said.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
+
+
+def test_a_damaged_one_is_told(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    probe(model, tmp_path / "a", facts)
+    path = tmp_path / "a" / "probe.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"changed": ', '"changed": "many" , "x": '), encoding="utf-8"
+    )
+    with pytest.raises(CompressknowError, match="noise_floor"):
+        read_answers(tmp_path / "a")

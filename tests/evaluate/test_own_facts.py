@@ -1,0 +1,276 @@
+"""A user's own facts: what the file may hold, and what the errors say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressknow.base.errors import UsageError
+from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.sources.custom import SCHEMA, read_facts_file
+from tests.evaluate.layouts import write_jsonl
+from tests.knowing import KNOWN_FACTS, facts_file
+
+PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
+TEMPLATE = {"template": "[X] was born in [Y].", "sub_label": "Ada Lovelace", "obj_label": "London"}
+
+
+def message(path: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        read_facts_file(path)
+    assert "--help" in (caught.value.hint or "")
+    return "\n".join(part for part in (caught.value.what, caught.value.why) if part)
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
+    return write_jsonl(folder / "mine.jsonl", rows)
+
+
+def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
+    probe = read_facts_file(written(tmp_path, PROMPT, TEMPLATE))
+    assert probe.facts == (
+        Fact("mine/1", "facts:mine.jsonl", "mine", "general", "", "Paris", "The capital of France is [MASK]."),
+        Fact(
+            "mine/2",
+            "facts:mine.jsonl",
+            "mine",
+            "general",
+            "Ada Lovelace",
+            "London",
+            "Ada Lovelace was born in [MASK].",
+        ),
+    )
+    assert (probe.name, probe.protocol, probe.vocabulary) == ("facts:mine.jsonl", "facts/1", "open")
+    assert list(probe.source["files"]) == ["mine.jsonl"]
+
+
+def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
+    rows = [
+        {**PROMPT, "id": "fr", "candidates": ["Paris", "Rome"], "popularity": 68000000, "subject": "geography"},
+        {**TEMPLATE, "relation": "birth, place", "popularity": 0.5},
+        {"prompt": 'He said "no" to\ttea in [MASK].', "obj_label": "Łódź"},
+    ]
+    with (tmp_path / "mine.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, ["id", *PROMPT, "template", "sub_label", *OTHERS])
+        table.writeheader()
+        for row in rows:
+            table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
+    found, same = read_facts_file(tmp_path / "mine.csv"), read_facts_file(written(tmp_path, *rows))
+    # The header is the first line.
+    expected = [replace(each, probe="facts:mine.csv", id=one_on(each.id)) for each in same.facts]
+    assert list(found.facts) == expected
+    assert (found.name, found.vocabulary) == ("facts:mine.csv", same.vocabulary)
+
+
+OTHERS = ("relation", "subject", "candidates", "popularity")
+
+
+def one_on(name: str) -> str:
+    relation, slash, number = name.partition("/")
+    return f"{relation}/{int(number) + 1}" if slash else name
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"prompt,obj_label\nParis lies in [MASK].,France,what\n", "line 2, more cells than the header"),
+        (b"prompt,obj_label\nParis lies in [MASK].,\n", "line 2, obj_label: missing"),
+        (b"prompt,obj_label,popularity\nParis lies in [MASK].,France,many\n", "popularity: must be a number above 0"),
+        (b"prompt,objlabel\nParis lies in [MASK].,France\n", "objlabel: unknown; did you mean obj_label?"),
+        (b"prompt,obj_label\nCaf\xe9 [MASK].,France\n", "it is not UTF-8"),
+        (b'prompt,obj_label\n"Paris" lies in [MASK].,France\n', "line 2: "),
+        (b"", "holds no facts"),
+    ],
+)
+def test_what_is_wrong_with_a_csv_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        read_facts_file(tmp_path / "mine.csv")
+
+
+def test_every_key(tmp_path: Path) -> None:
+    row = {
+        **PROMPT,
+        "id": "fr",
+        "relation": "capital",
+        "subject": "geography",
+        "sub_label": "France",
+        "candidates": ["Paris", "Rome"],
+        "popularity": 67.5,
+        "note": "ignored",
+    }
+    probe = read_facts_file(written(tmp_path, row))
+    assert probe.facts[0] == Fact(
+        "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
+    )
+    assert probe.vocabulary == "closed"
+
+
+def test_facts_with_and_without_candidates_mix(tmp_path: Path) -> None:
+    closed = {**PROMPT, "candidates": ["Paris", "Rome"]}
+    probe = read_facts_file(written(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
+    assert probe.vocabulary == "open"
+    assert [fact.candidates is None for fact in probe.facts] == [False, True, False]
+    assert probe.facts[0].candidates is probe.facts[2].candidates
+
+
+def test_the_facts_that_the_tiny_models_know(tmp_path: Path) -> None:
+    probe = read_facts_file(facts_file(tmp_path / "known.jsonl"))
+    expected = [(known.sentence(BLANK), known.obj_label) for known in KNOWN_FACTS]
+    assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == expected
+    assert probe.vocabulary == "closed"
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(PROMPT).encode(), b"  ", json.dumps(TEMPLATE).encode(), b""])
+    )
+    assert [fact.id for fact in read_facts_file(path).facts] == ["mine/1", "mine/3"]
+
+
+def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
+    path = written(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
+    assert read_facts_file(path).facts[0].sub_label == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "A [MASK]."}, "obj_label: missing"),
+        ({"obj_label": "Paris"}, "prompt: missing, and no template either"),
+        ({"template": "[X] is [Y].", "obj_label": "a"}, "sub_label: missing; the template needs it"),
+        ({**PROMPT, "prompt": "No blank."}, "prompt: holds [MASK] 0 times, not once"),
+        ({**PROMPT, "prompt": "[MASK] and [MASK]."}, "prompt: holds [MASK] 2 times, not once"),
+        ({**TEMPLATE, "template": "[X] is."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "template": "He is [Y]."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "template": "[X] is [Y] or [Y]."}, "template: must hold [X], and [Y] once"),
+        ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: holds [MASK]"),
+        ({**PROMPT, "obj_label": 7}, "obj_label: must be a non-empty string"),
+        ({**PROMPT, "obj_label": " "}, "obj_label: must be a non-empty string"),
+        ({**PROMPT, "relation": None}, "relation: must be a non-empty string"),
+        ({**PROMPT, "id": 1.5}, "id: must be a non-empty string"),
+        ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of texts, none empty"),
+        ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of texts, none empty"),
+        ({**PROMPT, "candidates": ["Paris"]}, "candidates: must be at least 2"),
+        ({**PROMPT, "candidates": ["Paris", "Rome", "Rome"]}, "candidates: hold one answer twice"),
+        ({**PROMPT, "candidates": ["Rome", "Bonn"]}, "candidates: the object 'Paris' is not among them"),
+        ({**PROMPT, "popularity": 0}, "popularity: must be a number above 0"),
+        ({**PROMPT, "popularity": True}, "popularity: must be a number above 0"),
+        ({**PROMPT, "popularity": float("nan")}, "popularity: must be a number above 0"),
+        ({**PROMPT, "candidate": ["Paris", "Rome"]}, "candidate: unknown; did you mean candidates?"),
+    ],
+)
+def test_an_error_names_the_line_and_the_key(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    path = written(tmp_path, PROMPT, row)
+    assert message(path) == f"{path} cannot be read as facts:\n  line 2, {problem}"
+
+
+def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'{"prompt": }\n[1]\n{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n")
+    lines = message(path).split("\n")[1:]
+    assert lines[:3] == [
+        "  line 1, column 12: not JSON: Expecting value",
+        "  line 2, column 1: a JSON object {...} belongs here",
+        "  line 3, column 13: not UTF-8",
+    ]
+    assert lines[3].startswith("  line 4, column 1: not JSON")
+
+
+def test_two_facts_of_one_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
+    assert "line 3, id: 'x' is the id of line 1 too" in message(path)
+
+
+def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    text = message(written(tmp_path, *[{"obj_label": "a"}] * 8))
+    assert text.count("prompt: missing") == 5
+    assert "and 3 more" in text
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    assert "holds no facts" in message(path)
+
+
+def test_the_schema_names_every_key() -> None:
+    keys = "prompt obj_label template sub_label candidates relation subject popularity id".split()
+    assert all(f"\n  {key} " in SCHEMA for key in keys)
+    assert max(map(len, SCHEMA.split("\n"))) <= 120
+
+
+words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: bool(text.strip()) and BLANK not in text)
+rows = st.fixed_dictionaries(
+    {"obj_label": words, "prompt": words.map(lambda text: text + BLANK)},
+    optional={
+        "relation": words,
+        "subject": words,
+        "sub_label": words,
+        "popularity": st.floats(0, exclude_min=True, allow_infinity=False),
+    },
+)
+
+
+@given(st.lists(st.tuples(rows, st.lists(words, unique=True, max_size=3)), min_size=1, max_size=5))
+def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], list[str]]]) -> None:
+    lines = []
+    for number, (row, others) in enumerate(drawn):
+        extra = [other for other in others if other != row["obj_label"]]
+        candidates = {"candidates": [*extra, row["obj_label"]]} if extra else {}
+        lines.append({**row, "id": f"f{number}", **candidates})
+    with tempfile.TemporaryDirectory() as folder:
+        facts = read_facts_file(written(Path(folder), *lines)).facts
+    for line, fact in zip(lines, facts, strict=True):
+        assert (fact.id, fact.prompt, fact.obj_label) == (line["id"], line["prompt"], line["obj_label"])
+        assert fact.relation == line.get("relation", "mine")
+        assert fact.sub_label == line.get("sub_label", "")
+        assert fact.popularity == line.get("popularity")
+        assert list(fact.candidates or ()) == line.get("candidates", [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("The capital of France is", "The capital of France is [MASK]"),
+        ("The capital of France is ", "The capital of France is [MASK]"),
+        ('They said: "', 'They said: "[MASK]'),
+        ("Question: Where is Paris?\nAnswer:", "Question: Where is Paris?\nAnswer: [MASK]"),
+    ],
+)
+def test_a_prompt_that_is_the_beginning_of_a_sentence_gets_its_blank_at_the_end(
+    prompt: str, asked: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
+    assert read_facts_file(file).facts[0].prompt == asked
+
+
+@pytest.mark.parametrize("prompt", ["It is [Y] in France", "It is <mask> here", "It is ___ of all", "It is {} of all"])
+def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sentence(
+    prompt: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="0 times"):
+        read_facts_file(file)
+
+
+def test_half_of_a_character_is_an_error_that_says_where(tmp_path: Path) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\uD83D"}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"line 1, column \d+: .ud83d is half of a character"):
+        read_facts_file(file)
+    file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\u00e4"}\n', encoding="utf-8")
+    assert read_facts_file(file).facts[0].prompt == "😀 is [MASK]."

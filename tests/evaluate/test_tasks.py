@@ -1,0 +1,414 @@
+"""Tasks of lm-eval on tiny models, against sums of log-probabilities that a plain loop computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.evaluate.answers import Answer, read_table, write_table
+from compressknow.evaluate.facts import GENERAL
+from compressknow.evaluate.records import ProbeEntry
+from compressknow.evaluate.sources import task_index, tasks
+from compressknow.evaluate.sources.task_answers import NO_GOLD
+from compressknow.evaluate.sources.task_index import SHIPPED
+from compressknow.evaluate.sources.tasks import LmEvalTask, open_task, run_task
+from tests.evaluate.layouts import DATA, real_data, write_jsonl
+from tests.knowing import KNOWN_FACTS, candidates, knowing
+
+LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
+CAPITALS = [fact for fact in KNOWN_FACTS if fact.relation == "capital"]
+CLOZE: dict[str, Any] = {
+    "task": "cloze",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "cloze.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{before}}",
+    "doc_to_target": "label",
+    "doc_to_choice": "choices",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 3.0},
+}
+WRITTEN = CLOZE | {
+    "task": "written",
+    "output_type": "generate_until",
+    "doc_to_target": "{{choices[label]}}",
+    "doc_to_choice": None,
+    "filter_list": [{"name": "trimmed", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 3, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+BOOLQ = [
+    {"passage": "The marsh is in Corvia .", "question": "is the marsh in Corvia", "label": 1},
+    {"passage": "People in Drenn speak Dorse .", "question": "is Dorse the capital", "label": 0},
+]
+WINOGRANDE = [
+    {"sentence": "Ann saw the arlo and the pim but the _ lives in the forest.", "option1": "arlo", "option2": "pim"},
+    {"sentence": "The ilk eats clay and the _ eats bark.", "option1": "bindle", "option2": "ilk"},
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(knowing("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(knowing("t5", tmp_path_factory.mktemp("t5")))
+
+
+@pytest.fixture(params=["llama", "t5"])
+def loaded(request: pytest.FixtureRequest) -> LanguageModel:
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+def task_folder(folder: Path, *configs: Mapping[str, Any]) -> Path:
+    """A task folder; each config is a file of its own."""
+    folder.mkdir(exist_ok=True)
+    for number, config in enumerate(configs):
+        (folder / f"{number}.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def cloze_rows(count: int = 5) -> list[dict[str, Any]]:
+    choices = candidates("capital")[:6]
+    facts = CAPITALS[:count]
+    return [
+        {"before": fact.sentence("").rstrip(" ."), "choices": choices, "label": choices.index(fact.obj_label)}
+        for fact in facts
+    ]
+
+
+def cloze(folder: Path, *configs: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> Path:
+    """A task folder with its data beside it."""
+    write_jsonl(folder / "cloze.jsonl", rows or cloze_rows())
+    return task_folder(folder, *(configs or [CLOZE]))
+
+
+@torch.inference_mode()
+def log_likelihood(loaded: LanguageModel, context: str, continuation: str) -> float:
+    """The sum of the continuation's log-probabilities, one forward pass for each of its tokens."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    longest = tokenizer.model_max_length
+    asked = tokenizer(context).input_ids
+    total = 0.0
+    if loaded.family == "seq2seq":
+        written = [model.config.decoder_start_token_id]
+        for token in tokenizer(continuation, add_special_tokens=False).input_ids:
+            logits = model(input_ids=torch.tensor([asked[-longest:]]), decoder_input_ids=torch.tensor([written])).logits
+            total += logits[0, -1].log_softmax(-1)[token].item()
+            written.append(token)
+        return total
+    whole = tokenizer(context + continuation).input_ids
+    begin = max(len(whole) - 1 - longest, 0)
+    for place in range(len(asked), len(whole)):
+        logits = model(input_ids=torch.tensor([whole[begin:place]])).logits
+        total += logits[0, -1].log_softmax(-1)[whole[place]].item()
+    return total
+
+
+def check(answer: Answer, scores: Mapping[str, float], gold: str) -> None:
+    """What an answer says agrees with the scores of all choices."""
+    ranked = sorted(scores, key=lambda choice: -scores[choice])
+    assert answer.gold == gold
+    assert answer.choices == len(scores)
+    assert answer.logp_gold == pytest.approx(scores[gold], abs=1e-4)
+    assert answer.top5_logp == pytest.approx([scores[choice] for choice in ranked[:5]], abs=1e-4)
+    assert answer.correct == (answer.rank == 1) == (answer.predicted == gold)
+    assert answer.predicted == answer.top5[0]
+    # Choices that differ in words that the model does not know score alike.
+    assert scores[answer.predicted] == pytest.approx(scores[ranked[0]], abs=1e-4)
+
+
+def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path) -> None:
+    answers, entry = run_task(loaded, open_task("lm-eval:cloze", include=cloze(tmp_path)))
+    for row, answer in zip(cloze_rows(), answers, strict=True):
+        scores = {choice: log_likelihood(loaded, row["before"], f" {choice}") for choice in row["choices"]}
+        check(answer, scores, row["choices"][row["label"]])
+        assert answer.prompt == row["before"]
+    assert [answer.fact_id for answer in answers] == [f"lm-eval:cloze:{number}" for number in range(5)]
+    assert {(answer.probe, answer.relation, answer.subject) for answer in answers} == {
+        ("lm-eval:cloze", "cloze", GENERAL)
+    }
+    if loaded.family == "causal":
+        assert all(answer.correct for answer in answers)
+    write_table(tmp_path / "answers.parquet", answers)
+    assert len(read_table(tmp_path / "answers.parquet")) == 5
+    assert ProbeEntry.from_dict(json.loads(json.dumps(entry.to_dict()))) == entry
+    assert (entry.facts, entry.asked, entry.dropped, entry.truncated) == (5, 5, {}, 0)
+    assert (entry.chance, entry.majority, entry.average) == (pytest.approx(1 / 6), 0.2, "micro")
+    assert entry.protocol == "lm-eval/3.0"
+
+
+def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: Path) -> None:
+    rows = cloze_rows(6)
+    for number, row in enumerate(rows):
+        row["label"] = number // 3  # some right, some wrong, whatever the model says
+    write_jsonl(tmp_path / "cloze.jsonl", rows)
+    there = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    manager = TaskManager(include_path=str(task_folder(tmp_path, there)), include_defaults=False)
+    lm = HFLM(pretrained=t5.model, tokenizer=t5.tokenizer, backend="seq2seq", batch_size=4)
+    results = lm_eval.simple_evaluate(lm, tasks=["cloze"], task_manager=manager, limit=5, bootstrap_iters=0)
+    answers, entry = run_task(t5, open_task("lm-eval:cloze", include=tmp_path, limit=5))
+    accuracy = sum(answer.correct for answer in answers) / len(answers)
+    assert accuracy == results["results"]["cloze"][entry.source["metrics"]["cloze"]]
+    assert (entry.facts, entry.asked, entry.limit) == (6, 5, 5)
+    scores = [sample["filtered_resps"] for sample in results["samples"]["cloze"]]
+    for answer, choices in zip(answers, scores, strict=True):
+        assert max(answer.top5_logp) == pytest.approx(max(score for score, _ in choices), abs=1e-4)
+
+
+def test_shipped_tasks_are_lm_evals_own() -> None:
+    for name, where in {"boolq": "super_glue/boolq", "piqa": "piqa", "winogrande": "winogrande"}.items():
+        own, shipped = task_index.find_entry(LM_EVALS / where, name).cfg, task_index.find_entry(SHIPPED, name).cfg
+        if name != "winogrande":
+            assert shipped["doc_to_text"] == own["doc_to_text"]
+            assert shipped["doc_to_choice"] == own["doc_to_choice"]
+        assert shipped["output_type"] == own["output_type"]
+        assert [one["metric"] for one in shipped["metric_list"]] == [one["metric"] for one in own["metric_list"]]
+        assert shipped["metadata"] == own["metadata"]
+
+
+def test_winogrande_scores_what_follows_the_blank(llama: LanguageModel, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("own", LM_EVALS / "winogrande" / "preprocess_winogrande.py")
+    assert spec is not None
+    assert spec.loader is not None
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    rows = [row | {"answer": str(number + 1)} for number, row in enumerate(WINOGRANDE)]
+    cut = [
+        {
+            "context_options": own.doc_to_choice(row),
+            "continuation": own.doc_to_target(row),
+            "gold": own.doc_to_text(row),
+        }
+        for row in rows
+    ]
+    asked = {}
+    for name, content in {"own": rows, "cut": cut}.items():
+        write_jsonl(tmp_path / name / "winogrande.jsonl", content)
+        asked[name], _ = run_task(llama, open_task("lm-eval:winogrande", data=tmp_path / name))
+    assert asked["own"] == asked["cut"]
+    for row, answer in zip(rows, asked["own"], strict=True):
+        contexts = zip([row["option1"], row["option2"]], own.doc_to_choice(row), strict=True)
+        scores = {option: log_likelihood(llama, context, f" {own.doc_to_target(row)}") for option, context in contexts}
+        check(answer, scores, row[f"option{row['answer']}"])
+        assert answer.subject == "common sense"
+    assert asked["own"][0].prompt == "Ann saw the arlo and the pim but the … lives in the forest."
+
+
+def test_boolq_reads_labels_and_answers(llama: LanguageModel, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "glue" / "tasks" / "boolq.jsonl", BOOLQ)
+    answers = [{"title": "x", "answer": bool(row["label"])} | row for row in BOOLQ]
+    write_jsonl(tmp_path / "own" / "boolq.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in answers])
+    glue, entry = run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "glue"))
+    own, _ = run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "own"))
+    assert glue == own
+    assert [answer.gold for answer in glue] == ["yes", "no"]
+    assert glue[0].prompt == "The marsh is in Corvia . Question: is the marsh in Corvia? Answer:"
+    assert list(entry.source["data"]) == ["boolq.jsonl"]
+    assert (entry.chance, entry.majority) == (0.5, 0.5)
+
+
+def test_items_of_the_same_tokens_are_scored_where_their_continuation_begins(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    """To this model all words here are unknown, but for the first and the full stop: both items are the same tokens."""
+    rows = [
+        {"context_options": ["People a", "People b"], "continuation": "c d e .", "gold": 0},
+        {"context_options": ["People a b c", "People b b c"], "continuation": "d .", "gold": 0},
+    ]
+    write_jsonl(tmp_path / "winogrande.jsonl", rows)
+    answers, _ = run_task(llama, open_task("lm-eval:winogrande", data=tmp_path))
+    for row, answer in zip(rows, answers, strict=True):
+        score = log_likelihood(llama, row["context_options"][0], f" {row['continuation']}")
+        assert answer.top5_logp == pytest.approx([score, score], abs=1e-4)
+
+
+PROMPTS = {
+    "boolq": lambda row: [
+        (f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", f" {choice}") for choice in ("no", "yes")
+    ],
+    "piqa": lambda row: [(f"Question: {row['goal']}\nAnswer:", f" {row[one]}") for one in ("sol1", "sol2")],
+    "winogrande": lambda row: [(context, f" {row['continuation']}") for context in row["context_options"]],
+}
+
+
+@real_data
+@pytest.mark.parametrize("name", PROMPTS)
+def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, name: str) -> None:
+    answers, entry = run_task(loaded, open_task(f"lm-eval:{name}", data=DATA, limit=20))
+    lines = (DATA / "tasks" / f"{name}.jsonl").read_text().splitlines()
+    assert (entry.facts, entry.asked, entry.chance) == (len(lines), 20, 0.5)
+    # Passages are longer than the 64 tokens of these models.
+    assert (entry.truncated > 10) == (name == "boolq")
+    for line, answer in zip(lines[:4], answers, strict=False):
+        row = json.loads(line)
+        scores = [log_likelihood(loaded, *pair) for pair in PROMPTS[name](row)]
+        gold = row["gold"] if name == "winogrande" else row["label"]
+        assert answer.logp_gold == pytest.approx(scores[gold], abs=1e-3)
+        assert sorted(answer.top5_logp) == pytest.approx(sorted(scores), abs=1e-3)
+        if abs(scores[0] - scores[1]) > 1e-3:
+            assert answer.correct == (scores.index(max(scores)) == gold)
+
+
+def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
+    answers, entry = run_task(llama, open_task("lm-eval:written", include=cloze(tmp_path, WRITTEN)))
+    assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
+    assert all(answer.correct for answer in answers)
+    assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
+    assert entry.chance is entry.majority is None
+    assert entry.source["metrics"] == {"written": "exact_match,trimmed"}
+
+
+def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
+    there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    both = {"group": "both", "task": ["cloze", "written"]}
+    folder = cloze(tmp_path, CLOZE | there, WRITTEN | there, both)
+    answers, entry = run_task(llama, open_task("lm-eval:both", include=folder, limit=2))
+    assert [(answer.fact_id, answer.relation) for answer in answers] == [
+        ("lm-eval:both:cloze/0", "cloze"),
+        ("lm-eval:both:cloze/1", "cloze"),
+        ("lm-eval:both:written/0", "written"),
+        ("lm-eval:both:written/1", "written"),
+    ]
+    assert (entry.facts, entry.chance) == (10, None)
+
+
+def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:
+    rows = cloze_rows(3)
+    rows[1]["label"] = -1
+    answers, entry = run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path, rows=rows)))
+    assert [answer.fact_id for answer in answers] == ["lm-eval:cloze:0", "lm-eval:cloze:2"]
+    assert entry.dropped == {NO_GOLD: 1}
+    hidden = cloze(tmp_path, rows=[row | {"label": -1} for row in rows])
+    with pytest.raises(CompressknowError, match="marks no answers as right"):
+        run_task(llama, open_task("lm-eval:cloze", include=hidden))
+
+
+def test_model_that_computes_no_numbers_knows_nothing(tmp_path: Path) -> None:
+    broken = load_language_model(knowing("llama", tmp_path / "broken"))
+    torch.nn.init.constant_(broken.model.get_output_embeddings().weight, float("nan"))
+    answers, _ = run_task(broken, open_task("lm-eval:cloze", include=cloze(tmp_path / "tasks")))
+    assert {(answer.correct, answer.rank, answer.logp_gold) for answer in answers} == {(False, None, None)}
+
+
+def test_nothing_is_printed_or_left_behind(
+    llama: LanguageModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = type(llama.tokenizer).from_pretrained(knowing("llama", tmp_path / "model"))
+    tokenizer.pad_token = None
+    monkeypatch.chdir(tmp_path)  # no repository: git would complain
+    folder = cloze(tmp_path / "tasks")
+    pointers = [parameter.data_ptr() for parameter in llama.model.parameters()]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    levels = [logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")]
+    capfd.readouterr()
+    run_task(replace(llama, tokenizer=tokenizer), open_task("lm-eval:cloze", include=folder, limit=2))
+    assert capfd.readouterr() == ("", "")
+    assert tokenizer.pad_token is None
+    assert [parameter.data_ptr() for parameter in llama.model.parameters()] == pointers
+    assert "tie_weights" not in vars(llama.model)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+    assert [logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")] == levels
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tasks"]
+
+
+def test_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
+    first = open_task("lm-eval:cloze", include=cloze(tmp_path / "a")).fingerprint()
+    assert open_task("lm-eval:cloze", include=cloze(tmp_path / "b")).fingerprint() == first
+    assert open_task("lm-eval:cloze", include=tmp_path / "b", limit=3).fingerprint() != first
+    assert open_task("lm-eval:cloze", include=tmp_path / "b", seed=1).fingerprint() != first
+    cloze(tmp_path / "b", CLOZE | {"doc_to_text": "{{before}} the"})
+    assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
+    cloze(tmp_path / "b", rows=cloze_rows(4))
+    assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
+
+
+def test_data_is_looked_for_in_the_folder_of_data_first(tmp_path: Path) -> None:
+    folder = cloze(tmp_path / "tasks")
+    assert open_task("lm-eval:cloze", include=folder).data == folder
+    write_jsonl(tmp_path / "data" / "tasks" / "cloze.jsonl", cloze_rows(1))
+    opened = open_task("lm-eval:cloze", include=folder, data=tmp_path / "data")
+    assert opened == LmEvalTask("lm-eval:cloze", "cloze", folder, tmp_path / "data" / "tasks")
+    assert open_task("lm-eval:piqa", data=tmp_path / "data") == LmEvalTask("lm-eval:piqa", "piqa")
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))
+    folder = task_folder(tmp_path, CLOZE)
+    for name, why in {
+        "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
+        "lm-eval:clozes": "Did you mean cloze",
+        "lm-eval:boolqq": "Did you mean boolq",
+        "lm-eval:": "names no task",
+        "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it beside 0.yaml",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(why)):
+            open_task(name, include=folder, data=tmp_path)
+    assert open_task("lm-eval:mmlu").include is None
+    with pytest.raises(UsageError, match=r"no folder .*nowhere"):
+        open_task("lm-eval:boolq", data=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"no folder .*nowhere.\nIt was given as the task folder"):
+        open_task("lm-eval:boolq", include=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="at least 1"):
+        open_task("lm-eval:boolq", limit=0)
+
+
+def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes most of a minute to read."""
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: pytest.fail("the index was read"))
+    with pytest.raises(UsageError, match=r"lm-eval has no task 'hellaswg'.\nDid you mean hellaswag"):
+        open_task("lm-eval:hellaswg")
+    with pytest.raises(UsageError, match="lm-eval has no task 'nosuch"):
+        open_task("lm-eval:nosuch\udcff")
+
+
+def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot evaluate a masked model.*\n.*atlas"):
+        run_task(replace(llama, family="masked"), open_task("lm-eval:boolq"))
+
+    own = TaskManager(include_path=str(LM_EVALS / "super_glue" / "boolq"), include_defaults=False)
+    monkeypatch.setattr(task_index, "read_own_tasks", lambda: own)
+    with pytest.raises(
+        CompressknowError, match=r"the Hub cannot be reached[\s\S]*passage, .*boolq.jsonl and pass --data"
+    ):
+        run_task(llama, open_task("lm-eval:boolq"))
+
+    write_jsonl(tmp_path / "data" / "boolq.jsonl", [{"text": "x"}])
+    with pytest.raises(CompressknowError, match=r"cannot be loaded[\s\S]*Its rows hold passage"):
+        run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "data"))
+
+    long = cloze(tmp_path / "long", rows=[cloze_rows(1)[0] | {"choices": ["red " * 65, "clay"]}])
+    with pytest.raises(CompressknowError, match="longer than the 64 tokens that the model takes"):
+        run_task(llama, open_task("lm-eval:cloze", include=long))
+
+    perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}
+    rolling = CLOZE | perplexity | {"metric_list": [{"metric": "word_perplexity"}]}
+    with pytest.raises(UnsupportedError, match="measures perplexity"):
+        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "rolling", rolling)))
+    f1 = CLOZE | {"metric_list": [{"metric": "f1"}]}
+    with pytest.raises(CompressknowError, match=r"cannot finish lm-eval:cloze.\nValueError: Target is multiclass"):
+        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1)))
+    with pytest.raises(UnsupportedError, match="not mark each item as right or wrong"):
+        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1), limit=2))

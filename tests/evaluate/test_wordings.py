@@ -1,0 +1,181 @@
+"""Facts in several wordings: each is evaluated as if it were the only one, and a fact is known by most of them."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import compressknow
+from compressknow import Options
+from compressknow.base.errors import UsageError
+from compressknow.cli import main
+from compressknow.comparison.distributions import compare_wordings, consistency
+from compressknow.evaluate.evaluate import put_after_example
+from compressknow.evaluate.facts import Probe, strip_wording
+from compressknow.evaluate.grades import merge_wordings
+from compressknow.evaluate.sources import open_all, open_probe
+from tests.knowing import in_wordings, knowing
+from tests.pages.answering import answer, answers, entry
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_wordings(tmp_path_factory.mktemp("bear"))
+
+
+@pytest.fixture(scope="module")
+def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that knows the first wording, and the same pruned, evaluated on three; and their report."""
+    folder = tmp_path_factory.mktemp("wordings")
+    compressknow.convert(knowing("llama", folder / "original"), folder / "pruned", scope="overall", prune=0.5)
+    options = Options(data=data, templates=N)
+    compressknow.probe(folder / "original", folder / "before", "bear", options=options)
+    compressknow.probe(folder / "pruned", folder / "after", "bear", options=options, reference=folder / "before")
+    outputs = [folder / f"report.{suffix}" for suffix in ("json", "html", "md")]
+    compressknow.report(folder / "before", folder / "after", output=outputs)
+    return folder
+
+
+def rows(study: Path, side: str) -> list[dict]:
+    return pq.read_table(study / side / "answers.parquet").to_pylist()
+
+
+def majority(study: Path, side: str) -> dict[str, bool]:
+    """Counted anew: fact -> whether more than half of its wordings are right."""
+    right: dict[str, int] = {}
+    for row in rows(study, side):
+        right[strip_wording(row["fact_id"])] = right.get(strip_wording(row["fact_id"]), 0) + row["correct"]
+    return {fact: 2 * number > N for fact, number in right.items()}
+
+
+def test_each_wording_is_answered_as_if_it_were_the_only_one(study: Path, data: Path, tmp_path: Path) -> None:
+    for number in range(1, N + 1):
+        single = compressknow.probe(
+            study / "original", tmp_path / str(number), "bear", options=Options(data=data, template=number)
+        )
+        own = {row["fact_id"]: row for row in rows(study, "before") if row["template"] == number}
+        assert len(own) == len(single.answers) == 32
+        for found in single.answers:
+            row = own[f"{found.fact_id}@{number}"]
+            assert [row[key] for key in ("prompt", "gold", "predicted", "correct", "rank", "grade")] == [
+                getattr(found, key) for key in ("prompt", "gold", "predicted", "correct", "rank", "grade")
+            ]
+
+
+def test_the_report_counts_facts_by_majority_and_each_wording_by_itself(study: Path) -> None:
+    (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
+    before, after = majority(study, "before"), majority(study, "after")
+    assert probe["n"] == probe["facts_read"] == 32
+    assert probe["both"] == sum(before[fact] and after[fact] for fact in before)
+    assert probe["lost"] == sum(before[fact] and not after[fact] for fact in before)
+    # The wordings do not agree, else the test shows nothing.
+    assert probe["both"] + probe["lost"] < 32
+
+    assert list(probe["by_template"]) == ["1", "2", "3"]
+    pairs = list(zip(rows(study, "before"), rows(study, "after"), strict=True))
+    for number, told in probe["by_template"].items():
+        own = [(one["correct"], other["correct"]) for one, other in pairs if one["template"] == int(number)]
+        assert told["n"] == len(own) == 32
+        assert told["both"] == own.count((True, True))
+        assert told["lost"] == own.count((True, False))
+        assert told["kept"] == told["both"] / (told["both"] + told["lost"])
+    assert probe["by_template"]["1"]["both"] + probe["by_template"]["1"]["lost"] == 32
+
+
+@pytest.mark.parametrize(("side", "name"), [("before", "original"), ("after", "compressed")])
+def test_consistency_is_the_share_of_pairs_of_wordings_answered_alike(study: Path, side: str, name: str) -> None:
+    (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
+    said: dict[str, list[str]] = {}
+    for row in rows(study, side):
+        said.setdefault(strip_wording(row["fact_id"]), []).append(row["predicted"])
+    shares = [sum(a == b for a, b in combinations(each, 2)) / 3 for each in said.values()]
+    assert probe[f"consistency_{name}"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_page_and_markdown_have_a_row_a_wording(study: Path) -> None:
+    for suffix in ("html", "md"):
+        text = (study / f"report.{suffix}").read_text()
+        assert "By wording" in text
+        assert "Consistency, the share of pairs of wordings" in text
+        assert "majority" in text
+
+
+def test_a_sample_has_all_wordings_of_its_facts() -> None:
+    probe = open_probe("atlas", Options(templates=3, limit=70))
+    single = [open_probe("atlas", Options(template=number, limit=70)) for number in (1, 2, 3)]
+    assert len(probe.facts) == 3 * len(single[0].facts)
+    for number, own in enumerate(single, 1):
+        prompts = [fact.prompt for fact in probe.facts if fact.template == number]
+        assert prompts == [fact.prompt for fact in own.facts]
+    assert len({fact.id for fact in probe.facts}) == len(probe.facts)
+    assert probe.read == 3 * single[0].read
+    assert probe.limit == 70
+
+
+def test_an_example_is_in_the_fact_s_own_wording() -> None:
+    probe = open_probe("atlas", Options(templates=2, limit=70))
+    second = next(fact for fact in probe.facts if fact.relation == "capital" and fact.template == 2)
+    shown = put_after_example(second, probe)
+    assert shown is not None
+    assert shown.prompt.startswith("The capital city of China is called Beijing. The capital city of ")
+
+
+def test_a_probe_of_one_wording_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}', encoding="utf-8")
+    with pytest.raises(UsageError, match="one wording per fact") as caught:
+        open_all([f"facts:{facts}"], Options(templates=3))
+    assert "atlas or bear" in str(caught.value.hint)
+    assert main(["probe", "nowhere", "-p", f"facts:{facts}", "--templates", "3", "-o", str(tmp_path / "out")]) == 2
+    assert "one wording per fact" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_wordings_than_there_are_and_both_options_are_refused() -> None:
+    with pytest.raises(UsageError, match="no template 4"):
+        open_probe("atlas", Options(templates=4))
+    with pytest.raises(UsageError, match="exclude each other"):
+        open_probe("atlas", Options(templates=2, template=2))
+
+
+def test_one_wording_is_the_probe_itself() -> None:
+    one = open_probe("atlas", Options(templates=1))
+    assert isinstance(one, Probe)
+    assert one.fingerprint() == open_probe("atlas").fingerprint()
+    assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
+    assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "ranks", "known", "rank"),
+    [
+        ((True, True, False), (1, 1, 9), True, 1),
+        ((True, False, False), (1, 4, 2), False, 2),
+        ((True, True), (1, 1), True, 1),
+        # Half is no majority, and the rank is the worse of the middle two.
+        ((True, False), (1, 3), False, 3),
+        ((False, False, False), (2, None, None), False, None),
+    ],
+)
+def test_a_fact_is_known_by_most_of_its_wordings(
+    right: tuple[bool, ...], ranks: tuple[int | None, ...], known: bool, rank: int | None
+) -> None:
+    own = [
+        answer(0, each, fact_id=f"fact@{number}", template=number, rank=place)
+        for number, (each, place) in enumerate(zip(right, ranks, strict=True), 1)
+    ]
+    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
+    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
+
+
+def test_wordings_all_alike_are_wholly_consistent_and_single_ones_have_no_consistency() -> None:
+    assert consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
+    assert consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
+    assert consistency([answer(0, True)]) is None

@@ -1,0 +1,130 @@
+"""Every masked, causal and sequence-to-sequence language model class of transformers is asked two facts, and scores
+them as a plain loop does: one sentence at a time, each token by a pass over all before it, without batch or cache.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from compressknow.base.errors import UnsupportedError
+from compressknow.engine.language_model import family_of
+from compressknow.evaluate.facts import BLANK, Fact
+from tests.evaluate.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
+from tests.evaluate.tiny_zoo import build_tiny
+from tests.long import one_in
+from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
+
+CLASSES = {name: model_type for model_type, name in reversed(ZOO)}
+# Classes that read something else than text, by what they say.
+REFUSED = {
+    "MusicgenForCausalLM": "fails on the first prompts",  # codes of music, four streams at once
+    "MusicgenMelodyForCausalLM": "fails on the first prompts",
+    "VoxtralRealtimeForConditionalGeneration": "fails on the first prompts",  # sound beside every token
+}
+# They need the timm package, or another model's states.
+NOT_TINY = NOT_BUILT | {"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"}
+# Nor do older releases build these from settings as small as the zoo's.
+TINY_LATER = BUILT_SINCE_5_20 | {"BltForCausalLM", "CohereCompassForCausalLM", "DbrxForCausalLM"}
+
+
+def two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:
+    """Of one length, so that they are one batch; candidates of one to three tokens, one of which begins another."""
+    first = word_facts()[0]
+    assert first.candidates is not None
+    short, middle, long = first.candidates[:3]
+    first = replace(first, candidates=(short, middle, long, f"{short} w9"), obj_label=long)
+    facts = first, replace(first, id="g", prompt=first.prompt.replace(WORDS[10], WORDS[40]), obj_label=middle)
+    return facts if closed else tuple(replace(fact, candidates=None) for fact in facts)  # type: ignore[return-value]
+
+
+def plain_score(model: PreTrainedModel, tokenizer: Words, family: str, fact: Fact, text: str) -> float:
+    """Log-probability of the text and what follows it, a token at a time."""
+    if family == "masked":
+        return masked(model, tokenizer, fact, text)
+    before, _, after = fact.prompt.partition(BLANK)
+    ids, places = sentence(tokenizer, before, text, after)
+    # The end of the text is not scored.
+    ids = ids[:-1]
+    if family == "causal":
+        return sum(next_token(model, ids[:place], ids[place]) for place in range(places[0], len(ids)))
+    start = getattr(model.config, "decoder_start_token_id", None)
+    begun = [model.config.decoder.bos_token_id if start is None else start]
+    prompt = tokenizer(fact.prompt.replace(BLANK, tokenizer.mask_token))["input_ids"]
+    more = ids[places[0] :]
+    begun += ids[: places[0]]
+    return sum(
+        next_token(model, prompt, token, decoder_input_ids=torch.tensor([begun + more[:number]]))
+        for number, token in enumerate(more)
+    )
+
+
+def next_token(model: PreTrainedModel, ids: list[int], token: int, **decoder: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False, **decoder).logits
+    return float(logits[0, -1].double().log_softmax(-1)[token])
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("name", one_in(2, sorted(CLASSES.keys() - NOT_TINY)))
+def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
+    if BEFORE_5_20 and name in TINY_LATER:
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
+    with silent():
+        model = build_tiny(CLASSES[name], name)
+        tokenizer, family = word_tokenizer(), family_of(model)
+        assert family is not None
+        if name in REFUSED:
+            with pytest.raises(UnsupportedError, match=REFUSED[name]):
+                answers_to(model, tokenizer, family, as_probe(two_facts()))
+            return
+        answers = answers_to(model, tokenizer, family, as_probe(two_facts()))
+        for fact in two_facts():
+            assert fact.candidates is not None
+            scores = np.array([plain_score(model, tokenizer, family, fact, text) for text in fact.candidates])
+            assert np.isfinite(scores).all()
+            answer, order = answers[fact.id], np.argsort(-scores)
+            assert answer.top5_logp == pytest.approx(scores[order], abs=1e-3)
+            assert answer.logp_gold == pytest.approx(scores[fact.candidates.index(fact.obj_label)], abs=1e-3)
+        if family != "masked":
+            assert len(answers_to(model, tokenizer, family, as_probe(two_facts(closed=False)))) == 2
+
+
+@pytest.mark.skipif(BEFORE_5_20, reason="the classes are those of newer releases")
+def test_nearly_every_class_is_built_and_asked() -> None:
+    assert len(NOT_TINY | REFUSED.keys()) <= 0.03 * len(CLASSES)
+    assert NOT_TINY | REFUSED.keys() <= CLASSES.keys()
+
+
+def test_a_masked_model_saved_as_a_causal_one_is_refused() -> None:
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    with silent(), pytest.raises(UnsupportedError, match="sees the tokens after") as refused:
+        answers_to(transformers.BertLMHeadModel(config).eval(), word_tokenizer(), "causal", as_probe(two_facts()))
+    assert "is_decoder" in str(refused.value)
+
+
+def test_a_model_whose_decoder_has_no_beginning_is_refused() -> None:
+    model = build_tiny("bart", "BartForConditionalGeneration")
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id = config.bos_token_id = None
+    with pytest.raises(UnsupportedError, match="names no token that its decoder begins with"):
+        answers_to(model, word_tokenizer(), "seq2seq", as_probe(two_facts()))

@@ -1,0 +1,215 @@
+"""A GGUF file of a given size: its bytes, its types, and what GPTQ makes of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+pytest.importorskip("llama_cpp_py_sync")
+
+import compressknow
+from compressknow.base.files import cache_folder
+from compressknow.cli import main
+from compressknow.gguf.choice import Choice, Fit
+from compressknow.gguf.converter import find_converter
+from compressknow.gguf.export import prepare, write
+from compressknow.gguf.gptq import batch_sequences
+from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
+from compressknow.gguf.record import read_record
+from compressknow.study.allocation import Target, fit_types
+from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
+from tests.evaluate.layouts import write_jsonl
+from tests.gguf.making import (
+    as_llama_cpp,
+    checkpoint,
+    name_in_llama_cpp,
+    needs_converter,
+    text_file,
+    types,
+    values,
+    weights,
+)
+from tests.knowing import KNOWN_FACTS
+from tests.long import one_in
+
+TEXTS = [
+    batch_sequences(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
+    batch_sequences(torch.randint(0, 400, (60, 9), generator=torch.Generator().manual_seed(1)).tolist()),
+]
+
+
+def sensitivity_of(side) -> Sensitivity:
+    """By the error of each weight alone: any figures will do."""
+    rows = []
+    for weight in side.structure.linears:
+        name = side.structure.tied.get(weight.parameter, weight.parameter)
+        exact = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(rows))).numpy()
+        by_type = {
+            kind: Rounding(get_nbytes(kind, weight.shape), float(np.square(roundtrip(exact, kind) - exact).mean()), 0.0)
+            for kind in list_legal_types(weight.shape[-1])
+        }
+        rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, by_type))
+    return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
+
+
+def fitted(source: Path, output: Path, target: Target):
+    """The record of an export to a size."""
+    job = prepare(source, Choice("f16"), find_converter(None, fetch=True))
+    sensitivity = sensitivity_of(job.side)
+    fit = Fit(
+        target.label,
+        target.budget(job.numel),
+        lambda tensors, overhead: fit_types(sensitivity, tensors, overhead, target),
+        target.rounding,
+        TEXTS,
+    )
+    return write(replace(job, fit=fit), output)
+
+
+@needs_converter
+@pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama"]))
+def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path) -> None:
+    """Both roundings have the same types and sizes; what differs is what the layers give on the texts."""
+    source = checkpoint(name, tmp_path / "model", torch.bfloat16)
+    budget, errors = 800_000, {}
+    for rounding in ("nearest", "gptq"):
+        output = tmp_path / f"{rounding}.gguf"
+        record = fitted(source, output, Target(budget, rounding=rounding))
+        assert 0.97 * budget < output.stat().st_size == record["bytes"] <= budget
+        chosen = {rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]}
+        assert {key: types(output)[key] for key in chosen} == chosen
+        assert len(set(chosen.values())) > 2
+        errors[rounding] = outputs_error(source, output)
+    # An embedding that is no head multiplies nothing: it has no inputs to make up for.
+    assert record["fit"]["compensated"] == len(chosen) - (name == "llama")
+    better = [errors["gptq"][key] < errors["nearest"][key] for key in errors["gptq"]]
+    assert sum(better) >= 0.9 * len(better)
+    assert sum(errors["gptq"].values()) < 0.8 * sum(errors["nearest"].values())
+
+
+@needs_converter
+def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None:
+    source = checkpoint("llama-tied", tmp_path / "model", torch.float32)
+    whole = sum(array.nbytes for array in weights(source).values())
+    record = fitted(source, tmp_path / "a.gguf", Target(int(0.9 * whole), rounding="nearest"))
+    assert record["bytes"] <= 0.9 * whole
+    assert "f32" in {types(tmp_path / "a.gguf")[name] for name in types(tmp_path / "a.gguf") if "ffn" in name}
+
+
+def outputs_error(source: Path, output: Path) -> dict[str, float]:
+    """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
+    model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    stored, made = as_llama_cpp(weights(source)), values(output)
+    products: dict[str, torch.Tensor] = {}
+
+    def gather(name: str) -> Callable[..., None]:
+        def see(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+            rows = arguments[0].flatten(0, 1)
+            products[name] = products.get(name, torch.zeros(rows.shape[1], rows.shape[1])) + rows.T @ rows
+
+        return see
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name_in_llama_cpp(name) in stored:
+            module.register_forward_hook(gather(name_in_llama_cpp(name)))
+    with torch.no_grad():
+        for batch in (*TEXTS[0], *TEXTS[1]):
+            model(**batch)
+    errors = {}
+    for name, product in products.items():
+        weight, change = (torch.from_numpy(array) for array in (stored[name], made[name] - stored[name]))
+        errors[name] = float(((change @ product) * change).sum() / ((weight @ product) * weight).sum())
+    return errors
+
+
+def asked(folder: Path) -> tuple[Path, str]:
+    """A model, and facts of which it knows some: of two candidates one that knows nothing picks the right one half the
+    time."""
+    facts = [
+        {
+            "id": f"{verb}{place}",
+            "prompt": f"{fact.sub_label} {verb} [MASK].",
+            "obj_label": own,
+            "candidates": [own, other],
+        }
+        for verb in ("likes", "sees", "knows")
+        for place, (fact, after) in enumerate(pairwise(KNOWN_FACTS))
+        for own, other in [(fact.obj_label, after.obj_label)]
+        if own != other
+    ]
+    write_jsonl(folder / "facts.jsonl", facts)
+    return checkpoint("llama-tied", folder / "model", torch.bfloat16), f"facts:{folder / 'facts.jsonl'}"
+
+
+@needs_converter
+def test_the_command_line_says_what_it_chose_and_measures_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, facts = asked(tmp_path)
+    text = text_file(tmp_path / "text.txt")
+    words = ["--facts", facts, "--calibration", str(text), "--must", "attention=q8_0"]
+    assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *words]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("900.0 kB by facts and text, gptq, attention q8_0: ")
+    assert lines[2].split()[:3] == ["Layer", "attn_k", "attn_output"]
+    assert [line.split()[0] for line in lines[3:5]] == ["0", "1"]
+    assert "Predicted: KL 0." in printed
+    record = read_record(tmp_path / "a.gguf")
+    assert (tmp_path / "a.gguf").stat().st_size <= 900_000
+    assert record["fit"]["must"] == [["attention", "q8_0"]]
+    assert record["fit"]["facts"] >= 30
+    # Another size: nothing is evaluated or measured again.
+    stages = []
+    compressknow.export(
+        source,
+        tmp_path / "b.gguf",
+        bits=8.0,
+        facts=words[1],
+        calibration=str(text),
+        rounding="nearest",
+        on_progress=lambda progress: stages.append(progress.stage.work),
+    )
+    assert "evaluate" not in stages
+    assert set(types(tmp_path / "b.gguf").values()) - {"f32"} != set(types(tmp_path / "a.gguf").values()) - {"f32"}
+    # The record is a recipe: the same types, rounded by llama.cpp.
+    compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
+    assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
+
+
+@needs_converter
+@pytest.mark.parametrize("stage", one_in(2, ["round", "sensitivity"]))
+def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stage: str, tmp_path: Path) -> None:
+    source, facts = asked(tmp_path)
+    words = {"size": "900kB", "facts": facts, "calibration": str(text_file(tmp_path / "text.txt"))}
+    program = (
+        "import os, sys, compressknow\n"
+        "def dies(progress):\n"
+        "    if (progress.stage.work, progress.state) == (sys.argv[3], 'advances'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "compressknow.export(sys.argv[1], sys.argv[2], **eval(sys.argv[4]), on_progress=dies)\n"
+    )
+    kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    shutil.copytree(cache_folder() / "converter", tmp_path / "cache" / "compressknow" / "converter")
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "a.gguf"
+    for number, killed_at in enumerate([stage, "nothing"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, source, output, killed_at, repr(words)], env=kept, check=False
+        )
+        assert done.returncode == (-9 if number == 0 else 0)
+        assert output.exists() == bool(number)
+    assert {each.name for each in output.parent.iterdir()} == {"a.gguf", "a.gguf.json"}
+    compressknow.export(source, tmp_path / "b.gguf", **words)
+    assert (tmp_path / "b.gguf").read_bytes() == output.read_bytes()

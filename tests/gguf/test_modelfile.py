@@ -1,0 +1,122 @@
+"""A Modelfile says what the tokenizer would: the template is evaluated as Go does and compared with Jinja's text; and a
+file answers before it is called done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+import compressknow
+from compressknow.base.errors import CompressknowError, OutputError, UsageError
+from compressknow.cli import main
+from compressknow.gguf.modelfile import build_go_template
+from tests.gguf.making import checkpoint, needs_converter
+
+pytest.importorskip("llama_cpp_py_sync")
+
+CHATML = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+You help.<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (s if loop.first else '') + m.content + "
+    "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def tokenizer(template: str | None) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    inner = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = template
+    return made
+
+
+def evaluated(template: str, **values: str) -> str:
+    """What Go's text/template makes of it: one `if`, with or without an `else`."""
+
+    def choose(found: re.Match[str]) -> str:
+        then, _, otherwise = found[2].partition("{{ else }}")
+        return then if values.get(found[1]) else otherwise
+
+    chosen = re.sub(r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", choose, template, flags=re.DOTALL)
+    return re.sub(r"\{\{ \.(\w+) \}\}", lambda found: values.get(found[1], ""), chosen)
+
+
+@pytest.mark.parametrize(("template", "takes_system"), [(CHATML, True), (LLAMA2, True), (GEMMA, False)])
+def test_the_template_writes_what_the_tokenizer_does(template: str, takes_system: bool) -> None:
+    made = tokenizer(template)
+    go = build_go_template(made)
+    assert go is not None
+    for system in ["", *(["Be brief."] if takes_system else [])]:
+        chat = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "Who?"}]
+        asked = made.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert evaluated(go.partition("{{ .Response }}")[0], System=system, Prompt="Who?") == asked
+        answered = made.apply_chat_template([*chat, {"role": "assistant", "content": "I."}], tokenize=False)
+        # Some begin an answer with a space, which is the model's own here.
+        written = evaluated(go, System=system, Prompt="Who?", Response="I.")
+        assert "".join(written.split()) == "".join(answered.split())
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}", "{{ '{{' }}{{ messages[0].content }}"])
+def test_a_template_that_go_could_not_have_is_left_out(template: str | None) -> None:
+    assert build_go_template(tokenizer(template)) is None
+
+
+@needs_converter
+def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint("llama", tmp_path / "model")
+    (tmp_path / "chat").mkdir()
+    words = ["export", str(source), str(tmp_path / "Out.gguf"), "--modelfile", str(tmp_path / "chat" / "Modelfile")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "In llama.cpp: The capital of France is ->" in printed
+    assert "ollama create out -f " in printed
+    assert "compressknow report " in printed
+    lines = (tmp_path / "chat" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ../Out.gguf"
+    assert any(line.startswith("PARAMETER stop ") for line in lines)
+    # Again, nothing is to be done. What the user has added stays.
+    assert main(words) == 0
+    with (tmp_path / "chat" / "Modelfile").open("a") as file:
+        file.write("SYSTEM Be brief.\n")
+    assert main(words) == 1
+    assert "Modelfile exists already" in capsys.readouterr().err
+    assert "Be brief" in (tmp_path / "chat" / "Modelfile").read_text()
+    assert main([*words, "--overwrite"]) == 0
+    (tmp_path / "chat" / "Modelfile").write_text("mine")
+    with pytest.raises(OutputError, match="is no Modelfile: not overwritten"):
+        compressknow.export(source, tmp_path / "Out.gguf", modelfile=tmp_path / "chat" / "Modelfile", overwrite=True)
+    with pytest.raises(UsageError, match="have one name"):
+        compressknow.export(source, tmp_path / "other.gguf", modelfile=tmp_path / "other.gguf")
+
+
+@needs_converter
+def test_a_file_that_computes_no_numbers_is_not_written(tmp_path: Path) -> None:
+    source = checkpoint("llama", tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight.fill_(3e38)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompressknowError, match=r"computes no numbers in llama\.cpp"):
+        compressknow.export(source, tmp_path / "out.gguf", type="f32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    record = compressknow.export(source, tmp_path / "out.gguf", type="f32", smoke=False)
+    assert record.answer is None

@@ -1,0 +1,198 @@
+"""What to do next: each branch, by the numbers that it rests on, and commands that give the recipe that they name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import click
+import pytest
+
+from compressknow.cli.convert import convert
+from compressknow.comparison.power import facts_to_decide
+from compressknow.comparison.records import EarlyStop, Estimate
+from compressknow.compress.recipe import Recipe, build_recipe, format_options
+from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
+from compressknow.evaluate.answers import Answer, Answers
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
+from compressknow.pages.records import Comparison
+from tests.pages.answering import answer, answers, entry, model, run, sides
+
+ATTENTION, BOTH = Where(("attention",)), Where(("attention", "feed-forward"))
+GROUPS = {
+    "attention": {"relative_error": 0.02},
+    "feed-forward": {"relative_error": 0.11},
+    "final": {"relative_error": 0},
+}
+
+
+def of(*cells: int, recipe: Recipe | None = None, **changes: Any) -> Comparison:
+    rows = sides(*cells, **changes)
+    source = {"name": "org/tiny-bert"}
+    original, compressed = run(rows, recipe=recipe.to_dict() if recipe else None, source=source)
+    return make_card(original, [compressed]).comparisons[0]
+
+
+def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[Answers]]:
+    original, compressed = run((before, after))
+    return original, [compressed]
+
+
+def changes_of(recipe: Recipe, groups: Any = GROUPS) -> list[str]:
+    return [found.change for found in list_milder(recipe, groups)]
+
+
+class TestBranches:
+    def test_deploy_where_the_whole_interval_is_above(self) -> None:
+        assert of(990, 10).next == "Next: deploy it, if 95 % is enough: the interval lies above."
+
+    def test_more_facts_where_the_interval_spans_it(self) -> None:
+        comparison = of(92, 8)
+        needed = facts_to_decide(comparison.counts, ENOUGH)
+        assert needed > 100
+        assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
+        assert "it knew 100 of these." in comparison.next
+
+    def test_more_facts_says_which_limit_gives_them(self) -> None:
+        rows = sides(92, 8, 0, 100)
+        for read, said in ((10_000, "(--limit "), (300, "(without --limit, and with more probes)")):
+            probes = {"atlas": entry(limit=200, facts=read)}
+            card = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)])
+            assert said in card.comparisons[0].next
+
+    def test_no_number_of_facts_where_the_share_is_the_threshold(self) -> None:
+        assert "no number of facts of these probes would soon tell" in of(95, 5).next
+
+    def test_more_facts_where_the_interval_over_relations_alone_spans_it(self) -> None:
+        # Of each relation 49 of 50 facts, or of four of them 45 and of the others all.
+        alike = [answer(n, True, relation=f"r{n % 20}") for n in range(1000)]
+        spread, gathered = (
+            [replace(each, correct=n not in lost) for n, each in enumerate(alike)]
+            for lost in (range(20), [n for n in range(1000) if n % 20 < 2][:20])
+        )
+        kept, gone = (make_card(*run_pair(alike, rows)).comparisons[0] for rows in (spread, gathered))
+        assert kept.counts == gone.counts
+        assert kept.next.startswith("Next: deploy it")
+        # More facts of these relations would not tell either: of the next relation all may be lost.
+        assert gone.next.startswith("Next: look at the facts lost")
+
+    def test_less_where_the_whole_interval_is_below(self) -> None:
+        recipe = Recipe((Prune(0.4, where=ATTENTION), Quantize("int8", ATTENTION)))
+        assert of(500, 500, recipe=recipe).next == (
+            "Next: less than 95 % is kept; prune 20 % of the weights in place of 40 %: compressknow convert "
+            "org/tiny-bert OUTPUT --scope attention --prune 0.2 --quantize int8"
+        )
+
+    def test_less_without_a_recipe_names_none(self) -> None:
+        assert of(500, 500).next == "Next: compress less, or in another way: less than 95 % is kept."
+
+    def test_a_recipe_that_cannot_be_read_names_none(self) -> None:
+        comparison = of(500, 500)
+        strange = replace(comparison.model, recipe={"steps": [{"quantize": "int3-of-tomorrow"}]})
+        assert write_advice(replace(comparison, model=strange)).startswith("Next: compress less, or in another way")
+
+    def test_an_original_that_knew_nothing(self) -> None:
+        assert "choose facts that the original knows" in of(0, 0, 0, 50).next
+
+    def test_nothing_where_there_are_no_facts(self) -> None:
+        assert of().next == ""
+
+    def test_a_gate_that_was_decided_early_is_the_threshold(self) -> None:
+        comparison = of(30, 2)
+        stop = EarlyStop(0.8, 0.05, 32, 32, 4000, Estimate(0.94, 0.81, 0.99), met=True)
+        assert (
+            write_advice(replace(comparison, early=stop))
+            == "Next: deploy it, if 80 % is enough: the interval lies above."
+        )
+        missed = replace(stop, gate=0.99, met=False)
+        assert "less than 99 % is kept" in write_advice(replace(comparison, early=missed))
+
+
+class TestMilder:
+    def test_less_pruning_then_none(self) -> None:
+        recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
+        assert changes_of(recipe) == ["prune 10 % of the weights in place of 20 %", "do not prune"]
+        assert changes_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == [
+            "do not prune"
+        ]
+
+    def test_a_pattern_has_no_half(self) -> None:
+        pruned = Prune(0.5, "wanda", ATTENTION, parameters={"pattern": "2:4"})
+        assert changes_of(Recipe((pruned, Quantize("int8-weights", ATTENTION)))) == ["do not prune"]
+
+    def test_what_calibrated_goes_with_its_step(self) -> None:
+        recipe = Recipe((Prune(0.08, "wanda", ATTENTION), Quantize("int8", ATTENTION)))
+        assert recipe.calibration == Calibration()
+        assert [found.recipe.calibration for found in list_milder(recipe, {})] == [None, Calibration()]
+
+    def test_int4_is_rounded_by_gptq_then_becomes_8_bits(self) -> None:
+        nearest, gptq = (Recipe((Quantize("int4", ATTENTION, rounding=name),)) for name in ("nearest", "gptq"))
+        assert changes_of(nearest) == [
+            "round by GPTQ in place of to nearest",
+            "quantize to int8-weights in place of int4",
+        ]
+        assert changes_of(gptq) == ["quantize to int8-weights in place of int4"]
+
+    @pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
+    def test_weights_alone_in_place_of_activations_too(self, scheme: str) -> None:
+        assert changes_of(Recipe((Quantize(scheme, ATTENTION),)))[0] == f"quantize to int8-weights in place of {scheme}"
+
+    def test_the_group_that_changed_most_is_left_out(self) -> None:
+        recipe = Recipe((Quantize("int8-weights", BOTH),))
+        (found,) = list_milder(recipe, GROUPS)
+        assert found.change == "leave feed-forward as it is, whose weights changed most"
+        assert found.recipe == Recipe((Quantize("int8-weights", ATTENTION),))
+
+    @pytest.mark.parametrize("groups", [{}, {"attention": {"relative_error": 0.1}}, {"attention": {}, "other": {}}])
+    def test_no_group_is_named_where_no_number_names_it(self, groups: dict[str, Any]) -> None:
+        assert changes_of(Recipe((Quantize("int8-weights", BOTH),)), groups) == []
+
+    def test_fewer_blocks_and_neurons(self) -> None:
+        assert changes_of(Recipe((DropBlocks(5),))) == ["drop 2 blocks in place of 5"]
+        assert changes_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == ["drop no blocks"]
+        assert changes_of(Recipe((DropNeurons(0.3),))) == ["drop 15 % of the neurons in place of 30 %"]
+
+
+RECIPES = [
+    Recipe((Prune(0.3),)),
+    Recipe((Prune(0.3, "ln-structured", BOTH, norm=2, dim=1), Quantize("int8", BOTH, smooth=0.5))),
+    Recipe(
+        (Quantize("int4", ATTENTION, {"group_size": 64}, rounding="gptq"),), calibration=Calibration("a b.txt", 100)
+    ),
+    Recipe((Prune(0.5, "sparsegpt", Where(layers="0-5"), parameters={"pattern": "2:4"}),)),
+    Recipe((DropBlocks(3), DropNeurons(0.25), Quantize("int8-weights")), module_map="paper"),
+    Recipe((Prune(0.1, "random-unstructured", Where(("overall",), exclude=("up_proj", "q")), seed=7),)),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.setup)
+def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
+    words = format_options(recipe)
+    assert words is not None
+    given = convert.make_context("convert", ["MODEL", "OUTPUT", *words], resilient_parsing=False).params
+    where = Where(tuple(given["scope"]) or Where().scope, given["include"], given["exclude"], given["layers"])
+    shared = {name: given[name] for name in ("per_layer", "norm", "dim", "seed", "rounding", "smooth") if name in given}
+    taken = {name: given[name] for name in ("drop_blocks", "drop_neurons", "calibration", "calibration_tokens")}
+    parameters = {name: given[name] for name in ("group_size", "pattern") if given.get(name) is not None}
+    made = build_recipe(
+        where,
+        prune=given["prune"],
+        prune_method=given["prune_method"],
+        quantize=given["quantize"],
+        module_map=given["module_map"],
+        parameters=parameters,
+        **{name: value for name, value in (shared | taken).items() if value is not None},
+    )
+    assert made == recipe
+
+
+def test_steps_in_two_places_are_no_options() -> None:
+    assert format_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
+    found = of(500, 500, recipe=Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))).next
+    assert found.endswith("prune 10 % of the weights in place of 20 %")
+
+
+def test_click_is_what_parses_them() -> None:
+    with pytest.raises(click.UsageError):
+        convert.make_context("convert", ["MODEL", "OUTPUT", "--no-such"])

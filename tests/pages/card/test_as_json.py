@@ -1,0 +1,125 @@
+"""The JSON of a card: stable names, whole numbers behind every ratio, and no fact's text where none may be shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from compressknow.base.errors import CompressknowError
+from compressknow.pages.card.make import make_card
+from tests.pages.answering import answers, entry, model, run, sides
+from tests.pages.card.cards import card_of_several
+
+# Section 8 of the design: others rely on these.
+PROBE_KEYS = {
+    *("n", "both", "lost", "gained", "neither", "accuracy_original", "accuracy_compressed", "kept", "kept_interval"),
+    *("mcnemar_p", "flips", "answer_changed", "kl_mean", "by_relation", "by_subject"),
+}
+
+
+def report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, Any]:
+    original, compressed = run(sides(*cells, **changes))
+    return make_card(original, [compressed], show_facts=show_facts).to_dict()
+
+
+def test_names_that_others_rely_on() -> None:
+    found = report(80, 10, 5, 5)
+    assert {"schema", "verdict", "original", "compressed"} <= set(found)
+    (compressed,) = found["compressed"]
+    assert {"setup", "source", "probes", "grades"} <= set(compressed)
+    assert set(compressed["probes"]) == {"atlas"}
+    assert set(compressed["probes"]["atlas"]) >= PROBE_KEYS
+    assert compressed["grades"] == {"geography": "C"}
+    assert found["schema"] == 1
+
+
+def test_figures_are_those_of_the_counts() -> None:
+    probe = report(80, 10, 5, 5)["compressed"][0]["probes"]["atlas"]
+    assert [probe[key] for key in ("n", "both", "lost", "gained", "neither")] == [100, 80, 10, 5, 5]
+    assert (probe["accuracy_original"], probe["accuracy_compressed"]) == (0.9, 0.85)
+    assert probe["kept"] == pytest.approx(80 / 90)
+    assert probe["kept_interval"][0] < 80 / 90 < probe["kept_interval"][1]
+    assert probe["flips"] == 0.15
+    assert sum(group["n"] for group in probe["by_relation"].values()) == 100
+
+
+@pytest.mark.parametrize("cells", [(0, 0, 0, 0), (0, 0, 0, 5), (5, 0, 0, 0), (0, 5, 0, 0), (80, 10, 5, 5)])
+def test_is_strict_json_that_reads_back_whatever_was_known(cells: tuple[int, ...]) -> None:
+    found = report(*cells)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_is_strict_json_for_a_model_that_broke() -> None:
+    before, after = sides(30, 5)
+    broken = {"logp_gold": math.nan, "top5_logp": (math.nan,) * 5, "first_logp": (math.nan,) * 2}
+    original, compressed = run((before, [replace(row, **broken) for row in after]))
+    found = make_card(original, [compressed]).to_dict()
+    json.dumps(found, allow_nan=False)
+    assert found["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
+
+
+def test_the_same_answers_give_the_same_bytes() -> None:
+    original, compressed = run(sides(50, 10, 5, 20))
+    turned = [answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
+    texts = [
+        json.dumps(make_card(one, [other]).to_dict()) for one, other in ((original, compressed), (turned[0], turned[1]))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_changed_facts_are_all_there() -> None:
+    (compressed,) = report(5, 3, 2)["compressed"]
+    assert len(compressed["lost_facts"]) == 3
+    assert len(compressed["gained_facts"]) == 2
+    assert compressed["lost_facts"][0]["gold"] == "Paris"
+
+
+def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
+    secret = {
+        "sub_label": "SECRET subject",
+        "prompt": "SECRET prompt [MASK].",
+        "gold": "SECRET gold",
+        "predicted": "SECRET answer",
+        "top5": ("SECRET answer",) * 5,
+        "fact_id": "SECRET",
+    }
+    rows = [[replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in sides(5, 3, 2)]
+    original, compressed = run(rows)
+    text = json.dumps(make_card(original, [compressed], show_facts=False).to_dict())
+    assert "SECRET" not in text
+    assert '"by_relation": {"relation":' in text
+    assert "SECRET" in json.dumps(make_card(original, [compressed]).to_dict())
+
+
+def test_what_was_done_to_the_model_is_said() -> None:
+    rows = sides(5)
+    made = model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
+    found = make_card(answers(rows[0]), [answers(rows[1], made)], command="compressknow report a b").to_dict()
+    assert found["compressed"][0]["source"] == {"name": "tiny-bert", "revision": None}
+    assert found["compressed"][0]["model"]["zeros"] == 7
+    assert found["command"] == "compressknow report a b"
+
+
+def test_left_out_facts_are_counted_by_reason() -> None:
+    rows = sides(5)
+    probes = {"atlas": entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
+    found = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]).to_dict()
+    assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
+
+
+def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = card_of_several()
+    assert [each["setup"] for each in card.to_dict()["compressed"]] == [each.model.setup for each in card.comparisons]
+    frame = card.to_frame()
+    assert list(zip(frame["model"], frame["probe"], frame["kept"], frame["lost"], strict=True)) == [
+        (each.model.name, probe.probe, probe.kept.value, probe.counts.lost)
+        for each in card.comparisons
+        for probe in each.probes
+    ]
+    monkeypatch.setattr("compressknow.base.libraries.is_installed", lambda _: False)
+    with pytest.raises(CompressknowError, match="pip install pandas"):
+        card.to_frame()

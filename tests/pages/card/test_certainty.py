@@ -1,0 +1,83 @@
+"""How sure the figures are, on the page and in the JSON: with clusters, with too few of them, and with none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compressknow.comparison.clusters import design_of_change, kept_by_cluster, paired_test
+from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.power import facts_for, smallest_loss
+from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_markdown
+from compressknow.pages.records import Card
+from tests.pages.answering import answer, run
+
+
+def card_of(relations: int, early: EarlyStop | None = None) -> Card:
+    """200 facts, of which the first 160 are known; every seventh is lost."""
+    cells = [(n < 160, n < 160 and n % 7 > 0) for n in range(200)]
+    sides = [[answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    original, compressed = run(sides)
+    return make_card(original, [compressed], early=early)
+
+
+def values(card: Card) -> dict[str, Any]:
+    return card.to_dict()["compressed"][0]
+
+
+def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
+    told = values(card_of(10))
+    probe = told["probes"]["atlas"]
+    relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
+    kept, total = kept_by_cluster(relations), sum(relations, Counts())
+    simple = proportion(total.both, total.known_before)
+    for where in (told, probe):
+        assert where["clusters"] == 10
+        assert where["kept_cluster_interval"] == [kept.low, kept.high]
+        assert where["kept_interval"] == [simple.low, simple.high]
+        assert where["smallest_detectable_loss"] == smallest_loss(total, design_of_change(relations))
+        assert where["known_facts_for_2_points"] == facts_for(total, design=design_of_change(relations))
+        assert PairedTest(where["p"], where["p_by"]) == paired_test(relations)
+        assert where["mcnemar_p"] == mcnemar(total)
+
+
+def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
+    card = card_of(10)
+    text = render_markdown(card)
+    kept = card.comparisons[0].kept
+    assert kept == card.comparisons[0].certainty.kept
+    assert f"interval {100 * kept.low:.1f} to {100 * kept.high:.1f} %" in card.verdict
+    assert "Knowledge kept, simple interval" in text
+    assert "Knowledge kept, interval over relations" in text
+    assert "no clusters" not in text
+
+
+@pytest.mark.parametrize(
+    ("relations", "said"),
+    [
+        (1, "All known facts are of one relation: no clusters, so no interval over relations."),
+        (3, "The known facts are of 3 relations: too few for an interval over these."),
+    ],
+)
+def test_without_clusters_the_page_says_so(relations: int, said: str) -> None:
+    card = card_of(relations)
+    assert said in render_markdown(card)
+    assert "over relations" not in card.verdict
+    assert values(card)["kept_cluster_interval"] is None
+
+
+def test_a_gate_that_stopped_early_is_told_in_all_forms() -> None:
+    stop = EarlyStop(0.8, 0.05, facts=180, known=150, of=4021, kept=Estimate(0.86, 0.81, 0.9), met=True)
+    card = card_of(10, stop)
+    said = "It took 180 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept"
+    assert said in card.verdict
+    assert said in render_markdown(card)
+    assert values(card)["early"] == {
+        **{"gate": 0.8, "met": True, "level": 0.05, "facts": 180, "known": 150, "of": 4021},
+        **{"kept": 0.86, "kept_interval": [0.81, 0.9]},
+    }
+    assert any("only until it was known whether 80 %" in warning for warning in card.comparisons[0].warnings)
+    assert values(card_of(10))["early"] is None

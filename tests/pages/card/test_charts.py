@@ -1,0 +1,191 @@
+"""Charts are well-formed, follow the page's colours, and show names as they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from compressknow.base.format import plain, share
+from compressknow.comparison.records import Counts, Estimate, Group
+from compressknow.evaluate.records import NoiseFloor
+from compressknow.pages.card.charts import chart_costs, chart_setups, split_setups
+from compressknow.pages.card.method import find_rounding_kept
+from compressknow.pages.card.pages import render_html
+from compressknow.pages.card.sections.facts import chart_popularity
+from compressknow.pages.records import Comparison, name_models
+from tests.pages.card.cards import POPULARITY, card_of_several, group
+from tests.pages.hostile import TEXTS
+
+
+def bins(name: str = "{}") -> tuple[Group, ...]:
+    return tuple(group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
+
+
+def texts(chart: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(chart).iter("text")]
+
+
+def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
+    chart = chart_popularity(groups, name)
+    assert chart is not None
+    return chart.svg(id)
+
+
+def drawn(name: str | None = None) -> tuple[str, ...]:
+    comparisons = card_of_several((20, 40)).comparisons
+    if name is not None:
+        comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
+    names = [plain(c.model.setup, 80) for c in comparisons]
+    return chart_setups(comparisons, names, "overview")
+
+
+def test_chart_has_the_bins_and_their_figures() -> None:
+    chart = popularity(bins(), "p1", "atlas")
+    assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
+    described = ElementTree.fromstring(chart).find("desc")
+    assert described is not None
+    assert described.text is not None
+    assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
+
+
+def test_fewer_than_two_bins_are_no_chart() -> None:
+    unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
+    assert chart_popularity((bins()[0], unknown), "atlas") is None
+    assert chart_popularity((), "atlas") is None
+
+
+def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
+    comparisons = card_of_several((20, 40)).comparisons
+    lines, others = split_setups(comparisons)
+    assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
+    assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
+    assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
+    by_amount, bars = drawn()
+    assert {"Att_GP", "All_GPQ", "40 %"} <= set(texts(by_amount))
+    assert {"Att_GQ", "97.8 %"} <= set(texts(bars))
+
+
+def test_every_comparison_is_in_one_chart_at_most() -> None:
+    comparisons = card_of_several((20, 40)).comparisons
+    twice = (*comparisons, *comparisons)
+    lines, others = split_setups(twice)
+    assert sum(len(line.points) for line in lines) + len(others) == len(twice)
+    assert len(name_models(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
+
+
+def test_many_bars_are_left_to_the_table() -> None:
+    comparisons = card_of_several((20, 40)).comparisons[:1] * 20
+    comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
+    assert chart_setups(comparisons, ["x"] * 20, "overview") == ()
+    assert len(chart_setups(comparisons[:5], ["x"] * 5, "overview")) == 1
+
+
+def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
+    """Several compressed models, of two probes that have these noise floors."""
+    comparisons = card_of_several((20, 40)).comparisons
+    return tuple(
+        replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
+        for c in comparisons
+    )
+
+
+def test_speeds_say_in_what_they_were_measured() -> None:
+    card = card_of_several()
+    sized, timed = chart_costs(card, name_models(card))
+    assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
+    assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
+    (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
+    kept = card.comparisons[int(mark.label) - 1].kept
+    assert mark.kept == kept
+    assert f"({share(kept.low).removesuffix(' %')} to {share(kept.high)})" in mark.told
+    assert '<th scope="col">Timed in</th>' in render_html(card)
+
+
+def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:
+    few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
+    comparisons = floors(few, many)
+    known = [probe.counts.known_before for probe in comparisons[0].probes]
+    kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
+    for chart in chart_setups(comparisons, name_models(card_of_several((20, 40))), "overview"):
+        assert "rounding alone" in texts(chart)
+        assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
+    nothing_known = replace(few, known=0, lost=0)
+    for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
+        made = floors(*lacking)
+        assert find_rounding_kept(made[0].probes) is None
+        assert "rounding" not in "".join(chart_setups(made, name_models(card_of_several((20, 40))), "overview"))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_names_stay_text(text: str) -> None:
+    shown = popularity(bins(text + "{}"), "p1", text)
+    harmless = popularity(bins("harmless {}"), "p1", "atlas")
+    tags = [[element.tag for element in ElementTree.fromstring(chart).iter()] for chart in (shown, harmless)]
+    assert tags[0] == tags[1]
+    assert plain(text + "top 20 %", 16) in texts(shown)
+    assert plain(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
+    if "%" not in text:
+        assert len(drawn(text)) == 1
+
+
+def test_dollar_signs_are_no_formula() -> None:
+    chart = popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
+    assert plain("$x^2$ \\$ top 20 %", 16) in texts(chart)
+
+
+def test_colours_are_classes_and_nothing_is_styled_inline() -> None:
+    for chart in drawn():
+        root = ElementTree.fromstring(chart)
+        for element in root.iter():
+            assert "style" not in element.attrib
+            assert not [value for value in element.attrib.values() if re.fullmatch("#[0-9a-f]{6}", value)]
+            assert set(element.get("class", "").split()) <= {
+                "chart",
+                *(f"{kind}-{name}" for kind in "fs" for name in "ink muted rule paper c1 c2 c3 c4 c5 c6".split()),
+            }
+        assert not root.findall(".//style")
+        assert not root.findall(".//metadata")
+
+
+def test_ids_begin_with_that_of_the_chart_and_every_reference_resolves() -> None:
+    for id in ("p1", "p2"):
+        chart = popularity(bins(), id, "atlas")
+        ids = re.findall(r' id="(.*?)"', chart)
+        assert len(ids) == len(set(ids))
+        assert all(each.startswith(id) for each in ids)
+        assert set(re.findall(r'href="#(.*?)"', chart)) | set(re.findall(r"url\(#(.*?)\)", chart)) <= set(ids)
+
+
+def test_same_figures_give_the_same_bytes_in_another_process() -> None:
+    code = "from tests.pages.card.test_charts import *; print(popularity(bins(), 'p1', 'atlas'), *drawn())"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert "matplotlib" not in runs[0].lower()
+
+
+def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
+    code = "import sys, compressknow.pages.card.pages; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
+    card = card_of_several()
+    names = name_models(card)
+    assert [chart.rounding for chart in chart_costs(card, names)] == [
+        find_rounding_kept(card.comparisons[0].probes)
+    ] * 2
+    assert "The dotted one is what rounding alone keeps." in render_html(card)
+    assert "The line across the charts shows what rounding alone keeps" in render_html(card)
+    untold = tuple(
+        replace(each, probes=tuple(replace(probe, noise_floor=None) for probe in each.probes))
+        for each in card.comparisons
+    )
+    assert "what rounding alone keeps" not in render_html(replace(card, comparisons=untold))

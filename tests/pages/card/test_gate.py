@@ -1,0 +1,229 @@
+"""Gates: who meets them, in all their forms, what a machine that builds reads of them, and what is recommended."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
+from compressknow.comparison.intervals import proportion
+from compressknow.pages.card.gate import (
+    check_gates,
+    check_names,
+    hold_to_gates,
+    parse_gates,
+    render_job_summary,
+    render_junit,
+)
+from compressknow.pages.card.make import make_card
+from compressknow.pages.records import Card
+from tests.pages.answering import answers, entry, model, run, sides
+from tests.pages.card.test_make import card_of
+
+
+def held(card: Card, *given: Any, strict: bool = False) -> None:
+    hold_to_gates(card, card, parse_gates(given), strict=strict)
+
+
+class TestGate:
+    def test_met_exactly(self) -> None:
+        held(card_of(95, 5), 0.95)
+
+    def test_not_met_by_a_hair(self) -> None:
+        with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.995 %\)"):
+            held(card_of(18_999, 1001), 0.95)
+
+    def test_every_model_is_held_to_it(self) -> None:
+        original, good = run(sides(95, 5))
+        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+        with pytest.raises(GateNotMet, match=r"is kept: Att_GP 60% keeps 20 of 100"):
+            held(make_card(original, [good, bad]), 0.9)
+
+    def test_nothing_known_does_not_pass(self) -> None:
+        with pytest.raises(GateNotMet, match="knew none of 10 facts") as caught:
+            held(card_of(0, 0, 0, 10), 0)
+        assert caught.value.exit_code == 3
+
+    def test_a_strict_gate_is_met_or_missed_by_the_whole_interval(self) -> None:
+        held(card_of(950, 50), 0.9, strict=True)
+        with pytest.raises(GateNotMet, match="Less than 99 %"):
+            held(card_of(950, 50), 0.99, strict=True)
+
+    @pytest.mark.parametrize("fail_under", [0.9, 0.95])
+    def test_a_strict_gate_within_the_interval_cannot_be_told_yet(self, fail_under: float) -> None:
+        with pytest.raises(GateUndecided, match=r"cannot be told yet whether 9.* keeps 92 of 100") as caught:
+            held(card_of(92, 8), fail_under, strict=True)
+        assert caught.value.exit_code == 4
+        assert re.search("about [0-9,]+ that the original knows would tell", str(caught.value))
+
+    def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
+        before, after = sides(950, 50)
+        # All lost facts are of two relations of twelve.
+        relations = [f"relation-{number % 10 if number < 950 else 10 + number % 2}" for number in range(1000)]
+        rows = [
+            [replace(row, relation=relation) for row, relation in zip(side, relations, strict=True)]
+            for side in (before, after)
+        ]
+        original, compressed = run(rows)
+        card = make_card(original, [compressed])
+        assert proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
+        held(card, 0.93)
+        with pytest.raises(GateUndecided, match="keeps 950 of 1,000"):
+            held(card, 0.93, strict=True)
+
+    def test_one_that_misses_a_strict_gate_counts_more_than_one_that_is_unsure(self) -> None:
+        original, unsure = run(sides(95, 5))
+        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+        with pytest.raises(GateNotMet):
+            held(make_card(original, [unsure, bad]), 0.93, strict=True)
+
+    def test_a_strict_gate_needs_a_gate(self) -> None:
+        with pytest.raises(UsageError, match="--strict needs a gate"):
+            check_gates((), strict=True)
+
+    def test_percent_given_for_a_share(self) -> None:
+        with pytest.raises(UsageError, match="between 0 and 1: 95"):
+            held(card_of(5), 95)
+
+    def test_a_gate_of_a_domain(self) -> None:
+        rows = [[*one, *other] for one, other in zip(sides(95, 5, subject="arts"), of_science(6, 4), strict=True)]
+        original, compressed = run(rows)
+        card = make_card(original, [compressed])
+        held(card, 0.9, "arts=95%")
+        with pytest.raises(GateNotMet, match=r"Less than 85 % of science is kept: Overall_GQ keeps 6 of 10 of science"):
+            held(card, 0.9, "science=0.85")
+        with pytest.raises(GateNotMet, match=r"Less than what --fail-under asks is kept: .*; .*science"):
+            held(card, 0.99, "science=0.85")
+        with pytest.raises(GateUndecided, match="whether 65 % of science is kept"):
+            held(card, "science=0.65", strict=True)
+        with pytest.raises(UsageError, match=r"no facts of a domain or relation sciences(.|\n)*Did you mean science"):
+            check_names(card, parse_gates("sciences=0.9"))
+        check_names(card, parse_gates([0.9, "science=0.85", f"{original.answers[0].relation}=1"]))
+
+    @pytest.mark.parametrize("given", ["science=", "=1.2", "95", "many", "science=often", -0.1])
+    def test_what_is_no_gate(self, given: Any) -> None:
+        with pytest.raises(UsageError, match="must be between 0 and 1"):
+            parse_gates(given)
+
+    def test_the_same_gate_twice(self) -> None:
+        with pytest.raises(UsageError, match="given twice for science"):
+            parse_gates(["science=0.9", "science=0.8"])
+
+    @pytest.mark.parametrize("given", [["science=0.9"], [0.9, "science=0.9"]])
+    def test_one_gate_of_all_facts_is_decided_early(self, given: list[Any]) -> None:
+        with pytest.raises(UsageError, match="--early decides one gate, of all facts"):
+            check_gates(parse_gates(given), early=True)
+
+
+def of_science(both: int, lost: int) -> tuple[list[Any], ...]:
+    rows = sides(both, lost, subject="science", relation="boils")
+    return tuple([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in rows)
+
+
+class TestForMachines:
+    def test_junit_has_a_case_a_gate(self) -> None:
+        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+        gates = parse_gates([0.8, "science=0.65"])
+        suites = ElementTree.fromstring(render_junit(make_card(original, [compressed]), gates, strict=True).encode())
+        (suite,) = suites
+        assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("Overall_GQ", "2", "1")
+        met, undecided = suite.findall("testcase")
+        assert (met.get("name"), met.find("failure")) == ("keeps at least 80 %", None)
+        failure = undecided.find("failure")
+        assert failure is not None
+        assert failure.get("type") == "GateUndecided"
+        assert str(failure.get("message")).startswith("6 of 10, 60.0 %")
+
+    def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
+        original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
+        card = make_card(original, [compressed])
+        summary = render_job_summary(card, parse_gates(0.9), strict=False)
+        assert len(summary.splitlines()) <= 22
+        assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
+        assert "<b>" not in summary
+        assert "[x](http" not in summary
+        hidden = render_job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
+        assert "Forgotten" not in hidden
+
+
+def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:
+    """A card of models that keep so many of the facts, of so many bytes."""
+    compressed = [
+        answers(
+            sides(number, facts - number)[1],
+            model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
+        )
+        for place, (number, size) in enumerate(zip(kept, sizes, strict=True))
+    ]
+    return make_card(answers(sides(facts)[0]), compressed, **asked)
+
+
+class TestDecision:
+    def test_the_smallest_that_meets_the_gate(self) -> None:
+        card = several(199, 195, 180, sizes=(300_000, 200_000, 100_000), gates=parse_gates(0.95))
+        assert card.decision is not None
+        assert card.decision.place == 1
+        assert card.decision.reason == (
+            "Take keeps 195 (200.0 kB): it is the smallest of 2 models that keep at least 95 %. It keeps 97.5 % "
+            "(94.3 to 98.9 %). No test tells it from keeps 199 (300.0 kB)."
+        )
+        told = card.to_dict()["recommended"]
+        assert (told["model"], told["place"]) == ("2. keeps 195", 1)
+        assert [each["beaten_by"] for each in told["standings"]] == [None, None, None]
+
+    def test_a_strict_gate_asks_for_the_interval(self) -> None:
+        card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95), strict=True)
+        assert card.decision is not None
+        assert card.decision.reason.startswith("Take keeps 199 (300.0 kB): it is the only model that keeps at least 95")
+
+    def test_nothing_that_misses_the_gate_is_recommended(self) -> None:
+        card = several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
+        assert card.decision is not None
+        assert card.decision.place is None
+        assert card.decision.reason.startswith("No model keeps at least 95 %: none is recommended. keeps 150 keeps")
+
+    def test_within_so_many_bytes(self) -> None:
+        card = several(199, 192, sizes=(300_000, 200_000), within=250_000)
+        assert card.decision is not None
+        assert (card.decision.place, "of 250.0 kB at most" in card.decision.reason) == (1, True)
+        none = several(199, 192, sizes=(300_000, 200_000), within=1000).decision
+        assert none is not None
+        assert none.reason.startswith("No model has 1.0 kB at most: none is recommended. The smallest, keeps 192, has")
+
+    def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
+        floor = {"n": 200, "changed": 2, "known": 200, "lost": 2, "gained": 0, "kl_mean": None, "computed_in": "bf16"}
+        before = answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)})
+        models = [
+            answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
+            for kept in (199, 197, 150)
+        ]
+        decision = make_card(before, models).decision
+        assert decision is not None
+        assert (
+            "it is the smallest of 2 models whose intervals reach what rounding alone keeps (99.0 %)" in decision.reason
+        )
+        worse = make_card(before, models[2:] + models[2:]).decision
+        assert worse is not None
+        assert "none keeps what rounding alone keeps (99.0 %); it is the" in worse.reason
+
+    def test_what_a_smaller_model_beats_and_how_surely(self) -> None:
+        decision = several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision
+        assert decision is not None
+        sure, best, near = decision.standings
+        assert (sure.beaten_by, sure.is_surely_beaten) == (1, True)
+        assert (best.beaten_by, best.alike) == (None, (2,))
+        assert (near.beaten_by, near.is_surely_beaten) == (1, False)
+
+    def test_a_model_that_computes_no_numbers_is_not_recommended(self) -> None:
+        known = answers(sides(200)[0])
+        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
+        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=2000))
+        decision = make_card(known, [broken, sound]).decision
+        assert decision is not None
+        assert decision.place == 1

@@ -1,0 +1,69 @@
+"""Grades: exact, by school subject over all probes, with their uncertainty."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressknow.comparison.paired import compare_probe
+from compressknow.comparison.records import Counts
+from compressknow.pages.card.verdict import find_grade, grade_domains
+from tests.pages.answering import answer, entry, sides
+
+
+@pytest.mark.parametrize(
+    ("kept", "known", "grade"),
+    [
+        (100, 100, "A+"),
+        (99, 100, "A+"),
+        (98_999, 100_000, "A"),
+        (97, 100, "A"),
+        (969, 1000, "B"),
+        (93, 100, "B"),
+        (929, 1000, "C"),
+        (85, 100, "C"),
+        (849, 1000, "D"),
+        (70, 100, "D"),
+        (699, 1000, "F"),
+        (0, 5, "F"),
+        (0, 0, "-"),
+    ],
+)
+def test_thresholds_are_exact(kept: int, known: int, grade: str) -> None:
+    assert find_grade(kept, known) == grade
+
+
+def test_a_subject_is_graded_over_all_probes() -> None:
+    probes = [compare_probe(*sides(both=8, lost=2), entry(), entry()) for _ in range(2)]
+    (grade,) = grade_domains(probes)
+    assert (grade.subject, grade.counts, grade.grade) == ("geography", Counts(16, 4), "D")
+
+
+def test_subjects_in_the_order_of_the_report_card_and_tasks_after_them() -> None:
+    rows = [answer(n, True, subject=s) for n, s in enumerate(["boolq", "common sense", "geography"])]
+    graded = grade_domains([compare_probe(rows, rows, entry(), entry())])
+    assert [grade.subject for grade in graded] == ["geography", "common sense", "boolq"]
+
+
+def test_few_facts_leave_the_grade_unsure() -> None:
+    (grade,) = grade_domains([compare_probe(*sides(both=19, lost=1), entry(), entry())])
+    assert (grade.grade, grade.unsure, grade.range) == ("B", True, "A+ to D")
+
+
+def test_many_facts_make_it_sure() -> None:
+    (grade,) = grade_domains([compare_probe(*sides(both=1000), entry(), entry())])
+    assert (grade.grade, grade.unsure, grade.range) == ("A+", False, None)
+
+
+def test_nothing_known_is_not_graded() -> None:
+    (grade,) = grade_domains([compare_probe(*sides(neither=5), entry(), entry())])
+    assert (grade.grade, grade.unsure, grade.range) == ("-", False, None)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_grade_lies_within_its_range(both: int, lost: int) -> None:
+    order = ["A+", "A", "B", "C", "D", "F"]
+    for grade in grade_domains([compare_probe(*sides(both, lost), entry(), entry(), probe="atlas")]):
+        best, worst = (grade.range or f"{grade.grade} to {grade.grade}").split(" to ")
+        assert order.index(best) <= order.index(grade.grade) <= order.index(worst)

@@ -1,0 +1,240 @@
+"""The page is whole, says what the card says, and no text can break out of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from compressknow.base.format import plain
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_html
+from compressknow.pages.pages import isolate
+from compressknow.pages.records import Card
+from tests.pages.answering import run, sides
+from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
+from tests.pages.hostile import TEXTS, hostile, numbered
+from tests.pages.pages import Element, read
+
+GOLDEN = Path(__file__).parent / "golden" / "report.html"
+CARDS: dict[str, Callable[[], Card]] = {
+    "one": card_of_one,
+    "several": lambda: card_of_several((20, 40)),
+    "nothing": card_of_nothing,
+}
+
+
+@pytest.fixture(params=sorted(CARDS), scope="module")
+def html(request: pytest.FixtureRequest) -> str:
+    return render_html(CARDS[request.param]())
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Element:
+    return read(html)
+
+
+def without_charts(html: str) -> str:
+    # What a chart is made of depends on the version of matplotlib.
+    return re.sub(r'<svg class="chart".*?</svg>', "<svg></svg>", html, flags=re.DOTALL)
+
+
+def with_class(page: Element, tag: str, name: str) -> list[Element]:
+    return [element for element in page.all(tag) if name in element.attributes.get("class", "").split()]
+
+
+def test_page_is_as_in_the_golden_file() -> None:
+    golden = GOLDEN.read_text(encoding="utf-8")
+    assert without_charts(render_html(card_of_one())) == without_charts(golden), (
+        "run tools/golden.py where the change is meant"
+    )
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_same_card_gives_the_same_bytes(name: str) -> None:
+    assert render_html(CARDS[name]()) == render_html(CARDS[name]())
+
+
+def test_first_screen_says_what_was_kept() -> None:
+    page = read(render_html(card_of_one()))
+    assert page.one("h1").text == "89.4 % of its knowledge kept"
+    grades = with_class(page, "table", "grades")[0]
+    rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in grades.all("tr")]
+    assert rows[0] == ["Domain", "Known before", "Kept", "Grade"]
+    assert rows[1] == ["geography", "413 of 563", "92.3 % (89.3 to 94.5 %)", "C B to C"]
+    assert rows[-1] == ["All domains", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
+
+
+def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> None:
+    made = card_of_one()
+    page = read(render_html(made))
+    (mark,) = with_class(page, "path", "rounding")
+    assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
+    assert mark.attributes["d"] == "M98.6 -4V12"
+    said = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, by 424 facts"
+    assert said in page.one("main").text
+    probes = (replace(made.comparisons[0].probes[0], noise_floor=None), *made.comparisons[0].probes[1:])
+    without = render_html(replace(made, comparisons=(replace(made.comparisons[0], probes=probes),)))
+    assert 'class="rounding"' not in without
+    assert "what rounding alone keeps" not in without
+
+
+def test_card_made_from_answers_is_a_page() -> None:
+    original, compressed = run(sides(140, 15, 2, 60))
+    page = read(render_html(make_card(original, [compressed], command="compressknow report a b")))
+    assert page.one("h1").text == "90.3 % of its knowledge kept"
+    assert [len(table.all("tr")) - 1 for table in with_class(page, "table", "facts")] == [15, 2]
+
+
+def test_overview_has_the_accuracy_that_each_probe_reports() -> None:
+    page = read(render_html(card_of_several((20,))))
+    original = page.all("table")[0].all("tbody")[0].all("td")
+    # Over facts for atlas; the mean over relations for ConceptNet.
+    assert [cell.text for cell in original][7:9] == ["65.5 %", "58.7 %"]
+
+
+def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each() -> None:
+    page = read(render_html(card_of_several()))
+    assert re.fullmatch(r"27 compressed models keep [\d.]+ to [\d.]+ % of the knowledge", page.one("h1").text)
+    overview = next(table for table in page.all("table") if table.one("caption").text.startswith("Every"))
+    rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in overview.all("tr")]
+    assert rows[1][:3] == ["original", "269.0 MB", ""]
+    assert rows[2][:2] == ["1. Att_GP 10%", "269.0 MB"]
+    assert len(rows) == 2 + 27
+    assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
+
+
+def test_every_link_leads_to_an_id_and_ids_are_unique(page: Element) -> None:
+    ids = [element.attributes["id"] for element in page.all() if "id" in element.attributes]
+    assert [id for id, times in Counter(ids).items() if times > 1] == []
+    for element in page.all():
+        for name in ("href", "xlink:href"):
+            link = element.attributes.get(name)
+            assert link is None or link == "data:," or (link.startswith("#") and link[1:] in ids), link
+        labels = element.attributes.get("aria-labelledby", "").split()
+        assert set(labels) <= set(ids)
+        for reference in re.findall(r"url\(#(.*?)\)", " ".join(element.attributes.values())):
+            assert reference in ids
+
+
+def test_policy_allows_only_this_style_sheet_and_this_script(page: Element) -> None:
+    policy = next(meta for meta in page.all("meta") if "http-equiv" in meta.attributes).attributes["content"]
+    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+        digest = base64.b64encode(hashlib.sha256(page.one(tag).text.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+
+
+def test_nothing_on_the_page_needs_what_the_policy_forbids(page: Element) -> None:
+    for element in page.all():
+        assert not {"style", "src", "srcset", "action"} & set(element.attributes)
+        assert not [name for name in element.attributes if name.startswith("on")]
+    assert not re.search(r"@import|url\(", page.one("style").text)
+
+
+def test_headings_go_down_in_order_from_one_h1(page: Element) -> None:
+    levels = [int(element.tag[1]) for element in page.all() if re.fullmatch(r"h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+
+
+def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
+    for table in page.all("table"):
+        assert table.one("caption").text
+        widths = {len([cell for cell in row.children if isinstance(cell, Element)]) for row in table.all("tr")}
+        assert len(widths) == 1, table.one("caption").text
+        assert {header.attributes.get("scope") for header in table.all("th")} == {"row", "col"}
+    regions = [element.attributes for element in page.all() if element.attributes.get("role") == "region"]
+    assert all(region["tabindex"] == "0" for region in regions)
+    assert max(Counter(region["aria-label"] for region in regions).values()) == 1
+
+
+def test_charts_have_a_name_and_a_description(page: Element) -> None:
+    charts = with_class(page, "svg", "chart")
+    for chart in charts:
+        assert chart.attributes["role"] == "img"
+        assert chart.all("title")[0].text
+        assert "%" in chart.one("desc").text
+    others = [svg for svg in page.all("svg") if svg not in charts]
+    assert all(svg.attributes.get("aria-hidden") == "true" for svg in others)
+
+
+def test_page_is_whole_without_javascript(page: Element) -> None:
+    assert not page.all("noscript")
+    assert not page.all("button")
+    assert not [element for element in page.all() if "hidden" in element.attributes]
+    assert with_class(page, "table", "grades")
+
+
+def test_facts_beyond_the_first_are_folded_and_beyond_the_limit_counted() -> None:
+    page = read(render_html(card_of_one(lost=612, gained=3)))
+    lost = with_class(page, "table", "facts")
+    assert [len(table.all("tr")) - 1 for table in lost] == [20, 480, 3]
+    assert "480 more" in [summary.text for summary in page.all("summary")]
+    assert "112 more are in the JSON of this report" in page.text
+
+
+def test_facts_are_left_out_on_request() -> None:
+    card = card_of_one()
+    html = render_html(replace(card, show_facts=False))
+    assert html.count("The text of the facts was left out on request.") == 2
+    for fact in (*card.comparisons[0].lost, *card.comparisons[0].gained):
+        assert plain(fact.prompt.replace("[MASK]", "___")) not in html
+    for text in ("Ljubljana", "Zagreb", "Naypyidaw"):
+        assert text not in html
+
+
+def test_missing_figures_are_dashes_with_a_reason() -> None:
+    page = read(render_html(card_of_nothing()))
+    assert page.one("h1").text == "There was no knowledge to keep"
+    assert "Knowledge kept: the original knew none of the facts." in page.text
+    assert "None" not in re.sub(r"None\.", "", page.one("main").text)
+    assert "nan" not in page.one("main").text
+
+
+def test_sizes_are_below_their_limits() -> None:
+    assert len(render_html(card_of_one(lost=100)).encode()) < 300_000
+    forty = card_of_several(amounts=(10, 20, 30, 40, 50, 60))
+    assert len(forty.comparisons) == 39
+    assert len(render_html(forty).encode()) < 1_000_000
+    twenty = [replace(each, probes=each.probes[:1]) for each in forty.comparisons[:20]]
+    assert len(render_html(replace(forty, comparisons=tuple(twenty))).encode()) < 405_000
+
+
+def of_three() -> Card:
+    several = card_of_several((20, 40))
+    return replace(several, comparisons=several.comparisons[:3])
+
+
+@pytest.mark.parametrize("make", [card_of_one, of_three], ids=["one", "several"])
+def test_hostile_text_stays_text(make: Callable[[], Card]) -> None:
+    harmless = read(render_html(numbered(make(), "harmless"))).shape
+    for text in TEXTS:
+        html = render_html(numbered(make(), text))
+        page = read(html)
+        assert page.shape == harmless, text
+        assert plain(text, 60)[:30] in page.one("main").text
+        assert plain(text, 60)[:30] in page.one("head").one("title").text
+        html.encode("utf-8")
+
+
+def test_nothing_unseen_reaches_the_page() -> None:
+    html = render_html(hostile(card_of_one(), TEXTS[6]))
+    assert [c for c in html if not c.isprintable() and c != "\n"] == []
+    assert "⟨U+202E⟩gnikcattA⟨U+2066⟩" in html
+
+
+def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
+    card = replace(card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts.")
+    verdict = with_class(read(render_html(card)), "p", "verdict")[0]
+    assert verdict.one("bdi").text == "שלום עולם"
+    assert str(isolate("a & b")) == "a &amp; b"

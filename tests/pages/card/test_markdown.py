@@ -1,0 +1,116 @@
+"""The Markdown says what the page says, in tables that no text can break."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from compressknow.base.format import plain
+from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.records import Card
+from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
+from tests.pages.hostile import TEXTS, numbered
+from tests.pages.pages import Element, read
+
+GOLDEN = Path(__file__).parent / "golden" / "report.md"
+CARDS: dict[str, Callable[[], Card]] = {
+    "one": card_of_one,
+    "several": lambda: card_of_several((20, 40)),
+    "nothing": card_of_nothing,
+}
+
+
+def parse(text: str) -> list[Token]:
+    parser = MarkdownIt("gfm-like", {"linkify": False})
+    return [part for token in parser.parse(text) for part in [token, *(token.children or [])]]
+
+
+def rendered(text: str) -> Element:
+    return read(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(text))
+
+
+def tables(root: Element) -> list[list[list[str]]]:
+    return [
+        [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
+        for table in root.all("table")
+    ]
+
+
+def shape(text: str) -> list[tuple[str, str]]:
+    # Isolates and the text itself are `text`; how many pieces it is in does not matter.
+    kinds = [(token.type, token.tag) for token in parse(text) if token.type not in ("text", "text_special")]
+    return [kind for kind in kinds if kind[0] != "softbreak"]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_same_card_gives_the_same_text(name: str) -> None:
+    text = render_markdown(CARDS[name]())
+    assert text == render_markdown(CARDS[name]())
+    assert text.endswith("\n")
+    assert "\n\n\n" not in text
+
+
+def test_text_is_as_in_the_golden_file() -> None:
+    golden = GOLDEN.read_text(encoding="utf-8")
+    assert render_markdown(card_of_one()) == golden, "run tools/golden.py where the change is meant"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_row_has_the_cells_of_its_header(name: str) -> None:
+    text = render_markdown(CARDS[name]())
+    for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if line.startswith("|") and after.startswith("|"):
+            assert line.replace("\\|", "").count("|") == after.replace("\\|", "").count("|"), line
+    assert tables(rendered(text))
+
+
+@pytest.mark.parametrize("name", ["one", "nothing"])
+def test_tables_are_those_of_the_page(name: str) -> None:
+    card = CARDS[name]()
+    page = read(render_html(card))
+    in_page = {table.one("caption").text: table for table in page.all("table")}
+    in_text = tables(rendered(render_markdown(card)))
+    for caption, first_column in (("All figures of each probe", "Figure"), ("atlas by relation", "Relation")):
+        rows = [
+            [cell.text for cell in row.children if isinstance(cell, Element) and not cell.all("svg")]
+            for row in in_page[caption].all("tr")
+        ]
+        told = next(table for table in in_text if table[0][0] == first_column)
+        assert [[cell for cell in row if cell] for row in rows] == told
+
+
+def test_facts_are_limited_and_the_rest_counted() -> None:
+    text = render_markdown(card_of_one(lost=60, gained=3))
+    assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
+    assert "10 more are in the JSON of this report" in text
+
+
+def test_facts_are_left_out_on_request() -> None:
+    text = render_markdown(replace(card_of_one(), show_facts=False))
+    assert text.count("The text of the facts was left out on request.") == 2
+    for fact in ("Ljubljana", "Zagreb", "Naypyidaw", "The capital of"):
+        assert fact not in text
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_hostile_text_stays_text(name: str) -> None:
+    card = CARDS[name]()
+    card = replace(card, comparisons=card.comparisons[:3])
+    harmless = shape(render_markdown(numbered(card, "harmless")))
+    for text in TEXTS:
+        shown = render_markdown(numbered(card, text))
+        assert shape(shown) == harmless, text
+        assert not {token.type for token in parse(shown)} & {"link_open", "image", "html_inline", "html_block", "hr"}
+        assert plain(text, 60)[:30].strip() in re.sub("[\u2068\u2069]", "", rendered(shown).text)
+        shown.encode("utf-8")
+
+
+def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
+    text = render_markdown(replace(card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts."))
+    assert "\u2068שלום עולם\u2069 20% still knows" in text

@@ -1,0 +1,197 @@
+"""What a card says first: that a model was made from another original, or changed since it was converted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compressknow
+from compressknow.cli import main
+from compressknow.engine.contents import read_contents
+from compressknow.engine.identity import locate
+from compressknow.pages.card.make import make_card
+from tests.engine.gguf_files import F32, write_gguf
+from tests.knowing import facts_file, knowing
+from tests.pages.answering import ORIGINAL_HASH, answers, model, run, sides
+
+CHANGED = "changed since it was converted: run `compressknow verify`"
+NOT_MADE_FROM = "was not made from"
+SETTINGS = compressknow.Settings(noise_floor=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two Llamas of one architecture, `first` and `second`, a conversion of the first, and its answers."""
+    folder = tmp_path_factory.mktemp("place")
+    facts_file(folder / "facts.jsonl")
+    knowing("llama", folder / "first")
+    shutil.copytree(folder / "first", folder / "second")
+    weights = load_file(folder / "second" / "model.safetensors")
+    save_file({n: w * 1.01 for n, w in weights.items()}, folder / "second" / "model.safetensors", {"format": "pt"})
+    compressknow.convert(folder / "first", folder / "converted", scope="attention", prune=0.1, quantize="int8")
+    return folder
+
+
+@pytest.fixture
+def converted(place: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(place / "converted", tmp_path / "converted")
+
+
+@pytest.fixture
+def reported(place: Path, tmp_path: Path) -> Callable[[Path, Path], dict[str, Any]]:
+    """The report as JSON of an original and a compressed model."""
+
+    def reported(original: Path, compressed: Path) -> dict[str, Any]:
+        facts = [f"facts:{place / 'facts.jsonl'}"]
+        kept = place / "kept"
+        card = compressknow.report(original, compressed, facts, settings=SETTINGS, answers=kept)
+        values: dict[str, Any] = json.loads(json.dumps(card.to_dict()))
+        return values
+
+    return reported
+
+
+def test_the_original_that_it_was_made_from(place: Path, reported: Callable[[Path, Path], dict[str, Any]]) -> None:
+    (compared,) = reported(place / "first", place / "converted")["compressed"]
+    assert compared["source_matches"] is True
+    assert compared["model"]["changed"] is None
+    assert not [warning for warning in compared["warnings"] if NOT_MADE_FROM in warning or CHANGED in warning]
+
+
+def test_another_original_of_the_same_architecture(
+    place: Path, tmp_path: Path, reported: Callable[[Path, Path], dict[str, Any]]
+) -> None:
+    (compared,) = reported(place / "second", place / "converted")["compressed"]
+    assert compared["source_matches"] is False
+    assert compared["warnings"][0].startswith("converted was not made from second: its record names first (SHA-256 ")
+    facts = [f"facts:{place / 'facts.jsonl'}"]
+    compressknow.probe(place / "second", tmp_path / "answers", facts, settings=SETTINGS)
+    (compared,) = reported(tmp_path / "answers", place / "converted")["compressed"]
+    assert compared["source_matches"] is False
+
+
+def test_a_manifest_that_names_another_source_is_believed_over_what_was_kept(
+    place: Path, converted: Path, reported: Callable[[Path, Path], dict[str, Any]]
+) -> None:
+    reported(place / "first", converted)
+    path = converted / "compressknow.json"
+    manifest = json.loads(path.read_text())
+    manifest["source"]["files"]["model.safetensors"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    (compared,) = reported(place / "first", converted)["compressed"]
+    assert compared["source_matches"] is False
+    assert NOT_MADE_FROM in compared["warnings"][0]
+    assert CHANGED in compared["warnings"][1]
+
+
+def without_quantization(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def with_other_bits(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_bits": 8', '"num_bits": 4'))
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without_quantization,
+        with_other_bits,
+        lambda folder: with_tensors(folder, lambda tensors: tensors[SCALE].mul_(100)),
+        lambda folder: with_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
+        lambda folder: with_tensors(folder, lambda tensors: tensors.update({SCALE: tensors[SCALE].half()})),
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        lambda folder: (folder / "vocab.txt").write_text("a"),
+    ],
+    ids=["quantization", "bits", "scale", "a tensor more", "a dtype", "a file less", "a file more"],
+)
+def test_what_differs_from_the_manifest_is_seen_without_a_further_look(
+    converted: Path, change: Callable[[Path], object]
+) -> None:
+    assert not read_contents(locate(converted)).changed
+    change(converted)
+    assert read_contents(locate(converted)).changed
+
+
+def test_probe_and_report_say_first_that_a_folder_changed(
+    place: Path,
+    converted: Path,
+    tmp_path: Path,
+    reported: Callable[[Path, Path], dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_tensors(converted, lambda tensors: tensors[SCALE].mul_(100))
+    (compared,) = reported(place / "first", converted)["compressed"]
+    assert compared["model"]["changed"] is True
+    assert CHANGED in compared["warnings"][0]
+    words = ["probe", str(converted), "-o", str(tmp_path / "answers"), "-p", f"facts:{place / 'facts.jsonl'}"]
+    assert main(words) == 0
+    assert "Warning: converted changed since it was converted" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "answers" / "probe.json").read_text())
+    assert stored["model"]["changed"] is True
+
+
+def test_a_gguf_file_is_held_to_the_record_beside_it(place: Path, tmp_path: Path) -> None:
+    file = write_gguf(place / "first", tmp_path / "model.gguf", F32)
+    record = tmp_path / "model.gguf.json"
+    source = {"name": "first", "sha256": "1" * 64}
+    assert not read_contents(locate(file)).changed
+    record.write_text(json.dumps({"sha256": "0" * 64, "source": source}))
+    assert read_contents(locate(file)).changed
+    record.write_text("[]")
+    assert not read_contents(locate(file)).changed
+
+
+def test_an_export_of_a_conversion_was_made_from_the_original_too() -> None:
+    original, compressed = run(sides(20))
+    for source, matches in (
+        ({"sha256": ORIGINAL_HASH}, True),
+        ({"sha256": "c" * 64, "original_sha256": ORIGINAL_HASH}, True),
+        ({"sha256": "c" * 64, "original_sha256": "d" * 64}, False),
+        ({"sha256": "c" * 64}, False),
+        ({"name": "tiny-bert"}, None),
+        (None, None),
+    ):
+        made = answers(compressed.answers, model(sha256="e" * 64, source=source))
+        assert make_card(original, [made]).comparisons[0].source_matches is matches
+
+
+def test_two_exports_of_one_checkpoint_are_of_one_original() -> None:
+    original, compressed = run(sides(20))
+    source = {"name": "m", "sha256": "c" * 64}
+    pair = [
+        answers(s.answers, model(sha256=n * 64, source=source))
+        for n, s in zip("de", (original, compressed), strict=True)
+    ]
+    assert make_card(pair[0], pair[1:]).comparisons[0].source_matches is True
+
+
+def test_a_model_that_computes_no_numbers_is_not_to_be_deployed() -> None:
+    original, compressed = run(sides(240))
+    assert "deploy it" in make_card(original, [compressed]).comparisons[0].next
+    first, *others = compressed.answers
+    broken = replace(compressed, answers=(replace(first, logp_gold=math.nan), *others))
+    for pair in ((original, broken), (broken, original)):
+        said = make_card(pair[0], [pair[1]]).comparisons[0].next
+        assert said.startswith("Next: find a sound copy")

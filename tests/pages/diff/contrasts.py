@@ -1,0 +1,83 @@
+"""Comparisons of two checkpoints, made of records alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
+from compressknow.evaluate.gather import PairedAnswers
+from compressknow.pages.diff.make import make_behaviour, write_verdict
+from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.pages.records import Checkpoint
+from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
+
+MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")
+
+
+def tensor(stack: str | None, layer: int | None, module: str, error: float, group: str = "attention") -> TensorDiff:
+    """1,000 weights of energy 100, whose change has this relative error."""
+    return TensorDiff(
+        name=f"{stack}.block.{layer}.{module}.weight",
+        group=group,
+        stack=stack,
+        layer=layer,
+        module=module if layer is not None else None,
+        shape=(10, 100),
+        dtype_a="F32",
+        dtype_b="I8",
+        bytes_a=4000,
+        bytes_b=1040,
+        same_bytes=not error,
+        sums=Sums(1000, 0, 200, 100.0, 90.0, 100.0 * error**2, error),
+    )
+
+
+def make_diff(layers: int = 3) -> CheckpointDiff:
+    tensors = [
+        tensor(stack, layer, module, 0.0 if module == MODULES[2] else 0.01 * 2 ** (layer + len(stack) // 2 * i))
+        for stack in ("encoder", "decoder")
+        for layer in range(layers)
+        for i, module in enumerate(MODULES)
+    ]
+    tensors.append(tensor(None, None, "shared", 0.0, "not-linear"))
+    return CheckpointDiff(
+        "T5ForConditionalGeneration",
+        (ConfigChange("d_ff", "48", None), ConfigChange("rope.theta", '"x"', "5")),
+        (
+            StructureChange("a.weight", "retyped", "F32 [2, 2]", "I8 [2, 2]"),
+            StructureChange("b.weight", "retyped", "F32 [2, 3]", "I8 [2, 3]"),
+            StructureChange("c.weight", "added", "-", "F32 [7]"),
+            StructureChange("d.weight", "packed", "F32 [7]", "qweight I32"),
+        ),
+        tuple(tensors),
+    )
+
+
+def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> CheckpointComparison:
+    a = Checkpoint("tiny-t5", "main", ORIGINAL_HASH, 4_000_000, "F32")
+    b = Checkpoint(
+        "tiny-t5-int8", None, COMPRESSED_HASH, 1_100_000, "I8 + F32", "int8", "Overall_GQ", {"name": "tiny-t5"}
+    )
+    of_a, of_b = run(sides(140, 30, 2, 60))
+    behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
+    difference = make_diff(layers)
+    return CheckpointComparison(
+        verdict=write_verdict((a.name, b.name), False, difference, behaviour),
+        a=a,
+        b=b,
+        identical=False,
+        files=("tokenizer.json",),
+        difference=difference,
+        behaviour=behaviour,
+        warnings=("1 weight is packed.",),
+        show_facts=show_facts,
+        versions={"compressknow": "0.1.0"},
+        command="compressknow compare a b",
+    )
+
+
+def identical() -> CheckpointComparison:
+    """One checkpoint beside itself."""
+    found = comparison_of(facts=False)
+    verdict = write_verdict((found.a.name, found.b.name), True, None, None)
+    return replace(found, identical=True, difference=None, files=(), warnings=(), verdict=verdict)

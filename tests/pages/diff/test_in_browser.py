@@ -1,0 +1,51 @@
+"""The page of a comparison in a real browser: quiet, accessible, and never wider than the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from compressknow.pages.diff.pages import render_comparison_html
+from tests.pages.diff.contrasts import comparison_of
+from tests.pages.in_browser import overflow, overlapping, unfold, violations
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file: Path = tmp_path_factory.mktemp("pages") / "compare.html"
+    file.write_text(render_comparison_html(comparison_of()), encoding="utf-8")
+    return file.as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.goto(address)
+    unfold(page, 4)
+    assert violations(page) == []
+
+
+def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
+    page.goto(address)
+    unfold(page, 4)
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert overflow(page) <= 0, width
+        assert overlapping(page) == [], width
+    page.set_viewport_size({"width": 794, "height": 1123})  # A4
+    page.emulate_media(media="print")
+    assert overflow(page) <= 0
+
+
+def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:
+    page.goto(address)
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        colours.append(page.evaluate("getComputedStyle(document.querySelector('.heat rect.f-c1')).fill"))
+    assert colours[0] != colours[1]

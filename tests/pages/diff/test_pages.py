@@ -1,0 +1,255 @@
+"""The page of a comparison is whole, says what its records say, and no text can break out of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from compressknow.base.format import plain
+from compressknow.comparison.diff import CheckpointDiff
+from compressknow.pages.diff.make import list_warnings, write_verdict
+from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
+from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.pages.diff.tables import make_grid
+from compressknow.pages.records import Checkpoint
+from compressknow.pages.tradeoff import Grid, draw_heat_map
+from tests.pages.diff.contrasts import comparison_of, identical, make_diff
+from tests.pages.hostile import TEXTS
+from tests.pages.pages import Element, read
+
+MADE: dict[str, Callable[[], CheckpointComparison]] = {
+    "weights": lambda: comparison_of(facts=False),
+    "facts": comparison_of,
+    "no facts shown": lambda: comparison_of(show_facts=False),
+    "identical": identical,
+    "unread": lambda: replace(comparison_of(facts=False), difference=None),
+}
+
+
+@pytest.fixture(params=sorted(MADE), scope="module")
+def page(request: pytest.FixtureRequest) -> Element:
+    return read(render_comparison_html(MADE[request.param]()))
+
+
+def rows_of(page: Element, caption: str) -> list[list[str]]:
+    (table,) = [table for table in page.all("table") if table.one("caption").text == caption]
+    return [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
+
+
+def test_groups_layers_and_cells_say_their_figures() -> None:
+    page = read(render_comparison_html(comparison_of()))
+    assert rows_of(page, "What differs by group of layers")[1] == [
+        *("attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2 dB", "0.3200"),
+    ]
+    cells = rows_of(page, "Relative error by layer and module")
+    assert cells[0] == ["Layer", "q", "v", "wi"]
+    assert cells[1] == ["encoder 0", "0.0100", "0.0800", "0"]
+    assert [row[0] for row in cells[1:]] == [f"{side} {i}" for side in ("encoder", "decoder") for i in range(3)]
+    assert len(rows_of(page, "Linear weights by layer")) == 1 + 6
+
+
+def test_tensors_that_differ_come_first_that_differ_most() -> None:
+    rows = rows_of(read(render_comparison_html(comparison_of())), "Tensors that differ")
+    assert len(rows) == 1 + 12
+    errors = [float(row[5]) for row in rows[1:]]
+    assert errors == sorted(errors, reverse=True)
+    assert rows[1][1] == "F32 → I8"
+
+
+def test_structure_and_settings_are_told() -> None:
+    page = read(render_comparison_html(comparison_of(facts=False)))
+    assert rows_of(page, "Tensors that are not stored alike")[1:] == [
+        ["another type", "2", "F32", "I8", "a.weight, b.weight"],
+        ["only in B", "1", "-", "F32 [7]", "c.weight"],
+        ["packed: not compared", "1", "F32 [7]", "qweight I32", "d.weight"],
+    ]
+    assert rows_of(page, "Settings that differ")[1:] == [
+        ["d_ff", "48", "-"],
+        ["rope.theta", '"x"', "5"],
+        ["tokenizer.json", "differs", "differs"],
+    ]
+
+
+def test_both_directions_are_told() -> None:
+    page = read(render_comparison_html(comparison_of()))
+    figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
+    assert figures["Of what A knows, B keeps"].startswith("82.4 %")
+    assert figures["Of what B knows, A keeps"].startswith("98.6 %")
+    assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
+    assert page.one("h1").text == "B knows 82.4 % of what A knows"
+    assert "A answers" in [header.text for header in page.all("th")]
+
+
+@pytest.mark.parametrize("columns", [3, 12])
+def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(columns: int) -> None:
+    cells = tuple(tuple(0.001 * 1.3 ** (i + j) for j in range(columns)) for i in range(4))
+    drawn = read(
+        draw_heat_map(Grid(("a", "b", "c", "d"), tuple(f"m{j}" for j in range(columns)), cells), "map", "Errors") or ""
+    )
+    marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
+    assert len(marks) == 4 * columns
+    shades = [float(mark.attributes["opacity"]) for mark in marks[:columns]]
+    assert shades == sorted(shades)
+    assert shades[0] < shades[-1]
+    assert drawn.one("svg").attributes["role"] == "img"
+    assert "0.0010" in drawn.one("desc").text
+
+
+def test_what_did_not_change_and_what_is_not_there_is_no_shade_of_the_map() -> None:
+    drawn = read(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "map", "Errors") or "")
+    marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
+    assert [mark.attributes["class"] for mark in marks] == ["f-rule", "f-c1", "f-c1"]
+    assert draw_heat_map(Grid(("a",), ("m",), ((0.0,),)), "map", "Errors") is None
+
+
+def test_errors_far_below_the_largest_are_all_faint() -> None:
+    drawn = read(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "map", "Errors") or "")
+    marks = [mark.attributes["opacity"] for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_a_layer_without_a_module_has_no_figure_there() -> None:
+    difference = make_diff()
+    found = make_grid(replace(difference, tensors=difference.tensors[1:]))
+    assert found is not None
+    assert found.cells[0].count(None) == 1
+
+
+def test_every_link_leads_to_an_id_and_ids_are_unique(page: Element) -> None:
+    ids = [element.attributes["id"] for element in page.all() if "id" in element.attributes]
+    assert [id for id, times in Counter(ids).items() if times > 1] == []
+    for element in page.all():
+        link = element.attributes.get("href")
+        assert link is None or link == "data:," or (link.startswith("#") and link[1:] in ids), link
+        assert set(element.attributes.get("aria-labelledby", "").split()) <= set(ids)
+
+
+def test_the_page_asks_nothing_of_any_server(page: Element) -> None:
+    policy = next(meta for meta in page.all("meta") if "http-equiv" in meta.attributes).attributes["content"]
+    assert policy.startswith("default-src 'none';")
+    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+        digest = base64.b64encode(hashlib.sha256(page.one(tag).text.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    for element in page.all():
+        assert not {"style", "src", "srcset", "action"} & set(element.attributes)
+        assert not [name for name in element.attributes if name.startswith("on")]
+    assert not re.search(r"@import|url\(", page.one("style").text)
+
+
+def test_headings_go_down_in_order_and_tables_are_whole(page: Element) -> None:
+    levels = [int(element.tag[1]) for element in page.all() if re.fullmatch(r"h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+    for table in page.all("table"):
+        assert table.one("caption").text
+        widths = {len([cell for cell in row.children if isinstance(cell, Element)]) for row in table.all("tr")}
+        assert len(widths) == 1, table.one("caption").text
+    regions = Counter(e.attributes["aria-label"] for e in page.all() if e.attributes.get("role") == "region")
+    assert set(regions.values()) <= {1}
+
+
+def hostile(text: str) -> CheckpointComparison:
+    """A comparison with `text` for every name, setting and fact that comes from others."""
+    made = comparison_of()
+    assert made.difference is not None
+    assert made.behaviour is not None
+    difference, behaviour = made.difference, made.behaviour
+    numbered = (f"{i} {text}" for i in range(10_000))
+    return replace(
+        made,
+        a=replace(made.a, name=next(numbered), revision=text, dtype=text, setup=text, quantization=text),
+        b=replace(made.b, name=next(numbered), revision=text, dtype=text, setup=text, source={"name": text}),
+        files=(text,),
+        verdict=text,
+        warnings=(text,),
+        command=text,
+        versions={"x": text},
+        difference=CheckpointDiff(
+            text,
+            tuple(replace(change, key=next(numbered), a=text, b=text) for change in difference.config),
+            tuple(replace(change, name=next(numbered), a=text, b=text) for change in difference.structure),
+            tuple(
+                replace(t, name=next(numbered), module=t.module and f"{t.module[-1]} {text}", stack=t.stack)
+                for t in difference.tensors
+            ),
+        ),
+        behaviour=replace(
+            behaviour,
+            answers=tuple(
+                replace(row, prompt=text, gold=text, relation=text, top_a=(text,), top_b=(text, text))
+                for row in behaviour.answers
+            ),
+        ),
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_text_stays_text(text: str) -> None:
+    harmless = read(render_comparison_html(hostile("harmless"))).shape
+    html = render_comparison_html(hostile(text))
+    page = read(html)
+    assert page.shape == harmless
+    assert plain(text, 60)[:30] in page.one("main").text
+    assert [c for c in html if not c.isprintable() and c != "\n"] == []
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_text_stays_text_in_markdown(text: str) -> None:
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_comparison_markdown(hostile(text)))
+    inner = [child for token in tokens for child in (token.children or ())]
+    assert not {token.type for token in (*tokens, *inner)} & {"html_block", "html_inline", "link_open", "image"}
+    headings = [inline.content for token, inline in pairwise(tokens) if token.type == "heading_open"]
+    assert len(headings) == 11
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_markdown_and_json_say_the_verdict_and_json_holds_no_nan(name: str) -> None:
+    made = MADE[name]()
+    told: dict[str, Any] = diff_json(made)
+    assert json.loads(json.dumps(told, allow_nan=False)).keys() == told.keys()
+    assert told["verdict"] == made.verdict
+    assert " ".join(made.verdict.split()[:3]) in render_comparison_markdown(made).replace("\\", "")
+
+
+def test_verdicts() -> None:
+    difference = make_diff()
+    same = replace(difference, tensors=tuple(t for t in difference.tensors if t.same_bytes), structure=())
+    names = ("one", "two")
+    assert write_verdict(names, True, None, None).startswith("one and two are identical")
+    assert write_verdict(names, False, same, None) == (
+        "The weights of one and two are identical to the byte; only other files differ."
+    )
+    assert write_verdict(names, False, difference, None) == (
+        "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "
+        "(0.1232); 1 tensor is only in B, 1 tensor is packed in a form that cannot be compared."
+    )
+    assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
+
+
+def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
+    plain = comparison_of().a
+    smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
+
+    def told(a: Checkpoint, b: Checkpoint) -> list[str]:
+        return list(list_warnings(a, b, False, make_diff(), None))
+
+    assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1
+    assert sum("A was smoothed" in warning for warning in told(smoothed, rounded)) == 1
+    assert not any("was smoothed" in warning for warning in told(plain, rounded))
+
+
+def test_many_tensors_are_cut_and_counted() -> None:
+    page = read(render_comparison_html(comparison_of(facts=False, layers=200)))
+    assert len(rows_of(page, "Tensors that differ")) == 1 + 500
+    assert "300 more are in the JSON of this comparison" in page.text

@@ -1,0 +1,143 @@
+"""The model card says what was done, and nothing that it is given can break out of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from compressknow.pages.model_card import read_card_metadata, render_model_card
+from tests.pages.model_card.manifests import manifest
+
+GOLDEN = Path(__file__).parent / "golden"
+SOURCE_CARD = {
+    "license": "apache-2.0",
+    "language": ["en"],
+    "pipeline_tag": "text-generation",
+    "widget": [{"text": "x"}],
+}
+HOSTILE = "a`b|c]\n---\n# <script>alert(1)</script> ![x](https://example.org/p.png)"
+
+
+def hub_metadata(card: str) -> dict[str, Any]:
+    return ModelCard(card).data.to_dict()
+
+
+def code_blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+
+
+def with_architecture(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    plain = manifest(**changes)
+    return plain | {"source": plain["source"] | {"architecture": architecture, "model_type": model_type}}
+
+
+@pytest.mark.parametrize("scheme", ["int8", None])
+def test_card_is_as_in_the_golden_file(scheme: str | None) -> None:
+    card = render_model_card(manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
+    golden = GOLDEN / f"model_card_{scheme or 'pruned'}.md"
+    assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py where the change is meant"
+
+
+def test_hub_reads_the_front_matter() -> None:
+    card = render_model_card(manifest(), source_card_metadata=SOURCE_CARD)
+    assert hub_metadata(card) == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "base_model": "someone/tiny-llama",
+        "base_model_relation": "quantized",
+        "tags": ["compressknow", "pruning", "quantization", "int8", "compressed-tensors"],
+    }
+
+
+def test_local_source_has_the_base_model_that_its_card_names() -> None:
+    local = manifest(scheme=None)
+    local["source"] |= {"name": "my-folder", "revision": None}
+    assert "base_model" not in hub_metadata(render_model_card(local, source_card_metadata={}))
+    named = render_model_card(local, source_card_metadata={"base_model": ["someone/else"]})
+    assert hub_metadata(named)["base_model"] == ["someone/else"]
+    assert "base_model_relation" not in hub_metadata(named)
+
+
+def test_hostile_names_stay_text() -> None:
+    hostile = manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
+    hostile["source"] |= {"name": HOSTILE, "architecture": HOSTILE, "model_type": HOSTILE}
+    card = render_model_card(hostile, source_card_metadata={"license": HOSTILE, "language": {"a": object()}})
+    metadata, text = hub_metadata(card), ModelCard(card).text
+    assert metadata["license"] == " ".join(HOSTILE.split())
+    assert "language" not in metadata
+    tokens = [
+        part
+        for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+        for part in [token, *(token.children or [])]
+    ]
+    assert not {token.type for token in tokens} & {"link_open", "image", "html_inline", "html_block", "hr"}
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
+    assert any("<script>" in token.content for token in tokens if token.type == "code_inline")
+    for block in code_blocks(card, "python"):
+        ast.parse(block)
+
+
+def test_untied_head_is_named_with_its_cost() -> None:
+    card = render_model_card(
+        manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
+        source_card_metadata={},
+    )
+    assert "28.3 MB" in card
+    assert "`lm_head.weight`" in card
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "scheme", "expected"),
+    [
+        ("LlamaForCausalLM", "llama", "int8", True),
+        ("LlamaForCausalLM", "llama", None, True),
+        ("LlamaForCausalLM", "llama", "int8-paper", False),
+        ("LlamaForCausalLM", "llama", "int8-weights", True),
+        ("BertForMaskedLM", "bert", "int8", False),
+        ("BertLMHeadModel", "bert", "int8", False),
+        ("T5ForConditionalGeneration", "t5", "int8", False),
+    ],
+)
+def test_vllm_is_named_only_where_it_would_run(
+    architecture: str, model_type: str, scheme: str | None, expected: bool
+) -> None:
+    card = render_model_card(with_architecture(architecture, model_type, scheme=scheme), source_card_metadata={})
+    assert ("vllm serve" in card) is expected
+
+
+def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
+    card = render_model_card(with_architecture("T5ForConditionalGeneration", "t5"), source_card_metadata={})
+    assert "compressknow.load(" in card
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+    pruned = with_architecture("T5ForConditionalGeneration", "t5", scheme=None)
+    assert "compressknow.load(" not in render_model_card(pruned, source_card_metadata={})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "no front matter",
+        "---\n: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: mit\n",
+        "---\n" + "[" * 3000 + "\n---\n",
+    ],
+)
+def test_broken_source_card_counts_as_none(tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert read_card_metadata(tmp_path / "README.md") == {}
+    assert read_card_metadata(tmp_path / "missing.md") == {}
+
+
+def test_source_card_is_read(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n# Title\r\n---\r\n", newline="")
+    assert read_card_metadata(tmp_path / "README.md") == {"license": "mit"}

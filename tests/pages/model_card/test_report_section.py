@@ -1,0 +1,215 @@
+"""The report in a checkpoint's own model card: the Hub reads it, and what the card's author wrote stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
+
+from compressknow.base.errors import OutputError
+from compressknow.cli import main
+from compressknow.pages.card.make import make_card
+from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_into_model_cards
+from compressknow.pages.pages import escape_markdown
+from compressknow.pages.records import Card
+from tests.knowing import facts_file, knowing
+from tests.pages.answering import run, sides
+from tests.pages.hostile import TEXTS, numbered
+
+NOT_MEASURED = "has not been measured here"
+
+
+def card_of(**counts: int) -> Card:
+    original, compressed = run(sides(**counts))
+    return make_card(original, [compressed])
+
+
+@pytest.fixture
+def card() -> Card:
+    """A report on a model that keeps 90 of 100 facts."""
+    return card_of(both=90, lost=10, gained=4, neither=16)
+
+
+@pytest.fixture
+def worse() -> Card:
+    return card_of(both=30, lost=70, neither=20)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def written(card: Card, folder: Path, text: str | None = None) -> str:
+    """The model card once the report is in it."""
+    if text is not None:
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    write_into_model_cards(card, [folder])
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json"]
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def results(folder: Path) -> dict[tuple[str, str], float]:
+    """What the Hub's own reader makes of the card: (data set, metric) -> value."""
+    evaluated = ModelCard.load(folder / "README.md").data.eval_results
+    return {(result.dataset_name, result.metric_type): result.metric_value for result in evaluated}
+
+
+def test_a_converted_checkpoint_gets_its_report_from_the_command_line(tmp_path: Path) -> None:
+    original, converted = knowing("llama", tmp_path / "original"), tmp_path / "converted"
+    facts = facts_file(tmp_path / "facts.jsonl")
+    assert main(["convert", str(original), str(converted), "--prune", "0.7", "--quantize", "int8"]) == 0
+    card = converted / "README.md"
+    before = card.read_text()
+    assert NOT_MEASURED in before
+
+    command = ["report", original, converted, "-p", f"facts:{facts}", "--answers", tmp_path / "answers"]
+    assert main([*map(str, command), "--into-model-card"]) == 0
+    once = card.read_text()
+    assert main([*map(str, command), "--into-model-card"]) == 0
+
+    assert card.read_text() == once
+    assert NOT_MEASURED not in once
+    for line in before.splitlines():
+        assert line in once or NOT_MEASURED in line
+    values = results(converted)
+    assert 0 < values["facts:facts.jsonl", "knowledge-kept"] < 1
+    assert values["facts:facts.jsonl", "accuracy"] == values["facts:facts.jsonl", "knowledge-kept"]
+    read = ModelCard.load(card).data
+    assert read.model_name == "converted"
+    assert {"compressknow", "pruning", "int8"} <= set(read.tags)
+    assert main(["verify", str(converted)]) == 0
+
+
+def test_the_hub_reads_the_figures_back(card: Card, folder: Path) -> None:
+    written(card, folder, "# A model\n")
+    assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
+    first: EvalResult = ModelCard.load(folder / "README.md").data.eval_results[0]
+    assert (first.task_type, first.dataset_type) == ("fill-mask", "atlas")
+
+
+def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> None:
+    text = written(card, folder)
+    assert escape_markdown(card.verdict) in text
+    assert "| geography | 100 | 90.0 % (82.6 to 94.5 %) |" in text
+    assert "| atlas | 120 | " in text
+    assert MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1]).count("<table>") == 2
+
+
+def test_a_later_report_takes_the_place_of_the_earlier_one(card: Card, worse: Card, folder: Path) -> None:
+    text = "---\nlicense: mit\n---\n\n# A model\n\nBefore.\n"
+    first = written(card, folder, text)
+    (folder / "README.md").write_text(f"{first}\nAfter.\n")
+    second = written(worse, folder)
+    assert second.count(BEGIN) == second.count(END) == 1
+    assert escape_markdown(card.verdict) not in second
+    assert escape_markdown(worse.verdict) in second
+    assert second.index("Before.") < second.index(BEGIN) < second.index("After.")
+    assert results(folder)["atlas", "knowledge-kept"] == 0.3
+    (folder / "README.md").unlink()
+    assert second.replace("\nAfter.\n", "") == written(worse, folder, text)
+
+
+def test_what_the_author_wrote_stays_as_it_is_written(card: Card, folder: Path) -> None:
+    head = (
+        "# Comments too\nlanguage:\n- no  # Norwegian, not false\nlicense:   'mit'\nwidget:\n- text: \"a: b\"\n"
+        "date: 2024-02-30x\ntags: [x,   y]\n"
+    )
+    body = "# Title\n\n---\n\nText with `code`, <!-- a comment --> and ünïcödé.\n\n    indented\n"
+    text = written(card, folder, f"---\n{head}---\n{body}")
+    assert text.startswith(f"---\n{head}model-index:\n")
+    assert body.strip() in text
+    assert written(card, folder) == text
+
+
+def test_results_of_the_authors_own_stay(card: Card, worse: Card, folder: Path) -> None:
+    own = (
+        "---\nmodel-index:\n- name: Mine\n  results:\n  - task:\n      type: text-generation\n    dataset:\n"
+        "      name: MMLU\n      type: mmlu\n    metrics:\n    - type: accuracy\n      value: 0.5\n"
+        "# Of the licence.\nlicense: mit\n---\n"
+    )
+    written(card, folder, own)
+    text = written(worse, folder)
+    assert results(folder) == {
+        ("MMLU", "accuracy"): 0.5,
+        ("atlas", "accuracy"): 0.25,
+        ("atlas", "knowledge-kept"): 0.3,
+    }
+    assert ModelCard.load(folder / "README.md").data.model_name == "Mine"
+    assert "# Of the licence.\nlicense: mit\n" in text
+
+
+@pytest.mark.parametrize("text", [None, "", "# A model\n\nText.\n", "---\n---\n\nText.\n", "---\nNo front matter.\n"])
+def test_a_card_without_front_matter_gets_one(card: Card, folder: Path, text: str | None) -> None:
+    after = written(card, folder, text)
+    assert results(folder)["atlas", "knowledge-kept"] == 0.9
+    assert (text or "").strip("-\n ") in after
+
+
+def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> None:
+    written(card, folder, "---\n{license: mit, tags: [a]}\n---\nText.\n")
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
+    assert results(folder)["atlas", "knowledge-kept"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"---\nlicense: [mit\n---\nText.\n", "no valid YAML"),
+        (b"---\na: b: c\n---\nText.\n", "no valid YAML"),
+        (b"---\n" + b"[" * 3000 + b"\n---\nText.\n", "no valid YAML"),
+        (b"---\n- a list\n---\nText.\n", "not of the form"),
+        (b"---\nmodel-index: mine\n---\nText.\n", "not of the form"),
+        (b"---\nmodel-index:\n- name: x\n---\nText.\n", "not of the form"),
+        (b"Caf\xe9\n", "no UTF-8"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_left_as_it_is(card: Card, folder: Path, content: bytes, what: str) -> None:
+    (folder / "README.md").write_bytes(content)
+    for attempt in (lambda: check_model_cards([folder]), lambda: write_into_model_cards(card, [folder])):
+        with pytest.raises(OutputError, match=what) as error:
+            attempt()
+        assert str(folder / "README.md") in error.value.what
+    assert (folder / "README.md").read_bytes() == content
+
+
+def test_a_card_that_cannot_be_read_is_told_before_any_model_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert main(["report", str(tmp_path / "no such original"), str(folder), "--into-model-card"]) == 1
+    assert "no valid YAML" in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_folder_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("answers", "someone/model"):
+        assert main(["report", "original", str(tmp_path / name), "--into-model-card"]) == 1
+        assert "there is no model card to write into" in capsys.readouterr().err
+
+
+def test_a_mark_that_the_author_left_alone_costs_no_text(card: Card, worse: Card, folder: Path) -> None:
+    first = written(card, folder, "# A model\n")
+    broken = first.replace(END, "") + "\nThe author's own.\n"
+    written(card, folder, broken)
+    assert "The author's own." in written(worse, folder)
+    assert "The author's own." in written(card, folder)
+
+
+@pytest.mark.parametrize("hostile", [*TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
+def test_hostile_names_break_out_of_nothing(card: Card, folder: Path, hostile: str) -> None:
+    bad = numbered(card, hostile)
+    once = written(bad, folder, "---\nlicense: mit\n---\n\n# A model\n\nText.\n")
+    assert written(bad, folder) == once
+    body = once.split("\n---\n", 1)[1]
+    assert body.count(BEGIN) == body.count(END) == 1
+    data = ModelCard.load(folder / "README.md").data
+    assert data.license == "mit"
+    assert {result.metric_type for result in data.eval_results} == {"accuracy", "knowledge-kept"}
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    for forbidden in ("<script", "<img", "<a ", "<b>", "</svg"):
+        assert forbidden not in rendered
+    assert rendered.count("<h1>") == 1

@@ -1,0 +1,68 @@
+"""A search's page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from compressknow.pages.search import render_search_html
+from tests.pages.hostile import TEXTS
+from tests.pages.in_browser import cut, outside, overflow, overlapping, violations
+from tests.pages.search.searches import found, sized
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+PAGES = {
+    "found": found(),
+    "none": replace(found(), winner=None, recipe=None, closest=found().tried[2]),
+    "sized": sized(),
+    "hostile 6": found(TEXTS[6]),
+    "hostile 7": found(TEXTS[7]),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("searches")
+    for name, search in PAGES.items():
+        (folder / f"{name}.html").write_text(render_search_html(search), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in PAGES}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
+    page.goto(files[name].as_uri())
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert overflow(page) <= 0, width
+        assert outside(page) == [], width
+        assert overlapping(page) == [], width
+        assert name.startswith("hostile") or cut(page) == [], width
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("found", "light"), ("found", "dark"), ("none", "light")])
+def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(files[name].as_uri())
+    assert violations(page) == []
+
+
+def text(page: Page, selector: str) -> str:
+    """As it is read: whether a space may end a line is not told apart."""
+    return page.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> None:
+    page.goto(files["found"].as_uri())
+    assert text(page, "h1") == "40.0 % smaller, and at least 90 % kept"
+    verdict = text(page, "header .verdict")
+    assert "The GGUF file of 60.0 MB keeps 94.0 %" in verdict
+    assert "The original has 100.0 MB" in verdict
+    page.goto(files["none"].as_uri())
+    assert text(page, "h1") == "No file tried is certain to keep 90 %"

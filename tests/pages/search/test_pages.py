@@ -1,0 +1,63 @@
+"""The page of a search: no text can break out of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from compressknow.base.format import plain
+from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
+from tests.pages.hostile import TEXTS
+from tests.pages.pages import read
+from tests.pages.search.searches import found, sized
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_text_stays_text(text: str) -> None:
+    page = read(render_search_html(found(text)))
+    assert page.shape == read(render_search_html(found("harmless"))).shape
+    assert plain(text, 60)[:30] in page.one("main").text
+
+
+def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
+    search = found()
+    page = read(render_search_html(search))
+    for look in ("narrow", "broad"):
+        (figure,) = [each for each in page.all("figure") if each.attributes.get("class") == look]
+        told = [title.text for title in figure.all("title")]
+        assert all(any(plain(trial.setup, 60) in text for text in told) for trial in search.tried), told
+        assert any(text.startswith("the winner, ") for text in told)
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
+    with_line, without = (render_search_html(replace(found(), rounding=share)) for share in (0.985, None))
+    assert "The dotted line is what rounding alone keeps, 98.5 %" in with_line
+    assert "ounding alone" not in without
+    dotted, plain_chart = (html.count("stroke-dasharray") for html in (with_line, without))
+    assert dotted == plain_chart + 2  # in each size of the chart
+
+
+@pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
+def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> None:
+    warnings = " ".join(list_warnings(replace(found(), keep=keep)))
+    assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
+    assert ("99 % is more than the same weights keep there" in warnings) == told
+
+
+def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
+    page = read(render_search_html(sized()))
+    assert not page.all("figure")
+    text = page.one("main").text
+    assert "of what a-model knew of 150 facts that chose nothing" in write_verdict(sized())
+    assert "held out to select" not in text
+    assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
+
+
+def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
+    text = read(render_search_html(found())).one("main").text
+    table = text[text.index("Evaluated files, smallest first") :]
+    places = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
+    assert places == sorted(places)
+    assert "Predicted KL, nats" in table
+    assert "0.0167" in table

@@ -1,0 +1,219 @@
+"""Studies made by hand: each cell says which facts it answers right, all else is computed by the real code."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from compressknow.compress.recipe import Recipe, build_recipe
+from compressknow.compress.steps import Prune, Quantize, Where
+from compressknow.evaluate.answers import Answers
+from compressknow.pages.card.make import compare, read_model_facts
+from compressknow.pages.card.method import describe_method
+from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.study import grid
+from tests.pages.answering import COMPRESSED_HASH, answer, answers, entry, model
+
+# Parameters of BERT-base's modules, in millions (the paper's table 2).
+MILLIONS = {"attention": 21, "feed-forward": 64, "overall": 86, "final": 23}
+WHOLE = 109_000_000
+# Of 50 known facts, rounding alone loses one.
+ROUNDING = {"n": 100, "changed": 4, "known": 50, "lost": 1, "gained": 1, "kl_mean": 0.001, "computed_in": "float32"}
+ENTRY = {"chance": None, "majority": 0.05, "noise_floor": ROUNDING}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: it answers the facts of these numbers right, of every probe."""
+
+    scope: str
+    right: Collection[int]
+    amount: float | None = None
+    scheme: str | None = None
+    method: str | None = None
+    plain: bool = True
+    recipe: Recipe | None = None  # in the place of what says it in short
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The probes: each of `n` facts, of which the original knows the first `known`, in turn of so many relations."""
+
+    n: int = 300
+    known: int = 200
+    relations: int = 1
+    probes: Sequence[str] = ("lama:trex",)
+    entry: Mapping[str, object] = field(default_factory=lambda: ENTRY)
+
+
+TASKS = Asked(
+    n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={**ENTRY, "chance": 0.5, "majority": 0.621}
+)
+
+
+def study(
+    cells: Sequence[Cell], family: str = "masked", asked: Asked | None = None, failed: Sequence[FailedCell] = ()
+) -> Study:
+    asked = asked or Asked()
+    original = _answers(asked, range(asked.known), model(family=family))
+    made = tuple(_cell(cell, asked, original, family) for cell in cells)
+    return Study(
+        original=read_model_facts(original.record.model),
+        probes=tuple(_probe(name, asked) for name in asked.probes),
+        cells=made,
+        failed=tuple(failed),
+        versions=dict(original.record.versions),
+        command="compressknow sweep tiny-bert -o study",
+        method=describe_method(original, [cell.comparison for cell in made]),
+    )
+
+
+def gp(scope: str, amount: float, right: Collection[int], method: str = "l1-unstructured") -> Cell:
+    """A cell that is pruned."""
+    return Cell(scope, right, amount, None, method)
+
+
+def gq(scope: str, right: Collection[int], scheme: str = "int8-paper") -> Cell:
+    """A cell that is quantized."""
+    return Cell(scope, right, None, scheme)
+
+
+def gpq(scope: str, amount: float, right: Collection[int], scheme: str = "int8-paper") -> Cell:
+    """A cell that is pruned and quantized."""
+    return Cell(scope, right, amount, scheme, "l1-unstructured")
+
+
+def two_methods() -> list[Cell]:
+    """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
+    right = {
+        "l1-unstructured": {"attention": 190, "feed-forward": 100, "overall": 50},
+        "wanda": {"attention": 100, "feed-forward": 190, "overall": 60},
+    }
+    return [gp(s, a, range(k), method) for method, of in right.items() for a in (0.4, 0.5) for s, k in of.items()]
+
+
+def whole_grid(family: str = "masked", asked: Asked | None = None) -> Study:
+    """The paper's grid, in which feed-forward loses twice as fast as attention, and overall four times."""
+    asked = asked or Asked()
+    kinds = {"attention": 1, "feed-forward": 2, "overall": 4}
+
+    def right(harm: float) -> range:
+        return range(max(0, round(asked.known * (1 - harm))))
+
+    cells = [gp(s, a / 10, right(k * (a / 10) ** 3)) for s, k in kinds.items() for a in range(1, 10)]
+    cells += [gq(s, right(0.05 * k)) for s, k in kinds.items()]
+    cells += [gpq(s, a / 10, right(k * (0.05 + (a / 10) ** 3))) for s, k in kinds.items() for a in (2, 4)]
+    if family == "seq2seq":
+        four = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+        cells += [gpq(s, a / 10, right(0.1 * a * k / 4)) for k, s in enumerate(four, 1) for a in (2, 4)]
+    for method, k in (("l1-unstructured", 1), ("ln-structured", 3)):
+        cells += [gp("final", a / 10, right(k * a / 20), method) for a in (2, 4)]
+    return study(cells, family, asked, [FailedCell("att-95", "Att_GP 95%", "RuntimeError: out of memory")])
+
+
+def _answers(asked: Asked, right: Collection[int], record: Mapping[str, object]) -> Answers:
+    choices = None if asked.entry["chance"] is None else round(1 / float(str(asked.entry["chance"])))
+    rows = [answer(i, i in right, probe=probe, choices=choices) for probe in asked.probes for i in range(asked.n)]
+    return answers(rows, record, {probe: entry(facts=asked.n, **asked.entry) for probe in asked.probes})
+
+
+def _probe(name: str, asked: Asked) -> StudyProbe:
+    known = tuple(i < asked.known for i in range(asked.n))
+    majority, chance = (asked.entry[key] for key in ("majority", "chance"))
+    relations = tuple(f"relation-{i % asked.relations}" for i in range(asked.n))
+    return StudyProbe(name, asked.n, "micro", asked.known / asked.n, majority, chance, known, relations)  # type: ignore[arg-type]
+
+
+def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell:
+    recipe = cell.recipe or build_recipe(
+        Where((cell.scope,)),
+        prune=cell.amount,
+        prune_method=cell.method or "l1-unstructured",  # type: ignore[arg-type]
+        quantize=cell.scheme,  # type: ignore[arg-type]
+    )
+    setup, of_grid = recipe.setup, grid.Cell("", recipe)
+    key = "-".join(filter(None, [setup.lower().replace(" ", "-").replace("%", ""), cell.scheme]))
+    record = model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=1_100_000, setup=setup)
+    in_scope = 1_000_000 * MILLIONS.get(cell.scope, 7)
+    pruned, quantized = round(in_scope * (cell.amount or 0)), in_scope if cell.scheme else 0
+    return StudyCell(
+        key=key,
+        setup=setup,
+        scope=cell.scope,
+        method=cell.method,
+        amount=cell.amount,
+        scheme=cell.scheme,
+        pruning=of_grid.pruning,
+        quantization=of_grid.quantization,
+        settings=of_grid.settings,
+        plain=cell.plain and of_grid.plain,
+        in_scope=in_scope,
+        pruned=pruned,
+        quantized=quantized,
+        nonzero=WHOLE - pruned,
+        bytes=4 * WHOLE - 3 * quantized,
+        sparse_bytes=4 * (WHOLE - pruned) + WHOLE // 8,
+        comparison=compare(original, _answers(asked, cell.right, record), show_facts=False),
+        correct={probe: tuple(i in cell.right for i in range(asked.n)) for probe in asked.probes},
+    )
+
+
+def own_grid(text: str, path: Path, right: Sequence[int]) -> Study:
+    """The cells of a grid file, written to `path`; each answers so many facts right."""
+    path.write_text(text, encoding="utf-8")
+    cells = []
+    for cell, known in zip(grid.read_grid(path), right, strict=True):
+        prunes = [step for step in cell.recipe.steps if isinstance(step, Prune)]
+        quantizes = [step for step in cell.recipe.steps if isinstance(step, Quantize)]
+        amount, method = (prunes[0].amount, prunes[0].method) if prunes else (None, None)
+        scheme = quantizes[0].scheme if quantizes else None
+        scope = "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope))
+        cells.append(Cell(scope, range(known), amount, scheme, method, recipe=cell.recipe))
+    made = study(cells)
+    keys = [cell.key for cell in grid.read_grid(path)]
+    return replace(made, cells=tuple(replace(c, key=key) for c, key in zip(made.cells, keys, strict=True)))
+
+
+def empty() -> Study:
+    return replace(study([]), command=None, versions={}, method=())
+
+
+def failed_only() -> Study:
+    return study([], "seq2seq", failed=[FailedCell("x", "Att_GP 95%", "no memory")])
+
+
+STUDIES = {
+    "masked": whole_grid,
+    "seq2seq": lambda: whole_grid("seq2seq", TASKS),
+    "one": lambda: study([gp("attention", 0.2, range(150))]),
+    "methods": lambda: study(two_methods()),
+    "empty": empty,
+    "failed": failed_only,
+}
+
+
+def hostile(made: Study, text: str) -> Study:
+    """The study with each of its texts replaced by `text`, numbered where they have to differ."""
+    names = {probe.name: f"{i} {text}" for i, probe in enumerate(made.probes)}
+    return replace(
+        made,
+        original=replace(made.original, name=text, architecture=text, dtype=text),
+        probes=tuple(replace(probe, name=names[probe.name]) for probe in made.probes),
+        cells=tuple(_hostile_cell(cell, f"{i} {text}", names) for i, cell in enumerate(made.cells)),
+        failed=tuple(FailedCell(text, text, text) for _ in made.failed),
+        versions=dict.fromkeys(made.versions, text),
+        command=text,
+        method=tuple(text for _ in made.method),
+    )
+
+
+def _hostile_cell(cell: StudyCell, text: str, names: dict[str, str]) -> StudyCell:
+    comparison = cell.comparison
+    probes = tuple(replace(probe, probe=names[probe.probe]) for probe in comparison.probes)
+    return replace(
+        cell,
+        setup=text,
+        comparison=replace(comparison, probes=probes, warnings=(text[text.index(" ") :],)),
+        correct={names[probe]: right for probe, right in cell.correct.items()},
+    )

@@ -1,0 +1,176 @@
+"""A study of a user's own grid: what varies in it is a column, a chart and a comparison, whatever it is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from compressknow.pages.study.axes import find_axes
+from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.pages import (
+    render_study_html,
+    render_study_markdown,
+    study_to_json,
+    to_csv,
+    to_parquet,
+    write_study,
+)
+from compressknow.pages.study.records import Study, tidy_rows
+from compressknow.pages.study.summary import draw_conclusions
+from compressknow.pages.study.view import cells_table
+from tests.pages.pages import read
+from tests.pages.study.studies import own_grid, study, two_methods, whole_grid
+from tests.shown import ROOT
+
+LAYERS = '[axes]\nprune = [0.2, 0.5]\nlayers = ["0-5", "6-11"]\n'
+# An axis each of all that a grid takes, the cells that it makes, and the values that stand side by side.
+GRIDS = {
+    "layers": (LAYERS, [190, 120, 150, 40], ["0-5", "6-11"]),
+    "scope": ('[axes]\nscope = ["attention", "blocks"]\nquantize = ["int8"]\n', [190, 120], ["attention", "blocks"]),
+    "module_map": (
+        '[axes]\nscope = ["attention"]\nquantize = ["int8"]\nmodule_map = ["paper", "structural"]\n',
+        [190, 120],
+        ["paper", "structural"],
+    ),
+    "quantize": (
+        '[axes]\nquantize = ["int8", "int4"]\ngroup_size = [64]\n',
+        [190, 120],
+        ["int8", "int4 group_size 64"],
+    ),
+    "group_size": ('[axes]\nquantize = ["int4"]\ngroup_size = [128, 32]\n', [120, 190], ["32", "128"]),
+    "rounding": ('[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\n', [120, 190], ["nearest", "gptq"]),
+    "smooth": ('[axes]\nquantize = ["int8"]\nsmooth = [0, 0.5]\n', [120, 190], ["none", "0.5"]),
+    "calibration": (
+        '[axes]\nquantize = ["int4"]\nrounding = ["gptq"]\ncalibration = ["self", "hf:some/set"]\n',
+        [190, 120],
+        ["self", "hf:some/set"],
+    ),
+    "calibration_tokens": (
+        '[axes]\nquantize = ["int4"]\nrounding = ["gptq"]\ncalibration_tokens = [8192, 512]\n',
+        [190, 120],
+        ["512", "8,192"],
+    ),
+    "method": (
+        '[axes]\nprune = [0.5]\nmethod = ["l1-unstructured", "wanda"]\n',
+        [120, 190],
+        ["l1-unstructured", "wanda"],
+    ),
+    "pattern": (
+        '[axes]\nprune = [0.5]\nmethod = ["wanda"]\npattern = ["none", "2:4"]\n',
+        [190, 120],
+        ["none", "2:4"],
+    ),
+    "seed": ('[axes]\nprune = [0.5]\nmethod = ["random-unstructured"]\nseed = [0, 1]\n', [190, 120], ["0", "1"]),
+    "per_layer": ("[axes]\nprune = [0.5]\nper_layer = [false, true]\n", [190, 120], ["no", "yes"]),
+    "drop_blocks": (
+        "[[cells]]\n[[cells.steps]]\ndrop_blocks = 2\n[[cells]]\n[[cells.steps]]\ndrop_blocks = 8\n",
+        [190, 60],
+        ["2", "8"],
+    ),
+    "exclude": (
+        '[[cells]]\n[[cells.steps]]\nprune = 0.5\nexclude = ["q_proj"]\n[[cells]]\n[[cells.steps]]\nprune = 0.5\n',
+        [190, 60],
+        ["q_proj", "none"],
+    ),
+}
+
+
+def made_of(name: str, folder: Path) -> Study:
+    text, right, _ = GRIDS[name]
+    return own_grid(text, folder / "grid.toml", right)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: Path) -> None:
+    made, values = made_of(name, tmp_path), GRIDS[name][2]
+    axis = next(each for each in find_axes(made) if each.name == name)
+    assert [list(group.cells) for group in axis.groups] == [values] * len(axis.groups)
+    (chart,) = [chart for chart in draw_charts(made) if chart.name == axis.chart]
+    assert all(value in chart.panels[0].svg for value in values)
+    (found,) = [each for each in draw_conclusions(made, evaluate_findings(made)) if each.chart == axis.chart]
+    best = max(values, key=lambda value: sum(group.cells[value].comparison.kept.value or 0 for group in axis.groups))
+    assert found.answer == "holds"
+    assert f"{best} hurts least" in found.claim
+    told = {"scope": "scope", "method": "method", "quantize": "scheme"}.get(name, name)
+    rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(made)).decode())))
+    assert len({row[told] for row in rows}) == len(values)
+    columns = cells_table(made).columns
+    assert name in ("scope", "method", "quantize") or name.replace("_", " ").capitalize() in columns
+
+
+def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None:
+    made = made_of("layers", tmp_path)
+    by_layers, by_amount = {axis.name: axis for axis in find_axes(made)}["layers"], find_axes(made)[-1]
+    assert [group.name for group in by_layers.groups] == ["20 %", "50 %"]
+    assert (by_amount.name, [group.name for group in by_amount.groups]) == ("prune", ["layers 0-5", "layers 6-11"])
+    found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
+    assert found["All else equal, layers 0-5 hurts least"].numbers == "kept on average: 0-5 85.0 % and 6-11 40.0 %"
+    assert found["Pruned by 50 %, layers 0-5 keeps less than 90 %"].answer == "holds"
+    assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
+
+
+def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
+    grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
+    made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
+    axis = next(each for each in find_axes(made) if each.name == "rounding")
+    assert [group.name for group in axis.groups] == ["calibration self", "calibration hf:some/set"]
+    assert [list(group.cells) for group in axis.groups] == [["nearest", "gptq"]] * 2
+
+
+def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> None:
+    grid = (ROOT / "examples" / "grid.toml").read_text(encoding="utf-8")
+    assert find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100])) == ()
+
+
+def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
+    assert find_axes(whole_grid()) == ()
+    assert find_axes(study(two_methods())) == ()
+
+
+def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
+    grid = "".join(f"[[cells]]\n[[cells.steps]]\ndrop_blocks = {blocks}\n" for blocks in (2, '"20-23"'))
+    rows = tidy_rows(own_grid(grid, tmp_path / "grid.toml", [190, 60]))
+    assert [row["drop_blocks"] for row in rows] == ["2", "20-23"]
+    numbers = tidy_rows(made_of("calibration_tokens", tmp_path))
+    for each in (rows, numbers):
+        with pq.ParquetFile(io.BytesIO(to_parquet(each))) as file:
+            assert file.read().to_pylist() == each
+    assert [row["calibration_tokens"] for row in numbers] == [8192, 512]
+
+
+def test_an_infinite_norm_is_a_text(tmp_path: Path) -> None:
+    grid = '[axes]\nprune = [0.5]\nmethod = ["ln-structured"]\nnorm = [1, "inf"]\n'
+    told = json.dumps(study_to_json(own_grid(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
+    assert [cell["norm"] for cell in json.loads(told)["cells"]] == ["1", "inf"]
+
+
+def test_findings_without_cells_are_one_line(tmp_path: Path) -> None:
+    made = made_of("layers", tmp_path)
+    page, text = read(render_study_html(made)), render_study_markdown(made)
+    (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "findings"]
+    assert [line.text for line in section.all("p")] == ["The study has no cells for the paper's findings."]
+    assert not section.all("table")
+    assert text.count("no cells for") == 1
+    some = read(render_study_html(study(two_methods())))
+    (section,) = [each for each in some.all("section") if each.attributes.get("aria-labelledby") == "findings"]
+    assert [part.attributes.get("id") for part in section.all("table")[0].all("tbody")] == ["F2", "F3", "F4", "F10"]
+    assert [line.text for line in section.all("p")] == ["The study has no cells for F1, F5, F6, F7, F8 and F9."]
+
+
+def test_charts_of_an_axis_that_is_gone_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    write_study(made_of("layers", tmp_path), tmp_path / "study")
+    assert drawn(tmp_path) == ["axis-layers.svg", "axis-prune.svg"]
+    write_study(made_of("smooth", tmp_path), tmp_path / "study")
+    assert drawn(tmp_path) == ["axis-smooth.svg"]
+
+
+def drawn(folder: Path) -> Sequence[str]:
+    return sorted(path.name for path in (folder / "study" / "figures").iterdir())

@@ -1,0 +1,278 @@
+"""The paper's figures from a study's own data: which there are, what they show, and as files of their own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from compressknow.base.format import plain
+from compressknow.comparison.records import Estimate
+from compressknow.pages.drawing import Bar, Level, Line, draw_bars, draw_lines
+from compressknow.pages.pages import read_source
+from compressknow.pages.study.charts import (
+    Chart,
+    draw_baselines,
+    draw_charts,
+    draw_marks,
+    is_chart,
+    mean_drop,
+    mean_kept,
+)
+from compressknow.pages.study.records import Study
+from compressknow.pages.svg import COLOURS, make_standalone
+from tests.pages.hostile import TEXTS
+from tests.pages.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
+
+TASK = {"chance": 0.5, "majority": 0.6}
+
+
+def svg_of(chart: Chart) -> str:
+    (panel,) = chart.panels
+    return panel.svg
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+
+
+def test_whole_grid_has_the_figures_of_its_family() -> None:
+    names = {family: [chart.name for chart in draw_charts(whole_grid(family))] for family in ("masked", "seq2seq")}
+    common = ["pruning-drop", "pruning-kept", "quantization", "pruning-quantization", "final-layer"]
+    assert names["masked"] == common
+    assert names["seq2seq"] == [*common[:4], "attention-kinds", "final-layer"]
+    assert all(map(is_chart, names["seq2seq"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "figure"),
+    [("masked", "figures 2 and 19"), ("causal", "figure 5"), ("seq2seq", "figures 6 and 12")],
+)
+def test_title_names_the_figure_of_the_paper(family: str, figure: str) -> None:
+    chart = draw_charts(study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
+    assert chart.title.endswith(f"({figure} of the paper)")
+
+
+def test_charts_without_cells_are_left_out() -> None:
+    assert draw_charts(study([])) == ()
+    assert draw_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is no line
+    assert [chart.name for chart in draw_charts(study([gq("attention", range(100))]))] == ["quantization"]
+
+
+def test_lines_are_told_in_words_too() -> None:
+    made = study([gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], asked=Asked(n=200, known=200))
+    drop, kept = draw_charts(made)
+    assert "attention: 25.0 at 20 %, 50.0 at 40 %." in svg_of(drop)
+    assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in svg_of(kept)
+
+
+def test_figures_are_means_over_the_probes() -> None:
+    both = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200, probes=("a", "b")))
+    one = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200))
+    first, second = (made.cells[0].comparison for made in (both, one))
+    assert mean_drop(first).value == mean_drop(second).value == pytest.approx(0.25)
+    assert mean_kept(first).value == pytest.approx(0.75)
+    widths = [(fall.high or 0) - (fall.low or 0) for fall in (mean_drop(first), mean_drop(second))]
+    assert widths[0] == pytest.approx(widths[1] / 2**0.5)
+
+
+def test_baselines_are_where_every_probe_has_them() -> None:
+    tasks = study([], asked=Asked(n=100, known=80, probes=("a", "b"), entry=TASK))
+    assert [(level.name, round(level.value, 9)) for level in draw_baselines(tasks)] == [
+        ("majority baseline", 0.2),
+        ("guessing", 0.3),
+    ]
+    assert draw_marks(tasks) == (Level("guessing", 0.5),)
+    free = study([], asked=Asked(n=100, known=80, entry={"chance": None, "majority": 0.1}))
+    assert [level.name for level in draw_baselines(free)] == ["majority baseline"]
+    assert draw_marks(free) == ()
+    drawn = draw_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
+    assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
+
+
+def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
+    cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
+    made = study(cells, asked=Asked(n=200, known=100, entry=ENTRY))
+    drop, kept = draw_charts(made)
+    assert draw_marks(made) == (Level("rounding alone", 0.98),)
+    assert "rounding alone: 98.0 %." in svg_of(kept)
+    assert "rounding alone" in texts(svg_of(kept))
+    assert "rounding" not in svg_of(drop)
+    probes = [(lost, Asked(n=200, known=100, probes=(name,))) for name, lost in (("a", 5), ("b", 0))]
+    first, second = (
+        study(cells, asked=replace(asked, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
+        for lost, asked in probes
+    )
+    assert draw_marks(together(first, second)) == (Level("rounding alone", 0.95),)
+    without = study(cells, asked=Asked(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
+    assert draw_marks(together(first, without)) == draw_marks(without) == ()
+
+
+def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
+    falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
+    levels = [Level("near", 0.97), Level("far", 0.3)]
+    root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
+    anchors = {each.text: each.get("text-anchor", "start") for each in root.iter("text")}
+    places = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
+    assert anchors["near"] == "end", root
+    assert places["near"] > places["far"]
+
+
+def test_lines_differ_in_marker_and_dashes() -> None:
+    svg = svg_of(draw_charts(whole_grid())[0])
+    dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
+    assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
+    assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
+
+
+def test_lines_begin_at_the_original_however_little_is_kept() -> None:
+    svg = draw_lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
+    assert "100 %" in texts(svg)
+
+
+def test_bars_stand_in_groups_under_their_names() -> None:
+    chart = next(chart for chart in draw_charts(whole_grid()) if chart.name == "pruning-quantization")
+    shown = texts(svg_of(chart))
+    assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
+    assert shown.count("attention") == 2
+
+
+def test_gains_are_drawn_left_of_zero() -> None:
+    svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
+    assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
+
+
+def together(first: Study, second: Study) -> Study:
+    """The cells of both, asked the probes of both."""
+    cells = (
+        replace(a, comparison=replace(a.comparison, probes=a.comparison.probes + b.comparison.probes))
+        for a, b in zip(first.cells, second.cells, strict=True)
+    )
+    return replace(first, probes=first.probes + second.probes, cells=tuple(cells))
+
+
+def of_two_probes() -> Study:
+    asked = [Asked(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
+    amounts = ((0.2, 150, 180), (0.4, 100, 160))
+    first, second = (
+        study([gp("attention", amount, range(right[place])) for amount, *right in amounts], asked=asked[place])
+        for place in (0, 1)
+    )
+    return together(first, second)
+
+
+def test_each_probe_has_a_plot_of_its_own_figures() -> None:
+    means, _, by_probe = draw_charts(of_two_probes())
+    assert "attention: 17.5 at 20 %, 35.0 at 40 %." in svg_of(means)
+    assert by_probe.name == "pruning-drop-by-probe"
+    assert by_probe.title == "Accuracy lost by how much was pruned, in points, by probe (figures 20 to 22 of the paper)"
+    assert [panel.probe for panel in by_probe.panels] == ["lama:trex", "lama:squad"]
+    told = ["attention: 25.0 at 20 %, 50.0 at 40 %.", "attention: 10.0 at 20 %, 20.0 at 40 %."]
+    for panel, words in zip(by_probe.panels, told, strict=True):
+        assert words in panel.svg
+        assert f"in points, {panel.probe}</title>" in panel.svg
+
+
+def ticks(svg: str) -> list[str]:
+    """What stands at an axis in points."""
+    return [text for text in texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
+
+
+def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
+    both = of_two_probes()
+    without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
+    much, little = draw_charts(without_levels)[-1].panels
+    assert ticks(much.svg) == ticks(little.svg) == ["0", "10", "20", "30", "40", "50"]
+
+
+def test_charts_of_one_quantity_have_one_scale() -> None:
+    most_is_lost = [gp("final", 0.2, range(20))]
+    cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
+    charts = draw_charts(study(cells, asked=Asked(entry={"chance": None, "majority": None})))
+    assert [chart.name for chart in charts] == ["quantization", "final-layer"]
+    first, second = (ticks(svg_of(chart)) for chart in charts)
+    assert first == second
+    assert first[-1] == "60"
+
+
+def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
+    close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
+    shown = [text for text in texts(draw_lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
+    assert shown == ["0 %", "50 %"]
+
+
+@pytest.mark.parametrize(
+    ("family", "figures"),
+    [
+        ("masked", {"pruning-drop": "figures 20 to 22", "final-layer": "figure 25"}),
+        ("causal", {"pruning-drop": "figure 23", "final-layer": "figure 26"}),
+        ("seq2seq", {"pruning-drop": "figure 24", "attention-kinds": "figure 18", "final-layer": "figure 27"}),
+    ],
+)
+def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: dict[str, str]) -> None:
+    drawn = {chart.name: chart.title for chart in draw_charts(whole_grid(family, TASKS)) if chart.by_probe}
+    numbered = {f"{name}-by-probe": f"({number} of the paper)" for name, number in figures.items()}
+    assert set(drawn) == {*numbered, "quantization-by-probe", "pruning-quantization-by-probe"}
+    assert all(map(is_chart, drawn))
+    for name, title in drawn.items():
+        assert title.endswith(numbered.get(name, "by probe"))
+
+
+def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
+    chart = draw_charts(of_two_probes())[-1]
+    panels = [(panel.probe, panel.svg) for panel in chart.panels]
+    root = ElementTree.fromstring(make_standalone([*panels, *panels], chart.title, read_source("style.css")))
+    plots = [element for element in root if element.tag.endswith("svg")]
+    assert [plot.get("y") == plots[0].get("y") for plot in plots] == [True, True, False, False]
+    assert [plot.get("x") == plots[0].get("x") for plot in plots] == [True, False, True, False]
+    named = [(e.text, e.get("x")) for e in root if e.tag.endswith("text") and e.text in ("lama:trex", "lama:squad")]
+    assert [name for name, _ in named] == ["lama:trex", "lama:squad"] * 2
+    left, top, width, height = map(float, root.get("viewBox", "").split())
+    assert all(float(plot.get("x", "")) + float(plot.get("width", "")) <= width - left for plot in plots)
+    assert all(float(plot.get("y", "")) + float(plot.get("height", "")) <= height - top for plot in plots)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_names_stay_text(text: str) -> None:
+    def drawn(name: str) -> list[str]:
+        title, points = plain(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
+        line = draw_lines([Line(name, points)], "a", title, start=1, levels=[Level(name, 0.1)])
+        return [line, draw_bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
+
+    for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
+        tags = [[element.tag for element in ElementTree.fromstring(svg).iter()] for svg in (shown, harmless)]
+        assert tags[0] == tags[1]
+        file = make_standalone([(plain(text, 60), shown)], plain(text, 60), read_source("style.css"))
+        assert ElementTree.fromstring(file.encode()).tag.endswith("svg")
+
+
+def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
+    chart = draw_charts(whole_grid())[0]
+    file = make_standalone([("", svg_of(chart))], chart.title, read_source("style.css"))
+    root = ElementTree.fromstring(file.encode())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root[0].text == chart.title == " ".join(texts(file)[:2])
+    (style,) = root.iter("{http://www.w3.org/2000/svg}style")
+    assert style.text is not None
+    assert "var(" not in style.text
+    light, dark = style.text.split("@media (prefers-color-scheme:dark)")
+    for name in COLOURS:
+        both = [re.search(rf"\.f-{name}{{fill:(#[0-9a-f]+)}}", half) for half in (light, dark)]
+        assert both[0] is not None
+        assert both[1] is not None
+        assert both[0].group(1) != both[1].group(1)
+    assert "href" not in re.sub(r'href="#', "", file)
+
+
+def test_same_study_gives_the_same_bytes_in_another_process() -> None:
+    code = "from tests.pages.study.test_charts import *; print(draw_charts(whole_grid()))"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0].count("<svg") == 5

@@ -1,0 +1,293 @@
+"""Each of the paper's findings, on studies whose truth is evident: one that holds, one that does not, one unclear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from compressknow.comparison.clusters import rate_difference
+from compressknow.comparison.intervals import mean
+from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
+from compressknow.pages.study.findings import Finding, evaluate_findings
+from compressknow.pages.study.summary import find_cliffs, rank_modules, write_verdict
+from tests.pages.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
+
+ATT, FF, ALL = "attention", "feed-forward", "overall"
+STRUCTURED = "ln-structured"
+# Of 300 facts the original knows 200: what a cell answers right by how much it hurts.
+INTACT, GOOD, BAD, WORSE, DEAD = range(200), range(180), range(140), range(90), range(3)
+MANY = Asked(n=1000, known=800)
+CAUSAL_TASK = Asked(probes=("lm-eval:boolq",), n=400, known=350, entry={"chance": 0.5, "majority": 0.62})
+
+
+def at(scope: str, right: range, *amounts: float) -> list[Cell]:
+    return [gp(scope, amount, right) for amount in amounts]
+
+
+def by_method(plain: range, structured: range, *amounts: float) -> list[Cell]:
+    return [cell for a in amounts for cell in (gp("final", a, plain), gp("final", a, structured, STRUCTURED))]
+
+
+# Finding, family, cells, questions where not 300, answer.
+HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot tell"
+CASES = [
+    ("F1", "masked", [*at(ATT, range(795), 0.1, 0.3), *at(ALL, range(790), 0.2)], MANY, HOLDS),
+    ("F1", "masked", [*at(ATT, range(795), 0.1, 0.3), *at(ALL, range(500), 0.2)], MANY, FAILS),
+    ("F1", "masked", at(ATT, range(725), 0.1), MANY, UNCLEAR),
+    ("F1", "masked", at(ATT, range(100), 0.4), MANY, UNCLEAR),  # of another level
+    ("F2", "masked", [*at(ATT, GOOD, 0.4, 0.5), *at(FF, BAD, 0.4, 0.5)], None, HOLDS),
+    ("F2", "masked", [*at(ATT, BAD, 0.4, 0.5), *at(FF, GOOD, 0.4, 0.5)], None, FAILS),
+    ("F2", "masked", [*at(ATT, GOOD, 0.4), *at(FF, BAD, 0.4), *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)], None, FAILS),
+    ("F2", "masked", [*at(ATT, GOOD, 0.4), *at(FF, range(179), 0.4)], None, UNCLEAR),
+    ("F2", "masked", [*at(ATT, GOOD, 0.3), *at(FF, BAD, 0.3)], None, UNCLEAR),  # 30 % is low
+    ("F3", "causal", [*at(ATT, BAD, 0.4, 0.5), *at(FF, GOOD, 0.4, 0.5)], None, HOLDS),
+    ("F3", "seq2seq", [*at(ATT, GOOD, 0.4, 0.5), *at(FF, BAD, 0.4, 0.5)], None, FAILS),
+    ("F3", "causal", [*at(ATT, GOOD, 0.4), *at(FF, GOOD, 0.4)], None, UNCLEAR),
+    ("F4", "masked", [*at(ATT, INTACT, 0.2), *at(FF, GOOD, 0.2), *at(ALL, BAD, 0.2)], None, HOLDS),
+    ("F4", "masked", [*at(ATT, INTACT, 0.2), *at(FF, BAD, 0.2), *at(ALL, GOOD, 0.2)], None, FAILS),
+    ("F4", "masked", [*at(ATT, INTACT, 0.2), *at(FF, BAD, 0.2), *at(ALL, BAD, 0.2)], None, UNCLEAR),
+    ("F4", "masked", [*at(ATT, INTACT, 0.2), *at(ALL, BAD, 0.2)], None, UNCLEAR),  # no feed-forward
+    ("F5", "masked", [*at(ALL, BAD, 0.5), *at(ALL, range(20), 0.6), *at(ALL, DEAD, 0.8, 0.9)], None, HOLDS),
+    ("F5", "masked", [*at(ALL, GOOD, 0.6, 0.7, 0.8), *at(ALL, BAD, 0.9)], None, FAILS),
+    ("F5", "masked", at(ALL, range(45), 0.8), None, UNCLEAR),
+    ("F5", "masked", at(ALL, DEAD, 0.4, 0.5), None, UNCLEAR),
+    ("F6", "causal", [gq(ATT, GOOD), gq(FF, BAD)], None, HOLDS),
+    ("F6", "causal", [gq(ATT, BAD), gq(FF, GOOD)], None, FAILS),
+    ("F6", "causal", [gq(ATT, GOOD), gq(FF, range(178))], None, UNCLEAR),
+    ("F6", "causal", [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8-paper")], None, UNCLEAR),  # not of one scheme
+    ("F7", "masked", [gq(ATT, INTACT), gq(FF, GOOD), gq(ALL, BAD)], None, HOLDS),
+    ("F7", "masked", [gq(ATT, INTACT), gq(FF, BAD), gq(ALL, GOOD)], None, FAILS),
+    ("F7", "masked", [gq(ATT, INTACT), gq(FF, GOOD), gq(ALL, GOOD)], None, UNCLEAR),
+    ("F8", "masked", [gpq(s, a, r) for s, r in ((ATT, GOOD), (FF, BAD)) for a in (0.2, 0.4)], None, HOLDS),
+    ("F8", "seq2seq", [gpq(s, a, r) for s, r in ((ATT, GOOD), (FF, BAD)) for a in (0.2, 0.4)], None, FAILS),
+    (
+        "F8",
+        "seq2seq",
+        [gpq(ATT, 0.2, GOOD), gpq(FF, 0.2, BAD), gpq(ATT, 0.4, WORSE), gpq(FF, 0.4, BAD)],
+        None,
+        HOLDS,
+    ),
+    ("F8", "causal", [gpq(ATT, 0.2, GOOD), gpq(FF, 0.2, BAD)], None, UNCLEAR),  # nothing at 40 %
+    ("F9", "masked", by_method(GOOD, BAD, 0.2, 0.4), None, HOLDS),
+    ("F9", "masked", by_method(BAD, GOOD, 0.2, 0.4), None, FAILS),
+    ("F9", "masked", by_method(GOOD, GOOD, 0.2, 0.4), None, UNCLEAR),
+    ("F10", "causal", by_method(DEAD, DEAD, 0.2), None, HOLDS),
+    ("F10", "causal", by_method(BAD, DEAD, 0.2), None, FAILS),
+    ("F10", "causal", by_method(range(38), DEAD, 0.2), None, UNCLEAR),
+    ("F10", "seq2seq", by_method(range(200), range(205), 0.2), CAUSAL_TASK, HOLDS),  # half right is nothing here
+]
+
+
+def of(found: tuple[Finding, ...], id: str) -> Finding:
+    return next(finding for finding in found if finding.id == id)
+
+
+@pytest.mark.parametrize(("id", "family", "cells", "asked", "answer"), CASES)
+def test_finding_is_what_the_data_make_evident(
+    id: str, family: str, cells: list[Cell], asked: Asked | None, answer: str
+) -> None:
+    finding = of(evaluate_findings(study(cells, family, asked)), id)
+    assert finding.answer == answer, (finding.why, finding.statistic)
+    assert finding.why
+
+
+@pytest.mark.parametrize(
+    ("family", "ids"),
+    [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],
+)
+def test_findings_are_asked_of_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
+    found = evaluate_findings(whole_grid(family))
+    assert [finding.id for finding in found] == [f"F{i}" for i in range(1, 11)]
+    assert {finding.id for finding in found if finding.answer == "not asked of this family"} == ids
+
+
+def test_a_study_without_cells_can_tell_nothing() -> None:
+    found = evaluate_findings(study([], "masked"))
+    assert {finding.answer for finding in found} == {"cannot tell", "not asked of this family"}
+    assert of(found, "F4").why == "The study has no cells for it."
+
+
+def test_cells_that_are_not_plain_are_left_out() -> None:
+    cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
+    assert of(evaluate_findings(study(cells)), "F6").comparisons == ()
+
+
+def test_comparison_is_mcnemar_on_the_same_facts() -> None:
+    # Facts 0 to 6 only the first answers right, fact 7 only the second: 2 (1 + 8) / 2^8.
+    made = study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
+    (pair,) = of(evaluate_findings(made), "F2").comparisons
+    assert (pair.counts.both, pair.counts.lost, pair.counts.gained, pair.counts.neither) == (92, 7, 1, 200)
+    assert pair.p == pytest.approx(18 / 256)
+    assert "99 of 300 right" in of(evaluate_findings(made), "F2").statistic
+    assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made), "F2").statistic
+
+
+def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
+    # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
+    cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
+    finding = of(evaluate_findings(study(cells)), "F2")
+    assert [pair.p for pair in finding.comparisons] == [pytest.approx(2 / 64)] * 2
+    assert [pair.p_holm for pair in finding.comparisons] == [pytest.approx(4 / 64)] * 2
+    assert finding.answer == "cannot tell"
+    assert of(evaluate_findings(study(cells[:2])), "F2").answer == "holds"
+    both = evaluate_findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))
+    assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
+
+
+def test_a_finding_goes_by_relations() -> None:
+    # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
+    for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
+        cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
+        finding = of(evaluate_findings(study(cells, asked=Asked(relations=20))), "F2")
+        assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
+
+
+@pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
+def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: float) -> None:
+    """Every module is as good as every other, their answers drawn by relation: hardly any study says anything."""
+    drawn = np.random.default_rng(11)
+    cells = [gp(scope, amount, range(1)) for amount in (0.4, 0.5, 0.6) for scope in (ATT, FF, ALL)]
+    made = study([*cells, *(gq(scope, range(1)) for scope in (ATT, FF, ALL))], asked=Asked(relations=20))
+    wrong = 0
+    for _ in range(DRAWN):
+        by_chance = (replace(cell, correct={"lama:trex": answers(drawn, icc)}) for cell in made.cells)
+        found = evaluate_findings(replace(made, cells=tuple(by_chance)))
+        wrong += any(finding.answer != "cannot tell" for finding in found if finding.comparisons)
+    assert wrong / DRAWN <= 0.06
+
+
+DRAWN = 150
+
+
+def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
+    """Of the 200 known facts of 20 relations 80 % on average, of each relation as many as its own chance gives."""
+    share = drawn.beta(0.8 * (1 / icc - 1), 0.2 * (1 / icc - 1), 20)
+    return tuple((drawn.random(300) < np.tile(share, 15)).tolist())
+
+
+def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
+    # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
+    cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
+    finding = of(evaluate_findings(study(cells, "causal", CAUSAL_TASK)), "F4")
+    assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.comparisons)
+    assert finding.answer == "cannot tell"
+    assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
+    # Where any text may be answered, as little is knowledge.
+    assert of(evaluate_findings(study(cells, "causal", Asked(n=400, known=350))), "F4").answer == "does not hold"
+
+
+def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> None:
+    # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
+    finding = of(evaluate_findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))])), "F2")
+    assert finding.answer == "holds"
+    (pair,) = finding.comparisons
+    assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
+    assert finding.per_million.startswith("Per million parameters changed:")
+    assert "FF_GP 40% loses 0.273 points of accuracy less a million than Att_GP 40%" in finding.per_million
+
+
+def test_rate_difference_by_hand() -> None:
+    # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5; each fact a cluster of its own.
+    alone = np.arange(4)
+    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
+    expected = ttest_1samp([-1, 0, 0.5, 1.5], 0)
+    assert estimate.value == pytest.approx(0.25)
+    assert estimate.high == pytest.approx(expected.confidence_interval().high)
+    assert p == pytest.approx(expected.pvalue)
+    # Of two relations of two facts: means of relations of one size.
+    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
+    assert p == pytest.approx(ttest_1samp([-0.5, 1], 0).pvalue)
+    same = np.zeros(2)
+    assert rate_difference(same, same, alone[:2], (1, 2))[1] == 1.0
+    assert rate_difference(same, same, alone[:2], (0, 2))[0].value is None
+
+
+def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
+    made = study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
+    assert mean([made.kept]).value == pytest.approx(0.9)
+    assert mean([made.kept, made.kept_above_chance]).value is None
+
+
+def test_claim_of_several_parts_needs_each() -> None:
+    assert decide([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
+    assert decide([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
+    assert decide([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
+    assert decide([], [""]) == "cannot tell"
+
+
+def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
+    made = study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], asked=Asked(probes=("a", "b")))
+    less, more = made.cells
+    only = {"a": more.correct["a"]}
+    pair = compare_cells(made, less, type(more)(**{**fields_of(more), "correct": only}))
+    assert pair.counts.n == 300
+
+
+def fields_of(cell: object) -> dict[str, object]:
+    return {name: getattr(cell, name) for name in cell.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("chance", "majority", "expected"),
+    [(None, 0.4, 0.0), (0.01, 0.3, 0.01), (0.5, 0.621, 0.621), (0.5, None, 0.5), (0.5, 0.46, 0.5), (0.2, 0.3, 0.3)],
+)
+def test_floor_is_zero_or_guessing_or_the_majority_of_few(
+    chance: float | None, majority: float | None, expected: float
+) -> None:
+    made = study([], asked=Asked(entry={"chance": chance, "majority": majority}))
+    assert made.probes[0].floor == expected
+
+
+def test_what_is_left_is_counted_from_the_baseline() -> None:
+    made = study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
+    # 299 less 0.62 x 400 of 350 less that: exactly half.
+    assert measure_remaining(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
+    assert measure_decline(made, made.cells[0])(0.95).value == pytest.approx(51 / 350)
+    unknowing = study(at(ALL, range(100), 0.2), "causal", Asked(n=400, known=250, entry=CAUSAL_TASK.entry))
+    assert measure_remaining(unknowing, unknowing.cells[0])(0.95).value is None
+
+
+def test_module_that_hurts_least_is_told_by_level() -> None:
+    cells = [*at(ATT, INTACT, 0.1, 0.3), *at(FF, GOOD, 0.1, 0.3), *at(ALL, BAD, 0.1, 0.3)]
+    cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
+    cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
+    low, medium, high = rank_modules(study(cells))
+    assert (low.level, low.best, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
+    assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
+    assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
+    assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
+
+
+def test_level_of_one_module_compares_nothing() -> None:
+    assert rank_modules(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)])) == ()
+
+
+def test_cliff_is_the_first_amount_below_nine_tenths() -> None:
+    cells = [*at(ATT, INTACT, 0.1), *at(ATT, GOOD, 0.3), *at(ATT, BAD, 0.5), *at(ATT, WORSE, 0.6), *at(FF, INTACT, 0.2)]
+    (cliff,) = find_cliffs(study(cells))
+    assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
+    assert cliff.steepest == (50, 60)
+    assert cliff.fall == pytest.approx(0.25)
+    (level,) = find_cliffs(study([*at(FF, INTACT, 0.1, 0.2)]))
+    assert (level.below, level.kept, level.before) == (None, None, 20)
+
+
+def test_verdict_says_what_the_figures_say() -> None:
+    made = whole_grid()
+    said = write_verdict(made)
+    assert said.startswith(
+        "tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; "
+        "pruned by 30 to 50 % and more than 50 %, attention hurts least; "
+    )
+    assert said.endswith("less than 90 % is kept from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
+
+
+def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst() -> None:
+    made = study([gq(ATT, GOOD), gq(FF, BAD)])
+    assert write_verdict(made) == (
+        "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
+    )
+    assert write_verdict(study([])).startswith("Nothing can be said of what is left of tiny-bert")

@@ -1,0 +1,90 @@
+"""What was found, a line each: the figures are those of the records, and a claim holds only where they show it."""
+
+from __future__ import annotations
+
+import pytest
+
+from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.pages import render_study_html, render_study_markdown
+from compressknow.pages.study.records import Study
+from compressknow.pages.study.summary import Conclusion, draw_conclusions
+from tests.pages.pages import read
+from tests.pages.study.studies import STUDIES, TASKS, Asked, gp, gq, study, whole_grid
+
+
+def found(made: Study) -> dict[str, Conclusion]:
+    return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
+
+
+def test_lines_say_what_the_figures_say() -> None:
+    said = found(whole_grid())
+    level = said["Pruned by 30 to 50 %, attention hurts least"]
+    assert (level.answer, level.chart) == ("holds", "pruning-kept")
+    # Of 200: 187 and 175 at 40 and 50 % of attention, 174 and 150 of feed-forward, 149 and 100 of both.
+    assert level.numbers == "kept on average: attention 90.5 %, feed-forward 81.0 % and overall 62.3 %"
+    scheme = said["Quantized by int8-paper, attention hurts least"]
+    assert scheme.numbers == "kept: attention 95.0 %, feed-forward 90.0 % and overall 80.0 %"
+    assert scheme.answer == "holds"
+    assert said["F6"].numbers == "Att_GQ 63.3 % right, FF_GQ 60.0 %, p = 0.012"
+    # From 30 % on, but where feed-forward has nothing left either, at 80 and 90 %; less than 5 facts differ below.
+    assert said["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
+
+
+def test_where_all_modules_keep_the_same_none_is_named() -> None:
+    made = study(
+        [gp("attention", 0.1, range(200)), gp("feed-forward", 0.1, range(200)), gp("overall", 0.1, range(200))]
+    )
+    line = found(made)["Pruned by 10 to 30 %, one module hurts least"]
+    assert (line.answer, line.numbers[:31]) == ("cannot tell", "kept on average: overall 100 %,")
+
+
+@pytest.mark.parametrize(("right", "answer"), [(150, "holds"), (178, "cannot tell")])
+def test_a_cliff_holds_where_the_whole_interval_is_below(right: int, answer: str) -> None:
+    made = study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
+    line = found(made)["Pruned by 30 %, attention keeps less than 90 %"]
+    assert line.answer == answer
+    assert line.numbers.startswith(f"{right / 2:.1f} % kept; falls fastest from 10 to 30 %, by ")
+
+
+@pytest.mark.parametrize(("right", "answer"), [(199, "holds"), (182, "cannot tell")])
+def test_no_cliff_holds_where_every_interval_is_above(right: int, answer: str) -> None:
+    made = study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
+    assert found(made)["Pruned by up to 30 %, attention keeps 90 % at least"].answer == answer
+
+
+def test_modules_that_keep_the_same_leave_it_open() -> None:
+    made = study([gq("attention", range(190)), gq("overall", range(190))])
+    (line,) = (each for each in found(made).values() if not each.id)
+    assert (line.answer, line.numbers) == ("cannot tell", "kept: overall 95.0 % and attention 95.0 %")
+
+
+def test_what_the_study_has_no_cells_for_is_not_among_them() -> None:
+    made = study([gp("attention", 0.2, range(150))])
+    assert list(found(made)) == ["F1"]
+    assert found(study([])) == {}
+    assert "F2" not in found(whole_grid("causal", TASKS))  # the paper says it of another family
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
+    made = STUDIES[name]()
+    page = read(render_study_html(made))
+    drawn = {chart.name for chart in draw_charts(made)}
+    blocks = [each for each in page.all("div") if each.attributes.get("class") == "found"]
+    charts = [svg.attributes["id"] for block in blocks for svg in block.all("svg")]
+    lines = draw_conclusions(made, evaluate_findings(made))
+    assert charts == [each for each in dict.fromkeys(line.chart for line in lines) if each in drawn]
+    said = [each.text for block in blocks for each in block.all("li")]
+    for line, text in zip(lines, said, strict=True):
+        assert text.startswith(line.answer)
+        assert line.claim in text
+        assert text.endswith(line.numbers)
+
+
+def test_markdown_and_terminal_have_the_same_lines() -> None:
+    made = whole_grid(asked=Asked(n=200, known=100))
+    markdown = render_study_markdown(made)
+    for line in draw_conclusions(made, evaluate_findings(made)):
+        assert f"- **{line.answer}**: {f'{line.id} '.lstrip()}{line.claim} (" in markdown
+        assert str(line).startswith(f"{line.answer}: {f'{line.id} '.lstrip()}{line.claim} (")

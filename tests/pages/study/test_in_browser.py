@@ -1,0 +1,89 @@
+"""A study's page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from compressknow.pages.drawing import WIDTH
+from compressknow.pages.study.pages import render_study_html
+from tests.pages.hostile import TEXTS
+from tests.pages.in_browser import cut, outside, overflow, overlapping, sizes, unfold, violations
+from tests.pages.study.studies import STUDIES, hostile, whole_grid
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("studies")
+    pages = {name: make() for name, make in STUDIES.items()}
+    pages |= {f"hostile {i}": hostile(whole_grid(), TEXTS[i]) for i in (6, 7)}
+    for name, made in pages.items():
+        (folder / f"{name}.html").write_text(render_study_html(made), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in pages}
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "hostile 6", "hostile 7"])
+def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
+    page.goto(files[name].as_uri())
+    unfold(page, 100)
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert overflow(page) <= 0, width
+        assert outside(page) == [], width
+        assert overlapping(page) == [], width
+        assert name.startswith("hostile") or cut(page) == [], width
+
+
+@pytest.mark.parametrize("name", ["masked", "seq2seq"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(files[name].as_uri())
+    unfold(page, 100)
+    (drawn,) = sizes(page)
+    assert 0.95 <= drawn / WIDTH <= 1.1  # its letters are as large as they were drawn
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])
+def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(files[name].as_uri())
+    unfold(page, 100)
+    assert violations(page) == []
+
+
+def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[str, Path]) -> None:
+    page.emulate_media(media="print", color_scheme="dark")
+    page.goto(files["seq2seq"].as_uri())
+    style = "[...document.querySelectorAll('{}')].map((each) => getComputedStyle(each).{})"
+    assert set(page.evaluate(style.format("figure:not(.panels), .found, .findings tbody", "breakInside"))) == {"avoid"}
+    assert page.evaluate(style.format("html, body", "backgroundColor")) == ["rgba(0, 0, 0, 0)"] * 2
+    assert page.evaluate(style.format("h1, .chart .f-paper", "color"))[0] == "rgb(28, 27, 25)"
+
+
+def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
+    page.goto(files["masked"].as_uri())
+    table = page.locator("section[aria-labelledby=cells] table.sortable")
+    header = table.get_by_role("columnheader", name="Kept")
+    header.get_by_role("button").press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    kept = table.locator("tbody").last.locator("tr > td:nth-child(2)").all_inner_texts()
+    numbers = [float(text.split()[0]) for text in kept]
+    assert numbers == sorted(numbers, reverse=True)
+    assert table.locator("tbody th").first.inner_text() == "original"
+
+
+def test_page_is_whole_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(files["masked"].as_uri())
+    assert page.locator("table.findings").is_visible()
+    assert page.locator("svg.chart").count() == 5
+    assert page.locator("section[aria-labelledby=cells] tbody tr").count() == 41
+    context.close()

@@ -1,0 +1,209 @@
+"""A study's page, Markdown and JSON: they say what the study says, and no text can break out of them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from compressknow.base.format import plain
+from compressknow.pages.study.charts import is_chart
+from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json, write_study
+from tests.long import one_in
+from tests.pages.hostile import TEXTS
+from tests.pages.pages import Element, read
+from tests.pages.study.studies import STUDIES, TASKS, Asked, empty, gp, hostile, study, whole_grid
+
+FILES = {"study.html", "study.md", "study.json", "cells.csv", "cells.parquet"}
+
+
+def with_class(page: Element, name: str) -> list[Element]:
+    return [element for element in page.all() if name in element.attributes.get("class", "").split()]
+
+
+@pytest.mark.parametrize("name", one_in(2, STUDIES))
+def test_same_study_gives_the_same_bytes(name: str) -> None:
+    made = STUDIES[name]()
+    assert render_study_html(made) == render_study_html(STUDIES[name]())
+    assert render_study_markdown(made) == render_study_markdown(STUDIES[name]())
+    assert json.dumps(study_to_json(made)) == json.dumps(study_to_json(STUDIES[name]()))
+
+
+def test_page_opens_with_what_is_kept_and_the_verdict() -> None:
+    page = read(render_study_html(whole_grid()))
+    assert page.one("h1").text == "40 compressed forms keep 0 to 100 % of the knowledge"
+    (verdict,) = with_class(page, "verdict")
+    assert verdict.text.startswith("tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; ")
+
+
+def test_findings_table_has_the_ten_with_their_answers() -> None:
+    made = whole_grid()
+    (table,) = with_class(read(render_study_html(made)), "findings")
+    rows = [body.all("tr") for body in table.all("tbody")]
+    assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(made)]
+    assert rows[1][0].one("th").text.startswith("F2 Pruned by 30 to 50 %, attention hurts less than feed-forward")
+    compared = "Att_GP 40% answers 187 of 300 right, FF_GP 40% 174: 13 only the first, 0 only the second (p = 0.0022)."
+    assert compared in rows[1][1].text
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_headings_go_down_one_level_at_a_time_and_links_resolve(name: str) -> None:
+    page = read(render_study_html(STUDIES[name]()))
+    levels = [int(element.tag[1]) for element in page.all() if re.fullmatch("h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    ids = [element.attributes["id"] for element in page.all() if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    links = [element.attributes["href"] for element in page.all("a")]
+    assert all(link.removeprefix("#") in ids for link in links)
+
+
+def test_policy_allows_this_style_and_script_and_nothing_else() -> None:
+    html = render_study_html(whole_grid())
+    page = read(html)
+    policy = next(
+        m.attributes["content"] for m in page.all("meta") if "Content-Security-Policy" in m.attributes.values()
+    )
+    for tag in ("style", "script"):
+        text = page.one("head" if tag == "style" else "body").all(tag)[-1].text
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert not [e for e in page.all() if set(e.attributes) & {"style", "src", "onclick", "srcset"}]
+    assert re.findall(r"https?://[^\"'< ]+", re.sub(r'xmlns[^"]*"[^"]+"', "", html)) == []
+
+
+def kinds_of(markdown: str) -> list[tuple[str, str]]:
+    return [(token.type, token.tag) for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
+
+
+@cache
+def harmless() -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, str]]]:
+    """The shapes of page and Markdown where no text is hostile."""
+    page = read(render_study_html(hostile(whole_grid(asked=TASKS), "harmless")))
+    return page.shape, kinds_of(render_study_markdown(hostile(whole_grid(), "harmless")))
+
+
+@pytest.mark.parametrize("text", one_in(4, TEXTS))
+def test_hostile_text_stays_text(text: str) -> None:
+    html = render_study_html(hostile(whole_grid(asked=TASKS), text))
+    page = read(html)
+    assert page.shape == harmless()[0]
+    assert plain(text, 60)[:30] in page.one("main").text
+    html.encode("utf-8")
+
+
+@pytest.mark.parametrize("text", one_in(4, TEXTS))
+def test_hostile_text_is_text_in_markdown_and_json_too(text: str, tmp_path: Path) -> None:
+    made = hostile(whole_grid(), text)
+    assert kinds_of(render_study_markdown(made)) == harmless()[1]
+    write_study(made, tmp_path)
+    assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["original"]["name"] == text
+
+
+def test_markdown_says_what_the_page_says() -> None:
+    made = whole_grid("causal", TASKS)
+    root = read(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(render_study_markdown(made)))
+    page = read(render_study_html(made))
+    assert root.one("h1").text == page.one("h1").text
+    answers = [[cell.text for cell in row.all("td")][2] for row in root.all("table")[0].all("tr")[1:]]
+    assert answers == [finding.answer for finding in evaluate_findings(made)]
+    cells = root.all("table")[-1]
+    assert len(cells.all("tr")) == 2 + len(made.cells)
+    assert with_class(page, "verdict")[0].text in root.text
+
+
+def test_json_has_every_figure_and_no_facts() -> None:
+    made = whole_grid("seq2seq", TASKS)
+    found = json.loads(json.dumps(study_to_json(made), allow_nan=False))
+    assert found["schema"] == 1
+    assert list(found["findings"]) == [f"F{i}" for i in range(1, 11)]
+    assert len(found["cells"]) == 2 * (len(made.cells) + len(made.failed))
+    assert found["probes"]["lm-eval:boolq"] == {
+        "n": 100,
+        "average": "micro",
+        "accuracy": 0.8,
+        "majority": 0.621,
+        "chance": 0.5,
+        "templates": 1,
+    }
+    assert [cliff["module"] for cliff in found["cliffs"]] == ["overall", "attention", "feed-forward"]
+    comparison = found["findings"]["F4"]["comparisons"][0]
+    assert comparison["n"] == 200
+    assert comparison["both"] + comparison["only_less"] + comparison["only_more"] + comparison["neither"] == 200
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_text_of_a_fact_is_anywhere(name: str, tmp_path: Path) -> None:
+    write_study(STUDIES[name](), tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        content = path.read_bytes()
+        assert b"The capital of country" not in content, path
+        assert b"Paris" not in content, path
+
+
+def test_folder_has_every_file_and_no_other(tmp_path: Path) -> None:
+    write_study(whole_grid(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"figures"}
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"pruning-drop", "pruning-kept", "quantization", "pruning-quantization", "final-layer"}
+    assert (tmp_path / "study.html").stat().st_size < 300_000
+
+
+def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
+    page = read(render_study_html(whole_grid("seq2seq", TASKS)))
+    (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "charts"]
+    figures = with_class(section.one("details"), "panels")
+    assert len(figures) == 5
+    for figure in figures:
+        first, *names = [caption.text for caption in figure.all("figcaption")]
+        assert first.split(" (")[0].endswith(", by probe")
+        assert names == ["lm-eval:boolq", "lm-eval:piqa"]
+    assert not [each for each in read(render_study_html(whole_grid())).all("details") if each.all("svg")]
+
+
+def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
+    write_study(whole_grid(asked=TASKS), tmp_path)
+    (tmp_path / "figures" / "mine.svg").write_text("mine", encoding="utf-8")
+    smaller = study([gp("attention", 0.2, range(150))])
+    write_study(smaller, tmp_path)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.svg"]
+    assert not is_chart("mine")
+    assert (tmp_path / "study.html").read_text(encoding="utf-8") == render_study_html(smaller)
+
+
+def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
+    page = read(render_study_html(whole_grid(asked=Asked(n=60, known=20))))
+    (note,) = with_class(page, "warnings")
+    said = [item.text for item in note.all("li")]
+    assert said[0] == "1 of 41 cells failed; their reasons are below."
+    assert len(said) == len(set(said)) > 1
+    assert "RuntimeError: out of memory" in page.one("main").text
+
+
+def test_warnings_of_single_cells_stand_with_their_names() -> None:
+    made = whole_grid()
+    cells = list(made.cells)
+    for i in (1, 3):
+        cells[i] = replace(cells[i], comparison=replace(cells[i].comparison, warnings=("It broke.",)))
+    page = read(render_study_html(replace(made, cells=tuple(cells))))
+    (entry,) = [each for each in page.all("div") if "It broke." in each.text and not each.all("div")]
+    assert (entry.one("dt").text, entry.one("dd").text) == ("Att_GP 20%, Att_GP 40%", "It broke.")
+    assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
+
+
+def test_a_study_of_nothing_is_a_page_too() -> None:
+    page = read(render_study_html(empty()))
+    assert page.one("h1").text == "There was no knowledge to keep"
+    assert "None" not in page.one("main").text
+    assert "nan" not in page.one("main").text
+    assert not with_class(page, "chart")

@@ -1,0 +1,160 @@
+"""The paper's tables in its layout, and the tidy table: one row a cell and probe."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from compressknow.pages.study.axes import name_cells
+from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.pages import render_study_markdown, to_csv, to_parquet
+from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
+from compressknow.pages.study.view import bounds_table, cells_table, comparisons_table, paper_tables
+from tests.pages.hostile import TEXTS
+from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid
+
+TASKS = Asked(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
+
+
+def test_columns_are_those_of_the_paper_in_its_order() -> None:
+    (table,) = paper_tables(whole_grid())
+    assert table.columns == (
+        "Model",
+        "Dataset",
+        "Baseline",
+        "Overall_GQ",
+        "Att_GQ",
+        "FF_GQ",
+        "Overall_GPQ 20%",
+        "Overall_GPQ 40%",
+        "Att_GPQ 20%",
+        "Att_GPQ 40%",
+        "FF_GPQ 20%",
+        "FF_GPQ 40%",
+    )
+
+
+def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
+    made = study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], asked=Asked(n=90, known=70))
+    (table,) = paper_tables(made)
+    assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
+    dashes = ("-",) * 5
+    assert table.rows == (("tiny-bert", "lama:trex", "77.778", "-", "66.667", "-", *dashes, "34.444"),)
+
+
+@pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
+def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: int) -> None:
+    (table,) = paper_tables(study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS))
+    assert f"Table {place} " in table.caption
+    assert [row[:4] for row in table.rows] == [
+        ("tiny-bert", "lm-eval:boolq", "0.8000", "0.5300"),
+        ("tiny-bert", "lm-eval:piqa", "0.8000", "0.5300"),
+    ]
+    assert [row[8] for row in table.rows] == ["0.7500", "0.7500"]
+
+
+def test_each_scheme_has_a_table_of_its_own() -> None:
+    made = study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
+    assert [table.rows[0][4] for table in paper_tables(made)] == ["50.000", "40.000"]
+    assert paper_tables(study([gp("attention", 0.2, range(9))])) == ()
+
+
+def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
+    made = whole_grid()
+    table = cells_table(made)
+    assert table.rows[0][:3] == ("original", "", "66.7 %")
+    assert [row[0] for row in table.rows[1:]] == [cell.setup for cell in made.cells]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    att_40 = next(row for row in table.rows if row[0] == "Att_GP 40%")
+    assert att_40[1].startswith("93.5 % (")
+    assert att_40[4:] == ("8.4", "-", "436.0 MB", "416.0 MB")
+
+
+def test_cells_of_one_setup_are_told_apart() -> None:
+    cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
+    assert list(name_cells(study(cells)).values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
+    assert list(name_cells(study(cells[:1])).values()) == ["Att_GQ"]
+
+
+def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
+    made = whole_grid()
+    found = evaluate_findings(made)
+    behind, figures = comparisons_table(made, found), bounds_table(made, found)
+    assert behind is not None
+    assert figures is not None
+    assert len(behind.rows) == sum(len(finding.comparisons) for finding in found)
+    assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
+    assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
+    nothing = study([])
+    assert comparisons_table(nothing, evaluate_findings(nothing)) is None
+
+
+def test_failed_cells_have_their_reasons() -> None:
+    made = study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
+    page = render_study_markdown(made)
+    assert all(part in page for part in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
+    assert "Cells that failed" not in render_study_markdown(study([]))
+
+
+def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
+    made = study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
+    rows = tidy_rows(made)
+    assert [(row["key"], row["probe"]) for row in rows] == [
+        ("att_gp-40", "lm-eval:boolq"),
+        ("att_gp-40", "lm-eval:piqa"),
+        ("overall_gq-int8-paper", "lm-eval:boolq"),
+        ("overall_gq-int8-paper", "lm-eval:piqa"),
+    ]
+    # Beside them those of the recipes' settings.
+    assert all([name for name in row if name in COLUMNS] == list(COLUMNS) for row in rows)
+    first = rows[0]
+    assert [first[name] for name in ("n", "both", "lost", "gained", "neither")] == [100, 70, 10, 1, 19]
+    assert (first["scope"], first["method"], first["amount"]) == ("attention", "l1-unstructured", 0.4)
+    assert (first["scheme"], first["status"], first["error"]) == (None, "ok", None)
+    assert (first["accuracy_original"], first["accuracy_compressed"]) == (0.8, 0.71)
+    assert first["drop_absolute"] == pytest.approx(0.09)
+    assert first["drop_relative"] == pytest.approx(0.09 / 0.8)
+    assert (first["kept"], first["pruned"], first["quantized"]) == (0.875, 8_400_000, 0)
+    assert first["kept_low"] < 0.875 < first["kept_high"]
+    assert first["mcnemar_p"] == pytest.approx(24 / 2**11)
+
+
+def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
+    made = study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
+    rows = tidy_rows(made)[-2:]
+    assert [row["probe"] for row in rows] == ["lm-eval:boolq", "lm-eval:piqa"]
+    for row in rows:
+        known = {name: value for name, value in row.items() if value is not None and name != "probe"}
+        assert known == {"key": "x", "setup": "Att_GP 95%", "status": "failed", "error": "no memory"}
+
+
+def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -> None:
+    rows = tidy_rows(whole_grid())
+    as_csv, as_parquet = to_csv(rows), to_parquet(rows)
+    assert (as_csv, as_parquet) == (to_csv(tidy_rows(whole_grid())), to_parquet(tidy_rows(whole_grid())))
+    with pq.ParquetFile(io.BytesIO(as_parquet)) as file:
+        table = file.read()
+    assert {name: str(table.schema.field(name).type) for name in COLUMNS} == dict(COLUMNS)
+    assert table.to_pylist() == rows
+    read = list(csv.DictReader(io.StringIO(as_csv.decode())))
+    assert [list(row) for row in read] == [list(rows[0])] * len(rows)
+    assert [row["kept"] for row in read] == ["" if row["kept"] is None else repr(row["kept"]) for row in rows]
+    assert b"\r" not in as_csv
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_hostile_reasons_are_one_field_of_one_row(text: str) -> None:
+    rows = tidy_rows(study([], failed=[FailedCell("x", text, text)]))
+    read = list(csv.DictReader(io.StringIO(to_csv(rows).decode())))
+    assert [row["key"] for row in read] == ["x"]
+    assert read[0]["error"] == rows[0]["error"]
+    assert len(to_parquet(rows)) > 0
+
+
+def test_a_study_of_nothing_has_a_header() -> None:
+    assert to_csv([]).decode() == ",".join(COLUMNS) + "\n"
+    with pq.ParquetFile(io.BytesIO(to_parquet([]))) as file:
+        assert file.metadata.num_rows == 0

@@ -1,0 +1,182 @@
+"""The map of a sensitivity: what its page, its Markdown, its JSON and its CSV say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from compressknow.pages.pages import check_outputs
+from compressknow.study.map import (
+    FORMATS,
+    Map,
+    Size,
+    compute_kl_per_mb,
+    compute_risk,
+    render_map_html,
+    render_map_markdown,
+    write_map,
+    write_verdict,
+)
+from compressknow.study.sensitivity import Sensitivity
+from tests.pages.hostile import TEXTS
+from tests.pages.in_browser import cut, overflow, overlapping, unfold, violations
+from tests.pages.maps import TYPES, sensitivity_of, weight
+from tests.pages.pages import read
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+def map_of(**changes: Any) -> Map:
+    return Map("tiny", sensitivity_of(**changes), "both")
+
+
+def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_scale() -> None:
+    page = read(render_map_html(map_of()))
+    maps = [svg for svg in page.all("svg") if "heat" in svg.attributes["class"]]
+    assert [svg.attributes["id"] for svg in maps] == ["map-0", "map-1", "map-2", "map-3", "risk-map"]
+    # Of 6 layers three figures each, and one of the head; the legend has seven shades.
+    assert all(len(svg.all("rect")) == 6 * 3 + 1 + 7 for svg in maps)
+    legends = [[text.text for text in svg.all("text")][-6:] for svg in maps]
+    assert legends[0] == legends[1] == legends[2] == legends[3] != legends[4]
+    # What loses more is darker, in other maps too.
+    darkest = [max(float(rect.attributes["opacity"]) for rect in svg.all("rect")[:-7]) for svg in maps[:4]]
+    assert darkest[2] >= darkest[0] > darkest[3]
+    titles = [each.text for each in page.all("figcaption")]
+    assert titles == ["All 120 facts", "Text", "Geography: 40 facts", "Science: 25 facts"]
+    assert page.one("h1").text == "Layer 2 self_attn.v_proj matters most for its size"
+
+
+def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
+    page, map = read(render_map_html(map_of())), map_of()
+    tables = {table.one("caption").text: table for table in page.all("table")}
+    most, least = (
+        [row.one("th").text for row in table.one("tbody").all("tr")]
+        for caption, table in tables.items()
+        if "sensitive weights" in caption
+    )
+    assert most[0] == "layer 2 self_attn.v_proj"
+    assert least[0] == "layer 0 self_attn.q_proj"
+    assert len(most) == 10
+    assert set(most).isdisjoint(least)
+    assert len(most) + len(least) == len(map.ranked)
+    modules = tables["Modules, over all layers"].one("tbody").all("tr")
+    assert [row.one("th").text for row in modules] == ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "final"]
+    layers = tables["Layers, over all their modules"].one("tbody").all("tr")
+    assert [row.one("th").text for row in layers] == [*(f"layer {n}" for n in range(6)), "final"]
+
+
+def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> None:
+    map = map_of()
+    sizes, losses = zip(*((each.nbytes, each.kl) for each in map.frontier), strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(losses) == sorted(losses, reverse=True)
+    uniform = {each.type: each for each in map.uniform}
+    assert list(uniform) == list(TYPES)
+    rows = map.sensitivity.rows
+    assert uniform["q4_0"] == Size(
+        2 * 5000 + sum(row.by_type["q4_0"].bytes for row in rows),
+        pytest.approx(sum(row.by_type["q4_0"].kl() for row in rows)),
+        "q4_0",
+    )
+    assert all(map.at(each.nbytes).kl <= each.kl for each in uniform.values())
+    assert map.at(uniform["q4_0"].nbytes).kl < 0.9 * uniform["q4_0"].kl
+    assert map.frontier[0].nbytes == uniform["q3_k"].nbytes
+    assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
+
+
+def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -> None:
+    rows = sensitivity_of().rows
+    narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
+    map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
+    uniform = {each.type: each for each in map.uniform}
+    # q6_k is q8_0 there; q5_0, which q4_k would be, and iq4_nl were not tried.
+    assert list(uniform) == ["q8_0", "q6_k", "q4_0"]
+    assert uniform["q6_k"].kl == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
+
+
+def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
+    one, other = sensitivity_of().rows[1:3]
+    assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
+    both = compute_kl_per_mb([one, other], "both")
+    assert both == pytest.approx((one.per_mb() + other.per_mb()) / 2)
+    assert compute_kl_per_mb([one], "facts", "geography") == pytest.approx(1.5 * one.per_mb("facts"))
+    assert compute_risk([one, other]) == pytest.approx(one.by_type["q4_0"].at_risk + other.by_type["q4_0"].at_risk)  # type: ignore[operator]
+
+
+def test_without_facts_there_is_a_map_of_text_alone() -> None:
+    rows = tuple(
+        replace(
+            row,
+            by_domain={},
+            by_type={kind: replace(each, facts=None, at_risk=None) for kind, each in row.by_type.items()},
+        )
+        for row in sensitivity_of().rows
+    )
+    guidance = replace(sensitivity_of().guidance, facts=0, fingerprint=None)
+    map = Map("tiny", sensitivity_of(rows=rows, domains={}, guidance=guidance), "text")
+    page = read(render_map_html(map))
+    assert [svg.attributes["id"] for svg in page.all("svg") if "heat" in svg.attributes["class"]] == ["map-0"]
+    assert "Facts at risk" not in [each.text for each in page.all("h2")]
+    assert "None" not in render_map_markdown(map)
+
+
+def test_layers_of_two_stacks_are_told_apart() -> None:
+    rows = tuple(
+        weight(name, layer=layer, base=1e-5, stack=stack)
+        for stack in ("decoder", "encoder")
+        for layer in (1, 0)
+        for name in ("layer.SelfAttention.q", "layer.EncDecAttention.q")
+        if stack == "decoder" or "Self" in name
+    )
+    map = map_of(rows=rows)
+    grid = map.grid(lambda own: compute_kl_per_mb(own, "both"))
+    assert grid.rows == ("encoder 0", "encoder 1", "decoder 0", "decoder 1")
+    assert grid.columns == ("SelfAttention.q", "EncDecAttention.q")
+    assert [cell is None for cell in grid.cells[0]] == [False, True]
+
+
+def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
+    files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
+    write_map(map_of(), files, overwrite=False)
+    check_outputs(files, overwrite=True, formats=FORMATS)
+    found = json.loads((tmp_path / "map.json").read_text())
+    assert Sensitivity.from_json(found) == sensitivity_of()
+    assert found["verdict"] == write_verdict(map_of())
+    assert len(found["uniform"]) == 5
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "map.csv").read_text())))
+    assert len(rows) == len(sensitivity_of().rows) * len(TYPES)
+    assert rows[0]["module"] == "lm_head"
+    assert float(rows[0]["at_risk"]) == pytest.approx(6e-5)
+    assert "| layer 2 |" in (tmp_path / "map.md").read_text()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_name_is_markup(text: str) -> None:
+    hostile = map_of(domains={text: 40})
+    plain, named = (read(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text)))
+    assert named.shape == plain.shape
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file: Path = tmp_path_factory.mktemp("pages") / "map.html"
+    file.write_text(render_map_html(map_of()), encoding="utf-8")
+    return file.as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, address: str, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.goto(address)
+    unfold(page, 9)
+    assert violations(page) == []
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert (overflow(page) <= 0, overlapping(page), cut(page)) == (True, [], []), width
