@@ -33,6 +33,8 @@ from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 REPOSITORY = "https://github.com/compressknow/compressknow"
 DOCUMENTS = sorted({*PAGES, *ROOT.glob("*.md"), *ROOT.glob("examples/**/README.md")})
 SHOWN = [shown for page in PAGES for shown in commands(page)]
+# Pages whose commands take long to run.
+SLOW = {"choosing", "probes", "report", "search", "sensitivity", "sweep"}
 # Run with fewer facts and trials than the pages show.
 CHEAPER = {
     "probe": ["--limit", "8"],
@@ -112,7 +114,7 @@ def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return home
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=[long] * (p.stem == "search"), id=name_of(p)) for p in PAGES])
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[long] * (p.stem in SLOW), id=name_of(p)) for p in PAGES])
 def test_commands_of_a_page_run_one_after_the_other(
     page: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +133,7 @@ def test_commands_of_a_page_run_one_after_the_other(
             assert code in ((0, 3) if gated else (0,)), f"{shown.line}\n{said.err}"
 
 
+@long
 def test_the_workflow_to_copy_gates_a_conversion(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own steps by hand, in a shell with its own environment: packages and what only GitHub has are left out."""
     workflow = yaml.safe_load((ROOT / "examples" / "ci" / "knowledge-gate.yml").read_text(encoding="utf-8"))

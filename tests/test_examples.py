@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import compressknow
 from compressknow.compress.recipe import read_recipe
 from compressknow.study.grid import read_grid
+from tests.long import long
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = EXAMPLES / "recipes"
@@ -37,6 +38,7 @@ def test_recipe_is_the_setup_that_its_name_says(name: str, setup: str) -> None:
     assert recipe.module_map == ("paper" if name.startswith("paper") else "structural")
 
 
+@long
 @pytest.mark.network
 def test_every_form_of_the_frontier_is_one_that_smollm2_can_have(smollm2: Path, tmp_path: Path) -> None:
     frontier = runpy.run_path(str(EXAMPLES / "frontier.py"))

@@ -37,6 +37,7 @@ from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import add_report
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.long import long
 from tests.pages.answering import WORDS, answer, entry, run
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import Element, read
@@ -678,6 +679,7 @@ class TestPruningMethod:
         assert "broken               cannot be used" in capsys.readouterr().out
         assert main(["convert", "model", "out", "--prune", "0.5"]) == 0
 
+    @long
     def test_a_process_of_its_own_finds_what_pip_has_installed(self, home: Path) -> None:
         entries = {"compressknow.pruning": ["l1-spans = other:Spans"]}
         site = package(home / "site", "other", example("A pruning method"), entries)
@@ -892,6 +894,7 @@ class TestScheme:
         ids = torch.tensor([[5, 9, 17, 4]])
         assert torch.allclose(model(ids).logits, floats(ids).logits, atol=1e-4)
 
+    @long
     def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:
         entries = {"compressknow.schemes": ["int6 = other:Int6"]}
         site = package(home / "site", "other", example("A quantization scheme"), entries)

@@ -21,6 +21,7 @@ from packaging.version import Version
 
 import compressknow
 from compressknow.base.libraries import GGUF_TRANSFORMERS, OPTIONAL
+from tests.long import long
 
 ROOT = Path(__file__).parent.parent
 RENDER = """
@@ -78,6 +79,7 @@ def test_installed_wheel_renders_templates_outside_the_repository(wheel: Path, t
     assert done.stdout.startswith("---\nlicense: mit\n---\n")
 
 
+@long
 @pytest.mark.network
 def test_the_extra_for_gguf_files_is_all_that_export_needs(wheel: Path, smollm2: Path, tmp_path: Path) -> None:
     """In an environment that has what the extra asks for, and pip, and nothing else."""

@@ -12,7 +12,7 @@ import pytest
 
 from compressknow.base.libraries import OPTIONAL
 from tests.knowing import facts_file, knowing
-from tests.long import one_in
+from tests.long import long, one_in
 from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,7 @@ def test_several_are_told_at_once(place: Path) -> None:
     )
 
 
+@long
 @pytest.mark.parametrize(
     "words",
     [

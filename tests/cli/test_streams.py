@@ -13,6 +13,7 @@ import pytest
 
 from compressknow.api.verify import verify
 from tests.knowing import facts_file, knowing
+from tests.long import long
 from tests.models import save_tiny
 
 
@@ -33,6 +34,7 @@ def shell(command: str, *arguments: object, **environment: str) -> subprocess.Co
     )
 
 
+@long
 def test_closed_streams_change_nothing_in_what_is_written(model: Path, tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     done = shell('"$0" -m compressknow convert "$1" "$2" --prune 20% <&- >&- 2>&-', model, converted)
@@ -96,6 +98,7 @@ sys.exit(run(click.Command("say", callback=lambda: click.echo(text)), []))
     assert done.stdout.decode("cp850") == "Zürich... \\ud83d\\ude00\n"
 
 
+@long
 def test_json_stays_json_in_a_narrow_encoding(model: Path) -> None:
     done = shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, b"")

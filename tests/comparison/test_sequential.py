@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.comparison.power import FRACTIONS, LEVEL, capitals, decide
+from tests.long import long
 
 RUNS = 2000
 WON = math.log(2 / LEVEL)
@@ -43,6 +44,7 @@ def test_near_the_gate_few_runs_are_wrong() -> None:
         assert (first[wrong_side] < first[1 - wrong_side]).mean() <= LEVEL / 2
 
 
+@long
 def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
     known, kept = drawn(400, 250, 220, 400)
     stops = [decide(*run, 0.8, 400) for run in zip(known, kept, strict=True)]

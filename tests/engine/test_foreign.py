@@ -24,6 +24,7 @@ from compressknow.engine.load import load, load_tokenizer
 from compressknow.pages.records import Comparison
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 LLM_COMPRESSOR = Path(__file__).parents[1] / "data" / "llm_compressor"
 ROOT = Path(__file__).parents[2]
@@ -213,6 +214,7 @@ sys.exit(main(["report", original, converted, *arguments]))
 """
 
 
+@long
 @pytest.mark.network
 def test_what_torchao_made_keeps_what_the_original_knew(place: Path, tmp_path: Path) -> None:
     libraries = wheel("torchao==0.18.0", tmp_path / "wheel")

@@ -369,7 +369,7 @@ def made(name: str, folder: Path) -> Path:
 
 
 @needs_converter
-@pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama", "mixtral"]))
+@pytest.mark.parametrize("name", one_in(3, ["llama-tied", "llama", "mixtral"]))
 def test_an_exported_file_answers_as_its_checkpoint(name: str, place: Path, tmp_path: Path) -> None:
     """Random weights, and a tokenizer of sentencepiece: tokens, and what each candidate scores."""
     folder, file = made(name, tmp_path / "model"), tmp_path / "model.gguf"

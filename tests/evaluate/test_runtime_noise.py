@@ -19,6 +19,7 @@ from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.gguf.making import checkpoint, needs_converter
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
@@ -56,6 +57,7 @@ def floors_in(folder: Path) -> dict[str, NoiseFloor]:
     return dict(entry.runtime_noise_floors)
 
 
+@long
 @needs_converter
 def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place, tmp_path: Path) -> None:
     kept = tmp_path / "kept"

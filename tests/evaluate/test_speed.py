@@ -18,6 +18,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _measure_tokens, measure
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> No
     assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
 
 
+@long
 def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, tmp_path: Path) -> None:
     stored = transformers.AutoModelForCausalLM.from_pretrained(place / "llama", dtype=torch.bfloat16)
     stored.save_pretrained(tmp_path / "half")
@@ -73,6 +75,7 @@ def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, t
     assert {dtype: speed.computed_in for dtype, speed in found.items()} == {None: "bfloat16", "float32": "float32"}
 
 
+@long
 def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:
     model = knowing("bert", tmp_path / "bert")
     assert measure(locate(model), Settings()).tokens_per_second is None

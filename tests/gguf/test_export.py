@@ -497,7 +497,7 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
 
 
 @needs_converter
-@pytest.mark.parametrize("number", one_in(2, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+@pytest.mark.parametrize("number", one_in(3, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_path: Path) -> None:
     """Nor beside it, once it could clean up, or once the next run did."""
     source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"

@@ -41,7 +41,7 @@ from tests.gguf.making import (
     weights,
 )
 from tests.knowing import KNOWN_FACTS
-from tests.long import one_in
+from tests.long import long, one_in
 
 TEXTS = [
     batch_sequences(torch.randint(0, 400, (24, 40), generator=torch.Generator().manual_seed(0)).tolist()),
@@ -189,7 +189,8 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
 
 
 @needs_converter
-@pytest.mark.parametrize("stage", one_in(2, ["round", "sensitivity"]))
+@long
+@pytest.mark.parametrize("stage", ["round", "sensitivity"])
 def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stage: str, tmp_path: Path) -> None:
     source, facts = asked(tmp_path)
     words = {"size": "900kB", "facts": facts, "calibration": str(text_file(tmp_path / "text.txt"))}

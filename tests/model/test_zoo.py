@@ -23,7 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import scope_names
 from compressknow.model.structure import LinearWeight, Structure
+from tests.long import long
 
+# Some 250 classes are built.
+pytestmark = long
 MAPPINGS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,

@@ -11,6 +11,7 @@ import compressknow
 from compressknow.study.folder import CellResult
 from compressknow.study.running import RayOptions
 from tests.knowing import facts_file, knowing
+from tests.long import long
 
 pytest.importorskip("ray")
 
@@ -23,6 +24,7 @@ def workers() -> list[psutil.Process]:
     return [child for child in children if any("ray::_run" in word for word in child.cmdline())]
 
 
+@long
 def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
     model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     grid = tmp_path / "grid.toml"

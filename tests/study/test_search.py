@@ -28,7 +28,7 @@ from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import split_facts
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
-from tests.long import one_in
+from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -200,6 +200,7 @@ def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(plac
     assert all(each.noise_floor is None for seen in chose for each in seen.record.probes.values())
 
 
+@long
 def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
     gguf: Place, llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_finished_search_asks_nothing_again_and_finds_the_same(place: Place) -
     assert (folder / "search.json").read_bytes() == before
 
 
+@long
 def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
     gguf: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

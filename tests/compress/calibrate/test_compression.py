@@ -30,6 +30,7 @@ from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Wher
 from compressknow.model.manifest import calibrated_in_words, calibration_of, dropped_neurons
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
+from tests.long import long
 from tests.models import save_tiny, tiny
 
 OVERALL, BLOCKS = Where(("overall",)), Where(("blocks",))
@@ -217,6 +218,7 @@ def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
     assert float((after - before).norm() / before.norm()) < 0.05
 
 
+@long
 def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_clean(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     code = (

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.compress.conftest import Refused
 from tests.knowing import KNOWN_FACTS, knowing
+from tests.long import long
 from tests.models import save_tiny
 
 WANDA = ["--prune", "0.5", "--prune-method", "wanda"]
@@ -181,6 +182,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@long
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
 def test_no_memory_for_a_block_names_it(llama: Path, notes: Path, tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(llama, intermediate_size=20_000, num_hidden_layers=1)
@@ -205,6 +207,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 @pytest.mark.parametrize(("stage", "tokens"), [("Writing the calibration text", "400000"), ("Compressing", "64000")])
 def test_an_interrupted_run_leaves_nothing(stage: str, tokens: str, llama: Path, notes: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def outcomes(names: list[str], folder: Path) -> Iterator[tuple[str, str]]:
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("part", one_in(3, range(PARTS)))
+@pytest.mark.parametrize("part", one_in(PARTS, range(PARTS)))
 def test_blocks_of_nearly_all_architectures_run_apart(part: int, tmp_path: Path) -> None:
     found = dict(outcomes(sorted(CLASSES)[part::PARTS], tmp_path))
     counts = Counter(found.values())

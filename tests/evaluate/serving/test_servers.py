@@ -434,6 +434,7 @@ def test_addresses_that_cannot_be_one_or_hold_a_secret(address: str, said: str) 
     assert "secret" not in str(raised.value)
 
 
+@long
 def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     served: Callable[[str], ModelServer], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
