@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.direct_reads import Read, find_direct_reads
+from compressknow.model.loading import find_direct_reads
 from compressknow.model.naming import Binding, Naming, find_suppliers
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -198,16 +198,16 @@ class Sources:
             name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
             if not self._naming.scale_follows(name, weight.parameter):
                 return NO_FORM["reshaped"]
-        if self._read.keys() & set(weight.modules):
+        if self._read & set(weight.modules):
             return NO_FORM["read"]
         with SCHEMES.explain_failures(scheme.name):
             return scheme.misfit(part.shape)
 
     @cached_property
-    def _read(self) -> dict[str, Read]:
+    def _read(self) -> set[str]:
         """Return the modules whose weight is taken for what it is; to cast to its dtype is no harm (see
         `compressknow.load`)."""
-        return {module: read for module, read in find_direct_reads(self._model).items() if read == "values"}
+        return {module for module, read in find_direct_reads(self._model).items() if read == "values"}
 
 
 def _check_dtype(part: StoredTensor) -> None:

@@ -15,7 +15,7 @@ from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, nearest
 from compressknow.base.files import name_of
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged
-from compressknow.model.tensors import StoredTensor, read_header, same_bytes
+from compressknow.model.tensors import StoredTensor, read_header
 from compressknow.model.torch_bin import read_torch_file
 
 MODULES = "modules.json"
@@ -111,8 +111,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
-    file_of: dict[str, str] = {}
-    others: list[StoredTensor] = []
     for file, wanted in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
@@ -120,21 +118,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
                 f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
-        file_of |= dict.fromkeys(stored, file)
-        others += [tensor for name, tensor in stored.items() if wanted is not None and name not in wanted]
-    if left_out := sorted(file_of.keys() - tensors.keys()):
-        raise CheckpointError(
-            f"The index of {folder} leaves out {some_of(left_out)}, which {file_of[left_out[0]]} holds.",
-            why="What reads the index loads a model without these weights.",
-            hint=DOWNLOAD_AGAIN,
-        )
-    for other in others:
-        if not same_bytes(other, tensors[other.name]):
-            raise CheckpointError(
-                f"{other.file} and {tensors[other.name].file} hold other values of {other.name}.",
-                why="transformers takes those that it reads last, whatever the index says.",
-                hint=DOWNLOAD_AGAIN,
-            )
     name = str(model) if commit else name_of(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 

@@ -108,7 +108,7 @@ def inspect_checkpoint(
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = grid_of(checkpoint.tensors.values())
     missing = list(missing_weights(checkpoint, tree))
-    return Inspection({**summary, "missing": missing, **({"grid": grid._asdict()} if grid else {})})
+    return Inspection({**summary, "missing": missing, **({"grid": grid} if grid else {})})
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
