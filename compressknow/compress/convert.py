@@ -21,7 +21,6 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
-from compressknow.compress.staging import check_output, clean
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.engine.load import Variant
 from compressknow.model.groups import structure_of
@@ -57,8 +56,6 @@ def convert(
     UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
     OutputError : the output exists, overlaps the input, or cannot be written.
     """
-    clean(Path(output))
-    check_output(Path(output), overwrite=overwrite, source=Path(model))
     plan = prepare(model, recipe)
     text = text or make_text(plan)
     folder = NewFolder(output, plan.checkpoint, overwrite=overwrite, render_card=render_card)
@@ -137,7 +134,7 @@ def carry_out(
                 OpenFiles() as files,
             ):
                 progress = count_progress(None if blockwise else advance, _count_bytes(plan))
-                work = Work(pool, files, progress, output, plan.unfitted)
+                work = Work(pool, files, progress, output.writer, plan.unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:

@@ -74,9 +74,12 @@ class Manifest(Shown, dict[str, Any]):
 
     def _summary(self) -> Summary:
         totals = self.totals
+        weights = totals["parameters"]
+        pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], weights)
+        changed = f"of {count(weights)} weights {pruned} pruned, {percent(totals['quantized'], weights)} quantized"
         return Summary(
             f"Manifest: {plain(self.setup, 60)} of {plain(self.source['name'], 60)}",
-            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {_summarize(totals)}.",
+            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {changed}.",
             ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
             tuple(
                 (
@@ -90,12 +93,6 @@ class Manifest(Shown, dict[str, Any]):
                 for name, counts in self.groups.items()
             ),
         )
-
-
-def _summarize(totals: Mapping[str, Any]) -> str:
-    of = totals["parameters"]
-    pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], of)
-    return f"of {count(of)} weights {pruned} pruned, {percent(totals['quantized'], of)} quantized"
 
 
 def read_versions() -> dict[str, str]:

@@ -75,7 +75,10 @@ class _Tree:
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
         self.parts = {n for n, each in models.items() if not isinstance(each.config, type(model.config))} - self.towers
         self.layers = self._number_blocks()
-        self.heads = _output_weights(model)
+        # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
+        head = model.get_output_embeddings()
+        heads = head.modules() if isinstance(head, nn.Module) else ()
+        self.heads = {id(module.weight) for module in heads if hasattr(module, "weight")}
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
@@ -134,13 +137,6 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
             reads_no_text = isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
             if reads_no_text or TOWER_CONFIG.search(type(config).__name__):
                 yield name
-
-
-def _output_weights(model: PreTrainedModel) -> set[int]:
-    # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
-    head = model.get_output_embeddings()
-    modules = head.modules() if isinstance(head, nn.Module) else ()
-    return {id(module.weight) for module in modules if hasattr(module, "weight")}
 
 
 def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:

@@ -76,7 +76,10 @@ class Naming:
         self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
     ) -> Binding:
         """Bind what a converter makes of its sources, found by letting it convert tensors that have no memory."""
-        whole = self._convert(name, converter, [(p, _empty(tensors[stored])) for stored, p in parts])
+        import torch
+
+        empty = [(pattern, torch.empty(tensors[stored].shape, device="meta")) for stored, pattern in parts]
+        whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
         if not parameters:
             # It did not run on these: what it is for is told by its patterns.
@@ -180,12 +183,6 @@ class Naming:
             # As transformers does: a name that the tree has already is not renamed.
             renamed = rename_source_key(stored, [], [], self._prefix, tree)
         return renamed
-
-
-def _empty(tensor: StoredTensor) -> torch.Tensor:
-    import torch
-
-    return torch.empty(tensor.shape, device="meta")
 
 
 def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
@@ -154,18 +154,15 @@ def _compile(option: str, patterns: Sequence[str]) -> Patterns:
 def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
     if any(pattern.search(name) for name in names):
         return
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    near = difflib.get_close_matches(pattern.pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
     elsewhere = [w for w in structure.linears if pattern.search(w.module)]
     why = f"It matches {elsewhere[0].module}, which is {elsewhere[0].group}." if elsewhere else None
     raise UsageError(
         f"{option} {pattern.pattern!r} matches no Linear layer of the scope.",
         why,
-        f"Available modules (N stands for a number): {', '.join(_close(pattern.pattern, names))}.",
+        f"Available modules (N stands for a number): {', '.join(near)}.",
     )
-
-
-def _close(pattern: str, names: Iterable[str]) -> list[str]:
-    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
-    return difflib.get_close_matches(pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
 
 
 def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
