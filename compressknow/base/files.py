@@ -263,14 +263,16 @@ def _explain_errors(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Create a file beside `path`, removed at the end unless it was renamed, and meanwhile another that is its lock."""
-    with uninterrupted():
-        locked, descriptor = new_locked_file(path.parent, _prefix(path))
+    locked = None
     try:
+        with uninterrupted():
+            locked, descriptor = new_locked_file(path.parent, _prefix(path))
         with _content_path(locked).open("xb") as file:
             yield _content_path(locked), file
     finally:
-        _content_path(locked).unlink(missing_ok=True)
-        remove_lock(locked, descriptor)
+        if locked:
+            _content_path(locked).unlink(missing_ok=True)
+            remove_lock(locked, descriptor)
 
 
 def _content_path(locked: Path) -> Path:

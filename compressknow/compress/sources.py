@@ -245,11 +245,7 @@ def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def _check_usable(checkpoint: Checkpoint) -> None:
-    if not checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
-            hint="Give the folder of a whole checkpoint.",
-        )
+    checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(

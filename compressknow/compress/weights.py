@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 
-from compressknow.base.errors import CheckpointError
 from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
 from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
@@ -191,11 +190,7 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
 
     Raises CheckpointError where it has no weights, or its config builds no model.
     """
-    if not checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
-            hint="Give the folder of a whole checkpoint.",
-        )
+    checkpoint.check_has_weights()
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
     bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)

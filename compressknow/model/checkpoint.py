@@ -85,6 +85,14 @@ class Checkpoint:
         """Raise CheckpointError where a file of it was replaced or written to since it was opened."""
         check_unchanged(self.states)
 
+    def check_has_weights(self) -> None:
+        """Raise CheckpointError where its folder has a config alone."""
+        if not self.tensors:
+            raise CheckpointError(
+                f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
+                hint="Give the folder of a whole checkpoint.",
+            )
+
     @property
     def index(self) -> str | None:
         """Return the file that tells which shard holds which tensor, where there is one."""

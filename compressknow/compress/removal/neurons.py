@@ -63,16 +63,19 @@ def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) 
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
     widths = find_widths(settings, linears.keys() | biases)
     if not widths:
-        raise UnsupportedError(
-            f"No neuron of {structure.architecture} can be dropped.",
-            why="No setting of its config is the width of its feed-forward blocks alone.",
-            hint="Prune them instead: --scope feed-forward --prune 0.2.",
+        raise _explain(
+            structure.architecture, "No setting of its config is the width of its feed-forward blocks alone."
         )
     networks = [(width, tuple(_find_networks(width, linears, structure))) for width in widths]
     return tuple(
         DroppedNeurons(width, count_remaining(width.value, step), own)
         for width, own in _restrict_to_side(step, networks, structure)
     )
+
+
+def _explain(architecture: str, why: str) -> UnsupportedError:
+    hint = "Prune instead: --scope feed-forward --prune 0.2."
+    return UnsupportedError(f"No neuron of {architecture} can be dropped.", why=why, hint=hint)
 
 
 def count_remaining(width: int, step: DropNeurons) -> int:
@@ -114,11 +117,8 @@ def _find_networks(width: Width, linears: Mapping[str, LinearWeight], structure:
             if (weight := linears.get(name)) and axis == len(weight.shape) - (2 if weight.transposed else 1)
         ]
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
-            raise UnsupportedError(
-                f"No neuron of {structure.architecture} can be dropped.",
-                why="It has several feed-forward networks in a block (a mixture of experts).",
-                hint="Prune them instead: --scope feed-forward --prune 0.2.",
-            )
+            why = "It has several feed-forward networks in a block (a mixture of experts)."
+            raise _explain(structure.architecture, why)
         yield FeedForward(downs[0], width.value, cuts)
 
 
@@ -191,11 +191,8 @@ def _find_cuts(
         for parameter in set(binding.parameters) & wanted.keys():
             tensor, network = checkpoint.tensors[stored], wanted[parameter]
             if binding.reshaped or tensor.dtype not in FLOAT_DTYPES or tensor.shape != shapes[parameter]:
-                raise UnsupportedError(
-                    f"No neuron of {type(tree).__name__} can be dropped.",
-                    why=f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each.",
-                    hint="Prune instead: --scope feed-forward --prune 0.2.",
-                )
+                why = f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each."
+                raise _explain(type(tree).__name__, why)
             axis, each = network.cuts[parameter]
             seen.add(parameter)
             yield stored, Cut(tensor, parameter, axis, each, network)
