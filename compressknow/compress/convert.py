@@ -20,9 +20,7 @@ from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.engine.load import Variant
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
@@ -30,8 +28,12 @@ from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.smaller import Removal
+    from compressknow.engine.load import Variant
+    from compressknow.model.checkpoint import Checkpoint
 
 
 def convert(
@@ -63,17 +65,25 @@ def convert(
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
-    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `remove` and `plan_rest` do."""
+    """Open a checkpoint and plan a recipe on it, from its headers alone, and prove that the output loads. Raises what
+    `open_complete`, `remove`, `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    return plan_rest(remove(checkpoint, tree, recipe), recipe)
+    if recipe.removals:
+        return _plan_removal(checkpoint, tree, recipe)
+    return prove(make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe))
 
 
-def plan_rest(removal: Removal, recipe: Recipe) -> Plan:
-    """Plan the rest of a recipe on what its removal steps have left, and prove that the output loads. Raises what
-    `make_plan` and `prove` do."""
+def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
+    from compressknow.compress.removal.smaller import remove
+
+    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+
+
+def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
+    """Plan the rest of a recipe on what its removal steps have left."""
     structure = structure_of(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
-    return prove(replace(plan, removal=removal) if removal else plan)
+    return prove(replace(plan, removal=removal))
 
 
 def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance | None = None) -> CalibrationText | None:
@@ -164,7 +174,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
         removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
-    return plan_rest(removal, plan.recipe)
+    return _plan_rest(removal, plan.recipe)
 
 
 def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
@@ -245,7 +255,7 @@ class VariantMaker:
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
+            return _plan_removal(self.checkpoint, self.tree, recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
@@ -256,6 +266,8 @@ class VariantMaker:
         Raises CheckpointError where a weight in scope is NaN or infinite, and what `make_text`, `decide` and
         `calibrate` do.
         """
+        from compressknow.engine.load import Variant
+
         memory = Memory(self._shared)
         manifest = carry_out(plan, memory, self.text(plan), threads=self._threads)
         config = build_config(memory.plan)

@@ -66,9 +66,6 @@ class Removal:
     is_decided: bool = True
     is_blockwise: bool = True
 
-    def __bool__(self) -> bool:
-        return bool(self.blocks or self.neurons)
-
     def before(self, stored: str) -> StoredTensor | None:
         """Return a tensor as the original has it; None if it was not cut."""
         return self.cuts[stored].source if stored in self.cuts else None
@@ -92,8 +89,6 @@ def remove(
     UnsupportedError : the config of the model cannot say what would be left.
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
-    if not recipe.removals:
-        return left
     for step in recipe.removals:
         settings = Settings(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
         structure = structure_of(left.tree)
