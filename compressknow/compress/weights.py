@@ -195,7 +195,7 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
     structure, naming = structure_of(model), Naming(model)
     bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    named = (*structure.parameters, *bound, *(each.stored.name for each in packed.values()))
+    named = (*structure.parameters, *bound, *(words.name for words, _ in packed.values()))
     modules = {name.rpartition(".")[0] for name in named} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
@@ -214,10 +214,9 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
             if binding:
                 loaded_to[name] = binding.parameter
     unpacked = {
-        weight.parameter: Values(found.values, scale, found.stored)
+        weight.parameter: Values(packed[weight.parameter][1], scale, packed[weight.parameter][0])
         for weight in structure.linears
-        if (found := packed.get(weight.parameter)) is not None
-        and (scale := _find_scale(checkpoint.tensors, found.values))
+        if weight.parameter in packed and (scale := _find_scale(checkpoint.tensors, packed[weight.parameter][1]))
     }
     of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
     own |= of_low_bits

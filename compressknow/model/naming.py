@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.structure import Structure
@@ -215,17 +215,15 @@ PACKED_DTYPES = {4: INT4, 8: "I8"}
 _PACKED, _WORD = "_packed", 32
 
 
-class Packed(NamedTuple):
-    """Tensor in which values lie packed (compressed-tensors' ``pack-quantized``), and one that stands for them: under
-    the name that they would have, with their shape and dtype, ``I4`` or ``I8``."""
+def packed_weights(
+    checkpoint: Checkpoint, naming: Naming, structure: Structure
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
+    by parameter; none where its config has a group of other bits.
 
-    stored: StoredTensor
-    values: StoredTensor
-
-
-def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure) -> dict[str, Packed]:
-    """Return Linear weights [rows, columns] that a checkpoint stores as int32 [rows, columns / 8] or [rows, columns /
-    4], by parameter; none where its config has a group of other bits."""
+    Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
+    name that they would have, with their shape and dtype, ``I4`` or ``I8``.
+    """
     weights = (group.get("weights") for group in config_groups(checkpoint.config.get("quantization_config")))
     bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
     if not bits or not bits <= PACKED_DTYPES.keys():
@@ -238,7 +236,7 @@ def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure)
         widths = {-(-columns * number // _WORD): number for number in bits}
         if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
             values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
-            found[binding.parameter] = Packed(tensor, values)
+            found[binding.parameter] = tensor, values
     return found
 
 

@@ -190,7 +190,7 @@ def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: St
     supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
     packed = packed_weights(checkpoint, naming, structure)
-    supply |= {parameter: each.stored.name for parameter, each in packed.items()}
-    dtypes |= {parameter: each.values.dtype for parameter, each in packed.items()}
+    supply |= {parameter: stored.name for parameter, (stored, _) in packed.items()}
+    dtypes |= {parameter: values.dtype for parameter, (_, values) in packed.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
     return dtypes, ties
