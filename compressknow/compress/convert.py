@@ -46,17 +46,9 @@ def convert(
     threads: int | None = None,
     render_card: RenderCard | None = None,
 ) -> Manifest:
-    """Prune and quantize a checkpoint into a new folder, from opening it to renaming the folder.
+    """Prune and quantize a checkpoint into a new folder, on a given calibration text or that which the recipe says.
 
-    Parameters
-    ----------
-    text : what a recipe that looks at activations is calibrated on; by default that which it says.
-    render_card : see `NewFolder`.
-
-    Raises
-    ------
-    UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
-    OutputError : the output exists, overlaps the input, or cannot be written.
+    Raises what `prepare`, `make_text`, `NewFolder` and `carry_out` do.
     """
     plan = prepare(model, recipe)
     text = text or make_text(plan)
@@ -113,25 +105,16 @@ def carry_out(
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> Manifest:
-    """Carry a plan out.
+    """Carry a plan out; return the manifest, as `compressknow.json` in an output folder holds it.
 
-    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor.
+    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor. The
+    output's bytes do not depend on `threads`, the tensors worked on at a time, by default one per core.
 
-    Parameters
-    ----------
-    text : what the model runs over; needed where a step of the recipe looks at activations.
-    threads : tensors worked on at a time, by default one per core. The output's bytes do not depend on it.
-    begin : begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
-        prunes or quantizes looks at activations, or else ``convert``.
+    `begin` begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
+    prunes or quantizes looks at activations, or else ``convert``.
 
-    Returns
-    -------
-    The manifest, as `compressknow.json` in an output folder holds it.
-
-    Raises
-    ------
-    CheckpointError : a weight in scope is NaN or infinite; a file of the checkpoint changed since it was opened.
-    OutputError : the output cannot be written.
+    Raises CheckpointError where a weight in scope is NaN or infinite, or where a file of the checkpoint changed since
+    it was opened, OutputError where the output cannot be written.
     """
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
@@ -225,12 +208,7 @@ def _count_bytes(plan: Plan) -> int:
 
 class VariantMaker:
     """Checkpoint that is opened once and converted in memory, by any number of recipes. Its tensors that a recipe
-    leaves alone are read once.
-
-    Parameters
-    ----------
-    texts : a folder that keeps calibration texts: those that are there are taken as they are.
-    """
+    leaves alone are read once; calibration texts that a folder `texts` keeps are taken as they are."""
 
     def __init__(
         self,

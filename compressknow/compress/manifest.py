@@ -53,8 +53,7 @@ class Manifest(Shown, dict[str, Any]):
     @property
     def totals(self) -> dict[str, Any]:
         """Return counts of weights (``parameters``, ``in_scope``, ``pruned``, ``zeros_before``, ``zeros_after``,
-        ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``.
-        """
+        ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``."""
         return dict(self["totals"])
 
     @property
@@ -130,14 +129,8 @@ def build_manifest(
     text: CalibrationText | None = None,
     calibrated: Calibrated | None = None,
 ) -> Manifest:
-    """Return the manifest of a conversion.
-
-    Parameters
-    ----------
-    measured : by name, every tensor of the plan.
-    source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
-    text : what it was calibrated on, where a step looks at activations, and `calibrated` what was done by it.
-    """
+    """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
+    the SHA-256 of the files that were read, and of those written beside the weights."""
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pool_errors(rows)

@@ -55,18 +55,10 @@ RenderCard = Callable[[Mapping[str, Any], Path], str]
 
 
 class NewFolder(Staging):
-    """Output folder of a conversion, which appears whole, by one rename, or not at all.
+    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` gives the model
+    card's text for a manifest and the source folder; no card is written without it.
 
-    Parameters
-    ----------
-    output : a folder that does not exist, or one that convert wrote, with `overwrite`.
-    source : the checkpoint that is converted.
-    render_card : the model card's text for a manifest and the source folder; no card is written without it.
-
-    Raises
-    ------
-    CheckpointError : see `list_carried_files`.
-    OutputError : see `Staging`.
+    Raises what `list_carried_files` and `Staging` do.
     """
 
     # Tensors that are there already, with what was measured of them.
@@ -127,13 +119,8 @@ class NewFolder(Staging):
 
 
 class Memory:
-    """Output of a conversion in memory.
-
-    Parameters
-    ----------
-    shared : tensors that plans of one checkpoint leave alone, and what was measured of them, by name: taken from there,
-        and put there.
-    """
+    """Output of a conversion in memory. Tensors that plans of one checkpoint leave alone, and what was measured of
+    them, are taken from `shared`, and put there."""
 
     # What is of use only meanwhile lies in the system's own folder.
     folder: Path | None = None

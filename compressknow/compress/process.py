@@ -165,10 +165,8 @@ class Treatment:
     ----------
     rounding : to the grid of its scheme.
     whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
-    factors : what its input channels [columns] are multiplied with before they are rounded (see
-        `compressknow.compress.calibrate.smooth`).
-    see : called with the rows and the values (those that were rounded dequantized, float32) of each block that was
-        written.
+    factors : what its input channels [columns] are multiplied with before they are rounded (see `calibrate.smooth`).
+    see : called with the rows of each block and its values as written (float32, dequantized).
     """
 
     rounding: Rounding = nearest

@@ -39,10 +39,8 @@ NO_FORM = {
 class Sources:
     """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
 
-    Raises
-    ------
-    CheckpointError : the folder has no weights, or a tensor has another shape than the config says.
-    UnsupportedError : they are quantized already.
+    Raises CheckpointError where the folder has no weights, or a tensor has another shape than the config says,
+    UnsupportedError where they are quantized already.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:

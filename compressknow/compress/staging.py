@@ -27,15 +27,9 @@ COPY_BYTES = 1 << 20
 
 
 class Staging:
-    """Folder to write an output into; `commit` moves it to its place.
+    """Folder to write an output into; `commit` moves it to its place. `check` says what must not be overwritten.
 
-    Parameters
-    ----------
-    check : called as `check_output`, which it is by default, to say what must not be overwritten.
-
-    Raises
-    ------
-    OutputError : the output exists and may not be overwritten, or cannot be written where it should be.
+    Raises OutputError where the output exists and may not be overwritten, or cannot be written where it should be.
     """
 
     def __init__(

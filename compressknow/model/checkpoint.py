@@ -102,16 +102,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """Open a local folder or a hub id. Reads headers, never tensor data.
+    """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
+    `weights` the config alone, and downloads nothing more.
 
-    Parameters
-    ----------
-    revision : branch, tag or commit, for a hub id.
-    weights : False reads the config alone, and downloads nothing more of a hub id.
-
-    Raises
-    ------
-    CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
+    Raises CheckpointError where there is no such folder or id, where config.json is missing or not an object, or where
+    weight files are missing or damaged.
     """
     check_is_checkpoint(model)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)

@@ -34,13 +34,8 @@ Kind = Literal["linear", "conv1d", "experts"]
 
 
 def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
-    """Read the structure of a model, as a rule one on the meta device.
-
-    Parameters
-    ----------
-    module_map : ``paper`` counts BERT's and RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code
-        does; ``structural`` as attention.
-    """
+    """Read the structure of a model, as a rule one on the meta device. The module map ``paper`` counts BERT's and
+    RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code does; ``structural`` as attention."""
     tree = _Tree(model)
     linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
     if module_map == "paper":
@@ -255,14 +250,8 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
 
 
 def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
-    """Count how often one forward pass applies a weight.
-
-    Parameters
-    ----------
-    config : that of the nearest module around it which has one.
-    module : its name in the tree, in block `layer` of its stack.
-    names : places in the tree where it hangs; it is applied at each.
-    """
+    """Count how often one forward pass applies a weight, at each of the `names` under which it hangs in the tree, by
+    the config of the nearest module around it which has one."""
     if "_adapter_list." in module:
         # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
         return 1

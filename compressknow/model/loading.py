@@ -120,10 +120,8 @@ def open_complete(
 ) -> tuple[Checkpoint, PreTrainedModel]:
     """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
 
-    Raises
-    ------
-    CheckpointError : what `open_checkpoint` and `meta_model` raise; or weights are missing, or have another shape than
-        the model's, which transformers would fill with random numbers.
+    Raises what `open_checkpoint` and `meta_model` do, and CheckpointError where weights are missing or have another
+    shape than the model's: transformers would fill them with random numbers.
     """
     checkpoint = open_checkpoint(model, revision)
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)

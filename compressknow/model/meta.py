@@ -31,18 +31,13 @@ LANGUAGE_MODEL_CLASSES = (
 def meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
-    """Build the model that a folder's config.json describes, on the meta device.
+    """Build the model that a folder's config.json describes, on the meta device; weights are neither needed nor read.
 
-    Parameters
-    ----------
-    config_folder : a folder with a config.json; weights are neither needed nor read.
-    trust_remote_code : run the folder's own Python code where its config asks for that.
-    tensor_names : names in the checkpoint's weight files. They decide which class is meant where the config names one
-        that transformers does not have.
+    With `trust_remote_code`, the folder's own Python code runs where its config asks for that. `tensor_names`, of the
+    checkpoint's weight files, decide which class is meant where the config names one that transformers does not have.
 
-    Raises
-    ------
-    CheckpointError : config.json is missing, damaged, names no architecture, or describes none that can be built.
+    Raises CheckpointError where config.json is missing, damaged, names no architecture, or describes none that can be
+    built.
     """
     path = Path(config_folder) / "config.json"
     with _quiet():

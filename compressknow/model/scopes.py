@@ -99,15 +99,11 @@ def select(
     scopes : names from `SCOPES`; their union.
     include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
         that one which matches unplaced layers alone adds these to the scopes.
-    exclude : regular expressions; what one of them matches is left out.
     layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
         vision tower). Weights outside the blocks are left out.
 
-    Raises
-    ------
-    UsageError : a scope, a pattern or a range that matches nothing, or none of which anything is left.
-    UnsupportedError : a scope cannot be told, or not be compressed, in full: layers that no rule places, or matrices
-        that are no Linear layers.
+    Raises UsageError where a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError where a
+    scope cannot be told or compressed in full: layers that no rule places, matrices that are no Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = _compile("--include", include), _compile("--exclude", exclude)

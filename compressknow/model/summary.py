@@ -87,9 +87,8 @@ def inspect_checkpoint(
     Reads headers, some rows of each matrix to see whether they lie on a grid, and, where the weight files hold both
     names of a tie, these two: a config may call them tied when they are not.
 
-    Raises
-    ------
-    CheckpointError : the checkpoint is missing or damaged, or its config describes no model that can be built.
+    Raises CheckpointError where the checkpoint is missing or damaged, or its config describes no model that can be
+    built.
     """
     from compressknow.model.checkpoint import open_checkpoint
 
@@ -112,17 +111,11 @@ def inspect_checkpoint(
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
-    """Return the record behind `inspect` and its `--json`.
+    """Return the record behind `inspect` and its `--json`; `stored_dtypes` are those of the weight files (``F32``), by
+    the names of the module tree, None without weights.
 
-    Parameters
-    ----------
-    source_name : what the checkpoint is called.
-    stored_dtypes : names of the module tree -> dtype in the weight files (``F32``, ``BF16``); None without weights.
-
-    Returns
-    -------
-    dict of plain values. Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass
-    (ALBERT's shared layer). A final layer tied to the embedding counts in `final`, and once in `parameters`.
+    Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
+    final layer tied to the embedding counts in `final`, and once in `parameters`.
     """
     left_out = structure.buffers | structure.tied.keys()
     stored = sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)

@@ -158,10 +158,8 @@ def smallest(
 ) -> list[KeyMask]:
     """Mask the weights with the smallest keys: so many over all tensors together, or so many in each.
 
-    Parameters
-    ----------
-    makers : the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without its
-        sign; `are_magnitudes` says that they are those of the weights in that dtype.
+    `makers` give the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without
+    its sign; `are_magnitudes` says that they are those of the weights in that dtype.
 
     Raises CheckpointError naming a tensor that holds NaN or an infinity.
     """

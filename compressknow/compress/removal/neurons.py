@@ -53,11 +53,9 @@ class DroppedNeurons:
 def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
     """Select the settings and networks of which a step drops neurons.
 
-    Raises
-    ------
-    UnsupportedError : no setting is the width of the feed-forward blocks alone, or their layers are no plain Linears.
-    UsageError : its scope names one side of a model whose sides have one width, or none that the model has; or the
-        amount would drop none or all.
+    Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are no plain
+    Linears; UsageError where the amount would drop none or all, or where the step's scope names a side that the model
+    lacks, or one of two that have one width.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
@@ -270,15 +268,10 @@ def write_cuts(
     selected: Mapping[str, SelectedNeurons],
     folder: Path,
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from.
+    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from;
+    `selected` by the parameter name of a network's down projection.
 
-    Parameters
-    ----------
-    selected : of each feed-forward network, by the parameter name of its down projection.
-
-    Returns
-    -------
-    The tensors in their new places, by stored name; and, of those with new weights, what they would be without.
+    Returns the tensors in their new places, by stored name; and, of those with new weights, what they would be without.
     """
     written: dict[str, StoredTensor] = {}
     unfitted: dict[str, StoredTensor] = {}

@@ -76,17 +76,11 @@ def remove(
 ) -> Removal:
     """Carry the removal steps of a recipe out on headers.
 
-    Parameters
-    ----------
-    tree : the checkpoint's module tree on the meta device.
-    similarities : measures which blocks go if a step says how many. Without it the last ones stand for them, whose
-        shapes are as a rule the same.
+    `similarities` measures which blocks go if a step says how many. Without it the last ones stand for them, whose
+    shapes are as a rule the same.
 
-    Raises
-    ------
-    UsageError : a block that does not exist, all blocks, all neurons or none, a side that the model lacks, or two steps
-        that drop blocks or neurons of the same ones.
-    UnsupportedError : the config of the model cannot say what would be left.
+    Raises UsageError for a block that does not exist, all blocks, all neurons or none, a side that the model lacks, or
+    two steps that drop the same; UnsupportedError where the config of the model cannot say what would be left.
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
     for step in recipe.removals:
