@@ -237,14 +237,17 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
+        # torch.cat takes a list of tensors.
+        given = [
+            each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
+        ]
         for name, weight in self.stand_ins.items():
             if any(each is weight for each in given) and func not in _ASIDE:
                 if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
                     self._last = name
                     return torch.int8
                 self.reads[name] = "values"
-        if any(each is torch.int8 for each in given):
+        if self._last and any(each is torch.int8 for each in given):
             self.reads.setdefault(self._last, "dtype")
             args = [torch.float32 if each is torch.int8 else each for each in args]
             kwargs = {key: torch.float32 if each is torch.int8 else each for key, each in kwargs.items()}
