@@ -38,12 +38,7 @@ BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 class Settings:
-    """Config of a checkpoint, defaults included, and of changed versions of it.
-
-    Parameters
-    ----------
-    tree : the model on the meta device, and `raw` the content of its config.json, which lies at `path`.
-    """
+    """Config of a model on the meta device: `raw`, the content of its config.json, and `whole`, defaults included."""
 
     def __init__(self, tree: PreTrainedModel, raw: Mapping[str, Any], path: Path) -> None:
         self.tree, self.raw, self.path = tree, dict(raw), path
@@ -75,7 +70,7 @@ class Settings:
             if other in raw and name in changed and changed[name] != self.whole.get(name):
                 raw[other] = changed[name]
         # BART's says the number of the encoder's blocks twice.
-        if "encoder_layers" in raw and raw.get("num_hidden_layers") == self.whole["encoder_layers"]:
+        if "encoder_layers" in raw and raw.get("num_hidden_layers") == self.whole.get("encoder_layers"):
             raw["num_hidden_layers"] = raw["encoder_layers"]
         return raw
 
