@@ -97,7 +97,6 @@ def convert(
 
         check_text(chosen.calibration.text, chosen.calibration.tokens)
     from compressknow.base.progress import Stage, report_progress, resolve_progress
-    from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
@@ -108,6 +107,8 @@ def convert(
     with report_progress(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
         plan = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
+            from compressknow.compress.calibrate.smooth import check_smoothable
+
             check_smoothable(plan, plan.tree)
             return Manifest({**preview(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)

@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, and locks that end with the process that holds them.
 
 A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
-under a temporary name beside its place, locked, and renamed when it is whole. So a temporary file that nobody has
-locked is a dead run's, and the next run removes it.
+under a temporary name beside its place, and renamed when it is whole. Its lock is another file beside it, since Windows
+renames nothing that is open. A temporary file whose lock nobody holds is a dead run's, and the next run removes it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import glob
 import os
 import secrets
 import stat
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from compressknow.base.errors import OutputError
 from compressknow.base.system import (
-    OPEN_FILES_MOVE,
     create,
     is_full,
     lock,
@@ -31,8 +29,6 @@ from compressknow.base.system import (
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
-# Of a folder that other runs make and remove at the same time.
-_ATTEMPTS = 100
 
 
 def cache_folder() -> Path:
@@ -58,16 +54,12 @@ def lock_dead(path: Path) -> Iterator[bool]:
 
 def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
     """Create a file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
-    while True:
-        path = folder / f"{prefix}{secrets.token_hex(4)}"
-        descriptor = create(path)
-        # A file system without locks: there its like is never taken for a dead run's.
-        with contextlib.suppress(OSError):
-            lock_opened(descriptor, wait=True)
-        # Another run may have taken it for a dead one's before it was locked, and removed it.
-        if os.fstat(descriptor).st_nlink:
-            return path, descriptor
-        os.close(descriptor)
+    path = folder / f"{prefix}{secrets.token_hex(4)}"
+    descriptor = create(path)
+    # A file system without locks: there its like is never taken for a dead run's.
+    with contextlib.suppress(OSError):
+        lock_opened(descriptor, wait=True)
+    return path, descriptor
 
 
 @contextlib.contextmanager
@@ -110,8 +102,8 @@ def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Colle
 
 
 def _lock_folder(folder: Path, wait: bool) -> int:
-    for _ in range(_ATTEMPTS):
-        check_links(folder)
+    check_links(folder)
+    while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = lock(folder / LOCK, wait=wait)
@@ -119,24 +111,13 @@ def _lock_folder(folder: Path, wait: bool) -> int:
             raise OutputError(
                 f"{folder} is in use by another run.", hint="Wait for it, or choose another folder."
             ) from None
-        except (FileNotFoundError, FileExistsError) as error:
-            if is_no_folder(folder):
-                raise explain_write_error(folder, error) from None
-            # The run that made the folder has just removed it.
-            time.sleep(0.01)
-            continue
         except OSError as error:
-            place = folder / LOCK
-            if place.is_dir() or place.is_symlink():
-                kind = "link" if place.is_symlink() else "folder"
-                raise OutputError(f"{place} is a {kind}, where a run keeps its lock.", hint="Remove it.") from None
             raise explain_write_error(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
                 return descriptor
         # The run that held it has removed it, for nothing came of that run.
         os.close(descriptor)
-    raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
 
 
 def is_no_folder(path: Path) -> bool:
@@ -281,34 +262,28 @@ def _explain_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Create a file beside `path`, locked while it is written, and removed at the end unless it was renamed.
-
-    Where a file that is open cannot be renamed, the lock is a file of its own, held until the other has its name.
-    """
+    """Create a file beside `path`, removed at the end unless it was renamed, and meanwhile another that is its lock."""
     locked = None
     try:
         with uninterrupted():
             locked, descriptor = new_locked_file(path.parent, _prefix(path))
-        with os.fdopen(descriptor, "wb") if OPEN_FILES_MOVE else _content_path(locked).open("xb") as file:
+        with _content_path(locked).open("xb") as file:
             yield _content_path(locked), file
     finally:
         if locked:
             _content_path(locked).unlink(missing_ok=True)
-            if not OPEN_FILES_MOVE:
-                remove_lock(locked, descriptor)
+            remove_lock(locked, descriptor)
 
 
 def _content_path(locked: Path) -> Path:
-    """Return the file whose writer holds the lock of the file `locked`: itself where the system can rename what is
-    open."""
-    return locked if OPEN_FILES_MOVE else locked.with_name(f"{locked.name}.new")
+    """Return the file whose writer holds the lock of the file `locked`."""
+    return locked.with_name(f"{locked.name}.new")
 
 
 def _finish(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-    if not OPEN_FILES_MOVE:
-        file.close()
+    file.close()
 
 
 def _prefix(path: Path) -> str:
@@ -334,5 +309,5 @@ def _is_left(path: Path, temporary: Path) -> bool:
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     for temporary in temporaries:
         with lock_dead(temporary) as is_dead, contextlib.suppress(OSError):
-            if is_dead and not OPEN_FILES_MOVE:
+            if is_dead:
                 _content_path(temporary).unlink(missing_ok=True)

@@ -20,10 +20,7 @@ from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.smaller import Removal, remove
-from compressknow.compress.staging import check_output, clean
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.engine.load import Variant
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
@@ -31,8 +28,12 @@ from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.smaller import Removal
+    from compressknow.engine.load import Variant
+    from compressknow.model.checkpoint import Checkpoint
 
 
 def convert(
@@ -45,20 +46,10 @@ def convert(
     threads: int | None = None,
     render_card: RenderCard | None = None,
 ) -> Manifest:
-    """Prune and quantize a checkpoint into a new folder, from opening it to renaming the folder.
+    """Prune and quantize a checkpoint into a new folder, on a given calibration text or that which the recipe says.
 
-    Parameters
-    ----------
-    text : what a recipe that looks at activations is calibrated on; by default that which it says.
-    render_card : see `NewFolder`.
-
-    Raises
-    ------
-    UsageError, CheckpointError, UnsupportedError : see `make_plan`; a weight in scope is NaN or infinite.
-    OutputError : the output exists, overlaps the input, or cannot be written.
+    Raises what `prepare`, `make_text`, `NewFolder` and `carry_out` do.
     """
-    clean(Path(output))
-    check_output(Path(output), overwrite=overwrite, source=Path(model))
     plan = prepare(model, recipe)
     text = text or make_text(plan)
     folder = NewFolder(output, plan.checkpoint, overwrite=overwrite, render_card=render_card)
@@ -66,17 +57,25 @@ def convert(
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
-    """Open a checkpoint and plan a recipe on it, from its headers alone. Raises what `remove` and `plan_rest` do."""
+    """Open a checkpoint and plan a recipe on it, from its headers alone, and prove that the output loads. Raises what
+    `open_complete`, `remove`, `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    return plan_rest(remove(checkpoint, tree, recipe), recipe)
+    if recipe.removals:
+        return _plan_removal(checkpoint, tree, recipe)
+    return prove(make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe))
 
 
-def plan_rest(removal: Removal, recipe: Recipe) -> Plan:
-    """Plan the rest of a recipe on what its removal steps have left, and prove that the output loads. Raises what
-    `make_plan` and `prove` do."""
+def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
+    from compressknow.compress.removal.smaller import remove
+
+    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+
+
+def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
+    """Plan the rest of a recipe on what its removal steps have left."""
     structure = structure_of(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
-    return prove(replace(plan, removal=removal) if removal else plan)
+    return prove(replace(plan, removal=removal))
 
 
 def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance | None = None) -> CalibrationText | None:
@@ -106,25 +105,16 @@ def carry_out(
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> Manifest:
-    """Carry a plan out.
+    """Carry a plan out; return the manifest, as `compressknow.json` in an output folder holds it.
 
-    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor.
+    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor. The
+    output's bytes do not depend on `threads`, the tensors worked on at a time, by default one per core.
 
-    Parameters
-    ----------
-    text : what the model runs over; needed where a step of the recipe looks at activations.
-    threads : tensors worked on at a time, by default one per core. The output's bytes do not depend on it.
-    begin : begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
-        prunes or quantizes looks at activations, or else ``convert``.
+    `begin` begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
+    prunes or quantizes looks at activations, or else ``convert``.
 
-    Returns
-    -------
-    The manifest, as `compressknow.json` in an output folder holds it.
-
-    Raises
-    ------
-    CheckpointError : a weight in scope is NaN or infinite; a file of the checkpoint changed since it was opened.
-    OutputError : the output cannot be written.
+    Raises CheckpointError where a weight in scope is NaN or infinite, or where a file of the checkpoint changed since
+    it was opened, OutputError where the output cannot be written.
     """
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
@@ -137,7 +127,7 @@ def carry_out(
                 OpenFiles() as files,
             ):
                 progress = count_progress(None if blockwise else advance, _count_bytes(plan))
-                work = Work(pool, files, progress, output, plan.unfitted)
+                work = Work(pool, files, progress, output.writer, plan.unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:
@@ -167,7 +157,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
         removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
-    return plan_rest(removal, plan.recipe)
+    return _plan_rest(removal, plan.recipe)
 
 
 def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
@@ -218,12 +208,7 @@ def _count_bytes(plan: Plan) -> int:
 
 class VariantMaker:
     """Checkpoint that is opened once and converted in memory, by any number of recipes. Its tensors that a recipe
-    leaves alone are read once.
-
-    Parameters
-    ----------
-    texts : a folder that keeps calibration texts: those that are there are taken as they are.
-    """
+    leaves alone are read once; calibration texts that a folder `texts` keeps are taken as they are."""
 
     def __init__(
         self,
@@ -248,7 +233,7 @@ class VariantMaker:
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
+            return _plan_removal(self.checkpoint, self.tree, recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
@@ -259,6 +244,8 @@ class VariantMaker:
         Raises CheckpointError where a weight in scope is NaN or infinite, and what `make_text`, `decide` and
         `calibrate` do.
         """
+        from compressknow.engine.load import Variant
+
         memory = Memory(self._shared)
         manifest = carry_out(plan, memory, self.text(plan), threads=self._threads)
         config = build_config(memory.plan)

@@ -53,8 +53,7 @@ class Manifest(Shown, dict[str, Any]):
     @property
     def totals(self) -> dict[str, Any]:
         """Return counts of weights (``parameters``, ``in_scope``, ``pruned``, ``zeros_before``, ``zeros_after``,
-        ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``.
-        """
+        ``quantized``), sizes (``bytes_before``, ``bytes_after``) and ``relative_error``."""
         return dict(self["totals"])
 
     @property
@@ -74,9 +73,12 @@ class Manifest(Shown, dict[str, Any]):
 
     def _summary(self) -> Summary:
         totals = self.totals
+        weights = totals["parameters"]
+        pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], weights)
+        changed = f"of {count(weights)} weights {pruned} pruned, {percent(totals['quantized'], weights)} quantized"
         return Summary(
             f"Manifest: {plain(self.setup, 60)} of {plain(self.source['name'], 60)}",
-            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {_summarize(totals)}.",
+            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {changed}.",
             ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
             tuple(
                 (
@@ -90,12 +92,6 @@ class Manifest(Shown, dict[str, Any]):
                 for name, counts in self.groups.items()
             ),
         )
-
-
-def _summarize(totals: Mapping[str, Any]) -> str:
-    of = totals["parameters"]
-    pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], of)
-    return f"of {count(of)} weights {pruned} pruned, {percent(totals['quantized'], of)} quantized"
 
 
 def read_versions() -> dict[str, str]:
@@ -133,14 +129,8 @@ def build_manifest(
     text: CalibrationText | None = None,
     calibrated: Calibrated | None = None,
 ) -> Manifest:
-    """Return the manifest of a conversion.
-
-    Parameters
-    ----------
-    measured : by name, every tensor of the plan.
-    source_files, files : SHA-256 of the files that were read, and of those written beside the weights.
-    text : what it was calibrated on, where a step looks at activations, and `calibrated` what was done by it.
-    """
+    """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
+    the SHA-256 of the files that were read, and of those written beside the weights."""
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pool_errors(rows)

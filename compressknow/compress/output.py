@@ -15,7 +15,6 @@ from itertools import repeat
 from pathlib import Path, PurePath
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
-from weakref import finalize
 
 import torch
 
@@ -56,18 +55,10 @@ RenderCard = Callable[[Mapping[str, Any], Path], str]
 
 
 class NewFolder(Staging):
-    """Output folder of a conversion, which appears whole, by one rename, or not at all.
+    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` gives the model
+    card's text for a manifest and the source folder; no card is written without it.
 
-    Parameters
-    ----------
-    output : a folder that does not exist, or one that convert wrote, with `overwrite`.
-    source : the checkpoint that is converted.
-    render_card : the model card's text for a manifest and the source folder; no card is written without it.
-
-    Raises
-    ------
-    CheckpointError : see `list_carried_files`.
-    OutputError : see `Staging`.
+    Raises what `list_carried_files` and `Staging` do.
     """
 
     # Tensors that are there already, with what was measured of them.
@@ -94,7 +85,6 @@ class NewFolder(Staging):
         """Make the weight files at their full size."""
         layout = lay_out(plan.tensors, plan.checkpoint.shards)
         self._weights = OutputFiles(self.folder, layout)
-        self.expect(layout.sizes)
 
     def writer(self, tensor_name: str) -> TensorWriter:
         assert self._weights
@@ -129,13 +119,8 @@ class NewFolder(Staging):
 
 
 class Memory:
-    """Output of a conversion in memory.
-
-    Parameters
-    ----------
-    shared : tensors that plans of one checkpoint leave alone, and what was measured of them, by name: taken from there,
-        and put there.
-    """
+    """Output of a conversion in memory. Tensors that plans of one checkpoint leave alone, and what was measured of
+    them, are taken from `shared`, and put there."""
 
     # What is of use only meanwhile lies in the system's own folder.
     folder: Path | None = None
@@ -265,13 +250,11 @@ class OutputFiles:
             for name, size in layout.sizes.items():
                 descriptor = self._descriptors[name] = new_file(folder / name, size)
                 write_at(descriptor, memoryview(layout.headers[name]), 0)
-            self._flushed = _Flushed(self._descriptors)
-            self._flushing = Repeating(self._flushed.flush, repeat(FLUSH_SECONDS))
         except BaseException:
             self._close_files()
             raise
-        # For a signal that comes before anybody has these files.
-        finalize(self, self._flushing.end)
+        self._failure: OSError | None = None
+        self._flushing = Repeating(self._flush, repeat(FLUSH_SECONDS))
 
     def writer(self, tensor_name: str) -> TensorWriter:
         file, offset = self._layout.places[tensor_name]
@@ -280,9 +263,18 @@ class OutputFiles:
     def sync(self, pool: Pool) -> None:
         """Wait until all that was written would survive a power cut."""
         self._end_flushing()
-        if self._flushed.error is not None:
-            raise self._flushed.error
+        if self._failure is not None:
+            raise self._failure
         pool.map(os.fsync, self._descriptors.values())
+
+    def _flush(self) -> None:
+        """Send what was written to the disk while the rest is computed, instead of all at the end."""
+        # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
+        try:
+            for descriptor in () if self._failure else self._descriptors.values():
+                os.fsync(descriptor)
+        except OSError as error:
+            self._failure = error
 
     def close(self) -> None:
         """Close the files, complete or not."""
@@ -296,23 +288,6 @@ class OutputFiles:
     def _close_files(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-
-
-class _Flushed:
-    """Open files that are sent to the disk while the rest is computed, instead of all at the end."""
-
-    def __init__(self, descriptors: Mapping[str, int]) -> None:
-        self._descriptors = descriptors
-        self.error: OSError | None = None
-
-    def flush(self) -> None:
-        """Send what was written to the disk."""
-        # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
-        try:
-            for descriptor in () if self.error else self._descriptors.values():
-                os.fsync(descriptor)
-        except OSError as error:
-            self.error = error
 
 
 def list_files(plan: Plan) -> dict[str, int | None]:

@@ -209,15 +209,11 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
         for tensor in changed
         if f"{tensor.module}.weight" in shared_with
     )
-    unused = _find_unused(checkpoint, model, sources)
+    unused: tuple[str, ...] = ()
+    if any(tensor.name not in sources.bound for tensor in sources.distinct()):
+        # Without what transformers knows to be left over from older releases.
+        unused = load_report(type(model), model.config, headers_of(checkpoint)).unexpected
     return Plan(checkpoint, model, structure, recipe, tensors, targets, ignore, untied, config, sources, unused=unused)
-
-
-def _find_unused(checkpoint: Checkpoint, model: PreTrainedModel, sources: Sources) -> tuple[str, ...]:
-    """Return what transformers would call unexpected: without what it knows to be left over from older releases."""
-    if all(tensor.name in sources.bound for tensor in sources.distinct()):
-        return ()
-    return load_report(type(model), model.config, headers_of(checkpoint)).unexpected
 
 
 def _fit_parameters(structure: Structure, step: Step) -> Step:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,22 +74,17 @@ class TensorWriter:
         return self._digest.hexdigest()
 
 
-class Output(Protocol):
-    """Place that the tensors of a conversion go to."""
-
-    def writer(self, tensor_name: str) -> TensorWriter: ...
-
-
 @dataclass(frozen=True)
 class Work(Reader):
     """Reader that writes what it makes of a tensor into the output.
 
     Attributes
     ----------
+    writer : opens the place of a tensor in the output, by its name.
     unfitted : by the name of a source that was fitted anew, what it was before: its error is measured from there.
     """
 
-    output: Output
+    writer: Callable[[str], TensorWriter]
     unfitted: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
@@ -104,7 +98,7 @@ class Work(Reader):
         silent = Reader(self.pool, self.files, lambda _: None)
         unfitted = None if before is None else silent.blocks(before, whole=treatment.whole)
         tally = _Tally(planned.source, mask, unfitted)
-        writer = self.output.writer(planned.names(planned.stored[0])[0])
+        writer = self.writer(planned.names(planned.stored[0])[0])
         if planned.scheme is None:
             for block in self.blocks(planned.source, whole=treatment.whole):
                 tally.prune(block)
@@ -121,7 +115,7 @@ class Work(Reader):
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
-        writer, energy = self.output.writer(planned.name), _sum_squares(original[None])
+        writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
         error = _sum_squares((values.to(torch.float32) * factors - original.to(torch.float32))[None])
         zeros = [each.numel() - int(torch.count_nonzero(each)) for each in (original, values)]
@@ -142,12 +136,12 @@ class Work(Reader):
         """Write scales and the like; yield their hashes by suffix."""
         for part in planned.stored[1:]:
             for name in planned.names(part):
-                writer = self.output.writer(name)
+                writer = self.writer(name)
                 writer.write(tensors[part.suffix])
                 yield part.suffix, writer.sha256
 
     def _copy(self, planned: PlannedTensor) -> Measured:
-        source, writer, zeros, energy = planned.source, self.output.writer(planned.name), 0, 0.0
+        source, writer, zeros, energy = planned.source, self.writer(planned.name), 0, 0.0
         for piece in self.files.chunks(source, COPY_BYTES):
             self.pool.check()
             keys = raw_keys(piece, source.dtype)
@@ -171,10 +165,8 @@ class Treatment:
     ----------
     rounding : to the grid of its scheme.
     whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
-    factors : what its input channels [columns] are multiplied with before they are rounded (see
-        `compressknow.compress.calibrate.smooth`).
-    see : called with the rows and the values (those that were rounded dequantized, float32) of each block that was
-        written.
+    factors : what its input channels [columns] are multiplied with before they are rounded (see `calibrate.smooth`).
+    see : called with the rows of each block and its values as written (float32, dequantized).
     """
 
     rounding: Rounding = nearest

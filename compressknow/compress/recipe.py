@@ -89,10 +89,13 @@ class Recipe:
     def setup(self) -> str:
         """Return the paper's name where the recipe is one of its setups (`Att_GPQ 20%`, `FLP L1-structured 40%`), else
         a description by the same words."""
-        removals = [step.label for step in self.removals]
         prunes = [step for step in self.steps if isinstance(step, Prune)]
         quantizes = [step for step in self.steps if isinstance(step, Quantize)]
-        return " + ".join([*removals, *_name_weights(prunes, quantizes)])
+        names = [_name_prune(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
+        if len(prunes) == len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
+            quantized = quantizes[0].label.removeprefix("GQ")
+            names = [f"{prunes[0].where.label}_GPQ {_name_amount(prunes[0])}{quantized}"]
+        return " + ".join([*(step.label for step in self.removals), *names])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; `from_dict` takes them back."""
@@ -204,13 +207,6 @@ def _parse_strings(value: Any, key: str, origin: str) -> Any:
     if key != "layers" and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
-
-
-def _name_weights(prunes: list[Prune], quantizes: list[Quantize]) -> list[str]:
-    if len(prunes) == 1 and len(quantizes) == 1 and prunes[0].where == quantizes[0].where and prunes[0].is_global:
-        quantized = quantizes[0].label.removeprefix("GQ")
-        return [f"{prunes[0].where.label}_GPQ {_name_amount(prunes[0])}{quantized}"]
-    return [_name_prune(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
 
 
 def _name_prune(step: Prune) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.direct_reads import Read, find_direct_reads
+from compressknow.model.loading import find_direct_reads
 from compressknow.model.naming import Binding, Naming, find_suppliers
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -39,10 +39,8 @@ NO_FORM = {
 class Sources:
     """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
 
-    Raises
-    ------
-    CheckpointError : the folder has no weights, or a tensor has another shape than the config says.
-    UnsupportedError : they are quantized already.
+    Raises CheckpointError where the folder has no weights, or a tensor has another shape than the config says,
+    UnsupportedError where they are quantized already.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
@@ -198,16 +196,16 @@ class Sources:
             name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
             if not self._naming.scale_follows(name, weight.parameter):
                 return NO_FORM["reshaped"]
-        if self._read.keys() & set(weight.modules):
+        if self._read & set(weight.modules):
             return NO_FORM["read"]
         with SCHEMES.explain_failures(scheme.name):
             return scheme.misfit(part.shape)
 
     @cached_property
-    def _read(self) -> dict[str, Read]:
+    def _read(self) -> set[str]:
         """Return the modules whose weight is taken for what it is; to cast to its dtype is no harm (see
         `compressknow.load`)."""
-        return {module: read for module, read in find_direct_reads(self._model).items() if read == "values"}
+        return {module for module, read in find_direct_reads(self._model).items() if read == "values"}
 
 
 def _check_dtype(part: StoredTensor) -> None:
@@ -245,11 +243,7 @@ def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def _check_usable(checkpoint: Checkpoint) -> None:
-    if not checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
-            hint="Give the folder of a whole checkpoint.",
-        )
+    checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(
@@ -301,7 +295,6 @@ def count_targets(targets: Iterable[str]) -> int:
     >>> count_targets(["lm_head", *build_target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
     3
     """
-    # No pattern of a file is run here: it may take exponential time.
     return sum(math.prod(len(numbers.split("|")) for numbers in _NUMBERS.findall(target)) for target in targets)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +27,9 @@ COPY_BYTES = 1 << 20
 
 
 class Staging:
-    """Folder to write an output into; `commit` moves it to its place.
+    """Folder to write an output into; `commit` moves it to its place. `check` says what must not be overwritten.
 
-    Parameters
-    ----------
-    check : called as `check_output`, which it is by default, to say what must not be overwritten.
-
-    Raises
-    ------
-    OutputError : the output exists and may not be overwritten, or cannot be written where it should be.
+    Raises OutputError where the output exists and may not be overwritten, or cannot be written where it should be.
     """
 
     def __init__(
@@ -44,17 +38,15 @@ class Staging:
         self.output = Path.cwd() / output
         self._overwrite, self._check = overwrite, check or check_output
         self._committed = False
-        self._sizes: dict[str, int] = {}
-        self._check(self.output, overwrite=overwrite, source=source)
-        check_links(self.output.parent)
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._locked: tuple[Path, int] | None = None
+        check_links(self.output.parent)
         try:
+            # It may put an interrupted run's old output back.
+            clean(self.output, self.finish)
+            self._check(self.output, overwrite=overwrite, source=source)
             with uninterrupted():
                 self.output.parent.mkdir(parents=True, exist_ok=True)
-                clean(self.output, self.finish)
-                # An interrupted run's old output may have been put back just now.
-                self._check(self.output, overwrite=overwrite, source=source)
                 self._locked = new_locked_file(self.output.parent, _make_prefix(self.output, "lock"))
                 self.folder = _find_twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
@@ -85,19 +77,17 @@ class Staging:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        self.expect({name: len(content)})
         return hashlib.sha256(content).hexdigest()
 
     def copy(self, source: Path, name: str) -> str:
         """Copy a file durably; return its SHA-256 in hexadecimal."""
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
         with open_regular(source) as original, self._new(name).open("xb") as copy:
             while piece := original.read(COPY_BYTES):
                 digest.update(piece)
-                size += copy.write(piece)
+                copy.write(piece)
             copy.flush()
             os.fsync(copy.fileno())
-        self.expect({name: size})
         return digest.hexdigest()
 
     def _new(self, name: str) -> Path:
@@ -105,17 +95,12 @@ class Staging:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def expect(self, sizes: Mapping[str, int]) -> None:
-        """Say which files of how many bytes the folder must hold when it is whole."""
-        self._sizes.update(sizes)
-
     def commit(self) -> None:
         """Move the finished folder to its place; an old output there is removed only once the new one has taken it.
 
-        Raises OutputError where the output has come to exist, or where the folder has lost what was written into it.
+        Raises OutputError where the output has come to exist.
         """
         self._check(self.output, overwrite=self._overwrite, source=None)
-        self._check_complete()
         sync_folder(self.folder)
         aside = _find_twin(self.output, self.folder, "old")
         try:
@@ -134,17 +119,6 @@ class Staging:
             if not self.folder.exists():
                 stop.add_note(f"{self.output} is whole.")
             raise
-
-    def _check_complete(self) -> None:
-        """Raise OutputError where files are missing or cut short: a cleaner of old files may have removed some."""
-        for name, size in self._sizes.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise OutputError(
-                    f"{self.output} was not written: {name} disappeared or changed before the output was complete.",
-                    why=f"Something removed or changed files in {self.folder}, where it was being written.",
-                    hint="Run it again, and leave hidden folders beside OUTPUT alone.",
-                )
 
     def finish(self, folder: Path) -> None:
         """End what a dead run was amid of, which has left this staging folder: nothing, where one rename is all. It is

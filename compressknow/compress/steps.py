@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.scopes import (
@@ -215,7 +214,8 @@ class Prune:
             near = did_you_mean(str(self.method), METHODS)
             raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
         parameters = dict(self.parameters)
-        for each in _list_shared_parameters():
+        built_in = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
+        for each in (built_in[name] for name in SHARED):
             object.__setattr__(self, each.name, each.check(parameters.pop(each.name, getattr(self, each.name))))
         # `chosen` is made of these, and fills in the defaults.
         object.__setattr__(self, "parameters", parameters)
@@ -234,11 +234,6 @@ class Prune:
     def calibrated(self) -> bool:
         """Tell whether it looks at activations."""
         return self.chosen.needs in ("norms", "products")
-
-    @property
-    def structured(self) -> bool:
-        """Tell whether whole channels fall."""
-        return self.chosen.structured
 
     @property
     def is_global(self) -> bool:
@@ -325,12 +320,6 @@ class Quantize:
 def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
     """Return the parameters that a step says only where its method or scheme has them."""
     return {name: value for name, value in chosen.values().items() if name not in SHARED}
-
-
-@cache
-def _list_shared_parameters() -> tuple[Parameter, ...]:
-    known = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
-    return tuple(known[name] for name in SHARED)
 
 
 @dataclass(frozen=True)

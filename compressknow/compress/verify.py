@@ -80,9 +80,7 @@ def compare_to_manifest(
     A file that is not in the manifest is a difference too. The model card (README.md) may be edited freely and is not
     compared, and hidden files are left alone.
 
-    Raises
-    ------
-    CheckpointError : no manifest, or one that this version cannot read.
+    Raises CheckpointError where there is no manifest, or one that this version cannot read.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

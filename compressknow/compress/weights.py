@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 
-from compressknow.base.errors import CheckpointError
 from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
 from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
@@ -191,16 +190,12 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
 
     Raises CheckpointError where it has no weights, or its config builds no model.
     """
-    if not checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
-            hint="Give the folder of a whole checkpoint.",
-        )
+    checkpoint.check_has_weights()
     model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = structure_of(model), Naming(model)
     bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    named = (*structure.parameters, *bound, *(each.stored.name for each in packed.values()))
+    named = (*structure.parameters, *bound, *(words.name for words, _ in packed.values()))
     modules = {name.rpartition(".")[0] for name in named} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
@@ -219,10 +214,9 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
             if binding:
                 loaded_to[name] = binding.parameter
     unpacked = {
-        weight.parameter: Values(found.values, scale, found.stored)
+        weight.parameter: Values(packed[weight.parameter][1], scale, packed[weight.parameter][0])
         for weight in structure.linears
-        if (found := packed.get(weight.parameter)) is not None
-        and (scale := _find_scale(checkpoint.tensors, found.values))
+        if weight.parameter in packed and (scale := _find_scale(checkpoint.tensors, packed[weight.parameter][1]))
     }
     of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
     own |= of_low_bits

@@ -141,7 +141,7 @@ def describe(located: Located) -> dict[str, Any]:
     """Describe a model by its files, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `compressknow.model.tensors.Grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
+    `grid_of`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
     groups and removed as its manifest has them, and calibration as `calibration_of` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
@@ -157,7 +157,7 @@ def describe(located: Located) -> dict[str, Any]:
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
     if grid := grid_of(checkpoint.tensors.values()):
-        described["grid"] = grid._asdict()
+        described["grid"] = grid
     return described | {
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),

@@ -17,7 +17,6 @@ from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf
-from compressknow.model.scopes import check_targets
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +80,6 @@ def load(
         _check_gguf(path)
         source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
         config = AutoConfig.from_pretrained(**source)
-        check_targets(path.name, getattr(config, "quantization_config", None))
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
         model, report = model_class.from_pretrained(
@@ -287,7 +285,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.layers import kinds_on, layer_of
-    from compressknow.model.direct_reads import find_direct_reads
+    from compressknow.model.loading import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:

@@ -184,7 +184,7 @@ class ModelRecord(_Part):
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
-    grid : matrices that lie on a grid already, as `compressknow.model.tensors.Grid` counts them; None where none does.
+    grid : matrices that lie on a grid already, as `grid_of` counts them; None where none does.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.

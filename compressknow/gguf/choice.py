@@ -14,7 +14,7 @@ from compressknow.base.libraries import require
 from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
 from compressknow.compress.steps import Calibration
-from compressknow.model.scopes import SCOPES, Pattern
+from compressknow.model.scopes import SCOPES, compile_pattern
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
@@ -141,7 +141,7 @@ def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]
     """
     for which, _ in types:
         if which not in SCOPES:
-            Pattern("--type-of", which)
+            compile_pattern("--type-of", which)
             _check_typo(which)
     return tuple((which, _check_type(chosen, list_tensor_types(), "--type-of")) for which, chosen in types)
 

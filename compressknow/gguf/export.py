@@ -251,7 +251,6 @@ def write(
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
         if export.fit is not None:
             export.fit.check(nbytes)
-        place.expect({place.file.name: nbytes})
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))

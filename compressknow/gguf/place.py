@@ -57,7 +57,6 @@ class Place(Staging):
         Raises OutputError as `Staging.commit` does.
         """
         self._check(self.output, overwrite=self._overwrite, source=None)
-        self._check_complete()
         sync_folder(self.folder)
         with uninterrupted():
             try:

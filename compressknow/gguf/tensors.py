@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
-from compressknow.model.scopes import SCOPES, Pattern, scope_names, select
+from compressknow.model.scopes import SCOPES, compile_pattern, scope_names, select
 
 if TYPE_CHECKING:
     from compressknow.compress.weights import Side
@@ -59,7 +59,7 @@ class Tensors:
 
     def find_by_pattern(self, text: str) -> list[str]:
         """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
-        pattern = Pattern("--type-of", text)
+        pattern = compile_pattern("--type-of", text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
             scopes = scope_names(self.side.structure)

@@ -15,7 +15,7 @@ from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, nearest
 from compressknow.base.files import name_of
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged
-from compressknow.model.tensors import StoredTensor, read_header, same_bytes
+from compressknow.model.tensors import StoredTensor, read_header
 from compressknow.model.torch_bin import read_torch_file
 
 MODULES = "modules.json"
@@ -85,6 +85,14 @@ class Checkpoint:
         """Raise CheckpointError where a file of it was replaced or written to since it was opened."""
         check_unchanged(self.states)
 
+    def check_has_weights(self) -> None:
+        """Raise CheckpointError where its folder has a config alone."""
+        if not self.tensors:
+            raise CheckpointError(
+                f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
+                hint="Give the folder of a whole checkpoint.",
+            )
+
     @property
     def index(self) -> str | None:
         """Return the file that tells which shard holds which tensor, where there is one."""
@@ -94,16 +102,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """Open a local folder or a hub id. Reads headers, never tensor data.
+    """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
+    `weights` the config alone, and downloads nothing more.
 
-    Parameters
-    ----------
-    revision : branch, tag or commit, for a hub id.
-    weights : False reads the config alone, and downloads nothing more of a hub id.
-
-    Raises
-    ------
-    CheckpointError : no such folder or id, config.json missing or not an object, weight files missing or damaged.
+    Raises CheckpointError where there is no such folder or id, where config.json is missing or not an object, or where
+    weight files are missing or damaged.
     """
     check_is_checkpoint(model)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
@@ -111,8 +114,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     config = read_json(folder / "config.json")
     files = weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
-    file_of: dict[str, str] = {}
-    others: list[StoredTensor] = []
     for file, wanted in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
@@ -120,21 +121,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
                 f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
-        file_of |= dict.fromkeys(stored, file)
-        others += [tensor for name, tensor in stored.items() if wanted is not None and name not in wanted]
-    if left_out := sorted(file_of.keys() - tensors.keys()):
-        raise CheckpointError(
-            f"The index of {folder} leaves out {some_of(left_out)}, which {file_of[left_out[0]]} holds.",
-            why="What reads the index loads a model without these weights.",
-            hint=DOWNLOAD_AGAIN,
-        )
-    for other in others:
-        if not same_bytes(other, tensors[other.name]):
-            raise CheckpointError(
-                f"{other.file} and {tensors[other.name].file} hold other values of {other.name}.",
-                why="transformers takes those that it reads last, whatever the index says.",
-                hint=DOWNLOAD_AGAIN,
-            )
     name = str(model) if commit else name_of(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 

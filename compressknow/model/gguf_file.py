@@ -23,19 +23,18 @@ from compressknow.model.summary import Inspection
 from compressknow.model.tensors import StoredTensor
 
 MAGIC = b"GGUF"
-# The tokenizer of a model with 262,144 tokens and half a million merges has 1.3 million values; other lists are by
-# block, or of names.
-MOST_VALUES, MOST_IN_A_LIST, MOST_TENSORS = 2_000_000, 1 << 16, 200_000
+# The tokenizer of a model with 262,144 tokens and half a million merges has 1.3 million values.
+MOST_VALUES, MOST_TENSORS = 2_000_000, 200_000
 # Of what a model is built of, as in `compressknow.model.meta`.
 MOST = {"block_count": MOST_BLOCKS, "expert_count": 10_000}
-_TOKENIZER, _ALIGNMENT = b"tokenizer.", b"general.alignment"
+_ALIGNMENT = b"general.alignment"
 _OF_A_BLOCK = re.compile(rb"blk\.(\d+)\.")
 _TEXT, _LIST = 8, 9
 # By the number of a type of values: struct's letter.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 # By the number of a type of tensors, those of plain floats.
 _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-_MOST_DIMENSIONS, _MOST_NESTED, _MOST_BYTES_OF_A_NAME = 4, 4, 1 << 16
+_MOST_DIMENSIONS, _MOST_BYTES_OF_A_NAME = 4, 1 << 16
 
 
 class CutShort(NotReadable):
@@ -65,7 +64,7 @@ def check_gguf(path: Path) -> None:
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
-    """Return the tensors of a GGUF file that hold plain floats, row-major; none where its bytes are in the other order.
+    """Return the tensors of a GGUF file that hold plain floats, row-major.
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
@@ -86,7 +85,7 @@ class _Tensor(NamedTuple):
 class _Header:
     def __init__(self, file: BufferedReader) -> None:
         self._file, self._size = file, os.fstat(file.fileno()).st_size
-        self._order, self._values = "<", 0
+        self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
 
     def check(self) -> None:
@@ -98,18 +97,15 @@ class _Header:
         stored = [
             StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
             for t in tensors
-            if t.kind in _PLAIN and self._order == "<"
+            if t.kind in _PLAIN
         ]
         return [each for each in stored if each.offset + each.nbytes <= self._size]
 
     def _read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
             raise CutShort("it is no GGUF file")
-        if not self._number("I") & 0xFFFF:
-            # A version is a small number: its bytes are in the other order, and so is all else.
-            self._order = ">"
-        tensors, entries = self._number("Q"), self._number("Q")
-        if tensors > MOST_TENSORS or entries > MOST_IN_A_LIST:
+        _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
+        if tensors > MOST_TENSORS or entries > MOST_VALUES:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
         for _ in range(entries):
             self._entry()
@@ -117,7 +113,7 @@ class _Header:
 
     def _entry(self) -> None:
         key = self._text()
-        value = self._value(self._number("I"), key)
+        value = self._value(self._number("I"))
         if key == _ALIGNMENT:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise NotReadable(f"its tensors are aligned to {value}, which is no power of two")
@@ -129,30 +125,29 @@ class _Header:
             if name == "block_count":
                 self._blocks = value
 
-    def _value(self, kind: int, key: bytes, nested: int = 0) -> Any:
+    def _value(self, kind: int) -> Any:
         """Read a number; None where it is a text or a list, which is passed over."""
         self._values += 1
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
         if kind == _TEXT:
             self._skip(self._number("Q"))
-        elif kind == _LIST and nested < _MOST_NESTED:
-            self._list(key, nested)
+        elif kind == _LIST:
+            self._list()
         else:
             raise NotReadable(f"a value in it is of type {kind}")
         return None
 
-    def _list(self, key: bytes, nested: int) -> None:
+    def _list(self) -> None:
         kind, count = self._number("I"), self._number("Q")
-        most = MOST_VALUES if key.startswith(_TOKENIZER) else MOST_IN_A_LIST
-        if count > most or self._values + count > MOST_VALUES:
+        if self._values + count > MOST_VALUES or kind == _LIST:
             raise NotReadable(f"a list in it has {count:,} values")
         if kind in _NUMBERS:
             self._values += count
             self._skip(count * struct.calcsize(_NUMBERS[kind]))
             return
         for _ in range(count):
-            self._value(kind, key, nested + 1)
+            self._value(kind)
 
     def _tensor(self) -> _Tensor:
         name, dimensions = self._text(), self._number("I")
@@ -186,7 +181,7 @@ class _Header:
 
     def _number(self, letter: str) -> Any:
         """Read an int, or a float of the letters f and d."""
-        form = self._order + letter
+        form = f"<{letter}"
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
 
     def _text(self) -> bytes:

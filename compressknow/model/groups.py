@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -34,13 +34,8 @@ Kind = Literal["linear", "conv1d", "experts"]
 
 
 def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
-    """Read the structure of a model, as a rule one on the meta device.
-
-    Parameters
-    ----------
-    module_map : ``paper`` counts BERT's and RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code
-        does; ``structural`` as attention.
-    """
+    """Read the structure of a model, as a rule one on the meta device. The module map ``paper`` counts BERT's and
+    RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code does; ``structural`` as attention."""
     tree = _Tree(model)
     linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
     if module_map == "paper":
@@ -65,15 +60,6 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return [name for name in tree.layers if not tree.in_tower(name)]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Place of a module: the modules above it, the repeated block around it, and its index in the stack."""
-
-    steps: tuple[Step, ...]
-    block: str | None
-    layer: int | None
-
-
 class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -84,17 +70,20 @@ class _Tree:
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
         self.parts = {n for n, each in models.items() if not isinstance(each.config, type(model.config))} - self.towers
         self.layers = self._number_blocks()
-        self.heads = _output_weights(model)
+        # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
+        head = model.get_output_embeddings()
+        heads = head.modules() if isinstance(head, nn.Module) else ()
+        self.heads = {id(module.weight) for module in heads if hasattr(module, "weight")}
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
-    def place(self, name: str) -> _Place:
+    def place(self, name: str) -> tuple[tuple[Step, ...], int | None]:
+        """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
         parts = name.split(".")
         prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
         steps = tuple(Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
-        block = next((prefix for prefix in [*prefixes, name] if prefix in self.layers), None)
-        root = Step("", self.classes[""])
-        return _Place((root, *steps), block, self.layers[block] if block else None)
+        layer = next((self.layers[prefix] for prefix in [*prefixes, name] if prefix in self.layers), None)
+        return (Step("", self.classes[""]), *steps), layer
 
     def in_tower(self, name: str) -> bool:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
@@ -145,13 +134,6 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def _output_weights(model: PreTrainedModel) -> set[int]:
-    # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
-    head = model.get_output_embeddings()
-    modules = head.modules() if isinstance(head, nn.Module) else ()
-    return {id(module.weight) for module in modules if hasattr(module, "weight")}
-
-
 def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
     """Yield every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
     found: dict[int, tuple[list[str], Kind, str]] = {}
@@ -176,35 +158,41 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
     module, *sharing = holders
     holder = tree.modules[module]
     parameter: torch.Tensor = getattr(holder, name)
-    where = tree.place(module)
-    group = _group(tree, module, parameter, where)
+    steps, layer = tree.place(module)
+    group = _group(tree, module, parameter, steps, layer is not None)
+    # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
+    around = (tree.modules[parent] for parent in (*_parents(module), ""))
+    config = next(each.config for each in around if hasattr(each, "config"))
+    is_transposed = kind == "conv1d"
+    if kind == "experts":
+        is_transposed = bool(getattr(holder, "is_transposed", type(holder).__name__ in TRANSPOSED_EXPERTS))
     return LinearWeight(
         parameter=f"{module}.{name}" if module else name,
         module=module,
         kind=kind,
         shape=tuple(parameter.shape),
         group=group,
-        layer=where.layer,
+        layer=layer,
         stack=None if group == "vision" else _stack(tree.model, module),
-        cross=group == "attention" and is_cross(where.steps),
-        uses=1 if group == "final" else _uses(tree, module, parameter, where.layer),
-        transposed=_is_transposed(holder, kind),
+        cross=group == "attention" and is_cross(steps),
+        uses=1 if group == "final" else uses_of(config, module, layer, tree.names[id(parameter)]),
+        transposed=is_transposed,
         sharing=tuple(sharing),
     )
 
 
-def _group(tree: _Tree, module: str, parameter: torch.Tensor, where: _Place) -> Group | None:
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: tuple[Step, ...], in_block: bool) -> Group | None:
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
     if id(parameter) in tree.heads:
         return "final"
-    if where.block is None and is_further_head(where.steps, module, leaf):
+    if not in_block and is_further_head(steps, module, leaf):
         return "final"
-    if where.block is None and tree.towers:
+    if not in_block and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
         return "other"
-    return place(where.steps, leaf, where.block is not None)
+    return place(steps, leaf, in_block)
 
 
 def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
@@ -212,19 +200,6 @@ def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"]
         return None
     side = re.search(r"(?:^|\.|_)(encoder|decoder)(?=\.)", module)
     return None if side is None else "encoder" if side.group(1) == "encoder" else "decoder"
-
-
-def _uses(tree: _Tree, module: str, parameter: torch.Tensor, layer: int | None) -> int:
-    # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
-    holders = (tree.modules[parent] for parent in (*_parents(module), ""))
-    config = next(holder.config for holder in holders if hasattr(holder, "config"))
-    return uses_of(config, module, layer, tree.names[id(parameter)])
-
-
-def _is_transposed(module: nn.Module, kind: Kind) -> bool:
-    if kind == "experts":
-        return bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED_EXPERTS))
-    return kind == "conv1d"
 
 
 def _move_as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
@@ -258,8 +233,8 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
         for name, parameter in module.named_parameters(recurse=False):
             if not _is_matrix(module, name, parameter, width):
                 continue
-            where = tree.place(f"{module_name}.{name}")
-            group = place(where.steps, name, where.block is not None)
+            steps, layer = tree.place(f"{module_name}.{name}")
+            group = place(steps, name, layer is not None)
             if group in ("attention", "feed-forward"):
                 yield f"{module_name}.{name}", "vision" if tree.in_tower(module_name) else group
 
@@ -275,14 +250,8 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
 
 
 def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
-    """Count how often one forward pass applies a weight.
-
-    Parameters
-    ----------
-    config : that of the nearest module around it which has one.
-    module : its name in the tree, in block `layer` of its stack.
-    names : places in the tree where it hangs; it is applied at each.
-    """
+    """Count how often one forward pass applies a weight, at each of the `names` under which it hangs in the tree, by
+    the config of the nearest module around it which has one."""
     if "_adapter_list." in module:
         # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
         return 1

@@ -1,19 +1,25 @@
-"""Find what transformers would say of a checkpoint if it loaded it, on the meta device from names and shapes alone.
+"""Find what transformers does with a checkpoint when it loads and runs it, on the meta device, from names and shapes.
 
-`from_pretrained` itself does the work: it renames, splits, fuses, ties and (by the quantizer that the config names)
+`from_pretrained` itself does the loading: it renames, splits, fuses, ties and (by the quantizer that the config names)
 prepares layers as it always does, on tensors that have no memory. No weight is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.libraries import require
@@ -114,10 +120,8 @@ def open_complete(
 ) -> tuple[Checkpoint, PreTrainedModel]:
     """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
 
-    Raises
-    ------
-    CheckpointError : what `open_checkpoint` and `meta_model` raise; or weights are missing, or have another shape than
-        the model's, which transformers would fill with random numbers.
+    Raises what `open_checkpoint` and `meta_model` do, and CheckpointError where weights are missing or have another
+    shape than the model's: transformers would fill them with random numbers.
     """
     checkpoint = open_checkpoint(model, revision)
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
@@ -150,3 +154,115 @@ def _refuse_incomplete(checkpoint: Checkpoint, tree: PreTrainedModel) -> None:
             f"{type(tree).__name__} of the tensors that are stored.",
             hint="The config and the weights do not match: download or save both again.",
         )
+
+
+Read = Literal["values", "dtype"]
+# What is asked of a weight without looking at its values.
+_ASIDE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
+_ASIDE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
+
+
+def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
+    """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
+    to cast something to it. An int8 layer computes with its scale; whoever takes its weight gets bare integers.
+
+    A forward pass of a few tokens shows it. Where that stops midway, all that it has not reached is taken to be read.
+    Of the towers of a multimodal model, which read no text, torch's own attention is known to.
+    """
+    if model.device.type != "meta":
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config)).eval()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ids = torch.ones((1, 16), dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    uses, is_whole = _Uses(), False
+    with contextlib.ExitStack() as watches, contextlib.suppress(Exception):  # Code may not suit tensors without values.
+        for name, module in linears.items():
+            watches.enter_context(_watch(name, module, uses))
+        with torch.no_grad(), quiet(), _Valueless(), uses:  # type: ignore[no-untyped-call]
+            model(**inputs)
+        is_whole = True
+    if not is_whole:
+        # One block runs as the next does.
+        reached = {_without_numbers(name) for name in uses.ran}
+        uses.reads |= {name: "values" for name in linears if _without_numbers(name) not in reached}
+    uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
+    return uses.reads
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+@contextlib.contextmanager
+def _watch(name: str, module: nn.Linear, uses: _Uses) -> Iterator[None]:
+    """Hand another weight than its own to whoever asks a module for it while it does not run."""
+    plain: Any = type(module)
+
+    class Watched(plain):  # type: ignore[misc]
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and name not in uses.running:
+                return uses.stand_ins.setdefault(name, nn.Parameter(torch.empty_like(super().__getattr__("weight"))))
+            return super().__getattr__(attribute)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            uses.running.add(name)
+            uses.ran.add(name)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                uses.running.discard(name)
+
+    module.__class__ = Watched
+    try:
+        yield
+    finally:
+        module.__class__ = plain
+
+
+class _Uses(TorchFunctionMode):
+    """Mode that notes what is done with weights that were handed out, whose dtype it says is int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[str] = set()
+        self.ran: set[str] = set()
+        self.stand_ins: dict[str, nn.Parameter] = {}
+        self.reads: dict[str, Read] = {}
+        self._last = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # torch.cat takes a list of tensors.
+        given = [
+            each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
+        ]
+        for name, weight in self.stand_ins.items():
+            if any(each is weight for each in given) and func not in _ASIDE:
+                if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
+                    self._last = name
+                    return torch.int8
+                self.reads[name] = "values"
+        if self._last and any(each is torch.int8 for each in given):
+            self.reads.setdefault(self._last, "dtype")
+            args = [torch.float32 if each is torch.int8 else each for each in args]
+            kwargs = {key: torch.float32 if each is torch.int8 else each for key, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that answers what code asks of the values of tensors that have none: each is zero."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
+        if func is torch.ops.aten._grouped_mm.default:
+            # Of experts; torch has it in bfloat16 alone.
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **kwargs or {})

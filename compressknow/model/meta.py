@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import time
 import warnings
@@ -21,7 +20,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from compressknow.base.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
-from compressknow.model.scopes import MOST_BLOCKS
 
 LANGUAGE_MODEL_CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -33,18 +31,13 @@ LANGUAGE_MODEL_CLASSES = (
 def meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
-    """Build the model that a folder's config.json describes, on the meta device.
+    """Build the model that a folder's config.json describes, on the meta device; weights are neither needed nor read.
 
-    Parameters
-    ----------
-    config_folder : a folder with a config.json; weights are neither needed nor read.
-    trust_remote_code : run the folder's own Python code where its config asks for that.
-    tensor_names : names in the checkpoint's weight files. They decide which class is meant where the config names one
-        that transformers does not have.
+    With `trust_remote_code`, the folder's own Python code runs where its config asks for that. `tensor_names`, of the
+    checkpoint's weight files, decide which class is meant where the config names one that transformers does not have.
 
-    Raises
-    ------
-    CheckpointError : config.json is missing, damaged, names no architecture, or describes none that can be built.
+    Raises CheckpointError where config.json is missing, damaged, names no architecture, or describes none that can be
+    built.
     """
     path = Path(config_folder) / "config.json"
     with _quiet():
@@ -225,14 +218,9 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-# The most that a number may be, by its name; the first pattern that is found in it holds. Switch-C has 2,048 experts.
-_MOST = (
-    (re.compile(r"positions?$|embeddings$|embd$|ctx$|vocab|words$|inner$|tokens?$|channels$|_size$"), 1 << 40),
-    (re.compile(r"param|samples"), math.inf),
-    (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), MOST_BLOCKS),
-    (re.compile(r"(heads?|experts?|stages?)$"), 10_000),
-    (re.compile(r"(^|_)(num|n|number)_|labels?$"), 1_000_000),
-)
+# What a model is built of, one object each: no more of it may be counted by one number.
+COUNTED = re.compile(r"(layers?|blocks?|depths?|heads?|experts?|stages?|labels?|inner_group_num)$")
+MOST = 1_000_000
 MOST_DEPTH = 30
 # Switch-C, of 2048 experts, has 300,000 modules; few others have 20,000.
 MOST_MODULES, MODULES_IN_ANY_TIME, MOST_SECONDS = 400_000, 20_000, 8.0
@@ -244,9 +232,9 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     level: list[Any] = [config]
     for _ in range(MOST_DEPTH):
         for key, value in (entry for each in level if isinstance(each, Mapping) for entry in each.items()):
-            if isinstance(value, (int, float)) and abs(value) > _most(key):
+            if isinstance(value, (int, float)) and value > MOST and COUNTED.search(key):
                 raise CheckpointError(
-                    f"{path} has {key} {value:,}, but the maximum is {_most(key):,}.",
+                    f"{path} has {key} {value:,}, but the maximum is {MOST:,}.",
                     hint="Is the config damaged? Download or save it again.",
                 )
         inner = [value.values() if isinstance(value, Mapping) else value for value in level]
@@ -255,10 +243,6 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path} is nested more than {MOST_DEPTH} levels deep.", hint="Download or save it again."
         )
-
-
-def _most(key: str) -> float:
-    return next((most for pattern, most in _MOST if pattern.search(key)), math.inf)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.structure import Structure
@@ -76,7 +76,10 @@ class Naming:
         self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
     ) -> Binding:
         """Bind what a converter makes of its sources, found by letting it convert tensors that have no memory."""
-        whole = self._convert(name, converter, [(p, _empty(tensors[stored])) for stored, p in parts])
+        import torch
+
+        empty = [(pattern, torch.empty(tensors[stored].shape, device="meta")) for stored, pattern in parts]
+        whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
         if not parameters:
             # It did not run on these: what it is for is told by its patterns.
@@ -182,12 +185,6 @@ class Naming:
         return renamed
 
 
-def _empty(tensor: StoredTensor) -> torch.Tensor:
-    import torch
-
-    return torch.empty(tensor.shape, device="meta")
-
-
 def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
     """Return which stored tensor gives each parameter its values, ties resolved against what the files hold.
 
@@ -218,17 +215,15 @@ PACKED_DTYPES = {4: INT4, 8: "I8"}
 _PACKED, _WORD = "_packed", 32
 
 
-class Packed(NamedTuple):
-    """Tensor in which values lie packed (compressed-tensors' ``pack-quantized``), and one that stands for them: under
-    the name that they would have, with their shape and dtype, ``I4`` or ``I8``."""
+def packed_weights(
+    checkpoint: Checkpoint, naming: Naming, structure: Structure
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
+    by parameter; none where its config has a group of other bits.
 
-    stored: StoredTensor
-    values: StoredTensor
-
-
-def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure) -> dict[str, Packed]:
-    """Return Linear weights [rows, columns] that a checkpoint stores as int32 [rows, columns / 8] or [rows, columns /
-    4], by parameter; none where its config has a group of other bits."""
+    Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
+    name that they would have, with their shape and dtype, ``I4`` or ``I8``.
+    """
     weights = (group.get("weights") for group in config_groups(checkpoint.config.get("quantization_config")))
     bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
     if not bits or not bits <= PACKED_DTYPES.keys():
@@ -241,7 +236,7 @@ def packed_weights(checkpoint: Checkpoint, naming: Naming, structure: Structure)
         widths = {-(-columns * number // _WORD): number for number in bits}
         if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
             values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
-            found[binding.parameter] = Packed(tensor, values)
+            found[binding.parameter] = tensor, values
     return found
 
 

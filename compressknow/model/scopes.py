@@ -4,116 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from re import _constants as ops  # type: ignore[attr-defined]
-from re import _parser  # type: ignore[attr-defined]
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.model.structure import LinearWeight, Structure
 
 # The deepest transformer that was trained has 1,000 (DeepNet).
 MOST_BLOCKS = 2_000
-# For one pattern, over all names that it is searched in.
-MOST_SECONDS = 3.0
-# Nobody writes longer ones; compiling takes time too.
-MOST_CHARACTERS = 1000
-# Repetitions without an end, one after the other, in a pattern that another library matches without a limit of time.
-MOST_REPETITIONS = 4
 
 
-class Pattern:
-    """Regular expression of Python's `re`, which may search for `MOST_SECONDS` in all.
-
-    Raises UsageError, which names the option it was given by, where it is none, or takes longer.
-    """
-
-    def __init__(self, option: str, pattern: str) -> None:
-        self.option, self.pattern = option, pattern
-        self._left = MOST_SECONDS
-        if len(pattern) > MOST_CHARACTERS:
-            raise UsageError(f"{option}: a pattern of {len(pattern):,} characters; {MOST_CHARACTERS:,} are allowed.")
-        # Here, since the command line starts without it.
-        import regex
-
-        try:
-            re.compile(pattern)
-            self._compiled = regex.compile(pattern)
-        except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}.") from None
-
-    def search(self, name: str) -> bool:
-        """Return whether the pattern matches anywhere in a name."""
-        start = time.monotonic()
-        try:
-            found = self._compiled.search(name, timeout=max(self._left, 0.001)) is not None
-        except TimeoutError:
-            raise UsageError(
-                f"{self.option} {self.pattern!r} takes too long to match {name}.",
-                "A repetition inside a repetition, such as (a+)+, tries every way to divide a name.",
-                "Write it without the inner or the outer one.",
-            ) from None
-        self._left -= time.monotonic() - start
-        return found
-
-
-def check_targets(where: str, quantization: Any) -> None:
-    """Raise CheckpointError where the `re:` targets of a quantization_config could take for ever to match.
-
-    compressed-tensors matches them against every module's name with Python's `re`, which knows no limit of time.
-    """
-    for pattern in _regular_expressions(quantization):
-        try:
-            slow = _is_slow(_parser.parse(pattern))
-        except (re.error, RecursionError, OverflowError):
-            slow = True
-        if slow:
-            raise CheckpointError(
-                f"{where} names its quantized layers by a pattern that may take for ever to match: {pattern[:80]!r}.",
-                hint="Write the pattern without a repetition inside another, or name the layers.",
-            )
-
-
-def _regular_expressions(quantization: Any) -> Iterator[str]:
-    if not isinstance(quantization, Mapping):
-        return
-    groups = quantization.get("config_groups")
-    lists = [group.get("targets") for group in (groups.values() if isinstance(groups, Mapping) else ()) if group]
-    for names in (*lists, quantization.get("ignore")):
-        for name in names if isinstance(names, list) else ():
-            if isinstance(name, str) and name.startswith("re:"):
-                yield name.removeprefix("re:")
-
-
-def _is_slow(parsed: Any) -> bool:
-    """Return whether an endless repetition holds another or a choice (exponential), or there are many (a high
-    power)."""
-    endless = [body for operation, body in _nodes(parsed) if _is_endless(operation, body)]
-    nested = any(
-        operation is ops.BRANCH or _is_endless(operation, inner)
-        for _, _, body in endless
-        for operation, inner in _nodes(body)
-    )
-    return nested or len(endless) > MOST_REPETITIONS
-
-
-def _is_endless(operation: Any, body: Any) -> bool:
-    return operation in (ops.MAX_REPEAT, ops.MIN_REPEAT) and body[1] > 100
-
-
-def _nodes(parsed: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every operation of a parsed pattern, those within others too."""
-    for operation, body in parsed:
-        yield operation, body
-        for part in body if isinstance(body, tuple) else ():
-            for inner in part if isinstance(part, list) else (part,):
-                if isinstance(inner, _parser.SubPattern):
-                    yield from _nodes(inner)
+def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression. Raises UsageError, which names the option that gave it, where it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}.") from None
 
 
 Action = Literal["prune", "quantize"]
-Patterns = tuple[Pattern, ...]
+Patterns = tuple[re.Pattern[str], ...]
 
 LANGUAGE = ("attention", "feed-forward", "other")  # neither the final layer nor the towers of a multimodal model
 SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
@@ -189,15 +99,11 @@ def select(
     scopes : names from `SCOPES`; their union.
     include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
         that one which matches unplaced layers alone adds these to the scopes.
-    exclude : regular expressions; what one of them matches is left out.
     layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
         vision tower). Weights outside the blocks are left out.
 
-    Raises
-    ------
-    UsageError : a scope, a pattern or a range that matches nothing, or none of which anything is left.
-    UnsupportedError : a scope cannot be told, or not be compressed, in full: layers that no rule places, or matrices
-        that are no Linear layers.
+    Raises UsageError where a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError where a
+    scope cannot be told or compressed in full: layers that no rule places, matrices that are no Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
@@ -238,24 +144,21 @@ def _list_scopes(structure: Structure) -> str:
 
 
 def _compile(option: str, patterns: Sequence[str]) -> Patterns:
-    return tuple(Pattern(option, pattern) for pattern in patterns)
+    return tuple(compile_pattern(option, pattern) for pattern in patterns)
 
 
-def _check_pattern(option: str, pattern: Pattern, names: list[str], structure: Structure) -> None:
+def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
     if any(pattern.search(name) for name in names):
         return
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    near = difflib.get_close_matches(pattern.pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
     elsewhere = [w for w in structure.linears if pattern.search(w.module)]
     why = f"It matches {elsewhere[0].module}, which is {elsewhere[0].group}." if elsewhere else None
     raise UsageError(
         f"{option} {pattern.pattern!r} matches no Linear layer of the scope.",
         why,
-        f"Available modules (N stands for a number): {', '.join(_close(pattern.pattern, names))}.",
+        f"Available modules (N stands for a number): {', '.join(near)}.",
     )
-
-
-def _close(pattern: str, names: Iterable[str]) -> list[str]:
-    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
-    return difflib.get_close_matches(pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
 
 
 def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:

@@ -139,14 +139,8 @@ FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.ou
 
 
 def place(steps: tuple[Step, ...], leaf: str, in_block: bool) -> Group | None:
-    """Return the group of a weight that is no final layer; None where no rule knows its place.
-
-    Parameters
-    ----------
-    steps : the modules above it, the root first, its own left out; never empty.
-    leaf : the attribute of the module that holds the weight.
-    in_block : whether it lies inside a repeated block.
-    """
+    """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
+    above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
     group = _by_modules(steps, in_block)
     if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(steps[-1].attribute)):
         return "other"

@@ -87,9 +87,8 @@ def inspect_checkpoint(
     Reads headers, some rows of each matrix to see whether they lie on a grid, and, where the weight files hold both
     names of a tie, these two: a config may call them tied when they are not.
 
-    Raises
-    ------
-    CheckpointError : the checkpoint is missing or damaged, or its config describes no model that can be built.
+    Raises CheckpointError where the checkpoint is missing or damaged, or its config describes no model that can be
+    built.
     """
     from compressknow.model.checkpoint import open_checkpoint
 
@@ -108,21 +107,15 @@ def inspect_checkpoint(
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = grid_of(checkpoint.tensors.values())
     missing = list(missing_weights(checkpoint, tree))
-    return Inspection({**summary, "missing": missing, **({"grid": grid._asdict()} if grid else {})})
+    return Inspection({**summary, "missing": missing, **({"grid": grid} if grid else {})})
 
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
-    """Return the record behind `inspect` and its `--json`.
+    """Return the record behind `inspect` and its `--json`; `stored_dtypes` are those of the weight files (``F32``), by
+    the names of the module tree, None without weights.
 
-    Parameters
-    ----------
-    source_name : what the checkpoint is called.
-    stored_dtypes : names of the module tree -> dtype in the weight files (``F32``, ``BF16``); None without weights.
-
-    Returns
-    -------
-    dict of plain values. Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass
-    (ALBERT's shared layer). A final layer tied to the embedding counts in `final`, and once in `parameters`.
+    Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
+    final layer tied to the embedding counts in `final`, and once in `parameters`.
     """
     left_out = structure.buffers | structure.tied.keys()
     stored = sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
@@ -190,7 +183,7 @@ def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: St
     supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
     packed = packed_weights(checkpoint, naming, structure)
-    supply |= {parameter: each.stored.name for parameter, each in packed.items()}
-    dtypes |= {parameter: each.values.dtype for parameter, each in packed.items()}
+    supply |= {parameter: stored.name for parameter, (stored, _) in packed.items()}
+    dtypes |= {parameter: values.dtype for parameter, (_, values) in packed.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
     return dtypes, ties

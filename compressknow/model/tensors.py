@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.reading import open_regular, parse_json
@@ -175,24 +175,18 @@ GRID_NONZERO = 24
 GRID_ROWS = 16
 
 
-class Grid(NamedTuple):
-    """Numbers of matrices that lie on a coarse grid, and of all: none of their groups of 32 has more different weights
-    than `values`."""
+def grid_of(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
+    """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None where
+    none does. The type that they were unpacked from reproduces them, whatever its bits are worth elsewhere.
 
-    weights: int
-    of: int
-    values: int
-
-
-def grid_of(tensors: Iterable[StoredTensor]) -> Grid | None:
-    """Count the stored matrices that lie on a grid already, unpacked from a file of few bits for one; None where none
-    does. The type that they were unpacked from reproduces them, whatever its bits are worth elsewhere. Some rows of
-    each are read."""
+    Returns how many do (``weights``), ``of`` how many, and ``values``, of which none of their groups of 32 has more.
+    Some rows of each are read.
+    """
     matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
         counts = [_most_values(files, each) for each in matrices if each.shape[1] % GRID_NEIGHBOURS == 0]
     found = [count for count in counts if count is not None and count <= GRID_VALUES]
-    return Grid(len(found), len(counts), max(found)) if found else None
+    return {"weights": len(found), "of": len(counts), "values": max(found)} if found else None
 
 
 def _most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:

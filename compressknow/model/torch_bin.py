@@ -32,9 +32,8 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     Files of PyTorch 1.6 and later are zip archives of plain storages: only the offsets are read. Older ones, and
     tensors that are not row-major, are loaded into memory.
 
-    Raises
-    ------
-    CheckpointError : the pickle wants more than tensors (it could run code), is damaged, or holds no flat state dict.
+    Raises CheckpointError where the pickle wants more than tensors (it could run code), is damaged, or holds no flat
+    state dict.
     """
     _check_packed(path)
     records = _records_in_place(path)

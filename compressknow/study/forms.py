@@ -33,7 +33,7 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.model.scopes import SCOPES, Pattern
+from compressknow.model.scopes import SCOPES, compile_pattern
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import (
     Allocation,
@@ -424,7 +424,7 @@ def _pin_modules(
 ) -> OptionTable:
     pins: dict[str, str] = {}
     for which, kind in must:
-        pattern = None if which in SCOPES else Pattern("--must", which)
+        pattern = None if which in SCOPES else compile_pattern("--must", which)
         modules = [
             module
             for module, weight in weights.items()

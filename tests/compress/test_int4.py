@@ -75,7 +75,7 @@ def by_stream(weight: Tensor, size: int, folder: Path) -> dict[str, Tensor]:
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
-            Work(pool, files, lambda _: None, outputs).write(planned, None)
+            Work(pool, files, lambda _: None, outputs.writer).write(planned, None)
         finally:
             outputs.close()
     return {name.removeprefix("layer."): made for name, made in load_file(folder / "model.safetensors").items()}

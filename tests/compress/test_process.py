@@ -201,7 +201,7 @@ def written_by(weight: Tensor, scheme: str | None, folder: Path, mask: EachBlock
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
-            measured = Work(pool, files, lambda _: None, outputs).write(planned, mask)
+            measured = Work(pool, files, lambda _: None, outputs.writer).write(planned, mask)
         finally:
             outputs.close()
     return load_file(folder / "model.safetensors"), measured

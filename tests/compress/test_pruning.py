@@ -42,7 +42,7 @@ STEPS = {
     "random columns": Prune(0.3, "random-structured", dim=1, seed=5),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
-STRUCTURED = {name: step for name, step in STEPS.items() if step.structured}
+STRUCTURED = {name: step for name, step in STEPS.items() if step.chosen.structured}
 every_structured_step = pytest.mark.parametrize("step", STRUCTURED.values(), ids=STRUCTURED.keys())
 SHAPES = {"square": (32, 32), "tall": (70, 9), "wide": (11, 60), "one": (1, 1)}
 

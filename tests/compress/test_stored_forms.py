@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.direct_reads import find_direct_reads
-from compressknow.model.loading import LoadReport, headers_of, load_report
+from compressknow.model.loading import LoadReport, find_direct_reads, headers_of, load_report
 from compressknow.model.meta import config_from_dict, meta_model
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
 from tests.model.test_zoo import SETTINGS

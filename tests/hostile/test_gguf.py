@@ -43,7 +43,6 @@ UNSOUND = {
     "blocks": (of(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
     "experts": (of(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),
     "fewer blocks": (of(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, and says that it has 1"),
-    "a list": (of(lambda p: p.set("a", LIST, (U8, [0] * 100_000))), "a list in it has 100,000 values"),
     "tokens": (
         of(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
     ),

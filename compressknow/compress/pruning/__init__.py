@@ -162,12 +162,12 @@ METHODS: Registry[PruningMethod] = Registry(
     "pruning method",
     PruningMethod,  # type: ignore[type-abstract]
     {
-        "l1-unstructured": "compressknow.compress.pruning.magnitude:L1Unstructured",
-        "ln-structured": "compressknow.compress.pruning.magnitude:LnStructured",
-        "random-unstructured": "compressknow.compress.pruning.magnitude:RandomUnstructured",
-        "random-structured": "compressknow.compress.pruning.magnitude:RandomStructured",
-        "wanda": "compressknow.compress.pruning.calibrated:Wanda",
-        "sparsegpt": "compressknow.compress.pruning.calibrated:SparseGPT",
+        "l1-unstructured": "compressknow.compress.pruning.builtin:L1Unstructured",
+        "ln-structured": "compressknow.compress.pruning.builtin:LnStructured",
+        "random-unstructured": "compressknow.compress.pruning.builtin:RandomUnstructured",
+        "random-structured": "compressknow.compress.pruning.builtin:RandomStructured",
+        "wanda": "compressknow.compress.pruning.builtin:Wanda",
+        "sparsegpt": "compressknow.compress.pruning.builtin:SparseGPT",
     },
 )
 
@@ -195,7 +195,6 @@ class Pattern(NamedTuple):
 
     @property
     def pruned(self) -> int:
-        """Weights of each group that fall."""
         return self.of - self.keep
 
 
@@ -218,12 +217,10 @@ class Patterned(PruningMethod):
 
     @property
     def groups(self) -> Pattern | None:
-        """Pattern, if one is set."""
         return Pattern.parse(self.pattern)
 
     @property
     def over_scope(self) -> bool:
-        """False with a pattern."""
         return self.pattern is None and super().over_scope
 
     def count(self, weights: Weights, amount: float) -> int:

@@ -32,26 +32,18 @@ Keys = npt.NDArray[np.signedinteger]
 KeyReader = Callable[[int], Iterator[Keys]]
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """Cut at `key`: weights with lower keys go, and in tensor i the first `ties[i]` of those with exactly this key."""
-
-    key: int
-    ties: tuple[int, ...]
-
-
-def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReader) -> Threshold:
-    """Find where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor and index order.
+def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReader) -> tuple[int, tuple[int, ...]]:
+    """Find where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor and index order: weights
+    with lower keys than the first result go, and in tensor i the first ``ties[i]`` of those with exactly this key.
 
     Parameters
     ----------
     run : applies a function to each tensor's position (`Pool.map`, or `in_turn`).
-    count : number of tensors, `amount` the weights to select in all of them.
     bits : width of the keys, 15 or 31.
     keys : the tensors' keys; read one to three times.
     """
     if amount == 0:
-        return Threshold(0, (0,) * count)
+        return 0, (0,) * count
     prefix, below, shift, at_index = 0, 0, bits, 0
     for width in DIGITS[bits]:
         # The next digit of the keys that begin with the digits found so far.
@@ -67,12 +59,12 @@ def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReade
     wanted, tied = amount - below, at_index
     if wanted == tied:
         # All go, wherever they lie: no need to know how many lie where.
-        return Threshold(prefix + 1, (0,) * count)
+        return prefix + 1, (0,) * count
 
     def count_ties(index: int) -> int:
         return sum(int(np.count_nonzero(block == prefix)) for block in keys(index))
 
-    return Threshold(prefix, _deal(wanted, run(count_ties, range(count))))
+    return prefix, _deal(wanted, run(count_ties, range(count)))
 
 
 def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Keys:
@@ -144,25 +136,6 @@ class KeyMask:
         return mask
 
 
-@dataclass(frozen=True)
-class ChannelMask:
-    """Mask of whole rows (`axis` 0) or columns (1) of stacked matrices: `channels` is bool [matrices, channels]."""
-
-    channels: BoolArray
-    axis: int
-    rows: int
-
-    def start(self) -> BlockMask:
-        def mask(block: Block) -> BoolArray:
-            if self.axis == 0:
-                pruned = self.channels.reshape(-1)[block.rows, None]
-            else:
-                pruned = self.channels[np.arange(block.rows.start, block.rows.stop) // self.rows]
-            return np.ascontiguousarray(np.broadcast_to(pruned, tuple(block.values.shape)))
-
-        return mask
-
-
 def find_common_dtype(weights: Sequence[Weights]) -> torch.dtype:
     """Return the dtype in which magnitudes of all tensors compare: that of all, or the widest."""
     dtypes = {each.tensor.dtype for each in weights}
@@ -185,10 +158,8 @@ def smallest(
 ) -> list[KeyMask]:
     """Mask the weights with the smallest keys: so many over all tensors together, or so many in each.
 
-    Parameters
-    ----------
-    makers : the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without its
-        sign; `are_magnitudes` says that they are those of the weights in that dtype.
+    `makers` give the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without
+    its sign; `are_magnitudes` says that they are those of the weights in that dtype.
 
     Raises CheckpointError naming a tensor that holds NaN or an infinity.
     """
@@ -203,12 +174,12 @@ def smallest(
 
     bits = BIT_LAYOUTS[common].bits
     if isinstance(amounts, int):
-        chosen = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
-        return [KeyMask(chosen.key, ties, maker) for ties, maker in zip(chosen.ties, makers, strict=True)]
+        key, ties = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
+        return [KeyMask(key, each, maker) for each, maker in zip(ties, makers, strict=True)]
     singles = reader.pool.map(
         lambda i: select_smallest(in_turn, 1, amounts[i], bits, lambda _: keys(i)), range(len(tensors))
     )
-    return [KeyMask(one.key, one.ties[0], maker) for one, maker in zip(singles, makers, strict=True)]
+    return [KeyMask(key, ties, maker) for (key, (ties,)), maker in zip(singles, makers, strict=True)]
 
 
 def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
@@ -277,12 +248,19 @@ def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int
     return found
 
 
-def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> ChannelMask:
-    """Mask the channels of the lowest scores [matrices, channels], ties in their order."""
+def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> Mask:
+    """Mask the channels of the lowest scores [matrices, channels], ties in their order: whole rows (`axis` 0) or
+    columns (1) of stacked matrices of so many rows."""
     channels = np.zeros(tuple(scores.shape), dtype=np.bool_)
     lowest = torch.argsort(scores, dim=1, stable=True)[:, : round(amount * scores.shape[1])].numpy()
     np.put_along_axis(channels, lowest, True, axis=1)
-    return ChannelMask(channels, axis, rows)
+
+    def mask(block: Block) -> BoolArray:
+        numbers = np.arange(block.rows.start, block.rows.stop)
+        pruned = channels.reshape(-1)[numbers, None] if axis == 0 else channels[numbers // rows]
+        return np.ascontiguousarray(np.broadcast_to(pruned, tuple(block.values.shape)))
+
+    return EachBlock(mask)
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:

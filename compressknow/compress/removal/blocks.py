@@ -56,10 +56,8 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
 def select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -> tuple[Stack, ...]:
     """Select the stacks that a step drops blocks of.
 
-    Raises
-    ------
-    UnsupportedError : no setting of the config counts blocks (ALBERT's share one set of weights).
-    UsageError : its scope names a side that the model does not have.
+    Raises UnsupportedError where no setting of the config counts blocks (ALBERT's share one set of weights), UsageError
+    where the step's scope names a side that the model does not have.
     """
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
     if not stacks:
@@ -116,10 +114,8 @@ def drop_blocks(
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
 
-    Raises
-    ------
-    UnsupportedError : the blocks are not of one kind and the config cannot say which are left, or the stored names
-        do not tell the block, or a dropped block holds weights that others share.
+    Raises UnsupportedError where the blocks are not of one kind and the config cannot say which are left, where the
+    stored names do not tell the block, or where a dropped block holds weights that others share.
     """
     whole = settings.whole
     remaining: dict[str, tuple[int, ...]] = {}

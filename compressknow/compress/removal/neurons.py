@@ -53,26 +53,27 @@ class DroppedNeurons:
 def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
     """Select the settings and networks of which a step drops neurons.
 
-    Raises
-    ------
-    UnsupportedError : no setting is the width of the feed-forward blocks alone, or their layers are no plain Linears.
-    UsageError : its scope names one side of a model whose sides have one width, or none that the model has; or the
-        amount would drop none or all.
+    Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are no plain
+    Linears; UsageError where the amount would drop none or all, or where the step's scope names a side that the model
+    lacks, or one of two that have one width.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
     widths = find_widths(settings, linears.keys() | biases)
     if not widths:
-        raise UnsupportedError(
-            f"No neuron of {structure.architecture} can be dropped.",
-            why="No setting of its config is the width of its feed-forward blocks alone.",
-            hint="Prune them instead: --scope feed-forward --prune 0.2.",
+        raise _explain(
+            structure.architecture, "No setting of its config is the width of its feed-forward blocks alone."
         )
     networks = [(width, tuple(_find_networks(width, linears, structure))) for width in widths]
     return tuple(
         DroppedNeurons(width, count_remaining(width.value, step), own)
         for width, own in _restrict_to_side(step, networks, structure)
     )
+
+
+def _explain(architecture: str, why: str) -> UnsupportedError:
+    hint = "Prune instead: --scope feed-forward --prune 0.2."
+    return UnsupportedError(f"No neuron of {architecture} can be dropped.", why=why, hint=hint)
 
 
 def count_remaining(width: int, step: DropNeurons) -> int:
@@ -114,11 +115,8 @@ def _find_networks(width: Width, linears: Mapping[str, LinearWeight], structure:
             if (weight := linears.get(name)) and axis == len(weight.shape) - (2 if weight.transposed else 1)
         ]
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
-            raise UnsupportedError(
-                f"No neuron of {structure.architecture} can be dropped.",
-                why="It has several feed-forward networks in a block (a mixture of experts).",
-                hint="Prune them instead: --scope feed-forward --prune 0.2.",
-            )
+            why = "It has several feed-forward networks in a block (a mixture of experts)."
+            raise _explain(structure.architecture, why)
         yield FeedForward(downs[0], width.value, cuts)
 
 
@@ -191,11 +189,8 @@ def _find_cuts(
         for parameter in set(binding.parameters) & wanted.keys():
             tensor, network = checkpoint.tensors[stored], wanted[parameter]
             if binding.reshaped or tensor.dtype not in FLOAT_DTYPES or tensor.shape != shapes[parameter]:
-                raise UnsupportedError(
-                    f"No neuron of {type(tree).__name__} can be dropped.",
-                    why=f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each.",
-                    hint="Prune instead: --scope feed-forward --prune 0.2.",
-                )
+                why = f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each."
+                raise _explain(type(tree).__name__, why)
             axis, each = network.cuts[parameter]
             seen.add(parameter)
             yield stored, Cut(tensor, parameter, axis, each, network)
@@ -273,15 +268,10 @@ def write_cuts(
     selected: Mapping[str, SelectedNeurons],
     folder: Path,
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from.
+    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from;
+    `selected` by the parameter name of a network's down projection.
 
-    Parameters
-    ----------
-    selected : of each feed-forward network, by the parameter name of its down projection.
-
-    Returns
-    -------
-    The tensors in their new places, by stored name; and, of those with new weights, what they would be without.
+    Returns the tensors in their new places, by stored name; and, of those with new weights, what they would be without.
     """
     written: dict[str, StoredTensor] = {}
     unfitted: dict[str, StoredTensor] = {}

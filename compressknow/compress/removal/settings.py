@@ -1,6 +1,7 @@
 """Settings of a config that decide how many blocks a model has and how wide its feed-forward blocks are.
 
-They are found by trying: a setting is changed, the model built again on the meta device, and its shapes compared.
+Configs have a few names for them. What one of these is for is told by building the model again with one less of it, on
+the meta device, and comparing shapes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +25,20 @@ Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
 # Lists that may be as long as a model has blocks, and say nothing of them.
 NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?)($|_)")
-# Settings that need not be set: a model then takes a multiple of its hidden size.
-WIDTH_UNSET = re.compile(r"inner|ffn|intermediate|(^|_)d?ff($|_)")
+DEPTHS = {
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
+    *("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack"),
+}
+WIDTHS = {
+    *("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "d_inner", "n_inner", "hidden_dim", "ffn_hidden_size"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "expert_ffn_hidden_size"),
+    *("shared_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+}
 BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 class Settings:
-    """Config of a checkpoint, defaults included, and of changed versions of it.
-
-    Parameters
-    ----------
-    tree : the model on the meta device, and `raw` the content of its config.json, which lies at `path`.
-    """
+    """Config of a model on the meta device: `raw`, the content of its config.json, and `whole`, defaults included."""
 
     def __init__(self, tree: PreTrainedModel, raw: Mapping[str, Any], path: Path) -> None:
         self.tree, self.raw, self.path = tree, dict(raw), path
@@ -57,35 +61,23 @@ class Settings:
 
     def update_raw(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of config.json with the differences of `changed`, a version of `whole`."""
-        raw = copy.deepcopy(self.raw)
-        for keys, value in _find_differences(changed, self.whole):
-            set_at(raw, keys, value)
+        raw, before = copy.deepcopy(self.raw), dict(_flatten(self.whole))
+        for keys, value in _flatten(changed):
+            if before.get(keys) != value:
+                set_at(raw, keys, value)
         # A setting may stand in the file under another of its names, which would overrule it.
         for other, name in (self.tree.config.attribute_map or {}).items():
             if other in raw and name in changed and changed[name] != self.whole.get(name):
                 raw[other] = changed[name]
-        return self._update_derived(raw)
-
-    def _update_derived(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Update BART's `num_hidden_layers`, which repeats another setting, and would no longer be true."""
-        key = "num_hidden_layers"
-        without = [{name: value for name, value in each.items() if name != key} for each in (self.raw, raw)]
-        try:
-            before, after = (build_whole_config(self.tree, copy.deepcopy(each)).to_dict().get(key) for each in without)
-        except Exception:  # A config that needs the setting may fail anywhere without it.
-            return raw
-        return raw | {key: after} if raw.get(key) == self.raw.get(key) == before and key in raw else raw
+        # BART's says the number of the encoder's blocks twice.
+        if "encoder_layers" in raw and raw.get("num_hidden_layers") == self.whole.get("encoder_layers"):
+            raw["num_hidden_layers"] = raw["encoder_layers"]
+        return raw
 
 
 def read_shapes(tree: PreTrainedModel) -> Shapes:
     """Return the shape of everything in the state dict, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tree.state_dict().items()}
-
-
-def get_at(config: Mapping[str, Any], keys: Keys) -> Any:
-    for key in keys:
-        config = config[key]
-    return config
 
 
 def set_at(config: dict[str, Any], keys: Keys, value: Any) -> None:
@@ -100,14 +92,6 @@ def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys
         if isinstance(value, dict):
             yield from _flatten(value, (*above, key))
         else:
-            yield (*above, key), value
-
-
-def _find_differences(new: Mapping[str, Any], old: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(old.get(key), dict):
-            yield from _find_differences(value, old[key], (*above, key))
-        elif key not in old or old[key] != value:
             yield (*above, key), value
 
 
@@ -126,7 +110,7 @@ class Stack:
     def cut(self, config: dict[str, Any], remaining: Sequence[int]) -> dict[str, Any]:
         """Return a config with these blocks alone: a smaller number, and shorter lists that have an entry per block."""
         config = copy.deepcopy(config)
-        level = get_at(config, self.keys[:-1])
+        level = reduce(getitem, self.keys[:-1], config)
         for key, value in level.items():
             if isinstance(value, (list, tuple)) and len(value) == self.count and not NOT_PER_BLOCK.search(key):
                 level[key] = [value[number] for number in remaining]
@@ -148,7 +132,7 @@ def find_stacks(settings: Settings) -> tuple[Stack, ...]:
             counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
     found: dict[str, Stack] = {}
     for keys, value in _flatten(settings.whole):
-        if type(value) is int and value > 1 and value in counts.values():
+        if keys[-1] in DEPTHS and type(value) is int and value > 1 and value in counts.values():
             stack = _find_counted(settings, keys, value)
             if stack and not set(stack.lists) & found.keys():
                 found |= dict.fromkeys(stack.lists, stack)
@@ -187,7 +171,10 @@ def find_widths(settings: Settings, parameters: set[str]) -> tuple[Width, ...]:
     sizes = sorted({size for name in parameters for size in settings.shapes[name]})
     found: list[Width] = []
     for keys, value in _flatten(settings.whole):
-        tried = [value] if type(value) is int else sizes if value is None and WIDTH_UNSET.search(keys[-1]) else []
+        if keys[-1] not in WIDTHS:
+            continue
+        # One that is not set is a multiple of the hidden size.
+        tried = sizes if value is None else [value]
         widths = (_try_width(settings, keys, size, parameters) for size in tried if size in sizes and size > 1)
         found += [width for width in widths if width and not any(width.cuts.keys() & one.cuts.keys() for one in found)]
     return tuple(found)

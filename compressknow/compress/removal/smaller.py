@@ -66,9 +66,6 @@ class Removal:
     is_decided: bool = True
     is_blockwise: bool = True
 
-    def __bool__(self) -> bool:
-        return bool(self.blocks or self.neurons)
-
     def before(self, stored: str) -> StoredTensor | None:
         """Return a tensor as the original has it; None if it was not cut."""
         return self.cuts[stored].source if stored in self.cuts else None
@@ -79,21 +76,13 @@ def remove(
 ) -> Removal:
     """Carry the removal steps of a recipe out on headers.
 
-    Parameters
-    ----------
-    tree : the checkpoint's module tree on the meta device.
-    similarities : measures which blocks go if a step says how many. Without it the last ones stand for them, whose
-        shapes are as a rule the same.
+    `similarities` measures which blocks go if a step says how many. Without it the last ones stand for them, whose
+    shapes are as a rule the same.
 
-    Raises
-    ------
-    UsageError : a block that does not exist, all blocks, all neurons or none, a side that the model lacks, or two steps
-        that drop blocks or neurons of the same ones.
-    UnsupportedError : the config of the model cannot say what would be left.
+    Raises UsageError for a block that does not exist, all blocks, all neurons or none, a side that the model lacks, or
+    two steps that drop the same; UnsupportedError where the config of the model cannot say what would be left.
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
-    if not recipe.removals:
-        return left
     for step in recipe.removals:
         settings = Settings(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
         structure = structure_of(left.tree)

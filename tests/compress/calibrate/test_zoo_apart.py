@@ -52,7 +52,7 @@ def outcome_of(name: str, folder: Path) -> str:
     except UnsupportedError:
         return "refused"
     with Pool(1) as pool, OpenFiles() as files:
-        done = calibrate(plan, Work(pool, files, lambda _: None, Nowhere()), {}, text)
+        done = calibrate(plan, Work(pool, files, lambda _: None, Nowhere().writer), {}, text)
     scope = {tensor.name for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
     assert set(done.measured) == scope, name
     return "apart" if done.is_blockwise else "together"
