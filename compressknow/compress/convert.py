@@ -134,7 +134,7 @@ def carry_out(
                     from compressknow.compress.calibrate.compression import calibrate
 
                     assert text is not None
-                    calibrated = calibrate(plan, work, masks, text, folder=output.folder, on_progress=advance or max)
+                    calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
                 done = {**output.known, **(calibrated.measured if calibrated else {})}
                 shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressknow.compress.blocks import Block, Reader
-    from compressknow.compress.calibrate.statistics import InputStatistics
+    from compressknow.compress.calibrate.gathering import InputStatistics
     from compressknow.compress.pruning import BlockMask, BoolArray, Mask, Pruned
 
 # Parameters that every prune step says, whatever its method has of them.

@@ -1,21 +1,24 @@
-"""Work that runs in a process of its own: what crashes or hangs there is a message here, and ends with this run."""
+"""Work that runs in a process of its own: what crashes or hangs there is a message here, and ends with this run.
+
+As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, which ends with whoever
+started it: that process holds the other end of its standard input as long as it lives, and however it ends.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
-from compressknow.base.errors import CompressknowError, OutputError
-
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
-_WATCHED = Path(__file__).with_name("watched.py")
 # What the system says of a full disk, and what numpy makes of that.
 _FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
 # Of a disk with less room, on which the words of a child had none either.
@@ -61,7 +64,7 @@ def run_python(
 ) -> int:
     """Run a script, or ``-m`` and a module, with its arguments, as `run` does. It ends with this process, even where
     that is killed; it imports what `environment` names before all else, and nothing from the working directory."""
-    return run([sys.executable, "-P", _WATCHED, *arguments], log, environment=environment, look=look)
+    return run([sys.executable, "-P", __file__, *arguments], log, environment=environment, look=look)
 
 
 def join_packages(*folders: str | Path) -> str:
@@ -86,8 +89,28 @@ def read_reason(log: Path, code: int) -> str:
 
 def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
     """Raise CompressknowError where a child has failed; OutputError where that was for want of room beside its log."""
+    # The program below imports nothing of ours.
+    from compressknow.base.errors import CompressknowError, OutputError
+
     if code == 0:
         return
     if _FULL.search(read_tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
         raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free space, or write elsewhere.")
     raise CompressknowError(what + ".", read_reason(log, code), hint)
+
+
+def _end_with_parent() -> None:
+    # Not by sys.stdin, whose lock Python would wait for when it ends.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    is_module = sys.argv[1] == "-m"
+    del sys.argv[: 1 + is_module]
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

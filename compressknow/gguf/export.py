@@ -7,18 +7,19 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from compressknow.base.errors import UnsupportedError
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.format import size
 from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import move
 from compressknow.compress.blocks import Reader
+from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
@@ -27,19 +28,28 @@ from compressknow.compress.weights import Side, read_side
 from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
-from compressknow.gguf.calibration import LayerInputs, build_importance, find_same_channels, gather_inputs
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import Converter, check_architecture, convert, list_architectures
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
+    Statistics,
+    build_importance,
     check_model,
     check_source,
+    gather_inputs,
     read_importance,
     write_importance,
 )
 from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
-from compressknow.gguf.plain import Plain, choose_float_type, is_plain, list_plain_tensors, write_plain
+from compressknow.gguf.plain import (
+    Plain,
+    choose_float_type,
+    find_same_channels,
+    is_plain,
+    list_plain_tensors,
+    write_plain,
+)
 from compressknow.gguf.quantizing import Request, quantize, read_planned_types
 from compressknow.gguf.record import (
     SCHEMA,
@@ -59,7 +69,7 @@ from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
-MATRIX = "importance.gguf"
+MATRIX, _PLAIN = "importance.gguf", "plain"
 # What a file answers before it is called done.
 PROMPT = "The capital of France is"
 
@@ -85,7 +95,7 @@ class Export:
     fit: Fit | None = None
     floats: Path | None = None
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Return whether the converter reads the checkpoint as it is."""
         return is_plain(self.checkpoint)
@@ -112,26 +122,21 @@ class Export:
         return estimate_bytes(self.exact, self.numel)
 
     @property
-    def plain_bytes(self) -> int:
-        """Return the size of the weights as floats, where the converter needs them unpacked first."""
-        return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Return the most disk space that is taken at a time."""
-        made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
-        plain = self.plain_bytes if self.is_compensated else 0
-        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
-
-    @property
     def is_quantized(self) -> bool:
         """Return whether llama.cpp changes the file in between at all."""
         return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
 
     @property
-    def is_compensated(self) -> bool:
-        """Return whether GPTQ rounds tensors, after llama.cpp."""
-        return self.fit is not None and self.fit.rounding == "gptq"
+    def floats_bytes(self) -> int:
+        """Estimate the disk space of the file in between, and of what the converter needs unpacked first."""
+        unpacked = 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
+        return int(_SPARE * (unpacked + self.exact_bytes))
+
+    @property
+    def needed_bytes(self) -> int:
+        """Estimate the disk space that is taken in all."""
+        made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
+        return self.floats_bytes + int(_SPARE * made)
 
 
 def prepare(
@@ -141,25 +146,26 @@ def prepare(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    fit: Fit | None = None,
 ) -> Export:
     """Open a checkpoint, and refuse what llama.cpp has no form for.
 
     Raises
     ------
-    CheckpointError : it cannot be opened, or lacks weights.
+    CheckpointError : it cannot be opened, or lacks weights; the importance matrix is of another model.
     UnsupportedError : it is no generating language model, the converter does not know it, or its weights are packed in
         a way that is not known here.
-    CheckpointError : the importance matrix is of another model.
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    _check_links(checkpoint.folder)
+    # What the converter may take something of is no link out of the checkpoint: looking for the small files refuses it.
+    list(list_carried_files(checkpoint.folder))
+    if (card := checkpoint.folder / CARD_NAME).is_file():
+        check_inside(checkpoint.folder, card)
     side = read_side(checkpoint, trust_remote_code=trust_remote_code)
     _check_family(side.structure.architecture)
     check_architecture(side.structure.architecture, list_architectures(converter))
     tensors = list_plain_tensors(side, checkpoint)
     exact = "f32" if choice.type == "f32" else FLOATS[choose_float_type(tensors)]
-    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code, fit)
+    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
     if choice.importance is not None:
         check_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
     return export
@@ -187,14 +193,6 @@ def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> b
     text = choice.calibration
     stored = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
     return text is not None and stored == (text.text, text.tokens, text.seed) and text.text == "self"
-
-
-def _check_links(folder: Path) -> None:
-    """Raise CheckpointError where a file that the converter may take something of is a link out of the checkpoint."""
-    if (card := folder / CARD_NAME).is_file():
-        check_inside(folder, card)
-    # Looking for them refuses them.
-    list(list_carried_files(folder))
 
 
 def _check_family(architecture: str) -> None:
@@ -242,27 +240,36 @@ def write(
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()
-        made = _make_file(export, work, threads, begin)
-        record = _build_record(export, made)
-        write_with_metadata(build_metadata(record), made.path, place.file)
-        made.path.unlink()
-        with Pool(threads) as pool, place.file.open("rb+") as file:
+        made, entries = _make_file(export, work, threads, begin)
+        record = _build_record(export, made, entries)
+        write_with_metadata(build_metadata(record), made, place.file)
+        made.unlink()
+        with Pool(1) as pool, place.file.open("rb+") as file:
             os.fsync(file.fileno())
             nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
-        if export.fit is not None:
-            export.fit.check(nbytes)
+        _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
         if smoke and family_of_class(export.side.structure.architecture) == "causal":
-            from compressknow.gguf.llama_cpp.context import complete_prompt
+            from compressknow.gguf.context import complete_prompt
 
             record.answer = PROMPT, complete_prompt(place.file, PROMPT)
         export.checkpoint.check_unchanged()
         place.commit()
     return record
+
+
+def _check_size(export: Export, nbytes: int) -> None:
+    """Raise CompressknowError where a file came out larger than it was to be."""
+    if export.fit is not None and nbytes > export.fit.budget:
+        raise CompressknowError(
+            f"The file has {size(nbytes)}, and {size(export.fit.budget)} were given: nothing was written.",
+            "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
+            "Give a little more, and report this.",
+        )
 
 
 def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
@@ -275,9 +282,9 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
     CompressknowError : the converter fails.
     """
     file, export = folder / "floats.gguf", replace(export, exact=kind)
-    check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
-    with _plain_folder(export, folder, begin) as source:
-        _write_exact(export, source, file, begin)
+    check_room(file, export.floats_bytes)
+    _write_exact(export, _unpack(export, folder, begin), file, begin)
+    shutil.rmtree(folder / _PLAIN, ignore_errors=True)
     return file
 
 
@@ -288,62 +295,41 @@ def preview(
     beside `output` and removed again."""
     check_room(output, export.needed_bytes)
     with scratch(output) as folder:
-        return _build_record(export, _make_file(export, folder, threads, begin, dry_run=True))
+        made, entries = _make_file(export, folder, threads, begin, dry_run=True)
+        types = read_planned_types(folder) if export.is_quantized else {}
+        return _build_record(export, made, entries, types)
 
 
-class _MadeFile(NamedTuple):
-    """GGUF file without our metadata (of a dry run the one in between), its planned types, entries of its record."""
-
-    path: Path
-    types: Mapping[str, str]
-    entries: Mapping[str, Any]
-
-
-def _make_file(export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False) -> _MadeFile:
-    exact = export.floats or folder / "exact.gguf"
-    with ExitStack() as stack:
-        source = stack.enter_context(_plain_folder(export, folder, begin))
-        inputs = None
-        if (text := export.choice.calibration) and not dry_run:
-            inputs = gather_inputs(
-                source, text, folder, threads=threads, begin=begin, trust_remote_code=export.trust_remote_code
-            )
-        if export.floats is None:
-            _write_exact(export, source, exact, begin)
-        if not export.is_quantized:
-            return _MadeFile(exact, {}, {})
-        if not export.is_compensated:
-            # Room for what llama.cpp makes.
-            stack.close()
-        tensors = read_tensors(exact, export.side)
-        kind, types, entries = _choose_types(export, exact, tensors)
-        output, matrix = folder / "quantized.gguf", None
-        if importance := None if dry_run else _get_importance(export, exact, tensors, inputs):
-            matrix = str(folder / MATRIX)
-            write_importance(replace(importance, models=export.sources), Path(matrix))
-            entries["importance"] = _describe_importance(export, importance, tensors, inputs)
-        request = Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run)
-        with begin("quantize") as advance:
-            quantize(request, folder, advance)
-        if dry_run:
-            return _MadeFile(exact, read_planned_types(folder), entries)
-        if export.fit and export.is_compensated:
-            rounded = round_file(
-                output,
-                exact,
-                tensors,
-                find_same_channels(exact, tensors, export.tensors),
-                source,
-                export.fit.texts,
-                folder=folder,
-                threads=threads,
-                begin=begin,
-                trust_remote_code=export.trust_remote_code,
-            )
-            entries["fit"]["compensated"] = len(rounded)
+def _make_file(
+    export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Make a GGUF file without our metadata (a dry run: the one in between), and entries of its record."""
+    source = _unpack(export, folder, begin)
+    inputs = None
+    options: Any = {"threads": threads, "begin": begin, "trust_remote_code": export.trust_remote_code}
+    if export.choice.calibration and not dry_run:
+        inputs = gather_inputs(source, export.choice.calibration, **options)
+    exact, output, matrix = export.floats or folder / "exact.gguf", folder / "quantized.gguf", None
+    if export.floats is None:
+        _write_exact(export, source, exact, begin)
+    if not export.is_quantized:
+        return exact, {}
+    tensors = read_tensors(exact, export.side)
+    kind, types, entries = _choose_types(export, exact, tensors)
+    if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
+        importance, entries["importance"] = known
+        matrix = str(folder / MATRIX)
+        write_importance(importance, folder / MATRIX)
+    with begin("quantize") as advance:
+        quantize(Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run), folder, advance)
+    if dry_run:
+        return exact, entries
+    if export.fit and export.fit.rounding == "gptq":
+        same = find_same_channels(exact, tensors, export.tensors)
+        entries["fit"]["compensated"] = round_file(output, exact, tensors, same, source, export.fit.texts, **options)
     if export.floats is None:
         exact.unlink()
-    return _MadeFile(output, {}, entries)
+    return output, entries
 
 
 def _choose_types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -380,52 +366,37 @@ def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> Non
         )
 
 
-def _get_importance(export: Export, exact: Path, tensors: Tensors, inputs: LayerInputs | None) -> Importance | None:
-    """Return the importance matrix of a file or a text; None without either."""
-    if (file := export.choice.importance) is not None:
+def _find_importance(
+    export: Export, exact: Path, tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
+) -> tuple[Importance, dict[str, Any]] | None:
+    """Return the importance matrix of a text or a file, and what a record says of it; None without either."""
+    if inputs is not None:
+        _, text = inputs
+        importance = build_importance(tensors, *inputs, find_same_channels(exact, tensors, export.tensors))
+        origin = {key: getattr(text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
+    elif (file := export.choice.importance) is not None:
         importance = read_importance(file)
         check_model(importance, tensors.tensors, f"--imatrix {file}")
-        return importance
-    return (
-        None
-        if inputs is None
-        else build_importance(tensors, inputs, find_same_channels(exact, tensors, export.tensors))
-    )
-
-
-def _describe_importance(
-    export: Export, importance: Importance, tensors: Tensors, inputs: LayerInputs | None
-) -> dict[str, Any]:
-    """Return which text or file the matrix is of, and which weights it does not know."""
-    if inputs is not None:
-        origin = {key: getattr(inputs.text, key) for key in ("kind", "source", "sha256", "tokens", "asked", "seed")}
+        identified = bool(importance.models)
+        origin = {"kind": "imatrix", "source": file.name, "sha256": sha256_of(file), "identified": identified}
     else:
-        assert export.choice.importance is not None
-        file = export.choice.importance
-        origin = {
-            "kind": "imatrix",
-            "source": file.name,
-            "sha256": sha256_of(file),
-            "identified": bool(importance.models),
-        }
+        return None
     without = sorted(name for name in tensors.weights if name not in importance.sums)
-    return {**origin, "tensors": len(importance.sums), "without": without}
+    described = {**origin, "tensors": len(importance.sums), "without": without}
+    return replace(importance, models=export.sources), described
 
 
-@contextmanager
-def _plain_folder(export: Export, folder: Path, begin: Begin) -> Iterator[Path]:
-    """Yield the folder that the converter reads: the checkpoint's, or one with its weights as floats meanwhile."""
+def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
+    """Return the folder that the converter reads: the checkpoint's, or a new one with its weights as floats."""
     if export.is_plain:
-        yield export.checkpoint.folder
-        return
+        return export.checkpoint.folder
     # The converter calls the model after its folder.
-    plain = folder / "plain" / (export.checkpoint.folder.resolve().name or "model")
+    plain = folder / _PLAIN / (export.checkpoint.folder.resolve().name or "model")
     plain.parent.mkdir()
     with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
         total = sum(each.values.stored.nbytes for each in export.tensors)
         write_plain(export.checkpoint, export.tensors, Reader(pool, files, count_progress(advance, total)), plain)
-    yield plain
-    shutil.rmtree(plain.parent)
+    return plain
 
 
 def _describe_export(export: Export) -> dict[str, Any]:
@@ -446,6 +417,8 @@ def _describe_export(export: Export) -> dict[str, Any]:
     }
 
 
-def _build_record(export: Export, made: _MadeFile) -> ExportRecord:
-    groups = count_by_group(read_tensors(made.path, export.side), made.types)
-    return ExportRecord({**_describe_export(export), **made.entries, "groups": groups, "totals": sum_groups(groups)})
+def _build_record(
+    export: Export, made: Path, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
+) -> ExportRecord:
+    groups = count_by_group(read_tensors(made, export.side), types)
+    return ExportRecord({**_describe_export(export), **entries, "groups": groups, "totals": sum_groups(groups)})

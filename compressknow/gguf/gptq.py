@@ -10,10 +10,10 @@ The file has its types and sizes already, from llama.cpp; only codes and scales 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,12 @@ import torch
 
 from compressknow.base.progress import Begin
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse
-from compressknow.compress.calibrate.gathering import Key
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import BATCH_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
 from compressknow.compress.pool import Pool
-from compressknow.gguf.calibration import LEAST_TOKENS
 from compressknow.gguf.grids import Bytes, dequantize, quantize
+from compressknow.gguf.importance import LEAST_TOKENS
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.loading import open_complete
 
@@ -207,12 +206,11 @@ def round_file(
     source: Path,
     texts: Sequence[Batches],
     *,
-    folder: Path,
     threads: int | None,
     begin: Begin,
     trust_remote_code: bool,
-) -> list[str]:
-    """Round what the texts reach, and write it over what stands in `output`; return the names of these tensors.
+) -> int:
+    """Round what the texts reach, and write it over what stands in `output`; return the number of these tensors.
 
     Parameters
     ----------
@@ -220,72 +218,36 @@ def round_file(
     same_channels : the tensors whose input channels are those of the checkpoint, in its order.
     source : the checkpoint, of floats.
     texts : each counts as much as the others.
-    folder : where large hidden states lie meanwhile.
     """
     import gguf
 
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
-    made, floats = gguf.GGUFReader(output, "r+"), gguf.GGUFReader(exact)
-    rounding = _Rounding(tensors, same_channels, made, floats)
-    with begin("round") as advance:
-        observe(
-            checkpoint,
-            tree,
-            texts,
-            rounding.visit,
-            products=True,
-            threads=threads,
-            folder=folder,
-            on_progress=advance or max,
-        )
-    made.data.flush()
-    return rounding.names
+    file = gguf.GGUFReader(output, "r+")
+    made = {tensor.name: tensor for tensor in file.tensors}
+    floats = {tensor.name: tensor for tensor in gguf.GGUFReader(exact).tensors}
+    # Of what was merged, all parts read the same.
+    names = {tensors.weights[name][0].parameter: name for name in same_channels if name in tensors.weights}
+    rounded: set[str] = set()
 
-
-@dataclass(frozen=True)
-class _Part:
-    """Matrix of a tensor: what is written over, its exact values, and the statistics of its inputs."""
-
-    kind: str
-    stored: Any
-    floats: Any
-    exact_type: Any
-    inputs: InputStatistics
-
-    def round(self) -> None:
-        import gguf
-
+    def round_matrix(job: tuple[Key, InputStatistics]) -> None:
+        (parameter, matrix), inputs = job
+        name = names[parameter]
+        kind, stored, values = made[name].tensor_type.name.lower(), made[name].data, floats[name].data
+        if kind not in LAYOUTS:
+            return
+        if stored.ndim > 2:
+            if inputs.tokens < LEAST_TOKENS:
+                return
+            stored, values = stored[matrix], values[matrix]
         # A copy: torch takes no array that cannot be written to, such as one of a file.
-        exact = gguf.dequantize(self.floats, self.exact_type).astype(np.float32, order="C")
-        self.stored[...] = round_gptq(torch.from_numpy(exact), self.kind, self.inputs)
+        values = gguf.dequantize(values, floats[name].tensor_type).astype(np.float32, order="C")
+        stored[...] = round_gptq(torch.from_numpy(values), kind, inputs)
+        rounded.add(name)
 
+    def visit(seen: Mapping[Key, InputStatistics], pool: Pool) -> None:
+        pool.map(round_matrix, [job for job in seen.items() if job[0].parameter in names])
 
-class _Rounding:
-    def __init__(self, tensors: Tensors, same_channels: Collection[str], made: Any, floats: Any) -> None:
-        self._made = {tensor.name: tensor for tensor in made.tensors}
-        self._floats = {tensor.name: tensor for tensor in floats.tensors}
-        # Of what was merged, all parts read the same.
-        self._names = {
-            weights[0].parameter: name for name, weights in tensors.weights.items() if name in set(same_channels)
-        }
-        self.names: list[str] = []
-
-    def visit(self, seen: Mapping[Key, InputStatistics], pool: Pool) -> None:
-        """Round what a block has, by what was seen of its inputs."""
-        pool.map(_Part.round, list(self._list_parts(seen)))
-
-    def _list_parts(self, seen: Mapping[Key, InputStatistics]) -> Iterator[_Part]:
-        for key, inputs in seen.items():
-            name = self._names.get(key.parameter)
-            kind = self._made[name].tensor_type.name.lower() if name else None
-            if name is None or kind not in LAYOUTS:
-                continue
-            stored, floats = self._made[name].data, self._floats[name]
-            values = floats.data
-            if stored.ndim > 2:
-                if inputs.tokens < LEAST_TOKENS:
-                    continue
-                stored, values = stored[key.matrix], values[key.matrix]
-            if name not in self.names:
-                self.names.append(name)
-            yield _Part(kind, stored, values, floats.tensor_type, inputs)
+    with begin("round") as advance:
+        observe(checkpoint, tree, texts, visit, products=True, threads=threads, on_progress=advance or max)
+    file.data.flush()
+    return len(rounded)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressknow.gguf.choice import NEED_IMPORTANCE, list_tensor_types
-from compressknow.gguf.llama_cpp.native import open_ggml
+from compressknow.gguf.llama_cpp import open_ggml
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

@@ -2,18 +2,15 @@
 
 It is the mean of the squares of what the channel is multiplied with, the diagonal of X^T X over the tokens: the same
 sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (llama.cpp, tools/imatrix/imatrix.cpp).
-
-The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
-channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +20,20 @@ from compressknow.base.reading import open_regular
 from compressknow.model.gguf_file import check_gguf
 
 if TYPE_CHECKING:
+    from compressknow.base.progress import Begin
+    from compressknow.compress.calibrate.gathering import InputStatistics, Key
+    from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.steps import Calibration
+    from compressknow.gguf.tensors import Tensors
     from compressknow.model.gguf_file import Tensor
 
-
 Floats = npt.NDArray[np.float32]
+Statistics: TypeAlias = "Mapping[Key, InputStatistics]"
 SUMS, COUNTS = ".in_sum2", ".counts"
 _KIND, _MAGIC = "imatrix", b"GGUF"
 _MODELS = "compressknow.models"
+# An expert that read fewer tokens is taken to read all channels alike.
+LEAST_TOKENS = 32
 # Of a file of the old form: more entries, or longer names, than any model has.
 _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
@@ -63,6 +67,63 @@ class Importance:
             known = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
             means[name] = np.ascontiguousarray(known, dtype=np.float32).reshape(-1)
         return means
+
+
+def gather_inputs(
+    source: Path, calibration: Calibration, *, threads: int | None, begin: Begin, trust_remote_code: bool
+) -> tuple[Statistics, CalibrationText]:
+    """Run a checkpoint of floats over a text, and return what its layers read, and the text.
+
+    `begin` begins the stages ``sample`` or ``text``, and ``gather``. Raises what `calibration_text` and `observe` do.
+    """
+    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.walk import observe
+    from compressknow.model.loading import open_complete
+
+    checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
+    with begin(calibration.work) as advance:
+        text = calibration_text(
+            source, tree, **asdict(calibration), trust_remote_code=trust_remote_code, advance=advance
+        )
+    statistics: dict[Key, InputStatistics] = {}
+    with begin("gather") as advance:
+        observe(
+            checkpoint,
+            tree,
+            [text.batches],
+            lambda seen, _: statistics.update(seen),
+            threads=threads,
+            on_progress=advance or max,
+        )
+    return statistics, text
+
+
+def build_importance(
+    tensors: Tensors, statistics: Statistics, text: CalibrationText, same_channels: Iterable[str]
+) -> Importance:
+    """Return the importance matrix of a GGUF file.
+
+    Parameters
+    ----------
+    same_channels : the tensors whose input channels are those of the checkpoint, in its order.
+    """
+    from compressknow.compress.calibrate.gathering import Key
+
+    sums, counts = {}, {}
+    for name in same_channels:
+        tensor, parameter = tensors.tensors[name], tensors.weights[name][0].parameter
+        matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
+        least = LEAST_TOKENS if matrices > 1 else 1
+        read = [statistics.get(Key(parameter, matrix)) for matrix in range(matrices)]
+        known = [
+            each if each and each.tokens >= least and len(each.squares) == tensor.shape[0] else None for each in read
+        ]
+        if any(known):
+            unknown = np.zeros(tensor.shape[0], np.float32)
+            sums[name] = np.stack([each.squares.numpy().astype(np.float32) if each else unknown for each in known])
+            counts[name] = np.array([each.tokens if each else 0 for each in known], np.float32)
+    sequences = [sequence for batch in text.batches for sequence in batch["input_ids"]]
+    return Importance(sums, counts, (text.source,), len(sequences), len(sequences[0]))
 
 
 def write_importance(importance: Importance, path: Path) -> None:

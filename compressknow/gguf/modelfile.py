@@ -58,7 +58,7 @@ def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_c
     path = checkpoint / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     ids = settings.get("eos_token_id")
-    ends = tokenizer.convert_ids_to_tokens([each for each in _list_ids(ids) if each is not None])
+    ends = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [] if ids is None else [ids])
     stops = dict.fromkeys([*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])])
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     settings = {**settings, "repeat_penalty": settings.get("repetition_penalty")}
@@ -104,7 +104,3 @@ def _render_chat(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> st
         return None
     adds_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
-
-
-def _list_ids(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [value] if isinstance(value, int) else []

@@ -1,24 +1,36 @@
-"""Plain floats of a checkpoint's weights, as llama.cpp's converter reads them: what was quantized is unpacked."""
+"""Plain floats of a checkpoint's weights, as llama.cpp's converter reads them, and which of them it left in order."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Reader
 from compressknow.compress.output import lay_out_file, list_carried_files
+from compressknow.compress.pool import Pool
 from compressknow.compress.weights import Side, Values
+from compressknow.gguf.tensors import Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
-from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, byte_view
+from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, byte_view
 
 _INTEGERS = ("I64", "I32", "I16", "U8", "BOOL")
+# Energies of input channels: float64 [matrices, in].
+Energies = npt.NDArray[np.float64]
+_TOLERANCE = 1e-6
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+# Weights of a GGUF file that are unpacked at a time.
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -106,3 +118,77 @@ def _read_pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:
     if tensor.values.scale is None:
         return (block.values for block in reader.blocks(tensor.values.stored))
     return (floats.to(torch.float32) for _, floats in tensor.values.floats(reader))
+
+
+def find_same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
+    """Return the names of tensors whose input channels are those of the checkpoint, in its order.
+
+    The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
+    channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
+
+    Parameters
+    ----------
+    exact : the GGUF file, in 32 or 16 bits.
+    plain : the weights of the checkpoint.
+    """
+    import gguf
+
+    by_name = {each.name: each for each in plain}
+    names = []
+    with Pool(1) as pool, OpenFiles() as files:
+        reader = Reader(pool, files, lambda _: None)
+        for tensor in gguf.GGUFReader(exact).tensors:
+            parts = [by_name[name] for name in tensors.stored.get(tensor.name, ()) if name in by_name]
+            if parts and _has_channels_of(parts, tensor, reader):
+                names.append(tensor.name)
+    return names
+
+
+def _has_channels_of(parts: Sequence[Plain], tensor: Any, reader: Reader) -> bool:
+    """Return whether a tensor has the energies of what a checkpoint stores for it, with channels along either axis."""
+    stored = _sum_tensor_squares(tensor)
+    ordered = sorted(parts, key=lambda part: int(expert[1]) if (expert := _EXPERT.search(part.name)) else 0)
+    by_part = [_sum_plain_squares(part, reader) for part in ordered]
+    for own in zip(*by_part, strict=True):
+        if len(tensor.shape) > 2:
+            energies = np.concatenate(own)
+        elif len({each.shape for each in own}) == 1:
+            energies = np.sum(own, axis=0)
+        else:
+            continue
+        if stored.shape == energies.shape and np.allclose(stored, energies, rtol=_TOLERANCE, atol=0):
+            return True
+    return False
+
+
+def _sum_tensor_squares(tensor: Any) -> Energies:
+    import gguf
+
+    data, width = tensor.data, int(tensor.shape[0])
+    rows = data.reshape(-1, data.shape[-1])
+    matrices = data.shape[0] if data.ndim > 2 else 1
+    energies = np.zeros((matrices, width))
+    height = len(rows) // matrices
+    step = max(_BLOCK // width, 1)
+    for matrix in range(matrices):
+        for start in range(0, height, step):
+            first = matrix * height + start
+            piece = rows[first : min(first + step, (matrix + 1) * height)]
+            energies[matrix] += np.square(gguf.dequantize(piece, tensor.tensor_type).astype(np.float64)).sum(axis=0)
+    return energies
+
+
+def _sum_plain_squares(plain: Plain, reader: Reader) -> tuple[Energies, Energies]:
+    """Return the energies with channels along the last axis, and along the one before it."""
+    *_, height, columns = plain.shape
+    matrices = plain.shape[0] if len(plain.shape) > 2 else 1
+    last, first = np.zeros((matrices, columns)), np.zeros(matrices * height)
+    for block, floats in plain.values.floats(reader):
+        squares = np.square(floats.numpy())
+        first[block.rows] = squares.sum(axis=1)
+        for matrix in range(matrices):
+            begin = matrix * height - block.first_row
+            end = begin + height
+            if begin < len(squares) and end > 0:
+                last[matrix] += squares[max(begin, 0) : end].sum(axis=0)
+    return last, first.reshape(matrices, height)

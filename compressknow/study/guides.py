@@ -161,7 +161,7 @@ def _measure_sensitivity(
     on_progress: Listener | None,
 ) -> Sensitivity:
     """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
-    from compressknow.compress.calibrate.forward import BlockwiseUnsupported
+    from compressknow.compress.calibrate.model import BlockwiseUnsupported
     from compressknow.engine.language_model import family_of, load_whole_tokenizer
     from compressknow.study.batches import batch_facts, batch_text
     from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure

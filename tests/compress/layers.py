@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.schemes.builtin import Int8Weights
 
 

@@ -20,7 +20,7 @@ from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.convert import convert
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights

@@ -14,7 +14,7 @@ import torch
 from compressknow.compress.pool import Pool, Stopped
 
 INTERRUPTED_OFTEN = """
-import signal, sys, threading, time
+import signal, sys, time
 import torch
 from compressknow.compress.pool import Pool
 
@@ -36,9 +36,6 @@ for number in range(int(sys.argv[1])):
     except Alarm:
         ended += 1
     assert torch.get_num_threads() == 3, number
-    pool = None
-    while threading.active_count() > 1:
-        time.sleep(0.001)
 print(ended)
 """
 
@@ -83,10 +80,10 @@ def test_a_task_begins_after_those_before_it() -> None:
 
 
 def test_tasks_compute_with_one_thread_each() -> None:
-    before, threads = torch.get_num_threads(), threading.active_count()
+    before = torch.get_num_threads()
     with Pool(2) as pool:
         assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
-    assert (torch.get_num_threads(), threading.active_count()) == (before, threads)
+    assert torch.get_num_threads() == before
 
 
 def test_the_error_of_a_task_is_raised() -> None:
@@ -108,11 +105,9 @@ def test_an_error_stops_the_tasks_under_way_and_those_to_come() -> None:
         assert waiting.wait(timeout=60)
         raise ZeroDivisionError
 
-    threads = threading.active_count()
     with Pool(2) as pool:
         with pytest.raises(ZeroDivisionError):
             pool.map(task, range(10))
-        assert threading.active_count() == threads
         with pytest.raises(Stopped):
             pool.map(task, range(10))
     assert len(begun) <= 3

@@ -14,7 +14,7 @@ from compressknow import Progress, Settings, report
 from compressknow.evaluate.answers import SEAL, Answers, read_answers
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.gguf import export as exporting
-from compressknow.gguf.llama_cpp.native import load_native
+from compressknow.gguf.llama_cpp import load_native
 from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.gguf.making import checkpoint, needs_converter

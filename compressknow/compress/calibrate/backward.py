@@ -1,6 +1,6 @@
 """Gradients of scores, block by block: every block is read once on the way forward and once on the way back.
 
-Many batches go through a model side by side (`compressknow.compress.calibrate.forward`). A pass keeps the arguments of
+Many batches go through a model side by side (`compressknow.compress.calibrate.model`). A pass keeps the arguments of
 each block; on the way back a block runs again with gradients, and they go on to the block before. For each weight there
 are the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order a change
 D of it moves a score by the sum of g . D x over the tokens.
@@ -21,15 +21,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from compressknow.compress.calibrate.forward import (
+from compressknow.compress.calibrate.gathering import OPERANDS
+from compressknow.compress.calibrate.model import (
     BlockwiseUnsupported,
     Call,
     ForwardPass,
+    StreamedModel,
     intercept,
     translate_failures,
 )
-from compressknow.compress.calibrate.gathering import OPERANDS
-from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.model.structure import LinearWeight
 
 if TYPE_CHECKING:
@@ -117,9 +117,13 @@ def _run(
     waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
-        module, kind = first.module, type(first.args[0])
-        group = [number for number, call in waiting.items() if (call.module, type(call.args[0])) == (module, kind)]
-        if kind is _Forward:
+        module, is_back = first.module, first.args[0].gradients is not None
+        group = [
+            number
+            for number, call in waiting.items()
+            if call.module == module and (call.args[0].gradients is not None) == is_back
+        ]
+        if not is_back:
             # A forward pass itself reads what lies outside the blocks when it comes to it.
             with streamed.load(module) if module in streamed.blocks else nullcontext():
                 answers = {number: passes[number].run_forward(forwards[module], waiting[number]) for number in group}
@@ -164,20 +168,14 @@ class _Form(NamedTuple):
         return pytree.tree_unflatten(flat, self.spec)
 
 
-class _Forward(NamedTuple):
-    """Call of a module on the way forward, with one copy of each row."""
+class _Work(NamedTuple):
+    """Call of a module on the way forward, with one copy of each row; on the way back, with the `gradients` at the
+    outputs, and which of the inputs need some."""
 
     inputs: Sequence[torch.Tensor]
     form: _Form
-
-
-class _Backward(NamedTuple):
-    """Call of a module on the way back: which of the inputs need gradients, and the gradients at the outputs."""
-
-    inputs: Sequence[torch.Tensor]
-    form: _Form
-    needed: Sequence[bool]
-    gradients: Sequence[torch.Tensor | None]
+    needed: Sequence[bool] = ()
+    gradients: Sequence[torch.Tensor | None] | None = None
 
 
 class GradientPass(ForwardPass):
@@ -217,7 +215,7 @@ class GradientPass(ForwardPass):
         outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
         return returned[0].fill(outputs)
 
-    def hand_over(self, module: str, work: _Forward | _Backward) -> Any:
+    def hand_over(self, module: str, work: _Work) -> Any:
         """Stop until the module's output or gradients are there; in the pass's own thread."""
         return super().stop_before(module, (work,), {})
 
@@ -307,7 +305,7 @@ class _Stop(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         ctx.inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
         ctx.own, ctx.module, ctx.form = own, module, form
-        outer, outputs = _Form.split(own.hand_over(module, _Forward(ctx.inputs, form)))
+        outer, outputs = _Form.split(own.hand_over(module, _Work(ctx.inputs, form)))
         returned.append(outer)
         spread = [own.spread(value) for value in outputs]
         alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
@@ -317,7 +315,7 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        work = _Backward(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
+        work = _Work(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
         return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
 

@@ -7,30 +7,18 @@ inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import InputStatistics
 
 # Shares of the mean of H's diagonal that are added to it, until it can be inverted (GPTQ, section 3.3: 1 %).
 DAMPINGS = (0.01, 0.1)
 # Smaller triangles are inverted at once.
 TRIANGLE = 256
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """Factor U of an inverse, upper triangular, float32 [in, in]: (H + damping)^-1 = U^T U. `order`, int64 [in], tells
-    the input channels of its rows and columns; None if they are in their own order."""
-
-    factor: torch.Tensor
-    order: torch.Tensor | None = None
 
 
 def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,33 +44,20 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -
     )
 
 
-def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> Inverse:
-    """Return what `factor_inverse` does, computed once for all that share these products, and cached as long as they
-    live.
+def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `factor_inverse` does, and the order of its channels, int64 [in]; computed once for all that share
+    these statistics.
 
     `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
     """
-    with _GUARD:
-        cached: _Inverses = _CACHE.setdefault(inputs.products, _Inverses())  # type: ignore[no-untyped-call]
-    # Products may be added to after that.
-    key = by_activation, inputs.tokens
-    with cached.lock:
-        if key not in cached.by_key:
-            order = torch.argsort(inputs.squares, descending=True, stable=True) if by_activation else None
-            cached.by_key[key] = Inverse(factor_inverse(inputs, order), order)
-        return cached.by_key[key]
-
-
-class _Inverses:
-    """Inverses of the same products, by whether their channels are ordered, and how many tokens were seen."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.by_key: dict[tuple[bool, int], Inverse] = {}
-
-
-_GUARD = threading.Lock()
-_CACHE = WeakTensorKeyDictionary()
+    with inputs.lock:
+        if by_activation not in inputs.inverses:
+            squares = inputs.squares
+            order = (
+                torch.argsort(squares, descending=True, stable=True) if by_activation else torch.arange(len(squares))
+            )
+            inputs.inverses[by_activation] = factor_inverse(inputs, order), order
+        return inputs.inverses[by_activation]
 
 
 def _damp_reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None) -> torch.Tensor:

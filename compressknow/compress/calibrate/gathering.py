@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from compressknow.compress.calibrate.forward import BlockwiseUnsupported
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.model import BlockwiseUnsupported
 
 # Positions of the inputs and of the weight among the arguments, for all functions by which layers multiply.
 OPERANDS: dict[Any, tuple[int, int]] = {
@@ -23,6 +23,31 @@ OPERANDS: dict[Any, tuple[int, int]] = {
 }
 TURN_SECONDS = 0.05
 BAND = 128
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Statistics of the inputs X [tokens, in] of one Linear on the calibration text.
+
+    Linears that read the same tensor share one: do not change it.
+
+    Attributes
+    ----------
+    name : of the module, for errors.
+    tokens : rows of X.
+    squares : float32 [in], the sum of x^2 over rows: the diagonal of `products`.
+    peaks : float32 [in], the largest magnitudes; None if nothing needs them.
+    products : float32 [in, in], X^T X; None if nothing needs them.
+    inverses, lock : what `compensation.get_inverse` has made of the products.
+    """
+
+    name: str
+    tokens: int
+    squares: torch.Tensor
+    peaks: torch.Tensor | None = None
+    products: torch.Tensor | None = None
+    inverses: dict[bool, tuple[torch.Tensor, torch.Tensor]] = field(init=False, repr=False, default_factory=dict)
+    lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
 
 class Key(NamedTuple):

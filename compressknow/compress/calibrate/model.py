@@ -1,12 +1,18 @@
-"""Model that computes, and holds only the weights that it needs at the moment."""
+"""Model with one block in memory, and passes through it that stop before each block.
+
+A model runs whatever code it has between its blocks itself, each pass in a thread of its own: nothing is known here of
+masks, positions, caches or encoders. So any model whose blocks are modules can be run so, many batches side by side.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +46,10 @@ class StreamedModel:
         # What was written in place of stored tensors, and of parameters.
         self._replaced: dict[str, torch.Tensor] = {}
         self.model = _build_skeleton(tree)
-        self._owners = _find_owners(self.model)
+        # The module and attribute that hold each parameter and stored buffer, under all its names.
+        names = [*self.model.state_dict(), *dict(self.model.named_parameters(remove_duplicate=False))]
+        places = {name: name.rpartition(".") for name in names}
+        self._owners = {name: (self.model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}
         self.blocks = tuple(block_names(self.model))
         prefixes = tuple(f"{block}." for block in self.blocks)
         self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))
@@ -98,9 +107,8 @@ class StreamedModel:
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Run the whole model, which must hold all its weights, on a batch, for what is seen of it."""
-        takes = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
         with torch.no_grad():
-            self.model(**batch, **takes)
+            run_without_cache(self.model, batch)
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""
@@ -196,9 +204,121 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
     raise AssertionError
 
 
-def _find_owners(model: PreTrainedModel) -> Mapping[str, tuple[nn.Module, str]]:
-    """Return the module and attribute that hold each parameter and stored buffer, under all its names."""
-    names = list(model.state_dict())
-    names += [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in set(names)]
-    places = {name: name.rpartition(".") for name in names}
-    return {name: (model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}
+class Call(NamedTuple):
+    """Module that a pass has come to, and the arguments that it would be called with."""
+
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockwiseUnsupported(Exception):
+    """Failure to run a model block by block: it uses the weights of a block outside it, or hands its parts round."""
+
+
+@contextmanager
+def translate_failures() -> Iterator[None]:
+    """Raise BlockwiseUnsupported for what a model raises if its weights are not in place; not for missing memory."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        if lacks_memory(error):
+            raise
+        raise BlockwiseUnsupported(str(error)) from error
+
+
+class _Ended(BaseException):
+    """Signal that unwinds a pass nobody needs any more; no Exception, for models catch these."""
+
+
+_here = threading.local()
+
+
+class ForwardPass:
+    """Forward pass of one batch, which stops before blocks."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
+        self._model, self._inputs = model, inputs
+        self._calls: SimpleQueue[Call | BaseException | None] = SimpleQueue()
+        self._answers: SimpleQueue[Any] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._started = self._over = False
+
+    def advance(self, output: Any = None) -> Call | None:
+        """Go on to the next module to stop before, and return the call of it; None at the end.
+
+        Parameters
+        ----------
+        output : of the module before which the pass stands.
+
+        Raises BlockwiseUnsupported if the model fails, and whatever else it raises.
+        """
+        if self._started:
+            self._answers.put(output)
+        else:
+            self._started = True
+            self._thread.start()
+        call = self._calls.get()
+        if not isinstance(call, Call):
+            self._over = True
+            self._thread.join()
+        if isinstance(call, BaseException):
+            with translate_failures():
+                raise call
+        return call
+
+    def close(self) -> None:
+        """End the pass where it stands."""
+        if self._started and not self._over:
+            self._over = True
+            self._answers.put(_Ended)
+            self._thread.join()
+
+    def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand a call over, and wait for its output; in the pass's own thread."""
+        self._calls.put(Call(module, args, kwargs))
+        answer = self._answers.get()
+        if answer is _Ended:
+            raise _Ended
+        return answer
+
+    def compute(self) -> None:
+        """Run the model, for what happens before its blocks; in the pass's own thread."""
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            self.run_model()
+
+    def run_model(self) -> Any:
+        """Return the model's output."""
+        return run_without_cache(self._model, self._inputs)
+
+    def _run(self) -> None:
+        _here.forward_pass = self
+        try:
+            self.compute()
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._calls.put(error)
+        else:
+            self._calls.put(None)
+
+
+@contextmanager
+def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[str, Callable[..., Any]]]:
+    """Make passes of a model stop before these modules meanwhile; give the modules' own forward functions, by name."""
+    modules = {name: model.get_submodule(name) for name in names}
+    forwards = {name: module.forward for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = lambda *args, name=name, **kwargs: _here.forward_pass.stop_before(name, args, kwargs)
+    try:
+        yield forwards
+    finally:
+        for module in {id(module): module for module in modules.values()}.values():
+            del module.forward
+
+
+def run_without_cache(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """Return a model's output, without keys and values for tokens to come."""
+    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    return model(**inputs, **({"use_cache": False} if takes_cache else {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.reading import (
@@ -27,13 +27,6 @@ _SPLITS = ("train", "validation", "test")
 _PIECE = 1 << 16
 _ROWS_AT_ONCE = 256
 FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
-
-
-class Passage(NamedTuple):
-    """Piece of text; `begins` if it is the first of a text, so that a separator goes before it."""
-
-    text: str
-    begins: bool
 
 
 def find_kind(source: str) -> Kind:
@@ -66,20 +59,24 @@ def check_file(source: str) -> None:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from None
 
 
-def read_passages(source: str, most: int) -> Iterator[Passage]:
-    """Read the texts of a ``.txt`` file (one text), a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row).
+def read_passages(source: str) -> Iterator[tuple[str, bool]]:
+    """Read the texts of a ``.txt`` file (one text), a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row),
+    but for blank ones: pieces of text, and whether each begins another one.
 
-    Blank ones are left out. No more is read than is taken, and that must lie in the first `most` bytes. Raises
-    UsageError if the file or set is not found, CompressknowError if it cannot be read, or if more of it would be
-    needed.
+    Raises UsageError if the file or set is not found, CompressknowError if it cannot be read.
     """
     if source.startswith(HUB):
-        yield from _limit(_read_rows(source.removeprefix(HUB)), most, source)
+        yield from _read_rows(source.removeprefix(HUB))
         return
     check_file(source)
     path = Path(source).expanduser()
     try:
-        yield from _limit(_read_lines(path) if path.suffix.lower() == ".jsonl" else _read_pieces(path), most, str(path))
+        if path.suffix.lower() == ".jsonl":
+            for number, line in enumerate(read_lines(path), start=1):
+                if text := _parse_line(path, number, line):
+                    yield text, True
+        else:
+            yield from _read_pieces(path)
     except UnicodeDecodeError:
         raise CompressknowError(f"{path} is not UTF-8.", hint="Save it as UTF-8, and try again.") from None
     except NotReadable as error:
@@ -88,37 +85,13 @@ def read_passages(source: str, most: int) -> Iterator[Passage]:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from error
 
 
-# A passage, None if it is blank, and the bytes or characters that were read for it.
-_Read = tuple[Passage | None, int]
-
-
-def _limit(reading: Iterator[_Read], most: int, source: str) -> Iterator[Passage]:
-    left = most
-    for passage, read in reading:
-        if left < 0:
-            raise CompressknowError(
-                f"{source} has too few tokens in its first {most:,} bytes.",
-                hint="Give a text of words, or fewer --calibration-tokens.",
-            )
-        left -= read
-        if passage:
-            yield passage
-
-
-def _read_pieces(path: Path) -> Iterator[_Read]:
+def _read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
     """Read whole lines of about 64 K characters together, which are tokenized at once."""
     with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
         begins = True
         while piece := file.read(_PIECE):
-            piece += file.readline(_PIECE)
-            yield Passage(piece, begins), len(piece)
+            yield piece + file.readline(_PIECE), begins
             begins = False
-
-
-def _read_lines(path: Path) -> Iterator[_Read]:
-    for number, line in enumerate(read_lines(path), start=1):
-        text = _parse_line(path, number, line)
-        yield (Passage(text, True) if text else None), len(line) + 1
 
 
 def _parse_line(path: Path, number: int, line: bytes) -> str:
@@ -138,12 +111,11 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     return text if text.strip() else ""
 
 
-def _read_rows(dataset: str) -> Iterator[_Read]:
+def _read_rows(dataset: str) -> Iterator[tuple[str, bool]]:
     table = _choose_split(load_tables(dataset), dataset)
     column = _choose_column(table, dataset)
     for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        for text in batch.column(column).to_pylist():
-            yield (Passage(text, True) if text and text.strip() else None), len(text or "") + 1
+        yield from ((text, True) for text in batch.column(column).to_pylist() if text and text.strip())
 
 
 def _choose_split(splits: dict[str, Any], dataset: str) -> Any:

@@ -10,7 +10,7 @@ import abc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,11 @@ class Writer(abc.ABC):
     check: Callable[[], None]
     on_written: Callable[[int], None]
 
-    def write(self, generator: torch.Generator) -> Pieces:
+    def write(self, seed: int, batch: int) -> Pieces:
         """Write a batch of texts, as token ids."""
+        digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
         with torch.inference_mode():
-            return self._write(generator)
+            return self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
     @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces: ...
@@ -100,23 +101,16 @@ class Writer(abc.ABC):
 
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config
-        drawing = _Drawing(self, generator, max(1, self.batch_tokens // config.max_new_tokens // passes))
-        written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([drawing]))
+        tokens = max(1, self.batch_tokens // config.max_new_tokens // passes)
+
+        def leave_one(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            """Leave one drawn token per row, which a greedy search then takes."""
+            drawn = self.draw(scores, generator)
+            self.on_written(tokens)
+            return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+        written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([leave_one]))
         return written
-
-
-@dataclass
-class _Drawing:
-    """Logits processor that leaves one drawn token per row, which a greedy search then takes."""
-
-    writer: Writer
-    generator: torch.Generator
-    tokens: int
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        drawn = self.writer.draw(scores, self.generator)
-        self.writer.on_written(self.tokens)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 class CausalWriter(Writer):
@@ -213,16 +207,16 @@ class FillingWriter(Writer):
     def _write(self, generator: torch.Generator) -> Pieces:
         texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
-            texts = self._fill(texts, [self._draw_gaps(len(ids), generator) for ids in texts], generator)
+            texts = self._fill(texts, generator)
         return [[*ids, *self.form.separator] for ids in texts if ids]
 
-    def _draw_gaps(self, length: int, generator: torch.Generator) -> list[Span]:
-        """Draw places after tokens, as empty spans; no more than there are marks."""
-        places = torch.randperm(length, generator=generator)[: self.blanks].sort().values + 1
-        return [(at, at) for at in places.tolist()]
+    def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
+        """Have the model write after tokens of texts, no more than there are marks; return these, no longer than a
+        sequence."""
+        from transformers import GenerationConfig
 
-    def _fill(self, texts: Pieces, gaps: list[list[Span]], generator: torch.Generator) -> Pieces:
-        """Have the model write into the gaps of texts; return these, no longer than a sequence."""
+        drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]
+        gaps = [[(at, at) for at in places.tolist()] for places in drawn]
         form = self.form
         room = form.body - self.blanks
         blanked = [form.frame(blank_out(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
@@ -232,31 +226,27 @@ class FillingWriter(Writer):
             "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in blanked]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in blanked]),
         }
-        written = self.generate(inputs, self._build_config(width), generator, self.PASSES)[:, 1:].tolist()
+        repeated = self.blanks if form.has_sentinels else width
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(form.length - 1, repeated + self.blanks * self.PER_BLANK),
+            decoder_start_token_id=decoder_start(self.model),
+            eos_token_id=form.suffix[-1] if form.suffix else None,
+            pad_token_id=0,
+        )
+        written = self.generate(inputs, config, generator, self.PASSES)[:, 1:].tolist()
         if form.has_sentinels:
             rows = [self._insert_fills(*row) for row in zip(texts, gaps, written, strict=True)]
         else:
             rows = [self._cut_at_end(row) for row in written]
         return [row[: form.body] for row in rows]
 
-    def _build_config(self, width: int) -> Any:
-        from transformers import GenerationConfig
-
-        repeated = self.blanks if self.form.has_sentinels else width
-        return GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(self.form.length - 1, repeated + self.blanks * self.PER_BLANK),
-            decoder_start_token_id=decoder_start(self.model),
-            eos_token_id=self.form.suffix[-1] if self.form.suffix else None,
-            pad_token_id=0,
-        )
-
     def _insert_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
         """Put what was written after each sentinel into its place in a text."""
         fills: list[list[int]] = [[] for _ in self.form.marks]
         places = {mark: place for place, mark in enumerate(self.form.marks)}
         at = 0
-        for token in self._cut_at_end(written, keep=self.form.marks):
+        for token in self._cut_at_end(written, marks=self.form.marks):
             at = places.get(token, at)
             if token not in places:
                 fills[at].append(token)
@@ -266,11 +256,11 @@ class FillingWriter(Writer):
             end = after
         return [*text, *ids[end:]]
 
-    def _cut_at_end(self, written: list[int], keep: Sequence[int] = ()) -> list[int]:
-        """Return the ordinary tokens, and those of `keep`, before the first end of text that follows one."""
+    def _cut_at_end(self, written: list[int], marks: Sequence[int] = ()) -> list[int]:
+        """Return the ordinary tokens, and marks, before the first end of text that follows one."""
         text: list[int] = []
         for token in written:
-            if token in self._ordinary or token in keep:
+            if token in self._ordinary or token in marks:
                 text.append(token)
             elif text and token in self.form.suffix:
                 break
@@ -325,7 +315,7 @@ def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: 
             while (missing := tokens - sum(map(len, written))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
                 wave = range(batches, batches + more)
-                for pieces in pool.map(lambda batch: writer.write(_make_generator(seed, batch)), wave):
+                for pieces in pool.map(partial(writer.write, seed), wave):
                     written += pieces
                 batches += more
                 if not any(written):
@@ -335,8 +325,3 @@ def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: 
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", reason_of(error), HINT) from error
     return written
-
-
-def _make_generator(seed: int, batch: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

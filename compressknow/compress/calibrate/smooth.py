@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -17,10 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.compress.calibrate.forward import BlockwiseUnsupported
-from compressknow.compress.calibrate.gathering import OPERANDS, Sums
-from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics, Sums
+from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, find_tensors, walk
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.pool import Pool
@@ -65,87 +64,84 @@ def find_norms(
     weights : those that may be smoothed, by name.
     run : runs the block on some text, and returns its output.
     """
-    with _Outputs(module) as outputs, _Readers(weights, outputs) as readers:
-        results = find_tensors(run())
-    leaving = {tensor.untyped_storage().data_ptr() for tensor in results}
-    for name, norm in outputs.norms.items():
-        names = readers.find(name)
-        if names and not outputs.places[name] & (leaving | readers.elsewhere):
-            offset = _find_offset(norm, outputs.inputs[name])
+    recorder = _Recorder(module, weights)
+    with recorder:
+        leaving = _find_places(run())
+    for name, norm in recorder.norms.items():
+        places = recorder.places[name]
+        readers = dict.fromkeys(reader for place in places for reader in recorder.readers.get(place, ()))
+        if readers and not places & (leaving | recorder.elsewhere):
+            offset = _find_offset(norm, recorder.inputs[name])
             if offset is not None:
-                yield Norm(f"{block}.{name}" if name else block, tuple(names), offset)
+                yield Norm(f"{block}.{name}" if name else block, tuple(readers), offset)
 
 
-class _Outputs:
-    """Recorder of the inputs of a block's norms, and of the places of their outputs, while it is entered."""
+def _find_places(values: Any) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in find_tensors(values)}
 
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = {name: child for name, child in module.named_modules() if _is_norm(child)}
+
+class _Recorder(TorchFunctionMode):
+    """Recorder of what a block's norms read, where their outputs lie, and what reads these, while it is entered.
+
+    Attributes
+    ----------
+    inputs, places : by norm, what it read, and the places of its outputs.
+    readers : by place, the Linear weights that read it.
+    elsewhere : places that anything else reads.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
+        self.norms = {
+            name: child
+            for name, child in module.named_modules()
+            if type(child).__name__.endswith("Norm") and getattr(getattr(child, "weight", None), "ndim", 0) == 1
+        }
         self.inputs: dict[str, torch.Tensor] = {}
+        self.places: dict[str, set[int]] = {name: set() for name in self.norms}
+        self.readers: dict[int, list[str]] = {}
+        self.elsewhere: set[int] = set()
         # Held, so that no other tensor comes to lie in the same place.
         self._outputs: list[torch.Tensor] = []
-        self.places: dict[str, set[int]] = {name: set() for name in self.norms}
-        self._stack = ExitStack()
+        self._hooks = ExitStack()
 
-    def __enter__(self) -> _Outputs:
+    def __enter__(self) -> _Recorder:
         for name, norm in self.norms.items():
-            self._stack.callback(norm.register_forward_hook(self._make_hook(name)).remove)
+            self._hooks.callback(norm.register_forward_hook(partial(self._note_output, name)).remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
 
-    def _make_hook(self, name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(output, torch.Tensor):
-                self.inputs[name] = args[0]
-                self._outputs.append(output)
-                self.places[name].add(output.untyped_storage().data_ptr())
-
-        return note
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and type(module).__name__.endswith("Norm")
-
-
-class _Readers(TorchFunctionMode):
-    """Recorder of what reads the outputs of norms: Linear weights, by name; `elsewhere` has the places of outputs that
-    anything else reads."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], outputs: _Outputs) -> None:
-        super().__init__()
-        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
-        self._outputs = outputs
-        self._read: dict[int, list[str]] = {}
-        self.elsewhere: set[int] = set()
-
-    def find(self, norm: str) -> list[str]:
-        """Return the weights that read a norm's outputs, each once."""
-        return list(dict.fromkeys(name for place in self._outputs.places[norm] for name in self._read.get(place, ())))
+    def _note_output(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(output, torch.Tensor):
+            self.inputs[name] = args[0]
+            self._outputs.append(output)
+            self.places[name].add(output.untyped_storage().data_ptr())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in find_tensors([*args, *(kwargs or {}).values()])}
-        outputs = {place for places in self._outputs.places.values() for place in places}
+        known = {place for places in self.places.values() for place in places}
+        read = known & _find_places([*args, *(kwargs or {}).values()])
         result = func(*args, **kwargs or {})
-        for place in inputs & outputs:
-            # A view is no use yet: what reads it will be seen.
-            made = {tensor.untyped_storage().data_ptr() for tensor in find_tensors(result)}
-            if made and place not in made:
-                self._note(func, args, place)
+        made = _find_places(result) if read else set()
+        # A view is no use yet: what reads it will be seen.
+        for place in read - made if made else ():
+            self._note_reader(func, args, place)
         return result
 
-    def _note(self, func: Any, args: tuple[Any, ...], place: int) -> None:
-        places = OPERANDS.get(func)
-        weight = args[places[1]] if places and len(args) > places[1] else None
+    def _note_reader(self, func: Any, args: tuple[Any, ...], place: int) -> None:
+        operands = OPERANDS.get(func)
+        weight = args[operands[1]] if operands and len(args) > operands[1] else None
         name = None if weight is None else self._names.get(weight.untyped_storage().data_ptr())
         if name is None:
             self.elsewhere.add(place)
         else:
-            self._read.setdefault(place, []).append(name)
+            self.readers.setdefault(place, []).append(name)
 
 
 def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:

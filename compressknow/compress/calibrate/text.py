@@ -30,9 +30,6 @@ TOKENS = 32_768
 BATCH_TOKENS = 2_048
 # A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
 FEWEST_TOKENS = 2_048
-# Tokens are looked for in so many bytes each (in a .jsonl file, all of its lines count), and in no fewer bytes than
-# these: a file of blanks would be read for hours.
-BYTES_PER_TOKEN, FEWEST_BYTES = 256, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def calibration_text(
         if text == SELF:
             pieces: Iterable[Sequence[int]] = _write(folder, form, sequences, seed, trust_remote_code, advance)
         else:
-            pieces = _read(text, tokenizer, form, max(FEWEST_BYTES, sequences * form.body * BYTES_PER_TOKEN))
+            pieces = _read(text, tokenizer, form)
         bodies = _pack(pieces, form, sequences, text, tokenizer)
         inputs = build_inputs(bodies, form, tree, torch.Generator().manual_seed(seed))
     rows = max(1, BATCH_TOKENS // form.length)
@@ -190,12 +187,7 @@ def _is_on_disk(calibration: Mapping[str, Any]) -> bool:
 
 
 def _write(
-    folder: Path,
-    form: Form,
-    sequences: int,
-    seed: int,
-    trust_remote_code: bool,
-    advance: Advance | None,
+    folder: Path, form: Form, sequences: int, seed: int, trust_remote_code: bool, advance: Advance | None
 ) -> list[list[int]]:
     from compressknow.compress.calibrate.samples import HINT, check_writes, choose_dtype, write_samples
     from compressknow.engine.language_model import load_language_model
@@ -208,11 +200,11 @@ def _write(
     return write_samples(model, form, sequences * form.body, seed, advance)
 
 
-def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form, most: int) -> Iterator[list[int]]:
+def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
     """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
-    for number, passage in enumerate(read_passages(text, most)):
-        ids = tokenizer(passage.text, add_special_tokens=False, verbose=False)["input_ids"]
-        yield [*form.separator, *ids] if passage.begins and number else list(ids)
+    for number, (passage, begins) in enumerate(read_passages(text)):
+        ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
+        yield [*form.separator, *ids] if begins and number else list(ids)
 
 
 def _pack(

@@ -1,6 +1,6 @@
 """Walk over the blocks of a model on all of the calibration text, to compress them, or only to observe.
 
-Each pass runs in a thread of its own (`compressknow.compress.calibrate.forward`), and all of them stop before a block.
+Each pass runs in a thread of its own (`compressknow.compress.calibrate.model`), and all of them stop before a block.
 There a visitor is shown what the block reads, and may change its weights; then the block runs, and the passes go on.
 """
 
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -19,16 +17,17 @@ from transformers import Cache
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import size
-from compressknow.compress.calibrate.forward import (
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums, Watch
+from compressknow.compress.calibrate.model import (
+    WHOLE_IN_MEMORY,
     BlockwiseUnsupported,
     Call,
     ForwardPass,
+    StreamedModel,
+    explain_missing_memory,
     intercept,
     translate_failures,
 )
-from compressknow.compress.calibrate.gathering import Key, MixedSums, Sums, Watch
-from compressknow.compress.calibrate.model import WHOLE_IN_MEMORY, StreamedModel, explain_missing_memory
-from compressknow.compress.calibrate.statistics import InputStatistics
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
@@ -39,9 +38,6 @@ from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Hidden states of more than this lie in files between the blocks.
-MOST_BYTES_IN_MEMORY = 1 << 30
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 AnySums = Sums | MixedSums
@@ -96,7 +92,7 @@ class TargetVisitor(Visitor, Generic[T]):
         self._streamed, self._targets = streamed, targets
         self.lone_layers = [module for module in targets if module not in streamed.blocks]
         self._sums: dict[str, AnySums] = {}
-        self._unvisited = set(targets)
+        self._unvisited = dict.fromkeys(targets)
 
     def make_sums(self, targets: Sequence[T]) -> AnySums:
         """Begin sums over the inputs of targets that are visited together."""
@@ -123,7 +119,6 @@ def walk(
     batches: Batches,
     visitor: Visitor,
     pool: Pool,
-    folder: Path | None = None,
     on_module: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the batches through the model side by side, block by block, and have each block visited.
@@ -134,7 +129,6 @@ def walk(
     ----------
     batches : keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
         ``decoder_input_ids`` if it has a decoder.
-    folder : for hidden states that are large; they stay in memory without one.
     on_module : called with the name of each block, or lone layer, that has run.
 
     Raises
@@ -143,96 +137,77 @@ def walk(
     BlockwiseUnsupported : the model cannot be run so.
     """
     passes = [ForwardPass(streamed.model, batch) for batch in batches]
-    stops = [*streamed.blocks, *visitor.lone_layers]
-    tokens = sum(tensor.numel() for batch in batches for tensor in batch.values())
     with ExitStack() as stack:
-        forwards = stack.enter_context(intercept(streamed.model, stops))
+        forwards = stack.enter_context(intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers]))
         for each in passes:
             stack.callback(each.close)
         calls = pool.map(ForwardPass.advance, passes)
         streamed.release()
-        parking = _Parking(folder, tokens)
-        while (module := _find_common_stop(calls)) is not None:
-            step = _Step(streamed, module, forwards[module], visitor, pool, parking)
-            with explain_missing_memory(module, partial(_describe_size, streamed, module)):
-                calls = step.take(passes, [call for call in calls if call])
+        while here := [call for call in calls if call]:
+            module = here[0].module
+            if any(call is None or call.module != module for call in calls):
+                raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
+            run = partial(_run, forwards[module], pool)
+            with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
+                if names := visitor.list_watched(module):
+                    weights = {name: streamed.model.get_parameter(name) for name in names}
+                    sums = visitor.get_sums(module)
+                    sums.begin()
+                    pool.map(partial(_gather, run, weights, sums), list(enumerate(here)))
+                    visitor.visit(module, partial(_run_copy, run, here[0]))
+                if not visitor.is_done:
+                    calls = pool.map(partial(_advance, run, visitor), list(enumerate(zip(passes, here, strict=True))))
             streamed.release()
             on_module(module)
             if visitor.is_done:
                 break
 
 
-def _find_common_stop(calls: Sequence[Call | None]) -> str | None:
-    """Return the module before which all passes stand; None at the end of the model."""
-    names = {call and call.module for call in calls}
-    if len(names) != 1:
-        raise BlockwiseUnsupported(f"the model takes other ways for other batches: to {names}")
-    return names.pop()
+Run = Callable[[Call], Any]
 
 
-class _Step:
-    """Step of all passes over one block, or lone layer."""
+def _run(forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
+    pool.check()
+    with torch.no_grad(), translate_failures():
+        output = forward(*call.args, **call.kwargs)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
+        raise CompressknowError(
+            f"{call.module} gives NaN or infinities on the calibration text.",
+            why="So nothing can be learned of what its layers read.",
+            hint="See that the checkpoint is whole: `compressknow probe` it, or take another calibration text.",
+        )
+    return output
 
-    def __init__(
-        self,
-        streamed: StreamedModel,
-        module: str,
-        forward: Callable[..., Any],
-        visitor: Visitor,
-        pool: Pool,
-        parking: _Parking,
-    ) -> None:
-        self._streamed, self._module, self._forward = streamed, module, forward
-        self._visitor, self._pool, self._parking = visitor, pool, parking
 
-    def take(self, passes: Sequence[ForwardPass], calls: Sequence[Call]) -> list[Call | None]:
-        """Visit the module, run it, and advance the passes to their next calls; to none if nothing is left to do."""
+def _run_copy(run: Run, call: Call) -> Any:
+    """Run a module on a copy of its arguments, which it may overwrite: it will run once more."""
 
-        def advance(numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
-            number, (forward_pass, call) = numbered
-            output = self._run(call)
-            self._visitor.receive_output(self._module, number, call, output)
-            return forward_pass.advance(self._parking.park(output))
+    def copy_value(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, Cache) else value
 
-        with self._streamed.load(self._module):
-            if names := self._visitor.list_watched(self._module):
-                self._gather(names, calls)
-                self._visitor.visit(self._module, lambda: self._run(_copy_call(calls[0])))
-                if self._visitor.is_done:
-                    return []
-            return self._pool.map(advance, list(enumerate(zip(passes, calls, strict=True))))
+    args, kwargs = tuple(map(copy_value, call.args)), {key: copy_value(value) for key, value in call.kwargs.items()}
+    return run(Call(call.module, args, kwargs))
 
-    def _gather(self, names: Collection[str], calls: Sequence[Call]) -> None:
-        weights = {name: self._streamed.model.get_parameter(name) for name in names}
-        sums = self._visitor.get_sums(self._module)
-        sums.begin()
 
-        def gather(numbered: tuple[int, Call]) -> None:
-            number, call = numbered
-            watch = self._run_watched(weights, call, copies=False)
-            if watch.overwritten:
-                watch = self._run_watched(weights, call, copies=True)
-            sums.add(number, watch.seen)
+def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, numbered: tuple[int, Call]) -> None:
+    """Add what a module's weights read of one batch."""
+    number, call = numbered
+    with Watch(weights) as watch:
+        _run_copy(run, call)
+    if watch.overwritten:
+        with Watch(weights, copies=True) as watch:
+            _run_copy(run, call)
+    sums.add(number, watch.seen)
 
-        self._pool.map(gather, list(enumerate(calls)))
 
-    def _run_watched(self, weights: Mapping[str, torch.Tensor], call: Call, *, copies: bool) -> Watch:
-        watch = Watch(weights, copies=copies)
-        with watch:
-            self._run(_copy_call(call))
-        return watch
-
-    def _run(self, call: Call) -> Any:
-        self._pool.check()
-        with torch.no_grad(), translate_failures():
-            output = self._forward(*call.args, **call.kwargs)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
-            raise CompressknowError(
-                f"{self._module} gives NaN or infinities on the calibration text.",
-                why="So nothing can be learned of what its layers read.",
-                hint="See that the checkpoint is whole: `compressknow probe` it, or take another calibration text.",
-            )
-        return output
+def _advance(run: Run, visitor: Visitor, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
+    """Run a module on one batch, and take its pass to the next one."""
+    number, (forward_pass, call) = numbered
+    output = run(call)
+    visitor.receive_output(call.module, number, call, output)
+    return forward_pass.advance(output)
 
 
 def find_tensors(output: Any) -> list[torch.Tensor]:
@@ -241,43 +216,6 @@ def find_tensors(output: Any) -> list[torch.Tensor]:
         return [output] if output.is_floating_point() else []
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return [tensor for value in values for tensor in find_tensors(value)]
-
-
-def _copy_call(call: Call) -> Call:
-    """Copy a call, of which a module may overwrite the arguments: it will run once more."""
-
-    def copy_value(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.clone()
-        return copy.deepcopy(value) if isinstance(value, Cache) else value
-
-    return Call(
-        call.module, tuple(map(copy_value, call.args)), {key: copy_value(value) for key, value in call.kwargs.items()}
-    )
-
-
-class _Parking:
-    """Store of hidden states between blocks: memory, or files, which the system can page out."""
-
-    def __init__(self, folder: Path | None, tokens: int) -> None:
-        self._folder, self._tokens, self._numbers = folder, tokens, count()
-
-    def park(self, output: Any) -> Any:
-        """Return the same values of a block's output, in a file if they are large."""
-        if isinstance(output, torch.Tensor) and output.dim() > 1:
-            is_large = self._tokens * output.shape[-1] * output.itemsize > MOST_BYTES_IN_MEMORY
-            return self._move_to_file(output, self._folder) if is_large and self._folder else output
-        if isinstance(output, tuple) and output and type(output) is tuple:
-            return (self.park(output[0]), *output[1:])
-        return output
-
-    def _move_to_file(self, output: torch.Tensor, folder: Path) -> torch.Tensor:
-        path = folder / f".hidden-{next(self._numbers)}"
-        stored = torch.from_file(str(path), shared=True, size=output.numel(), dtype=output.dtype).view(output.shape)
-        # The mapping lives as long as the tensor, also without its name (but on Windows, where the folder goes later).
-        with suppress(OSError):
-            path.unlink()
-        return stored.copy_(output)
 
 
 def _describe_size(streamed: StreamedModel, module: str) -> str:
@@ -308,7 +246,6 @@ def observe(
     *,
     products: bool = False,
     threads: int | None = None,
-    folder: Path | None = None,
     on_progress: OnProgress = max,
 ) -> None:
     """Show what each Linear weight is multiplied with, block by block, and forget it once a block was visited.
@@ -320,7 +257,6 @@ def observe(
     visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
         does not reach are missing (experts, vision towers).
     products : gather X^T X too.
-    folder : for large hidden states.
     on_progress : called with the blocks that are done, and with how many there are.
     """
     structure = structure_of(tree)
@@ -339,7 +275,7 @@ def observe(
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as walking:
                 streamed = StreamedModel(tree, sources, files)
                 visitor = _Observer(streamed, weights, walking, make_sums, visit, on_progress)
-                walk(streamed, batches, visitor, walking, folder, visitor.report)
+                walk(streamed, batches, visitor, walking, visitor.report)
                 visitor.finish()
         except BlockwiseUnsupported:
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY):
@@ -381,7 +317,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         return self._make(targets, self._pool)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
-        self._unvisited.discard(module)
+        self._unvisited.pop(module, None)
         if not self._repeats:
             self._show(module)
 

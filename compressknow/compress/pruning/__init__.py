@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressknow.compress.blocks import Block, Reader
-    from compressknow.compress.calibrate.statistics import InputStatistics
+    from compressknow.compress.calibrate.gathering import InputStatistics
 
     BoolArray = npt.NDArray[np.bool_]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from compressknow.compress.blocks import Block, Reader
     from compressknow.compress.calibrate.compensation import Level
-    from compressknow.compress.calibrate.statistics import InputStatistics
+    from compressknow.compress.calibrate.gathering import InputStatistics
     from compressknow.compress.pruning.masks import KeyMaker, Keys
     from compressknow.model.tensors import StoredTensor
 
@@ -256,7 +256,7 @@ class SparseGPT(Patterned, Calibrated):
         """
         from compressknow.compress.calibrate.compensation import compensate, get_inverse
 
-        factor = get_inverse(inputs).factor
+        factor, _ = get_inverse(inputs)
         columns = weight.T.contiguous().clone()
         zero = columns == 0
         choice = _Choice(zero, factor.diagonal().square(), amount, self.groups)

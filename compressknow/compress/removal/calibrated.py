@@ -12,9 +12,14 @@ import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Reader
-from compressknow.compress.calibrate.forward import BlockwiseUnsupported, Call
 from compressknow.compress.calibrate.gathering import Key, Sums
-from compressknow.compress.calibrate.model import WHOLE_IN_MEMORY, StreamedModel, explain_missing_memory
+from compressknow.compress.calibrate.model import (
+    WHOLE_IN_MEMORY,
+    BlockwiseUnsupported,
+    Call,
+    StreamedModel,
+    explain_missing_memory,
+)
 from compressknow.compress.calibrate.walk import (
     Batches,
     OnProgress,
@@ -51,7 +56,7 @@ def decide(
 ) -> Removal:
     """Choose blocks and neurons, and write the tensors that are cut.
 
-    `batches` are the calibration text as arguments of forward passes; cut tensors and large hidden states lie in
+    `batches` are the calibration text as arguments of forward passes; cut tensors lie in
     `folder`, which must stay until they were read. `on_progress` is called with the blocks that were run, and with how
     many there are: each once for the blocks to drop, and once for the neurons.
 
@@ -60,7 +65,7 @@ def decide(
     # How many blocks fewer than the first run each later one has, as if all went before it.
     runs = sum(isinstance(step, DropBlocks) and step.named is None for step in recipe.removals) + bool(removal.cuts)
     fewer = sum(len(drop.dropped) * len(drop.stack.lists) for drop in removal.blocks if not drop.is_decided)
-    decision = _Decision(batches, reader, folder, on_progress, [fewer] * (runs - 1))
+    decision = _Decision(batches, reader, on_progress, [fewer] * (runs - 1))
     if any(not drop.is_decided for drop in removal.blocks):
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
@@ -78,10 +83,8 @@ def decide(
 class _Decision:
     """Runs of the text through the model, each of which decides something."""
 
-    def __init__(
-        self, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress, later: Sequence[int]
-    ) -> None:
-        self._batches, self._reader, self._folder = batches, reader, folder
+    def __init__(self, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]) -> None:
+        self._batches, self._reader = batches, reader
         self._on_progress, self._later, self._blocks_run = on_progress, list(later), 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
@@ -107,7 +110,7 @@ class _Decision:
             ):
                 streamed = StreamedModel(tree, sources, self._reader.files)
                 visitor = make(streamed, pool)
-                walk(streamed, self._batches, visitor, pool, self._folder, partial(self._report, streamed.blocks, []))
+                walk(streamed, self._batches, visitor, pool, partial(self._report, streamed.blocks, []))
                 visitor.finish()
         except BlockwiseUnsupported:
             self.is_blockwise = False

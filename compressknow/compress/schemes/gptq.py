@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
-from compressknow.compress.calibrate.statistics import InputStatistics
+from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.schemes import Scheme, nearest
 
 
@@ -33,13 +33,12 @@ def gptq(
 
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
-    inverse = get_inverse(inputs, by_activation=True)
-    assert inverse.order is not None
-    columns = values.to(torch.float32).T[inverse.order]
+    factor, order = get_inverse(inputs, by_activation=True)
+    columns = values.to(torch.float32).T[order]
     codes: list[torch.Tensor] = []
-    zero = None if fixed is None else fixed.T[inverse.order]
+    zero = None if fixed is None else fixed.T[order]
     group_scales = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()
-    groups = (inverse.order * len(group_scales) // len(columns)).tolist()
+    groups = (order * len(group_scales) // len(columns)).tolist()
 
     def settle(column: int, current: torch.Tensor) -> torch.Tensor:
         scale = group_scales[groups[column]][:, None]
@@ -47,5 +46,5 @@ def gptq(
         codes.append(nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 
-    compensate(columns, inverse.factor, [Level(BLOCK), Level(FINE)], settle)
-    return torch.stack([codes[place] for place in inverse.order.argsort().tolist()], 1)
+    compensate(columns, factor, [Level(BLOCK), Level(FINE)], settle)
+    return torch.stack([codes[place] for place in order.argsort().tolist()], 1)

@@ -11,7 +11,7 @@ from compressknow.base.errors import UsageError
 from compressknow.engine.language_model import AUTO, CPU
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.runtimes import Loaded, Runtime
-from compressknow.gguf.llama_cpp.model import GgufModel
+from compressknow.gguf.llama_cpp import GgufModel
 
 if TYPE_CHECKING:
     from compressknow.engine.identity import Located
@@ -30,7 +30,7 @@ class LlamaCpp(Runtime):
 
     def is_default(self, located: Located) -> bool:
         """Return whether the extra is installed; else transformers unpacks the files."""
-        from compressknow.gguf.llama_cpp.native import is_there
+        from compressknow.gguf.llama_cpp import is_there
 
         return self.reads(located) and is_there()
 
@@ -45,7 +45,7 @@ class LlamaCpp(Runtime):
 
     def key(self) -> tuple[str, ...]:
         """Return name and build: another build may compute otherwise."""
-        from compressknow.gguf.llama_cpp.native import load_native
+        from compressknow.gguf.llama_cpp import load_native
 
         return self.name, load_native().build
 
@@ -104,7 +104,7 @@ class LoadedInLlamaCpp(Loaded):
 
     @cached_property
     def _record(self) -> Mapping[str, Any]:
-        from compressknow.gguf.llama_cpp.model import count_types
+        from compressknow.gguf.llama_cpp import count_types
 
         types = count_types(self._model.path)
         return {"name": LlamaCpp.name, "build": self._model.native.build, "types": types}

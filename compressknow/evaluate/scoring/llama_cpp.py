@@ -14,8 +14,8 @@ from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Query
-from compressknow.gguf.llama_cpp.context import Context, GgufTokenizer, Span
-from compressknow.gguf.llama_cpp.model import GgufModel
+from compressknow.gguf.context import Context, GgufTokenizer, Span
+from compressknow.gguf.llama_cpp import GgufModel
 
 # Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
 PROMPTS, PROMPT_TOKENS = 64, 512

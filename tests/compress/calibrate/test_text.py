@@ -224,16 +224,6 @@ def test_a_bad_text_is_one_message(
     assert str(tmp_path / name) in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "blank"), [("b.txt", b" "), ("b.jsonl", b"\n")])
-def test_a_file_of_blanks_is_not_read_for_hours(
-    name: str, blank: bytes, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compressknow.compress.calibrate.text.FEWEST_BYTES", 0)
-    (tmp_path / name).write_bytes(blank * 400_000)
-    with pytest.raises(CompressknowError, match="has too few tokens in its first 161,280 bytes"):
-        made(folders["llama"], tmp_path / name)
-
-
 @pytest.mark.parametrize(
     ("text", "tokens", "message"),
     [

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressknow.base.errors import CompressknowError
-from compressknow.gguf.llama_cpp.model import GgufModel
-from compressknow.gguf.llama_cpp.native import collect_errors, make_interruptible
+from compressknow.gguf.llama_cpp import GgufModel, collect_errors, make_interruptible
 
 # enum llama_flash_attn_type of llama.h.
 _NO_FLASH_ATTENTION = 0
@@ -241,7 +240,7 @@ def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
 
 
 def _try_file(path: Path) -> None:
-    """Read a token, in a process that `compressknow.gguf.llama_cpp.model` starts, for it may crash."""
+    """Read a token, in a process that `compressknow.gguf.llama_cpp` starts, for it may crash."""
     context = Context(GgufModel(path, trial=True), cells=_TRIAL_CELLS, sequences=1, threads=1)
     context.read([Span(0, 0, [0], 1)])
 

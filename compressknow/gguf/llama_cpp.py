@@ -1,4 +1,7 @@
-"""Open a GGUF file in llama.cpp, memory-mapped; what cannot be evaluated is refused with the reason."""
+"""llama.cpp's library, bound by llama-cpp-py-sync (CFFI over ``llama.h``), and GGUF files in it, memory-mapped.
+
+What it logs is kept, not printed; what cannot be evaluated is refused with the reason.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,107 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from compressknow.base.errors import CheckpointError, UnsupportedError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.base.libraries import OPTIONAL, is_installed, require
 from compressknow.gguf.children import join_packages
-from compressknow.gguf.llama_cpp.native import Native, collect_errors, load_native, make_interruptible, open_ggml
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
+
+MODULE = "llama_cpp_py_sync"
+# enum ggml_log_level of ggml.h.
+_ERROR, _CONTINUED = 4, 5
+
+
+class Native(NamedTuple):
+    """CFFI's two halves, and llama.cpp's build, such as ``b11739``."""
+
+    ffi: Any
+    lib: Any
+    build: str
+
+
+# What it logged as errors since `collect_errors` began, and the callback, which must live as long as the library.
+_errors: list[str] = []
+_kept: list[Any] = []
+
+
+def is_there() -> bool:
+    """Return whether the extra is installed, without importing anything."""
+    return is_installed(MODULE)
+
+
+@cache
+def load_native() -> Native:
+    """Return the library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
+    require(MODULE)
+    # Where it ends the process, it would first have a debugger print where it was, if there is one.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    try:
+        from llama_cpp_py_sync import _cffi_bindings as bindings
+        from llama_cpp_py_sync import _version
+
+        ffi, lib = bindings.ffi, bindings.get_lib()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CompressknowError(
+            "llama.cpp does not load on this machine.",
+            why=(str(error).splitlines() or [type(error).__name__])[0],
+            hint=f"Install it anew: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
+        ) from error
+
+    last = 0
+
+    @ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[untyped-decorator]
+    def logged(level: int, text: Any, _: Any) -> None:
+        nonlocal last
+        last = last if level == _CONTINUED else level
+        if last == _ERROR:
+            message = ffi.string(text).decode("utf-8", "replace")
+            if level == _CONTINUED and _errors:
+                _errors[-1] += message
+            else:
+                _errors.append(message)
+
+    _kept.append(logged)
+    lib.llama_log_set(logged, ffi.NULL)
+    lib.llama_backend_init()
+    return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
+
+
+@cache
+def open_ggml(declarations: str) -> tuple[Any, Any]:
+    """Open ggml itself, which llama-cpp-py-sync binds no part of; return CFFI's two halves of these C declarations."""
+    import llama_cpp_py_sync
+
+    ffi: Any = type(load_native().ffi)()
+    ffi.cdef(declarations)
+    folder = Path(llama_cpp_py_sync.__file__).parent
+    return ffi, ffi.dlopen(str(next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)))
+
+
+def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
+    """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
+    sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
+    yes.
+    """
+    raised: list[BaseException] = []
+    callback = load_native().ffi.callback(
+        declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)
+    )
+    return callback, raised
+
+
+@contextmanager
+def collect_errors() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs as errors meanwhile: the list is filled as it does, one message per entry."""
+    _errors.clear()
+    yield _errors
+
 
 # Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
 _HEADER = """
@@ -48,26 +144,19 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     return {group: dict(types.most_common()) for group, types in counts.items() if types}
 
 
-def _list_tensors(path: Path) -> list[tuple[str, str, int]]:
-    """List name, type and number of parameters of each tensor."""
+def _list_tensors(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield name, type and number of parameters of each tensor."""
     ffi, lib = open_ggml(_HEADER)
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
-    if file == ffi.NULL:
-        return []
-    try:
-        return [_describe_tensor(ffi, lib, file, number) for number in range(lib.gguf_get_n_tensors(file))]
-    finally:
-        lib.gguf_free(file)
-
-
-def _describe_tensor(ffi: Any, lib: Any, file: Any, number: int) -> tuple[str, str, int]:
-    kind = lib.gguf_get_tensor_type(file, number)
-    blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
-    name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
-    # ggml spells some in small letters (q4_K), what people read has capitals.
-    named = ffi.string(lib.ggml_type_name(kind)).decode().upper()
-    return name, named, int(blocks * lib.ggml_blck_size(kind))
+    for number in range(lib.gguf_get_n_tensors(file)):
+        kind = lib.gguf_get_tensor_type(file, number)
+        blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
+        name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
+        # ggml spells some in small letters (q4_K), what people read has capitals.
+        named = ffi.string(lib.ggml_type_name(kind)).decode().upper()
+        yield name, named, int(blocks * lib.ggml_blck_size(kind))
+    lib.gguf_free(file)
 
 
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
@@ -91,7 +180,7 @@ def check_no_crash(path: Path) -> None:
 @cache
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
-    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[3])}
+    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
@@ -103,7 +192,7 @@ def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa:
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
-# A value of the metadata that is read is a name, a number or a flag.
+# The values of the metadata that are read are names, numbers and flags.
 _META_BYTES = 1 << 10
 
 
@@ -126,8 +215,9 @@ class GgufModel:
         _check_parts(path)
         if not trial:
             check_no_crash(path)
-        self._handle = _open_model(path, self.native, copies=not trial)
-        self.vocab = self.native.lib.llama_model_get_vocab(self._handle)
+        # llama.cpp's ``struct llama_model *``.
+        self.handle = _open_model(path, self.native, copies=not trial)
+        self.vocab = self.native.lib.llama_model_get_vocab(self.handle)
         try:
             _check_decoder(self)
         except UnsupportedError:
@@ -136,14 +226,9 @@ class GgufModel:
 
     def close(self) -> None:
         """Let go of the mapping; what was made of the model must be gone."""
-        if self._handle is not None:
-            self.native.lib.llama_model_free(self._handle)
-            self._handle = None
-
-    @property
-    def handle(self) -> Any:
-        """Return llama.cpp's ``struct llama_model *``."""
-        return self._handle
+        if self.handle is not None:
+            self.native.lib.llama_model_free(self.handle)
+            self.handle = None
 
     @cached_property
     def architecture(self) -> str:
@@ -154,14 +239,14 @@ class GgufModel:
     def file_type(self) -> str:
         """Return llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
         ffi, lib, _ = self.native
-        name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self._handle))).decode("utf-8", "replace")
+        name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self.handle))).decode("utf-8", "replace")
         # Said of a file whose metadata does not name its type: its tensors tell.
         return str(name).removeprefix("(guessed) ")
 
     @cached_property
     def parameters(self) -> int:
         """Count the stored parameters; a head that is tied to the embedding counts once."""
-        return int(self.native.lib.llama_model_n_params(self._handle))
+        return int(self.native.lib.llama_model_n_params(self.handle))
 
     @cached_property
     def rows(self) -> int:
@@ -171,7 +256,7 @@ class GgufModel:
     @cached_property
     def most_tokens(self) -> int:
         """Return the length of text that it was trained for."""
-        return int(self.native.lib.llama_model_n_ctx_train(self._handle))
+        return int(self.native.lib.llama_model_n_ctx_train(self.handle))
 
     @cached_property
     def vocabulary(self) -> str:
@@ -186,7 +271,7 @@ class GgufModel:
     def meta(self, key: str) -> str | None:
         """Return a value of the file's metadata as text, or None."""
         buffer = self.native.ffi.new("char[]", _META_BYTES)
-        length = self.native.lib.llama_model_meta_val_str(self._handle, key.encode(), buffer, _META_BYTES)
+        length = self.native.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, _META_BYTES)
         return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
 
 
