@@ -60,30 +60,15 @@ if TYPE_CHECKING:
     from compressknow.study.running import RayOptions as RayOptions
     from compressknow.study.sensitivity import Sensitivity as Sensitivity
 else:
+    _VERBS = "compare convert export inspect load probe push report search sensitivity sweep verify".split()
+    _ERRORS = (
+        "CheckpointError CompressknowError GateNotMet GateUndecided OutputError UnsupportedError UsageError "
+        "VerificationError"
+    ).split()
     # By the module below this package, what is imported from it when it is first used.
     _PUBLIC = {
-        **{
-            f"api.{verb}": (verb,)
-            for verb in (
-                *(
-                    "compare",
-                    "convert",
-                    "export",
-                    "inspect",
-                    "load",
-                    "probe",
-                    "push",
-                    "report",
-                    "search",
-                    "sensitivity",
-                ),
-                *("sweep", "verify"),
-            )
-        },
-        "base.errors": (
-            *("CheckpointError", "CompressknowError", "GateNotMet", "GateUndecided", "OutputError", "UnsupportedError"),
-            *("UsageError", "VerificationError"),
-        ),
+        **{f"api.{verb}": [verb] for verb in _VERBS},
+        "base.errors": _ERRORS,
         "base.hub": ("Upload",),
         "base.progress": ("Progress", "Stage"),
         "compress.manifest": ("Manifest",),

@@ -12,7 +12,6 @@ import pytest
 
 import compressknow
 from compressknow.base.notebook import Shown
-from compressknow.compress.manifest import Manifest
 from tests.models import save_tiny
 from tests.pages.answering import run, sides
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
@@ -116,11 +115,6 @@ def test_what_the_verbs_return_of_a_hostile_folder(hostile_model: Path, tmp_path
     text, page = looked_at(compressknow.verify(tmp_path / "out", check=False))
     assert "not in the manifest" in text
     assert "tokenizer<i>.json" in page.text
-
-
-def test_a_dict_that_is_no_longer_whole_is_shown_as_it_is() -> None:
-    assert repr(Manifest({"setup": "x"})) == "{'setup': 'x'}"
-    assert Manifest({"setup": "x"})._repr_html_() is None
 
 
 def test_a_manifest_is_the_dict_that_its_file_holds(hostile_model: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_import_brings_in_no_heavy_library(module: str) -> None:
     ids=lambda option: next(iter(option)),
 )
 def test_a_recipe_refuses_every_option_that_it_says_itself(option: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"cannot be combined with {next(iter(option))}"):
+    with pytest.raises(UsageError, match=f"cannot be combined with `{next(iter(option))}`"):
         compressknow.convert(tmp_path, tmp_path / "out", recipe={"steps": [{"prune": 0.2}]}, **option)
 
 

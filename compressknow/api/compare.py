@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from compressknow.api.words import SeededWords, build_records, list_files, verb
-
-if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Options
-    from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.base.errors import UsageError
+from compressknow.base.progress import OnProgress, resolve_progress
+from compressknow.engine.identity import describe
+from compressknow.evaluate.gather import default_answers_folder, evaluate_both, find_both, open_named
+from compressknow.evaluate.grades import check_known
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import Options
+from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+from compressknow.pages.diff.make import make_behaviour, make_checkpoint, make_comparison
+from compressknow.pages.diff.pages import write_comparisons
+from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.pages.pages import check_outputs, require_for
 
 
 @verb
@@ -69,16 +75,6 @@ def compare(
     compressknow.CompressknowError : a checkpoint is missing or damaged; the two are of different architectures;
         an output that cannot be written.
     """
-    from compressknow.base.errors import UsageError
-    from compressknow.base.progress import resolve_progress
-    from compressknow.engine.identity import describe
-    from compressknow.evaluate.gather import default_answers_folder, evaluate_both, find_both, open_named
-    from compressknow.evaluate.grades import check_known
-    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
-    from compressknow.pages.diff.make import make_behaviour, make_checkpoint, make_comparison
-    from compressknow.pages.diff.pages import write_comparisons
-    from compressknow.pages.pages import check_outputs, require_for
-
     check_known(known)
     if fail_under and not probe:
         raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")

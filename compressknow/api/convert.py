@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.api.words import verb
+from compressknow.base.files import check_links
+from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
+from compressknow.compress.calibrate.text import check_text
+from compressknow.compress.recipe import (
+    OPTIONS,
+    Recipe,
+    build_recipe,
+    check_beside_recipe,
+    list_parameters,
+    read_recipe,
+)
+from compressknow.compress.staging import check_output, clean
+from compressknow.compress.steps import SHARED, Where
+from compressknow.model.checkpoint import check_is_checkpoint
+from compressknow.model.structure import ModuleMap
+from compressknow.pages.model_card import make_model_card
 
 if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
     from compressknow.compress.manifest import Manifest
-    from compressknow.compress.recipe import Recipe
-    from compressknow.model.structure import ModuleMap
 
 
 @verb
@@ -93,15 +107,11 @@ def convert(
     chosen = _choose_recipe(locals())
     _check_places(model, Path(output), overwrite=overwrite, writes=not dry_run)
     if chosen.calibration is not None:
-        from compressknow.compress.calibrate.text import check_text
-
         check_text(chosen.calibration.text, chosen.calibration.tokens)
-    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import dry_run as preview
     from compressknow.compress.output import NewFolder, list_files
-    from compressknow.pages.model_card import make_model_card
 
     on_stage, wanted = resolve_progress(on_progress), chosen.calibration
     with report_progress(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
@@ -120,51 +130,33 @@ def convert(
     )
 
 
-# Parameters of built-in methods and schemes.
-_PARAMETERS = ("pattern", "group_size")
-
-
 def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     """Return the recipe that the arguments of `convert` give, or the one that its options say."""
-    from inspect import signature
-
-    from compressknow.compress.recipe import RECIPE_OPTIONS, build_recipe, check_beside_recipe
-    from compressknow.compress.steps import Where
-
+    further = [name for name in list_parameters() if name in arguments and name not in SHARED]
     if (recipe := arguments["recipe"]) is not None:
-        parameters = signature(convert).parameters
-        names = (*RECIPE_OPTIONS, *_PARAMETERS)
-        check_beside_recipe(arguments, {name: parameters[name].default for name in names})
-        return _read(recipe)
-    options = {name: arguments[name] for name in RECIPE_OPTIONS}
-    built_in = {name: arguments[name] for name in _PARAMETERS if arguments[name] is not None}
-    options["parameters"] = {**(options["parameters"] or {}), **built_in}
+        defaults = signature(convert).parameters
+        names = (*OPTIONS, *SHARED, *further, "parameters")
+        check_beside_recipe(arguments, {name: defaults[name].default for name in names})
+        if isinstance(recipe, dict):
+            return Recipe.from_dict(recipe)
+        return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    options = {name: arguments[name] for name in (*OPTIONS, *SHARED)}
+    parameters = {name: arguments[name] for name in further if arguments[name] is not None}
     layers = options.pop("layers")
     # One text is one name or pattern, and not its letters.
     scope, include, exclude = (
         (value,) if isinstance(value, str) else tuple(value)
         for value in (options.pop(name) for name in ("scope", "include", "exclude"))
     )
-    return build_recipe(Where(scope, include, exclude, None if layers is None else str(layers)), **options)
+    where = Where(scope, include, exclude, None if layers is None else str(layers))
+    return build_recipe(where, parameters={**(arguments["parameters"] or {}), **parameters}, **options)
 
 
 def _check_places(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
     """Raise what is wrong with the two places before torch is imported, which takes seconds."""
-    from compressknow.base.files import check_links
-    from compressknow.compress.staging import check_output, clean
-    from compressknow.model.checkpoint import check_is_checkpoint
-
     check_is_checkpoint(model)
     check_links(output.parent)
     if writes:
         # What a dead run has left goes, whatever becomes of this one.
         clean(output)
     check_output(output, overwrite=overwrite, source=Path(model))
-
-
-def _read(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
-    from compressknow.compress.recipe import Recipe, read_recipe
-
-    if isinstance(recipe, Recipe):
-        return recipe
-    return Recipe.from_dict(recipe) if isinstance(recipe, dict) else read_recipe(Path(recipe))

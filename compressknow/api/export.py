@@ -8,16 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.api.words import verb
+from compressknow.base.errors import CheckpointError, OutputError, UsageError
+from compressknow.base.files import check_links, write_whole
+from compressknow.base.format import parse_size
+from compressknow.base.libraries import require
+from compressknow.base.progress import Listener, OnProgress, Stage, report_progress, resolve_progress
+from compressknow.compress.calibrate.text import check_text
+from compressknow.compress.recipe import check_beside_recipe
+from compressknow.compress.staging import clean
+from compressknow.compress.steps import Calibration
+from compressknow.engine.identity import locate
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
+from compressknow.gguf.converter import find_converter
+from compressknow.gguf.importance import read_importance
+from compressknow.gguf.modelfile import build_modelfile, check_modelfile
+from compressknow.gguf.place import check_destination, finish, get_record_path
+from compressknow.model.checkpoint import check_is_checkpoint
+from compressknow.study.allocation import Target, check_budget, fit_types
+from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts
+from compressknow.study.sensitivity import Guide
 
 if TYPE_CHECKING:
-    from compressknow.base.progress import Listener, OnProgress
-    from compressknow.compress.steps import Calibration
-    from compressknow.evaluate.facts import Probe
-    from compressknow.gguf.choice import Choice, Fit, Rounding
     from compressknow.gguf.export import Export
     from compressknow.gguf.record import ExportRecord
-    from compressknow.study.allocation import Target
-    from compressknow.study.sensitivity import Guide
 
 
 @verb
@@ -88,9 +104,6 @@ def export(
     ------
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
-    from compressknow.base.libraries import require
-    from compressknow.study.guides import open_facts
-
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
@@ -105,22 +118,15 @@ def export(
     is_there = _check_places(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
     if matrix_place is not None:
         _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
-    from compressknow.base.progress import Stage, report_progress, resolve_progress
-    from compressknow.gguf.converter import find_converter
-    from compressknow.gguf.importance import read_importance
-
     listener = resolve_progress(on_progress)
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
         read_importance(choice.importance)
     from compressknow.gguf.export import find_made, prepare, preview, write
-    from compressknow.gguf.place import check_destination
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = None
     if chat_place is not None:
-        from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-
         chat = build_modelfile(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
         check_modelfile(chat_place, place, chat, overwrite=overwrite)
 
@@ -148,15 +154,11 @@ def export(
 
 def _write_modelfile(place: Path | None, text: str | None) -> None:
     if place is not None and text is not None:
-        from compressknow.base.files import write_whole
-
         write_whole(place, text.encode())
 
 
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
-    from compressknow.base.errors import UsageError
-
     sized = options["size"] is not None or options["bits"] is not None
     if not sized:
         for name in ("guide", "facts", "must", "rounding"):
@@ -171,9 +173,6 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
             )
     if options["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
-    from compressknow.base.format import parse_size
-    from compressknow.study.allocation import Target
-
     must = options["must"].items() if isinstance(options["must"], Mapping) else options["must"]
     return Target(
         None if options["size"] is None else parse_size(options["size"]),
@@ -188,12 +187,6 @@ def _make_fit(
     job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
-    from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.gguf.choice import Fit
-    from compressknow.study.allocation import check_budget, fit_types
-    from compressknow.study.guides import measure_guides
     from compressknow.study.roundings import GgufRoundings
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
@@ -216,11 +209,6 @@ _RECIPE: dict[str, Any] = {
 
 def _read_types(options: Mapping[str, Any]) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
-    from compressknow.compress.calibrate.text import check_text
-    from compressknow.compress.recipe import check_beside_recipe
-    from compressknow.gguf.choice import Choice, read_choice
-    from compressknow.study.guides import FIT_TOKENS
-
     if options["recipe"] is not None:
         check_beside_recipe(options, _RECIPE)
         choice = read_choice(Path(options["recipe"]))
@@ -240,9 +228,6 @@ def _read_types(options: Mapping[str, Any]) -> Choice:
 
 def _make_calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
     """Return the text of an importance matrix; None where there is to be none."""
-    from compressknow.base.errors import UsageError
-    from compressknow.compress.steps import Calibration
-
     if text is None:
         if tokens is not None:
             raise UsageError("--calibration-tokens goes with --calibration.")
@@ -252,11 +237,6 @@ def _make_calibration(text: str | None, tokens: int | None, seed: int) -> Calibr
 
 def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
-    from compressknow.base.errors import CheckpointError, OutputError, UsageError
-    from compressknow.base.files import check_links
-    from compressknow.gguf.importance import read_importance
-    from compressknow.gguf.place import get_record_path
-
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
     if file.resolve() in (output.resolve(), get_record_path(output).resolve()):
@@ -284,11 +264,6 @@ def _check_places(
 
     Returns whether a file is there that the same export may have made.
     """
-    from compressknow.base.files import check_links
-    from compressknow.compress.staging import clean
-    from compressknow.gguf.place import check_destination, finish, get_record_path
-    from compressknow.model.checkpoint import check_is_checkpoint
-
     check_is_checkpoint(model)
     check_links(output.parent)
     if writes:

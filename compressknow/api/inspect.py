@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compressknow.api.words import verb
-
-if TYPE_CHECKING:
-    from compressknow.model.structure import ModuleMap
-    from compressknow.model.summary import Inspection
+from compressknow.model.gguf_file import gguf_parts, inspect_gguf
+from compressknow.model.structure import ModuleMap
+from compressknow.model.summary import Inspection, inspect_checkpoint
 
 
 @verb
@@ -33,9 +31,6 @@ def inspect(
     of a GGUF file its types by group, and its bytes.
     """
     if Path(model).suffix == ".gguf":
-        from compressknow.model.gguf_file import gguf_parts, inspect_gguf
-
         return inspect_gguf(gguf_parts(Path(model)))
-    from compressknow.model.summary import inspect_checkpoint
 
     return inspect_checkpoint(model, module_map=module_map, revision=revision, trust_remote_code=trust_remote_code)

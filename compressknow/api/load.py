@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.api.words import verb
+from compressknow.engine.load import load as load_folder
+from compressknow.model.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +38,5 @@ def load(
     ------
     compressknow.CheckpointError : it cannot be loaded whole; no weight is ever filled in at random.
     """
-    from compressknow.engine.load import load as load_folder
-    from compressknow.model.checkpoint import open_checkpoint
-
     folder = open_checkpoint(model, revision).folder
     return load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

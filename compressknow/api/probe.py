@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from compressknow.api.words import ServingWords, build_records, verb
-
-if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Options
+from compressknow.base.libraries import require
+from compressknow.base.progress import OnProgress, resolve_progress
+from compressknow.engine.identity import locate
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.gather import open_named, read_reference
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.noise import add_noise_floor
+from compressknow.evaluate.run import probe_model
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import Options
 
 
 @verb
@@ -51,16 +56,7 @@ def probe(
     compressknow.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
         facts, the folder holds something else.
     """
-    from compressknow.base.libraries import require
-
     require("pyarrow")
-    from compressknow.base.progress import resolve_progress
-    from compressknow.engine.identity import locate
-    from compressknow.evaluate.distributions import Context
-    from compressknow.evaluate.gather import open_named, read_reference
-    from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.noise import add_noise_floor
-    from compressknow.evaluate.run import probe_model
 
     options, settings = build_records(words, options, settings)
     opened = open_named(probe, options)

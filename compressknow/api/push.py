@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compressknow.api.words import verb
-
-if TYPE_CHECKING:
-    from compressknow.base.hub import Upload
+from compressknow.base.hub import Upload, check_login, check_repo, upload
+from compressknow.model.manifest import read_manifest
+from compressknow.pages.model_card import render_gguf_card
 
 
 @verb
@@ -34,19 +33,14 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
     compressknow.CompressknowError : the name cannot be one, there is no token, or the upload failed; `output`
         stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
     """
-    from compressknow.base.hub import upload
-
     check_push(repo)
     place, card = Path(output), None
     if place.suffix == ".gguf":
         from compressknow.gguf.record import read_record
-        from compressknow.pages.model_card import render_gguf_card
 
         record = read_record(place)
         card = render_gguf_card(record, place.name)
     else:
-        from compressknow.model.manifest import read_manifest
-
         record = read_manifest(place)
     message = f"{record['setup']} of {record['source']['name']}, by compressknow"
     return upload(place, repo, private=private, message=message, card=card, bars=bars)
@@ -54,8 +48,6 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
 
 def check_push(repo: str, *, dry_run: bool = False) -> None:
     """Raise CompressknowError where an upload to `repo` cannot succeed, as far as is known without asking the Hub."""
-    from compressknow.base.hub import check_login, check_repo
-
     check_repo(repo)
     if not dry_run:
         check_login()

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from compressknow.api.words import ServingWords, build_records, list_files, verb
-
-if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Options
-    from compressknow.pages.records import Card
+from compressknow.base.errors import UsageError
+from compressknow.base.format import parse_size
+from compressknow.base.progress import OnProgress, resolve_progress
+from compressknow.comparison.power import make_decider
+from compressknow.evaluate.early import gather_early
+from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, list_names
+from compressknow.evaluate.grades import check_known
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import Options
+from compressknow.model.checkpoint import can_be_converted
+from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import write_reports
+from compressknow.pages.model_card import check_model_cards, write_into_model_cards
+from compressknow.pages.pages import FORMATS, check_outputs, require_for
+from compressknow.pages.records import Card
 
 
 @verb
@@ -75,18 +85,6 @@ def report(
     compressknow.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """
-    from compressknow.base.errors import UsageError
-    from compressknow.base.format import parse_size
-    from compressknow.base.progress import resolve_progress
-    from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, list_names
-    from compressknow.evaluate.grades import check_known
-    from compressknow.model.checkpoint import can_be_converted
-    from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
-    from compressknow.pages.card.make import make_card
-    from compressknow.pages.card.pages import write_reports
-    from compressknow.pages.model_card import check_model_cards, write_into_model_cards
-    from compressknow.pages.pages import FORMATS, check_outputs, require_for
-
     check_known(known)
     gates = parse_gates(fail_under)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
@@ -111,9 +109,6 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listener)
         stop = None
     else:
-        from compressknow.comparison.power import make_decider
-        from compressknow.evaluate.early import gather_early
-
         before, only, stop = gather_early(
             original, models[0], evaluation, make_decider(gates[0].least), revision=revision, on_progress=listener
         )

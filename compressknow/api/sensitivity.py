@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from compressknow.api.words import list_files, verb
+from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.progress import OnProgress, resolve_progress
+from compressknow.compress.calibrate.text import check_text
+from compressknow.compress.steps import Calibration
+from compressknow.engine.identity import Located, locate
+from compressknow.engine.language_model import family_of
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from compressknow.model.checkpoint import check_is_checkpoint
+from compressknow.pages.pages import check_outputs, require_for
+from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts
+from compressknow.study.map import FORMATS, Map, write_map
+from compressknow.study.sensitivity import Guide, Sensitivity, check_guide
 
 if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
-    from compressknow.engine.identity import Located
     from compressknow.study.roundings import Roundings
-    from compressknow.study.sensitivity import Guide, Sensitivity
 
 
 Form = Literal["gguf", "checkpoint"]
@@ -59,15 +69,6 @@ def sensitivity(
     compressknow.CompressknowError : the checkpoint is missing, damaged or quantized already; it knows fewer than
         30 of the facts; an output that cannot be written.
     """
-    from compressknow.base.errors import UsageError
-    from compressknow.compress.calibrate.text import check_text
-    from compressknow.compress.steps import Calibration
-    from compressknow.model.checkpoint import check_is_checkpoint
-    from compressknow.pages.pages import check_outputs, require_for
-    from compressknow.study.guides import FIT_TOKENS, open_facts
-    from compressknow.study.map import FORMATS
-    from compressknow.study.sensitivity import check_guide
-
     if to not in ("gguf", "checkpoint", None):
         raise UsageError(f"--to {to}: there is gguf and checkpoint.")
     check_guide(guide)
@@ -78,12 +79,6 @@ def sensitivity(
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
     check_is_checkpoint(model)
-    from compressknow.base.progress import resolve_progress
-    from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.study.guides import measure_guides
-    from compressknow.study.map import Map, write_map
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
@@ -95,9 +90,7 @@ def sensitivity(
 
 def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
     """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
-    from compressknow.base.errors import UnsupportedError
     from compressknow.compress.sources import Sources
-    from compressknow.engine.language_model import family_of
     from compressknow.model.groups import structure_of
     from compressknow.model.loading import open_complete
     from compressknow.study.roundings import GgufRoundings, SchemeRoundings

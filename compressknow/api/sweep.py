@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-from compressknow.api.words import SeededWords, build_records, resolve_cluster, verb
+from compressknow.api.words import SeededWords, build_records, verb
 from compressknow.base.libraries import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
+from compressknow.model.structure import ModuleMap
+from compressknow.pages.study.pages import write_study
+from compressknow.pages.study.records import Study
 from compressknow.study.cells import StudyModel, save_cell
 from compressknow.study.folder import (
     CELLS,
@@ -28,11 +32,6 @@ from compressknow.study.folder import (
 )
 from compressknow.study.grid import PAPER, GridOptions, list_cells
 from compressknow.study.running import Batch, RayOptions, open_runner
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.sources import Options
-    from compressknow.model.structure import ModuleMap
-    from compressknow.pages.study.records import Study
 
 
 @verb
@@ -91,10 +90,8 @@ def sweep(
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
         the cluster does not answer, or `output` holds something else.
     """
-    from compressknow.pages.study.pages import write_study
-
     options, settings = build_records(words, options, settings)
-    cluster = resolve_cluster(ray, num_cpus, num_gpus)
+    cluster = RayOptions(ray, num_cpus, num_gpus) if isinstance(ray, str) else ray
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)
     folder, listener = Path(output), resolve_progress(on_progress)

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.api.words import verb
+from compressknow.base.errors import CheckpointError, VerificationError
+from compressknow.base.libraries import require
+from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
+from compressknow.gguf.place import check_recorded
+from compressknow.model.manifest import check_converted
 
 if TYPE_CHECKING:
-    from compressknow.base.progress import OnProgress
     from compressknow.compress.verify import Verification
 
 
@@ -36,11 +40,9 @@ def verify(
     """
     if Path(folder).suffix == ".gguf":
         return _verify_gguf(Path(folder), on_progress, check)
-    from compressknow.model.manifest import check_converted
 
     # Said before torch is imported, which takes a second.
     check_converted(Path(folder))
-    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 
     with report_progress(resolve_progress(on_progress), Stage("verify", str(folder))) as advance:
@@ -51,18 +53,14 @@ def verify(
 
 
 def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Verification:
-    from compressknow.base.errors import CheckpointError, VerificationError
-    from compressknow.base.libraries import require
 
     if not path.exists():
         raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
-    from compressknow.gguf.place import check_recorded
 
     check_recorded(path)
-    from compressknow.base.progress import Stage, report_progress, resolve_progress
     from compressknow.gguf.record import compare_to_record
 
     with report_progress(resolve_progress(on_progress), Stage("verify", str(path))) as advance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
@@ -14,7 +14,6 @@ from compressknow.base.errors import CompressknowError, did_you_mean
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
-    from compressknow.study.running import RayOptions
 
 
 P = ParamSpec("P")
@@ -59,12 +58,6 @@ class ServingWords(SeededWords, total=False):
     timeout: float
 
 
-# What a signature shows; the records have the defaults of the rest, which are None.
-_DEFAULTS: dict[str, Any] = {
-    **{"protocol": "lama", "template": 1, "templates": 1, "map": {}, "seed": 0, "device": "auto", "batch_size": 128},
-    **{"trust_remote_code": False, "parallel": 4, "timeout": 120.0, "no_noise_floor": False},
-}
-_OF_SETTINGS = ("device", "dtype", "batch_size", "trust_remote_code", "runtime", "parallel", "timeout")
 # Words that the records have other names for.
 _RENAMED = {"map": "columns", "model_name": "model"}
 
@@ -77,14 +70,12 @@ def build_records(
     from compressknow.evaluate.sources import Options
     from compressknow.evaluate.sources.columns import parse_columns
 
-    facts: dict[str, Any] = {}
-    running: dict[str, Any] = {}
-    for name, value in words.items():
-        if name == "no_noise_floor":
-            running["noise_floor"] = not value
-        else:
-            record = running if name in (*_OF_SETTINGS, "model_name") else facts
-            record[_RENAMED.get(name, name)] = value
+    named = {_RENAMED.get(name, name): value for name, value in words.items()}
+    if "no_noise_floor" in named:
+        named["noise_floor"] = not named.pop("no_noise_floor")
+    of_settings = {each.name for each in fields(Settings)}
+    running = {name: value for name, value in named.items() if name in of_settings}
+    facts = {name: value for name, value in named.items() if name not in of_settings}
     for name in ("data", "tasks"):
         if facts.get(name) is not None:
             facts[name] = Path(facts[name])
@@ -126,20 +117,26 @@ def _spell_out(signature: inspect.Signature) -> inspect.Signature:
             parameters.append(each)
             continue
         words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(each.annotation))
+        defaults = _list_defaults()
         for name, kind in words.__annotations__.items():
             kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-            word = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=kind)
+            word = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
             parameters.append(word)
     return signature.replace(parameters=parameters)
+
+
+def _list_defaults() -> dict[str, Any]:
+    """Return what each word is when it is left out, as the records have it."""
+    from compressknow.evaluate.runtimes import Settings
+    from compressknow.evaluate.sources import Options
+
+    values = vars(Options()) | vars(Settings())
+    names = {record: word for word, record in _RENAMED.items()}
+    return {names.get(name, name): value for name, value in values.items()} | {
+        "no_noise_floor": not values["noise_floor"]
+    }
 
 
 def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that an output names: one by itself, or several."""
     return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
-
-
-def resolve_cluster(ray: RayOptions | str | None, num_cpus: float, num_gpus: float) -> RayOptions | None:
-    """Return the Ray cluster that an address names, with what a task takes of it; None where none is named."""
-    from compressknow.study.running import RayOptions
-
-    return RayOptions(ray, num_cpus, num_gpus) if isinstance(ray, str) else ray

@@ -55,23 +55,13 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
-        try:
-            return as_line(self._summary())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return super().__repr__()
+        return as_line(self._summary())
 
     def __str__(self) -> str:
-        try:
-            return as_text(self._summary())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return super().__repr__()
+        return as_text(self._summary())
 
-    def _repr_html_(self) -> str | None:
-        try:
-            return as_html(self._summary())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return None
+    def _repr_html_(self) -> str:
+        return as_html(self._summary())
 
 
 class Tabular(Shown):

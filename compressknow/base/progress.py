@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import sys
 import threading
 import time
 import warnings
-from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
 from compressknow.base.errors import UsageError, is_panic
@@ -24,21 +21,18 @@ from compressknow.base.format import plain
 def quiet() -> Iterator[None]:
     """Silence progress bars, the load report and all that is printed, be it by Rust: what matters in it is checked and
     raised."""
+    from loguru import logger
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    # What compressed-tensors logs by; versions of it that log otherwise say nothing.
-    loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
-    if loguru:
-        loguru.disable("compressed_tensors")
+    logger.disable("compressed_tensors")
     try:
         with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if loguru:
-            loguru.enable("compressed_tensors")
+        logger.enable("compressed_tensors")
 
 
 class PanicError(Exception):
@@ -61,14 +55,9 @@ def no_panics() -> Iterator[None]:
 @contextlib.contextmanager
 def _silence(descriptor: int) -> Iterator[None]:
     """Drop what is written to standard output (1) or standard error (2) itself, not by way of Python."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    try:
-        saved = os.dup(descriptor)
-    except OSError:
-        yield
-        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(descriptor)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, descriptor)
     os.close(sink)
@@ -314,37 +303,23 @@ class Pace:
 
 
 class Repeating:
-    """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
-
-    A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
-    or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
-    that are written in C.
-    """
+    """Thread that calls `task` after each of the `waits` (seconds) until `end` is called."""
 
     def __init__(self, task: Callable[[], object], waits: Iterable[float]) -> None:
-        self._task, self._waits = task, waits
-        self._ending: SimpleQueue[None] = SimpleQueue()
-        self._ended: SimpleQueue[None] = SimpleQueue()
-        self._over = False
-        start_new_thread(self._run, ())
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(task, waits), daemon=True)
+        self._thread.start()
 
     def end(self) -> None:
         """Let it end; the task is not called again after one that is under way."""
-        self._ending.put(None)
+        self._ending.set()
 
     def wait(self) -> None:
         """Wait until it has ended, as `end` lets it."""
-        # A signal may come after the message was taken and before it was seen: the attribute says it too.
-        while not self._over:
-            self._ended.get()
+        self._thread.join()
 
-    def _run(self) -> None:
-        try:
-            for seconds in self._waits:
-                try:
-                    return self._ending.get(timeout=seconds)
-                except Empty:
-                    self._task()
-        finally:
-            self._over = True
-            self._ended.put(None)
+    def _run(self, task: Callable[[], object], waits: Iterable[float]) -> None:
+        for seconds in waits:
+            if self._ending.wait(seconds):
+                return
+            task()

@@ -7,23 +7,24 @@ import click
 from compressknow._version import __version__
 from compressknow.cli.run import LazyGroup, run
 
+# By name, in the order in which one needs them: each is the function of that name in the module of that name.
 COMMANDS = {
-    "inspect": ("compressknow.cli.inspect:inspect", "Show a checkpoint's Linear layers by group and scope."),
-    "convert": ("compressknow.cli.convert:convert", "Prune and quantize a checkpoint into a new folder."),
-    "export": ("compressknow.cli.export:export", "Write a checkpoint as a GGUF file for llama.cpp."),
-    "verify": ("compressknow.cli.verify:verify", "Check a converted checkpoint against its manifest."),
-    "probe": ("compressknow.cli.probe:probe", "Evaluate a model on facts, and store its answers."),
-    "report": ("compressknow.cli.report:report", "Show which knowledge compressed models kept and lost."),
-    "compare": ("compressknow.cli.compare:compare", "Show how two checkpoints differ."),
-    "sweep": ("compressknow.cli.sweep:sweep", "Evaluate a model compressed by every recipe of a grid."),
-    "sensitivity": ("compressknow.cli.sensitivity:sensitivity", "Show which weights hold a model's knowledge."),
-    "search": ("compressknow.cli.search:search", "Find the smallest checkpoint that keeps a share of knowledge."),
+    "inspect": "Show a checkpoint's Linear layers by group and scope.",
+    "convert": "Prune and quantize a checkpoint into a new folder.",
+    "export": "Write a checkpoint as a GGUF file for llama.cpp.",
+    "verify": "Check a converted checkpoint against its manifest.",
+    "probe": "Evaluate a model on facts, and store its answers.",
+    "report": "Show which knowledge compressed models kept and lost.",
+    "compare": "Show how two checkpoints differ.",
+    "sweep": "Evaluate a model compressed by every recipe of a grid.",
+    "sensitivity": "Show which weights hold a model's knowledge.",
+    "search": "Find the smallest checkpoint that keeps a share of knowledge.",
 }
 
 
 @click.group(
     cls=LazyGroup,
-    commands_at=COMMANDS,
+    help_by_command=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from compressknow.pages.parts import Table
 
 
-@command(short_help="Show how two checkpoints differ.", more=probes_help)
+@command(more=probes_help)
 @click.argument("a")
 @click.argument("b")
 @output_files("File, repeatable: .html, .md or .json.")
@@ -106,14 +106,10 @@ def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: b
         from compressknow.pages.diff.pages import diff_json
 
         show_json(diff_json(comparison))
-    else:
-        show("\n".join(_lines(comparison, output)))
-
-
-def _lines(comparison: CheckpointComparison, outputs: tuple[Path, ...]) -> Iterator[str]:
-    yield from compare_page(comparison)
-    if outputs:
-        yield f"\nWritten: {', '.join(map(str, outputs))}"
+        return
+    show("\n".join(compare_page(comparison)))
+    if output:
+        show(f"\nWritten: {', '.join(map(str, output))}")
 
 
 WIDTHS = (13, 14, 9, 9, 8, 10, 9, 8)

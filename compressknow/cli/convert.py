@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,17 @@ import click
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import count, percent, size
-from compressknow.cli.options import (
-    COMPRESS,
-    HOW,
-    REVISION,
-    RUNS,
-    TRUST,
-    Blocks,
-    OneOf,
-    Share,
-    calibration_options,
-    command,
-    module_map_option,
-    option,
-)
+from compressknow.base.registry import Registry
+from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, Decorator, command, option, recipe_option, together
 from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json
-from compressknow.compress.parameters import Parameter, Parametric
+from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import RECIPE_OPTIONS
+from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
-from compressknow.compress.steps import ROUNDINGS, SHARED
+from compressknow.compress.steps import SHARED
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
-from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 
 EPILOG = """\b
@@ -51,17 +38,12 @@ Scopes (--scope):
 """
 
 
-_METHODS, _SCHEMES = METHODS.usable()[0], SCHEMES.usable()[0]
-# By name; several methods may have one of the same name.
-_PARAMETERS: dict[str, list[Parameter]] = {}
-for _made in (*_METHODS.values(), *_SCHEMES.values()):
-    for _each in _made.parameters():
-        _PARAMETERS.setdefault(_each.name, []).append(_each)
+_PARAMETERS = list_parameters()
 
 
-def _list_names(heading: str, registry: Iterable[str], usable: Mapping[str, Parametric]) -> str:
+def _list_names(heading: str, registry: Registry[Any]) -> str:
     """Write a part of the help page: a line per name, with the options that it has."""
-    width = max(map(len, registry))
+    width, usable = max(map(len, registry)), registry.usable()[0]
     lines = ["\b", heading]
     for name in registry:
         # What goes for nearly all methods is left out.
@@ -72,25 +54,21 @@ def _list_names(heading: str, registry: Iterable[str], usable: Mapping[str, Para
     return "\n".join([*lines, "", ""])
 
 
-EPILOG += _list_names("Methods (--prune-method):", METHODS, _METHODS)
-EPILOG += _list_names("Schemes (--quantize):", SCHEMES, _SCHEMES)
+EPILOG += _list_names("Methods (--prune-method):", METHODS)
+EPILOG += _list_names("Schemes (--quantize):", SCHEMES)
 
 
-def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each parameter that a method or a scheme declares."""
-    for each, *_ in reversed(_PARAMETERS.values()):
-        shown = not isinstance(each.default, bool) and each.default is not None
-        command = option(
-            f"{each.option}/--no-{each.option[2:]}" if each.default is True else each.option,
-            group=HOW,
-            default=each.default,
-            type=each.kind,
-            is_flag=each.kind is bool,
-            show_default=shown,
-            help=each.help,
-            callback=_check,
-        )(command)
-    return command
+def _parameter_option(declared: Parameter) -> Decorator:
+    return option(
+        f"{declared.option}/--no-{declared.option[2:]}" if declared.default is True else declared.option,
+        group=HOW,
+        default=declared.default,
+        type=declared.kind,
+        is_flag=declared.kind is bool,
+        show_default=not isinstance(declared.default, bool) and declared.default is not None,
+        help=declared.help,
+        callback=_check,
+    )
 
 
 def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
@@ -104,45 +82,10 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     raise click.BadParameter(str(wrong), ctx, option)
 
 
-@command(short_help="Prune and quantize a checkpoint into a new folder.", epilog=EPILOG)
+@command(epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@option("--scope", group=COMPRESS, multiple=True, help="Linear layers, repeatable or with commas; see below.")
-@option(
-    "--include", group=COMPRESS, multiple=True, metavar="REGEX", help="Only modules whose name matches, repeatable."
-)
-@option("--exclude", group=COMPRESS, multiple=True, metavar="REGEX", help="No modules whose name matches, repeatable.")
-@option("--layers", group=COMPRESS, metavar="RANGE", help="Only these blocks, such as 0-5 or 0-2,11.")
-@module_map_option
-@option(
-    "--drop-blocks",
-    group=HOW,
-    type=Blocks(),
-    metavar="N|LIST",
-    help="Transformer blocks to leave out: a number, or 20-23.",
-)
-@option(
-    "--drop-neurons",
-    group=HOW,
-    type=Share(),
-    metavar="AMOUNT",
-    help="Share of each feed-forward block's neurons to leave out.",
-)
-@option("--prune", group=HOW, type=Share(), metavar="AMOUNT", help="Share of the weights to zero: 0.2, or 20%.")
-@option(
-    "--prune-method",
-    group=HOW,
-    type=OneOf(list(METHODS)),
-    default=METHODS.first,
-    help="Which weights to zero; see below.",
-)
-@option(
-    "--quantize", group=HOW, metavar="SCHEME", type=OneOf(list(SCHEMES)), help="How to store the weights; see below."
-)
-@option("--rounding", group=HOW, type=OneOf(list(ROUNDINGS)), default=ROUNDINGS[0], help="nearest, or gptq.")
-@option("--smooth", group=HOW, type=Share(), metavar="ALPHA", help="Move outliers of activations into weights: 0.5.")
-@_parameter_options
-@calibration_options()
+@together(*map(recipe_option, OPTIONS), *(_parameter_option(first) for first, *_ in _PARAMETERS.values()))
 @option(
     "--recipe",
     group=HOW,
@@ -173,17 +116,12 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     from compressknow.api.convert import convert as run
 
     uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
-    from_user = {
-        name
-        for name in dict.fromkeys((*RECIPE_OPTIONS, *_PARAMETERS))
-        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-    }
     further = {name: options.pop(name) for name in _PARAMETERS if name not in SHARED}
-    options["parameters"] = {name: value for name, value in further.items() if name in from_user}
-    if options["recipe"] and from_user:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(from_user))
-        raise click.UsageError(f"--recipe cannot be combined with {named}.")
-    options["scope"] = options["scope"] or DEFAULT_SCOPES
+    options["parameters"] = {
+        name: value
+        for name, value in further.items()
+        if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+    }
     with if_interrupted(NOTHING_WRITTEN):
         manifest = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
@@ -191,7 +129,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     else:
         show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
     if uploads:
-        uploads(output, manifest.get("planned_files"), err=as_json)
+        uploads(output, manifest.get("planned_files"), as_json)
 
 
 def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:

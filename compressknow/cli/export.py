@@ -40,7 +40,7 @@ Types (--type), bits per weight with scales:
 """
 
 
-@command(short_help="Write a checkpoint as a GGUF file for llama.cpp.", epilog=EPILOG)
+@command(epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @option("--type", group=HOW, default="q8_0", metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
@@ -111,7 +111,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
         show("\n".join(new if record.is_new else (*there, *_next(model, output, chat))))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
-        uploads(output, planned, err=as_json)
+        uploads(output, planned, as_json)
 
 
 def page(

@@ -11,7 +11,7 @@ import click
 
 from compressknow.base.format import size
 from compressknow.cli.export import types_table
-from compressknow.cli.options import REVISION, RUNS, TRUST, command, module_map_option, option
+from compressknow.cli.options import REVISION, RUNS, TRUST, command, option, recipe_option
 from compressknow.cli.terminal import WIDTH, show, show_json
 
 LISTED = 8
@@ -19,9 +19,9 @@ DTYPE_NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8"
 DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 
 
-@command(short_help="Show a checkpoint's Linear layers by group and scope.")
+@command()
 @click.argument("model")
-@module_map_option
+@recipe_option("module_map")
 @option("--revision", group=RUNS, help=REVISION)
 @option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressknow.base.errors import did_you_mean
 
+if TYPE_CHECKING:
+    from compressknow.compress.parameters import Option as DeclaredOption
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # The groups, in the order in which one decides.
 COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
@@ -93,160 +97,20 @@ def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
     return click.command(cls=Command, **settings)
 
 
-def option(*names: str, group: str = OUTPUT, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def option(*names: str, group: str = OUTPUT, **settings: Any) -> Decorator:
     """Make a `click.option` in a group of the help page."""
     return click.option(*names, cls=Option, group=group, **settings)
 
 
-def output_folder(about: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the option of the folder that a command writes, whose help says what is in it."""
-    return option("-o", "--output", type=click.Path(path_type=Path), required=True, help=about)
+def together(*options: Decorator) -> Decorator:
+    """Make one decorator of several options, which stand in this order on the help page."""
 
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for each in reversed(options):
+            command = each(command)
+        return command
 
-def output_files(about: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the option of the files that a command writes, whose help says of which kinds."""
-    return option("-o", "--output", multiple=True, type=click.Path(path_type=Path), help=about)
-
-
-answers_option = option(
-    "--answers",
-    type=click.Path(path_type=Path, file_okay=False),
-    group=EVALUATE,
-    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
-)
-_facts = partial(option, group=EVALUATE)
-_runs = partial(option, group=RUNS)
-# Width of the column of names in the list of probes, and of the page.
-PROBE_NAMES, WIDTH = 20, 78
-
-
-def probes_help() -> str:
-    """Return the list of probes for the end of a help page, in click's form; those of other packages are imported for
-    it."""
-    from compressknow.evaluate.sources import list_usable
-
-    sources = list(list_usable())
-    lines = [line for kind, source in sources for line in _describe_probe(source.usage(kind), source.help)]
-    details = [source.details for _, source in sources if source.details]
-    return "\n\n".join(f"\b\n{text}" for text in ("\n".join(["Probes (-p, repeatable):", *lines]), *details))
-
-
-def _describe_probe(usage: str, about: str) -> list[str]:
-    """Return the lines of one probe. A long name has a line of its own."""
-    first, indent = f"  {usage:<{PROBE_NAMES - 1}} ", " " * (PROBE_NAMES + 2)
-    if len(first) > len(indent):
-        return [first.rstrip(), *textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)]
-    return textwrap.wrap(about, WIDTH, initial_indent=first, subsequent_indent=indent)
-
-
-def probe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of what is evaluated, in the order of the help page."""
-    folder = click.Path(path_type=Path, exists=True, file_okay=False)
-    return _add_options(
-        command,
-        _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
-        _facts("--data", type=folder, help="Folder with a data set, or with lama/, bear/, tasks/."),
-        _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
-        _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
-        _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
-        _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
-        _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
-        _facts(
-            "--map",
-            multiple=True,
-            metavar="KEY=COLUMN",
-            help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
-        ),
-        _facts("--split", help="Split of an hf: data set."),
-        _facts("--tasks", type=folder, help="Folder of your own lm-eval tasks."),
-        _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding, or llama.cpp, alone changes."),
-        _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
-        _runs(
-            "--dtype",
-            type=OneOf(["float32", "bfloat16", "float16", "auto"]),
-            help="float32, bfloat16, float16 or auto (the checkpoint's).  [default: float32 on cpu, else auto]",
-        ),
-        _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
-        _runs("--trust-remote-code", is_flag=True, help=TRUST),
-    )
-
-
-def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of requests to a server."""
-    return _add_options(
-        command,
-        _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
-        _runs(
-            "--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."
-        ),
-        _runs(
-            "--timeout",
-            type=click.FloatRange(0, min_open=True),
-            metavar="SECONDS",
-            default=120,
-            show_default=True,
-            help="How long a server may take to answer.",
-        ),
-    )
-
-
-def _add_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
-    for each in reversed(options):
-        command = each(command)
-    return command
-
-
-def calibration_options(tokens: str = "32768", **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of the text for methods that look at activations: how many tokens by default, and what else a
-    command says of it."""
-    text = {"help": "self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.", **settings}
-    number = f"How many tokens of it.  [default: {tokens}]"
-    return lambda command: _add_options(
-        command,
-        option("--calibration", group=CALIBRATION, metavar="TEXT", **text),
-        option("--calibration-tokens", group=CALIBRATION, type=click.IntRange(1), metavar="N", help=number),
-    )
-
-
-def guide_option(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the option of what decides how weights are rounded, or ranks them."""
-    text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
-    return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
-
-
-def fit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of what is given, and not chosen, of a file of a size."""
-    return _add_options(
-        command,
-        option(
-            "--must",
-            group=FIT,
-            multiple=True,
-            type=TypeOf(),
-            metavar="WHICH=TYPE",
-            help="Give these weights this type in any case: attention=q8_0; repeatable.",
-        ),
-        option(
-            "--rounding",
-            group=FIT,
-            type=OneOf(["gptq", "nearest"]),
-            help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
-        ),
-    )
-
-
-def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of where the cells of a study run."""
-    return _add_options(
-        command,
-        _runs(
-            "--ray",
-            metavar="ADDRESS",
-            help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must be on shared storage.",
-        ),
-        _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
-        _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
-    )
+    return add
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
@@ -304,12 +168,75 @@ class OneOf(click.Choice[str]):
         )
 
 
-module_map_option = option(
-    "--module-map",
-    group=COMPRESS,
-    type=OneOf(["structural", "paper"]),
-    default="structural",
-    help="structural (default) or paper, the authors' split.",
+def output_folder(about: str) -> Decorator:
+    """Add the option of the folder that a command writes, whose help says what is in it."""
+    return option("-o", "--output", type=click.Path(path_type=Path), required=True, help=about)
+
+
+def output_files(about: str) -> Decorator:
+    """Add the option of the files that a command writes, whose help says of which kinds."""
+    return option("-o", "--output", multiple=True, type=click.Path(path_type=Path), help=about)
+
+
+def recipe_option(name: str, **settings: Any) -> Decorator:
+    """Make the option of `convert` that a recipe's step declares; `settings` are what another command says else of
+    it."""
+    from compressknow.compress.recipe import OPTIONS, Recipe
+    from compressknow.compress.steps import Calibration, Where
+
+    declared = OPTIONS[name]
+    said = {
+        "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.of, HOW),
+        "default": declared.default,
+        "type": _type_of(declared),
+        "multiple": declared.repeats,
+        "metavar": declared.metavar,
+        "help": declared.help,
+    }
+    return option(declared.option, **said | settings)
+
+
+def _type_of(declared: DeclaredOption) -> Any:
+    if declared.choices:
+        return OneOf(declared.choices)
+    if declared.share:
+        return Share()
+    if declared.least is not None:
+        return click.IntRange(declared.least)
+    return Blocks() if declared.kind == int | str else declared.kind
+
+
+# Width of the column of names in the list of probes, and of the page.
+PROBE_NAMES, WIDTH = 20, 78
+
+
+def probes_help() -> str:
+    """Return the list of probes for the end of a help page, in click's form; those of other packages are imported for
+    it."""
+    from compressknow.evaluate.sources import list_usable
+
+    sources = list(list_usable())
+    lines = [line for kind, source in sources for line in _describe_probe(source.usage(kind), source.help)]
+    details = [source.details for _, source in sources if source.details]
+    return "\n\n".join(f"\b\n{text}" for text in ("\n".join(["Probes (-p, repeatable):", *lines]), *details))
+
+
+def _describe_probe(usage: str, about: str) -> list[str]:
+    """Return the lines of one probe. A long name has a line of its own."""
+    first, indent = f"  {usage:<{PROBE_NAMES - 1}} ", " " * (PROBE_NAMES + 2)
+    if len(first) > len(indent):
+        return [first.rstrip(), *textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)]
+    return textwrap.wrap(about, WIDTH, initial_indent=first, subsequent_indent=indent)
+
+
+_facts = partial(option, group=EVALUATE)
+_runs = partial(option, group=RUNS)
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+answers_option = option(
+    "--answers",
+    type=click.Path(path_type=Path, file_okay=False),
+    group=EVALUATE,
+    help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
 runtime_option = _runs(
     "--runtime", metavar="NAME", help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]"
@@ -323,4 +250,87 @@ known_option = _facts(
     default="recognized",
     show_default=True,
     help="What counts as known: recognized or produced.",
+)
+probe_options = together(
+    _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
+    _facts("--data", type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/."),
+    _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
+    _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
+    _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
+    _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
+    _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
+    _facts(
+        "--map",
+        multiple=True,
+        metavar="KEY=COLUMN",
+        help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
+    ),
+    _facts("--split", help="Split of an hf: data set."),
+    _facts("--tasks", type=_FOLDER, help="Folder of your own lm-eval tasks."),
+    _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding, or llama.cpp, alone changes."),
+    _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
+    _runs(
+        "--dtype",
+        type=OneOf(["float32", "bfloat16", "float16", "auto"]),
+        help="float32, bfloat16, float16 or auto (the checkpoint's).  [default: float32 on cpu, else auto]",
+    ),
+    _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
+    _runs("--trust-remote-code", is_flag=True, help=TRUST),
+)
+
+
+server_options = together(
+    _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
+    _runs("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."),
+    _runs(
+        "--timeout",
+        type=click.FloatRange(0, min_open=True),
+        metavar="SECONDS",
+        default=120,
+        show_default=True,
+        help="How long a server may take to answer.",
+    ),
+)
+
+
+def calibration_options(tokens: str, **settings: Any) -> Decorator:
+    """Add the options of the text for methods that look at activations: how many tokens by default, and what else a
+    command says of it."""
+    number = f"How many tokens of it.  [default: {tokens}]"
+    return together(recipe_option("calibration", **settings), recipe_option("calibration_tokens", help=number))
+
+
+def guide_option(**settings: Any) -> Decorator:
+    """Add the option of what decides how weights are rounded, or ranks them."""
+    text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
+    return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
+
+
+# What is given, and not chosen, of a file of a size.
+fit_options = together(
+    option(
+        "--must",
+        group=FIT,
+        multiple=True,
+        type=TypeOf(),
+        metavar="WHICH=TYPE",
+        help="Give these weights this type in any case: attention=q8_0; repeatable.",
+    ),
+    option(
+        "--rounding",
+        group=FIT,
+        type=OneOf(["gptq", "nearest"]),
+        help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
+    ),
+)
+
+
+ray_options = together(
+    _runs(
+        "--ray",
+        metavar="ADDRESS",
+        help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must be on shared storage.",
+    ),
+    _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
+    _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
 )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@command(short_help="Evaluate a model on facts, and store its answers.", more=probes_help)
+@command(more=probes_help)
 @click.argument("model")
 @output_folder("Folder for the answers; a stopped run resumes.")
 @probe_options

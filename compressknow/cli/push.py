@@ -5,26 +5,22 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import click
 
 from compressknow.base.format import count
-from compressknow.cli.options import option
+from compressknow.cli.options import option, together
 from compressknow.cli.terminal import WIDTH, show
 
+push_options = together(
+    option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete."),
+    option("--private", is_flag=True, help="Make REPO private if it is new."),
+)
 
-def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of where an output goes."""
-    command = option("--private", is_flag=True, help="Make REPO private if it is new.")(command)
-    return option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete.")(command)
 
-
-class Uploads(Protocol):
-    """Function that uploads an output and says so or, of a dry run, says what it would upload: bytes by name of
-    file."""
-
-    def __call__(self, output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None: ...
+# Uploads an output and says so or, of a dry run, says what it would upload: bytes by name of file. `err` prints it on
+# standard error.
+Uploads = Callable[[Path, Mapping[str, int | None] | None, bool], None]
 
 
 def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
@@ -39,7 +35,7 @@ def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads
 
     check_push(repo, dry_run=dry_run)
 
-    def uploads(output: Path, files: Mapping[str, int | None] | None, *, err: bool) -> None:
+    def uploads(output: Path, files: Mapping[str, int | None] | None, err: bool) -> None:
         if dry_run:
             show("\n" + "\n".join(describe_upload(files or {}, repo, private)), err=err)
             return

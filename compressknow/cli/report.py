@@ -33,7 +33,7 @@ from compressknow.pages.records import Card, Comparison
 from compressknow.pages.texts import summarize_text
 
 
-@command(short_help="Show which knowledge compressed models kept and lost.", more=probes_help)
+@command(more=probes_help)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
 @output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
@@ -85,14 +85,10 @@ def report(
 def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
     if as_json:
         show_json(card.to_dict())
-    else:
-        show("\n".join(_lines(card, output)))
-
-
-def _lines(card: Card, outputs: tuple[Path, ...]) -> Iterator[str]:
-    yield from report_page(card)
-    if outputs:
-        yield f"\nWritten: {', '.join(map(str, outputs))}"
+        return
+    show("\n".join(report_page(card)))
+    if output:
+        show(f"\nWritten: {', '.join(map(str, output))}")
 
 
 def command_of(ctx: click.Context) -> str:

@@ -7,8 +7,6 @@ import importlib
 import io
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,46 +23,46 @@ from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams,
 
 
 class LazyGroup(click.Group):
-    """Group whose commands are named by address, so that `--help` is there at once.
+    """Group whose commands are imported when they are called, so that `--help` is there at once.
 
     Parameters
     ----------
-    commands_at : name -> (``"module:attribute"``, short help), in the order of the help page.
+    help_by_command : short help by name, in the order of the help page. A command has the name of its module in this
+        package.
     """
 
-    def __init__(self, *args: Any, commands_at: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, help_by_command: dict[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.commands_at = commands_at
+        self._help = help_by_command
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return names in the order given: the order in which one needs them."""
-        return list(self.commands_at)
+        return list(self._help)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import the command of that name; None where there is none."""
-        if cmd_name not in self.commands_at:
+        if cmd_name not in self._help:
             return None
-        module, attribute = self.commands_at[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command: click.Command = getattr(importlib.import_module(f"compressknow.cli.{cmd_name}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the list of commands without importing any of them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, short_help) for name, (_, short_help) in self.commands_at.items()])
+            formatter.write_dl(list(self._help.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Resolve a command as click does, but list those that there are for an unknown one, and take defaults from a
         project's file."""
-        if not ctx.resilient_parsing and args[0] not in self.commands_at and not args[0].startswith("-"):
-            near = did_you_mean(args[0], self.commands_at)
-            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self.commands_at)}.")
+        if not ctx.resilient_parsing and args[0] not in self._help and not args[0].startswith("-"):
+            near = did_you_mean(args[0], self._help)
+            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self._help)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
-            ctx.default_map = {name: project_defaults(name, command, self.commands_at, open_command)}
+            ctx.default_map = {name: project_defaults(name, command, self._help, open_command)}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -112,7 +110,7 @@ def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
-    with fit_streams(), _repeat_dropped_signals():
+    with fit_streams():
         return _run(command, args)
 
 
@@ -212,31 +210,3 @@ def _exit_orderly_on_signals() -> None:
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, exit_orderly)
-
-
-@contextmanager
-def _repeat_dropped_signals() -> Iterator[None]:
-    """Raise a signal once more that Python drops, with a traceback, because it comes while an object is removed."""
-    before = sys.unraisablehook
-
-    def hook(dropped: sys.UnraisableHookArgs) -> None:
-        stop = dropped.exc_value
-        if isinstance(stop, (KeyboardInterrupt, _Stopped)):
-            number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
-            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
-        else:
-            before(dropped)
-
-    def again(number: int, thread: int) -> None:
-        # Not while this hook runs: the signal would be dropped in it.
-        while any(
-            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
-        ):
-            time.sleep(0.01)
-        signal.raise_signal(number)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before

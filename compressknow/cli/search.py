@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
-@command(short_help="Find the smallest file that keeps a share of knowledge.", more=probes_help)
+@command(more=probes_help)
 @click.argument("model")
 @output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=Share(), metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")

@@ -37,7 +37,7 @@ SHOWN = 10
 _BITS = 5.0
 
 
-@command(short_help="Show which weights hold a model's knowledge.")
+@command()
 @click.argument("model")
 @output_files("File, repeatable: .html, .md, .json or .csv.")
 @option(

@@ -11,12 +11,9 @@ import click
 
 from compressknow.base.format import count, estimate, percent, plain, size
 from compressknow.cli.options import (
-    COMPRESS,
     HOW,
     REVISION,
     RUNS,
-    OneOf,
-    calibration_options,
     command,
     known_option,
     option,
@@ -24,12 +21,12 @@ from compressknow.cli.options import (
     probe_options,
     probes_help,
     ray_options,
+    recipe_option,
     templates_option,
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
-from compressknow.compress.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
@@ -59,7 +56,7 @@ single cells:
 """
 
 
-@command(short_help="Evaluate a model compressed by every recipe of a grid.", epilog=GRID, more=probes_help)
+@command(epilog=GRID, more=probes_help)
 @click.argument("model")
 @output_folder("Folder of the study; a stopped one resumes.")
 @option(
@@ -70,20 +67,10 @@ single cells:
     metavar="FILE",
     help="paper, methods, or a TOML file; see below.",
 )
-@option(
-    "--module-map",
-    group=COMPRESS,
-    type=OneOf(["structural", "paper"]),
-    help="Of paper and methods: structural or paper.  [default: paper]",
-)
-@option(
-    "--quantize",
-    group=HOW,
-    metavar="SCHEME",
-    type=OneOf(list(SCHEMES)),
-    help="Scheme of the paper's grid.  [default: int8-paper]",
-)
-@calibration_options()
+@recipe_option("module_map", default=None, help="Of paper and methods: structural or paper.  [default: paper]")
+@recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
+@recipe_option("calibration")
+@recipe_option("calibration_tokens")
 @option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options

@@ -14,7 +14,7 @@ from compressknow.cli.options import RUNS, command, option
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 
 
-@command(short_help="Check a converted checkpoint against its manifest.")
+@command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 @option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")

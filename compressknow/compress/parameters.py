@@ -1,17 +1,23 @@
-"""Parameters that a pruning method or a scheme declares: once, for the command line, recipes and grids alike.
+"""Parameters of pruning methods and schemes, and options of `convert`: declared once, for Python, the command line,
+recipes and grids alike.
 
-A field of the class is a parameter::
+A field of a method's or a scheme's class is a parameter::
 
     class FirstColumns(PruningMethod):
         width: int = parameter(default=1, help="Columns that go together.", must="be at least 1", fits=lambda n: n > 0)
+
+A field of a step (`compressknow.compress.steps`) is an option::
+
+    class Quantize:
+        rounding: str = field(default="nearest", metadata=option(help="nearest, or gptq.", choices=ROUNDINGS))
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self, dataclass_transform
 
 from compressknow.base.errors import UsageError, did_you_mean
@@ -68,6 +74,56 @@ def parameter(
     """Declare a field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where
     it is the default."""
     return field(default=default, metadata={"parameter": (kind or type(default), help, must, fits)})
+
+
+@dataclass(frozen=True)
+class Option(Parameter):
+    """Option of `convert`, which a step declares.
+
+    Attributes
+    ----------
+    name, default : in Python and on the command line; the default is what it is when left out.
+    kind : bool, int, float, str, ``int | str`` or a Literal.
+    of, field : the class and its attribute; `usual` is what that is by default.
+    key : what a recipe and a grid call it.
+    choices : what it can be.
+    metavar : what stands for its value on the help page.
+    share : whether ``20%`` says it too.
+    repeats : whether there may be several.
+    least : the smallest whole number that it can be.
+    axis : whether a grid has it.
+    """
+
+    kind: Any
+    of: type = object
+    field: str = ""
+    usual: Any = None
+    key: str = ""
+    choices: Sequence[str] = ()
+    metavar: str | None = None
+    share: bool = False
+    repeats: bool = False
+    least: int | None = None
+    axis: bool = True
+
+
+def option(name: str | None = None, *, help: str, **more: Any) -> dict[str, Any]:
+    """Return the metadata of a step's field that is an option: `more` is as in `Option`.
+
+    Its name, its key and its default are those of the field, unless they are given.
+    """
+    return {"option": {"help": help, **more} | ({} if name is None else {"name": name})}
+
+
+def list_options(step: type) -> tuple[Option, ...]:
+    """List the options that the fields of a step declare, in their order."""
+    options = []
+    for each in fields(step):
+        if "option" in each.metadata:
+            usual = None if each.default is MISSING else each.default
+            said = {"name": each.name, "kind": str, "default": usual, **each.metadata["option"]}
+            options.append(Option(**{"key": said["name"], **said}, of=step, field=each.name, usual=usual))
+    return tuple(options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,))

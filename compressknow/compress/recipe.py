@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.reading import MANIFEST, read_json, read_toml
+from compressknow.compress.parameters import Parameter, list_options, option
 from compressknow.compress.pruning import METHODS
+from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import (
-    ROUNDINGS,
     SHARED,
     SIDES,
     Calibration,
@@ -25,7 +26,6 @@ from compressknow.compress.steps import (
     Where,
 )
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.model.scopes import DEFAULT_SCOPES
 from compressknow.model.structure import ModuleMap
 
 # The table of a recipe's file that says how a GGUF file is made: see `compressknow.gguf.choice`.
@@ -49,7 +49,12 @@ class Recipe:
     """
 
     steps: tuple[Step, ...]
-    module_map: ModuleMap = "structural"
+    module_map: ModuleMap = field(
+        default="structural",
+        metadata=option(
+            help="structural (default) or paper, the authors' split.", kind=ModuleMap, choices=get_args(ModuleMap)
+        ),
+    )
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -148,21 +153,28 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
-    if isinstance(step, DropBlocks | DropNeurons):
-        scope = {"scope": list(step.where.scope)} if step.where != Where() else {}
-        if isinstance(step, DropBlocks):
-            return {"drop_blocks": step.blocks, **scope}
-        return {"drop_neurons": step.amount, **({} if step.multiple is None else {"multiple": step.multiple}), **scope}
-    action = {"prune": step.amount} if isinstance(step, Prune) else {"quantize": step.scheme}
-    values = {"method": step.method, **{n: getattr(step, n) for n in SHARED}} if isinstance(step, Prune) else {}
-    values |= step.parameters
-    if isinstance(step, Quantize):
-        values |= {} if step.rounding == "nearest" else {"rounding": step.rounding}
-        values |= {} if step.smooth is None else {"smooth": step.smooth}
-    where = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(step.where).items()}
-    values = {key: value for key, value in {**action, **values, **where}.items() if value is not None}
+    action, *others = _list_keys(type(step)).items()
+    values = {action[0]: getattr(step, action[1])}
+    if isinstance(step, Prune):
+        values |= {"method": step.method, **{name: getattr(step, name) for name in SHARED}}
+    if isinstance(step, Prune | Quantize):
+        values |= step.parameters
+    values |= {key: value for key, name in others if (value := getattr(step, name)) != getattr(type(step), name)}
+    if isinstance(step, Prune | Quantize):
+        values |= {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(step.where).items()}
+    elif step.where != Where():
+        values["scope"] = list(step.where.scope)
     # JSON has no infinity.
-    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in values.items()}
+    said = {key: value for key, value in values.items() if value is not None}
+    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in said.items()}
+
+
+def _list_keys(step: type[Step]) -> dict[str, str]:
+    """Return the fields of a step by their keys in a recipe; the first says what the step does."""
+    keys = {each.field: each.key for each in list_options(step)}
+    return {
+        keys.get(each.name, each.name): each.name for each in fields(step) if each.name not in ("where", "parameters")
+    }
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -172,31 +184,18 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
         raise UsageError(
             f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME, or drop_blocks or drop_neurons."
         )
-    names = {f.name for f in fields(Where)}
-    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in sorted(names & set(values))})
-    if actions[0].startswith("drop_"):
-        return _removal_from_dict(actions[0], values, where, origin)
-    own = ("method", *SHARED) if "prune" in values else ("rounding", "smooth")
-    options = {key: values.pop(key) for key in own if key in values}
-    if "prune" in values:
-        if not isinstance(options.get("per_layer", False), bool):
-            raise UsageError(f"{origin}: per_layer must be true or false.")
-        step: Prune | Quantize = Prune(values.pop("prune"), where=where, **options)
-    else:
-        step = Quantize(values.pop("quantize"), where, **options)
-    known = {*own, *(each.name for each in step.chosen.parameters())}
+    kind = STEPS[actions[0]]
+    places = [f.name for f in fields(Where)]
+    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in places if key in values})
+    keys = _list_keys(kind)
+    step = kind(**{name: values.pop(key) for key, name in keys.items() if key in values}, where=where)
+    known = {*keys, *places} - {actions[0]}
+    if isinstance(step, Prune | Quantize):
+        known |= {each.name for each in step.chosen.parameters()}
     if unknown := sorted(set(values) - known):
-        near = did_you_mean(unknown[0], sorted(known | names))
-        hint = f"{near}There is {', '.join(sorted(known | names))}."
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
-    return replace(step, parameters=values)
-
-
-def _removal_from_dict(action: str, values: dict[str, Any], where: Where, origin: str) -> Step:
-    amount, multiple = values.pop(action), values.pop("multiple", None) if action == "drop_neurons" else None
-    if values:
-        raise UsageError(f"{origin}: unknown key {min(values)!r}.", hint=f"{did_you_mean(min(values), ['scope'])}")
-    return DropBlocks(amount, where) if action == "drop_blocks" else DropNeurons(amount, multiple, where)
+        near = did_you_mean(unknown[0], sorted(known))
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(sorted(known))}.")
+    return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
 
 
 def _parse_strings(value: Any, key: str, origin: str) -> Any:
@@ -226,66 +225,67 @@ def _format_percent(step: Prune) -> str:
     return f"{step.amount * 100:.6g}%"
 
 
-# Options of `convert`, in Python and on the command line, that a recipe says instead.
-RECIPE_OPTIONS = (
-    *("scope", "include", "exclude", "layers", "drop_blocks", "drop_neurons", "prune", "prune_method", *SHARED),
-    *("quantize", "rounding", "smooth", "calibration", "calibration_tokens", "module_map", "parameters"),
-)
+# By name, the options of `convert` that a recipe says too, in the order of the help page.
+OPTIONS = {each.name: each for kind in (Where, *_ORDER, Calibration, Recipe) for each in list_options(kind)}
 
 
-def build_recipe(
-    where: Where,
-    *,
-    drop_blocks: int | str | None = None,
-    drop_neurons: float | None = None,
-    prune: float | None = None,
-    prune_method: str = METHODS.first,
-    quantize: str | None = None,
-    rounding: str | None = None,
-    smooth: float | None = None,
-    calibration: str | None = None,
-    calibration_tokens: int | None = None,
-    module_map: ModuleMap = "structural",
-    parameters: Mapping[str, Any] | None = None,
-    **shared: Any,
-) -> Recipe:
+def list_parameters() -> dict[str, list[Parameter]]:
+    """List the parameters of all methods and schemes that can be used, by name; several may have one of the same."""
+    parameters: dict[str, list[Parameter]] = {}
+    for each in (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values()):
+        for parameter in each.parameters():
+            parameters.setdefault(parameter.name, []).append(parameter)
+    return parameters
+
+
+def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
     """Build the recipe of single options: at most one step of a kind, all in one place.
 
     Parameters
     ----------
     parameters : of the method and of the scheme; each takes those that it has.
-    shared : `per_layer`, `norm`, `dim` and `seed`, see `Prune`.
+    options : of `OPTIONS`, but those of `where`, and of `SHARED`; None is as if left out.
     """
+    if unknown := options.keys() - OPTIONS.keys() - set(SHARED):
+        raise TypeError(f"There is no option {min(unknown)}.")
+    given = {name: value for name, value in options.items() if value is not None}
     # Of a scope, only the sides of an encoder-decoder model narrow what is left out.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
-    removals: list[Step] = [] if drop_blocks is None else [DropBlocks(drop_blocks, side)]
-    removals += [] if drop_neurons is None else [DropNeurons(drop_neurons, where=side)]
-    steps: list[Prune | Quantize] = [] if prune is None else [Prune(prune, prune_method, where, **shared)]
-    if quantize is not None:
-        steps.append(Quantize(quantize, where, rounding=rounding or ROUNDINGS[0], smooth=smooth))
-    elif smooth is not None or rounding not in (None, ROUNDINGS[0]):
-        raise UsageError("There is nothing to round.", hint="--rounding and --smooth go with --quantize SCHEME.")
-    text: dict[str, Any] = {"text": calibration, "tokens": calibration_tokens}
-    text = {name: value for name, value in text.items() if value is not None}
-    calibrates = text or any(step.calibrated for step in (*removals, *steps))
+    steps: list[Step] = []
+    for action, kind in STEPS.items():
+        if action in given:
+            values = {each.field: given[each.name] for each in list_options(kind) if each.name in given}
+            if kind is Prune:
+                values |= {name: given[name] for name in SHARED if name in given}
+            steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
+    rounding = list_options(Quantize)[1:]
+    if "quantize" not in given and any(given.get(each.name, each.default) != each.default for each in rounding):
+        flags = " and ".join(each.option for each in rounding)
+        raise UsageError("There is nothing to round.", hint=f"{flags} go with --quantize SCHEME.")
+    text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
+    calibrates = text or any(step.calibrated for step in steps)
     parameters = parameters or {}
-    _check_parameters(parameters, steps)
-    with_parameters = (
-        replace(step, parameters={p.name: parameters[p.name] for p in step.chosen.parameters() if p.name in parameters})
-        for step in steps
-    )
+    _check_parameters(parameters, [step for step in steps if isinstance(step, Prune | Quantize)])
     return Recipe(
-        (*removals, *with_parameters),
-        module_map,
-        Calibration(**text, seed=shared.get("seed", 0)) if calibrates else None,
+        tuple(_with_parameters(step, parameters) for step in steps),
+        given.get("module_map", Recipe.module_map),
+        Calibration(**text, seed=given.get("seed", 0)) if calibrates else None,
     )
+
+
+def _with_parameters(step: Step, parameters: Mapping[str, Any]) -> Step:
+    if not isinstance(step, Prune | Quantize):
+        return step
+    own = {p.name: parameters[p.name] for p in step.chosen.parameters() if p.name in parameters}
+    return replace(step, parameters=own)
 
 
 def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise UsageError where an option that a recipe says instead is not what it is when left out; several values may
     come as any kind of sequence."""
-    if beside := [name for name, default in defaults.items() if _unify(options[name]) != _unify(default)]:
-        raise UsageError(f"A recipe cannot be combined with {', '.join(beside)}.")
+    if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+        raise UsageError(f"--recipe cannot be combined with {flags}.")
 
 
 def _unify(value: Any) -> Any:
@@ -303,38 +303,33 @@ def format_options(recipe: Recipe) -> list[str] | None:
     """
     options = {name: value for step in recipe.steps for name, value in _step_to_options(step).items()}
     if recipe.calibration:
-        options |= {"calibration": recipe.calibration.text, "calibration_tokens": recipe.calibration.tokens}
-    parameters = {name: options.pop(name) for name in list(options) if name not in RECIPE_OPTIONS}
+        options |= _get_options(recipe.calibration)
+    parameters = {name: options.pop(name) for name in list(options) if name not in (*OPTIONS, *SHARED)}
     where = next((step.where for step in recipe.steps if isinstance(step, Prune | Quantize)), recipe.steps[0].where)
+    options |= _get_options(recipe)
     try:
-        if build_recipe(where, module_map=recipe.module_map, parameters=parameters, **options) != recipe:
+        if build_recipe(where, parameters=parameters, **options) != recipe:
             return None
     except UsageError:
         return None
-    place = {"scope": where.scope, "include": where.include, "exclude": where.exclude, "layers": where.layers}
-    options = place | {"module_map": recipe.module_map} | options | parameters
-    changed = ((name, value) for name, value in options.items() if value != _DEFAULTS.get(name))
+    usual = {name: each.usual for name, each in OPTIONS.items()} | {name: getattr(Prune, name) for name in SHARED}
+    options = _get_options(where) | _get_options(recipe) | options | parameters
+    changed = ((name, value) for name, value in options.items() if name in STEPS or value != usual.get(name))
     return [word for name, value in changed for word in _format_option(name, value)]
 
 
-_DEFAULTS: dict[str, Any] = {
-    **{"scope": DEFAULT_SCOPES, "module_map": "structural", "prune_method": METHODS.first, "rounding": ROUNDINGS[0]},
-    **{"calibration": Calibration.text, "calibration_tokens": Calibration.tokens},
-    **{"per_layer": False, "norm": 1, "dim": 0, "seed": 0},
-}
+def _get_options(part: Step | Where | Calibration | Recipe) -> dict[str, Any]:
+    """Return the options that say a part of a recipe, by name."""
+    return {each.name: getattr(part, each.field) for each in list_options(type(part))}
 
 
 def _step_to_options(step: Step) -> dict[str, Any]:
     """Return what says one step, by the names of `build_recipe`, with the parameters of its method or scheme among
     them."""
-    if isinstance(step, DropBlocks):
-        return {"drop_blocks": step.blocks}
-    if isinstance(step, DropNeurons):
-        return {"drop_neurons": step.amount}
-    if isinstance(step, Quantize):
-        return {"quantize": step.scheme, "rounding": step.rounding, "smooth": step.smooth, **step.chosen.changed()}
-    shared = {name: getattr(step, name) for name in SHARED}
-    return {"prune": step.amount, "prune_method": step.method, **step.chosen.changed(), **shared}
+    options = _get_options(step)
+    if isinstance(step, Prune | Quantize):
+        options |= step.chosen.changed()
+    return options | ({name: getattr(step, name) for name in SHARED} if isinstance(step, Prune) else {})
 
 
 def _format_option(name: str, value: Any) -> list[str]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.compress.parameters import option
 from compressknow.compress.pruning import METHODS, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.scopes import (
@@ -54,10 +55,21 @@ class Where:
     is looked at.
     """
 
-    scope: tuple[str, ...] = DEFAULT_SCOPES
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    layers: str | None = None
+    scope: tuple[str, ...] = field(
+        default=DEFAULT_SCOPES,
+        metadata=option(help="Linear layers, repeatable or with commas; see below.", repeats=True),
+    )
+    include: tuple[str, ...] = field(
+        default=(),
+        metadata=option(help="Only modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False),
+    )
+    exclude: tuple[str, ...] = field(
+        default=(),
+        metadata=option(help="No modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False),
+    )
+    layers: str | None = field(
+        default=None, metadata=option(help="Only these blocks, such as 0-5 or 0-2,11.", kind=int | str, metavar="RANGE")
+    )
 
     def __post_init__(self) -> None:
         scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
@@ -95,7 +107,15 @@ class DropBlocks:
     default: all stacks of the language model.
     """
 
-    blocks: int | str
+    blocks: int | str = field(
+        metadata=option(
+            "drop_blocks",
+            help="Transformer blocks to leave out: a number, or 20-23.",
+            kind=int | str,
+            metavar="N|LIST",
+            axis=False,
+        )
+    )
     where: Where = Where()
 
     def __post_init__(self) -> None:
@@ -140,7 +160,16 @@ class DropNeurons:
     `where` is as for `DropBlocks`.
     """
 
-    amount: float
+    amount: float = field(
+        metadata=option(
+            "drop_neurons",
+            help="Share of each feed-forward block's neurons to leave out.",
+            kind=float,
+            metavar="AMOUNT",
+            share=True,
+            axis=False,
+        )
+    )
     multiple: int | None = None
     where: Where = Where()
 
@@ -195,8 +224,15 @@ class Prune:
     are those of torch.nn.utils.prune.
     """
 
-    amount: float
-    method: str = METHODS.first
+    amount: float = field(
+        metadata=option(
+            "prune", help="Share of the weights to zero: 0.2, or 20%.", kind=float, metavar="AMOUNT", share=True
+        )
+    )
+    method: str = field(
+        default=METHODS.first,
+        metadata=option("prune_method", key="method", help="Which weights to zero; see below.", choices=tuple(METHODS)),
+    )
     where: Where = Where()
     per_layer: bool = False
     norm: float = 1
@@ -255,11 +291,25 @@ class Quantize:
     the activations' outliers into the weights (Xiao et al. 2023, alpha).
     """
 
-    scheme: str = SCHEMES.first
+    scheme: str = field(
+        default=SCHEMES.first,
+        metadata=option(
+            "quantize",
+            default=None,
+            help="How to store the weights; see below.",
+            choices=tuple(SCHEMES),
+            metavar="SCHEME",
+        ),
+    )
     where: Where = Where()
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    rounding: str = ROUNDINGS[0]
-    smooth: float | None = None
+    rounding: str = field(default=ROUNDINGS[0], metadata=option(help="nearest, or gptq.", choices=ROUNDINGS))
+    smooth: float | None = field(
+        default=None,
+        metadata=option(
+            help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", share=True
+        ),
+    )
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -330,8 +380,24 @@ class Calibration:
     are taken, drawn by `seed`.
     """
 
-    text: str = "self"
-    tokens: int = 32_768
+    text: str = field(
+        default="self",
+        metadata=option(
+            "calibration",
+            default=None,
+            help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
+        ),
+    )
+    tokens: int = field(
+        default=32_768,
+        metadata=option(
+            "calibration_tokens",
+            default=None,
+            help="How many tokens of it.  [default: 32768]",
+            kind=int,
+            least=1,
+        ),
+    )
     seed: int = 0
 
     @property

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text
+from compressknow.compress.parameters import list_options
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Recipe, build_recipe
+from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
@@ -31,9 +32,11 @@ PAPER, METHODS_GRID = BUILT_IN = "paper", "methods"
 PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
 METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
-# What a step that quantizes says beside its scheme's parameters, and what a recipe says of its calibration.
-ROUNDED, CALIBRATED = ("rounding", "smooth"), ("calibration", "calibration_tokens")
-AXES = ("scope", "method", "prune", "quantize", "module_map", "seed", "layers", *ROUNDED, *CALIBRATED)
+AXES = (*(each.key for each in OPTIONS.values() if each.axis), "seed")
+# What a step that prunes or quantizes says beside its amount or scheme, and what a recipe says of its calibration.
+PRUNED, ROUNDED, CALIBRATED = (
+    tuple(each.key for each in list_options(part) if each.key not in STEPS) for part in (Prune, Quantize, Calibration)
+)
 LOOKS = "Add a method such as wanda, rounding gptq, or smooth."
 FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
 
@@ -93,18 +96,17 @@ class Cell:
 
 
 def _list_settings(step: Step) -> Iterator[tuple[str, Any]]:
+    said = {each.key: getattr(step, each.field) for each in list_options(type(step))}
     if isinstance(step, DropBlocks | DropNeurons):
-        yield ("drop_blocks", step.blocks) if isinstance(step, DropBlocks) else ("drop_neurons", step.amount)
+        yield from said.items()
         return
     where = step.where
     yield from (("scope", "+".join(where.scope)), ("layers", where.layers or "all"))
     yield from (
         (name, ", ".join(each) or None) for name, each in asdict(where).items() if name in ("include", "exclude")
     )
-    if isinstance(step, Prune):
-        yield from (("method", step.method), ("prune", step.amount))
-    else:
-        yield from (("quantize", step.scheme), ("rounding", step.rounding), ("smooth", step.smooth))
+    # Tables have the method before the amount.
+    yield from ({"method": said.pop("method")} | said if isinstance(step, Prune) else said).items()
     # JSON has no infinity.
     yield from ((name, "inf" if value == inf else value) for name, value in step.chosen.values().items())
 
@@ -262,7 +264,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 
 def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
-    there = (*AXES, *_list_parameters())
+    there = dict.fromkeys((*AXES, *list_parameters()))
     if unknown := sorted(set(axes) - set(there)):
         near = did_you_mean(unknown[0], there)
         raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(there)}.")
@@ -284,7 +286,7 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
     calibrated |= any(value in ROUNDINGS[1:] for value in axes.get("rounding", ()))
     calibrated |= any(map(_is_given, axes.get("smooth", ())))
     for names, does, what, hint in (
-        (("method",), prunes, "pruning, but no cell prunes", "Add the axis prune."),
+        (PRUNED, prunes, "pruning, but no cell prunes", "Add the axis prune."),
         (ROUNDED, quantizes, "quantization, but no cell quantizes", "Add the axis quantize."),
         (CALIBRATED, calibrated, "methods that look at activations, but no cell has one", LOOKS),
         (("seed",), prunes or calibrated, "pruning, but no cell prunes", "Add the axis prune."),
@@ -316,13 +318,6 @@ def _is_calibrated(point: Mapping[str, Any]) -> bool:
     return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
 
 
-def _list_parameters() -> list[str]:
-    """List all parameters that a method or a scheme has, and that are no axes of every grid."""
-    things = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
-    names = dict.fromkeys(each.name for thing in things for each in thing.parameters())
-    return [name for name in names if name not in AXES]
-
-
 def _get_parameters(name: Any) -> set[str]:
     """Return the parameters of the method or scheme of that name; none of what is neither."""
     things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
@@ -337,7 +332,8 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
     chosen = (point.get("method", METHODS.first) if _is_given(point.get("prune")) else None, point.get("quantize"))
-    there = [*AXES, *(name for name in _list_parameters() if name in set().union(*map(_get_parameters, chosen)))]
+    own = set().union(*map(_get_parameters, chosen)).difference(AXES)
+    there = [*AXES, *(name for name in list_parameters() if name in own)]
     if unknown := sorted(set(point) - set(there)):
         near = did_you_mean(unknown[0], there)
         raise UsageError(
@@ -355,14 +351,14 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
     # What may be nothing is a text where there is something: "none" is nothing.
     parameters = {name: value for name, value in point.items() if value != "none"}
-    shared = _select(given, "layers") | {"scope": given.get("scope", list(DEFAULT_SCOPES))}
+    place = {"scope": list(DEFAULT_SCOPES)} | _select(given, *(each.key for each in list_options(Where)))
     steps = []
     if "prune" in given:
         of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)
-        steps.append(_select(given, "prune", "method", "seed") | _select(parameters, *of_method) | shared)
+        steps.append(_select(given, "prune", *PRUNED, "seed") | _select(parameters, *of_method) | place)
     if "quantize" in given:
         of_scheme = _get_parameters(given["quantize"])
-        steps.append(_select(given, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | shared)
+        steps.append(_select(given, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | place)
     more = _select(given, "module_map") | _build_calibration(given, where)
     try:
         return Recipe.from_dict({"steps": steps} | more, where)

@@ -167,7 +167,7 @@ def test_errors_of_others_and_tracebacks(model: Path, printed: Printed, monkeypa
     def fails(*args: object, **kwargs: object) -> None:
         raise RuntimeError(HOSTILE)
 
-    monkeypatch.setattr("compressknow.model.summary.inspect_checkpoint", fails)
+    monkeypatch.setattr("compressknow.api.inspect.inspect_checkpoint", fails)
     assert "⟨U+009B⟩" in printed("inspect", model, code=1)
     assert "Traceback" in printed("--debug", "inspect", model, code=1)
 

@@ -1,0 +1,84 @@
+"""Options of `convert`: each is declared once, by a field of a step."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compressknow
+from compressknow.compress.parameters import Option, Parameter
+from compressknow.compress.recipe import OPTIONS, list_parameters
+from compressknow.model.structure import ModuleMap
+
+ROOT = Path(__file__).parents[2]
+DECLARED: list[Option | Parameter] = [*OPTIONS.values(), *(first for first, *_ in list_parameters().values())]
+
+
+@pytest.mark.parametrize("declared", DECLARED, ids=lambda declared: declared.name)
+def test_the_signature_of_convert_is_as_the_options_are_declared(declared: Option | Parameter) -> None:
+    signature = inspect.signature(compressknow.convert).parameters
+    assert declared.name in signature, f"Add it to the signature: {declared.name}: {annotation_of(declared)}"
+    assert signature[declared.name].default == declared.default
+    assert signature[declared.name].annotation == annotation_of(declared)
+
+
+def annotation_of(declared: Option | Parameter) -> str:
+    kind: Any = declared.kind
+    text = "ModuleMap" if kind is ModuleMap else kind.__name__ if isinstance(kind, type) else str(kind)
+    if isinstance(declared, Option) and declared.repeats:
+        text = f"{text} | Sequence[{text}]"
+    return f"{text} | None" if declared.default is None else text
+
+
+# A step with one field more, before anything that reads what steps declare.
+ADDED = """
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compressknow.compress import steps
+from compressknow.compress.parameters import option
+
+
+@dataclass(frozen=True)
+class Quantize(steps.Quantize):
+    damping: float = field(default=0.01, metadata=option(help="Damping of GPTQ.", kind=float, share=True))
+
+
+steps.Quantize = Quantize
+
+from compressknow.cli import main
+from compressknow.compress.recipe import Recipe, build_recipe, format_options
+from compressknow.study.grid import read_grid
+
+recipe = build_recipe(steps.Where(), quantize="int4", rounding="gptq", damping=0.02)
+assert recipe.steps[0].damping == 0.02
+assert recipe.to_dict()["steps"][0]["damping"] == 0.02
+assert Recipe.from_dict(recipe.to_dict()) == recipe
+assert format_options(recipe)[:6] == ["--quantize", "int4", "--rounding", "gptq", "--damping", "0.02"]
+usual = build_recipe(steps.Where(), quantize="int4", rounding="gptq")
+assert "damping" not in usual.to_dict()["steps"][0]
+cells = read_grid(Path(sys.argv[1]))
+assert [cell.settings["damping"] for cell in cells] == [0.01, 0.05]
+main(["convert", "--help"])
+"""
+
+
+def test_an_option_that_a_step_declares_is_one_of_the_command_line_of_recipes_and_of_grids(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text('[axes]\nquantize = ["int4"]\nrounding = ["gptq"]\ndamping = [0.01, 0.05]\n')
+    done = subprocess.run(
+        [sys.executable, "-c", ADDED, str(grid)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "  --damping SHARE        Damping of GPTQ.\n" in done.stdout
