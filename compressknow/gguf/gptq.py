@@ -90,20 +90,16 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
     layout = LAYOUTS[kind]
-    order = _sort_columns(inputs.squares, layout.width)
+    # Blocks whose inputs are largest first, and so the columns of each.
+    blocks = inputs.squares.reshape(-1, layout.width)
+    first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
+    within = torch.argsort(blocks, dim=1, descending=True, stable=True)
+    order = (first[:, None] * layout.width + within[first]).reshape(-1)
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
     rounding = (_Rows(kind, layout, rows, order, importance) for rows in torch.split(weight, step))
     return np.concatenate([rows.round(factor) for rows in rounding])
-
-
-def _sort_columns(squares: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the order of columns, int64 [in]: blocks whose inputs are largest first, and so the columns of each."""
-    blocks = squares.reshape(-1, width)
-    first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
-    within = torch.argsort(blocks, dim=1, descending=True, stable=True)
-    return (first[:, None] * width + within[first]).reshape(-1)
 
 
 class _Rows:

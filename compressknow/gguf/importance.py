@@ -32,6 +32,7 @@ Statistics: TypeAlias = "Mapping[Key, InputStatistics]"
 SUMS, COUNTS = ".in_sum2", ".counts"
 _KIND, _MAGIC = "imatrix", b"GGUF"
 _MODELS = "compressknow.models"
+_HINT = "Give the matrix of this model, or --calibration to make it."
 # An expert that read fewer tokens is taken to read all channels alike.
 LEAST_TOKENS = 32
 # Of a file of the old form: more entries, or longer names, than any model has.
@@ -214,7 +215,7 @@ def check_source(importance: Importance, sources: Sequence[str], path: str) -> N
         raise CheckpointError(
             f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",
             "These are SHA-256 of the checkpoints. Shapes may be alike where weights are not.",
-            "Give the matrix of this model, or --calibration to make it.",
+            _HINT,
         )
 
 
@@ -228,10 +229,7 @@ def check_model(importance: Importance, tensors: Mapping[str, Tensor], path: str
             raise CheckpointError(
                 f"{path} is of another model: {name} has {importance.sums[name].size:,} channels in it, and "
                 f"{needed:,} here.",
-                hint="Give the matrix of this model, or --calibration to make it.",
+                hint=_HINT,
             )
     if not fitting:
-        raise CheckpointError(
-            f"{path} is of another model: none of its tensors is in this one.",
-            hint="Give the matrix of this model, or --calibration to make it.",
-        )
+        raise CheckpointError(f"{path} is of another model: none of its tensors is in this one.", hint=_HINT)

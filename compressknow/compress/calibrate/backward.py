@@ -257,19 +257,22 @@ class GradientPass(ForwardPass):
         ]
         sources = [leaf for leaf, needed in zip(leaves, work.needed, strict=True) if needed]
         by_direction = []
+        gradients: list[list[torch.Tensor]] = [[] for _ in watch.seen]
         for direction in range(self._copies):
             own = torch.autograd.grad(
                 [output for output, _ in pairs],
-                [*sources, *(use.output for use in watch.seen)],
+                [*sources, *(output for _, _, output in watch.seen)],
                 [gradient[:, direction] for _, gradient in pairs],
                 retain_graph=direction + 1 < self._copies,
                 allow_unused=True,
             )
             by_direction.append(own[: len(sources)])
-            for use, gradient in zip(watch.seen, own[len(sources) :], strict=True):
-                use.gradients.append(torch.zeros_like(use.output) if gradient is None else gradient)
-        for use in watch.seen:
-            products[use.name].append(use.build_product(self.number, self._rows))
+            for (_, _, output), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
+                each.append(torch.zeros_like(output) if gradient is None else gradient)
+        for (name, inputs, _), each in zip(watch.seen, gradients, strict=True):
+            # Tokens that were flattened are split by row again.
+            tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (inputs, *each)]
+            products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
         return [next(joined) if needed else None for needed in work.needed]
 
@@ -329,27 +332,15 @@ def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor |
     return filled[0] if len(filled) == 1 else torch.stack(filled, 1).flatten(0, 1)
 
 
-class _Use:
-    """Multiplication with a weight."""
-
-    def __init__(self, name: str, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        self.name, self._inputs, self.output = name, inputs.detach(), output
-        self.gradients: list[torch.Tensor] = []
-
-    def build_product(self, batch: int, rows: int) -> Product:
-        """Build the product of all directions; tokens that were flattened are split by row again."""
-        gradients = [gradient.reshape(rows, -1, gradient.shape[-1]) for gradient in self.gradients]
-        return Product(batch, self._inputs.reshape(rows, -1, self._inputs.shape[-1]), torch.stack(gradients, 1))
-
-
 class _GradientWatch(TorchFunctionMode):
-    """Recorder of every product with one of these weights; not with a part of one, as experts are."""
+    """Recorder of every product with one of these weights: its name, the inputs and the output; not with a part of
+    one, as experts are."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
-        self.seen: list[_Use] = []
+        self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -359,7 +350,7 @@ class _GradientWatch(TorchFunctionMode):
             inputs, weight = (args[place] for place in places)
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
-                self.seen.append(_Use(name, inputs, output))
+                self.seen.append((name, inputs.detach(), output))
         return output
 
 

@@ -175,7 +175,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         if not self._waits:
-            self._compress_module(module, self._smooth(module, rerun))
+            self.compress_module(module, self._smooth(module, rerun))
             self._unvisited.pop(module, None)
             # It is not read again.
             self._streamed.forget(tensor.source for tensor in self._targets[module])
@@ -189,12 +189,12 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         for module in self._unvisited:
             if self._waits:
                 with self._streamed.load(module):
-                    self._compress_module(module, {})
+                    self.compress_module(module, {})
             else:
                 self.check_run(module)
-                self._compress_module(module, {})
+                self.compress_module(module, {})
 
-    def _compress_module(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
+    def compress_module(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
         """Compress and write what a module holds; the model goes on with what was written."""
         sums = self.get_sums(module)
         largest_first = sorted(self._targets[module], key=lambda tensor: -tensor.source.nbytes)

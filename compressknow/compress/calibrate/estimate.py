@@ -62,7 +62,11 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     widths: list[list[int]] = []
     if any(_needs_products(step) for step in plan.recipe.steps):
-        widths = [_find_widths(weights, targets) for weights in places.values()]
+        for weights in places.values():
+            # Layers side by side in a module as a rule read the same tensor.
+            own = [weight for weight in weights if weight.parameter in targets]
+            read = {(w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in own}
+            widths.append([width for _, width in read])
     operations = 2 * 2 * tokens * _count_used(places) + sum(_count_operations(own, tokens) for own in widths)
     blocks = sum(any(weight.parameter in targets for weight in weights) for weights in places.values())
     squares = max((sum(width**2 for width in own) for own in widths), default=0)
@@ -111,12 +115,6 @@ def _count_bytes(places: Places, tokens: int, sums: int, outside: int | None = N
     if outside is None:
         outside = sum(weight.stored for weights in places.values() for weight in weights if weight.layer is None)
     return FLOAT_BYTES * (states + max(2 * block + sums, outside))
-
-
-def _find_widths(weights: Sequence[LinearWeight], targets: set[str]) -> list[int]:
-    """Return the input channels of what is in scope; layers side by side in a module as a rule read the same tensor."""
-    own = [weight for weight in weights if weight.parameter in targets]
-    return [width for _, width in {(w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in own}]
 
 
 def _measure_pace() -> float:

@@ -177,7 +177,13 @@ def _build_both_sides(bodies: torch.Tensor, form: Form, model: PreTrainedModel, 
         spans = draw_spans(form.body, count, hidden, generator) if form.marks else []
         read.append(form.frame(blank_out(row, spans, form.marks)))
         written.append([*fill_in(row, spans, form.marks), *form.suffix] if form.has_sentinels else form.frame(row))
-    return {"input_ids": torch.tensor(read), "decoder_input_ids": _shift(torch.tensor(written), model)}
+    # What a decoder reads while it learns to write that, by the model's own rule if it has one.
+    labels = torch.tensor(written)
+    if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        shifted = own(labels=labels)
+    else:
+        shifted = torch.cat([torch.full_like(labels[:, :1], decoder_start(model)), labels[:, :-1]], dim=1)
+    return {"input_ids": torch.tensor(read), "decoder_input_ids": shifted}
 
 
 def count_hidden(length: int, share: float) -> tuple[int, int]:
@@ -230,11 +236,3 @@ def fill_in(ids: Ids, spans: Sequence[Span], marks: Ids) -> list[int]:
     """
     written = [token for mark, (start, end) in zip(marks, spans, strict=False) for token in (mark, *ids[start:end])]
     return [*written, *marks[len(spans) : len(spans) + 1]]
-
-
-def _shift(labels: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """Shift `labels` to what a decoder reads while it learns to write them, by the model's own rule if it has one."""
-    if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
-        shifted: torch.Tensor = own(labels=labels)
-        return shifted
-    return torch.cat([torch.full_like(labels[:, :1], decoder_start(model)), labels[:, :-1]], dim=1)
