@@ -27,7 +27,7 @@ from compressknow.comparison.weights import (
 )
 from compressknow.compress.blocks import Reader
 from compressknow.compress.pool import Pool
-from compressknow.compress.sources import count_targets
+from compressknow.compress.proof import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files

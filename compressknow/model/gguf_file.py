@@ -59,7 +59,7 @@ def check_gguf(path: Path) -> None:
     with open_regular(path) as file:
         try:
             _Header(file).check()
-        except struct.error:
+        except (struct.error, RecursionError):
             raise CutShort("it is cut short") from None
 
 
@@ -71,7 +71,7 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
     with open_regular(path) as file:
         try:
             return _Header(file).plain(path)
-        except struct.error:
+        except (struct.error, RecursionError):
             raise NotReadable("it is cut short") from None
 
 
@@ -140,7 +140,7 @@ class _Header:
 
     def _list(self) -> None:
         kind, count = self._number("I"), self._number("Q")
-        if self._values + count > MOST_VALUES or kind == _LIST:
+        if self._values + count > MOST_VALUES:
             raise NotReadable(f"a list in it has {count:,} values")
         if kind in _NUMBERS:
             self._values += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 import warnings
@@ -20,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from compressknow.base.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
+from compressknow.model.scopes import MOST_BLOCKS
 
 LANGUAGE_MODEL_CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -218,9 +220,11 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-# What a model is built of, one object each: no more of it may be counted by one number.
-COUNTED = re.compile(r"(layers?|blocks?|depths?|heads?|experts?|stages?|labels?|inner_group_num)$")
-MOST = 1_000_000
+# What a config may count most of: each is an object, or several.
+_MOST = (
+    (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), MOST_BLOCKS),
+    (re.compile(r"(heads?|experts?|stages?|labels?)$"), 1_000_000),
+)
 MOST_DEPTH = 30
 # Switch-C, of 2048 experts, has 300,000 modules; few others have 20,000.
 MOST_MODULES, MODULES_IN_ANY_TIME, MOST_SECONDS = 400_000, 20_000, 8.0
@@ -232,9 +236,10 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     level: list[Any] = [config]
     for _ in range(MOST_DEPTH):
         for key, value in (entry for each in level if isinstance(each, Mapping) for entry in each.items()):
-            if isinstance(value, (int, float)) and value > MOST and COUNTED.search(key):
+            most = next((most for pattern, most in _MOST if pattern.search(key)), math.inf)
+            if isinstance(value, (int, float)) and value > most:
                 raise CheckpointError(
-                    f"{path} has {key} {value:,}, but the maximum is {MOST:,}.",
+                    f"{path} has {key} {value:,}, but the maximum is {most:,}.",
                     hint="Is the config damaged? Download or save it again.",
                 )
         inner = [value.values() if isinstance(value, Mapping) else value for value in level]

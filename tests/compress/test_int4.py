@@ -33,9 +33,9 @@ from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
+from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.sources import build_quantization_config
 from compressknow.model.groups import structure_of
 from compressknow.model.scopes import select
 from compressknow.model.tensors import OpenFiles, read_header

@@ -31,9 +31,9 @@ from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
+from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, nearest
-from compressknow.compress.sources import build_quantization_config
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny

@@ -74,7 +74,7 @@ def test_a_sound_header_passes(sound: Path, tmp_path: Path) -> None:
 
 
 @needs_gguf
-@pytest.mark.parametrize("name", ["blocks", "a list", "fewer blocks", "cut"])
+@pytest.mark.parametrize("name", ["blocks", "tokens", "fewer blocks", "cut"])
 def test_transformers_does_not_get_to_read_it(
     name: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +127,7 @@ def test_an_importance_matrix_is_read_within_bounds(
     for module in ("llama_cpp_py_sync", "gguf"):
         pytest.importorskip(module)
     file = tmp_path / "i.gguf"
-    file.write_bytes(UNSOUND["a list"][0](sound.read_bytes()))
+    file.write_bytes(UNSOUND["tokens"][0](sound.read_bytes()))
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
     words = ("export", sound.with_name("llama"), tmp_path / "out.gguf", "--type", "q4_k_m", "--imatrix", file)
