@@ -37,7 +37,7 @@ from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.claims import CANNOT_TELL
 from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
 from compressknow.pages.study.records import Study
-from compressknow.pages.study.summary import rank_methods, rank_modules
+from compressknow.pages.study.summary import rank_cells
 from compressknow.study.search import CONFIRMED, HALVINGS
 from tests.comparison.test_clusters import shares, without_net_change
 from tests.comparison.test_sequential import drawn as in_random_order
@@ -165,9 +165,10 @@ def says_anything(made: Study) -> tuple[bool, bool]:
     """Whether a study tells cells apart: in a finding, of one method or of the paper's; and of what hurts least."""
     told = [
         *evaluate_findings(made),
-        *(finding for method in evaluate_findings_by_method(made) for finding in method.findings),
+        *(finding for of in evaluate_findings_by_method(made).values() for finding in of.values()),
     ]
-    orders = [*rank_modules(made), *rank_methods(made)]
+    ranked = rank_cells(made)
+    orders = [*ranked["modules"], *ranked["methods"]]
     return (
         any(finding.comparisons and finding.answer != CANNOT_TELL for finding in told),
         any(order.clear or order.clear_worst for order in orders),

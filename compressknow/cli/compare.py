@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,13 @@ from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (
-    Part,
     figures_table,
-    find_worst,
-    list_groups,
-    list_layers,
     pair_probes,
-    part_row,
     settings_table,
     structure_table,
+    sum_groups,
+    sum_layers,
+    sums_row,
 )
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.texts import summarize_text
@@ -150,19 +148,16 @@ def _weights(difference: CheckpointDiff) -> Iterator[str]:
     yield ""
     yield _row(("Group", *HEADS[1:]))
     yield "-" * WIDTH
-    for part in list_groups(difference):
-        yield _row(part_row(part))
+    for name, sums in sum_groups(difference).items():
+        yield _row(sums_row(name, sums))
     yield "-" * WIDTH
-    yield _row(part_row(Part("all", difference.tensors)))
-    yield from _worst(find_worst(list_layers(difference), WORST))
-
-
-def _worst(parts: Iterable[Part]) -> Iterator[str]:
-    rows = [_row(part_row(part)) for part in parts]
-    if rows:
+    yield _row(sums_row("all", difference.total))
+    changed = [(name, sums) for name, sums in sum_layers(difference).items() if sums.energy_change]
+    if changed:
         yield ""
         yield "Layers with the largest error"
-        yield from rows
+        for name, sums in sorted(changed, key=lambda layer: -(layer[1].relative_error or 0.0))[:WORST]:
+            yield _row(sums_row(name, sums))
 
 
 def _row(cells: tuple[str, ...]) -> str:

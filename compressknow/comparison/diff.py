@@ -142,10 +142,6 @@ class CheckpointDiff:
         """Return whether both checkpoints store every tensor, in one dtype, alike to the bit."""
         return not self.structure and all(tensor.same_bytes for tensor in self.tensors)
 
-    def packed(self) -> tuple[StructureChange, ...]:
-        """Return weights that are stored in a form whose values cannot be read here."""
-        return tuple(change for change in self.structure if change.kind == "packed")
-
 
 def sum_tensors(tensors: Iterable[TensorDiff]) -> Sums:
     """Return the sums of all these tensors taken as one."""

@@ -9,7 +9,7 @@ from typing import Any
 from compressknow._version import __version__
 from compressknow.base.format import count, number, percent, plain
 from compressknow.comparison.diff import CheckpointDiff, Kind, group_tensors, sum_tensors
-from compressknow.comparison.paired import Pair, domain_order, pair_answers
+from compressknow.comparison.paired import domain_order, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
@@ -79,19 +79,15 @@ def list_warnings(
         )
     if not identical and difference is None:
         yield _suggest_probe("The weights of a GGUF file are compared with those of another one alone.", behaviour)
-    if difference and (packed := difference.packed()):
-        yield _describe_packed(len(packed), packed[0].name, behaviour)
+    if packed := [change for change in difference.structure if change.kind == "packed"] if difference else []:
+        weights = "1 weight is" if len(packed) == 1 else f"{count(len(packed))} weights are"
+        form = f"{weights} packed in a form whose values cannot be read here, {plain(packed[0].name, _LONG)} for one,"
+        yield _suggest_probe(f"{form} and left out of all figures of weights.", behaviour)
     for tensor in difference.tensors if difference else ():
         if not tensor.sums.finite:
             yield f"{plain(tensor.name, _LONG)} holds NaN or infinity: neither it nor what it is a part of has figures."
     if behaviour and not identical:
         yield from behaviour.warnings
-
-
-def _describe_packed(number: int, example: str, behaviour: Behaviour | None) -> str:
-    weights = "1 weight is" if number == 1 else f"{count(number)} weights are"
-    packed = f"{weights} packed in a form whose values cannot be read here, {plain(example, _LONG)} for one,"
-    return _suggest_probe(f"{packed} and left out of all figures of weights.", behaviour)
 
 
 def _suggest_probe(sentence: str, behaviour: Behaviour | None) -> str:
@@ -110,7 +106,10 @@ def write_verdict(
     if identical:
         return f"{names[0]} and {names[1]} are identical: every file that decides an answer is the same to the byte."
     sentences = [_describe_weights(names, difference)] if difference else []
-    sentences += [_describe_knowledge(names, behaviour)] if behaviour else []
+    if behaviour:
+        there, back = behaviour.b_against_a.comparisons[0], behaviour.a_against_b.comparisons[0]
+        sentences += [_describe_facts(names, there.counts, back.counts)] if there.probes else []
+        sentences += [write_sentence(figures, names) for figures in there.texts]
     return " ".join(sentences) or f"The weights of {names[0]} and {names[1]} could not be compared."
 
 
@@ -162,12 +161,6 @@ def _count_tensors(number_of: int) -> str:
     return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
 
 
-def _describe_knowledge(names: tuple[str, str], behaviour: Behaviour) -> str:
-    there, back = behaviour.b_against_a.comparisons[0], behaviour.a_against_b.comparisons[0]
-    facts = [_describe_facts(names, there.counts, back.counts)] if there.probes else []
-    return " ".join([*facts, *(write_sentence(figures, names) for figures in there.texts)])
-
-
 def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
     a, b = names
     if not there.known_before and not back.known_before:
@@ -212,8 +205,8 @@ def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[
     yield from list_text_warnings(there.comparisons[0].texts, ("A", "B"))
 
 
-def _pair_answers(a: Answers, b: Answers) -> Iterator[AnswerPair]:
-    """Yield the facts that the two answer differently: by which one knows them, then by domain and relation."""
+def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
+    """Return the facts that the two answer differently: by which one knows them, then by domain and relation."""
     pairs = [
         pair
         for probe, entry in a.record.probes.items()
@@ -221,20 +214,12 @@ def _pair_answers(a: Answers, b: Answers) -> Iterator[AnswerPair]:
         for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
-    for pair in sorted(pairs, key=_order):
-        yield _make_pair(*pair)
+    places: dict[KnownBy, int] = {"only A": 0, "only B": 1, "neither": 2}
 
+    def order(pair: AnswerPair) -> tuple[object, ...]:
+        return places[pair.known_by], domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
 
-def _find_who_knows(a: Answer, b: Answer) -> KnownBy:
-    if a.correct == b.correct:
-        return "neither"
-    return "only A" if a.correct else "only B"
-
-
-def _order(pair: Pair) -> tuple[object, ...]:
-    fact = pair[0]
-    place = ("only A", "only B", "neither").index(_find_who_knows(*pair))
-    return place, domain_order(fact.subject), fact.relation, fact.probe, fact.fact_id
+    return sorted((_make_pair(*pair) for pair in pairs), key=order)
 
 
 def _make_pair(a: Answer, b: Answer) -> AnswerPair:
@@ -245,7 +230,7 @@ def _make_pair(a: Answer, b: Answer) -> AnswerPair:
         subject=a.subject,
         prompt=a.prompt,
         gold=a.gold,
-        known_by=_find_who_knows(a, b),
+        known_by="neither" if a.correct == b.correct else "only A" if a.correct else "only B",
         top_a=a.top5[:TOP] or (a.predicted,),
         top_b=b.top5[:TOP] or (b.predicted,),
         rank_a=a.rank,

@@ -195,8 +195,8 @@ def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
 
 def _show_groups(difference: CheckpointDiff) -> Iterator[Part]:
     if difference.tensors:
-        total = tables.Part("all", difference.tensors)
-        yield tables.parts_table("What differs by group of layers", "Group", tables.list_groups(difference), total)
+        groups = tables.sum_groups(difference)
+        yield tables.sums_table("What differs by group of layers", "Group", groups, difference.total)
 
 
 def _show_map(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
@@ -209,9 +209,9 @@ def _show_map(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
 
 
 def _show_layers(difference: CheckpointDiff) -> Iterator[Part]:
-    layers = tables.list_layers(difference)
+    layers = tables.sum_layers(difference)
     if layers and _is_changed(difference):
-        yield tables.parts_table("Linear weights by layer", "Layer", layers)
+        yield tables.sums_table("Linear weights by layer", "Layer", layers)
 
 
 def _show_tensors(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
@@ -283,7 +283,7 @@ def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
         "structure": [asdict(change) for change in difference.structure],
         "weights": {
             "total": _sums_to_json(difference.total),
-            "groups": {part.name: _sums_to_json(part.sums) for part in tables.list_groups(difference)},
+            "groups": {name: _sums_to_json(sums) for name, sums in tables.sum_groups(difference).items()},
             "layers": [
                 {"stack": stack, "layer": layer, **_sums_to_json(sum_tensors(tensors))}
                 for (stack, layer), tensors in blocks.items()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 from compressknow.base.format import (
     NONE,
     answer,
     at_least,
     count,
-    estimate,
     number,
     ordinal,
     p_value,
@@ -19,10 +17,10 @@ from compressknow.base.format import (
     share,
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.records import Estimate, Group, Movement, ProbeFigures
+from compressknow.comparison.records import Group, Movement, ProbeFigures
 from compressknow.pages.diff.records import AnswerPair, Behaviour
-from compressknow.pages.parts import BLANK, Table, make_fact_parts
-from compressknow.pages.parts import Part as PagePart
+from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts
+from compressknow.pages.records import write_estimate
 from compressknow.pages.tradeoff import Grid
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
@@ -50,29 +48,31 @@ def figures_table(probes: tuple[Both, ...]) -> Table:
 
 def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
     """Return tables by domain and by relation, of each probe."""
-    tables = []
-    for there, back in probes:
-        name = plain(there.probe, 60)
-        tables.append(_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
-        tables.append(_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
+    tables = [
+        _groups_table(plain(there.probe, 60), kind, *groups)
+        for there, back in probes
+        for kind, groups in (
+            ("Domain", (there.by_subject, back.by_subject)),
+            ("Relation", (there.by_relation, back.by_relation)),
+        )
+    ]
     return tuple(table for table in tables if table.rows)
 
 
-def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Iterator[PagePart]:
+def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Iterator[Part]:
     """Yield the facts that are answered differently, `shown` of them at once."""
-    rows = tuple(map(_answers_row, answers[:limit]))
-    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
-
-
-def _answers_row(fact: AnswerPair) -> tuple[str, ...]:
-    return (
-        plain(fact.prompt.replace(BLANK, "___"), 300),
-        plain(fact.gold),
-        _list_answers(fact.top_a, fact.rank_a),
-        _list_answers(fact.top_b, fact.rank_b),
-        fact.known_by,
-        plain(fact.relation, 60),
+    rows = tuple(
+        (
+            plain(fact.prompt.replace(BLANK, "___"), 300),
+            plain(fact.gold),
+            _list_answers(fact.top_a, fact.rank_a),
+            _list_answers(fact.top_b, fact.rank_b),
+            fact.known_by,
+            plain(fact.relation, 60),
+        )
+        for fact in answers[:limit]
     )
+    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
 
 
 def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
@@ -81,7 +81,7 @@ def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
     return f"{named} (the right one is {ordinal(rank)})" if rank and rank > len(answers) else named
 
 
-def _groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
+def _groups_table(probe: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
     others = {group.name: group for group in back}
     rows = tuple(
         (
@@ -96,19 +96,11 @@ def _groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple
         )
         for group in there
     )
-    return Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
-
-
-def _write(figure: Estimate) -> str:
-    return estimate(figure.value, figure.low, figure.high)
+    return Table(f"{probe} by {kind.lower()}", (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
 
 
 def _write_kl(movement: Movement | None, get: Callable[[Movement], float]) -> str:
     return NONE if movement is None else at_least(number(get(movement), 4), movement.is_lower_bound)
-
-
-def _write_rest(movement: Movement | None) -> str:
-    return _write_pair(movement.rest if movement else None, share)
 
 
 def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
@@ -119,14 +111,14 @@ def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str])
 _THERE, _BACK = 0, 1
 _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("Facts evaluated", _THERE, lambda p: count(p.counts.n)),
-    ("A is right", _THERE, lambda p: _write(p.accuracy_original)),
-    ("B is right", _THERE, lambda p: _write(p.accuracy_compressed)),
+    ("A is right", _THERE, lambda p: write_estimate(p.accuracy_original)),
+    ("B is right", _THERE, lambda p: write_estimate(p.accuracy_compressed)),
     ("Both know", _THERE, lambda p: count(p.counts.both)),
     ("Only A knows", _THERE, lambda p: count(p.counts.lost)),
     ("Only B knows", _THERE, lambda p: count(p.counts.gained)),
     ("Neither knows", _THERE, lambda p: count(p.counts.neither)),
-    ("Of what A knows, B keeps", _THERE, lambda p: _write(p.kept)),
-    ("Of what B knows, A keeps", _BACK, lambda p: _write(p.kept)),
+    ("Of what A knows, B keeps", _THERE, lambda p: write_estimate(p.kept)),
+    ("Of what B knows, A keeps", _BACK, lambda p: write_estimate(p.kept)),
     ("Flips (known by one alone)", _THERE, lambda p: share(p.counts.flips)),
     ("Is one better?", _THERE, lambda p: p_value(p.certainty.test.p)),
     ("Top answer differs", _THERE, lambda p: share(p.answer_changed)),
@@ -135,11 +127,19 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("KL(A‖B), nats, mean", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
     ("KL(A‖B), median", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
     ("KL(A‖B), 99th percentile", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
-    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: _write_rest(p.movement)),
+    (
+        "KL(A‖B): rest's probability, A and B",
+        _THERE,
+        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
+    ),
     ("KL(B‖A), nats, mean", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
     ("KL(B‖A), median", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
     ("KL(B‖A), 99th percentile", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
-    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: _write_rest(p.movement)),
+    (
+        "KL(B‖A): rest's probability, B and A",
+        _BACK,
+        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
+    ),
 )
 
 
@@ -149,34 +149,15 @@ _NAME = 120
 _EXAMPLES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Tensors taken together: a group of layers, a block."""
-
-    name: str
-    tensors: tuple[TensorDiff, ...]
-
-    @property
-    def sums(self) -> Sums:
-        return sum_tensors(self.tensors)
-
-
-def list_groups(difference: CheckpointDiff) -> tuple[Part, ...]:
-    """Return the groups of layers that there are, in their usual order."""
+def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
+    """Return the sums of each group of layers that there is, in their usual order."""
     groups = group_tensors(difference.tensors, lambda tensor: tensor.group)
-    return tuple(Part(name, groups[name]) for name in GROUPS if name in groups)
+    return {name: sum_tensors(groups[name]) for name in GROUPS if name in groups}
 
 
-def list_layers(difference: CheckpointDiff) -> tuple[Part, ...]:
-    """Return the Linear weights of each block, in the order of the module tree."""
-    blocks = group_tensors(difference.tensors, _name_block)
-    return tuple(Part(name, tensors) for name, tensors in blocks.items())
-
-
-def find_worst(parts: Iterable[Part], limit: int) -> tuple[Part, ...]:
-    """Return the parts that changed at all, those first that changed most."""
-    changed = [part for part in parts if part.sums.energy_change]
-    return tuple(sorted(changed, key=lambda part: -(part.sums.relative_error or 0.0))[:limit])
+def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:
+    """Return the sums of the Linear weights of each block, in the order of the module tree."""
+    return {name: sum_tensors(tensors) for name, tensors in group_tensors(difference.tensors, _name_block).items()}
 
 
 def make_grid(difference: CheckpointDiff) -> Grid | None:
@@ -186,7 +167,8 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
     if not tensors:
         return None
     rows, modules = (tuple(dict.fromkeys(key[i] or "" for key in tensors)) for i in (0, 1))
-    cells = tuple(tuple(_error(tensors.get((row, module), ())) for module in modules) for row in rows)
+    errors = {key: sum_tensors(of).relative_error for key, of in tensors.items()}
+    cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
     return Grid(rows, tuple(plain(name, 40) for name in short_names(modules)), cells)
 
 
@@ -207,15 +189,15 @@ def short_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(shorten, parts))
 
 
-def parts_table(caption: str, kind: str, parts: Iterable[Part], total: Part | None = None) -> Table:
-    """Return the figures of each part."""
-    rows = tuple(part_row(part) for part in (*parts, *([total] if total else [])))
+def sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
+    """Return the figures of each part of the weights, and of all."""
+    rows = tuple(sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
     return Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
-def part_row(part: Part) -> tuple[str, ...]:
-    """Return a part's name and figures."""
-    return plain(part.name, _NAME), *_figures(part.sums)
+def sums_row(name: str, sums: Sums) -> tuple[str, ...]:
+    """Return the name of some weights, and their figures."""
+    return plain(name, _NAME), *_figures(sums)
 
 
 def tensors_table(difference: CheckpointDiff, limit: int) -> tuple[Table | None, int]:
@@ -262,35 +244,29 @@ def structure_table(difference: CheckpointDiff) -> Table | None:
     for change in difference.structure:
         alike.setdefault((change.kind, _drop_shape(change.a), _drop_shape(change.b)), []).append(change)
     rows = tuple(
-        (_KINDS[kind], count(len(changes)), *_describe_forms(changes, a, b), _list_examples(changes))
+        (
+            _KINDS[kind],
+            count(len(changes)),
+            # In full of one tensor, else what the kind has in common.
+            plain(changes[0].a if len(changes) == 1 else a),
+            plain(changes[0].b if len(changes) == 1 else b),
+            ", ".join(plain(change.name, 80) for change in changes[:_EXAMPLES])
+            + (", …" if len(changes) > _EXAMPLES else ""),
+        )
         for (kind, a, b), changes in alike.items()
     )
     columns = ("What", "Tensors", "A", "B", "Which")
     return Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
 
 
-def _describe_forms(changes: list[StructureChange], a: str, b: str) -> tuple[str, str]:
-    """Return both forms in full where there is one tensor, else what its kind has in common."""
-    return (plain(changes[0].a), plain(changes[0].b)) if len(changes) == 1 else (plain(a), plain(b))
-
-
 def _drop_shape(form: str) -> str:
     return form.partition(" [")[0]
-
-
-def _list_examples(changes: list[StructureChange]) -> str:
-    named = ", ".join(plain(change.name, 80) for change in changes[:_EXAMPLES])
-    return f"{named}, …" if len(changes) > _EXAMPLES else named
 
 
 def _name_block(tensor: TensorDiff) -> str | None:
     if tensor.layer is None:
         return None
     return f"{tensor.stack} {tensor.layer}" if tensor.stack else f"layer {tensor.layer}"
-
-
-def _error(tensors: tuple[TensorDiff, ...]) -> float | None:
-    return sum_tensors(tensors).relative_error if tensors else None
 
 
 def _figures(sums: Sums) -> tuple[str, ...]:

@@ -67,30 +67,24 @@ def name_cells(study: Study) -> dict[str, str]:
     that does not tell it from another either.
     """
     several = len({cell.scheme for cell in study.cells} - {None}) > 1
-    names = {cell.key: plain(cell.setup, 80) + (_unsaid_scheme(cell) if several else "") for cell in study.cells}
+    names = {cell.key: plain(cell.setup, 80) for cell in study.cells}
+    for cell in study.cells:
+        if several and cell.scheme and cell.scheme not in cell.setup.split():
+            names[cell.key] += f" ({plain(cell.scheme, 20)})"
     repeated = Counter(names.values())
     return {key: f"{name} [{plain(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
 
 
-def _unsaid_scheme(cell: StudyCell) -> str:
-    return f" ({plain(cell.scheme, 20)})" if cell.scheme and cell.scheme not in cell.setup.split() else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Cells alike but for one setting, by its value, ascending where it is a number; `name` says what they share and
-    other groups of the axis do not."""
-
-    name: str
-    cells: Mapping[str, StudyCell]
-
-
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Setting that varies while all else stays, and the groups of cells in which it does."""
+    """Setting that varies while all else stays, and the groups of cells in which it does.
+
+    A group is the name of what its cells share and those of other groups do not, and the cells by the setting's value,
+    ascending where it is a number.
+    """
 
     name: str
-    groups: tuple[Group, ...]
+    groups: tuple[tuple[str, Mapping[str, StudyCell]], ...]
 
     @property
     def chart(self) -> str:
@@ -118,22 +112,26 @@ def _list_varying(study: Study) -> list[str]:
 
 
 def _make_axis(study: Study, name: str) -> Axis:
-    cells = [(cell, _get_rest(cell, name)) for cell in study.cells if name in cell.settings]
+    # All that a cell has beside the axis and, of a method or scheme, beside its own parameters.
+    left_out = {name} | (_list_parameters(name) if name in (METHOD, SCHEME) else set())
+    cells = [
+        (cell, frozenset((key, value) for key, value in cell.settings.items() if key not in left_out))
+        for cell in study.cells
+        if name in cell.settings
+    ]
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_fits(rest, other) for other in rests[:i])]
-    groups = [(dict(sorted(wide)), [cell for cell, rest in cells if _fits(rest, wide)]) for wide in widest]
-    groups = [(rest, members) for rest, members in groups if _is_compared(name, members)]
+    groups = []
+    for wide in widest:
+        members = [cell for cell, rest in cells if _fits(rest, wide)]
+        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(c.plain and c.scope in _IN_FIGURES for c in members)
+        if not in_figures and len({cell.settings[name] for cell in members}) > 1:
+            groups.append((dict(sorted(wide)), members))
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
     rest_of_all = [rest for rest, _ in groups]
-    return Axis(name, tuple(Group(_name_group(rest, rest_of_all), _by_value(of, name)) for rest, of in groups))
-
-
-def _get_rest(cell: StudyCell, name: str) -> Rest:
-    """Return all that a cell has beside an axis and, of a method or scheme, beside its own parameters."""
-    left_out = {name} | (_list_parameters(name) if name in (METHOD, SCHEME) else set())
-    return frozenset((key, value) for key, value in cell.settings.items() if key not in left_out)
+    return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 
 @cache
@@ -147,21 +145,15 @@ def _fits(rest: Rest, other: Rest) -> bool:
     return rest <= other and {name for name, _ in other - rest} <= _CALIBRATION
 
 
-def _is_compared(name: str, cells: Sequence[StudyCell]) -> bool:
-    drawn = name in (SCOPE, METHOD, AMOUNT) and all(cell.plain and cell.scope in _IN_FIGURES for cell in cells)
-    return not drawn and len({cell.settings[name] for cell in cells}) > 1
-
-
-def _by_value(cells: Sequence[StudyCell], name: str) -> dict[str, StudyCell]:
-    values = [cell.settings[name] for cell in cells]
-    if all(isinstance(value, int | float) for value in values):
+def _sort_by_value(cells: Sequence[StudyCell], name: str) -> dict[str, StudyCell]:
+    if all(isinstance(cell.settings[name], int | float) for cell in cells):
         cells = sorted(cells, key=lambda cell: float(cell.settings[name] or 0))
-    return {_format_value(cell, name): cell for cell in cells}
-
-
-def _format_value(cell: StudyCell, name: str) -> str:
-    with_parameters = {METHOD: cell.pruning, SCHEME: cell.quantization}.get(name)
-    return plain(with_parameters, 60) if with_parameters else format_setting(name, cell.settings[name])
+    by_value = {}
+    for cell in cells:
+        with_parameters = {METHOD: cell.pruning, SCHEME: cell.quantization}.get(name)
+        value = plain(with_parameters, 60) if with_parameters else format_setting(name, cell.settings[name])
+        by_value[value] = cell
+    return by_value
 
 
 def format_setting(name: str, value: Setting) -> str:
@@ -185,8 +177,8 @@ def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:
     something.
     """
     alike: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
-    for group in axis.groups:
-        known = {value: cell for value, cell in group.cells.items() if cell.comparison.kept.value is not None}
+    for _, group in axis.groups:
+        known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
         cells = alike.setdefault(frozenset(known), {value: [] for value in known})
         for value, cell in known.items():
             cells[value].append(cell)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -156,10 +156,10 @@ def draw_final_layer(study: Study) -> tuple[Bar, ...]:
 def draw_axis(axis: Axis) -> tuple[Bar, ...]:
     """Draw a group for each group of an axis, a bar for each value; as many whole groups as a reader looks at."""
     drawn: tuple[Bar, ...] = ()
-    for group in axis.groups:
+    for name, cells in axis.groups:
         bars = _keep_known(
-            Bar(value, mean_kept(cell.comparison), series % _MOST, group.name)
-            for series, (value, cell) in enumerate(group.cells.items())
+            Bar(value, mean_kept(cell.comparison), series % _MOST, name)
+            for series, (value, cell) in enumerate(cells.items())
         )
         if drawn and len(drawn) + len(bars) > _MOST_BARS:
             break
@@ -169,8 +169,8 @@ def draw_axis(axis: Axis) -> tuple[Bar, ...]:
 
 def draw_amounts(axis: Axis) -> tuple[Line, ...]:
     """Draw a line for each group of an axis of amounts."""
-    cells = {group.name or "kept": {cell.percent: cell for cell in group.cells.values()} for group in axis.groups}
-    return _draw_lines(cells, mean_kept)[:_MOST]
+    by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
+    return _draw_lines(by_amount, mean_kept)[:_MOST]
 
 
 def _keep_known(bars: Iterable[Bar]) -> tuple[Bar, ...]:
@@ -181,23 +181,16 @@ _BY_PROBE = "-by-probe"  # how the names of charts end that have a plot for each
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """Plot of a chart: the probe that it is of, or "" for all, and the element, fit to stand in the page."""
-
-    probe: str
-    svg: str
-
-
-@dataclass(frozen=True, slots=True)
 class Chart:
     """Figure: `name` of letters and hyphens, of its file; one panel, or one for each probe.
 
-    Charts of means that have the same `scale` have the same axis; so have the panels of a chart by probe.
+    A panel is the probe that it is of, "" for all, and its SVG element, fit to stand in the page. Charts of means that
+    have the same `scale` have the same axis; so have the panels of a chart by probe.
     """
 
     name: str
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[tuple[str, str], ...]
     scale: str
 
     @property
@@ -235,7 +228,7 @@ class _Figure:
     title: str
     look: _Look
     plotted: Callable[[Study], Sequence[Any]]
-    means: Mapping[str, str]
+    means: Mapping[str, str] = field(default_factory=dict)
     by_probe: Mapping[str, str] | None = None
 
 
@@ -255,7 +248,6 @@ _FIGURES = (
         "Knowledge kept by how much was pruned",
         _KEPT,
         lambda study: draw_by_amount(study, MODULES, mean_kept),
-        {},
     ),
     *(
         _Figure(
@@ -263,7 +255,6 @@ _FIGURES = (
             f"Knowledge kept by how much of {IN_WORDS[scope]} was pruned, by method",
             _KEPT,
             partial(draw_by_method, scope=scope),
-            {},
         )
         for scope in MODULES
     ),
@@ -274,7 +265,7 @@ _FIGURES = (
         _BARS,
         lambda study: draw_quantized(study, MODULES),
         {"masked": "figure 3", "causal": "figure 14", "seq2seq": "figure 15"},
-        {},
+        by_probe={},
     ),
     _Figure(
         "pruning-quantization",
@@ -282,14 +273,13 @@ _FIGURES = (
         _BARS,
         lambda study: draw_pruned_and_quantized(study, MODULES),
         {"masked": "figure 7", "causal": "figure 16", "seq2seq": "figure 17"},
-        {},
+        by_probe={},
     ),
     _Figure(
         "methods-quantized",
         "Accuracy lost to pruning and quantization by method, in points",
         _BARS,
         draw_pruned_and_quantized_by_method,
-        {},
     ),
     _Figure(
         "attention-kinds-drop",
@@ -304,7 +294,6 @@ _FIGURES = (
         "Knowledge kept by kind of attention pruned",
         _KEPT,
         lambda study: draw_by_amount(study, ATTENTION_KINDS, mean_kept),
-        {},
     ),
     _Figure(
         "attention-kinds",
@@ -344,10 +333,10 @@ def draw_charts(study: Study) -> tuple[Chart, ...]:
 def _make_figure(axis: Axis) -> _Figure:
     if axis.name == AMOUNT:
         look, lines = replace(_KEPT, scale=axis.chart), draw_amounts(axis)
-        return _Figure(axis.chart, "Knowledge kept by how much was pruned", look, lambda _: lines, {})
+        return _Figure(axis.chart, "Knowledge kept by how much was pruned", look, lambda _: lines)
     look, bars = replace(_KEPT_BARS, scale=axis.chart), draw_axis(axis)
-    first = f", the first {len(bars)} forms" if len(bars) < sum(len(group.cells) for group in axis.groups) else ""
-    return _Figure(axis.chart, f"Knowledge kept by {plain(axis.name, 40)}{first}", look, lambda _: bars, {})
+    first = f", the first {len(bars)} forms" if len(bars) < sum(len(cells) for _, cells in axis.groups) else ""
+    return _Figure(axis.chart, f"Knowledge kept by {plain(axis.name, 40)}{first}", look, lambda _: bars)
 
 
 def _draw_means(study: Study, figure: _Figure) -> Chart | None:
@@ -355,7 +344,7 @@ def _draw_means(study: Study, figure: _Figure) -> Chart | None:
     title = f"{figure.title}, {over}{_number_in_paper(study, figure.means)}"
     of_one_scale = [figure, *(each for each in _FIGURES if each.look is figure.look)]
     svg = _draw(study, figure, figure.name, title, _find_range([study], of_one_scale))
-    return Chart(figure.name, title, (Panel("", svg),), figure.look.scale) if svg else None
+    return Chart(figure.name, title, (("", svg),), figure.look.scale) if svg else None
 
 
 def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
@@ -365,7 +354,7 @@ def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
     for i, of_probe in enumerate(studies, start=1):
         name = plain(of_probe.probes[0].name, 60)
         svg = _draw(of_probe, figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}", within)
-        panels += [Panel(name, svg)] if svg else []
+        panels += [(name, svg)] if svg else []
     title = f"{figure.title}, by probe{_number_in_paper(study, figure.by_probe or {})}"
     return Chart(figure.name + _BY_PROBE, title, tuple(panels), figure.look.scale) if panels else None
 

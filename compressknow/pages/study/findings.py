@@ -8,10 +8,12 @@ medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from compressknow.base.format import count, estimate, number, p_value, percent, share
+from compressknow.base.format import count, number, p_value, percent, share
+from compressknow.pages.records import write_estimate
 from compressknow.pages.study.axes import (
     MODULES,
     STRUCTURED,
@@ -39,7 +41,8 @@ from compressknow.pages.study.records import Study, StudyCell
 
 NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
-LOW, MEDIUM, HIGH = (10, 30), (30, 50), (50, 100)
+# Amounts above the first number and up to the second; 10 itself, which amounts have to six digits, is low.
+LOW, MEDIUM, HIGH = (10 - 1e-6, 30), (30, 50), (50, 100)
 MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called minimal (F1)
 NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zero or the baseline (F5, F10)
 _ALL = tuple(FAMILIES)
@@ -71,9 +74,9 @@ class Finding:
     id: str
     claim: str
     families: tuple[str, ...]
-    answer: str
-    statistic: str
-    why: str
+    answer: str = NOT_EVALUATED
+    statistic: str = "-"
+    why: str = ""
     per_million: str = ""
     comparisons: tuple[CellComparison, ...] = ()
     bounds: tuple[Bound, ...] = ()
@@ -84,34 +87,10 @@ class Finding:
         return bool(self.comparisons or self.bounds)
 
 
-@dataclass(frozen=True, slots=True)
-class _PaperClaim:
-    id: str
-    text: str
-    families: tuple[str, ...]
-    test: Callable[[Study], Claim]
-    figure: str = ""  # what is held to a limit
-
-
-@dataclass(frozen=True, slots=True)
-class MethodFindings:
-    """Findings that the study has cells of one method for.
-
-    Attributes
-    ----------
-    kind : ``pruning`` or ``quantization``; `name` is the method's or the scheme's, as in `StudyCell`.
-    """
-
-    kind: str
-    name: str
-    findings: tuple[Finding, ...]
-
-    def answer(self, id: str) -> str | None:
-        """Return the answer to one of them; None where there are no cells for it."""
-        return next((finding.answer for finding in self.findings if finding.id == id), None)
-
-
 PRUNING, QUANTIZATION = "pruning", "quantization"
+
+# By kind (of the two above) and name of a method or scheme, as in `StudyCell`, the findings by id.
+FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
 def evaluate_findings(study: Study) -> tuple[Finding, ...]:
@@ -119,28 +98,32 @@ def evaluate_findings(study: Study) -> tuple[Finding, ...]:
     return _evaluate_tables(study)[0]
 
 
-def evaluate_findings_by_method(study: Study) -> tuple[MethodFindings, ...]:
+def evaluate_findings_by_method(study: Study) -> FindingsByMethod:
     """Return the findings of the cells of one method alone, in the place of the paper's: of each method that modules
-    are pruned by, and each scheme; of kinds of which the study has several.
+    are pruned by, and each scheme; of kinds of which the study has several. Findings without cells are left out.
     """
     return _evaluate_tables(study)[1]
 
 
-def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], tuple[MethodFindings, ...]]:
+def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
     studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in _cells_by_method(study).items()}
-    applicable = [claim for claim in _CLAIMS if study.original.family in claim.families]
-    tested = [replace(claim.test(each), key=(claim.id, *of)) for of, each in studies.items() for claim in applicable]
+    applicable = [each for each in _TESTS if study.original.family in each[0].families]
+    tested = [
+        replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test, _ in applicable
+    ]
     adjusted = iter(adjust_claims(tested))
     by_study = {
-        of: [_word_finding(each, claim, next(adjusted)) for claim in applicable] for of, each in studies.items()
+        of: {finding.id: _word_finding(each, finding, figure, next(adjusted)) for finding, _, figure in applicable}
+        for of, each in studies.items()
     }
-    of_paper = {finding.id: finding for finding in by_study.pop(("", ""))}
-    by_method = (
-        MethodFindings(*of, tuple(each for each in findings if each.has_cells)) for of, findings in by_study.items()
-    )
+    of_paper = by_study.pop(("", ""))
+    by_method = {of: {id: each for id, each in findings.items() if each.has_cells} for of, findings in by_study.items()}
+    for finding, *_ in _TESTS:
+        families = " and ".join(FAMILIES[family] for family in finding.families)
+        of_paper.setdefault(finding.id, replace(finding, why=f"The paper says it of {families} models."))
     return (
-        tuple(of_paper.get(claim.id) or _word_not_evaluated(claim) for claim in _CLAIMS),
-        tuple(each for each in by_method if each.findings),
+        tuple(of_paper[finding.id] for finding, *_ in _TESTS),
+        {of: findings for of, findings in by_method.items() if findings},
     )
 
 
@@ -165,22 +148,19 @@ def _claim_low_decline(study: Study) -> Claim:
     by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
     number, lies above.
     """
-    limits = (LOW[0] - 1, LOW[1])
-    cells = [cell for scope in MODULES for cell in _limit_amounts(select_pruned(study, scope), limits).values()]
+    cells = [cell for scope in MODULES for cell in _limit_amounts(select_pruned(study, scope), LOW).values()]
     return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
 
 
-def _claim_medium_attention_less(study: Study) -> Claim:
-    """Claim F2: pruned by more than 30 and up to 50 %, attention hurts less than feed-forward at equal amounts.
+def _claim_medium(study: Study, less: str, more: str) -> Claim:
+    """Claim F2, F3: pruned by more than 30 and up to 50 %, one of attention and feed-forward hurts less than the other
+    at equal amounts.
 
     A paired test of the two cells at each amount; see `claims.decide`.
     """
-    return Claim(tuple(_compare_medium(study, _ATTENTION, _FEED_FORWARD)))
-
-
-def _claim_medium_attention_more(study: Study) -> Claim:
-    """Claim F3: the other way round, likewise."""
-    return Claim(tuple(_compare_medium(study, _FEED_FORWARD, _ATTENTION)))
+    cells, others = _limit_amounts(select_pruned(study, less), MEDIUM), select_pruned(study, more)
+    equal = [amount for amount in cells if amount in others]
+    return Claim(tuple(compare_cells(study, cells[amount], others[amount]) for amount in equal))
 
 
 def _claim_overall_pruned_most(study: Study) -> Claim:
@@ -220,22 +200,20 @@ def _claim_high_rapid(study: Study) -> Claim:
     )
 
 
-def _claim_attention_quantized_less(study: Study) -> Claim:
-    """Claim F6: quantized, attention hurts less than feed-forward: a paired test for each scheme."""
-    return Claim(tuple(_compare_quantized(study, _ATTENTION, _FEED_FORWARD)))
+def _claim_quantized(study: Study, less: Mapping[str, str], more: str) -> Claim:
+    """Claim F6, F7: quantized, attention hurts less than feed-forward, or overall more than each of both.
 
-
-def _claim_overall_quantized_most(study: Study) -> Claim:
-    """Claim F7: quantized, overall hurts more than attention and more than feed-forward.
-
-    Both rivals must be shown to hurt less, under one scheme at least.
+    A paired test for each scheme. Each scope of `less`, by the part of the claim, must be shown to hurt less, under one
+    scheme at least.
     """
+    others = select_quantized(study, more)
     comparisons = [
-        comparison
-        for scope, part in _AGAINST.items()
-        for comparison in _compare_quantized(study, scope, _OVERALL, part)
+        compare_cells(study, cell, others[scheme], part)
+        for scope, part in less.items()
+        for scheme, cell in select_quantized(study, scope).items()
+        if scheme in others
     ]
-    return Claim(tuple(comparisons), tuple(_AGAINST.values()))
+    return Claim(tuple(comparisons), tuple(less.values()))
 
 
 def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
@@ -256,9 +234,7 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
 
 
 def _claim_final_structured_more(study: Study) -> Claim:
-    """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each equal
-    amount.
-    """
+    """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each amount."""
     unstructured, structured = (select_pruned(study, _FINAL, method) for method in (UNSTRUCTURED, STRUCTURED))
     equal = [amount for amount in unstructured if amount in structured]
     return Claim(tuple(compare_cells(study, unstructured[amount], structured[amount]) for amount in equal))
@@ -279,83 +255,84 @@ def _limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
 
-def _compare_medium(study: Study, less: str, more: str) -> Iterator[CellComparison]:
-    others = select_pruned(study, more)
-    for amount, cell in _limit_amounts(select_pruned(study, less), MEDIUM).items():
-        if amount in others:
-            yield compare_cells(study, cell, others[amount])
-
-
-def _compare_quantized(study: Study, less: str, more: str, part: str = "") -> Iterator[CellComparison]:
-    others = select_quantized(study, more)
-    for scheme, cell in select_quantized(study, less).items():
-        if scheme in others:
-            yield compare_cells(study, cell, others[scheme], part)
-
-
-_CLAIMS = (
-    _PaperClaim("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL, _claim_low_decline, _FALL),
-    _PaperClaim(
-        "F2",
-        "Pruned by 30 to 50 %, attention hurts less than feed-forward",
-        ("masked",),
-        _claim_medium_attention_less,
+# The paper's ten, what tests each, and the figure that is held to a limit.
+_TESTS: tuple[tuple[Finding, Callable[[Study], Claim], str], ...] = (
+    (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline, _FALL),
+    (
+        Finding("F2", "Pruned by 30 to 50 %, attention hurts less than feed-forward", ("masked",)),
+        partial(_claim_medium, less=_ATTENTION, more=_FEED_FORWARD),
+        "",
     ),
-    _PaperClaim(
-        "F3",
-        "Pruned by 30 to 50 %, attention hurts more than feed-forward",
-        ("seq2seq", "causal"),
-        _claim_medium_attention_more,
+    (
+        Finding("F3", "Pruned by 30 to 50 %, attention hurts more than feed-forward", ("seq2seq", "causal")),
+        partial(_claim_medium, less=_FEED_FORWARD, more=_ATTENTION),
+        "",
     ),
-    _PaperClaim("F4", "Pruning all modules together hurts most", _ALL, _claim_overall_pruned_most),
-    _PaperClaim(
-        "F5",
-        "Above 50 % knowledge falls rapidly, towards zero or the majority baseline",
-        _ALL,
+    (Finding("F4", "Pruning all modules together hurts most", _ALL), _claim_overall_pruned_most, ""),
+    (
+        Finding("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL),
         _claim_high_rapid,
         _REMAINING,
     ),
-    _PaperClaim("F6", "Quantizing attention hurts less than feed-forward", _ALL, _claim_attention_quantized_less),
-    _PaperClaim("F7", "Quantizing everything hurts most", _ALL, _claim_overall_quantized_most),
-    _PaperClaim(
-        "F8",
-        "Pruned by 20 % and quantized, attention hurts less than feed-forward; by 40 % too in encoder-only and "
-        "decoder-only models, the other way round in encoder-decoder models",
-        _ALL,
+    (
+        Finding("F6", "Quantizing attention hurts less than feed-forward", _ALL),
+        partial(_claim_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
+        "",
+    ),
+    (
+        Finding("F7", "Quantizing everything hurts most", _ALL),
+        partial(_claim_quantized, less=_AGAINST, more=_OVERALL),
+        "",
+    ),
+    (
+        Finding(
+            "F8",
+            "Pruned by 20 % and quantized, attention hurts less than feed-forward; by 40 % too in encoder-only and "
+            "decoder-only models, the other way round in encoder-decoder models",
+            _ALL,
+        ),
         _claim_attention_pruned_and_quantized,
+        "",
     ),
-    _PaperClaim(
-        "F9",
-        "In the final layer, L1-structured hurts more than L1-unstructured",
-        ("masked",),
+    (
+        Finding("F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",)),
         _claim_final_structured_more,
+        "",
     ),
-    _PaperClaim(
-        "F10",
-        "With the final layer pruned by 20 %, accuracy is already near the majority baseline",
-        ("seq2seq", "causal"),
+    (
+        Finding(
+            "F10",
+            "With the final layer pruned by 20 %, accuracy is already near the majority baseline",
+            ("seq2seq", "causal"),
+        ),
         _claim_final_near_baseline,
         _REMAINING,
     ),
 )
 
 
-def _word_not_evaluated(claim: _PaperClaim) -> Finding:
-    families = " and ".join(FAMILIES[family] for family in claim.families)
-    return Finding(claim.id, claim.text, claim.families, NOT_EVALUATED, "-", f"The paper says it of {families} models.")
-
-
-def _word_finding(study: Study, claim: _PaperClaim, tested: Claim) -> Finding:
-    """Put the answer to a claim, and what decides, into words."""
+def _word_finding(study: Study, finding: Finding, figure: str, tested: Claim) -> Finding:
+    """Put the answer to a finding, and what decides, into words."""
     names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
-    if claim.figure:
-        words = _describe_bounds(bounds, claim.figure, names), _explain_bounds(answer, bounds), ""
-        numbers = _summarize_bounds(bounds, claim.figure, names)
-    else:
-        rates = _describe_rates(tested.answer_per_million, pairs, names)
-        words = _describe_comparisons(pairs, names), _explain_comparisons(answer, pairs, tested.parts), rates
-        numbers = _summarize_comparisons(pairs, names)
-    return Finding(claim.id, claim.text, claim.families, answer, *words, pairs, bounds, numbers)
+    if figure:
+        known = [bound for bound in bounds if bound.value.value is not None]
+        return replace(
+            finding,
+            answer=answer,
+            statistic=_describe_bounds(bounds, figure, names),
+            why=_explain_bounds(answer, bounds),
+            bounds=bounds,
+            numbers=f"{_SHORT[figure]}: {_describe_bound(_find_largest(known), names)}" if known else "",
+        )
+    return replace(
+        finding,
+        answer=answer,
+        statistic=_describe_comparisons(pairs, names),
+        why=_explain_comparisons(answer, pairs, tested.parts),
+        per_million=_describe_rates(tested.answer_per_million, pairs, names),
+        comparisons=pairs,
+        numbers=_summarize_comparisons(pairs, names),
+    )
 
 
 def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
@@ -453,19 +430,13 @@ def _describe_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, s
     return f"{figure}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
 
 
-def _summarize_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, str]) -> str:
-    """Describe the figure that lies highest above its limit, or nearest below."""
-    known = [bound for bound in bounds if bound.value.value is not None]
-    return f"{_SHORT[figure]}: {_describe_bound(_find_largest(known), names)}" if known else ""
-
-
 def _find_largest(bounds: Sequence[Bound]) -> Bound:
+    """Return the figure that lies highest above its limit, or nearest below."""
     return max(bounds, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
 
 
 def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
-    value = estimate(bound.value.value, bound.value.low, bound.value.high)
-    return f"{names.get(bound.of, bound.of)} {value}, limit {share(bound.limit)}"
+    return f"{names.get(bound.of, bound.of)} {write_estimate(bound.value)}, limit {share(bound.limit)}"
 
 
 def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:

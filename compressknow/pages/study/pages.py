@@ -22,7 +22,7 @@ from compressknow.pages.study.summary import (
     describe_changes,
     draw_conclusions,
     find_cliffs,
-    rank_modules,
+    rank_cells,
     write_verdict,
 )
 from compressknow.pages.study.view import make_study_page
@@ -66,8 +66,7 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     style = read_source("style.css")
     for chart in charts:
-        panels = [(panel.probe, panel.svg) for panel in chart.panels]
-        write_whole(folder / f"{chart.name}.svg", make_standalone(panels, chart.title, style).encode("utf-8"))
+        write_whole(folder / f"{chart.name}.svg", make_standalone(chart.panels, chart.title, style).encode("utf-8"))
     drawn = {chart.name for chart in charts}
     for path in folder.glob("*.svg"):
         if is_chart(path.stem) and path.stem not in drawn:
@@ -82,8 +81,8 @@ def study_to_json(study: Study) -> dict[str, Any]:
     """
     findings, by_method = evaluate_findings(study), evaluate_findings_by_method(study)
     methods: dict[str, dict[str, Any]] = {}
-    for method in by_method:
-        methods.setdefault(method.kind, {})[method.name] = {each.id: _finding_to_json(each) for each in method.findings}
+    for (kind, name), of_method in by_method.items():
+        methods.setdefault(kind, {})[name] = {id: _finding_to_json(each) for id, each in of_method.items()}
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates")
     return {
         "schema": SCHEMA,
@@ -94,8 +93,8 @@ def study_to_json(study: Study) -> dict[str, Any]:
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
         "findings": {finding.id: _finding_to_json(finding) for finding in findings},
         "findings_by_method": methods,
-        "changes": list(describe_changes(by_method)),
-        "hurts_least": [asdict(least) for least in rank_modules(study)],
+        "changes": describe_changes(by_method),
+        "hurts_least": [asdict(least) for least in rank_cells(study)["modules"]],
         "cliffs": [asdict(cliff) for cliff in find_cliffs(study)],
         "kept": {
             cell.key: kept_to_json(cell.comparison.counts)

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compressknow.base.format import count, estimate, plain, size
+from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Summary, Tabular
 from compressknow.comparison.intervals import mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.as_json import finite
 from compressknow.pages.parts import get_headline_accuracy
-from compressknow.pages.records import Comparison, ModelFacts
+from compressknow.pages.records import Comparison, ModelFacts, write_estimate
 
 Setting = str | int | float | bool | None
 # Settings that columns of their own have, in the order in which a reader asks for them.
@@ -149,7 +149,7 @@ class Study(Tabular):
             f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
-                (cell.setup, estimate(k.value, k.low, k.high), size(cell.bytes), size(cell.sparse_bytes))
+                (cell.setup, write_estimate(k), size(cell.bytes), size(cell.sparse_bytes))
                 for cell, k in zip(self.cells, kept, strict=True)
             ),
         )
@@ -169,6 +169,7 @@ COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes"), _COUNT),
     **dict.fromkeys(("status", "error"), _TEXT),
 }
+_SHOWN = {*MAIN_SETTINGS, *COLUMNS}
 _LONGEST = 2000  # characters of an error
 
 
@@ -186,20 +187,20 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
         rows += [_row_of_text(cell, figures) for figures in cell.comparison.texts]
     probes: list[str | None] = [probe.name for probe in study.probes]
     missing = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
-    rows += [_row_of_failed(cell, probe, status) for status, cell in missing for probe in probes or [None]]
-    settings = _settings_columns(study)
+    rows += [
+        {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
+        | {"status": status, "error": plain(cell.why, _LONGEST)}
+        for status, cell in missing
+        for probe in probes or [None]
+    ]
+    # Settings that any cell has and no other column shows.
+    further = dict.fromkeys(name for cell in study.cells for name in cell.settings if name not in _SHOWN)
+    settings = {name: infer_type([cell.settings.get(name) for cell in study.cells]) for name in further}
     columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
     # A column has one type: numbers beside texts become texts.
     texts = [name for name, kind in settings.items() if kind == _TEXT]
     typed = (row | {name: plain(row[name]) for name in texts if row.get(name) is not None} for row in rows)
     return [{name: row.get(name) for name in columns} for row in typed]
-
-
-def _settings_columns(study: Study) -> dict[str, str]:
-    """Return the type of each setting that any cell has and no other column shows."""
-    shown = (*MAIN_SETTINGS, *COLUMNS)
-    names = dict.fromkeys(name for cell in study.cells for name in cell.settings if name not in shown)
-    return {name: infer_type([cell.settings.get(name) for cell in study.cells]) for name in names}
 
 
 def infer_type(values: Sequence[Setting]) -> str:
@@ -251,8 +252,3 @@ def _columns_of_cell(cell: StudyCell) -> dict[str, Any]:
         **{name: getattr(cell, name) for name in numbers},
         "status": "ok",
     }
-
-
-def _row_of_failed(cell: FailedCell, probe: str | None, status: str) -> dict[str, Any]:
-    known = {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
-    return {**known, "status": status, "error": plain(cell.why, _LONGEST)}

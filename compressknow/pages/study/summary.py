@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import TypeVar
 
 from compressknow.base.format import count, plain, points, share
-from compressknow.comparison.records import Estimate
 from compressknow.pages.study.axes import (
     IN_WORDS,
     MODULES,
@@ -39,7 +39,7 @@ from compressknow.pages.study.findings import (
     PRUNING,
     QUANTIZATION,
     Finding,
-    MethodFindings,
+    FindingsByMethod,
 )
 from compressknow.pages.study.records import AMOUNT, Study, StudyCell
 
@@ -100,93 +100,78 @@ class Cliff:
     clear: bool
 
 
+_Key = TypeVar("_Key")
 # What is compared: its level, the amounts, and the cells of each by name, paired.
 _Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
 
 
-def rank_modules(study: Study) -> tuple[Least, ...]:
-    """Return, by level, the order of overall, attention and feed-forward, pruned by the same amounts; of levels that
-    have at least two modules to compare.
-    """
-    return _rank_all(study)["modules"]
+def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
+    """Return all orders of what hurts least, tested together, where there are at least two to compare.
 
-
-def rank_methods(study: Study) -> tuple[Least, ...]:
-    """Return, by module, the order of the methods that prune it by the same amounts; of modules that at least two
-    methods prune so. `level` is the module.
-    """
-    return _rank_all(study)["methods"]
-
-
-def _rank_all(study: Study) -> dict[str, tuple[Least, ...]]:
-    """Return all orders, tested together: of modules pruned, of methods, of modules quantized by the same scheme (then
-    `level` is the scheme), and of the values of each axis, by its chart (`level` is the axis).
+    ``modules``: overall, attention and feed-forward, pruned by the same amounts. ``methods``: those that prune a module
+    by the same amounts; `level` is the module. ``schemes``: modules quantized by the same scheme, which is the `level`.
+    And by the chart of each axis, which is the `level`, its values.
     """
     by_module = {scope: _known(select_pruned(study, scope)) for scope in MODULES}
-    modules = [
-        (level, {scope: {a: c for a, c in by.items() if _is_in(a, limits)} for scope, by in by_module.items()})
-        for level, limits in LEVELS.items()
-    ]
-    methods = [
-        (module, {label_method(m): _known(select_pruned(study, module, m)) for m in list_methods(study)})
-        for module in MODULES
-    ]
-    compared: dict[str, list[_Compared | None]] = {
-        "modules": [_limit_to_same_amounts(*each) for each in modules],
-        "methods": [_limit_to_same_amounts(*each) for each in methods],
-        "schemes": [_compare_quantized(study, scheme) for scheme in list_schemes(study)],
+    quantized = {scope: _known(select_quantized(study, scope)) for scope in MODULES}
+    compared: dict[str, list[_Compared]] = {
+        "modules": [
+            _limit_to_same_amounts(
+                level, {scope: {a: c for a, c in by.items() if low < a <= high} for scope, by in by_module.items()}
+            )
+            for level, (low, high) in LEVELS.items()
+        ],
+        "methods": [
+            _limit_to_same_amounts(
+                module, {label_method(m): _known(select_pruned(study, module, m)) for m in list_methods(study)}
+            )
+            for module in MODULES
+        ],
+        "schemes": [
+            (scheme, (), {module: [of[scheme]] for module, of in quantized.items() if scheme in of})
+            for scheme in list_schemes(study)
+        ],
         **{axis.chart: [(axis.name, (), cells) for cells in pair_groups(axis)] for axis in find_axes(study)},
     }
-    orders = {kind: [_Order(*each) for each in of_kind if each] for kind, of_kind in compared.items()}
-    claims = [claim for of_kind in orders.values() for order in of_kind for claim in order.claims(study)]
-    adjusted = iter(adjust_claims(claims))
-    return {kind: tuple(each.least(next(adjusted), next(adjusted)) for each in orders[kind]) for kind in orders}
+    compared = {kind: [each for each in of_kind if len(each[2]) > 1] for kind, of_kind in compared.items()}
+    claims = [claim for of_kind in compared.values() for *_, cells in of_kind for claim in _claim_ends(study, cells)]
+    clear = (claim.answer == HOLDS for claim in adjust_claims(claims))
+    return {
+        kind: tuple(
+            Least(level, amounts, _average_kept(cells), next(clear), next(clear)) for level, amounts, cells in of_kind
+        )
+        for kind, of_kind in compared.items()
+    }
 
 
-def _limit_to_same_amounts(level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> _Compared | None:
+def _limit_to_same_amounts(level: str, cells: Mapping[str, Mapping[float, StudyCell]]) -> _Compared:
     some = {name: by for name, by in cells.items() if by}
-    amounts = tuple(sorted(set.intersection(*(set(by) for by in some.values())))) if len(some) > 1 else ()
-    return (level, amounts, {name: [by[a] for a in amounts] for name, by in some.items()}) if amounts else None
+    amounts = tuple(sorted(set.intersection(*map(set, some.values())))) if some else ()
+    return level, amounts, {name: [by[amount] for amount in amounts] for name, by in some.items() if amounts}
 
 
-def _compare_quantized(study: Study, scheme: str) -> _Compared | None:
-    cells = {module: select_quantized(study, module).get(scheme) for module in MODULES}
-    known = {m: [cell] for m, cell in cells.items() if cell and cell.comparison.kept.value is not None}
-    return (scheme, (), known) if len(known) > 1 else None
+def _average_kept(cells: Mapping[str, Sequence[StudyCell]]) -> dict[str, float]:
+    """Return what the cells of each name keep on average, best first."""
+    kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in cells.items()}
+    return dict(sorted(kept.items(), key=lambda each: -each[1]))
 
 
-class _Order:
-    """Order of modules or methods by what their cells keep on average, best first."""
+def _claim_ends(study: Study, cells: Mapping[str, Sequence[StudyCell]]) -> tuple[Claim, Claim]:
+    """Claim that the first of an order hurts least, and that the last hurts most."""
 
-    def __init__(self, level: str, amounts: tuple[float, ...], cells: Mapping[str, Sequence[StudyCell]]) -> None:
-        kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in cells.items()}
-        self._level, self._amounts, self._cells = level, amounts, cells
-        self._kept = {name: kept[name] for name in sorted(kept, key=lambda name: -kept[name])}
+    def compare(less: str, more: str, part: str) -> Iterator[CellComparison]:
+        both = zip(cells[less], cells[more], strict=True)
+        return (compare_cells(study, one, other, part) for one, other in both)
 
-    def claims(self, study: Study) -> tuple[Claim, Claim]:
-        """Return that the first hurts least, and that the last hurts most."""
-        first, *others = self._kept
-        *rivals, last = self._kept
-        least = [pair for rival in others for pair in self._compare(study, first, rival, rival)]
-        most = [pair for rival in rivals for pair in self._compare(study, rival, last, rival)]
-        return Claim(tuple(least), tuple(others)), Claim(tuple(most), tuple(rivals))
-
-    def _compare(self, study: Study, less: str, more: str, part: str) -> Iterator[CellComparison]:
-        cells = zip(self._cells[less], self._cells[more], strict=True)
-        return (compare_cells(study, one, other, part) for one, other in cells)
-
-    def least(self, first: Claim, last: Claim) -> Least:
-        """Return the order, given its claims as they were tested."""
-        clear, clear_worst = (claim.answer == HOLDS for claim in (first, last))
-        return Least(self._level, self._amounts, self._kept, clear, clear_worst)
+    first, *others = _average_kept(cells)
+    *rivals, last = _average_kept(cells)
+    least = tuple(pair for rival in others for pair in compare(first, rival, rival))
+    most = tuple(pair for rival in rivals for pair in compare(rival, last, rival))
+    return Claim(least, tuple(others)), Claim(most, tuple(rivals))
 
 
-def _is_in(amount: float, limits: tuple[float, float]) -> bool:
-    return (limits[0] <= amount if limits == LOW else limits[0] < amount) and amount <= limits[1]
-
-
-def _known(cells: Mapping[float, StudyCell]) -> dict[float, StudyCell]:
-    return {amount: cell for amount, cell in cells.items() if cell.comparison.kept.value is not None}
+def _known(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
+    return {key: cell for key, cell in cells.items() if cell.comparison.kept.value is not None}
 
 
 def find_cliffs(study: Study) -> tuple[Cliff, ...]:
@@ -209,13 +194,12 @@ def _find_cliff(module: str, cells: Mapping[float, StudyCell], level: float) -> 
     before = max((a for a in kept if below is None or a < below), default=0.0)
     steepest = max(steps, key=lambda step: (kept[step[0]] - kept[step[1]]) / (step[1] - step[0]))
     fall = kept[steepest[0]] - kept[steepest[1]]
-    clear = _is_clear([c.comparison.kept_at(level) for c in (cells.values() if below is None else [cells[below]])])
+    if below is None:
+        clear = all((cell.comparison.kept_at(level).low or 0.0) >= CLIFF for cell in cells.values())
+    else:
+        high = cells[below].comparison.kept_at(level).high
+        clear = high is not None and high < CLIFF
     return Cliff(module, below, None if below is None else kept[below], before, steepest, fall, clear)
-
-
-def _is_clear(kept: Sequence[Estimate]) -> bool:
-    """Return whether the intervals all lie on one side of `CLIFF`."""
-    return all((e.low or 0.0) >= CLIFF for e in kept) or all(e.high is not None and e.high < CLIFF for e in kept)
 
 
 _NAME = 80
@@ -235,10 +219,13 @@ def write_verdict(study: Study) -> str:
     """Say which module and which method hurts least, and where the cliff is; of a study without pruned modules, name
     the best and the worst cell.
     """
-    modules, methods, cliffs = rank_modules(study), rank_methods(study), find_cliffs(study)
-    parts = [_summarize_modules(modules)] if modules else []
-    parts += [_summarize_cliffs(cliffs)] if cliffs else []
-    parts += [_summarize_methods(methods)] if methods else []
+    orders, cliffs = rank_cells(study), find_cliffs(study)
+    parts = [_summarize_modules(orders["modules"])] if orders["modules"] else []
+    if cliffs:
+        fallen = [f"{cliff.below:g} % ({cliff.module})" for cliff in cliffs if cliff.below is not None]
+        below = f"less than {100 * CLIFF:g} % is kept from {join_words(fallen)} on"
+        parts.append(below if fallen else f"no amount in the grid keeps less than {share(CLIFF)}")
+    parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:
         return _name_best_and_worst(study)
     return f"{plain(study.original.name, _NAME)}: {'; '.join(parts)}."
@@ -265,13 +252,6 @@ def _summarize_methods(least: Sequence[Least]) -> str:
     return f"of the methods that prune, {join_words(claims) or 'none clearly hurts least'}"
 
 
-def _summarize_cliffs(cliffs: Sequence[Cliff]) -> str:
-    fallen = [f"{cliff.below:g} % ({cliff.module})" for cliff in cliffs if cliff.below is not None]
-    if not fallen:
-        return f"no amount in the grid keeps less than {share(CLIFF)}"
-    return f"less than {100 * CLIFF:g} % is kept from {join_words(fallen)} on"
-
-
 def _name_best_and_worst(study: Study) -> str:
     name, names = plain(study.original.name, _NAME), name_cells(study)
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
@@ -295,27 +275,27 @@ def join_words(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
-def list_ids(methods: Sequence[MethodFindings]) -> tuple[str, ...]:
-    """Return the findings that any of them has, in order."""
-    known = {finding.id for each in methods for finding in each.findings}
-    return tuple(sorted(known, key=lambda id: int(id.removeprefix("F"))))
+def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:
+    """Return the ids of findings that any method has, in order."""
+    return sorted({id for each in findings for id in each}, key=lambda id: int(id.removeprefix("F")))
 
 
-def describe_changes(methods: Sequence[MethodFindings]) -> tuple[str, ...]:
+def describe_changes(by_method: FindingsByMethod) -> list[str]:
     """Name the findings that hold with one method and not with another, or say that there is none."""
     sentences = []
     for kind, name in ((PRUNING, "method that prunes"), (QUANTIZATION, "scheme")):
-        of_kind = [each for each in methods if each.kind == kind]
-        for id in list_ids(of_kind):
-            holds, fails = ([plain(m.name, 60) for m in of_kind if m.answer(id) == a] for a in (HOLDS, DOES_NOT_HOLD))
+        of_kind = {plain(method, 60): findings for (each, method), findings in by_method.items() if each == kind}
+        for id in list_ids(of_kind.values()):
+            answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
+            holds, fails = ([m for m, answer in answers.items() if answer == a] for a in (HOLDS, DOES_NOT_HOLD))
             if holds and fails:
                 sentences.append(
                     f"{id} changes with the {name}: it holds with {join_words(holds)}, and does not hold with "
                     f"{join_words(fails)}."
                 )
-    return (
-        tuple(sentences) if sentences or not methods else ("No finding holds with one method and fails with another.",)
-    )
+    if by_method and not sentences:
+        return ["No finding holds with one method and fails with another."]
+    return sentences
 
 
 # The charts that show the paper's findings; those of the study's own are named below.
@@ -356,7 +336,7 @@ class Conclusion:
 
 def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclusion, ...]:
     """Return, by chart, the study's own findings, then the paper's for this family of which the study has cells."""
-    orders, axes = _rank_all(study), find_axes(study)
+    orders, axes = rank_cells(study), find_axes(study)
     conclusions = [
         *(_conclude_modules(f"Pruned by {each.level}", each, "kept on average", _KEPT) for each in orders["modules"]),
         *map(_conclude_cliff, find_cliffs(study)),
@@ -396,7 +376,7 @@ def _conclude_method(study: Study, least: Least) -> Conclusion:
 def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterator[Conclusion]:
     """Yield, of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
     if axis.name == AMOUNT:
-        groups = {group.name: {cell.percent: cell for cell in group.cells.values()} for group in axis.groups}
+        groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
         yield from (_conclude_cliff(cliff, axis.chart) for cliff in _find_cliffs(study, groups))
         return
     name = plain(axis.name, 40)

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, estimate, number, p_value, plain, share, size
+from compressknow.base.format import NONE, count, number, p_value, plain, share, size
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
     BAR,
@@ -35,6 +35,7 @@ from compressknow.pages.parts import (
     list_identity,
 )
 from compressknow.pages.parts import Finding as Line
+from compressknow.pages.records import write_estimate
 from compressknow.pages.study.axes import (
     MODULES,
     format_setting,
@@ -53,11 +54,11 @@ from compressknow.pages.study.findings import (
     PRUNING,
     QUANTIZATION,
     Finding,
-    MethodFindings,
+    FindingsByMethod,
     evaluate_findings,
     evaluate_findings_by_method,
 )
-from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
+from compressknow.pages.study.records import FailedCell, Study, StudyCell
 from compressknow.pages.study.summary import (
     CLIFF,
     Conclusion,
@@ -145,7 +146,9 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
         tuple(_show_findings(study, findings)),
         short="The paper's findings",
     )
-    yield Shown("methods", "The findings by method", tuple(_show_methods(study)), short="By method")
+    yield Shown(
+        "methods", "The findings by method", tuple(_show_methods(evaluate_findings_by_method(study))), short="By method"
+    )
     yield Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
     yield Shown("failed", "Cells that failed", tuple(_show_failed(study.failed)))
@@ -177,14 +180,13 @@ def _show_charts(charts: Sequence[Chart]) -> Iterator[Part]:
         yield Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
         panels = [
-            Charts(tuple(Drawn(Markup(panel.svg), panel.probe) for panel in chart.panels), chart.title)
-            for chart in by_probe
+            Charts(tuple(Drawn(Markup(svg), probe) for probe, svg in chart.panels), chart.title) for chart in by_probe
         ]
         yield Folded("The same for each probe", (Note("The plots of a figure have one scale."), *panels))
 
 
 def _show_chart(chart: Chart) -> Drawn:
-    return Drawn(Markup(chart.panels[0].svg), chart.title)
+    return Drawn(Markup(chart.panels[0][1]), chart.title)
 
 
 def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
@@ -216,29 +218,27 @@ def _show_finding(finding: Finding) -> Claim:
     )
 
 
-def _show_methods(study: Study) -> Iterator[Part]:
-    findings = evaluate_findings_by_method(study)
-    if changes := describe_changes(findings):
-        yield Sentences(changes, joined=True)
-        yield _methods_table(findings)
-        yield Note(
-            "Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it."
-        )
-
-
-def _methods_table(findings: Sequence[MethodFindings]) -> Table:
-    """Return a row for each method that prunes and each scheme, a column for each finding that any has cells for."""
-    kinds, ids = {PRUNING: "prunes", QUANTIZATION: "quantizes"}, list_ids(findings)
-    rows = tuple((plain(m.name, 60), kinds[m.kind], *(m.answer(id) or NONE for id in ids)) for m in findings)
-    return Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
+def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
+    if not by_method:
+        return
+    kinds, ids = {PRUNING: "prunes", QUANTIZATION: "quantizes"}, list_ids(by_method.values())
+    rows = tuple(
+        (plain(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
+        for (kind, name), findings in by_method.items()
+    )
+    yield Sentences(tuple(describe_changes(by_method)), joined=True)
+    yield Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
+    yield Note("Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it.")
 
 
 def _show_paper_tables(study: Study) -> Iterator[Part]:
     if tables := paper_tables(study):
-        layout = (
-            "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
-        )
-        yield Note(f"{layout} {_list_majorities(study)}".rstrip())
+        note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
+        if known := [p for p in study.probes if p.majority is not None]:
+            # As the paper sets them above its tables 4 and 5.
+            majorities = ", ".join(f"{plain(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in known)
+            note += f" Majority baselines: {majorities}."
+        yield Note(note)
         yield from tables
 
 
@@ -246,7 +246,8 @@ def _show_cells(study: Study) -> Iterator[Part]:
     yield cells_table(study)
     yield Note(_CELLS, drawn=BAR)
     if single := _find_single_warnings(study):
-        yield Folded("Warnings about single cells", (Terms(tuple((cells, "", warning) for warning, cells in single)),))
+        terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
+        yield Folded("Warnings about single cells", (Terms(terms),))
 
 
 def _show_failed(cells: Sequence[FailedCell]) -> Iterator[Part]:
@@ -256,11 +257,11 @@ def _show_failed(cells: Sequence[FailedCell]) -> Iterator[Part]:
 
 def _write_warnings(study: Study) -> tuple[str, ...]:
     """Say what counts as known, that some cells failed, and what holds for every cell, once."""
-    total = len(study.cells) + len(study.failed) + len(study.refused)
-    failed = (
-        [f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below."] if study.failed else []
-    )
-    warnings = (*warn_of_known(study.known), *failed, *_find_common_warnings(study))
+    warnings = [*warn_of_known(study.known)]
+    if study.failed:
+        total = len(study.cells) + len(study.failed) + len(study.refused)
+        warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
+    warnings += _find_common_warnings(study)
     return tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings))
 
 
@@ -269,7 +270,7 @@ def _find_common_warnings(study: Study) -> list[str]:
     return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
 
 
-def _find_single_warnings(study: Study) -> tuple[tuple[str, str], ...]:
+def _find_single_warnings(study: Study) -> dict[str, list[str]]:
     """Return each warning that only some cells have, and their names."""
     common, names = _find_common_warnings(study), name_cells(study)
     cells: dict[str, list[str]] = {}
@@ -277,23 +278,21 @@ def _find_single_warnings(study: Study) -> tuple[tuple[str, str], ...]:
         for warning in cell.comparison.warnings:
             if warning not in common:
                 cells.setdefault(plain(warning, 1000), []).append(names[cell.key])
-    return tuple((warning, ", ".join(named)) for warning, named in cells.items())
+    return cells
 
 
 def _describe_run(study: Study) -> tuple[Entry, ...]:
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in study.versions.items())
     refused = f", {count(len(study.refused))} refused" if study.refused else ""
-    probes = ", ".join(f"{plain(probe.name, 60)} ({_count_facts(probe)})" for probe in study.probes)
+    probes = []
+    for probe in study.probes:
+        each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
+        probes.append(f"{plain(probe.name, 60)} ({count(probe.n)} facts{each})")
     return (
-        Entry("Probes", probes or NONE),
+        Entry("Probes", ", ".join(probes) or NONE),
         Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
         Entry("Versions", versions or NONE),
     )
-
-
-def _count_facts(probe: StudyProbe) -> str:
-    each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
-    return f"{count(probe.n)} facts{each}"
 
 
 def paper_tables(study: Study) -> tuple[Table, ...]:
@@ -302,8 +301,15 @@ def paper_tables(study: Study) -> tuple[Table, ...]:
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
     that the study has not are "-"; a scheme without any is left out.
     """
-    cells = {scheme: tuple(_list_paper_cells(study, scheme)) for scheme in list_schemes(study)}
-    return tuple(_paper_table(study, scheme, of_scheme) for scheme, of_scheme in cells.items() if any(of_scheme))
+    tables = []
+    for scheme in list_schemes(study):
+        cells = [select_quantized(study, module).get(scheme) for module in MODULES]
+        for module in MODULES:
+            by_amount = select_pruned(study, module, scheme=scheme)
+            cells += [by_amount.get(amount) for amount in _AMOUNTS]
+        if any(cells):
+            tables.append(_paper_table(study, scheme, cells))
+    return tuple(tables)
 
 
 def _paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
@@ -315,22 +321,6 @@ def _paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -
         rows.append((plain(study.original.name, 60), plain(probe.name, 60), *written))
     unit = "accuracy in %" if in_percent else "accuracy"
     return Table(f"Table {place} ({family}), {plain(scheme, 60)}, {unit}", PAPER_COLUMNS, tuple(rows))
-
-
-def _list_paper_cells(study: Study, scheme: str) -> Iterator[StudyCell | None]:
-    """Yield cells in the order of the columns after Baseline."""
-    yield from (select_quantized(study, module).get(scheme) for module in MODULES)
-    for module in MODULES:
-        by_amount = select_pruned(study, module, scheme=scheme)
-        yield from (by_amount.get(amount) for amount in _AMOUNTS)
-
-
-def _list_majorities(study: Study) -> str:
-    """Return the line of baselines that the paper sets above its tables 4 and 5; empty where there is none."""
-    known = [
-        f"{plain(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in study.probes if p.majority is not None
-    ]
-    return f"Majority baselines: {', '.join(known)}." if known else ""
 
 
 def _write_accuracy(value: float | None, in_percent: bool) -> str:
@@ -387,16 +377,17 @@ def cells_table(study: Study) -> Table:
 
 
 def _cells_row(study: Study, cell: StudyCell, name: str, settings: Sequence[str]) -> tuple[str, ...]:
-    kept = cell.comparison.kept
+    # Millions in one unit throughout, so that a column sorts.
+    pruned, quantized = (number(n / 1e6, 1) if n else NONE for n in (cell.pruned, cell.quantized))
     return (
         name,
         *(format_setting(key, cell.settings[key]) if key in cell.settings else "" for key in settings),
-        estimate(kept.value, kept.low, kept.high),
+        write_estimate(cell.comparison.kept),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
         *(write_measured(figures.compressed.value, 2) for figures in cell.comparison.texts),
         _bare(cell.comparison.certainty.test.p),
-        _millions(cell.pruned),
-        _millions(cell.quantized),
+        pruned,
+        quantized,
         size(cell.bytes),
         size(cell.sparse_bytes),
     )
@@ -405,11 +396,6 @@ def _cells_row(study: Study, cell: StudyCell, name: str, settings: Sequence[str]
 def _bare(p: float | None) -> str:
     """Return p as in other tables, whose column says that it is p."""
     return p_value(p).removeprefix("p = ").removeprefix("p ")
-
-
-def _millions(parameters: int) -> str:
-    # In one unit throughout, so that a column sorts.
-    return number(parameters / 1e6, 1) if parameters else NONE
 
 
 def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
@@ -423,7 +409,7 @@ def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None
             count(pair.counts.gained),
             _bare(pair.p),
             "not counted" if pair.at_floor else _bare(pair.p_holm),
-            estimate(pair.rate.value, pair.rate.low, pair.rate.high, lambda points: number(100 * points)),
+            write_estimate(pair.rate, lambda points: number(100 * points)),
             "not counted" if pair.at_floor else _bare(pair.rate_p_holm),
         )
         for finding in findings
@@ -448,7 +434,7 @@ def bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
     rows = tuple(
         (
             f"{finding.id} {names.get(bound.of, bound.of)}",
-            estimate(bound.value.value, bound.value.low, bound.value.high),
+            write_estimate(bound.value),
             share(bound.limit),
             _bare(bound.p),
         )

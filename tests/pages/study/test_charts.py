@@ -32,8 +32,8 @@ TASK = {"chance": 0.5, "majority": 0.6}
 
 
 def svg_of(chart: Chart) -> str:
-    (panel,) = chart.panels
-    return panel.svg
+    ((_, svg),) = chart.panels
+    return svg
 
 
 def texts(svg: str) -> list[str]:
@@ -170,11 +170,11 @@ def test_each_probe_has_a_plot_of_its_own_figures() -> None:
     assert "attention: 17.5 at 20 %, 35.0 at 40 %." in svg_of(means)
     assert by_probe.name == "pruning-drop-by-probe"
     assert by_probe.title == "Accuracy lost by how much was pruned, in points, by probe (figures 20 to 22 of the paper)"
-    assert [panel.probe for panel in by_probe.panels] == ["lama:trex", "lama:squad"]
+    assert [probe for probe, _ in by_probe.panels] == ["lama:trex", "lama:squad"]
     told = ["attention: 25.0 at 20 %, 50.0 at 40 %.", "attention: 10.0 at 20 %, 20.0 at 40 %."]
-    for panel, words in zip(by_probe.panels, told, strict=True):
-        assert words in panel.svg
-        assert f"in points, {panel.probe}</title>" in panel.svg
+    for (probe, svg), words in zip(by_probe.panels, told, strict=True):
+        assert words in svg
+        assert f"in points, {probe}</title>" in svg
 
 
 def ticks(svg: str) -> list[str]:
@@ -185,8 +185,8 @@ def ticks(svg: str) -> list[str]:
 def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
     both = of_two_probes()
     without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
-    much, little = draw_charts(without_levels)[-1].panels
-    assert ticks(much.svg) == ticks(little.svg) == ["0", "10", "20", "30", "40", "50"]
+    (_, much), (_, little) = draw_charts(without_levels)[-1].panels
+    assert ticks(much) == ticks(little) == ["0", "10", "20", "30", "40", "50"]
 
 
 def test_charts_of_one_quantity_have_one_scale() -> None:
@@ -224,8 +224,9 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
 
 def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
     chart = draw_charts(of_two_probes())[-1]
-    panels = [(panel.probe, panel.svg) for panel in chart.panels]
-    root = ElementTree.fromstring(make_standalone([*panels, *panels], chart.title, read_source("style.css")))
+    root = ElementTree.fromstring(
+        make_standalone([*chart.panels, *chart.panels], chart.title, read_source("style.css"))
+    )
     plots = [element for element in root if element.tag.endswith("svg")]
     assert [plot.get("y") == plots[0].get("y") for plot in plots] == [True, True, False, False]
     assert [plot.get("x") == plots[0].get("x") for plot in plots] == [True, False, True, False]

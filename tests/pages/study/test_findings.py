@@ -12,7 +12,7 @@ from compressknow.comparison.clusters import rate_difference
 from compressknow.comparison.intervals import mean
 from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
-from compressknow.pages.study.summary import find_cliffs, rank_modules, write_verdict
+from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
 from tests.pages.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -254,7 +254,7 @@ def test_module_that_hurts_least_is_told_by_level() -> None:
     cells = [*at(ATT, INTACT, 0.1, 0.3), *at(FF, GOOD, 0.1, 0.3), *at(ALL, BAD, 0.1, 0.3)]
     cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
     cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
-    low, medium, high = rank_modules(study(cells))
+    low, medium, high = rank_cells(study(cells))["modules"]
     assert (low.level, low.best, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
     assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
@@ -262,7 +262,7 @@ def test_module_that_hurts_least_is_told_by_level() -> None:
 
 
 def test_level_of_one_module_compares_nothing() -> None:
-    assert rank_modules(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)])) == ()
+    assert rank_cells(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)]))["modules"] == ()
 
 
 def test_cliff_is_the_first_amount_below_nine_tenths() -> None:

@@ -8,7 +8,7 @@ from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
 from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json
 from compressknow.pages.study.records import FailedCell, tidy_rows
-from compressknow.pages.study.summary import describe_changes, draw_conclusions, list_ids, rank_methods, write_verdict
+from compressknow.pages.study.summary import describe_changes, draw_conclusions, list_ids, rank_cells, write_verdict
 from tests.pages.study.studies import Cell, gp, gq, study, two_methods, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -19,39 +19,41 @@ L1, WANDA = "l1-unstructured", "wanda"
 def test_each_method_is_tested_by_its_own_cells() -> None:
     made = study(two_methods())
     found = evaluate_findings_by_method(made)
-    assert [(each.kind, each.name) for each in found] == [("pruning", L1), ("pruning", WANDA)]
-    assert list_ids(found) == ("F2", "F4")
-    assert [each.answer("F2") for each in found] == ["holds", "does not hold"]
-    assert [each.answer("F4") for each in found] == ["holds", "holds"]
+    assert list(found) == [("pruning", L1), ("pruning", WANDA)]
+    assert list_ids(found.values()) == ["F2", "F4"]
+    assert [of["F2"].answer for of in found.values()] == ["holds", "does not hold"]
+    assert [of["F4"].answer for of in found.values()] == ["holds", "holds"]
     # The paper's findings are of its own method, with the same figures.
     (f2,) = (finding for finding in evaluate_findings(made) if finding.id == "F2")
-    assert f2.comparisons == next(f for f in found[0].findings if f.id == "F2").comparisons
-    assert {pair.less for f in found[1].findings for pair in f.comparisons} <= {c.key for c in made.cells}
+    assert f2.comparisons == found["pruning", L1]["F2"].comparisons
+    of_wanda = found["pruning", WANDA].values()
+    assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in made.cells}
 
 
 def test_what_changes_is_said_and_what_does_not_is_not() -> None:
-    assert describe_changes(evaluate_findings_by_method(study(two_methods()))) == (
+    assert describe_changes(evaluate_findings_by_method(study(two_methods()))) == [
         "F2 changes with the method that prunes: it holds with l1-unstructured, and does not hold with wanda.",
-    )
+    ]
     alike = [gp(s, 0.5, right, m) for m in (L1, WANDA) for s, right in ((ATT, GOOD), (FF, BAD))]
-    assert describe_changes(evaluate_findings_by_method(study(alike))) == (
+    assert describe_changes(evaluate_findings_by_method(study(alike))) == [
         "No finding holds with one method and fails with another.",
-    )
+    ]
 
 
 def test_schemes_are_told_apart_too() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
     found = evaluate_findings_by_method(study(cells))
-    assert [(each.kind, each.name, each.answer("F6")) for each in found] == [
-        ("quantization", "int8", "holds"),
-        ("quantization", "int4", "does not hold"),
-    ]
+    assert {of: findings["F6"].answer for of, findings in found.items()} == {
+        ("quantization", "int8"): "holds",
+        ("quantization", "int4"): "does not hold",
+    }
     assert "F6 changes with the scheme" in describe_changes(found)[0]
 
 
 def test_a_study_of_one_method_has_no_such_section() -> None:
     made = whole_grid()
-    assert evaluate_findings_by_method(made) == describe_changes(()) == ()
+    assert evaluate_findings_by_method(made) == {}
+    assert describe_changes({}) == []
     assert "The findings by method" not in render_study_html(made)
     assert study_to_json(made)["findings_by_method"] == {}
 
@@ -69,15 +71,15 @@ def test_all_formats_say_it() -> None:
         WANDA: {"F2": "does not hold", "F4": "holds"},
     }
     assert by_name[WANDA]["F2"]["comparisons"]
-    assert values["changes"] == list(describe_changes(evaluate_findings_by_method(made)))
+    assert values["changes"] == describe_changes(evaluate_findings_by_method(made))
 
 
 def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
     charts = {chart.name: chart for chart in draw_charts(study(two_methods()))}
     for scope in (ATT, FF, ALL):
-        (panel,) = charts[f"methods-{scope}"].panels
-        assert "L1-unstructured" in panel.svg
-        assert "wanda" in panel.svg
+        ((_, svg),) = charts[f"methods-{scope}"].panels
+        assert "L1-unstructured" in svg
+        assert "wanda" in svg
     assert not any(chart.name.startswith("methods") for chart in draw_charts(whole_grid()))
 
 
@@ -105,7 +107,7 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
 def test_where_two_methods_are_alike_the_worst_is_named() -> None:
     right = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
     made = study([gp(ALL, 0.5, of, method) for method, of in right.items()])
-    (least,) = rank_methods(made)
+    (least,) = rank_cells(made)["methods"]
     assert (least.clear, least.clear_worst, list(least.kept)[-1]) == (False, True, "L1-unstructured")
     line = next(each for each in draw_conclusions(made, evaluate_findings(made)) if "With" in each.claim)
     assert (line.answer, line.claim) == ("holds", "With everything pruned by 50 %, L1-unstructured hurts most")
@@ -114,7 +116,7 @@ def test_where_two_methods_are_alike_the_worst_is_named() -> None:
 
 def test_methods_that_prune_by_other_amounts_are_not_compared() -> None:
     made = study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
-    assert rank_methods(made) == ()
+    assert rank_cells(made)["methods"] == ()
     assert "methods" not in write_verdict(made)
 
 
@@ -123,7 +125,7 @@ def test_one_amount_has_a_bar_for_each_method() -> None:
     (chart,) = (chart for chart in draw_charts(made) if chart.name.startswith("methods"))
     assert chart.name == "methods-pruned"
     for text in ("overall 50 %", "attention 50 %", "L1-unstructured", "wanda"):
-        assert text in chart.panels[0].svg
+        assert text in chart.panels[0][1]
     assert {each.chart for each in draw_conclusions(made, evaluate_findings(made)) if "With" in each.claim} == {
         "methods-pruned"
     }
@@ -132,7 +134,7 @@ def test_one_amount_has_a_bar_for_each_method() -> None:
 def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
     cells = [Cell(ATT, right, 0.5, "int4", method) for method, right in ((L1, BAD), (WANDA, GOOD))]
     (chart,) = (chart for chart in draw_charts(study(cells)) if chart.name == "methods-quantized")
-    assert "attention 50 %, int4" in chart.panels[0].svg
+    assert "attention 50 %, int4" in chart.panels[0][1]
 
 
 def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
