@@ -1,4 +1,4 @@
-"""Parts that a section of a page is made of, tables among them.
+"""What a page is made of: sections, and the parts that they show, tables among them.
 
 A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
 escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
@@ -373,7 +373,7 @@ class Page:
 
     Attributes
     ----------
-    kind : what the page is: ``report card``, ``study``, ``search``.
+    kind : what the page is: ``report card``, ``study``, ``search``; empty of one of several models.
     models : which models it is about.
     unlisted : so many sections stand before the table of contents, which does not list them.
     next : sentences on what to do.

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.base import notebook
-from compressknow.base.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.base.format import count, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
@@ -30,7 +30,7 @@ from compressknow.pages.parts import (
     Table,
     list_identity,
 )
-from compressknow.pages.records import ModelFacts
+from compressknow.pages.records import ModelFacts, write_estimate
 from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 # A search's page is short enough to have no table of contents.
@@ -228,8 +228,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
 
 
 def _write_kept(kept: Estimate | None) -> str:
-    kept = kept or Estimate(None)
-    return estimate(kept.value, kept.low, kept.high)
+    return write_estimate(kept or Estimate(None))
 
 
 def _files_table(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:

@@ -215,11 +215,6 @@ class Grid:
         return [cell for row in self.cells for cell in row if cell]
 
 
-def write_four_digits(figure: float) -> str:
-    """Write a figure to four decimals."""
-    return number(figure, 4)
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
     """Form of a map, in units of the drawing.
@@ -255,7 +250,7 @@ def draw_heat_map(
     title: str,
     *,
     bounds: Sequence[float] = (),
-    write: Callable[[float], str] = write_four_digits,
+    write: Callable[[float], str] = lambda figure: number(figure, 4),
     form: Form = WIDE,
 ) -> str | None:
     """Return the map as an element for HTML; None where all figures are 0.

@@ -82,7 +82,9 @@ def make_card(
         )
         compared = replace(compared, probes=tuple(probes))
         comparisons.append(_add_sections(model, compared, (original, answers), show_facts=show_facts))
-    common = _find_common_warnings(comparisons)
+    # What holds for all of several models is said once, of the whole card.
+    common = comparisons[0].warnings if len(comparisons) > 1 else ()
+    common = tuple(warning for warning in common if all(warning in each.warnings for each in comparisons))
     of_sections = (text for section in list_explained(comparisons) for text in section.method)
     broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
     asked: Any = {"gates": gates, "strict": strict, "within": within, "broken": broken}
@@ -243,10 +245,3 @@ def _check_comparable(original: Answers, compressed: Answers) -> None:
             f"the other model on {', '.join(compressed.probes) or 'nothing'}.",
             hint="Probe both with the same -p PROBE.",
         )
-
-
-def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """Return warnings that hold for all of several compressed models: they are said once, of the whole card."""
-    if len(comparisons) < 2:
-        return ()
-    return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))
