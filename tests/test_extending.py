@@ -331,7 +331,6 @@ class TestSection:
     @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
         code = """
-            from markupsafe import Markup
             from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import *
 
@@ -345,7 +344,6 @@ class TestSection:
                     yield from (Text(T), Note(T), Remarks(T, [T]), table, Facts(table, T), Folded(T, (Note(T), table)))
                     yield Chart(T, T, lambda axes: axes.set_title(" ".join(T.split()).strip(chr(0xD800))))
                     yield Beside(None, table)
-                    yield LeftOut(3, T, T)
 
                 def warnings(self, context):
                     yield self.text
@@ -354,7 +352,7 @@ class TestSection:
                 order, text = 101, "harmless"
 
             class Hostile(Said):
-                order, text = 102, Markup(TEXT)
+                order, text = 102, TEXT
         """
         code = textwrap.dedent(code).replace("TEXT", repr(text))
         install(SECTIONS, "harmless", code, "Harmless")
@@ -376,11 +374,6 @@ class TestSection:
             (("most_common(1)[0][1] / len", "most_common(1)[0][9] / len"), "IndexError: tuple index out of range."),
             (("sides]", "sides], {0}"), "TypeError: Object of type set is not JSON serializable."),
             (("len(side) for", "len(side) * float('nan') for"), "ValueError: Out of range float values"),
-            (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
-            (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
-            (('("Probe", "Original", "Compressed")', '("Probe", "Original")'), "ValueError: a row of the table"),
-            (("axes.barh(**bars)", "axes.barh(bars)"), "TypeError"),
-            (("def parts(", "def part("), "NotImplementedError"),
             (('title = "Favourite answers"', 'title = ""'), "it has no title."),
             (("order = 45", "order = 'first'"), "its order is no number."),
             (("class Favourites(Section)", "class Favourites"), "not Section"),
@@ -391,7 +384,7 @@ class TestSection:
     def test_one_that_fails_is_left_out_with_a_warning(
         self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        code = example("A section of the report").replace("Chart, Note", "Chart, Drawn, Note")
+        code = example("A section of the report")
         assert change[0] in code
         install(SECTIONS, "favourites", code.replace(*change), "Favourites")
         page, markdown, figures = self.report()
@@ -406,6 +399,24 @@ class TestSection:
         said = capsys.readouterr()
         assert "The section 'favourites' that toy_favourites adds" in said.out
         assert "Traceback" not in said.err
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
+            (("axes.barh(**bars)", "axes.barh(bars)"), "TypeError"),
+            (("def parts(", "def part("), "NotImplementedError"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_one_that_fails_to_show_itself_is_left_out_of_the_page(self, change: tuple[str, str], says: str, install):
+        install(SECTIONS, "favourites", example("A section of the report").replace(*change), "Favourites")
+        page, _, figures = self.report()
+        assert "m1-favourites" not in self.sections(page)
+        assert "m1-figures" in self.sections(page)
+        assert figures["compressed"][0]["probes"]["atlas"]["favourites"] == [0.14, 0.8]
+        (warning,) = [each.text for each in page.all("li") if "that toy_favourites adds is left out" in each.text]
+        assert says in warning
 
     def test_one_that_fails_is_no_matter_of_the_model_card(self, install) -> None:
         install(SECTIONS, "broken", "import nothing_like_it\n", "Broken")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -20,11 +19,9 @@ from compressknow.base.errors import OutputError
 from compressknow.base.files import (
     LOCK,
     claim_folder,
-    find_interrupted,
     is_no_folder,
     open_whole,
     remove_strays,
-    write_together,
     write_whole,
 )
 from compressknow.base.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
@@ -131,67 +128,6 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def test_of_files_that_belong_together_none_appears_where_one_is_there(tmp_path: Path) -> None:
-    contents = {tmp_path / name: name.encode() for name in "abc"}
-    (tmp_path / "b").write_bytes(b"the user's own")
-    with pytest.raises(OutputError, match="b exists already"):
-        write_together(contents, overwrite=False)
-    assert names(tmp_path) == ["b"]
-    assert (tmp_path / "b").read_bytes() == b"the user's own"
-    write_together(contents, overwrite=True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"a", "b": b"b", "c": b"c"}
-
-
-# Killed right after so many of its files have their names, and so many of its temporary names are removed.
-KILLED = """
-import os, sys
-from pathlib import Path
-from compressknow.base.files import write_together
-left = int(sys.argv[2])
-def counted(method):
-    def call(*arguments, **options):
-        global left
-        method(*arguments, **options)
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), 9)
-    return call
-Path.hardlink_to, Path.unlink = counted(Path.hardlink_to), counted(Path.unlink)
-write_together({Path(sys.argv[1]) / name: b"killed" for name in "abc"}, overwrite=False)
-"""
-
-
-@pytest.mark.parametrize("changes", range(1, 6))
-def test_files_of_a_run_that_was_killed_between_two_names_are_told_from_the_users(tmp_path: Path, changes: int) -> None:
-    paths = [tmp_path / name for name in "abc"]
-    with child(KILLED, tmp_path, str(changes)) as process:
-        assert process.wait(DEADLINE) == -signal.SIGKILL
-    there = [path for path in paths if path.exists()]
-    assert len(there) == min(changes, 3)
-    if changes < 3:
-        assert find_interrupted(paths) == there
-        write_together(dict.fromkeys(paths, b"whole"), overwrite=False)
-        assert all(path.read_bytes() == b"whole" for path in paths)
-        assert names(tmp_path) == ["a", "b", "c"]
-        # From now on they are the user's.
-        assert find_interrupted(paths) == []
-    else:
-        assert all(path.read_bytes() == b"killed" for path in paths)
-        assert find_interrupted(paths) == []
-        assert names(tmp_path) == ["a", "b", "c"]
-
-
-def test_a_copy_of_an_interrupted_file_is_the_users(tmp_path: Path) -> None:
-    with child(KILLED, tmp_path, "1") as process:
-        process.wait(DEADLINE)
-    paths = [tmp_path / "a", tmp_path / "b"]
-    assert find_interrupted(paths) == paths[:1]
-    # Saved anew by an editor.
-    (tmp_path / "new").write_bytes((tmp_path / "a").read_bytes())
-    (tmp_path / "new").replace(tmp_path / "a")
-    assert find_interrupted(paths) == []
-
-
 @pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])
 def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path, place: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
@@ -255,26 +191,6 @@ def test_a_new_file_has_its_size_or_says_at_once_that_there_is_no_room(tmp_path:
     with pytest.raises(OSError, match=FULL) as error:
         new_file(tmp_path / "b", 1 << 60)
     assert is_full(error.value)
-
-
-@pytest.mark.parametrize("error", [PermissionError(errno.EPERM, "no links here"), NotImplementedError()])
-def test_without_hard_links_files_appear_together_and_replace_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def refuse(*arguments: Path) -> None:
-        raise error
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    (tmp_path / "b").write_bytes(b"the user's own")
-    with pytest.raises(OutputError, match="b exists already"):
-        write_together({tmp_path / name: b"new" for name in "abc"}, overwrite=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"b": b"the user's own"}
-    write_together({tmp_path / name: b"new" for name in "ac"}, overwrite=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "a": b"new",
-        "b": b"the user's own",
-        "c": b"new",
-    }
 
 
 def test_what_this_process_may_use_and_has_used() -> None:

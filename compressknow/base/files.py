@@ -12,7 +12,7 @@ import glob
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -156,68 +156,6 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_together(contents: Mapping[Path, bytes], *, overwrite: bool) -> None:
-    """Write several files of which either all appear or none.
-
-    Each is linked to its name while its temporary name stays, until all have theirs: if a run is killed in between,
-    `find_interrupted` recognises what it left, and this replaces it.
-
-    Raises OutputError where one cannot be written, or is there already and `overwrite` is False.
-    """
-    unfinished = find_interrupted(contents)
-    placed: list[Path] = []
-    with contextlib.ExitStack() as stack:
-        temporaries = {path: stack.enter_context(_write_temporary(path, content)) for path, content in contents.items()}
-        with uninterrupted():
-            try:
-                for path in unfinished:
-                    path.unlink(missing_ok=True)
-                for path, temporary in temporaries.items():
-                    with _explain_errors(path):
-                        _move_into_place(temporary, path, overwrite)
-                    placed.append(path)
-            except BaseException:
-                for path in () if overwrite else placed:
-                    path.unlink(missing_ok=True)
-                raise
-    for path in contents:
-        _remove_dead(_temporaries(path))
-
-
-@contextlib.contextmanager
-def _write_temporary(path: Path, content: bytes) -> Iterator[Path]:
-    with _explain_errors(path), _open_temporary(path) as (temporary, file):
-        file.write(content)
-        _finish(file)
-        yield temporary
-
-
-def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        move(temporary, path)
-        return
-    try:
-        if os.path.lexists(path):
-            raise FileExistsError
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.") from None
-    except (OSError, NotImplementedError):
-        # A file system, or a system, without hard links.
-        move(temporary, path)
-
-
-def find_interrupted(paths: Collection[Path]) -> list[Path]:
-    """Return, of files that appear together, those that a run put there and was killed before the last.
-
-    If all are there, it was killed after that: they are whole, and their temporary names are removed.
-    """
-    if all(path.is_file() for path in paths):
-        for path in paths:
-            _remove_dead(_temporaries(path))
-    return [path for path in paths if any(_is_left(path, t) for t in _temporaries(path))]
-
-
 def remove_strays(folder: Path) -> None:
     """Remove the temporary files that dead runs have left in a folder."""
     _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
@@ -295,15 +233,6 @@ def _prefix(path: Path) -> str:
 
 def _temporaries(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
-
-
-def _is_left(path: Path, temporary: Path) -> bool:
-    """Return whether a run that is dead has linked a temporary file to its name, and the name is still of that file."""
-    try:
-        os.close(lock(temporary, wait=False, make=False))
-        return path.samefile(_content_path(temporary))
-    except OSError:
-        return False
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import number, plain, share
 from compressknow.comparison.records import Estimate
@@ -75,32 +75,6 @@ class Level:
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """Chart of a section, drawn where a page has room for it.
-
-    Attributes
-    ----------
-    title, told : its name, and its figures in words, for those who cannot see it.
-    draw : draws on axes of the page's look; colours are `INK`, `MUTED`, `RULE`, `PAPER` and `SERIES` of this module.
-    height : in the units of `WIDTH`.
-    heading : what stands above it where it is one of several side by side.
-    """
-
-    kind: ClassVar[str] = "chart"
-    title: str
-    told: str
-    draw: Callable[[Axes], object]
-    height: int = 200
-    heading: str = ""
-
-    def svg(self, id: str) -> str:
-        """Return the SVG element; `id` as in `open_axes`."""
-        with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
-            self.draw(plot)
-        return drawn()
-
-
 @contextmanager
 def open_axes(
     height: int,
@@ -155,7 +129,10 @@ def draw_lines(
         ends = [_draw_line(plot, line, i, 100 * start) for i, line in enumerate(drawn_lines)]
         largest = max(x for x, *_ in ends)
         bottom, top = round_range([100 * start, *find_reach(drawn_lines, levels), *within])
-        _draw_end_labels(plot, ends, largest, gap=_APART * (top - bottom), bottom=bottom)
+        places = move_apart([y for _, y, *_ in ends], _APART * (top - bottom), bottom)
+        for (x, y, label, colour), place in zip(ends, places, strict=True):
+            plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
+            plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
         _set_amount_axis(plot, drawn_lines, largest)
         set_percent_axis(plot, bottom, top, unit)
@@ -179,15 +156,6 @@ def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float,
     plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
     plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
     return amounts[-1], values[-1], _shorten(line.scope, 22), colour
-
-
-def _draw_end_labels(
-    plot: Axes, ends: Sequence[tuple[float, float, str, str]], largest: float, gap: float, bottom: float
-) -> None:
-    places = move_apart([y for _, y, *_ in ends], gap, bottom)
-    for (x, y, label, colour), place in zip(ends, places, strict=True):
-        plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
-        plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
 
 
 def _set_amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
@@ -251,28 +219,27 @@ def draw_bars(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
     )
-    places = _place_bars(drawn_bars)
+    # A named group has a heading above its first bar.
+    places = [0.9 if drawn_bars[0].group else 0.0]
+    for before, bar in pairwise(drawn_bars):
+        places.append(places[-1] + (1.0 if bar.group == before.group else 2.0))
     last = places[-1]
-    with open_axes(
-        40 + round(22 * (last + 1 + 0.9 * len(levels))), id, title, f"{description}.{_describe_levels(levels, unit)}"
-    ) as (
-        plot,
-        drawn,
-    ):
+    height = 40 + round(22 * (last + 1 + 0.9 * len(levels)))
+    with open_axes(height, id, title, f"{description}.{_describe_levels(levels, unit)}") as (plot, drawn):
         ends = (*find_reach(drawn_bars, levels), *within)
         left, right = min(0, *ends), max(high, *ends)
         for y, bar in zip(places, drawn_bars, strict=True):
-            _draw_bar(plot, y, bar, right - left, unit)
-        for y, name in _place_headings(drawn_bars, places):
-            # From the edge, above the names of its bars, where there is room for most of them.
-            plot.annotate(
-                _shorten(name, 48),
-                (0.01, y),
-                xycoords=("figure fraction", "data"),
-                va="center",
-                fontsize=11,
-                color=MUTED,
-            )
+            value, lowest, highest = to_percents(bar.value)
+            plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
+            plot.plot([lowest, highest], [y, y], color=INK, linewidth=1.4)
+            edge = max(value, highest, 0) + 0.02 * (right - left)
+            plot.text(edge, y, write_value(bar.value.value, unit), va="center", fontsize=11)
+        for group, bars in groupby(zip(places, drawn_bars, strict=True), lambda each: each[1].group):
+            if group:
+                # From the edge, above the names of its bars, where there is room for most of them.
+                place = 0.01, next(bars)[0] - 0.85
+                at: Any = {"xycoords": ("figure fraction", "data"), "va": "center"}
+                plot.annotate(_shorten(group, 48), place, fontsize=11, color=MUTED, **at)
         for i, level in enumerate(levels):
             x = 100 * level.value
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
@@ -286,26 +253,6 @@ def draw_bars(
         plot.set_axisbelow(True)
         plot.spines["bottom"].set_visible(False)
     return drawn()
-
-
-def _place_bars(drawn_bars: Sequence[Bar]) -> list[float]:
-    """Return where each bar lies; a named group has a heading above its first."""
-    places = [0.9 if drawn_bars[0].group else 0.0]
-    for before, bar in pairwise(drawn_bars):
-        places.append(places[-1] + (1.0 if bar.group == before.group else 2.0))
-    return places
-
-
-def _place_headings(drawn_bars: Sequence[Bar], places: Sequence[float]) -> list[tuple[float, str]]:
-    firsts = [i for i, bar in enumerate(drawn_bars) if bar.group and (not i or drawn_bars[i - 1].group != bar.group)]
-    return [(places[i] - 0.85, drawn_bars[i].group) for i in firsts]
-
-
-def _draw_bar(plot: Axes, y: float, bar: Bar, width: float, unit: str) -> None:
-    value, low, high = to_percents(bar.value)
-    plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
-    plot.plot([low, high], [y, y], color=INK, linewidth=1.4)
-    plot.text(max(value, high, 0) + 0.02 * width, y, write_value(bar.value.value, unit), va="center", fontsize=11)
 
 
 def write_value(value: float | None, unit: str) -> str:

@@ -13,10 +13,9 @@ import yaml
 
 from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
-from compressknow.base.format import count, estimate, number, percent, size
+from compressknow.base.format import count, number, percent, size
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
-from compressknow.comparison.records import Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import choose_word, find_schemes
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FOLDER = "PATH/TO/THIS/FOLDER"
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-KEY = "model-index"
-# So many zeros are there because something was pruned.
-PRUNED_SHARE = 0.01
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_KEY = "model-index"
+# Of so many zeros that have values again, a warning.
+_REFILLED_SHARE = 0.01
 # The metric by which results of an earlier report are told from the user's own.
 _OURS = "knowledge-kept"
 
@@ -47,7 +46,7 @@ def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
 def read_card_metadata(card: Path) -> dict[str, Any]:
     """Return the front matter of a model card; empty where there is none, or it is no valid YAML."""
     try:
-        match = FRONT_MATTER.match(read_text(card, CARD_BYTES))
+        match = _FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         # A conversion must not fail for the sake of a card that its author broke.
@@ -66,6 +65,8 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
     source, totals = manifest["source"], manifest["totals"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     schemes = _list_schemes(manifest)
+    revision = ["--revision", str(source["revision"])] if source.get("revision") else []
+    command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision]
     return render(
         "model_card.md.j2",
         metadata=_make_metadata(manifest, source_card_metadata, schemes),
@@ -94,7 +95,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         vllm_limit=vllm_limit(manifest),
         calibrated=list(calibrated_in_words(calibration_of(manifest))),
         recipe=to_toml(manifest["recipe"]),
-        command=_write_command(source),
+        command=shlex.join(command),
     )
 
 
@@ -173,11 +174,6 @@ def _write_transformers_code(architecture: str, model_type: str) -> str:
     )
 
 
-def _write_command(source: dict[str, Any]) -> str:
-    revision = ["--revision", str(source["revision"])] if source.get("revision") else []
-    return shlex.join(["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision])
-
-
 _TEXT_ENCODER_DECODERS = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
@@ -212,44 +208,29 @@ def describe_runtimes(manifest: Mapping[str, Any]) -> str:
 
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what to know before the output is used."""
-    yield from warn_of_growth(manifest)
-    yield from warn_of_unused(manifest)
-    yield from warn_of_refilled(manifest)
-
-
-def warn_of_refilled(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Warn that weights which the source had pruned have values again, and its pattern with them."""
-    rows = [row for row in manifest["tensors"] if row.get("refilled", 0) >= PRUNED_SHARE * row["numel"]]
-    if rows:
-        again, before = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
-        yield (
-            f"The source is pruned, and {again} of {before} zeros have values again in "
-            f"{some_of([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
-            "lost there, unless this recipe prunes to it again."
+    """Yield what to know before the output is used: that it is larger than the input, and why; that the model has no
+    place for some tensors; that weights which the source had pruned have values again, and its pattern with them.
+    """
+    before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
+    if after > before:
+        cause = (
+            "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
+            "`blocks` leaves it out"
+            if manifest.get("untied")
+            else "the scales of its narrow layers take more than "
+            f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
         )
-
-
-def warn_of_unused(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Warn that the model has no place for some of the tensors."""
+        yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
     if unused := manifest.get("unused", []):
         tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
         yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
-
-
-def warn_of_growth(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Warn that the output is larger than the input, and say why."""
-    before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
-    if after <= before:
-        return
-    cause = (
-        "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
-        "`blocks` leaves it out"
-        if manifest.get("untied")
-        else "the scales of its narrow layers take more than "
-        f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
-    )
-    yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
+    if rows := [row for row in manifest["tensors"] if row.get("refilled", 0) >= _REFILLED_SHARE * row["numel"]]:
+        again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
+        yield (
+            f"The source is pruned, and {again} of {zeros} zeros have values again in "
+            f"{some_of([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            "lost there, unless this recipe prunes to it again."
+        )
 
 
 def check_metadata(front_matter: str) -> dict[str, Any]:
@@ -264,7 +245,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
         ) from error
     if metadata is None:
         return {}
-    index = metadata.get(KEY) if isinstance(metadata, dict) else None
+    index = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(metadata, dict) or not (index is None or _is_index(index)):
         raise OutputError(
             "the model card's metadata is not of the form that the Hub reads, and would be lost.",
@@ -276,12 +257,10 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
 def add_results(front_matter: str, comparison: Comparison) -> str:
     """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
-    results = {KEY: _merge_results(metadata.get(KEY) or [], comparison)}
-    added = to_yaml(results)
+    added = to_yaml({_KEY: _merge_results(metadata.get(_KEY) or [], comparison)})
     others = _cut_index(front_matter)
     if others is None:
-        rest = {key: value for key, value in metadata.items() if key != KEY}
-        others = to_yaml(rest)
+        others = to_yaml({key: value for key, value in metadata.items() if key != _KEY})
     return f"{others.rstrip()}\n{added}" if others.strip() else added
 
 
@@ -293,7 +272,7 @@ def _cut_index(front_matter: str) -> str | None:
     if node.flow_style:
         return None
     keys = [key for key, _ in node.value]
-    at = next((number for number, key in enumerate(keys) if key.value == KEY), None)
+    at = next((number for number, key in enumerate(keys) if key.value == _KEY), None)
     if at is None:
         return front_matter
     lines = front_matter.splitlines(keepends=True)
@@ -306,37 +285,28 @@ def _cut_index(front_matter: str) -> str | None:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them the comparison's."""
-    others = [model | {"results": [r for r in model["results"] if not _is_ours(r)]} for model in index]
-    others = [model for model in others if model["results"]]
-    ours, name = _make_results(comparison), comparison.model.name
-    if others:
-        # The Hub knows one model a card: its name is the user's.
-        others[0]["results"] += ours
-        return others
-    return [{"name": name, "results": ours}]
-
-
-def _make_results(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the accuracy and the knowledge kept of each probe."""
-    results = []
+    """Return the user's own results, and beside them the comparison's: accuracy and knowledge kept of each probe."""
+    task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
+    ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
         metrics = [
             {"type": "accuracy", "value": probe.accuracy_compressed.value, "name": "accuracy"},
             {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
         ]
-        results.append(
-            {
-                "task": {"type": "text-generation" if comparison.model.family != "masked" else "fill-mask"},
-                "dataset": {"name": probe.probe, "type": probe.probe.partition(":")[0]},
-                "metrics": [metric for metric in metrics if metric["value"] is not None],
-            }
-        )
-    return [result for result in results if result["metrics"]]
+        if known := [metric for metric in metrics if metric["value"] is not None]:
+            dataset = {"name": probe.probe, "type": probe.probe.partition(":")[0]}
+            ours.append({"task": {"type": task}, "dataset": dataset, "metrics": known})
 
+    def is_ours(result: Mapping[str, Any]) -> bool:
+        return any(metric.get("type") == _OURS for metric in result["metrics"])
 
-def _is_ours(result: Mapping[str, Any]) -> bool:
-    return any(metric.get("type") == _OURS for metric in result["metrics"])
+    others = [model | {"results": [r for r in model["results"] if not is_ours(r)]} for model in index]
+    others = [model for model in others if model["results"]]
+    if not others:
+        return [{"name": comparison.model.name, "results": ours}]
+    # The Hub knows one model a card: its name is the user's.
+    others[0]["results"] += ours
+    return others
 
 
 def _is_index(value: Any) -> bool:
@@ -395,6 +365,8 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
 
 
 def _render_section(original: ModelFacts, comparison: Comparison) -> str:
+    from compressknow.pages.records import write_estimate
+
     return render(
         "model_card_report.md.j2",
         verdict=comparison.verdict,
@@ -402,7 +374,7 @@ def _render_section(original: ModelFacts, comparison: Comparison) -> str:
             {
                 "subject": grade.subject,
                 "known": count(grade.counts.known_before),
-                "kept": _write_estimate(grade.kept),
+                "kept": write_estimate(grade.kept),
                 "grade": grade.range or grade.grade,
             }
             for grade in comparison.grades
@@ -411,8 +383,8 @@ def _render_section(original: ModelFacts, comparison: Comparison) -> str:
             {
                 "name": probe.probe,
                 "facts": count(probe.counts.n),
-                "before": _write_estimate(probe.accuracy_original),
-                "after": _write_estimate(probe.accuracy_compressed),
+                "before": write_estimate(probe.accuracy_original),
+                "after": write_estimate(probe.accuracy_compressed),
             }
             for probe in comparison.probes
         ],
@@ -424,13 +396,9 @@ def _render_section(original: ModelFacts, comparison: Comparison) -> str:
     )
 
 
-def _write_estimate(figure: Estimate) -> str:
-    return estimate(figure.value, figure.low, figure.high)
-
-
 def _split(text: str) -> tuple[str, str]:
     """Return the card's front matter, without its fences, and the rest."""
-    match = FRONT_MATTER.match(text)
+    match = _FRONT_MATTER.match(text)
     head = match.group(1) if match else ""
     check_metadata(head)
     return head, text[match.end() :] if match else text

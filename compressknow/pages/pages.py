@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_eval_context
+from jinja2.nodes import EvalContext
 from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import check_links, find_interrupted, write_together
-from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines
+from compressknow.base.files import check_links, write_whole
+from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
 from compressknow.base.libraries import require
-from compressknow.base.reading import open_regular
+from compressknow.base.system import uninterrupted
+
+if TYPE_CHECKING:
+    # Whoever only writes a model card need not import what pages are made of.
+    from compressknow.pages.parts import Page
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the templates lie inside the package; in a checkout, at the top of the repository.
@@ -50,7 +55,7 @@ def escape_markdown(text: object) -> str:
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
     escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
     # A bare address would become a link.
-    return re.sub(r"(?i)(https?|ftp)://|www\.", _break_autolink, escaped)
+    return re.sub(r"(?i)((?:https?|ftp):)(?=//)|www\.", lambda match: f"{match[0][:-1]}&#{ord(match[0][-1])};", escaped)
 
 
 def to_code_span(text: object) -> str:
@@ -97,7 +102,7 @@ def isolate(sentence: str) -> Markup:
     >>> print(isolate("<\u05d0\u05d1> 5 %"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
     """
-    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(sentence))))
+    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(plain_lines(sentence)))))
 
 
 def keep_unbroken(sentence: str) -> Markup:
@@ -118,8 +123,10 @@ def _join_lines(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def _break_autolink(match: re.Match[str]) -> str:
-    return match.group().replace(":", "&#58;").replace("www.", "www&#46;").replace("WWW.", "WWW&#46;")
+@pass_eval_context
+def _finish(context: EvalContext, value: object) -> object:
+    # Sections of other packages need not know which characters are unseen.
+    return plain_lines(value) if context.autoescape and type(value) is str else value
 
 
 @cache
@@ -132,29 +139,25 @@ def _make_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_finish,
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, front_matter=to_front_matter)
     environment.filters.update(isolated=isolate, unbroken=keep_unbroken)
-    environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count)
+    environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count, size=size, smaller=smaller)
     return environment
 
 
-def render_html_page(template: str, *, styles: Sequence[str] = ("style.css",), **values: Any) -> str:
-    """Fill in the template of that file name; the page holds its style sheets and its script, and allows no others."""
-    style, script = "\n".join(read_source(name).strip() for name in styles), read_source("report.js").strip()
-    return render(
-        template,
-        # Both come from this package and hold no text of anyone else; the policy names their hashes.
-        style=Markup(style),
-        script=Markup(script),
-        policy=_write_policy(style, script),
-        **values,
-    )
+def render_html(page: Page) -> str:
+    """Return the page as HTML; it holds its style sheet and its script, and allows no others."""
+    style, script = read_source("style.css").strip(), read_source("report.js").strip()
+    # Both come from this package and hold no text of anyone else; the policy names their hashes.
+    policy = _write_policy(style, script)
+    return render("page.html.j2", page=page, style=Markup(style), script=Markup(script), policy=policy)
 
 
-def render_markdown_page(template: str, **values: Any) -> str:
-    """Fill in the template of that file name; what it leaves out leaves no gap."""
-    return re.sub(r"\n{3,}", "\n\n", render(template, **values)).rstrip("\n") + "\n"
+def render_markdown(page: Page) -> str:
+    """Return the page as GitHub-flavoured Markdown; what it leaves out leaves no gap."""
+    return re.sub(r"\n{3,}", "\n\n", render("page.md.j2", page=page)).rstrip("\n") + "\n"
 
 
 def _write_policy(style: str, script: str) -> str:
@@ -176,7 +179,7 @@ def _hash(text: str) -> str:
 
 
 FORMATS = (".html", ".md", ".json")
-# By what a page is known again: within so many bytes of its beginning or, in Markdown, of its end.
+# By what a page is known again.
 _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
@@ -184,7 +187,6 @@ _MARKS = {
     ".csv": re.compile(rb"\Aname,group,stack,layer,module,"),
     ".xml": re.compile(rb'<testsuites name="compressknow"'),
 }
-_MARKED_WITHIN = 1 << 16
 
 
 def require_for(outputs: Sequence[Path], *modules: str) -> None:
@@ -196,10 +198,7 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
     """Raise, before any work is done, where an output could not be written: none of the formats, file there already, or
     one to overwrite that is no page.
-
-    A file that an interrupted run put there without the others is no reason.
     """
-    unfinished = find_interrupted(outputs)
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(
@@ -207,9 +206,9 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
                 hint="Give -o several times for several formats.",
             )
         check_links(path)
-        if path.is_dir() or (path.exists() and not overwrite and path not in unfinished):
+        if path.is_dir() or (path.exists() and not overwrite):
             raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
-        if path.exists() and path not in unfinished:
+        if path.exists():
             _check_ours(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
@@ -223,27 +222,18 @@ def _check_ours(path: Path) -> None:
         raise OutputError(
             f"{path} lies in a checkpoint folder: not overwritten.", hint="Choose a name outside the checkpoint."
         )
-    if not _is_page(path):
+    if not path.is_file() or not _MARKS[path.suffix.lower()].search(path.read_bytes()):
         raise OutputError(
             f"{path} was not written by compressknow: not overwritten.",
             hint="Remove it yourself, or choose another name.",
         )
 
 
-def _is_page(path: Path) -> bool:
-    """Return whether a file holds what every page of its format does."""
-    if not path.is_file():
-        return False
-    with open_regular(path) as file:
-        if path.suffix.lower() == ".md":
-            file.seek(max(0, path.stat().st_size - _MARKED_WITHIN))
-        return bool(_MARKS[path.suffix.lower()].search(file.read(_MARKED_WITHIN)))
-
-
-def write_formats(rendered: Callable[[Path], str], paths: Sequence[Path], *, overwrite: bool) -> None:
-    """Write a page in the formats that the names ask for: all files appear, each of them whole, or none.
-
-    `rendered` gives the text of a file, by its name.
+def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path]) -> None:
+    """Write files, each of which appears whole, by what gives the text of each name or ending of a name; nothing is
+    written before all texts are there.
     """
-    contents = {path: rendered(path).encode("utf-8") for path in paths}
-    write_together(contents, overwrite=overwrite)
+    written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
+    with uninterrupted():
+        for path, text in written.items():
+            write_whole(path, text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""Parts that a section of a page is made of, tables among them.
+"""What a page is made of: sections, and the parts that they show, tables among them.
 
 A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
 escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
@@ -6,22 +6,35 @@ escapes all text: nothing of a section is HTML, but for a chart, and that is dra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, millions, p_value, percent, plain, share, size, smaller
-from compressknow.comparison.records import Estimate, Group, ProbeFigures
-from compressknow.pages.drawing import Chart as Chart
-from compressknow.pages.records import Card, ModelFacts, write_estimate
+from compressknow.base.format import count, millions, p_value, percent, plain, share
+from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
+from compressknow.pages.drawing import open_axes
+from compressknow.pages.records import ModelFacts, write_estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GROUP_COLUMNS = ("Facts", "Known before", "Lost", "Gained", "Kept", "Answer changed", "p (Holm)")
 
 
+class Part:
+    """What a section can show; the templates have a piece for each kind."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
+
+
 @dataclass(frozen=True, slots=True)
-class Table:
+class Table(Part):
     """Table of cells as text, one tuple per row; the first cell is the header of its row.
 
     Attributes
@@ -34,7 +47,6 @@ class Table:
     captioned : Markdown says the caption too; not where the section's title says it.
     """
 
-    kind: ClassVar[str] = "table"
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -62,33 +74,32 @@ class Entry:
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
-    return tuple(_identify(model))
 
+    def name(source: Mapping[str, Any]) -> str:
+        revision = source.get("revision")
+        return plain(source.get("name", ""), 120) + (f"@{plain(revision, 60)}" if revision else "")
 
-def _identify(model: ModelFacts) -> Iterator[Entry]:
-    yield Entry("Name", _write_name(model.name, model.revision), code=True)
-    yield Entry("SHA-256", plain(model.sha256, 80)[:_SHORT], code=True, full=plain(model.sha256, 80))
-    if source := model.source:
-        yield Entry("Made from", _write_name(source.get("name", ""), source.get("revision")), code=True)
+    hash = plain(model.sha256, 80)
+    entries = [
+        Entry("Name", name({"name": model.name, "revision": model.revision}), code=True),
+        Entry("SHA-256", hash[:_SHORT], code=True, full=hash),
+    ]
+    if model.source:
+        entries.append(Entry("Made from", name(model.source), code=True))
     if model.setup:
-        yield Entry("Setup", plain(model.setup, 80))
+        entries.append(Entry("Setup", plain(model.setup, 80)))
     if model.quantization:
-        yield Entry("Quantization", plain(model.quantization, 200))
-    yield from _list_runtime(model.runtime or {})
-    yield Entry("Kind", f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}")
+        entries.append(Entry("Quantization", plain(model.quantization, 200)))
+    if runtime := model.runtime:
+        entries.append(Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)))
+        if types := runtime.get("types"):
+            stored = "; ".join(f"{group} {_write_shares(kinds)}" for group, kinds in types.items())
+            entries.append(Entry("Stored as", plain(stored, 400)))
     zeros = ""
     if model.zeros is not None and model.parameters is not None:
         zeros = f", {percent(model.zeros, model.parameters)} of them zero"
-    yield Entry("Parameters", f"{millions(model.parameters)}{zeros}")
-
-
-def _list_runtime(runtime: Mapping[str, Any]) -> Iterator[Entry]:
-    """Yield what ran it, where that was not transformers, and how it stores each group of layers."""
-    if runtime:
-        yield Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80))
-    if types := runtime.get("types"):
-        stored = "; ".join(f"{group} {_write_shares(kinds)}" for group, kinds in types.items())
-        yield Entry("Stored as", plain(stored, 400))
+    kind = f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}"
+    return (*entries, Entry("Kind", kind), Entry("Parameters", f"{millions(model.parameters)}{zeros}"))
 
 
 def _write_shares(kinds: Mapping[str, int]) -> str:
@@ -103,23 +114,6 @@ def _write_shares(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {percent(number, total)}" for kind, number in kinds.items())
 
 
-def _write_name(name: object, revision: object) -> str:
-    return plain(name, 120) + (f"@{plain(revision, 60)}" if revision else "")
-
-
-def list_run(card: Card) -> tuple[Entry, ...]:
-    """Return how the card was made, for making it again."""
-    seeds = sorted({probe.seed for c in card.comparisons for probe in c.probes})
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
-    return (Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE))
-
-
-def list_hashes(card: Card) -> tuple[Entry, ...]:
-    """Return the SHA-256 of every model, in full."""
-    models = (card.original, *(comparison.model for comparison in card.comparisons))
-    return tuple(Entry(plain(model.name, 60), plain(model.sha256, 80), code=True) for model in models)
-
-
 def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
     """Return the accuracy of the original and of the compressed model, averaged as the probe's protocol does."""
     if probe.average == "macro":
@@ -129,79 +123,64 @@ def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """Return a table with one row per group; `kind` is what a group is of."""
-    return Table(
-        caption,
-        (kind, *_GROUP_COLUMNS),
-        tuple(_make_group_row(group) for group in groups),
-        bars=tuple(group.kept for group in groups) if bars else (),
-        bars_after=5,
-        sortable=len(groups) > 1,
+    rows = tuple(
+        (
+            plain(group.name, 80),
+            *map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained)),
+            write_estimate(group.kept),
+            share(group.answer_changed),
+            p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
+        )
+        for group in groups
     )
-
-
-def _make_group_row(group: Group) -> tuple[str, ...]:
-    counts = group.counts
-    return (
-        plain(group.name, 80),
-        count(counts.n),
-        count(counts.known_before),
-        count(counts.lost),
-        count(counts.gained),
-        write_estimate(group.kept),
-        share(group.answer_changed),
-        p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
-    )
+    drawn = tuple(group.kept for group in groups) if bars else ()
+    return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=drawn, bars_after=5, sortable=len(groups) > 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(Part):
     """Paragraph."""
 
-    kind: ClassVar[str] = "text"
     sentence: str
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Note(Part):
     """Note on what stands above, in small print; `drawn` is on what HTML alone draws."""
 
-    kind: ClassVar[str] = "note"
     sentence: str
     drawn: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Sentences:
+class Sentences(Part):
     """Sentences: a paragraph each or, `joined`, one paragraph in HTML; a list in Markdown."""
 
-    kind: ClassVar[str] = "sentences"
     sentences: tuple[str, ...]
     joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Entries:
-    """Labelled values."""
+class Entries(Part):
+    """Labelled values, under a title where they have one."""
 
-    kind: ClassVar[str] = "entries"
     entries: tuple[Entry, ...]
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
+class Code(Part):
     """Text to be copied as it is; nothing where there is none."""
 
-    kind: ClassVar[str] = "code"
     text: str | None
     language: str
     look: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Part):
     """Names, the key of each where it has one, and what is said of them."""
 
-    kind: ClassVar[str] = "terms"
     terms: tuple[tuple[str, str, str], ...]
 
 
@@ -220,10 +199,9 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class Claims(Part):
     """Claims, each with its answer."""
 
-    kind: ClassVar[str] = "claims"
     caption: str
     claims: tuple[Claim, ...]
 
@@ -240,47 +218,59 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(Part):
     """Findings, and the chart that shows them beside them where there is room."""
 
-    kind: ClassVar[str] = "findings"
     findings: tuple[Finding, ...]
     chart: Drawn | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Remarks:
+class Remarks(Part):
     """Sentences under a title: folded in HTML, a list in Markdown."""
 
-    kind: ClassVar[str] = "remarks"
     title: str
     sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(Part):
     """Facts and what models answered: text throughout, one fact a row, `shade` the style of its last answer.
 
     The last column is small in HTML, under the first.
     """
 
-    kind: ClassVar[str] = "facts"
     table: Table
     shade: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Number of those of the above that only the JSON has; nothing where there are none."""
+class Chart(Part):
+    """Chart of a section, drawn where a page has room for it.
 
-    kind: ClassVar[str] = "left-out"
-    number: int
-    page: str = "report"
-    file: str = "report.json"
+    Attributes
+    ----------
+    title, told : its name, and its figures in words, for those who cannot see it.
+    draw : draws on axes of the page's look; its colours are those of `pages.drawing`.
+    height : in the units of `WIDTH`.
+    heading : what stands above it where it is one of several side by side.
+    """
+
+    title: str
+    told: str
+    draw: Callable[[Axes], object]
+    height: int = 200
+    heading: str = ""
+
+    def svg(self, id: str) -> str:
+        """Return the SVG element; `id` as in `open_axes`."""
+        with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
+            self.draw(plot)
+        return drawn()
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(Part):
     """Chart as SVG, made by `pages.drawing`; Markdown leaves it out.
 
     Attributes
@@ -289,7 +279,6 @@ class Drawn:
     look : a class of the style sheet.
     """
 
-    kind: ClassVar[str] = "drawn"
     svg: Markup
     title: str = ""
     note: str = ""
@@ -297,52 +286,65 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Charts:
+class Charts(Part):
     """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""
 
-    kind: ClassVar[str] = "charts"
     charts: tuple[Drawn | Chart, ...]
     title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(Part):
     """Chart, and the table of its figures beside it where there is room."""
 
-    kind: ClassVar[str] = "beside"
     chart: Chart | Drawn | None
     table: Table
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
+class Folded(Part):
     """Parts under a title, unfolded by a click; Markdown shows them all without the title, if `in_text`."""
 
-    kind: ClassVar[str] = "folded"
     title: str
     parts: tuple[Part, ...]
     in_text: bool = True
 
 
-Part = (
-    Table
-    | Text
-    | Note
-    | Sentences
-    | Remarks
-    | Entries
-    | Code
-    | Terms
-    | Claims
-    | Findings
-    | Facts
-    | LeftOut
-    | Chart
-    | Drawn
-    | Charts
-    | Beside
-    | Folded
-)
+@dataclass(frozen=True, slots=True)
+class Graded(Part):
+    """Report card: a line for each domain, and one for all."""
+
+    rows: tuple[GradeRow, ...]
+    total: GradeRow
+
+
+@dataclass(frozen=True, slots=True)
+class GradeRow:
+    """Line of the report card; `rounding` is the mark on its bar, of what rounding alone keeps, where it has one."""
+
+    subject: str
+    known: str
+    kept: str
+    interval: str
+    grade: str
+    range: str
+    bar: Estimate
+    rounding: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes(Part):
+    """Bytes before and after; None where they are not known."""
+
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Models(Part):
+    """Pages of several models, one below the other, each unfolded by a click."""
+
+    pages: tuple[Page, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +356,7 @@ class Shown:
     id : its own on the page.
     look : a class of the style sheet.
     short : its name in the table of contents, where that is not the title.
+    in_text : Markdown has it too.
     """
 
     id: str
@@ -361,34 +364,22 @@ class Shown:
     parts: tuple[Part, ...]
     look: str = ""
     short: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Bytes before and after, and each as a share of the larger of the two."""
-
-    before: str
-    after: str
-    change: str
-    share: float
-    share_before: float
-
-
-def compare_sizes(before: int | None, after: int | None) -> Size:
-    """Return the sizes as text, and as shares for bars."""
-    largest = max(after or 0, before or 0, 1)
-    return Size(size(before), size(after), smaller(before, after), (after or 0) / largest, (before or 0) / largest)
+    in_text: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Page of sections, one below the other.
+    """Page of sections, one below the other; or what a page holds of one of several models.
 
     Attributes
     ----------
-    kind : what the page is: ``study``, ``search``.
+    kind : what the page is: ``report card``, ``study``, ``search``; empty of one of several models.
     models : which models it is about.
     unlisted : so many sections stand before the table of contents, which does not list them.
+    next : sentences on what to do.
+    counts : facts by which models know them; `names` of both, the first alone, the second alone, neither.
+    front : sections that stand above all others, in two columns where there is room.
+    id : of one of several models.
     """
 
     kind: str
@@ -398,12 +389,12 @@ class Page:
     verdict: str
     warnings: tuple[str, ...]
     sections: tuple[Shown, ...]
-    unlisted: int
-
-    @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """Return id and name of the sections listed."""
-        return tuple((section.id, section.short or section.title) for section in self.sections[self.unlisted :])
+    unlisted: int = 0
+    next: tuple[str, ...] = ()
+    counts: Counts | None = None
+    names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")
+    front: tuple[tuple[Shown, ...], ...] = ()
+    id: str = ""
 
 
 def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
@@ -414,8 +405,11 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
                 yield _draw(part, f"{id}-{number}")
         elif isinstance(part, Charts):
             if charts:
-                titled = (_draw_titled(each, f"{id}-{number}-{i}") for i, each in enumerate(part.charts, start=1))
-                yield replace(part, charts=tuple(titled))
+                drawn = (
+                    _draw(each, f"{id}-{number}-{i}") if isinstance(each, Chart) else each
+                    for i, each in enumerate(part.charts, start=1)
+                )
+                yield replace(part, charts=tuple(drawn))
         elif isinstance(part, Beside):
             chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
             yield replace(part, chart=chart, table=_drop_bars(part.table, charts))
@@ -426,11 +420,7 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
 
 
 def _draw(chart: Chart, id: str) -> Drawn:
-    return Drawn(Markup(chart.svg(id)))
-
-
-def _draw_titled(chart: Chart | Drawn, id: str) -> Drawn:
-    return Drawn(Markup(chart.svg(id)), title=chart.heading) if isinstance(chart, Chart) else chart
+    return Drawn(Markup(chart.svg(id)), title=chart.heading)
 
 
 def _drop_bars(table: Table, bars: bool) -> Table:
@@ -467,4 +457,10 @@ def make_fact_parts(
         yield Folded(
             f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
         )
-    yield LeftOut(left_out, *of)
+    if left_out:
+        yield make_rest_note(left_out, *of)
+
+
+def make_rest_note(left_out: int, page: str = "report", file: str = "report.json") -> Note:
+    """Return the note on what only the JSON has of the above."""
+    return Note(f"{count(left_out)} more are in the JSON of this {page}, which -o {file} writes.")

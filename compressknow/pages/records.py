@@ -174,9 +174,18 @@ class Comparison(Shown):
         return bool(self.texts) and not self.probes
 
     def _summary(self) -> Summary:
-        grades = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
-        title = f"Comparison: what {plain(self.model.name, 60)} kept"
-        return Summary(title, self.verdict, grades, tuple(map(_make_grade_row, self.grades)))
+        rows = tuple(
+            (
+                grade.subject,
+                count(grade.counts.known_before),
+                count(grade.counts.both),
+                write_estimate(grade.kept),
+                grade.grade + ("?" if grade.unsure else ""),
+            )
+            for grade in self.grades
+        )
+        columns = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
+        return Summary(f"Comparison: what {plain(self.model.name, 60)} kept", self.verdict, columns, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +250,11 @@ class Card(Tabular):
         title = f"Card: what {plain(self.original.name, 60)} knew"
         if len(self.comparisons) == 1:
             return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
-        models = ("Model", "Setup", "Size", "Kept (95 % interval)")
-        return Summary(title, self.verdict, models, tuple(map(_make_model_row, self.comparisons)))
+        rows = tuple(
+            (each.model.name, each.model.setup or "-", size(each.model.bytes), write_estimate(each.kept))
+            for each in self.comparisons
+        )
+        return Summary(title, self.verdict, ("Model", "Setup", "Size", "Kept (95 % interval)"), rows)
 
 
 def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
@@ -255,17 +267,6 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
         **{"mcnemar_p": probe.certainty.test.p, "answer_changed": probe.answer_changed},
     }
-
-
-def _make_grade_row(grade: Grade) -> tuple[str, ...]:
-    counts, mark = grade.counts, "?" if grade.unsure else ""
-    kept = write_estimate(grade.kept)
-    return grade.subject, count(counts.known_before), count(counts.both), kept, f"{grade.grade}{mark}"
-
-
-def _make_model_row(comparison: Comparison) -> tuple[str, ...]:
-    model = comparison.model
-    return model.name, model.setup or "-", size(model.bytes), write_estimate(comparison.kept)
 
 
 def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.base import notebook
-from compressknow.base.files import write_whole
-from compressknow.base.format import count, estimate, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.base.format import count, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.drawing import INK, SERIES
-from compressknow.pages.pages import render_html_page
+from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
     BAR,
     Code,
@@ -31,8 +30,8 @@ from compressknow.pages.parts import (
     Table,
     list_identity,
 )
-from compressknow.pages.records import ModelFacts
-from compressknow.pages.tradeoff import Look, Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.records import ModelFacts, write_estimate
+from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99
@@ -125,19 +124,19 @@ class Search(notebook.Tabular):
 
     def _summary(self) -> notebook.Summary:
         name = plain(self.original.name, 60)
+        if self.winner is None:
+            outcome = f"{count(len(self.tried))} files tried; none keeps that much for sure."
+        else:
+            kept = _write_kept(self.winner.graded)
+            outcome = f"{size(self.winner.bytes)}, the original {size(self.bytes)}: {kept} kept."
         return notebook.Summary(
             f"Search: the smallest {name} that keeps {share(self.keep)}"
             if self.keep is not None
             else f"Search: the best {name} of {size(self.budget or 0)}",
-            self._describe_outcome(),
+            outcome,
             ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", "Size"),
             tuple((each.setup, _write_kept(each.held_out), size(each.bytes)) for each in self.confirmed),
         )
-
-    def _describe_outcome(self) -> str:
-        if self.winner is None:
-            return f"{count(len(self.tried))} files tried; none keeps that much for sure."
-        return f"{size(self.winner.bytes)}, the original {size(self.bytes)}: {_write_kept(self.winner.graded)} kept."
 
 
 def make_search_page(search: Search) -> Page:
@@ -161,17 +160,16 @@ def _make_sections(search: Search) -> Iterator[Shown]:
     recipe = plain_lines(search.recipe) if search.recipe else None
     confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
-        yield Shown("front", "Knowledge kept against size", (*_draw_charts(search), Note(_describe_chart(search))))
+        charts = (
+            Drawn(Markup(draw_pareto(search, broad=broad)), look="broad" if broad else "narrow")
+            for broad in (False, True)
+        )
+        yield Shown("front", "Knowledge kept against size", (*charts, Note(_describe_chart(search))))
     yield Shown("winner", "The types of its weights", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")
     yield Shown("tried", "All files", (*tried, Note("", drawn=BAR)) if tried else (), look="wide")
     yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
     yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
-
-
-def _draw_charts(search: Search) -> Iterator[Drawn]:
-    yield Drawn(Markup(draw_pareto(search)), look="narrow")
-    yield Drawn(Markup(draw_pareto(search, broad=True)), look="broad")
 
 
 def _describe_chart(search: Search) -> str:
@@ -230,8 +228,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
 
 
 def _write_kept(kept: Estimate | None) -> str:
-    kept = kept or Estimate(None)
-    return estimate(kept.value, kept.low, kept.high)
+    return write_estimate(kept or Estimate(None))
 
 
 def _files_table(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
@@ -303,7 +300,7 @@ def draw_pareto(search: Search, *, broad: bool = False) -> str:
 
 
 _TRIED, _WINNER = "files tried", "the winner"
-_LOOKS = {_TRIED: Look("o", SERIES[0]), _WINNER: Look("*", INK, 13)}
+_LOOKS = {_TRIED: ("o", SERIES[0], 5.0), _WINNER: ("*", INK, 13.0)}
 
 
 def _make_tradeoff(search: Search) -> Tradeoff:
@@ -335,14 +332,17 @@ SCHEMA = 2
 
 
 def write_search(search: Search, folder: Path) -> None:
-    """Write ``search.html`` and ``search.json`` into `folder`; each appears only when it is whole."""
-    write_whole(folder / "search.html", render_search_html(search).encode())
-    write_whole(folder / "search.json", json_text(search_to_json(search)).encode())
+    """Write ``search.html`` and ``search.json`` into `folder`."""
+    texts = {
+        ".html": lambda: render_search_html(search),
+        ".json": lambda: json_text(search_to_json(search)),
+    }
+    write_files(texts, (folder / "search.html", folder / "search.json"))
 
 
 def render_search_html(search: Search) -> str:
     """Return the page: the same search gives the same bytes."""
-    return render_html_page("sections.html.j2", page=make_search_page(search))
+    return render_html(make_search_page(search))
 
 
 def search_to_json(search: Search) -> dict[str, Any]:

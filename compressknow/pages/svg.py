@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
-from compressknow.base.format import plain
+from compressknow.base.format import plain, plain_lines
 
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
@@ -61,7 +61,7 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     }
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         named = ElementTree.Element(tag, {"id": f"{id}-{tag}"})
-        named.text = text
+        named.text = plain_lines(text)
         root.insert(place, named)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -114,16 +114,14 @@ def _write(root: ElementTree.Element, text: str, x: float, y: float) -> None:
 
 def _write_colours(style: str) -> str:
     """Write rules for the classes of charts, from the variables that the page's style sheet sets: light, then dark."""
-    light, dark = (_read_variables(style, place) for place in (0, 1))
+    light, dark = (
+        {name: re.findall(rf"--{name}:\s*(#[0-9a-f]+)", style)[place] for name in COLOURS} for place in (0, 1)
+    )
     return (
         f"svg{{background:{light['paper']};font-family:sans-serif}}"
         f"text{{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}}{_write_rules(light)}"
         f"@media (prefers-color-scheme:dark){{svg{{background:{dark['paper']}}}{_write_rules(dark)}}}"
     )
-
-
-def _read_variables(style: str, place: int) -> dict[str, str]:
-    return {name: re.findall(rf"--{name}:\s*(#[0-9a-f]+)", style)[place] for name in COLOURS}
 
 
 def _write_rules(colours: dict[str, str]) -> str:

@@ -10,8 +10,7 @@ from compressknow.base.format import NONE, count, number, percent, plain, points
 from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
 from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
-from compressknow.pages.drawing import Chart
-from compressknow.pages.parts import Beside, Note, Part, Table
+from compressknow.pages.parts import Beside, Chart, Note, Part, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,17 +160,16 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
         ("Perplexity, difference", write_measured(moved.difference, 4)),
         ("Correlation of log-likelihoods", number(moved.correlation, 4)),
         ("KL, mean", write_measured(moved.kl, 4)),
-        *((f"KL, {_name_percentile(label)}", number(kl[key], 4) if kl else NONE) for key, label in _PERCENTILES),
+        *(
+            (f"KL, {label} percentile" if label[0].isdigit() else f"KL, {label}", number(kl[key], 4) if kl else NONE)
+            for key, label in _PERCENTILES
+        ),
         ("Same top token", write_measured(moved.same_top, 1, " %")),
         ("Change of the text's token's probability, mean", write_measured(moved.change, 2, " points")),
         ("Change, root mean square", write_measured(moved.change_rms, 2, " points")),
         *_list_divergent_rows(moved.divergent),
     ]
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
-
-
-def _name_percentile(label: str) -> str:
-    return f"{label} percentile" if label[0].isdigit() else label
 
 
 def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:

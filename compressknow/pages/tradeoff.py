@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import nan
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,22 +64,13 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Look of the marks of a kind: a marker of matplotlib's, its colour and size."""
-
-    marker: str
-    colour: str
-    size: float = 5
-
-
-@dataclass(frozen=True, slots=True)
 class Tradeoff:
     """Chart of knowledge kept against a cost.
 
     Attributes
     ----------
     cost : what the horizontal axis shows, with its unit.
-    looks : by kind, the kinds in the order of the legend.
+    looks : by kind, in the order of the legend: marker of matplotlib's, colour and size.
     edge : by kind, whose marks can be on the edge.
     more_is_better : of a cost that is none, such as a speed.
     keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
@@ -87,7 +79,7 @@ class Tradeoff:
     title: str
     cost: str
     marks: Sequence[Mark]
-    looks: Mapping[str, Look]
+    looks: Mapping[str, tuple[str, str, float]]
     edge: Sequence[str]
     told: str
     more_is_better: bool = False
@@ -127,20 +119,17 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         # Outside of the plot: points may lie anywhere in it.
         room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
-        left, bottom = _find_left(plot), _find_bottom(chart)
+        low, high = plot.get_xlim()
+        # No nearer to the dearest than half of it, or what is alike would look far apart.
+        left = 0.0 if low < high / 4 else min(low, high / 2)
+        bottom = _find_bottom(chart)
+        cut = [f"across from {left:,.3g}"] if left else []
+        cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
         plot.set_xlim(left=left)
-        plot.set_xlabel("\n".join((chart.cost, *_describe_beginnings(left, bottom))))
+        plot.set_xlabel(f"{chart.cost}\n(not from zero: {', '.join(cut)})" if cut else chart.cost)
         set_percent_axis(plot, bottom, unit=PERCENT)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
-
-
-def _find_left(plot: Axes) -> float:
-    """Return where the axis of costs begins: zero where that is near, and no nearer to the dearest than half of it, or
-    what is alike would look far apart.
-    """
-    low, high = plot.get_xlim()
-    return 0.0 if low < high / 4 else min(low, high / 2)
 
 
 def _find_bottom(chart: Tradeoff) -> float:
@@ -148,14 +137,6 @@ def _find_bottom(chart: Tradeoff) -> float:
     ends = [to_percents(mark.kept)[1] for mark in chart.marks]
     ends += [] if chart.rounding is None else [100 * chart.rounding]
     return max(0.0, min(round_range(ends, low=min(ends))[0], 100 - _SPAN))
-
-
-def _describe_beginnings(left: float, bottom: float) -> Iterator[str]:
-    """Yield where the axes begin, if not at zero."""
-    cut = [f"across from {left:,.3g}"] if left else []
-    cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
-    if cut:
-        yield f"(not from zero: {', '.join(cut)})"
 
 
 def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
@@ -179,12 +160,12 @@ def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
     """Draw each mark with a name by which it is told apart; the first of a kind stands in the legend."""
-    for kind, look in chart.looks.items():
+    for kind, (marker, colour, size) in chart.looks.items():
         label = kind
         for i, mark in enumerate(chart.marks):
             if mark.kind == kind:
-                drawn: Any = {"color": look.colour, "markersize": look.size, "label": label, "gid": f"mark{i}"}
-                plot.plot(mark.cost, 100 * mark.share, look.marker, clip_on=False, **drawn)
+                drawn: Any = {"color": colour, "markersize": size, "label": label, "gid": f"mark{i}"}
+                plot.plot(mark.cost, 100 * mark.share, marker, clip_on=False, **drawn)
                 label = "_nolegend_"
 
 
@@ -197,33 +178,25 @@ def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
     at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]
-    edges = [unit * end for end in plot.bbox.extents]
+    left, bottom, right, top = (unit * end for end in plot.bbox.extents)
     taken = [_make_box(x, y, 6.0, 6.0) for x, y in at]
     for (across, high, label), (x, y) in zip(marks, at, strict=True):
-        size = _DIGIT * len(label) + 2, _LINE
-        for right, up in _list_offsets(size[0]) if label else ():
-            box = _make_box(x + right, y + up, *size)
-            inside = edges[0] <= box[0] and box[2] <= edges[2] and edges[1] <= box[1] and box[3] <= edges[3]
-            if inside and not any(_overlap(box, other) for other in taken):
+        width = _DIGIT * len(label) + 2
+        for step, (way_x, way_y) in product(_STEPS if label else (), _WAYS):
+            offset = step * way_x + way_x * (width - _DIGIT) / 2, step * way_y
+            box = _make_box(x + offset[0], y + offset[1], width, _LINE)
+            inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
+            if inside and all(
+                box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1] for other in taken
+            ):
                 taken.append(box)
                 place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
-                plot.annotate(label, (across, high), (right, up), fontsize=10, color=INK, **place)
+                plot.annotate(label, (across, high), offset, fontsize=10, color=INK, **place)
                 break
 
 
-def _list_offsets(width: float) -> Iterator[tuple[float, float]]:
-    return ((step * right + right * (width - _DIGIT) / 2, step * up) for step in _STEPS for right, up in _WAYS)
-
-
-_Box = tuple[float, float, float, float]
-
-
-def _make_box(x: float, y: float, width: float, height: float) -> _Box:
+def _make_box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def _overlap(one: _Box, other: _Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +213,6 @@ class Grid:
     def figures(self) -> list[float]:
         """Return the figures that are not 0."""
         return [cell for row in self.cells for cell in row if cell]
-
-
-def write_four_digits(figure: float) -> str:
-    """Write a figure to four decimals."""
-    return number(figure, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +250,7 @@ def draw_heat_map(
     title: str,
     *,
     bounds: Sequence[float] = (),
-    write: Callable[[float], str] = write_four_digits,
+    write: Callable[[float], str] = lambda figure: number(figure, 4),
     form: Form = WIDE,
 ) -> str | None:
     """Return the map as an element for HTML; None where all figures are 0.
@@ -297,7 +265,7 @@ def draw_heat_map(
         return None
     bounds = bounds or find_bounds(grid.figures)
     width = min(form.widest, (form.width - form.label) / len(grid.columns))
-    top = _find_top(grid, form)
+    top = 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER) if form.upright else _TOP
     height = top + form.row * len(grid.rows) + 34
     return "".join(
         [
@@ -321,25 +289,16 @@ def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
 
 
 def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
-    found = [(figure, ", ".join(filter(None, (column, row))))
-             for row, column, figure in _list_cells(grid) if figure]  # fmt: skip
+    found = []
+    for row, cells in zip(grid.rows, grid.cells, strict=True):
+        columns = grid.columns if len(cells) == len(grid.columns) else ("",)
+        places = (", ".join(filter(None, (column, row))) for column in columns)
+        found += [(figure, place) for figure, place in zip(cells, places, strict=True) if figure]
     largest, least = max(found), min(found)
     return (
         f"From {write(least[0])} ({least[1]}) to {write(largest[0])} ({largest[1]}). "
         "The table after the map has every figure."
     )
-
-
-def _list_cells(grid: Grid) -> Iterator[tuple[str, str, float | None]]:
-    for row, cells in zip(grid.rows, grid.cells, strict=True):
-        columns = grid.columns if len(cells) == len(grid.columns) else ("",)
-        yield from ((row, column, cell) for column, cell in zip(columns, cells, strict=True))
-
-
-def _find_top(grid: Grid, form: Form) -> int:
-    if not form.upright:
-        return _TOP
-    return 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
 
 
 def _draw_heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:

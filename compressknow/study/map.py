@@ -18,10 +18,11 @@ from markupsafe import Markup
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
 from compressknow.pages.diff.tables import short_names
-from compressknow.pages.drawing import INK, MUTED, SERIES, Chart
-from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
+from compressknow.pages.drawing import INK, MUTED, SERIES
+from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     Beside,
+    Chart,
     Charts,
     Drawn,
     Entries,
@@ -187,10 +188,10 @@ def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity],
     return dict(groups)
 
 
-def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
+def write_map(map: Map, files: Sequence[Path]) -> None:
     """Write the map in the formats that the names of the files ask for."""
     renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": _to_json}
-    write_formats(lambda path: renderers[path.suffix.lower()](map), files, overwrite=overwrite)
+    write_files({suffix: partial(renderer, map) for suffix, renderer in renderers.items()}, files)
 
 
 def _to_json(map: Map) -> str:
@@ -236,12 +237,12 @@ _CURVE_NOTE = (
 
 def render_map_html(map: Map) -> str:
     """Render the page: the same sensitivity gives the same bytes."""
-    return render_html_page("sections.html.j2", page=build_page(map, charts=True))
+    return render_html(build_page(map, charts=True))
 
 
 def render_map_markdown(map: Map) -> str:
     """Render the same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
-    return render_markdown_page("sections.md.j2", page=build_page(map, charts=False))
+    return render_markdown(build_page(map, charts=False))
 
 
 def build_page(map: Map, *, charts: bool) -> Page:

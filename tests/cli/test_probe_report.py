@@ -316,19 +316,6 @@ def test_a_file_that_no_report_wrote_is_not_replaced(run: Run, tmp_path: Path, n
     assert (tmp_path / name).read_bytes() == before
 
 
-def test_a_report_that_was_killed_between_two_outputs_is_written_anew(run: Run, tmp_path: Path) -> None:
-    # As tests/test_files.py shows: the first has its name and its temporary one, the second the temporary one alone.
-    (tmp_path / ".report.html.compressknow-0123abcd").write_text("killed")
-    (tmp_path / "report.html").hardlink_to(tmp_path / ".report.html.compressknow-0123abcd")
-    (tmp_path / ".report.md.compressknow-4567cdef").write_text("killed")
-    assert run(*REPORT, "-o", "report.html", "-o", "report.md").code == 0
-    # matplotlib has a folder for its list of fonts.
-    written = [path for path in tmp_path.iterdir() if path.is_file()]
-    assert sorted(path.name for path in written) == ["report.html", "report.md"]
-    assert all("killed" not in path.read_text() for path in written)
-    refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.html exists already")
-
-
 def test_an_output_that_is_a_link_to_nowhere_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "report.md").symlink_to(tmp_path / "gone")
     refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, "report.md is a link that leads nowhere")

@@ -14,7 +14,7 @@ from compressed_tensors.utils.match import is_match
 import compressknow
 from compressknow.cli.convert import manifest_page
 from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
-from compressknow.pages.model_card import describe_runtimes, warn_of_growth
+from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.models import QUANTIZABLE, save_tiny
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -94,10 +94,10 @@ def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
 def test_an_output_that_grows_is_warned_of_with_the_reason(name: str, tmp_path: Path) -> None:
-    (warning,) = warn_of_growth(planned(name, tmp_path, scope="final", prune=0.2))
+    (warning,) = list_warnings(planned(name, tmp_path, scope="final", prune=0.2))
     assert "larger than the input" in warning
     assert "no longer shares its weight with the embedding" in warning
-    assert not list(warn_of_growth(planned(name, tmp_path, quantize="int8")))
+    assert not list(list_warnings(planned(name, tmp_path, quantize="int8")))
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)

@@ -40,12 +40,12 @@ SCENES = {
     "overwrite": Scene("convert model small --overwrite --prune 0.4", ("small",)),
     "probe": Scene(f"probe model -o asked -p facts:{FACTS}"),
     "probe-more": Scene(f"probe model -o answers -p facts:{MORE}", ("answers",)),
-    "report": Scene(f"report model small -p facts:{FACTS} -o r.html -o r.md -o r.json", ("small",)),
+    "report": Scene(f"report model small -p facts:{FACTS} -o r.html -o r.md -o r.json --overwrite", ("small",)),
     "report-again": Scene(
         f"report model small -p facts:{FACTS} -o old.md -o old.json --overwrite --into-model-card",
         ("small", "old.md", "old.json"),
     ),
-    "compare": Scene("compare model small -o c.html -o c.md -o c.json", ("small",)),
+    "compare": Scene("compare model small -o c.html -o c.md -o c.json --overwrite", ("small",)),
     "sweep": Scene(f"sweep model -o study --grid grid.toml -p facts:{FACTS} --save"),
     "search": Scene(f"search model -o found -p facts:{FACTS} --keep 0.3 --to checkpoint --guide text"),
 }

@@ -144,7 +144,7 @@ def test_layers_of_two_stacks_are_told_apart() -> None:
 
 def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
     files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
-    write_map(map_of(), files, overwrite=False)
+    write_map(map_of(), files)
     check_outputs(files, overwrite=True, formats=FORMATS)
     found = json.loads((tmp_path / "map.json").read_text())
     assert Sensitivity.from_json(found) == sensitivity_of()

@@ -12,7 +12,7 @@ from compressknow.pages import drawing
 from compressknow.pages.card.method import find_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line
 from compressknow.pages.records import Card, Comparison, ModelFacts, write_estimate
-from compressknow.pages.tradeoff import Look, Mark, Tradeoff, find_unbeaten
+from compressknow.pages.tradeoff import Mark, Tradeoff, find_unbeaten
 
 _FEWEST = 3  # fewer models are told apart at a glance at the table
 _SHAPES = (("o", SERIES[0]), ("s", SERIES[1]), ("^", SERIES[2]), ("v", SERIES[3]))
@@ -80,12 +80,12 @@ def _chart_cost(card: Card, names: Sequence[str], cost: _Cost) -> Tradeoff | Non
     if len({mark.cost for mark in marks}) < _FEWEST:
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    looks = {kind: Look(*shape, size=6) for kind, shape in zip(kinds, _SHAPES, strict=False)}
+    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
     best = find_unbeaten(marks, lambda mark: (mark.cost, mark.share), more_is_better=cost.more_is_better)
     if (before := cost.read(card.original)) is not None:
         name = f"the original, in {cost.run_in(card.original)}"
         marks.append(Mark(before / cost.divisor, Estimate(1), name, f"{name}, {cost.write(before)}"))
-        looks[name] = Look("D", INK, 6)
+        looks[name] = ("D", INK, 6.0)
     return Tradeoff(
         f"Knowledge kept by {cost.name}",
         ", ".join(filter(None, (cost.name, cost.unit))),

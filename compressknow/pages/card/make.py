@@ -17,10 +17,9 @@ from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
 from compressknow.pages.card import warnings
-from compressknow.pages.card.decision import decide
-from compressknow.pages.card.gate import Gate
+from compressknow.pages.card.gate import Gate, decide
 from compressknow.pages.card.method import compare_with_rounding, describe_method
-from compressknow.pages.card.sections import ProbeAnswers, add_sections, collect_methods, list_failures
+from compressknow.pages.card.sections import ProbeAnswers, add_sections, list_explained, list_failures
 from compressknow.pages.card.verdict import (
     describe_early,
     grade_domains,
@@ -60,7 +59,7 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
-    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.decision.decide`.
+    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`.
 
     Raises
     ------
@@ -73,17 +72,20 @@ def make_card(
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)
     model = read_model_facts(original.record.model)
-    compared = [
-        _add_wordings(
-            compare(original, answers, show_facts=show_facts, early=early, path=path), by_wording[0], wordings
+    comparisons = []
+    for answers, wordings in zip(compressed, by_wording[1:], strict=True):
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path)
+        # The figures of each wording are of answers that are not put together yet.
+        probes = (
+            replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
+            for p in compared.probes
         )
-        for answers, wordings in zip(compressed, by_wording[1:], strict=True)
-    ]
-    comparisons = [
-        _add_sections(model, comparison, (original, answers), show_facts=show_facts)
-        for comparison, answers in zip(compared, compressed, strict=True)
-    ]
-    common = _find_common_warnings(comparisons)
+        compared = replace(compared, probes=tuple(probes))
+        comparisons.append(_add_sections(model, compared, (original, answers), show_facts=show_facts))
+    # What holds for all of several models is said once, of the whole card.
+    common = comparisons[0].warnings if len(comparisons) > 1 else ()
+    common = tuple(warning for warning in common if all(warning in each.warnings for each in comparisons))
+    of_sections = (text for section in list_explained(comparisons) for text in section.method)
     broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
     asked: Any = {"gates": gates, "strict": strict, "within": within, "broken": broken}
     decision = decide(original, compressed, comparisons, **asked) if len(comparisons) > 1 else None
@@ -97,7 +99,7 @@ def make_card(
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,
-        method=describe_method(original, comparisons, collect_methods(comparisons)),
+        method=describe_method(original, comparisons, tuple(dict.fromkeys(of_sections))),
         known=known,
         decision=decision,
     )
@@ -121,15 +123,6 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
         ]
         sentences.append(write_joint_sentence(text, before, found))
     return " ".join(sentences)
-
-
-def _add_wordings(comparison: Comparison, original: Answers, compressed: Answers) -> Comparison:
-    """Return the comparison with the figures of each wording, of answers that are not put together yet."""
-    probes = (
-        replace(probe, wordings=compare_wordings(original.of(probe.probe), compressed.of(probe.probe)))
-        for probe in comparison.probes
-    )
-    return replace(comparison, probes=tuple(probes))
 
 
 def _add_sections(
@@ -252,10 +245,3 @@ def _check_comparable(original: Answers, compressed: Answers) -> None:
             f"the other model on {', '.join(compressed.probes) or 'nothing'}.",
             hint="Probe both with the same -p PROBE.",
         )
-
-
-def _find_common_warnings(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """Return warnings that hold for all of several compressed models: they are said once, of the whole card."""
-    if len(comparisons) < 2:
-        return ()
-    return tuple(w for w in comparisons[0].warnings if all(w in other.warnings for other in comparisons))

@@ -5,33 +5,41 @@ All texts of models and facts go through `plain` here; the templates escape for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from compressknow.base.format import NONE, count, json_text, plain, plain_lines, share, size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
+from compressknow.pages import pages
 from compressknow.pages.card.charts import chart_costs, chart_setups, name_deployment, name_runtime
-from compressknow.pages.card.decision import mark_models
-from compressknow.pages.card.gate import SUMMARY, Gate, render_job_summary, render_junit
+from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_summary, render_junit
 from compressknow.pages.card.method import LEGEND, SHORT_LEGEND, describe_mark, find_rounding_kept, list_probes
-from compressknow.pages.card.sections import Limits, collect_glossary, show_sections
-from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
+from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.parts import (
+    BAR,
+    Charts,
+    Code,
+    Drawn,
+    Entries,
     Entry,
+    Folded,
+    Graded,
+    GradeRow,
+    Models,
+    Note,
     Page,
+    Part,
+    Sentences,
     Shown,
-    Size,
+    Sizes,
     Table,
-    compare_sizes,
+    Terms,
     get_headline_accuracy,
-    list_hashes,
     list_identity,
-    list_run,
 )
 from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, name_models, write_estimate
 from compressknow.pages.texts import write_perplexity, write_text_headline
@@ -44,108 +52,69 @@ _FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
 _NOTHING_TO_KEEP = "There was no knowledge to keep"
-_WORDS: Any = {"legend": LEGEND, "short_legend": SHORT_LEGEND}
+_COST_NOTE = (
+    "A number is that of the model in the table. The line joins those that nothing beats; a stroke through a mark is "
+    "the 95 % interval. Speeds are of the runtime and precision that each model is deployed in."
+)
+_ROUNDING_NOTE = " The dotted one is what rounding alone keeps."
 
 
-@dataclass(frozen=True, slots=True)
-class GradeRow:
-    """Line of the report card; `rounding` is the mark on its bar, of what rounding alone keeps, where it has one."""
-
-    subject: str
-    known: str
-    kept: str
-    interval: str
-    grade: str
-    range: str
-    bar: Estimate
-    rounding: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """Compressed model against the original: the report card itself, and the sections below it.
-
-    Attributes
-    ----------
-    graded : there are facts, or should be; of running texts alone there is nothing to grade.
-    marked : what the mark on the bar of all domains shows; empty where there is none.
-    """
-
-    id: str
-    name: str
-    headline: str
-    summary: str
-    verdict: str
-    next: str
-    warnings: tuple[str, ...]
-    grades: tuple[GradeRow, ...]
-    total: GradeRow
-    marked: str
-    counts: Counts
-    graded: bool
-    size: Size
-    identity: tuple[Entry, ...]
-    recipe: str | None
-    sections: tuple[Shown, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CardPage(Page):
-    """Page of a whole card. With one compressed model, `compared` has one and there is no overview.
-
-    `marked` is what the line across the overview's charts shows; empty where there is none.
-    """
-
-    decision: str
-    identity: tuple[Entry, ...]
-    overview: Table | None
-    marked: str
-    compared: tuple[Compared, ...]
-    method: tuple[str, ...]
-    glossary: tuple[tuple[str, str], ...]
-    run: tuple[Entry, ...]
-    hashes: tuple[Entry, ...]
-    command: str | None
-
-    @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """Return id and name of the parts below the report card."""
-        sections = tuple((section.id, section.title) for section in self.sections)
-        parts = sections if self.overview is None else (("models", "Each compressed model"),)
-        return (*parts, ("method", "Method and limits"), ("run", "The run"))
-
-
-def make_page(card: Card, limits: Limits) -> CardPage:
-    """Return the card as text."""
+def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
+    """Return the card as text; `charts` are those that compare several models."""
     names = name_models(card)
-    compared = tuple(
-        _compare(card, comparison, f"m{i}", name, limits)
+    models = [
+        _make_model_page(card, comparison, f"m{i}", name, limits)
         for i, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1)
+    ]
+    run = _show_run(card)
+    how = Shown("how", "How it was made", run, in_text=False)
+    all_models = (card.original, *(comparison.model for comparison in card.comparisons))
+    hashes = Entries(tuple(Entry(plain(each.name, 60), plain(each.sha256, 80), code=True) for each in all_models))
+    about = (
+        _make_method_section(card),
+        Shown("run", "The run", (*run, Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"),
     )
-    single = compared[0] if len(compared) == 1 else None
-    warnings = [*card.warnings, *(card.comparisons[0].warnings if single else ())]
-    headline = single.headline if single else _write_joint_headline(card.comparisons)
-    others = f"→ {plain(card.comparisons[0].model.name, 80)}" if single else f"and {len(compared)} compressed models"
-    return CardPage(
-        kind="report",
-        title=f"{headline}: {plain(card.original.name, 60)}",
+    if len(models) == 1:
+        (page,) = models
+        others = f"→ {plain(card.comparisons[0].model.name, 80)}"
+        page = replace(page, front=((*page.front[0], how), page.front[1]), sections=(*page.sections, *about))
+    else:
+        others = f"and {len(models)} compressed models"
+        sections = (
+            Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
+            Shown("from", "Where they came from", (Entries(list_identity(card.original)),)),
+            how,
+            Shown("models", "Each compressed model", (Models(tuple(models)),)),
+            *about,
+        )
+        page = Page("", "", "", _write_joint_headline(card.comparisons), "", (), sections, unlisted=3)
+    decision = (plain(card.decision.reason, 1000),) if card.decision else ()
+    return replace(
+        page,
+        kind="report card",
+        title=f"{page.headline}: {plain(card.original.name, 60)}",
         models=f"{plain(card.original.name, 80)} {others}",
-        headline=headline,
         verdict=plain(card.verdict, 1000),
-        warnings=tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings)),
-        sections=single.sections if single else (),
-        unlisted=0,
-        decision=plain(card.decision.reason, 1000) if card.decision else "",
-        identity=list_identity(card.original),
-        overview=None if single else _make_overview(card, names),
-        marked=describe_mark(list_probes(card.comparisons), "The line across the charts"),
-        compared=compared,
-        method=tuple(plain(sentence, 2000) for sentence in card.method),
-        glossary=collect_glossary(card.comparisons),
-        run=list_run(card),
-        hashes=list_hashes(card),
-        command=plain(card.command, 2000) if card.command else None,
+        warnings=tuple(dict.fromkeys((*(plain(warning, 1000) for warning in card.warnings), *page.warnings))),
+        next=(*page.next, *decision),
     )
+
+
+def _show_run(card: Card) -> tuple[Part, ...]:
+    """Show how the card was made, for making it again."""
+    command = plain(card.command, 2000) if card.command else None
+    seeds = sorted({probe.seed for comparison in card.comparisons for probe in comparison.probes})
+    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
+    entries = Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE)
+    return Code(command, "sh", look="command"), Entries(entries)
+
+
+def _make_method_section(card: Card) -> Shown:
+    sentences = Sentences(tuple(plain(sentence, 2000) for sentence in card.method))
+    terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
+    plain_terms = dict.fromkeys((plain(name, 80), "", plain(meaning, 1000)) for name, meaning in terms)
+    glossary = Folded("What the figures mean", (Terms(tuple(plain_terms)),))
+    return Shown("method", "Method and limits", (sentences, glossary), look="text")
 
 
 def _write_headline(comparison: Comparison) -> str:
@@ -168,27 +137,45 @@ def _write_joint_headline(comparisons: Sequence[Comparison]) -> str:
     return f"{len(comparisons)} compressed models keep {shares} of the knowledge"
 
 
-def _compare(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Compared:
-    model, kept = comparison.model, comparison.kept
+def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Page:
+    """Return one compressed model against the original: the report card itself, and the sections below it."""
+    model, is_single = comparison.model, len(card.comparisons) == 1
+    sections, failures = show_sections(card.original, comparison, id, limits, show_facts=card.show_facts)
     perplexity = f"perplexity {write_perplexity(comparison.texts[0].compressed)}" if comparison.only_texts else ""
-    rounding = find_rounding_kept(comparison.probes)
-    return Compared(
-        id=id,
-        name=name,
-        headline=_write_headline(comparison),
-        summary=f"{perplexity or f'{share(kept.value)} kept'}, {size(model.bytes)}",
+    recipe = Code(plain_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
+    origin = (
+        *((Entries(list_identity(card.original), "Original"),) if is_single else ()),
+        Entries(list_identity(model), "Compressed" if is_single else ""),
+        *((Folded("Recipe", (recipe,)),) if recipe else ()),
+    )
+    return Page(
+        kind="",
+        title="",
+        models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {size(model.bytes)}",
+        headline=_write_headline(comparison) if is_single else name,
         verdict=plain(comparison.verdict, 1000),
-        next=plain(comparison.next, 1000),
-        warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
-        grades=tuple(_make_grade_row(grade) for grade in comparison.grades),
-        total=GradeRow("All domains", *_write_kept(comparison.counts, kept), "", "", kept, rounding),
-        marked=describe_mark(comparison.probes, "The long line on the bar of all domains"),
+        warnings=tuple(plain(warning, 1000) for warning in (*comparison.warnings, *failures)),
+        sections=sections,
+        next=(plain(comparison.next, 1000),) if comparison.next else (),
         counts=comparison.counts,
-        graded=not comparison.only_texts,
-        size=compare_sizes(card.original.bytes, model.bytes),
-        identity=list_identity(model),
-        recipe=plain_lines(to_toml(dict(model.recipe))) if model.recipe else None,
-        sections=show_sections(card.original, comparison, id, limits, show_facts=card.show_facts),
+        front=(
+            () if comparison.only_texts else (_make_grades_section(comparison, id),),
+            (
+                Shown(f"{id}-size", "Size", (Sizes(card.original.bytes, model.bytes),)),
+                Shown(f"{id}-from", "Where it came from", origin),
+            ),
+        ),
+        id=id,
+    )
+
+
+def _make_grades_section(comparison: Comparison, id: str) -> Shown:
+    kept, rounding = comparison.kept, find_rounding_kept(comparison.probes)
+    total = GradeRow("All domains", *_write_kept(comparison.counts, kept), "", "", kept, rounding)
+    mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
+    note = Note(LEGEND, drawn=" ".join(filter(None, (BAR, mark))))
+    return Shown(
+        f"{id}-card", "Report card", (Graded(tuple(map(_make_grade_row, comparison.grades)), total), note), look="card"
     )
 
 
@@ -204,137 +191,102 @@ def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
     return f"{count(counts.known_before)} of {count(counts.n)}", value.rstrip(), opening + interval
 
 
-def _make_overview(card: Card, names: tuple[str, ...]) -> Table:
-    probes = list(dict.fromkeys(probe.probe for c in card.comparisons for probe in c.probes))
-    subjects = list(dict.fromkeys(grade.subject for c in card.comparisons for grade in c.grades))
-    texts = list(dict.fromkeys(figures.text for c in card.comparisons for figures in c.texts))
-    models = [card.original, *(comparison.model for comparison in card.comparisons)]
-    run = _list_run_columns(models)
-    original_run, *compressed_run = [tuple(column[i] for column in run.values()) for i in range(len(models))]
-    standing = mark_models(card.decision, names) if card.decision else [NONE] * len(names)
-    rows = [
-        _make_overview_row(c, name, (mark, *own), probes, subjects, texts)
-        for c, name, mark, own in zip(card.comparisons, names, standing, compressed_run, strict=True)
+def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Iterator[Part]:
+    by_setup = chart_setups(card.comparisons, names, "overview-chart") if charts else ()
+    by_cost = chart_costs(card, names) if charts else ()
+    mark = describe_mark(list_probes(card.comparisons), "The line across the charts")
+    if by_setup:
+        yield Charts(tuple(Drawn(Markup(chart)) for chart in by_setup))
+    for i, chart in enumerate(by_cost, start=1):
+        # Drawn twice: for a narrow screen, and for the width of the page.
+        for look in ("narrow", "broad"):
+            svg = draw_tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")
+            yield Drawn(Markup(svg), chart.title, look=look)
+    if by_cost:
+        yield Note("", drawn=_COST_NOTE + (_ROUNDING_NOTE if mark else ""))
+    yield _tabulate_overview(card, names)
+    yield Note(SHORT_LEGEND, drawn=" ".join(filter(None, (BAR, mark if by_setup or by_cost else ""))))
+
+
+def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
+    marks = mark_models(card.decision, names) if card.decision else [NONE] * len(names)
+    models = [card.original, *(each.model for each in card.comparisons)]
+    columns = [
+        ("Model", ["original", *names]),
+        ("Size", [size(model.bytes) for model in models]),
+        ("Kept", ["", *(write_estimate(each.kept) for each in card.comparisons)]),
+        ("Among these", ["", *marks]),
+        *_list_run_columns(models),
+        *_list_result_columns(card.comparisons),
     ]
     return Table(
         caption="Every compressed model at a glance",
-        columns=(
-            "Model",
-            "Size",
-            "Kept",
-            "Among these",
-            *run,
-            *(f"Accuracy, {plain(p, 40)}" for p in probes),
-            *(plain(s, 40) for s in subjects),
-            *(f"Perplexity, {plain(t, 40)}" for t in texts),
-        ),
-        rows=(_make_original_row(card, ("", *original_run), probes, subjects, texts), *rows),
-        bars=(None, *(c.kept for c in card.comparisons)),
+        columns=tuple(name for name, _ in columns),
+        rows=tuple(zip(*(cells for _, cells in columns), strict=True)),
+        bars=(None, *(each.kept for each in card.comparisons)),
         bars_after=2,
         links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
         pinned=1,
         sortable=True,
+        captioned=False,
     )
 
 
-def _list_run_columns(models: Sequence[ModelFacts]) -> dict[str, list[str]]:
-    """Return what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
-    columns: dict[str, list[str]] = {}
+def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
+    """Yield what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
     if any(model.runtime for model in models):
-        columns["Runs in"] = [plain(name_runtime(model), 30) for model in models]
+        yield "Runs in", [plain(name_runtime(model), 30) for model in models]
     speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
     if any(speed is not None for speed in speeds):
-        columns["Timed in"] = [plain(name_deployment(model), 40) if model.speed else NONE for model in models]
-        columns["Tokens a second"] = [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
-    return columns
+        yield "Timed in", [plain(name_deployment(model), 40) if model.speed else NONE for model in models]
+        yield "Tokens a second", [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
 
 
-def _make_original_row(
-    card: Card, run: tuple[str, ...], probes: list[str], subjects: list[str], texts: list[str]
-) -> tuple[str, ...]:
-    read = {figures.text: figures.original for c in card.comparisons for figures in c.texts}
-    accuracy = {p.probe: get_headline_accuracy(p)[0].value for c in card.comparisons for p in c.probes}
-    return (
-        "original",
-        size(card.original.bytes),
-        "",
-        *run,
-        *(share(accuracy[probe]) for probe in probes),
-        *("" for _ in subjects),
-        *(write_perplexity(read[text]) for text in texts),
-    )
+def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:
+    """Yield accuracy by probe, grade by domain and perplexity by text, of the original and of each other."""
+    probes = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
+    for name in dict.fromkeys(name for of_model in probes for name in of_model):
+        before = next(of_model[name][0] for of_model in probes if name in of_model)
+        after = [of_model[name][1].value if name in of_model else None for of_model in probes]
+        yield f"Accuracy, {plain(name, 40)}", [share(before.value), *map(share, after)]
+    domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
+    for name in dict.fromkeys(name for of_model in domains for name in of_model):
+        grades = [of_model.get(name) for of_model in domains]
+        letters = [plain(grade.grade, 4) + ("?" if grade.unsure else "") if grade else NONE for grade in grades]
+        yield plain(name, 40), ["", *letters]
+    texts = [{figures.text: figures for figures in each.texts} for each in comparisons]
+    for name in dict.fromkeys(name for of_model in texts for name in of_model):
+        original = next(of_model[name].original for of_model in texts if name in of_model)
+        compressed = [of_model[name].compressed if name in of_model else None for of_model in texts]
+        yield f"Perplexity, {plain(name, 40)}", [write_perplexity(each) for each in (original, *compressed)]
 
 
-def _make_overview_row(
-    comparison: Comparison,
-    name: str,
-    run: tuple[str, ...],
-    probes: list[str],
-    subjects: list[str],
-    texts: list[str],
-) -> tuple[str, ...]:
-    kept = comparison.kept
-    read = {figures.text: figures.compressed for figures in comparison.texts}
-    accuracy = {probe.probe: get_headline_accuracy(probe)[1].value for probe in comparison.probes}
-    grades = {grade.subject: plain(grade.grade, 4) + ("?" if grade.unsure else "") for grade in comparison.grades}
-    return (
-        name,
-        size(comparison.model.bytes),
-        write_estimate(kept),
-        *run,
-        *(share(accuracy.get(probe)) for probe in probes),
-        *(grades.get(subject, NONE) for subject in subjects),
-        *(write_perplexity(read.get(text)) for text in texts),
-    )
-
-
-def write_reports(
-    card: Card, paths: Sequence[Path], *, overwrite: bool, gates: Sequence[Gate] = (), strict: bool = False
-) -> None:
-    """Write the card in the formats that the names ask for: all files appear, each of them whole, or none."""
-
-    def render(path: Path) -> str:
-        if path.name == SUMMARY:
-            return render_job_summary(card, gates, strict=strict)
-        match path.suffix.lower():
-            case ".xml":
-                return render_junit(card, gates, strict=strict)
-            case ".html":
-                return render_html(card)
-            case ".md":
-                return render_markdown(card)
-            case _:
-                return json_text(card.to_dict())
-
-    write_formats(render, paths, overwrite=overwrite)
+def write_reports(card: Card, paths: Sequence[Path], *, gates: Sequence[Gate] = (), strict: bool = False) -> None:
+    """Write the card in the formats that the names ask for."""
+    texts = {
+        SUMMARY: lambda: render_job_summary(card, gates, strict=strict),
+        ".xml": lambda: render_junit(card, gates, strict=strict),
+        ".html": lambda: render_html(card),
+        ".md": lambda: render_markdown(card),
+        ".json": lambda: json_text(card.to_dict()),
+    }
+    pages.write_files(texts, paths)
 
 
 def render_html(card: Card) -> str:
     """Return the page: the same card gives the same bytes."""
-    page = make_page(card, _limit_html(len(card.comparisons)))
-    names = [compared.name for compared in page.compared]
-    charts = chart_setups(card.comparisons, names, "overview-chart") if page.overview else ()
-    # Drawn twice: for a narrow screen, and for the width of the page.
-    costs = [
-        (look, chart.title, Markup(draw_tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")))
-        for i, chart in enumerate(chart_costs(card, names) if page.overview else (), start=1)
-        for look in ("narrow", "broad")
-    ]
-    return render_html_page("report.html.j2", page=page, charts=tuple(map(Markup, charts)), costs=costs, **_WORDS)
-
-
-def render_markdown(card: Card) -> str:
-    """Return what the page says, without its charts and with fewer facts, as GitHub-flavoured Markdown."""
-    facts = min(_FACTS, _FACTS_IN_ALL // max(1, len(card.comparisons)))
-    page = make_page(card, Limits(lost=facts, gained=facts, shown=facts))
-    return render_markdown_page("report.md.j2", page=page, **_WORDS)
-
-
-def _limit_html(models: int) -> Limits:
-    return Limits(
+    models = len(card.comparisons)
+    limits = Limits(
         lost=_LOST if models <= 1 else _LOST_IN_ALL // models,
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
         relations=None if models <= _FEW else max(_LEAST_RELATIONS, _RELATIONS_IN_ALL // models),
         # Of several models, a chart for each would take seconds.
         charts=models == 1,
     )
+    return pages.render_html(make_page(card, limits, charts=True))
+
+
+def render_markdown(card: Card) -> str:
+    """Return what the page says, without its charts and with fewer facts, as GitHub-flavoured Markdown."""
+    facts = min(_FACTS, _FACTS_IN_ALL // max(1, len(card.comparisons)))
+    return pages.render_markdown(make_page(card, Limits(lost=facts, gained=facts, shown=facts), charts=False))

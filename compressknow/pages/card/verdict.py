@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
@@ -58,7 +58,7 @@ def find_grade(part: float, whole: float = 1) -> str:
 def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
     counts = sum(relations, Counts())
     kept = proportion(counts.both, counts.known_before).or_wider(kept_by_cluster(relations))
-    best, worst = _grade_ends(kept)
+    best, worst = (NOTHING_KNOWN if end is None else find_grade(end) for end in (kept.high, kept.low))
     return Grade(
         subject=subject,
         relations=relations,
@@ -67,13 +67,6 @@ def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
         unsure=best != worst,
         range=f"{best} to {worst}" if best != worst else None,
     )
-
-
-def _grade_ends(kept: Estimate) -> tuple[str, str]:
-    """Return the grades of an interval's upper and lower end."""
-    if kept.low is None or kept.high is None:
-        return NOTHING_KNOWN, NOTHING_KNOWN
-    return find_grade(kept.high), find_grade(kept.low)
 
 
 def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
@@ -96,20 +89,22 @@ loss that chance does not explain (p = 0.012).
     if not counts.n:
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
-        return _write_nothing_known(name, counts)
+        gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
+        return f"{name} knew none of the {count_facts(counts.n)}, so there is nothing to keep{gained}."
     interval = f"({percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
     sentence = _write_kept(name, counts, interval, certainty.test.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
 
 def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> str:
+    gained, change = count(counts.gained) if counts.gained else "none", _judge_change(counts, p)
     if not counts.lost:
-        return f"Keeps {_count_all(counts.both)} that {name} knew {interval}, and gained {_write_gained(counts)}."
+        every = "the 1 fact" if counts.both == 1 else f"all {count(counts.both)} facts"
+        return f"Keeps {every} that {name} knew {interval}, and gained {gained}."
     if not counts.both:
-        opening = f"Keeps none of the {count_facts(counts.lost)} that {name} knew {interval}"
-        return f"{opening}, and gained {_write_gained(counts)}{_judge_change(counts, p)}."
+        return f"Keeps none of the {count_facts(counts.lost)} that {name} knew {interval}, and gained {gained}{change}."
     opening = f"Keeps {count(counts.both)} of {count_facts(counts.known_before)} that {name} knew {interval}"
-    return f"{opening}: it forgot {count(counts.lost)} and gained {_write_gained(counts)}{_judge_change(counts, p)}."
+    return f"{opening}: it forgot {count(counts.lost)} and gained {gained}{change}."
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
@@ -173,18 +168,18 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     if len(known) == 1:
         return f"{best[1]} keeps {_write_share(best[0])} of the facts that {name} knew."
     if _get_kept(best) == _get_kept(worst):
-        return f"{_count_models(len(known))} keep {share(_get_kept(best))} of what {name} knew."
+        every = "Both" if len(known) == 2 else f"All {len(known)}"
+        return f"{every} compressed models keep {share(_get_kept(best))} of what {name} knew."
     sentence = (
         f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0])}) "
         f"and {worst[1]} least ({_write_share(worst[0])})."
     )
-    return f"{sentence} {_describe_alike([labels[place] for place in alike])}" if alike is not None else sentence
-
-
-def _describe_alike(labels: Sequence[str]) -> str:
-    if not labels:
-        return "No other keeps as much: that is more than chance."
-    return f"{count(len(labels))} cannot be told apart from the best: {join_names(labels)}."
+    if alike is None:
+        return sentence
+    if not alike:
+        return f"{sentence} No other keeps as much: that is more than chance."
+    named = join_names([labels[place] for place in alike])
+    return f"{sentence} {count(len(alike))} cannot be told apart from the best: {named}."
 
 
 # So many of several are named.
@@ -198,16 +193,11 @@ def join_names(names: Sequence[str]) -> str:
     ('a', 'a and b', 'a, b, c, d and 2 more')
     """
     shown = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
 
 
 def _get_kept(known: tuple[Counts, str]) -> float:
     return known[0].kept or 0.0
-
-
-def _write_nothing_known(name: str, counts: Counts) -> str:
-    gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-    return f"{name} knew none of the {count_facts(counts.n)}, so there is nothing to keep{gained}."
 
 
 def _write_ends(kept: Estimate, name: str) -> str:
@@ -224,20 +214,8 @@ def _judge_change(counts: Counts, p: float | None) -> str:
     return f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({p_value(p)})"
 
 
-def _write_gained(counts: Counts) -> str:
-    return count(counts.gained) if counts.gained else "none"
-
-
 def count_facts(number: int) -> str:
     return "1 fact" if number == 1 else f"{count(number)} facts"
-
-
-def _count_all(number: int) -> str:
-    return "the 1 fact" if number == 1 else f"all {count(number)} facts"
-
-
-def _count_models(number: int) -> str:
-    return "Both compressed models" if number == 2 else f"All {number} compressed models"
 
 
 def _write_share(counts: Counts) -> str:
@@ -252,14 +230,6 @@ LEAST = 0.05
 FINEST = "int8-weights"
 # Facts beyond this many nobody evaluates to know a share.
 MOST = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class Milder:
-    """Recipe that does less, and in words what it does other than the one that was used."""
-
-    change: str
-    recipe: Recipe
 
 
 def write_advice(comparison: Comparison, path: str | None = None) -> str:
@@ -329,9 +299,14 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     name = plain(str((model.source or {}).get("name") or ""), 120)
     # The name of a folder alone would lead nowhere.
     source = path or (name if "/" in name else "MODEL")
-    options = format_options(found.recipe)
+    change, milder = found
+    options = format_options(milder)
     command = f": compressknow convert {shlex.join([source, 'OUTPUT', *options])}" if options else ""
-    return f"Next: {reason}; {found.change}{command}"
+    return f"Next: {reason}; {change}{command}"
+
+
+# In words what a recipe does other than the one that was used, and that recipe.
+Milder = tuple[str, Recipe]
 
 
 def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
@@ -357,38 +332,36 @@ def _halve(recipe: Recipe, kind: type[Step], name: str, change: str, least: floa
     # Blocks that are named cannot be halved.
     if not amounts or any(isinstance(amount, str) or amount / 2 < least for amount in amounts):
         return
+
+    def halve(amount: float) -> float:
+        return amount // 2 if isinstance(amount, int) else round(amount / 2, 4)
+
+    def write(amount: float) -> str:
+        return str(amount) if isinstance(amount, int) else f"{100 * amount:.3g} %"
+
     try:
         steps = [
-            replace(step, **{name: _halve_amount(getattr(step, name))}) if isinstance(step, kind) else step  # type: ignore[arg-type]
+            replace(step, **{name: halve(getattr(step, name))}) if isinstance(step, kind) else step  # type: ignore[arg-type]
             for step in recipe.steps
         ]
     except UsageError:
         # A pattern such as 2:4 has one amount.
         return
-    yield from _change_steps(
-        recipe, steps, change.format(half=_write_amount(_halve_amount(max(amounts))), most=_write_amount(max(amounts)))
-    )
-
-
-def _halve_amount(amount: float) -> float:
-    return amount // 2 if isinstance(amount, int) else round(amount / 2, 4)
-
-
-def _write_amount(amount: float) -> str:
-    return str(amount) if isinstance(amount, int) else f"{100 * amount:.3g} %"
+    most = max(amounts)
+    yield from _change_steps(recipe, steps, change.format(half=write(halve(most)), most=write(most)))
 
 
 def _round_finer(recipe: Recipe) -> Iterator[Milder]:
     """Quantize with less error: by GPTQ, then to 8 bits, then the weights alone."""
-    for step in recipe.steps:
+    for place, step in enumerate(recipe.steps):
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
+        before, after = recipe.steps[:place], recipe.steps[place + 1 :]
         if step.chosen.bits < PAPER_BITS and step.rounding == ROUNDINGS[0]:
-            yield from _replace_step(
-                recipe, step, replace(step, rounding="gptq"), "round by GPTQ in place of to nearest"
-            )
-        coarse = f"{FINEST} in place of {step.scheme}"
-        yield from _replace_step(recipe, step, Quantize(FINEST, step.where), f"quantize to {coarse}")
+            finer = (*before, replace(step, rounding="gptq"), *after)
+            yield from _change_steps(recipe, finer, "round by GPTQ in place of to nearest")
+        change = f"quantize to {FINEST} in place of {step.scheme}"
+        yield from _change_steps(recipe, (*before, Quantize(FINEST, step.where), *after), change)
 
 
 def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
@@ -409,11 +382,7 @@ def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Ite
     yield from _change_steps(recipe, steps, f"leave {worst} as it is, whose weights changed most")
 
 
-def _replace_step(recipe: Recipe, old: Step, new: Step, change: str) -> Iterator[Milder]:
-    yield from _change_steps(recipe, [new if step is old else step for step in recipe.steps], change)
-
-
 def _change_steps(recipe: Recipe, steps: Sequence[Step], change: str) -> Iterator[Milder]:
     if steps:
         calibration = recipe.calibration if any(step.calibrated for step in steps) else None
-        yield Milder(change, replace(recipe, steps=tuple(steps), calibration=calibration))
+        yield change, replace(recipe, steps=tuple(steps), calibration=calibration)

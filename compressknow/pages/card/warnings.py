@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from compressknow.base.format import count, percent, plain, share
 from compressknow.comparison.clusters import FEWEST
@@ -116,14 +116,15 @@ def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -
 
 
 def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) -> bool:
-    """Return whether what a model says that it was made from has the name or the content of the other one."""
+    """Return whether what `made` says that it was made from has the name or the content of `model`."""
     source = made.source or {}
     return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
 def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
     """Warn of what a converted checkpoint's recipe makes of its answers."""
-    if model.groups and not model.removed and not any(_is_changed(group) for group in model.groups.values()):
+    changed = any(group.get("pruned") or group.get("quantized") for group in model.groups.values())
+    if model.groups and not model.removed and not changed:
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
         yield (
@@ -154,7 +155,17 @@ def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str
 
 def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
     """Warn of what two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
-    yield from _warn_of_versions(original.record.versions, compressed.record.versions)
+    before, after = original.record.versions, compressed.record.versions
+    differing = [
+        f"{plain(name, 40)} {plain(before[name], 40)} and {plain(after[name], 40)}"
+        for name in before
+        if name in after and before[name] != after[name]
+    ]
+    if differing:
+        yield (
+            f"The two models were evaluated with different versions ({', '.join(differing)}), which may change answers "
+            "too."
+        )
     yield from warn_of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
@@ -196,33 +207,18 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
         answers = f"{count(changed)} of {count_facts(of)}"
         return f"Run there from an unquantized file, the original answers {answers} otherwise."
-    return f"How much was not measured: {_explain_unmeasured(before, after)}"
-
-
-def _explain_unmeasured(original: ModelRecord, model: ModelRecord) -> str:
-    if is_on_server(original) or is_on_server(model):
-        return "a server has the one model alone. Give an original that the same kind of server runs."
-    if original.runtime is not None:
-        return "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
-    return plain(original.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
+    if is_on_server(before) or is_on_server(after):
+        why = "a server has the one model alone. Give an original that the same kind of server runs."
+    elif before.runtime is not None:
+        why = "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
+    else:
+        why = plain(before.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
+    return f"How much was not measured: {why}"
 
 
 def _have_same_tokens(original: ModelRecord, model: ModelRecord) -> bool:
     """Return False where both vocabularies are known, and are two."""
     return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
-
-
-def _warn_of_versions(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
-    differing = [
-        f"{plain(name, 40)} {plain(original[name], 40)} and {plain(compressed[name], 40)}"
-        for name in original
-        if name in compressed and original[name] != compressed[name]
-    ]
-    if differing:
-        yield (
-            f"The two models were evaluated with different versions ({', '.join(differing)}), which may change answers "
-            "too."
-        )
 
 
 def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
@@ -319,7 +315,3 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
             f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} were dropped, mostly for this reason: "
             f"{plain(reason, 120)}. The rest may not be representative."
         )
-
-
-def _is_changed(group: Mapping[str, Any]) -> bool:
-    return bool(group.get("pruned") or group.get("quantized"))

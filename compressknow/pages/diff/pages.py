@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, json_text, number, plain, share, size, smaller
+from compressknow.base.format import NONE, count, json_text, number, plain, share, size
 from compressknow.comparison.diff import CheckpointDiff, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.records import Counts, TextFigures
+from compressknow.comparison.records import TextFigures
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
 from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
-from compressknow.pages.pages import render_html_page, render_markdown_page, write_formats
-from compressknow.pages.parts import NO_FACTS, Drawn, Entry, Folded, LeftOut, Part, Shown, Size, Table, draw_charts
+from compressknow.pages.pages import render_html, render_markdown, write_files
+from compressknow.pages.parts import (
+    NO_FACTS,
+    Code,
+    Drawn,
+    Entries,
+    Entry,
+    Folded,
+    Page,
+    Part,
+    Sentences,
+    Shown,
+    Sizes,
+    Table,
+    draw_charts,
+    make_rest_note,
+)
 from compressknow.pages.records import Checkpoint, comparison_to_json
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 from compressknow.pages.tradeoff import draw_heat_map
 
 _SHORT = 12
-_WEIGHTS = "groups"
 _MAP_NOTE = (
     "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
     "under the map are the errors at which the shades change."
@@ -38,76 +52,43 @@ METHOD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Numbers of tensors and facts that a format shows; the JSON has them all."""
-
-    tensors: int
-    facts: int
-    open: int
-    charts: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Text of a whole comparison.
-
-    Attributes
-    ----------
-    counts : of facts, A as the original, over all probes; None where no facts were evaluated.
-    weights : of `sections` the one that HTML shows beside the sizes, before all others.
-    """
-
-    id: str
-    models: str
-    title: str
-    headline: str
-    verdict: str
-    warnings: tuple[str, ...]
-    size: Size
-    a: tuple[Entry, ...]
-    b: tuple[Entry, ...]
-    counts: Counts | None
-    weights: Shown | None
-    sections: tuple[Shown, ...]
-    method: tuple[str, ...]
-    run: tuple[Entry, ...]
-    command: str | None
-
-    @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """Return the parts of the page: id and name."""
-        return (*((section.id, section.title) for section in self.below), ("compare-method", "Method"))
-
-    @property
-    def below(self) -> tuple[Shown, ...]:
-        """Return the sections but the weights."""
-        return tuple(section for section in self.sections if section is not self.weights)
-
-
-def make_comparison_page(comparison: CheckpointComparison, limits: Limits) -> Page:
-    """Return the comparison as text."""
+def make_comparison_page(
+    comparison: CheckpointComparison, *, tensors: int, facts: int, shown: int, charts: bool
+) -> Page:
+    """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
     a, b = names_of(comparison.a, comparison.b)
-    headline = _write_headline(comparison)
+    headline, difference = _write_headline(comparison), comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
-    sections = tuple(section for section in _make_sections(comparison, limits) if section.parts)
     versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
+    run = (
+        Code(plain(comparison.command, 2000) if comparison.command else None, "sh", look="command"),
+        Entries((Entry("Versions", versions or NONE),)),
+    )
+    origin = (Entries(_describe_checkpoint(comparison.a), "A"), Entries(_describe_checkpoint(comparison.b), "B"))
+    method = (*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ())))
+    weights = Shown("groups", "Weights", tuple(_show_groups(difference)) if difference else ())
+    sections = (
+        *(_show_behaviour(comparison, facts, shown, charts) if comparison.behaviour else ()),
+        *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
+        Shown("compare-method", "Method", (Sentences(method),), look="text"),
+    )
     return Page(
-        id="compare",
-        models=f"{a} and {b}",
+        kind="comparison",
         title=f"{headline}: {a} and {b}",
+        models=f"{a} and {b}",
         headline=headline,
         verdict=plain(comparison.verdict, 1000),
         warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
-        size=_compare_sizes(comparison.a.bytes, comparison.b.bytes),
-        a=_describe_checkpoint(comparison.a),
-        b=_describe_checkpoint(comparison.b),
+        sections=tuple(section for section in sections if section.parts),
         counts=there.comparisons[0].counts if there else None,
-        weights=next((section for section in sections if section.id == _WEIGHTS), None),
-        sections=sections,
-        method=(*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ()))),
-        run=(Entry("Versions", versions or NONE),),
-        command=plain(comparison.command, 2000) if comparison.command else None,
+        names=("both know", "only A", "only B", "neither"),
+        front=(
+            (*([weights] if weights.parts else []), Shown("how", "How it was made", run)),
+            (
+                Shown("compare-size", "Size", (Sizes(comparison.a.bytes, comparison.b.bytes),)),
+                Shown("from", "Which checkpoints", origin),
+            ),
+        ),
     )
 
 
@@ -128,11 +109,6 @@ def _write_headline(comparison: CheckpointComparison) -> str:
     return f"Relative error {number(total.relative_error, 4)}"
 
 
-def _compare_sizes(a: int, b: int) -> Size:
-    largest = max(a, b, 1)
-    return Size(size(a), size(b), smaller(a, b), b / largest, a / largest)
-
-
 def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     name = plain(side.name, 120) + (f"@{plain(side.revision, 60)}" if side.revision else "")
     source = plain((side.source or {}).get("name") or "", 120)
@@ -149,23 +125,28 @@ def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry)
 
 
-def _make_sections(comparison: CheckpointComparison, limits: Limits) -> Iterator[Shown]:
-    if behaviour := comparison.behaviour:
-        probes = tables.pair_probes(behaviour)
-        yield Shown("compare-knowledge", "Knowledge", tuple(_show_knowledge(probes)))
-        texts = draw_charts(_show_texts(behaviour), "compare-text", limits.charts)
-        yield Shown("compare-text", "Running text", tuple(texts))
-        if probes:
-            answers = tables.answer_parts(behaviour.answers, limits.facts, limits.open)
-            shown = tuple(answers) if comparison.show_facts else (NO_FACTS,)
-            yield Shown("compare-answers", "Answers side by side", shown)
-    if difference := comparison.difference:
-        yield Shown(_WEIGHTS, "Weights", tuple(_show_groups(difference)))
-        yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, limits)))
-        yield Shown("compare-layers", "By layer", tuple(_show_layers(difference)))
-        yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, limits)))
-        stored = tables.settings_table(difference, comparison.files), tables.structure_table(difference)
-        yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
+def _show_behaviour(comparison: CheckpointComparison, facts: int, shown: int, charts: bool) -> Iterator[Shown]:
+    behaviour = comparison.behaviour
+    assert behaviour is not None
+    probes = tables.pair_probes(behaviour)
+    yield Shown("compare-knowledge", "Knowledge", tuple(_show_knowledge(probes)))
+    texts = draw_charts(_show_texts(behaviour), "compare-text", charts)
+    yield Shown("compare-text", "Running text", tuple(texts))
+    if probes:
+        answers = tables.answer_parts(behaviour.answers, facts, shown)
+        yield Shown("compare-answers", "Answers side by side", tuple(answers) if comparison.show_facts else (NO_FACTS,))
+
+
+def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool) -> Iterator[Shown]:
+    is_changed = bool(difference.total.energy_change) or not difference.total.finite
+    if is_changed:
+        yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
+    if is_changed and (layers := tables.sum_layers(difference)):
+        table = tables.sums_table("Linear weights by layer", "Layer", layers)
+        yield Shown("compare-layers", "By layer", (table,))
+    yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+    stored = tables.settings_table(difference, files), tables.structure_table(difference)
+    yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
 def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
@@ -199,59 +180,43 @@ def _show_groups(difference: CheckpointDiff) -> Iterator[Part]:
         yield tables.sums_table("What differs by group of layers", "Group", groups, difference.total)
 
 
-def _show_map(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
+def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     grid = tables.make_grid(difference)
-    if grid is None or not _is_changed(difference):
+    if grid is None:
         return
-    if limits.charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
+    if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
         yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
     yield Folded("The map as a table", (tables.grid_table(grid),))
 
 
-def _show_layers(difference: CheckpointDiff) -> Iterator[Part]:
-    layers = tables.sum_layers(difference)
-    if layers and _is_changed(difference):
-        yield tables.sums_table("Linear weights by layer", "Layer", layers)
-
-
-def _show_tensors(difference: CheckpointDiff, limits: Limits) -> Iterator[Part]:
-    table, left_out = tables.tensors_table(difference, limits.tensors)
+def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
+    table, left_out = tables.tensors_table(difference, limit)
     if table:
-        title = f"{count(len(table.rows))} tensors that differ, those first that differ most"
-        yield Folded(title, (table, LeftOut(left_out, *tables.OF_COMPARISON)))
+        rest = (make_rest_note(left_out, *tables.OF_COMPARISON),) if left_out else ()
+        yield Folded(f"{count(len(table.rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
-def _is_changed(difference: CheckpointDiff) -> bool:
-    return bool(difference.total.energy_change) or not difference.total.finite
-
-
-_HTML, _MARKDOWN = Limits(tensors=500, facts=500, open=20, charts=True), Limits(tensors=30, facts=50, open=50)
 SCHEMA = 1
 
 
 def render_comparison_html(comparison: CheckpointComparison) -> str:
     """Return the page: the same comparison gives the same bytes."""
-    styles = ("style.css", "compare.css")
-    return render_html_page("compare.html.j2", styles=styles, page=make_comparison_page(comparison, _HTML))
+    return render_html(make_comparison_page(comparison, tensors=500, facts=500, shown=20, charts=True))
 
 
 def render_comparison_markdown(comparison: CheckpointComparison) -> str:
     """Return the same as GitHub-flavoured Markdown, with fewer tensors and facts."""
-    return render_markdown_page("compare.md.j2", page=make_comparison_page(comparison, _MARKDOWN))
+    return render_markdown(make_comparison_page(comparison, tensors=30, facts=50, shown=50, charts=False))
 
 
-def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
-    """Write the comparison in the formats that the names ask for: all files appear, each of them whole, or none."""
-    write_formats(lambda path: render(comparison, path.suffix.lower()), paths, overwrite=overwrite)
-
-
-def render(comparison: CheckpointComparison, suffix: str) -> str:
-    """Return the comparison as text: ``.html``, ``.md`` or ``.json``."""
-    if suffix == ".html":
-        return render_comparison_html(comparison)
-    if suffix == ".md":
-        return render_comparison_markdown(comparison)
-    return json_text(diff_json(comparison))
+def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path]) -> None:
+    """Write the comparison in the formats that the names ask for."""
+    texts = {
+        ".html": lambda: render_comparison_html(comparison),
+        ".md": lambda: render_comparison_markdown(comparison),
+        ".json": lambda: json_text(diff_json(comparison)),
+    }
+    write_files(texts, paths)
 
 
 def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:

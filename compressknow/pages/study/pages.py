@@ -13,7 +13,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import json_text
 from compressknow.comparison.intervals import mcnemar
 from compressknow.pages.as_json import interval_to_json, kept_to_json
-from compressknow.pages.pages import read_source, render_html_page, render_markdown_page
+from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import Bound, CellComparison
 from compressknow.pages.study.findings import Finding, evaluate_findings, evaluate_findings_by_method
@@ -39,12 +39,12 @@ def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> st
     charts : those of `draw_charts(study)`, where they are drawn already.
     """
     charts = draw_charts(study) if charts is None else charts
-    return render_html_page("sections.html.j2", page=make_study_page(study, charts))
+    return render_html(make_study_page(study, charts))
 
 
 def render_study_markdown(study: Study) -> str:
     """Return the study as GitHub-flavoured Markdown; the same study gives the same text."""
-    return render_markdown_page("sections.md.j2", page=make_study_page(study))
+    return render_markdown(make_study_page(study))
 
 
 def write_study(study: Study, folder: Path) -> None:
@@ -57,9 +57,12 @@ def write_study(study: Study, folder: Path) -> None:
     write_whole(folder / "cells.csv", to_csv(rows))
     write_whole(folder / "cells.parquet", to_parquet(rows))
     _write_figures(charts, folder / "figures")
-    write_whole(folder / "study.json", json_text(study_to_json(study)).encode())
-    write_whole(folder / "study.md", render_study_markdown(study).encode("utf-8"))
-    write_whole(folder / "study.html", render_study_html(study, charts).encode("utf-8"))
+    texts = {
+        ".json": lambda: json_text(study_to_json(study)),
+        ".md": lambda: render_study_markdown(study),
+        ".html": lambda: render_study_html(study, charts),
+    }
+    write_files(texts, [folder / f"study{suffix}" for suffix in texts])
 
 
 def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:

@@ -40,7 +40,7 @@ def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[A
 
 
 def changes_of(recipe: Recipe, groups: Any = GROUPS) -> list[str]:
-    return [found.change for found in list_milder(recipe, groups)]
+    return [change for change, _ in list_milder(recipe, groups)]
 
 
 class TestBranches:
@@ -124,7 +124,7 @@ class TestMilder:
     def test_what_calibrated_goes_with_its_step(self) -> None:
         recipe = Recipe((Prune(0.08, "wanda", ATTENTION), Quantize("int8", ATTENTION)))
         assert recipe.calibration == Calibration()
-        assert [found.recipe.calibration for found in list_milder(recipe, {})] == [None, Calibration()]
+        assert [milder.calibration for _, milder in list_milder(recipe, {})] == [None, Calibration()]
 
     def test_int4_is_rounded_by_gptq_then_becomes_8_bits(self) -> None:
         nearest, gptq = (Recipe((Quantize("int4", ATTENTION, rounding=name),)) for name in ("nearest", "gptq"))
@@ -140,9 +140,9 @@ class TestMilder:
 
     def test_the_group_that_changed_most_is_left_out(self) -> None:
         recipe = Recipe((Quantize("int8-weights", BOTH),))
-        (found,) = list_milder(recipe, GROUPS)
-        assert found.change == "leave feed-forward as it is, whose weights changed most"
-        assert found.recipe == Recipe((Quantize("int8-weights", ATTENTION),))
+        ((change, milder),) = list_milder(recipe, GROUPS)
+        assert change == "leave feed-forward as it is, whose weights changed most"
+        assert milder == Recipe((Quantize("int8-weights", ATTENTION),))
 
     @pytest.mark.parametrize("groups", [{}, {"attention": {"relative_error": 0.1}}, {"attention": {}, "other": {}}])
     def test_no_group_is_named_where_no_number_names_it(self, groups: dict[str, Any]) -> None:

@@ -210,7 +210,7 @@ def test_hostile_text_stays_text_in_markdown(text: str) -> None:
     inner = [child for token in tokens for child in (token.children or ())]
     assert not {token.type for token in (*tokens, *inner)} & {"html_block", "html_inline", "link_open", "image"}
     headings = [inline.content for token, inline in pairwise(tokens) if token.type == "heading_open"]
-    assert len(headings) == 11
+    assert len(headings) == 12
 
 
 @pytest.mark.parametrize("name", MADE)

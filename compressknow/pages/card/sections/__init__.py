@@ -1,8 +1,7 @@
 """Sections of a report card: what one is, which there are, and what they make of a comparison together.
 
-A section of another package is tried out when the card is made, and its text made plain. One that fails is left out,
-with a warning that names its package: what was evaluated for an hour must not be lost for it. Nothing that it says
-reaches a page unescaped, whatever it is made of.
+A section of another package that fails is left out, with a warning that names the package: what was evaluated for an
+hour must not be lost for it.
 """
 
 from __future__ import annotations
@@ -10,28 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import plain
 from compressknow.base.registry import Registry
-from compressknow.comparison.records import Estimate
 from compressknow.pages.as_json import probe_to_json
-from compressknow.pages.drawing import Chart
-from compressknow.pages.parts import (
-    NO_FACTS,
-    Beside,
-    Facts,
-    Folded,
-    LeftOut,
-    Note,
-    Part,
-    Remarks,
-    Shown,
-    Table,
-    Text,
-    draw_charts,
-)
+from compressknow.pages.parts import NO_FACTS, Part, Shown, draw_charts
 from compressknow.pages.records import Comparison, ModelFacts
 
 if TYPE_CHECKING:
@@ -40,9 +24,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
-_LONGEST = 2000  # characters of a text
-# `Drawn` is not among these: it is the one kind that is not escaped.
-_KINDS = (Table, Text, Note, Remarks, Facts, LeftOut, Chart, Beside, Folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +113,6 @@ class Section:
         return ()
 
 
-_TRIAL = Limits(lost=5, gained=5, charts=True)
-
 SECTIONS: Registry[Section] = Registry(
     "compressknow.sections",
     "section",
@@ -172,8 +151,7 @@ def find_sections() -> tuple[dict[str, Section], tuple[str, ...]]:
 def _find_flaw(name: str, section: Section) -> str:
     if not _NAME.fullmatch(name) or name in _TAKEN:
         return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
-    title = getattr(section, "title", None)
-    if not isinstance(title, str) or not title.strip():
+    if not str(getattr(section, "title", "")).strip():
         return "it has no title."
     return "" if isinstance(section.order, int | float) else "its order is no number."
 
@@ -211,18 +189,14 @@ def add_sections(
             continue
         try:
             figures = _measure(name, section, comparison, answers)
-            context = Context(original, comparison, figures, _TRIAL)
-            added = [plain(warning, 1000) for warning in section.warnings(context)]
-            if not SECTIONS.is_built_in(name):
-                tuple(draw_charts(check_parts(section.parts(context)), name, charts=True))
+            context = Context(original, comparison, figures, Limits(lost=0, gained=0))
+            warnings += [plain(warning, 1000) for warning in section.warnings(context)]
+            measured |= {name: figures} if figures else {}
         except Exception as error:
             # Whatever another package does; a failure of our own is to be seen.
             if SECTIONS.is_built_in(name):
                 raise
             failed[name] = _describe_failure(name, error)
-        else:
-            warnings += added
-            measured |= {name: figures} if figures else {}
     return replace(comparison, measured=measured, left_out=failed, warnings=tuple(warnings))
 
 
@@ -245,66 +219,32 @@ def _measure(
 
 def show_sections(
     original: ModelFacts, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
-) -> tuple[Shown, ...]:
-    """Return the sections of one comparison, as they stand on the page; the ids of all begin with `id`."""
-    shown = []
+) -> tuple[tuple[Shown, ...], tuple[str, ...]]:
+    """Return the sections of one comparison, as they stand on the page, and why others are left out; the ids of all
+    begin with `id`.
+    """
+    shown, failures = [], []
     for name, section in _list_sections(comparison):
-        parts: Iterable[Part] = (NO_FACTS,)
-        if show_facts or not section.shows_facts:
-            parts = section.parts(Context(original, comparison, comparison.measured.get(name, {}), limits))
-            parts = parts if SECTIONS.is_built_in(name) else check_parts(parts)
-        if finished := tuple(draw_charts(parts, f"{id}-{name}", limits.charts)):
+        context = Context(original, comparison, comparison.measured.get(name, {}), limits)
+        try:
+            parts = tuple(section.parts(context)) if show_facts or not section.shows_facts else (NO_FACTS,)
+            if other := next((part for part in parts if not isinstance(part, Part)), None):
+                raise TypeError(f"`parts` gives {type(other).__name__}, which is no part of a section")
+            finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
+        except Exception as error:
+            if SECTIONS.is_built_in(name):
+                raise
+            failures.append(_describe_failure(name, error))
+            continue
+        if finished:
             shown.append(Shown(f"{id}-{name}", plain(section.title, 80), finished))
-    return tuple(shown)
+    return tuple(shown), tuple(failures)
 
 
-def collect_glossary(comparisons: Iterable[Comparison]) -> tuple[tuple[str, str], ...]:
-    """Return the terms of all sections, with their meanings."""
-    terms = (term for section in _explained_sections(comparisons) for term in section.glossary)
-    return tuple(dict.fromkeys((plain(name, 80), plain(meaning, 1000)) for name, meaning in terms))
-
-
-def collect_methods(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
-    """Return how the sections compute what they show, in sentences."""
-    return tuple(dict.fromkeys(text for section in _explained_sections(comparisons) for text in section.method))
-
-
-def _explained_sections(comparisons: Iterable[Comparison]) -> Iterator[Section]:
-    # Terms and formulas are those of facts: where a text alone was read, nothing is to be explained by them.
-    return (section for each in comparisons if not each.only_texts for _, section in _list_sections(each))
+def list_explained(comparisons: Iterable[Comparison]) -> list[Section]:
+    """Return the sections whose terms and formulas are to be explained: those of facts, where facts were evaluated."""
+    return [section for each in comparisons if not each.only_texts for _, section in _list_sections(each)]
 
 
 def _list_sections(comparison: Comparison) -> Iterator[tuple[str, Section]]:
     return ((name, section) for name, section in find_sections()[0].items() if name not in comparison.left_out)
-
-
-def check_parts(parts: Iterable[Part] | str | bytes) -> tuple[Part, ...]:
-    """Return the parts with all their text plain.
-
-    Raises
-    ------
-    TypeError : one is no part, or holds what is neither text nor a number.
-    ValueError : a row of a table has more or fewer cells than there are columns.
-    """
-    if isinstance(parts, str | bytes):
-        raise TypeError("`parts` gives text, where it should give parts of a section")
-    return tuple(_check_part(part) for part in parts)
-
-
-def _check_part(part: Any) -> Any:
-    if type(part) not in _KINDS:
-        raise TypeError(f"`parts` gives {type(part).__name__}, which is no part of a section")
-    if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
-        raise ValueError(f"a row of the table {part.caption!r} has more or fewer cells than there are columns")
-    return replace(part, **{each.name: _make_plain(getattr(part, each.name)) for each in fields(part)})
-
-
-def _make_plain(value: Any) -> Any:
-    # A text may be of a class that says it is HTML; what comes of `plain` is text alone.
-    if isinstance(value, str):
-        return plain(value, _LONGEST)
-    if isinstance(value, tuple | list):
-        return tuple(map(_make_plain, value))
-    if value is None or type(value) in (int, float, bool, Estimate) or (callable(value) and not is_dataclass(value)):
-        return value
-    return _check_part(value)

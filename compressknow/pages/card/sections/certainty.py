@@ -13,16 +13,11 @@ from compressknow.comparison.intervals import mcnemar, paired_difference, propor
 from compressknow.comparison.records import Certainty, Confidence, Counts, Estimate, ReliabilityBin, Third
 from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
-from compressknow.pages.drawing import Chart
-from compressknow.pages.parts import Charts, Folded, Note, Part, Table
-from compressknow.pages.records import Comparison, write_estimate
+from compressknow.pages.parts import Chart, Charts, Folded, Note, Part, Table
+from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-# Of a probe, or of all together: name, counts, how sure their figures are.
-_Figures = tuple[str, Counts, Certainty]
 
 
 class HowSure(Section):
@@ -52,7 +47,10 @@ class HowSure(Section):
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
-        columns = [each for each in _list_columns(context.comparison) if each[1].known_before]
+        comparison = context.comparison
+        columns = [(plain(each.probe, 60), each.counts, each.certainty) for each in comparison.probes]
+        columns += [("all", comparison.counts, comparison.certainty)] if len(columns) > 1 else []
+        columns = [each for each in columns if each[1].known_before]
         # On a page of many models the verdict alone says it; the JSON has it all.
         if not columns or context.limits.relations is not None:
             return
@@ -63,14 +61,7 @@ class HowSure(Section):
         yield from _note_missing_clusters(columns)
 
 
-def _list_columns(comparison: Comparison) -> Iterator[_Figures]:
-    for probe in comparison.probes:
-        yield plain(probe.probe, 60), probe.counts, probe.certainty
-    if len(comparison.probes) > 1:
-        yield "all", comparison.counts, comparison.certainty
-
-
-def _note_missing_clusters(columns: list[_Figures]) -> Iterator[Note]:
+def _note_missing_clusters(columns: Sequence[tuple[str, Counts, Certainty]]) -> Iterator[Note]:
     for name, _, sure in columns:
         where = f" of {name}" if len(columns) > 1 else ""
         if sure.relations == 1:

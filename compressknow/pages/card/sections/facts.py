@@ -12,8 +12,8 @@ from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
-from compressknow.pages.drawing import Chart, to_percents
-from compressknow.pages.parts import BLANK, Beside, Note, Part, Table, make_fact_parts, make_groups_table
+from compressknow.pages.drawing import to_percents
+from compressknow.pages.parts import BLANK, Beside, Chart, Note, Part, Table, make_fact_parts, make_groups_table
 from compressknow.pages.records import write_estimate
 from compressknow.pages.texts import list_text_warnings, make_text_parts
 
@@ -64,20 +64,17 @@ def _list_facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit:
 
 
 def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
+    back = ", comes back with one example" if fact.with_example else ""
+    grade = plain(fact.grade_after, 20) + back if fact.grade_after else NONE
     return (
         plain(fact.prompt.replace(BLANK, "___"), 300),
         plain(fact.gold),
         answer(fact.before),
         answer(fact.after),
         f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
-        *([_write_grade(fact)] if graded else []),
+        *([grade] if graded else []),
         plain(fact.relation, 60),
     )
-
-
-def _write_grade(fact: ChangedFact) -> str:
-    back = ", comes back with one example" if fact.with_example else ""
-    return plain(fact.grade_after, 20) + back if fact.grade_after else NONE
 
 
 class Dropped(Section):
@@ -153,11 +150,6 @@ def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
     return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
 
 
-def _shorten_tick(bin: str) -> str:
-    """Shorten it, or the fifth touches the fourth."""
-    return bin.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in bin else bin
-
-
 def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
     for x, (_, kept) in enumerate(bins):
         value, low, high = to_percents(kept)
@@ -165,7 +157,9 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
         plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
     plot.set_xlim(-0.4, len(bins) - 0.3)
-    plot.set_xticks(range(len(bins)), [_shorten_tick(label) for label, _ in bins], fontsize=10)
+    # Short, or the fifth touches the fourth.
+    ticks = [label.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in label else label for label, _ in bins]
+    plot.set_xticks(range(len(bins)), ticks, fontsize=10)
     # The axis begins at the tens below the lowest interval.
     drawing.set_percent_axis(plot, max(0, int(min(to_percents(kept)[1] for _, kept in bins) // 10) * 10))
 
