@@ -28,7 +28,7 @@ from typing import Any
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.cli import main as cli
-from compressknow.evaluate.sources.atlas import read_atlas
+from compressknow.evaluate.sources.sets import read_atlas
 
 TOKENS = 8192
 HALF: dict[str, Any] = {"prune": 0.5, "prune_method": "sparsegpt", "calibration_tokens": TOKENS}

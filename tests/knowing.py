@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.evaluate.sources.bear import METADATA
+from compressknow.evaluate.sources.sets import METADATA
 from tests.evaluate.layouts import write_jsonl
 
 

@@ -98,7 +98,7 @@ def _small_llama(folder: Path) -> None:
 
 
 def _atlas() -> tuple[compressknow.evaluate.facts.Fact, ...]:
-    from compressknow.evaluate.sources.atlas import read_atlas
+    from compressknow.evaluate.sources.sets import read_atlas
 
     return read_atlas().facts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources.bear import read_bear
+from compressknow.evaluate.sources.sets import read_bear
 from tests.evaluate.layouts import DATA, bear_folder, real_data, write_jsonl
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.atlas import read_atlas
+from compressknow.evaluate.sources.sets import read_atlas
 
 
 def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources.lama import read_lama
+from compressknow.evaluate.sources.sets import read_lama
 from tests.evaluate.layouts import DATA, lama_folder, real_data, write_jsonl
 
 

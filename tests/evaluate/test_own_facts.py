@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.custom import SCHEMA, read_facts_file
-from tests.evaluate.layouts import write_jsonl
+from compressknow.evaluate.sources.custom import read_facts_file
 from tests.knowing import KNOWN_FACTS, facts_file
 
 PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
@@ -203,12 +202,6 @@ def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
     assert "holds no facts" in message(path)
-
-
-def test_the_schema_names_every_key() -> None:
-    keys = "prompt obj_label template sub_label candidates relation subject popularity id".split()
-    assert all(f"\n  {key} " in SCHEMA for key in keys)
-    assert max(map(len, SCHEMA.split("\n"))) <= 120
 
 
 words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: bool(text.strip()) and BLANK not in text)

@@ -25,11 +25,9 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.answers import Answer, read_table, write_table
 from compressknow.evaluate.facts import GENERAL
 from compressknow.evaluate.records import ProbeEntry
-from compressknow.evaluate.sources import task_index, tasks
+from compressknow.evaluate.sources import tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
-from compressknow.evaluate.sources.task_index import SHIPPED
-from compressknow.evaluate.sources.tasks import LmEvalTask, open_task, run_task
-from tests.evaluate.layouts import DATA, real_data, write_jsonl
+from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask, open_task
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
@@ -139,7 +137,7 @@ def check(answer: Answer, scores: Mapping[str, float], gold: str) -> None:
 
 
 def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path) -> None:
-    answers, entry = run_task(loaded, open_task("lm-eval:cloze", include=cloze(tmp_path)))
+    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path)).run(loaded)
     for row, answer in zip(cloze_rows(), answers, strict=True):
         scores = {choice: log_likelihood(loaded, row["before"], f" {choice}") for choice in row["choices"]}
         check(answer, scores, row["choices"][row["label"]])
@@ -167,7 +165,7 @@ def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: P
     manager = TaskManager(include_path=str(task_folder(tmp_path, there)), include_defaults=False)
     lm = HFLM(pretrained=t5.model, tokenizer=t5.tokenizer, backend="seq2seq", batch_size=4)
     results = lm_eval.simple_evaluate(lm, tasks=["cloze"], task_manager=manager, limit=5, bootstrap_iters=0)
-    answers, entry = run_task(t5, open_task("lm-eval:cloze", include=tmp_path, limit=5))
+    answers, entry = open_task("lm-eval:cloze", include=tmp_path, limit=5).run(t5)
     accuracy = sum(answer.correct for answer in answers) / len(answers)
     assert accuracy == results["results"]["cloze"][entry.source["metrics"]["cloze"]]
     assert (entry.facts, entry.asked, entry.limit) == (6, 5, 5)
@@ -178,7 +176,7 @@ def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: P
 
 def test_shipped_tasks_are_lm_evals_own() -> None:
     for name, where in {"boolq": "super_glue/boolq", "piqa": "piqa", "winogrande": "winogrande"}.items():
-        own, shipped = task_index.find_entry(LM_EVALS / where, name).cfg, task_index.find_entry(SHIPPED, name).cfg
+        own, shipped = tasks.find_entry(LM_EVALS / where, name).cfg, tasks.find_entry(SHIPPED, name).cfg
         if name != "winogrande":
             assert shipped["doc_to_text"] == own["doc_to_text"]
             assert shipped["doc_to_choice"] == own["doc_to_choice"]
@@ -205,7 +203,7 @@ def test_winogrande_scores_what_follows_the_blank(llama: LanguageModel, tmp_path
     asked = {}
     for name, content in {"own": rows, "cut": cut}.items():
         write_jsonl(tmp_path / name / "winogrande.jsonl", content)
-        asked[name], _ = run_task(llama, open_task("lm-eval:winogrande", data=tmp_path / name))
+        asked[name], _ = open_task("lm-eval:winogrande", data=tmp_path / name).run(llama)
     assert asked["own"] == asked["cut"]
     for row, answer in zip(rows, asked["own"], strict=True):
         contexts = zip([row["option1"], row["option2"]], own.doc_to_choice(row), strict=True)
@@ -219,8 +217,8 @@ def test_boolq_reads_labels_and_answers(llama: LanguageModel, tmp_path: Path) ->
     write_jsonl(tmp_path / "glue" / "tasks" / "boolq.jsonl", BOOLQ)
     answers = [{"title": "x", "answer": bool(row["label"])} | row for row in BOOLQ]
     write_jsonl(tmp_path / "own" / "boolq.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in answers])
-    glue, entry = run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "glue"))
-    own, _ = run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "own"))
+    glue, entry = open_task("lm-eval:boolq", data=tmp_path / "glue").run(llama)
+    own, _ = open_task("lm-eval:boolq", data=tmp_path / "own").run(llama)
     assert glue == own
     assert [answer.gold for answer in glue] == ["yes", "no"]
     assert glue[0].prompt == "The marsh is in Corvia . Question: is the marsh in Corvia? Answer:"
@@ -237,7 +235,7 @@ def test_items_of_the_same_tokens_are_scored_where_their_continuation_begins(
         {"context_options": ["People a b c", "People b b c"], "continuation": "d .", "gold": 0},
     ]
     write_jsonl(tmp_path / "winogrande.jsonl", rows)
-    answers, _ = run_task(llama, open_task("lm-eval:winogrande", data=tmp_path))
+    answers, _ = open_task("lm-eval:winogrande", data=tmp_path).run(llama)
     for row, answer in zip(rows, answers, strict=True):
         score = log_likelihood(llama, row["context_options"][0], f" {row['continuation']}")
         assert answer.top5_logp == pytest.approx([score, score], abs=1e-4)
@@ -255,7 +253,7 @@ PROMPTS = {
 @real_data
 @pytest.mark.parametrize("name", PROMPTS)
 def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, name: str) -> None:
-    answers, entry = run_task(loaded, open_task(f"lm-eval:{name}", data=DATA, limit=20))
+    answers, entry = open_task(f"lm-eval:{name}", data=DATA, limit=20).run(loaded)
     lines = (DATA / "tasks" / f"{name}.jsonl").read_text().splitlines()
     assert (entry.facts, entry.asked, entry.chance) == (len(lines), 20, 0.5)
     # Passages are longer than the 64 tokens of these models.
@@ -271,7 +269,7 @@ def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, 
 
 
 def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
-    answers, entry = run_task(llama, open_task("lm-eval:written", include=cloze(tmp_path, WRITTEN)))
+    answers, entry = open_task("lm-eval:written", include=cloze(tmp_path, WRITTEN)).run(llama)
     assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
     assert all(answer.correct for answer in answers)
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
@@ -283,7 +281,7 @@ def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path)
     there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
     both = {"group": "both", "task": ["cloze", "written"]}
     folder = cloze(tmp_path, CLOZE | there, WRITTEN | there, both)
-    answers, entry = run_task(llama, open_task("lm-eval:both", include=folder, limit=2))
+    answers, entry = open_task("lm-eval:both", include=folder, limit=2).run(llama)
     assert [(answer.fact_id, answer.relation) for answer in answers] == [
         ("lm-eval:both:cloze/0", "cloze"),
         ("lm-eval:both:cloze/1", "cloze"),
@@ -296,18 +294,18 @@ def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path)
 def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:
     rows = cloze_rows(3)
     rows[1]["label"] = -1
-    answers, entry = run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path, rows=rows)))
+    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path, rows=rows)).run(llama)
     assert [answer.fact_id for answer in answers] == ["lm-eval:cloze:0", "lm-eval:cloze:2"]
     assert entry.dropped == {NO_GOLD: 1}
     hidden = cloze(tmp_path, rows=[row | {"label": -1} for row in rows])
     with pytest.raises(CompressknowError, match="marks no answers as right"):
-        run_task(llama, open_task("lm-eval:cloze", include=hidden))
+        open_task("lm-eval:cloze", include=hidden).run(llama)
 
 
 def test_model_that_computes_no_numbers_knows_nothing(tmp_path: Path) -> None:
     broken = load_language_model(knowing("llama", tmp_path / "broken"))
     torch.nn.init.constant_(broken.model.get_output_embeddings().weight, float("nan"))
-    answers, _ = run_task(broken, open_task("lm-eval:cloze", include=cloze(tmp_path / "tasks")))
+    answers, _ = open_task("lm-eval:cloze", include=cloze(tmp_path / "tasks")).run(broken)
     assert {(answer.correct, answer.rank, answer.logp_gold) for answer in answers} == {(False, None, None)}
 
 
@@ -322,7 +320,7 @@ def test_nothing_is_printed_or_left_behind(
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
     levels = [logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")]
     capfd.readouterr()
-    run_task(replace(llama, tokenizer=tokenizer), open_task("lm-eval:cloze", include=folder, limit=2))
+    open_task("lm-eval:cloze", include=folder, limit=2).run(replace(llama, tokenizer=tokenizer))
     assert capfd.readouterr() == ("", "")
     assert tokenizer.pad_token is None
     assert [parameter.data_ptr() for parameter in llama.model.parameters()] == pointers
@@ -386,29 +384,29 @@ def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch
 
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match=r"cannot evaluate a masked model.*\n.*atlas"):
-        run_task(replace(llama, family="masked"), open_task("lm-eval:boolq"))
+        open_task("lm-eval:boolq").run(replace(llama, family="masked"))
 
     own = TaskManager(include_path=str(LM_EVALS / "super_glue" / "boolq"), include_defaults=False)
-    monkeypatch.setattr(task_index, "read_own_tasks", lambda: own)
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: own)
     with pytest.raises(
         CompressknowError, match=r"the Hub cannot be reached[\s\S]*passage, .*boolq.jsonl and pass --data"
     ):
-        run_task(llama, open_task("lm-eval:boolq"))
+        open_task("lm-eval:boolq").run(llama)
 
     write_jsonl(tmp_path / "data" / "boolq.jsonl", [{"text": "x"}])
     with pytest.raises(CompressknowError, match=r"cannot be loaded[\s\S]*Its rows hold passage"):
-        run_task(llama, open_task("lm-eval:boolq", data=tmp_path / "data"))
+        open_task("lm-eval:boolq", data=tmp_path / "data").run(llama)
 
     long = cloze(tmp_path / "long", rows=[cloze_rows(1)[0] | {"choices": ["red " * 65, "clay"]}])
     with pytest.raises(CompressknowError, match="longer than the 64 tokens that the model takes"):
-        run_task(llama, open_task("lm-eval:cloze", include=long))
+        open_task("lm-eval:cloze", include=long).run(llama)
 
     perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}
     rolling = CLOZE | perplexity | {"metric_list": [{"metric": "word_perplexity"}]}
     with pytest.raises(UnsupportedError, match="measures perplexity"):
-        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "rolling", rolling)))
+        open_task("lm-eval:cloze", include=cloze(tmp_path / "rolling", rolling)).run(llama)
     f1 = CLOZE | {"metric_list": [{"metric": "f1"}]}
     with pytest.raises(CompressknowError, match=r"cannot finish lm-eval:cloze.\nValueError: Target is multiclass"):
-        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1)))
+        open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1)).run(llama)
     with pytest.raises(UnsupportedError, match="not mark each item as right or wrong"):
-        run_task(llama, open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1), limit=2))
+        open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1), limit=2).run(llama)

@@ -169,19 +169,6 @@ def test_a_line_of_facts_without_an_end(tmp_path: Path, checkpoint: Path, capsys
     assert "line 2 is longer than 1,048,576 bytes" in said
 
 
-def test_facts_of_too_many_values(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = tmp_path / "f.jsonl"
-    facts.write_bytes((b'{"z": [' + b"[]," * 300_000 + b"1]}\n") * 40)
-    said = refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
-    assert "its lines hold more than 8,000,000 values" in said
-
-
-def test_a_line_of_many_unknown_keys(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = tmp_path / "f.jsonl"
-    facts.write_text(json.dumps({f"promp{i}": 1 for i in range(60_000)}))
-    assert "prompt: missing" in refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
-
-
 def test_lines_end_as_json_lines_do(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"a\r\n\nb\xe2\x80\xa8c")
     assert list(read_lines(tmp_path / "f")) == [b"a\r", b"", b"b\xe2\x80\xa8c"]

@@ -73,9 +73,7 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """Return the answers of a model, and the task's entry in ``probe.json``. Raise CompressknowError where it
-        cannot.
-        """
+        """Return the answers of a model, and the task's entry in ``probe.json``."""
 
 
 class ProbeSource(ABC):
@@ -160,9 +158,9 @@ PROBES = Registry(
     "probe",
     ProbeSource,  # type: ignore[type-abstract]
     {
-        "atlas": "compressknow.evaluate.sources.atlas:Atlas",
-        "lama": "compressknow.evaluate.sources.lama:Lama",
-        "bear": "compressknow.evaluate.sources.bear:Bear",
+        "atlas": "compressknow.evaluate.sources.sets:Atlas",
+        "lama": "compressknow.evaluate.sources.sets:Lama",
+        "bear": "compressknow.evaluate.sources.sets:Bear",
         "facts": "compressknow.evaluate.sources.custom:OwnFacts",
         "hf": "compressknow.evaluate.sources.custom:Hub",
         "lm-eval": "compressknow.evaluate.sources.tasks:LmEval",
@@ -178,7 +176,11 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
     """
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
-    _check_protocol(options)
+    if "protocol" in options.list_changed():
+        known = list(dict.fromkeys(protocol for _, source in list_usable() for protocol in source.protocols))
+        if options.protocol not in known:
+            near = did_you_mean(options.protocol, known)
+            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
     return [_open_by_name(name, options, only_taken=True) for name in names]
 
 
@@ -296,15 +298,6 @@ def _select_options(name: str, source: ProbeSource, options: Options, only_taken
     if not only_taken and "protocol" in options.list_changed():
         raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
     return replace(remaining, protocol=source.protocols[0])
-
-
-def _check_protocol(options: Options) -> None:
-    """Raise UsageError for a protocol that no source knows, be it named or not."""
-    if "protocol" in options.list_changed():
-        known = list(dict.fromkeys(protocol for _, source in list_usable() for protocol in source.protocols))
-        if options.protocol not in known:
-            near = did_you_mean(options.protocol, known)
-            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
 
 
 def _open_source(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:

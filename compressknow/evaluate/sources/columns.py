@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.base.reading import (
-    MOST_VALUES,
-    NotReadable,
-    count_values,
-    find_lone_surrogate,
-    parse_json,
-    read_lines,
-    sha256_of,
-)
+from compressknow.base.reading import NotReadable, find_lone_surrogate, parse_json, read_lines, sha256_of
 from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, map_relations
 from compressknow.evaluate.scoring.prompts import OBJECT
 
@@ -28,14 +21,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Raises UsageError where the file cannot be read.
     """
-    values = 0
     try:
         # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
         for number, line in enumerate(read_lines(path), start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            values += count_values(content)
-            if values > MOST_VALUES:
-                raise NotReadable(f"its lines hold more than {MOST_VALUES:,} values")
             if content.strip():
                 yield number, _parse_line(content)
     except (OSError, NotReadable) as error:
@@ -77,13 +66,10 @@ def _parse_cell(key: str, text: str) -> Any:
         return [each.strip() for each in text.split("|")]
     if key != "popularity":
         return text
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            return text
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | str:
@@ -97,13 +83,9 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
     if not isinstance(value, dict):
         return "column 1: a JSON object {...} belongs here"
-    return _find_half_character(line, value) or value
-
-
-def _find_half_character(line: bytes, value: dict[str, Any]) -> str | None:
-    if b"\\u" not in line or not (escape := find_lone_surrogate(json.dumps(value, ensure_ascii=False))):
-        return None
-    return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
+    if b"\\u" in line and (escape := find_lone_surrogate(json.dumps(value, ensure_ascii=False))):
+        return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
+    return value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -223,17 +205,24 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     for key in wanted:
         check_key(key)
     chosen = _recognise(present)
-    # Who names a prompt or a template does not want that of the known table.
-    has_own_prompt = {"prompt", "template"} & set(wanted)
-    recognized = {
-        key: name for key, name in chosen.of.items() if not (has_own_prompt and key in ("prompt", "template"))
-    }
-    columns = Columns({**recognized, **wanted}, {} if has_own_prompt else chosen.templates, chosen.known_as)
+    recognized, templates = dict(chosen.of), chosen.templates
+    if {"prompt", "template"} & set(wanted):
+        # Who names a prompt or a template does not want that of the known table.
+        templates = {}
+        for key in ("prompt", "template"):
+            recognized.pop(key, None)
+    columns = Columns({**recognized, **wanted}, templates, chosen.known_as)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
     missing = [name for name in columns.names if name not in present]
     if missing:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
-    if lacking := _find_lacking(columns):
+    if "prompt" in columns.of:
+        needed = ["object"]
+    elif "template" in columns.of or columns.templates:
+        needed = ["object", "subject"]
+    else:
+        needed = ["object", "prompt"]
+    if lacking := next((key for key in needed if key not in columns.of), None):
         raise UsageError(f"{where}: which column is the {lacking}?", listing, f"Say --map {lacking}=COLUMN.")
     return columns
 
@@ -246,14 +235,3 @@ def _recognise(present: set[str]) -> Columns:
             }
             return Columns({key: name for key, name in found.items() if name}, templates, kind)
     return Columns({})
-
-
-def _find_lacking(columns: Columns) -> str | None:
-    """Return the key without which no fact can be made."""
-    if "object" not in columns.of:
-        return "object"
-    if "prompt" in columns.of:
-        return None
-    if "template" not in columns.of and not columns.templates:
-        return "prompt"
-    return None if "subject" in columns.of else "subject"

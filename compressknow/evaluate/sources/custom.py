@@ -8,7 +8,6 @@ PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the colum
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import re
 from collections import Counter
@@ -24,48 +23,18 @@ from compressknow.evaluate.facts import BLANK, GENERAL, Fact, Probe, find_domain
 from compressknow.evaluate.scoring.prompts import OBJECT, SUBJECT, UniqueIds, add_blank, check_blanks, fill, is_open
 from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
-from compressknow.evaluate.sources.lama import CONCEPTNET
-from compressknow.evaluate.sources.lama import DOMAINS as LAMA
+from compressknow.evaluate.sources.sets import CONCEPTNET, LAMA
 from compressknow.evaluate.text import CONTEXT, RunningText
 
 FACTS_PROTOCOL = "facts/1"
-SCHEMA = f"""\
-One JSON object per line, in UTF-8; blank lines are skipped. Each needs
-
-  prompt      a sentence with the object's place as one {BLANK}: "The capital of France is {BLANK}."; for causal
-              models its beginning is enough, "The capital of France is": the object comes next
-  obj_label   the object: "Paris"
-
-or, in place of the prompt,
-
-  template    a sentence with {SUBJECT} for the subject and {OBJECT} for the object: "{SUBJECT} was born in {OBJECT}."
-  sub_label   the subject: "Ada Lovelace"
-
-and may have
-
-  candidates  list of at least 2 answers to choose from, the object among them; without it, the model may give any
-              answer
-  relation    what the fact is about, for tables by relation (default: the file's name)
-  subject     domain, for the grades: geography, language, science, history and people, arts and literature,
-              common sense, or a text of your own (default: {GENERAL})
-  sub_label   the subject's name, also beside a prompt
-  popularity  a number above 0, greater for a better known subject, for figures by popularity
-  id          unique name of the fact (default: relation/number of the line)
-
-Other keys are ignored.
-
-A file .csv has the same keys as columns, named in its first line; candidates are parted by |.
-"""
-
 _HINT = (
     f'A line needs at least {{"prompt": "The capital of France is {BLANK}.", "obj_label": "Paris"}}; '
     "compressknow probe --help shows all keys."
 )
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
 _KEYS = (*_TEXTS, "id", "candidates", "popularity")
+# Problems of a file that a message shows.
 _SHOWN = 5
-# Of a line's other keys, those that are looked at for a misspelling.
-_COMPARED = 100
 
 
 class OwnFacts(ProbeSource):
@@ -101,7 +70,11 @@ candidates as Paris|Rome|Madrid."""
 
 
 def read_facts_file(path: Path) -> Probe:
-    """Read the facts of a file that follows `SCHEMA`.
+    """Read the facts of a file: JSON lines, or CSV with the same keys as columns.
+
+    A line has `prompt` or, in its place, `template` and `sub_label`; `obj_label`; and may have `candidates`, `relation`
+    (by default the name of the file), `subject` (the domain), `sub_label`, `popularity` and `id` (by default the
+    relation and the number of the line).
 
     Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
     """
@@ -120,65 +93,46 @@ def read_facts_file(path: Path) -> Probe:
             facts[fact.id], lines[fact.id] = fact, number
         problems += [f"line {number}, {problem}" for problem in found]
     if problems:
-        raise _make_error(path, problems)
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        listed = "\n".join(f"  {line}" for line in problems[:_SHOWN] + more)
+        raise UsageError(f"{path} cannot be read as facts:", listed, _HINT)
     if not facts:
         raise UsageError(f"{path} holds no facts.", hint=_HINT)
-    closed = all(fact.candidates for fact in facts.values())
-    sha256 = sha256_of(path)
     return Probe(
         name=name,
         protocol=FACTS_PROTOCOL,
         facts=tuple(facts.values()),
-        vocabulary="closed" if closed else "open",
-        source={"files": {name_of(path): sha256}},
+        vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
+        source={"files": {name_of(path): sha256_of(path)}},
     )
-
-
-def _make_error(path: Path, problems: list[str]) -> UsageError:
-    shown = problems[:_SHOWN]
-    rest = len(problems) - len(shown)
-    more = [f"and {rest} more"] if rest else []
-    return UsageError(f"{path} cannot be read as facts:", "\n".join(f"  {line}" for line in shown + more), _HINT)
 
 
 def _find_problems(row: dict[str, Any]) -> list[str]:
     """List what is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
     wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
-    wrong += _check_types(row)
-    return wrong or [*_find_misspelt(row), *_find_missing(row), *_check_prompt(row), *_check_candidates(row)]
+    if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
+        wrong.append("id: must be a non-empty string")
+    candidates, popularity = row.get("candidates"), row.get("popularity")
+    if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
+        wrong.append("candidates: must be a list of texts, none empty")
+    if popularity is not None and not (type(popularity) in (int, float) and 0 < popularity < math.inf):
+        wrong.append("popularity: must be a number above 0")
+    if wrong:
+        return wrong
+    # Other keys are ignored: those that nearly are known ones would go unnoticed.
+    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in row if key not in _KEYS}
+    wrong += [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
+    if "obj_label" not in row:
+        wrong.append("obj_label: missing")
+    if "prompt" not in row and "template" not in row:
+        wrong.append("prompt: missing, and no template either")
+    elif "prompt" not in row and "sub_label" not in row:
+        wrong.append("sub_label: missing; the template needs it")
+    return [*wrong, *_check_prompt(row), *_check_candidates(row)]
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _check_types(row: dict[str, Any]) -> list[str]:
-    wrong = []
-    if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
-        wrong.append("id: must be a non-empty string")
-    candidates = row.get("candidates")
-    if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
-        wrong.append("candidates: must be a list of texts, none empty")
-    popularity = row.get("popularity")
-    if popularity is not None and not (type(popularity) in (int, float) and 0 < popularity < math.inf):
-        wrong.append("popularity: must be a number above 0")
-    return wrong
-
-
-def _find_misspelt(row: dict[str, Any]) -> list[str]:
-    """Find keys that nearly are known ones: other keys are ignored, and these would go unnoticed."""
-    others = itertools.islice((key for key in row if key not in _KEYS), _COMPARED)
-    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in others}
-    return [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
-
-
-def _find_missing(row: dict[str, Any]) -> list[str]:
-    missing = [] if "obj_label" in row else ["obj_label: missing"]
-    if "prompt" not in row and "template" not in row:
-        missing.append("prompt: missing, and no template either")
-    elif "prompt" not in row and "sub_label" not in row:
-        missing.append("sub_label: missing; the template needs it")
-    return missing
 
 
 def _check_prompt(row: dict[str, Any]) -> list[str]:
@@ -315,14 +269,20 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     relation = _to_text(row.get("relation")) or probe.removeprefix("hf:")
     if obj_label is None:
         return "no object"
-    prompt = _make_hub_prompt(row, subject, relation, columns)
-    if prompt is None:
-        return "no subject, or no template for its relation"
+    if "prompt" in columns.of:
+        prompt = _to_text(row["prompt"]) or ""
+    else:
+        template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
+        if not template or not subject:
+            return "no subject, or no template for its relation"
+        prompt = fill(template, subject)
     if reason := check_blanks(prompt):
         return reason
-    candidates = _to_texts(row.get("candidates"))
+    candidates, popularity = _to_texts(row.get("candidates")), row.get("popularity")
     if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
         return "object not among two candidates or more"
+    if not isinstance(popularity, int | float) or not 0 < popularity < math.inf:
+        popularity = None
     return Fact(
         id=f"{relation}/{_to_text(row.get('id')) or number}",
         probe=probe,
@@ -332,15 +292,8 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
         obj_label=obj_label,
         prompt=prompt,
         candidates=candidates,
-        popularity=_to_popularity(row.get("popularity")),
+        popularity=popularity,
     )
-
-
-def _make_hub_prompt(row: dict[str, Any], subject: str, relation: str, columns: Columns) -> str | None:
-    if "prompt" in columns.of:
-        return _to_text(row["prompt"]) or ""
-    template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
-    return fill(template, subject) if template and subject else None
 
 
 def _to_text(value: object) -> str | None:
@@ -351,20 +304,13 @@ def _to_text(value: object) -> str | None:
 
 
 def _to_texts(value: object) -> tuple[str, ...] | None:
-    """Return a list of texts, also as a text of JSON, each once; None for an empty one. Another text is a list of
-    itself.
-    """
+    """Return a list of texts, also as a text of JSON, each once; None for an empty one."""
     if isinstance(value, str):
         try:
             value = parse_json(value.encode())
         except ValueError:
             value = [value]
     return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
-
-
-def _to_popularity(value: object) -> float | None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    return number if 0 < number < math.inf else None
 
 
 # A shorter chunk has hardly a second half.

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.facts import BLANK, DOMAINS, GENERAL, compute_chance
+from compressknow.evaluate.facts import BLANK, COMMON_SENSE, GENERAL
 from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 
 # Of an item's context, so much of its end is shown.
@@ -25,105 +24,89 @@ _GAP = "…"
 NO_GOLD = "no choice is marked as the right one"
 # Where a task reports several figures: the ones over raw log-likelihoods and whole answers go first.
 _METRICS = ("acc", "exact_match")
-_COMMON_SENSE = frozenset({"piqa", "winogrande"})
+_OF_COMMON_SENSE = frozenset({"piqa", "winogrande"})
 
 
-@dataclass
-class Collected:
-    """Answers to one task or more, and what is counted over them.
+def collect_answers(
+    probe: str, tasks: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[list[Answer], Counter[str], dict[str, str], Counter[int]]:
+    """Return the answers to the items of lm-eval's task objects; what was dropped, by reason; {name of a task: its
+    metric that says right or wrong, as lm-eval's results name it: ``acc,none``}; and how often each place is right.
 
-    `metrics` is {name of a task: its metric that says right or wrong, as lm-eval's results name it: ``acc,none``};
-    `golds` counts the places of right choices.
+    Raises UnsupportedError where a task has no figure that says right or wrong item by item.
     """
-
-    answers: list[Answer] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    metrics: dict[str, str] = field(default_factory=dict)
-    golds: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def chance(self) -> float | None:
-        """Return the expected accuracy of guessing; None where any item has no choices."""
-        return compute_chance(answer.choices for answer in self.answers)
-
-    @property
-    def majority(self) -> float | None:
-        """Return the accuracy of always naming the place that is right most often."""
-        total = sum(self.golds.values())
-        return max(self.golds.values()) / total if total and total == len(self.answers) else None
-
-    def add(self, probe: str, task: Any, samples: Sequence[Mapping[str, Any]], several: bool) -> None:
-        """Add the items of one of lm-eval's task objects; with `several` the ids of facts name the task too.
-
-        Raises UnsupportedError where the task has no figure that says right or wrong item by item.
-        """
-        name = str(task.task_name)
-        # The same items come once for each filter; results go by the first one as well.
-        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-        metric = _choose_metric(name, task, samples)
-        self.metrics[name] = f"{metric},{samples[0]['filter']}"
-        for sample in samples:
-            item = f"{name}/{sample['doc_id']}" if several else str(sample["doc_id"])
+    answers: list[Answer] = []
+    dropped, golds = Counter[str](), Counter[int]()
+    metrics = {}
+    for key, task in tasks.items():
+        name, log = str(task.task_name), select_first_filter(samples[key])
+        metric = _choose_metric(name, task, log)
+        metrics[name] = f"{metric},{log[0]['filter']}"
+        for sample in log:
+            item = f"{name}/{sample['doc_id']}" if len(tasks) > 1 else str(sample["doc_id"])
             common: dict[str, Any] = {
                 "probe": probe,
                 "fact_id": f"{probe}:{item}",
                 "relation": name,
-                "subject": DOMAINS[-1] if name in _COMMON_SENSE else GENERAL,
+                "subject": COMMON_SENSE if name in _OF_COMMON_SENSE else GENERAL,
                 "sub_label": "",
                 "popularity": None,
             }
             correct = float(sample[metric]) == 1
-            if task.OUTPUT_TYPE == "multiple_choice":
-                self._add_choice(common, task, sample, correct)
+            if task.OUTPUT_TYPE != "multiple_choice":
+                answers.append(Answer(**common, **_read_free(task, sample, correct), choices=None))
+                continue
+            choices, contexts, continuation = _read_choices(task, sample)
+            if places := _find_golds(task, sample, choices):
+                golds[places[0]] += 1
+                texts, prompt = _shorten(choices, contexts, continuation)
+                answers.append(Answer(**common, prompt=prompt, **_read_choice(texts, places, sample, correct)))
             else:
-                self.answers.append(Answer(**common, **_read_free(task, sample, correct), choices=None))
+                dropped[NO_GOLD] += 1
+    return answers, dropped, metrics, golds
 
-    def _add_choice(self, common: Mapping[str, Any], task: Any, sample: Mapping[str, Any], correct: bool) -> None:
-        choices, contexts, continuation = _read_choices(task, sample)
-        golds = _find_golds(task, sample, choices)
-        if not golds:
-            self.dropped[NO_GOLD] += 1
-            return
-        scores = np.array([score for score, _ in sample["filtered_resps"][: len(choices)]], dtype=np.float64)
-        order = np.argsort(-scores, kind="stable")
-        gold = min(golds, key=lambda index: (np.isnan(scores[index]), -scores[index]))
-        rank = find_rank(gold, scores)
-        texts, prompt = _shorten(choices, contexts, continuation)
-        self.golds[golds[0]] += 1
-        self.answers.append(
-            Answer(
-                **common,
-                prompt=prompt,
-                gold=texts[gold],
-                predicted=texts[order[0]],
-                # Of a model that computes no numbers lm-eval takes the first choice for its answer.
-                correct=correct and rank is not None,
-                rank=rank,
-                logp_gold=None if rank is None else float(scores[gold]),
-                top5=tuple(texts[index] for index in order[:5]),
-                top5_logp=tuple(float(scores[index]) for index in order[:5]),
-                choices=len(choices),
-                total_logp=sum_logs(scores),
-            )
-        )
+
+def select_first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return each item once: they come once for each filter, and results go by the first one as well."""
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+def _read_choice(
+    texts: Sequence[str], places: Sequence[int], sample: Mapping[str, Any], correct: bool
+) -> dict[str, Any]:
+    """Return fields of an answer that was chosen; `places` are those of the right choices."""
+    scores = np.array([score for score, _ in sample["filtered_resps"][: len(texts)]], dtype=np.float64)
+    order = np.argsort(-scores, kind="stable")
+    gold = min(places, key=lambda index: (np.isnan(scores[index]), -scores[index]))
+    rank = find_rank(gold, scores)
+    return {
+        "gold": texts[gold],
+        "predicted": texts[order[0]],
+        # Of a model that computes no numbers lm-eval takes the first choice for its answer.
+        "correct": correct and rank is not None,
+        "rank": rank,
+        "logp_gold": None if rank is None else float(scores[gold]),
+        "top5": tuple(texts[index] for index in order[:5]),
+        "top5_logp": tuple(float(scores[index]) for index in order[:5]),
+        "choices": len(texts),
+        "total_logp": sum_logs(scores),
+    }
 
 
 def _choose_metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
     """Return the first of the task's metrics that says right or wrong of every item."""
     better = task.higher_is_better()
     named = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
+    numbers = bool | int | float | np.number | np.bool_
     for metric in named:
-        if better.get(metric, True) and all(_is_verdict(sample.get(metric)) for sample in samples):
+        values = [sample.get(metric) for sample in samples]
+        if better.get(metric, True) and all(isinstance(each, numbers) and float(each) in (0, 1) for each in values):
             return str(metric)
     raise UnsupportedError(
         f"lm-eval's task {name} does not mark each item as right or wrong.",
         f"It reports {', '.join(named) or 'nothing'}.",
         "Choose a task that reports acc or exact_match.",
     )
-
-
-def _is_verdict(value: object) -> bool:
-    return isinstance(value, bool | int | float | np.number | np.bool_) and float(value) in (0, 1)
 
 
 def _read_choices(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
@@ -219,6 +202,4 @@ def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
         # A token is a byte at least, but for a special one or two: most texts need not be encoded.
         return len(text.encode()) + 2 > longest and len(lm.tok_encode(text)) > longest
 
-    # The same items come once for each filter.
-    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    return sum(any(map(is_cut, sample["arguments"])) for sample in first)
+    return sum(any(map(is_cut, sample["arguments"])) for sample in select_first_filter(samples))

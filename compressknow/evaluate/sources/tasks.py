@@ -10,40 +10,46 @@ import contextlib
 import copy
 import difflib
 import hashlib
+import importlib.util
+import io
 import json
+import logging
 import random
+import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
+from compressknow.base.files import as_text
 from compressknow.base.libraries import require
+from compressknow.base.progress import quiet
 from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.facts import compute_chance
 from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, ProbeSource, Task
-from compressknow.evaluate.sources.task_index import (
-    COLUMNS,
-    SHIPPED,
-    TaskFiles,
-    build,
-    find_entry,
-    list_data_files,
-    list_names,
-    list_names_without,
-    read_own_tasks,
-    silence,
-)
 
 if TYPE_CHECKING:
     from compressknow.engine.language_model import LanguageModel
 
 # How samples become answers.
 PROTOCOL = "lm-eval"
-_BATCH_SIZE = 32
+# Items at a time, fewer where the vocabulary is large.
+BATCH_SIZE = 32
+# Task files for lm-eval that read local JSON lines, and what the rows of those hold.
+SHIPPED = Path(__file__).parent / "tasks_local"
+COLUMNS = {
+    "boolq": "passage, question, label (1 for yes)",
+    "piqa": "goal, sol1, sol2, label (0 or 1)",
+    "winogrande": "sentence, option1, option2, answer (1 or 2)",
+}
+_DEFINED = re.compile(rb"""^(?:task|group|tag):[ \t]*["']?([\w.+-]+)""", re.MULTILINE)
 
 
 class LmEval(ProbeSource):
@@ -63,35 +69,61 @@ class LmEval(ProbeSource):
 
 
 @dataclass(frozen=True)
-class LmEvalTask(TaskFiles, Task):
+class LmEvalTask(Task):
     """Task of lm-eval, or group of tasks.
 
     Attributes
     ----------
+    name : as the user names it: ``lm-eval:boolq``.
+    task : lm-eval's name for it.
+    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
+    data : the folder of the local files that the YAML names; None where it names none.
     limit : only the first so many items of each task, as lm-eval takes them; None for all.
     seed : for the examples in prompts and for answers that are sampled.
     """
 
+    name: str
+    task: str
+    include: Path | None = None
+    data: Path | None = None
     limit: int | None = None
     seed: int = 0
+
+    def local_files(self) -> dict[str, Path]:
+        """Return {split: path} of the local data."""
+        if not (self.include and self.data):
+            return {}
+        return {split: self.data / file for split, file in list_data_files(find_entry(self.include, self.task)).items()}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
-        for path, name in self._list_files():
+        files = [(path, split) for split, path in self.local_files().items()]
+        if self.include:
+            # YAML and code, and included files, which may have no suffix.
+            paths = [path for path in sorted(self.include.rglob("*")) if path.suffix in (".yaml", ".yml", ".py", "")]
+            files = [(path, path.relative_to(self.include).as_posix()) for path in paths if path.is_file()] + files
+        for path, name in files:
             digest.update(json.dumps([name, sha256_of(path)]).encode())
         return digest.hexdigest()
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        return run_task(loaded, self)
+        """Have lm-eval run it on a model; gives the answers, and the probe's entry in ``probe.json``.
 
-    def _list_files(self) -> Iterator[tuple[Path, str]]:
-        """Yield the task folder's YAML and code, included files without a suffix too, and the local data."""
-        for path in sorted(self.include.rglob("*")) if self.include else ():
-            if path.is_file() and path.suffix in (".yaml", ".yml", ".py", ""):
-                yield path, path.relative_to(self.include or path).as_posix()
-        for split, path in self.local_files().items():
-            yield path, split
+        The model is neither copied nor moved nor changed, the tokenizer is left as it is, and so are all random states.
+
+        Raises
+        ------
+        UnsupportedError : a masked model, or a task that does not say right or wrong of each item.
+        CompressknowError : the task's data cannot be had or read.
+        """
+        if loaded.family not in ("causal", "seq2seq"):
+            raise UnsupportedError(
+                f"{self.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
+                hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
+            )
+        with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
+            return _evaluate(loaded, self, build(self, Path(folder)))
 
 
 def open_task(
@@ -118,10 +150,11 @@ def open_task(
             raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1: {limit}.")
+    places = [data, data / "tasks"] if data else []
     if include and (entry := find_entry(include, task)):
-        return LmEvalTask(name, task, include, _find_data(name, entry, data), limit, seed)
+        return LmEvalTask(name, task, include, _find_data(name, entry, places), limit, seed)
     if task in COLUMNS:
-        place = next((place for place in _list_places(data) if (place / f"{task}.jsonl").is_file()), None)
+        place = next((place for place in places if (place / f"{task}.jsonl").is_file()), None)
         return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
     if not task:
         raise UsageError(f"{name} names no task.", hint="lm-eval: is followed by a task of lm-eval: lm-eval:boolq.")
@@ -129,20 +162,19 @@ def open_task(
     if others is None and task not in read_own_tasks().all_tasks:
         others = read_own_tasks().all_tasks
     if others is not None:
-        raise _make_unknown_error(task, [*(list_names(include) if include else []), *COLUMNS, *others])
+        names = [*(_read_index(include).all_tasks if include else []), *COLUMNS, *others]
+        near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
+        suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
     return LmEvalTask(name, task, None, None, limit, seed)
 
 
-def _list_places(data: Path | None) -> list[Path]:
-    return [data, data / "tasks"] if data else []
-
-
-def _find_data(name: str, entry: Any, data: Path | None) -> Path | None:
+def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
     """Return the folder that holds the files that the YAML of a task folder names; None where it names none."""
     files = list(list_data_files(entry).values())
     if not files:
         return None
-    for place in [*_list_places(data), entry.yaml_path.parent]:
+    for place in [*places, entry.yaml_path.parent]:
         if all((place / file).is_file() for file in files):
             return Path(place)
     raise UsageError(
@@ -151,71 +183,169 @@ def _find_data(name: str, entry: Any, data: Path | None) -> Path | None:
     )
 
 
-def _make_unknown_error(task: str, names: list[str]) -> UsageError:
-    near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
-    suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
+def list_names_without(task: str) -> list[str] | None:
+    """Return names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else
+    None.
 
-
-def run_task(
-    loaded: LanguageModel, task: LmEvalTask, *, batch_size: int = _BATCH_SIZE
-) -> tuple[list[Answer], ProbeEntry]:
-    """Have lm-eval run a task on a model; gives the answers, and the probe's entry in ``probe.json``.
-
-    The model is neither copied nor moved nor changed, the tokenizer is left as it is, and so are all random states.
-    In batches of at most `batch_size`, fewer where the vocabulary is large.
-
-    The entry has "truncated" besides the usual keys: so many items lost the beginning of their context, because the
-    model takes no longer text.
-
-    Raises
-    ------
-    UnsupportedError : a masked model, or a task that does not say right or wrong of each item.
-    CompressknowError : the task's data cannot be had or read.
+    It reads the files as they are: a second, where the index takes most of a minute.
     """
-    if loaded.family not in ("causal", "seq2seq"):
-        raise UnsupportedError(
-            f"{task.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
-            hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
-        )
-    with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, task.seed):
-        return _evaluate(loaded, task, build(task, Path(folder)), batch_size)
+    spec = importlib.util.find_spec("lm_eval")
+    word = re.compile(rb"(?<!\w)" + re.escape(as_text(task).encode()) + rb"(?!\w)")
+    names: dict[str, None] = {}
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in (Path(folder) / "tasks").rglob("*.yaml"):
+            content = path.read_bytes()
+            if word.search(content):
+                return None
+            names |= dict.fromkeys(name.decode() for name in _DEFINED.findall(content))
+    return list(names)
 
 
-def _evaluate(
-    loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any], batch_size: int
-) -> tuple[list[Answer], ProbeEntry]:
-    from compressknow.evaluate.sources.task_answers import Collected, count_truncated
+@cache
+def read_own_tasks() -> Any:
+    """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
+    return _read_index(None, own=True)
 
-    lm = _wrap(loaded, built, batch_size)
-    results = _run_lm_eval(lm, task, built)
-    collected, cut = Collected(), 0
+
+def find_entry(folder: Path, task: str) -> Any:
+    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
+    return _read_index(folder).task_index.get(task)
+
+
+def _read_index(folder: Path | None, own: bool = False) -> Any:
+    with silence():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(folder) if folder else None, include_defaults=own)
+
+
+def list_data_files(entry: Any) -> dict[str, str]:
+    """Return {split: file} of the local files that a task's YAML names by a relative path."""
+    config = (entry.cfg if entry else None) or {}
+    files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    pairs = {"train": files} if isinstance(files, str) else files
+    return {
+        split: file
+        for split, file in (pairs.items() if isinstance(pairs, dict) else ())
+        if isinstance(file, str) and "://" not in file and not Path(file).is_absolute()
+    }
+
+
+def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
+    """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
+
+    Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that would fail only after
+    the model has answered.
+    """
+    try:
+        if task.include is None:
+            built = dict(read_own_tasks().load(task.task))
+        else:
+            index = _read_index(task.include)
+            entry = index.task_index.get(task.task)
+            if entry and entry.kind.name == "TASK":
+                built = dict(index.load(str(_write_override(task, entry, folder))))
+            else:
+                whole = _is_whole(index.task_index, task.task)
+                built = dict((index if whole else _read_index(task.include, own=True)).load(task.task))
+    except Exception as error:  # whatever a task's own YAML, code and data bring forth
+        raise _explain(task, error) from error
     for name, one in built["tasks"].items():
-        samples = results["samples"][name]
-        collected.add(task.name, one, samples, several=len(built["tasks"]) > 1)
-        cut += count_truncated(samples, lm)
-    if not collected.answers:
+        what = f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},")
+        if one.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise UnsupportedError(f"{what} measures perplexity: it has no answers that are right or wrong.")
+        if getattr(one, "MULTIMODAL", False):
+            raise UnsupportedError(f"{what} is not of text alone.")
+        if getattr(one, "UNSAFE_CODE", False):
+            raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
+    return built
+
+
+def _is_whole(index: Mapping[str, Any], name: str) -> bool:
+    """Return whether an index holds a task, and all tasks of a group; those that a group changes are not looked up."""
+    if name not in index:
+        return False
+    members = (index[name].cfg or {}).get("task") if index[name].kind.name == "GROUP" else []
+    members = members if isinstance(members, list) else [members]
+    return all(isinstance(one, str) and _is_whole(index, one) for one in members)
+
+
+def _write_override(task: LmEvalTask, entry: Any, folder: Path) -> Path:
+    """Write a YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
+    config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
+    if files := task.local_files():
+        paths = {split: str(path.resolve()) for split, path in files.items()}
+        kwargs = dict(entry.cfg["dataset_kwargs"])
+        config["dataset_kwargs"] = kwargs | {"data_files": paths, "cache_dir": str(folder / "datasets")}
+    path = folder / "task.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def _explain(task: LmEvalTask, error: Exception) -> CompressknowError:
+    """Return an error of loading in words that say what to do."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    columns = COLUMNS.get(task.task)
+    if isinstance(error, ConnectionError):
+        if columns:
+            hint = f"Put JSON lines with {columns} into DIR/{task.task}.jsonl and pass --data DIR."
+        else:
+            hint = "Load it once where there is a network, or give a task folder whose YAML names local data_files."
+        return CompressknowError(
+            f"The data of {task.name} is not on this machine, and the Hub cannot be reached.", reason, hint
+        )
+    if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
+        return UnsupportedError(
+            f"{task.name} cannot be loaded.",
+            "Its data set comes as a script, which the datasets library has not run since version 4.",
+            "Give a task folder whose YAML names local data_files.",
+        )
+    if task.include == SHIPPED:
+        reason, hint = f"{reason} ({task.task}.jsonl in {task.data})", f"Its rows hold {columns}."
+    else:
+        hint = "Its YAML, its code or its data do not suit lm-eval."
+    return CompressknowError(f"{task.name} cannot be loaded.", reason, hint)
+
+
+def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any]) -> tuple[list[Answer], ProbeEntry]:
+    from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated
+
+    lm = _wrap(loaded, built)
+    results = _run_lm_eval(lm, task, built)
+    answers, dropped, metrics, golds = collect_answers(task.name, built["tasks"], results["samples"])
+    if not answers:
         raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
+    versions = results["versions"]
+    own = versions.get(task.task)
+    if own is None:
+        # Of a group without one, those of its tasks.
+        own = "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
+    if files := task.local_files():
+        data: Any = {path.name: sha256_of(path) for path in files.values()}
+    else:
+        configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
+        data = ", ".join(dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs))
     entry = ProbeEntry(
-        protocol=f"{PROTOCOL}/{_choose_version(task, results['versions'])}",
+        protocol=f"{PROTOCOL}/{own}",
         fingerprint=task.fingerprint(),
         facts=sum(number["original"] for number in results["n-samples"].values()),
-        asked=len(collected.answers),
-        dropped=dict(collected.dropped),
-        truncated=cut,
-        chance=collected.chance,
-        majority=collected.majority,
+        asked=len(answers),
+        dropped=dict(dropped),
+        truncated=sum(count_truncated(results["samples"][name], lm) for name in built["tasks"]),
+        chance=compute_chance(answer.choices for answer in answers),
+        # Of always naming the place that is right most often.
+        majority=max(golds.values()) / len(answers) if golds.total() == len(answers) else None,
         limit=task.limit,
         seed=task.seed,
         source={
             "lm_eval": version("lm_eval"),
             "task": task.task,
-            "data": _describe_data(task, built),
-            "metrics": collected.metrics,
+            "data": data,
+            "metrics": metrics,
             "limit takes": "the first items of each task",
         },
     )
-    return collected.answers, entry
+    return answers, entry
 
 
 def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -238,11 +368,11 @@ def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping
     return dict(results)
 
 
-def _wrap(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> Any:
+def _wrap(loaded: LanguageModel, built: Mapping[str, Any]) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     # lm-eval keeps the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB a row in float32.
-    rows = max(1, min(batch_size, 2**28 // (512 * len(loaded.tokenizer))))
+    rows = max(1, min(BATCH_SIZE, 2**28 // (512 * len(loaded.tokenizer))))
     # lm-eval runs the same tokens once for all choices. Where choices are contexts, that saves nothing, and takes the
     # wrong positions for items whose tokens are the same but for where the continuation begins (0.4.13).
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
@@ -255,22 +385,6 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any], batch_size: int) -> A
         return HFLM(pretrained=model, tokenizer=tokenizer, backend=loaded.family, batch_size=rows, logits_cache=cache)
     finally:
         del model.tie_weights
-
-
-def _describe_data(task: LmEvalTask, built: Mapping[str, Any]) -> Any:
-    """Return {file: sha256} of local data; otherwise where on the hub the sets lie."""
-    if files := task.local_files():
-        return {path.name: sha256_of(path) for path in files.values()}
-    configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
-    paths = dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs)
-    return ", ".join(paths)
-
-
-def _choose_version(task: LmEvalTask, versions: Mapping[str, Any]) -> str:
-    """Return the task's own version; of a group without one, those of its tasks."""
-    if versions.get(task.task) is not None:
-        return str(versions[task.task])
-    return "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
 
 
 @contextlib.contextmanager
@@ -290,3 +404,21 @@ def _seed_random(loaded: LanguageModel, seed: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
+    import datasets
+
+    bars, disabled = datasets.is_progress_bar_enabled(), logging.root.manager.disable
+    datasets.disable_progress_bars()
+    logging.disable()
+    try:
+        with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            datasets.enable_progress_bars()

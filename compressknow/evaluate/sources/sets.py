@@ -1,0 +1,370 @@
+"""Sets of facts: atlas, which comes with the package, and BEAR and LAMA, read from the folders of their authors.
+
+**atlas** is ``compressknow/evaluate/atlas/*.json``, one file a relation: {"relation", "subject", "definition",
+"templates": [TEXT, ...], "source", "popularity": TEXT or null, "facts": [{"id", "sub_label", "obj_label",
+"popularity"?}, ...]}. Where each file's facts come from, and under which licence, stands in ``ATTRIBUTION.md`` beside
+them.
+
+**bear** is the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
+Causal and Masked Language Models" (2024), read as its library lm-pub-quiz reads it. A folder holds
+``metadata_relations.json``, {RELATION: {"templates": [TEXT, ...], "answer_space_labels": [TEXT, ...]}}, and for each
+relation ``RELATION.jsonl`` with rows {"sub_label", "obj_label", "answer_idx"}: the index of the object among the
+labels, from 0. A model is right where it finds the sentence with the right label the most likely one of all. The score
+is over all facts alike: lm-pub-quiz weights each relation's accuracy by its number of facts.
+
+**lama** is LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?"). The folder is what
+https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,
+``Squad/test.jsonl``, ``ConceptNet/test.jsonl`` and ``relations.jsonl``, a template for each relation of T-REx.
+``common_vocab_cased.txt``, one word a line, lies beside them; the `lama` protocol needs it. T-REx and Google-RE are
+evaluated by template, in both protocols, and SQuAD and ConceptNet by the first of their ``masked_sentences``. A prompt
+has one blank, so that sentences with several are dropped (3 of SQuAD's): the official code scores the first of the
+blanks, the paper's code each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from compressknow.base.errors import UsageError
+from compressknow.base.reading import INDEX, TOKENIZER, read_json, read_text
+from compressknow.evaluate.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, find_domain, map_relations
+from compressknow.evaluate.scoring.prompts import OBJECT, UniqueIds, capitalize, check_blanks, fill, pick
+from compressknow.evaluate.sources import Options, ProbeSource
+from compressknow.evaluate.sources.columns import hash_files, read_rows
+
+METADATA = "metadata_relations.json"
+BEAR_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
+_HINT = f"BEAR comes from {BEAR_FROM}; --data names its folder."
+
+LAMA_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
+RELATIONS, VOCABULARY = "relations.jsonl", "common_vocab_cased.txt"
+PROTOCOLS = {"lama": "lama/1", "paper": "lama-paper/1"}
+_FOLDERS = {"trex": "TREx", "google-re": "Google_RE", "squad": "Squad", "conceptnet": "ConceptNet"}
+# They stand in the official scripts/run_experiments.py, not in relations.jsonl.
+_GOOGLE_RE = {
+    "place_of_birth": "[X] was born in [Y] .",
+    "date_of_birth": "[X] (born [Y]).",
+    "place_of_death": "[X] died in [Y] .",
+}
+CONCEPTNET = map_relations(
+    {
+        COMMON_SENSE: (
+            "AtLocation CapableOf Causes CausesDesire Desires HasA HasPrerequisite HasProperty HasSubevent IsA MadeOf "
+            "MotivatedByGoal NotDesires PartOf ReceivesAction UsedFor"
+        )
+    }
+)
+LAMA = WIKIDATA | dict.fromkeys(_GOOGLE_RE, PEOPLE)
+# Of the sets that are of one domain, whatever the relation.
+_DOMAINS_OF_SETS = {"conceptnet": COMMON_SENSE, "squad": GENERAL}
+# The official scripts' max_sentence_length, in words.
+_LONGEST_SENTENCE = 100
+
+
+class Atlas(ProbeSource):
+    """``atlas``, in one of several wordings."""
+
+    help = "built in: 4,002 facts of six domains; nothing to download"
+    takes = frozenset({"template"})
+
+    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        return read_atlas(options.template)
+
+
+def read_atlas(template: int = 1) -> Probe:
+    """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
+
+    `template` chooses one of each relation's templates, counted from 1. Raises UsageError where there is none of that
+    number.
+    """
+    entries = [each for each in (files("compressknow.evaluate") / "atlas").iterdir() if each.name.endswith(".json")]
+    contents = [entry.read_bytes() for entry in sorted(entries, key=lambda entry: entry.name)]
+    relations = [json.loads(content) for content in contents]
+    return Probe(
+        name="atlas",
+        protocol="atlas/1",
+        facts=tuple(fact for relation in relations for fact in _make_atlas_facts(relation, template)),
+        source={
+            "template": template,
+            "files": len(contents),
+            "sha256": hashlib.sha256(b"\0".join(contents)).hexdigest(),
+            "sources": {relation["relation"]: relation["source"] for relation in relations},
+            "popularity": {r["relation"]: r["popularity"] for r in relations if r.get("popularity")},
+        },
+    )
+
+
+def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
+    template = pick(relation["templates"], number, f"Relation {relation['relation']} of atlas")
+    spell = capitalize if template.startswith(OBJECT) else str
+    candidates = tuple(sorted({spell(fact["obj_label"]) for fact in relation["facts"]}))
+    return [
+        Fact(
+            id=fact["id"],
+            probe="atlas",
+            relation=relation["relation"],
+            subject=relation["subject"],
+            sub_label=fact["sub_label"],
+            obj_label=spell(fact["obj_label"]),
+            prompt=capitalize(fill(template, fact["sub_label"])),
+            candidates=candidates,
+            popularity=fact.get("popularity"),
+        )
+        for fact in relation["facts"]
+    ]
+
+
+class Bear(ProbeSource):
+    """``bear``, in one of several wordings."""
+
+    help = "BEAR's 60 relations (--data DIR)"
+    takes = frozenset({"data", "template"})
+    folders = ("bear", "BEAR")
+    origin = f"{BEAR_FROM}: the folder with {METADATA}"
+
+    def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
+        return (folder / METADATA).is_file()
+
+    def open(self, name: str, part: str, options: Options) -> Probe:
+        return read_bear(self.find(name, part, options.data), options.template)
+
+
+def read_bear(folder: Path, template: int = 1) -> Probe:
+    """Read all facts of the folder; `template` chooses one of each relation's templates, counted from 1.
+
+    Raises UsageError where a file is missing or damaged, and where there is no template of that number.
+    """
+    try:
+        relations: dict[str, dict[str, Any]] = read_json(folder / METADATA, INDEX)
+        for metadata in relations.values():
+            if not (metadata["templates"] and metadata["answer_space_labels"]):
+                raise ValueError("a relation without templates or labels")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / METADATA} cannot be read as BEAR's list of relations: {error}.", hint=_HINT
+        ) from error
+    paths = [folder / f"{relation}.jsonl" for relation in relations]
+    facts = tuple(
+        fact
+        for path, (relation, metadata) in zip(paths, relations.items(), strict=True)
+        for fact in _read_bear_facts(path, relation, metadata, template)
+    )
+    hashes = hash_files([folder / METADATA, *paths], folder)
+    return Probe(
+        "bear", "bear/1", facts, score_rest=True, source={"from": BEAR_FROM, "template": template, "files": hashes}
+    )
+
+
+def _read_bear_facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
+    template = pick(metadata["templates"], number, f"Relation {relation} of bear")
+    # lm-pub-quiz writes the first letter of a whole sentence in upper case: the answer's, where that comes first.
+    spell = capitalize if template.startswith(OBJECT) else str
+    candidates = tuple(spell(label) for label in metadata["answer_space_labels"])
+    facts = []
+    for index, row in enumerate(read_rows(path)):
+        answer, subject = row.get("answer_idx"), row.get("sub_label")
+        if not isinstance(answer, int) or not 0 <= answer < len(candidates) or not isinstance(subject, str):
+            raise UsageError(
+                f"{path}, fact {index + 1}: no sub_label, or an answer_idx outside 0 to {len(candidates) - 1}.",
+                hint=_HINT,
+            )
+        facts.append(
+            Fact(
+                id=f"{relation}/{index}",
+                probe="bear",
+                relation=relation,
+                subject=find_domain(relation, WIKIDATA),
+                sub_label=subject,
+                obj_label=candidates[answer],
+                prompt=capitalize(fill(template, subject)),
+                candidates=candidates,
+            )
+        )
+    return facts
+
+
+class Lama(ProbeSource):
+    """``lama:SET``, by one of two protocols."""
+
+    help = "LAMA's trex, google-re, squad or conceptnet (--data DIR)"
+    form = "SET"
+    parts = tuple(_FOLDERS)
+    takes = frozenset({"data", "protocol"})
+    protocols = tuple(PROTOCOLS)
+    folders = ("lama", "LAMA", "data")
+    origin = f"{LAMA_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
+
+    def holds(self, folder: Path, part: str) -> bool:
+        return (folder / _FOLDERS[part]).is_dir()
+
+    def open(self, name: str, part: str, options: Options) -> Probe:
+        folder = self.find(name, part, options.data)
+        return read_lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a file, with its relation and the template (None: the row has its own sentence; "": none)."""
+
+    relation: str
+    template: str | None
+    number: int
+    values: Mapping[str, Any]
+
+    @property
+    def obj_label(self) -> Any:
+        return self.values.get("obj_label")
+
+    @property
+    def sub_label(self) -> Any:
+        """Return the subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
+        label = self.values.get("sub_label", self.values.get("sub"))
+        return "" if label == "Squad" else label
+
+    @property
+    def prompt(self) -> str:
+        if self.template is not None:
+            return fill(self.template.strip(), self.sub_label.strip())
+        sentences = self.values.get("masked_sentences") or [""]
+        return sentences if isinstance(sentences, str) else str(sentences[0])
+
+
+def read_lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
+    """Read one of LAMA's sets, by one of two protocols.
+
+    `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
+    - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
+      by the scorers, those whose object is not one token of the model.
+    - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
+    - With a template, each pair of subject and object counts once in a relation; without one, duplicates stay, and
+      sentences of more than 100 words are dropped.
+    - The score of T-REx and of Google-RE is the unweighted mean over relations; the other sets are one relation.
+
+    `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
+    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once in a set, nothing else is
+    dropped, and all facts count alike. Table 3 of the paper tells how: its scores are fractions of 5,510 for
+    Google-RE, the number of distinct sentences that the templates make of it (the set's own first sentences hold 5,262
+    blanks), and of 308 for SQuAD, whose 305 sentences hold 308 blanks.
+
+    Raises UsageError where a file is missing or damaged.
+    """
+    official, by_template = protocol == "lama", name in ("trex", "google-re")
+    paths, rows = _read_lama_rows(folder, name)
+    words = _read_vocabulary(folder / VOCABULARY) if official else ()
+    facts, dropped = _select_facts(name, rows, frozenset(words) if official else None)
+    extra = [folder / VOCABULARY] if official else []
+    templates = [folder / RELATIONS] if name == "trex" else []
+    return Probe(
+        name=f"lama:{name}",
+        protocol=PROTOCOLS[protocol],
+        facts=facts,
+        dropped=dropped,
+        vocabulary="words" if official else "full",
+        words=words,
+        fold_case=not official,
+        keep_unanswerable=not official,
+        average="macro" if official and by_template else "micro",
+        source={
+            "from": f"{LAMA_FROM} (CC BY-NC 4.0)",
+            "asked by": "template" if by_template else "the first of masked_sentences",
+            "files": hash_files([*extra, *templates, *paths], folder),
+        },
+    )
+
+
+def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
+    """Return the files of a set in the official order, and what they hold."""
+    place = folder / _FOLDERS[name]
+    relations: dict[str, tuple[Path, str | None]]
+    if name == "trex":
+        # The file names relations that have no facts, too; facts of a relation that it does not name are dropped.
+        templates = {row.get("relation"): row.get("template", "") for row in read_rows(folder / RELATIONS)}
+        relations = {str(relation): (place / f"{relation}.jsonl", template) for relation, template in templates.items()}
+        relations |= {path.stem: (path, "") for path in sorted(place.glob("*.jsonl")) if path.stem not in templates}
+    elif name == "google-re":
+        relations = {each: (place / f"{each}_test.jsonl", template) for each, template in _GOOGLE_RE.items()}
+    else:
+        relations = {name: (place / "test.jsonl", None)}
+    found = {relation: entry for relation, entry in relations.items() if entry[0].is_file()}
+    if not found:
+        raise UsageError(f"{place} holds no facts of lama:{name}.", hint=f"Get them from {LAMA_FROM}.")
+    rows = (
+        _Row(str(values.get("pred", name)) if template is None else relation, template, number, values)
+        for relation, (path, template) in found.items()
+        for number, values in enumerate(read_rows(path))
+    )
+    return [path for path, _ in found.values()], rows
+
+
+def _read_vocabulary(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise UsageError(
+            f"There is no {path}.",
+            "The lama protocol ranks the words of LAMA's common vocabulary.",
+            "Get https://dl.fbaipublicfiles.com/LAMA/common_vocab_cased.txt, or use --protocol paper.",
+        )
+    try:
+        lines = read_text(path, TOKENIZER).split("\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", hint="The file is damaged: get it again.") from None
+    return tuple(dict.fromkeys(word for line in lines if (word := line.strip())))
+
+
+def _select_facts(
+    name: str, rows: Iterator[_Row], words: frozenset[str] | None
+) -> tuple[tuple[Fact, ...], dict[str, int]]:
+    """Select the rows that make facts, by the official rules where the common vocabulary is given, else by the
+    paper's; and count the others by reason.
+    """
+    facts, dropped, unique = [], Counter[str](), UniqueIds()
+    seen: set[tuple[str, ...]] = set()
+    for row in rows:
+        reason = _check_labels(row)
+        if words is not None:
+            reason = reason or _check_officially(row, words)
+        if reason := reason or check_blanks(row.prompt):
+            dropped[reason] += 1
+            continue
+        if words is None or row.template is not None:
+            key = (row.prompt,) if words is None else (row.relation, row.sub_label, row.obj_label)
+            if key in seen:
+                dropped["same sentence" if words is None else "same subject and object"] += 1
+                continue
+            seen.add(key)
+        identifier = row.values.get("uuid", row.values.get("id", row.number))
+        facts.append(
+            Fact(
+                id=unique(f"{row.relation}/{identifier}"),
+                probe=f"lama:{name}",
+                relation=row.relation,
+                subject=_DOMAINS_OF_SETS.get(name) or find_domain(row.relation, LAMA),
+                sub_label=row.sub_label,
+                obj_label=row.obj_label,
+                prompt=row.prompt,
+            )
+        )
+    return tuple(facts), dict(dropped)
+
+
+def _check_labels(row: _Row) -> str | None:
+    """Return why a row makes no fact in either protocol."""
+    if not (isinstance(row.obj_label, str) and isinstance(row.sub_label, str)):
+        return "no label of subject or object"
+    return f"no template for its relation in {RELATIONS}" if row.template == "" else None
+
+
+def _check_officially(row: _Row, words: frozenset[str]) -> str | None:
+    """Return why the official code drops a row."""
+    if row.template is None and len(row.prompt.split()) > _LONGEST_SENTENCE:
+        return f"sentence of more than {_LONGEST_SENTENCE} words"
+    if not words.issuperset(row.obj_label.split(" ")):
+        return "object outside the common vocabulary"
+    judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
+    return "rejected by its raters" if judgments.count(False) > judgments.count(True) else None
