@@ -28,6 +28,7 @@ from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
 from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask, open_task
+from tests.evaluate.layouts import DATA, real_data, write_jsonl
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
