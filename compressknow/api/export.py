@@ -191,13 +191,13 @@ def _make_fit(
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
-    guides = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
+    sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(
         target.label,
         target.budget(job.numel),
-        lambda tensors, overhead: fit_types(guides.sensitivity, tensors, overhead, target),
+        lambda tensors, overhead: fit_types(sensitivity, tensors, overhead, target),
         target.rounding,
-        guides.texts,
+        texts,
     )
 
 

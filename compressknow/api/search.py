@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -31,9 +31,10 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
+from compressknow.study.candidates import CandidateHandle, Candidates, is_made, remove
 from compressknow.study.cells import StudyModel
 from compressknow.study.folder import ORIGINAL, SEARCH, check_study_folder, claim
-from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Candidates, Request, is_made, open_form, remove
+from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.guides import FIT_TOKENS, check_has_candidates, measure_guides
 from compressknow.study.search import (
     LEVEL,
@@ -152,7 +153,7 @@ def search(
         return report_progress(listener, Stage(work, str(model)))
 
     with (
-        StudyModel(model, settings, revision=revision, keep_in=folder) as study_model,
+        closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
         claim(folder, study_model.original, known, search=SEARCH),
         open_form(study_model, request, folder, begin) as form,
     ):
@@ -161,24 +162,24 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listener)
-        guided = EvaluationSet.create(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
+        guided = EvaluationSet(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
-            selection = EvaluationSet.create(study_model, selected_by, folder / HELD_OUT, listener, known)
+            selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
             check_enough_known(selection, keep)
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        grading = EvaluationSet.create(
+        grading = EvaluationSet(
             study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
         )
         answers = guided.reference
         form.learn(
-            measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
+            *measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(candidates.handle(found), listener), LEVEL)
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found), listener), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))

@@ -82,7 +82,7 @@ def sensitivity(
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
-    result = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress)).sensitivity
+    result, _ = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress))
     if files:
         write_map(Map(handle.located.name, result, guide), files)
     return result

@@ -30,7 +30,7 @@ from compressknow.study.folder import (
     claim,
     grade,
 )
-from compressknow.study.grid import PAPER, GridOptions, list_cells
+from compressknow.study.grid import PAPER, list_cells
 from compressknow.study.running import Batch, RayOptions, open_runner
 
 
@@ -101,10 +101,15 @@ def sweep(
     check_has_facts(opened, "A sweep")
     # On a cluster the workers keep what they need.
     keep_in = None if cluster else folder
-    with StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS) as study_model:
+    with closing(StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS)) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = list_cells(
-            grid, lambda: study_model.maker, GridOptions(module_map, quantize, calibration, calibration_tokens)
+            grid,
+            lambda: study_model.maker,
+            module_map=module_map,
+            quantize=quantize,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
         )
         with claim(folder, study_model.original), open_runner(cluster, listener) as run:
             original = study_model.evaluate_original(

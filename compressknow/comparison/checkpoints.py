@@ -249,18 +249,13 @@ def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
         if str(name).startswith("_") or name in _NOISE or value is None:
             continue
         if name == _QUANTIZATION and isinstance(value, Mapping):
-            yield prefix + name, _summarize_quantization(value)
+            layers = sum(count_targets(map(str, group.get("targets") or ())) for group in config_groups(value))
+            parts = [value.get("quant_method", "unknown"), value.get("format"), f"{layers} targets" if layers else ""]
+            yield prefix + name, json.dumps(", ".join(str(part) for part in parts if part))
         elif isinstance(value, Mapping):
             yield from _list_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _summarize_quantization(value: Mapping[str, Any]) -> str:
-    form = value.get("format")
-    layers = sum(count_targets(map(str, group.get("targets") or ())) for group in config_groups(value))
-    parts = [str(value.get("quant_method", "unknown")), *([str(form)] if form else [])]
-    return json.dumps(", ".join([*parts, *([f"{layers} targets"] if layers else [])]))
 
 
 def diff_gguf(

@@ -203,17 +203,8 @@ def difference_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Es
     """Return the accuracy of the compressed model less that of the original over all facts, with its interval over
     clusters: of a ratio, linearized, by Student's t (Cochran 1977, "Sampling Techniques", section 9A.2).
     """
-    return mean_by_cluster([c.gained - c.lost for c in clusters], [c.n for c in clusters], level)
-
-
-def mean_by_cluster(sums: Sequence[float], sizes: Sequence[int], level: float = 0.95) -> Estimate:
-    """Return the mean over all facts of a figure of each, with its interval over clusters.
-
-    Parameters
-    ----------
-    sums, sizes : by cluster, the sum of the figure over its facts, and how many facts it has.
-    """
-    value, error, degrees = standard_error(sums, sizes)
+    sizes = [c.n for c in clusters]
+    value, error, degrees = standard_error([c.gained - c.lost for c in clusters], sizes)
     if not FEWEST <= sum(size > 0 for size in sizes) < sum(sizes) or value is None or not error:
         return Estimate(value)
     spread = _quantile(degrees, (1 + level) / 2) * error

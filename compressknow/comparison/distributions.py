@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from compressknow.comparison.intervals import proportion
-from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wording, Wordings
+from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wordings
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
 
@@ -79,10 +79,14 @@ def ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(sure) < CALIBRATION_FACTS:
         return None
-    # Bin m holds ((m - 1) / M, m / M], as in the paper; 0 itself goes to the first.
-    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gaps = np.bincount(bins, weights=right - sure, minlength=CALIBRATION_BINS)
+    gaps = np.bincount(_bin_confidence(sure), weights=right - sure, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(sure))
+
+
+def _bin_confidence(sure: np.ndarray) -> np.ndarray:
+    # Bin m holds ((m - 1) / M, m / M], as in the paper; 0 itself goes to the first.
+    bins: np.ndarray = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    return bins
 
 
 def brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
@@ -134,15 +138,23 @@ def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
     """
     values = np.array([np.nan if value is None else value for value in popularity], dtype=np.float64)
     known = np.isfinite(values)
-    distinct, position, sizes = np.unique(-values[known], return_inverse=True, return_counts=True)
-    middle = (np.cumsum(sizes) - sizes / 2) / max(known.sum(), 1)
-    for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS, len(distinct)), 1, -1):
-        chosen = np.minimum((middle * bins).astype(int), bins - 1)[position]
-        if np.bincount(chosen, minlength=bins).min() >= POPULARITY_FACTS:
+    for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS), 1, -1):
+        if (chosen := _split_evenly(values[known], bins, POPULARITY_FACTS)) is not None:
             names = np.full(len(values), None, dtype=object)
             names[known] = np.array(bin_names(bins), dtype=object)[chosen]
             return list(names)
     return [None] * len(values)
+
+
+def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
+    """Return the part of each value, from 0, the largest first: of about equal size, equal values in one. None where
+    that leaves a part with too few."""
+    distinct, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
+    if len(distinct) < parts:
+        return None
+    middle = (np.cumsum(sizes) - sizes / 2) / len(values)
+    chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
+    return chosen if np.bincount(chosen, minlength=parts).min() >= fewest else None
 
 
 def bin_names(bins: int) -> list[str]:
@@ -216,27 +228,22 @@ def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
     ----------
     sure, kept : of each fact that the original knew, its confidence, and whether the compressed model knows it too.
     """
-    distinct, position, sizes = np.unique(-sure, return_inverse=True, return_counts=True)
-    if len(distinct) < len(THIRDS):
+    chosen = _split_evenly(sure, len(THIRDS), FEWEST)
+    if chosen is None:
         return ()
-    middle = (np.cumsum(sizes) - sizes / 2) / len(sure)
-    chosen = np.minimum((middle * len(THIRDS)).astype(int), len(THIRDS) - 1)[position]
-    if np.bincount(chosen, minlength=len(THIRDS)).min() < FEWEST:
-        return ()
-    return tuple(_third(name, sure[chosen == place], kept[chosen == place]) for place, name in enumerate(THIRDS))
-
-
-def _third(name: str, sure: np.ndarray, kept: np.ndarray) -> Third:
-    both = int(kept.sum())
-    counts = Counts(both=both, lost=len(kept) - both)
-    return Third(name, float(sure.min()), float(sure.max()), counts, proportion(both, len(kept)))
+    found = []
+    for place, name in enumerate(THIRDS):
+        own, still = sure[chosen == place], kept[chosen == place]
+        counts = Counts(both=int(still.sum()), lost=int((~still).sum()))
+        found.append(Third(name, float(own.min()), float(own.max()), counts, proportion(counts.both, len(still))))
+    return tuple(found)
 
 
 def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
     """Return the share of right answers by confidence, in the bins of the calibration error (Guo et al. 2017, section
     2): of equal width, from 0 to 1.
     """
-    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    bins = _bin_confidence(sure)
     facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
     total = np.bincount(bins, weights=sure, minlength=CALIBRATION_BINS)
     return tuple(
@@ -281,9 +288,13 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
     if len(templates) < 2:
         return None
-    wordings = tuple(_count_wording(number, [p for p in pairs if p[0].template == number]) for number in templates)
+    by_template = {}
+    for number in templates:
+        kinds = Counter((one.correct, other.correct) for one, other in pairs if one.template == number)
+        counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
+        by_template[number] = counts, proportion(counts.both, counts.known_before)
     of_original, of_compressed = zip(*pairs, strict=True)
-    return Wordings(wordings, (consistency(of_original), consistency(of_compressed)))
+    return Wordings(by_template, (consistency(of_original), consistency(of_compressed)))
 
 
 def consistency(answers: Iterable[Answer]) -> float | None:
@@ -297,9 +308,3 @@ def consistency(answers: Iterable[Answer]) -> float | None:
         if alike:
             shares.append(sum(alike) / len(alike))
     return math.fsum(shares) / len(shares) if shares else None
-
-
-def _count_wording(number: int, pairs: Sequence[tuple[Answer, Answer]]) -> Wording:
-    kinds = Counter((before.correct, after.correct) for before, after in pairs)
-    counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
-    return Wording(number, counts, proportion(counts.both, counts.known_before))

@@ -156,12 +156,10 @@ def above_chance(kept: Estimate, chance: float | None) -> Estimate:
     """
     if kept.value is None or chance is None or chance >= 1:
         return Estimate(None)
-    return Estimate(*(None if x is None else _subtract_chance(x, chance) for x in (kept.value, kept.low, kept.high)))
-
-
-def _subtract_chance(share: float, chance: float) -> float:
+    shares = (kept.value, kept.low, kept.high)
     # Rounded where floats hold no more, so that 0.6 at 0.5 is 0.2 and not 0.19999999999999996.
-    return min(1.0, max(0.0, round((share - chance) / (1 - chance), 12)))
+    beyond = (None if share is None else round((share - chance) / (1 - chance), 12) for share in shares)
+    return Estimate(*(None if share is None else min(1.0, max(0.0, share)) for share in beyond))
 
 
 def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
@@ -181,8 +179,11 @@ def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Esti
         return Estimate(None), Estimate(None), Estimate(None)
     sizes = table.sum(axis=1)
     drawn = np.random.default_rng(seed).multinomial(sizes, table / sizes[:, None], size=(RESAMPLES, len(table)))
-    values, samples = _average_relations(table, sizes), _average_relations(drawn, sizes)
-    before, after, difference = (_bootstrap_interval(*pair) for pair in zip(values, samples, strict=True))
+    estimates = []
+    for value, samples in zip(_average_relations(table, sizes), _average_relations(drawn, sizes), strict=True):
+        ends = np.percentile(samples, _QUANTILES) if np.ptp(samples) else ()
+        estimates.append(Estimate(float(value), *map(float, ends)))
+    before, after, difference = estimates
     return before, after, difference
 
 
@@ -190,10 +191,3 @@ def _average_relations(counts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray
     """Return means over relations, the last axis but one: accuracy before, after, and after less before."""
     both, lost, gained = counts[..., 0], counts[..., 1], counts[..., 2]
     return [(part / sizes).mean(axis=-1) for part in (both + lost, both + gained, gained - lost)]
-
-
-def _bootstrap_interval(value: np.ndarray, samples: np.ndarray) -> Estimate:
-    if np.ptp(samples) == 0:
-        return Estimate(float(value))
-    low, high = np.percentile(samples, _QUANTILES)
-    return Estimate(float(value), float(low), float(high))

@@ -69,19 +69,29 @@ def compare_probe(
     name = probe or (original[0].probe if original else "the probe")
     pairs = pair_answers(name, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
+    # Both models gave the probabilities of the same model's most likely tokens.
+    has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
     return ProbeFigures(
         probe=name,
+        protocol=entry_original.protocol,
+        average=entry_original.average,
+        chance=entry_original.chance,
+        majority=entry_original.majority,
+        facts_read=entry_original.facts,
+        dropped=dict(sorted(entry_original.dropped.items())),
+        limit=entry_original.limit,
+        seed=entry_original.seed or 0,
+        noise_floor=entry_original.noise_floor,
+        runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
         **_measure_shares(pairs, entry_original.average),
         answer_changed=_share_changed(pairs),
-        movement=_measure_movement(pairs) if _has_same_reference(entry_original, entry_compressed) else None,
+        movement=_measure_movement(pairs) if has_same_reference else None,
         logp_change=percentiles([change for pair in pairs if (change := _measure_logp_change(pair)) is not None]),
         **_measure_ranks(pairs),
         **_measure_confidence(pairs),
         confidence=confidence(pairs),
         by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
         by_popularity=_group_by_popularity(pairs),
-        **_describe_run(entry_original),
-        runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
         knowing=count_grades(pairs),
     )
 
@@ -124,21 +134,6 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
         smallest_loss=smallest_loss(total, change),
         facts_for_two=facts_for(total, design=change),
     )
-
-
-def _describe_run(entry: ProbeEntry) -> dict[str, Any]:
-    """Return what the original's run says of the probe."""
-    return {
-        "protocol": entry.protocol,
-        "average": entry.average,
-        "chance": entry.chance,
-        "majority": entry.majority,
-        "facts_read": entry.facts,
-        "dropped": dict(sorted(entry.dropped.items())),
-        "limit": entry.limit,
-        "seed": entry.seed or 0,
-        "noise_floor": entry.noise_floor,
-    }
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
@@ -243,11 +238,6 @@ def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tu
     return before - after, (before - after) / before if before else None
 
 
-def _has_same_reference(original: ProbeEntry, compressed: ProbeEntry) -> bool:
-    """Return whether both models gave the probabilities of the same model's most likely tokens."""
-    return original.reference is not None and original.reference == compressed.reference
-
-
 def _measure_movement(pairs: Sequence[Pair]) -> Movement | None:
     """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
     facts for which these are the same. Those with NaN (a model that broke) are left out.
@@ -350,7 +340,7 @@ def pair_answers(
     Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
     """
     _check_prompts(probe, entry_original, entry_compressed)
-    before, after = _index_answers(probe, original), _index_answers(probe, compressed)
+    before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
     _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
 
@@ -375,16 +365,6 @@ def _check_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> 
         why=f"They differ in: {', '.join(differing) or 'the facts, prompts or candidates themselves'}.",
         hint="Probe both models again with the same data and the same options.",
     )
-
-
-def _index_answers(probe: str, answers: Sequence[Answer]) -> dict[str, Answer]:
-    by_id = {answer.fact_id: answer for answer in answers}
-    if len(by_id) != len(answers):
-        raise CompressknowError(
-            f"The answers to {probe} hold {len(answers) - len(by_id)} facts more than once.",
-            hint="Probe the model again; each fact of a probe needs an id of its own.",
-        )
-    return by_id
 
 
 def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping[str, Answer]) -> None:

@@ -182,14 +182,17 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: 
     """
     both, drawn = known & kept, len(known)
     above, below = capitals(known, both, gate, of)
-    crossed = np.maximum(above, below) >= np.log(2 / level)
+    won = np.log(2 / level)
+    crossed = np.maximum(above, below) >= won
     if not crossed.any() and (drawn < of or not known.any()):
         return None
     facts = int(crossed.argmax()) + 1 if crossed.any() else drawn
     known, both = known[:facts], both[:facts]
     share = float(both.sum() / max(known.sum(), 1))
     met = bool(above[facts - 1] > below[facts - 1]) if crossed.any() else share >= gate
-    low, high = _find_interval(known, both, of, share, level)
+    # The shares that neither player has refuted: what each has won falls, or rises, with the gate.
+    low = _find_end(lambda other: bool((capitals(known, both, other, of)[0] >= won).any()), 0.0, share)
+    high = _find_end(lambda other: bool((capitals(known, both, other, of)[1] >= won).any()), 1.0, share)
     low, high = (max(low, gate), high) if met else (low, min(high, gate))
     return EarlyStop(gate, level, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
 
@@ -232,16 +235,6 @@ def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray)
     capital = np.logaddexp.reduce(won, axis=0) - np.log(len(FRACTIONS))
     refuted = (mean < 0) | (~possible & (value > 0))
     return np.where(np.logical_or.accumulate(refuted, axis=-1), np.inf, capital)
-
-
-def _find_interval(known: np.ndarray, both: np.ndarray, of: int, share: float, level: float) -> tuple[float, float]:
-    """Return the ends of the shares that neither player has refuted: what each has won falls, or rises, with the gate,
-    so that these are all between two ends.
-    """
-    won = np.log(2 / level)
-    low = _find_end(lambda gate: bool((capitals(known, both, gate, of)[0] >= won).any()), 0.0, share)
-    high = _find_end(lambda gate: bool((capitals(known, both, gate, of)[1] >= won).any()), 1.0, share)
-    return low, high
 
 
 def _find_end(refuted: Callable[[float], bool], far: float, near: float) -> float:

@@ -241,24 +241,16 @@ class Knowing:
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """Facts in one wording, from 1; `kept` is knowledge kept."""
-
-    number: int
-    counts: Counts
-    kept: Estimate
-
-
-@dataclass(frozen=True, slots=True)
 class Wordings:
     """Facts put in several wordings.
 
     Attributes
     ----------
+    by_template : by number of the wording, from 1, its facts and knowledge kept.
     consistency : of the original and of the compressed model: the share of pairs of wordings that are answered alike.
     """
 
-    by_template: tuple[Wording, ...]
+    by_template: Mapping[int, tuple[Counts, Estimate]]
     consistency: tuple[float | None, float | None]
 
 

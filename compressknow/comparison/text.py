@@ -54,16 +54,22 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
     log_ratio = measure_mean(before - after)
     ratio = math.exp(min(log_ratio.value, 700.0))
     one, other = perplexity(original).value, perplexity(compressed).value
+    covariance = float(np.mean((before - before.mean()) * (after - after.mean())))
+    spread = float(np.std(before) * np.std(after))
+    of_means = covariance / max(len(before) - 1, 1) if len(before) > 10 else 0.0
+    squared_error = one.error**2 + other.error**2 - 2 * one.value * other.value * of_means
     squares = measure_mean(change**2)
+    same_top = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
+    share = float(same_top.mean())
     rms = math.sqrt(squares.value)
     return Moved(
         ratio=Measured(ratio, ratio * log_ratio.error),
         log_ratio=log_ratio,
-        difference=Measured(other.value - one.value, _estimate_difference_error(before, after, one, other)),
-        correlation=_compute_correlation(before, after),
+        difference=Measured(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
+        correlation=covariance / spread if spread > 0 else None,
         kl=measure_mean(kl) if whole else None,
         kl_percentiles=percentiles(kl) if whole else None,
-        same_top=_measure_same_top(original, compressed),
+        same_top=Measured(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
         change=measure_mean(change),
         change_rms=Measured(rms, squares.error / (2 * rms) if rms else 0.0),
         change_percentiles=percentiles(change),
@@ -105,27 +111,6 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
     9.0
     """
     return dict(zip(PERCENTILES, map(float, np.percentile(values, list(PERCENTILES.values()))), strict=True))
-
-
-def _estimate_difference_error(before: np.ndarray, after: np.ndarray, one: Measured, other: Measured) -> float:
-    covariance = _compute_covariance(before, after) / max(len(before) - 1, 1) if len(before) > 10 else 0.0
-    squared = one.error**2 + other.error**2 - 2 * one.value * other.value * covariance
-    return math.sqrt(squared) if squared > 0 else 0.0
-
-
-def _compute_covariance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.mean((one - one.mean()) * (other - other.mean())))
-
-
-def _compute_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    spread = float(np.std(one) * np.std(other))
-    return _compute_covariance(one, other) / spread if spread > 0 else None
-
-
-def _measure_same_top(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Measured:
-    same = np.concatenate([one.top == other.top for one, other in zip(original, compressed, strict=True)])
-    share = float(same.mean())
-    return Measured(share, math.sqrt(share * (1 - share) / (len(same) - 1)) if len(same) > 1 else 0.0)
 
 
 def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Divergent | None:

@@ -256,7 +256,7 @@ class VariantMaker:
         `make_text` does."""
         if (calibration := plan.recipe.calibration) is None:
             return None
-        from compressknow.compress.calibrate.text import load_or_make_text
+        from compressknow.compress.calibrate.text import choose_name, load_or_make_text
 
         def make() -> CalibrationText:
             text = make_text(plan, trust_remote_code=self._trust_remote_code)
@@ -265,7 +265,8 @@ class VariantMaker:
 
         if calibration not in self._texts:
             folder = self._folder_of_texts
-            self._texts[calibration] = load_or_make_text(folder, calibration, make) if folder else make()
+            file = folder / f"{choose_name(calibration)}.json" if folder else None
+            self._texts[calibration] = load_or_make_text(file, make) if file else make()
         return self._texts[calibration]
 
     def take(self, calibration: Calibration, text: CalibrationText) -> None:

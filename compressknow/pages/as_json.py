@@ -180,8 +180,8 @@ def _wordings(wordings: Wordings | None) -> dict[str, Any]:
     """Return the figures of each wording by its number, as text; empty where there is one wording."""
     return {
         "by_template": {
-            str(each.number): {**counts_to_json(each.counts), **estimate_to_json("kept", each.kept)}
-            for each in (wordings.by_template if wordings else ())
+            str(number): {**counts_to_json(counts), **estimate_to_json("kept", kept)}
+            for number, (counts, kept) in (wordings.by_template.items() if wordings else ())
         },
         **_both("consistency", wordings.consistency if wordings else None),
     }

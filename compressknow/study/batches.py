@@ -124,7 +124,13 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
-    return Batch(inputs, owners.shape[1], positions, partial(_sum_log_probabilities, targets, real)), owners
+
+    def score(logits: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities of the tokens [rows, directions, positions], where they are real, summed."""
+        log_probs = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
+        return log_probs.where(real, 0.0).sum(2)
+
+    return Batch(inputs, owners.shape[1], positions, score), owners
 
 
 def _build_inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
@@ -140,12 +146,6 @@ def _build_inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> d
 
 def _fill(ids: Ids, length: int) -> Ids:
     return ids + ids[-1:] * (length - len(ids))
-
-
-def _sum_log_probabilities(targets: torch.Tensor, real: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return that of the tokens [rows, directions, positions], where they are real, summed over positions."""
-    log_probs: torch.Tensor = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
-    return log_probs.where(real, 0.0).sum(2)
 
 
 def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int) -> list[Batch]:

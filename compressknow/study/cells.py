@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow._version import __version__
@@ -84,12 +83,8 @@ class StudyModel:
 
         return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
 
-    def __enter__(self) -> StudyModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Give back the disk that the original's distributions take."""
         if self._whole:
             self._whole.close()
 
@@ -104,21 +99,44 @@ class StudyModel:
     ) -> Answers:
         """Return the original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions
         kept for what is compared with it."""
-        distributions = self._whole if whole else None
-        return _evaluate(self.original, probes, folder, None, distributions, on_progress, noise_floors=noise_floors)
+        return self.evaluate(self.original, probes, folder, None, on_progress, noise_floors=noise_floors, whole=whole)
 
     def evaluate(
         self,
         handle: ModelHandle,
         probes: Sequence[Opened],
         folder: Path,
-        reference: Answers,
+        reference: Answers | None,
         on_progress: Listener | None = None,
         *,
+        noise_floors: Collection[NoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
-        """Return the answers of a model that was made of the original, kept in `folder`."""
-        return _evaluate(handle, probes, folder, reference, self._whole if whole else None, on_progress)
+        """Return the answers of the original, or of a model that was made of it, kept in `folder`."""
+        distributions = self._whole if whole else None
+        context = Context(reference, whole=distributions)
+        on_progress = relabel_progress(on_progress, facts=count_facts(probes))
+        places = {probe.name: folder / name_folder(probe.name) for probe in probes}
+        if distributions and reference:
+            # Before the first is evaluated: then the original need not be in memory beside the cell.
+            facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
+            missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
+            distributions.complete(missing, reference, on_progress)
+        try:
+            parts = [
+                probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes
+            ]
+            for name in noise_floors:
+                parts = [
+                    _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=distributions)
+                    for probe, answers in zip(probes, parts, strict=True)
+                ]
+            entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
+            texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
+            rows = tuple(answer for part in parts for answer in part.answers)
+            return Answers(replace(parts[0].record, probes=entries), rows, texts)
+        finally:
+            handle.release()
 
     def evaluate_cell(
         self,
@@ -142,42 +160,6 @@ class StudyModel:
 
     def _handle(self, cell: Cell) -> CellHandle:
         return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
-
-
-def _evaluate(
-    handle: ModelHandle,
-    probes: Sequence[Opened],
-    folder: Path,
-    reference: Answers | None,
-    whole: Distributions | None,
-    on_progress: Listener | None,
-    *,
-    noise_floors: Collection[NoiseFloor] = (),
-) -> Answers:
-    on_progress, context = relabel_progress(on_progress, facts=count_facts(probes)), Context(reference, whole=whole)
-    places = {probe.name: folder / name_folder(probe.name) for probe in probes}
-    if whole and reference:
-        # Before the first is evaluated: then the original need not be in memory beside the cell.
-        facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
-        whole.complete(missing, reference, on_progress)
-    try:
-        parts = [probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes]
-        for name in noise_floors:
-            parts = [
-                _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=whole)
-                for probe, answers in zip(probes, parts, strict=True)
-            ]
-        return merge_answers(parts)
-    finally:
-        handle.release()
-
-
-def merge_answers(parts: Sequence[Answers]) -> Answers:
-    """Merge the answers of one model to several probes, evaluated one by one."""
-    probes = {name: entry for part in parts for name, entry in part.record.probes.items()}
-    texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
-    return Answers(replace(parts[0].record, probes=probes), tuple(a for part in parts for a in part.answers), texts)
 
 
 def name_folder(probe: str) -> str:

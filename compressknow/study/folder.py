@@ -16,13 +16,11 @@ from compressknow.base.format import count
 from compressknow.base.reading import find_mismatch
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
-from compressknow.compress.steps import Calibration, Prune, Quantize
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.method import describe_method
-from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 
@@ -72,14 +70,18 @@ def build_study(
     answered = [(result.cell, result.answers) for result in results if result.answers is not None]
     has_texts = len({cell.recipe.calibration for cell, _ in answered} - {None}) > 1
     cells = tuple(_build_cell(original, cell, answers, has_texts=has_texts) for cell, answers in answered)
-    lacking = [result for result in results if result.answers is None]
+    lacking: dict[bool, list[FailedCell]] = {True: [], False: []}
+    for result in results:
+        if result.answers is None:
+            lacking[result.refused].append(FailedCell(result.cell.key, result.setup, result.why or "unknown"))
     comparisons = [cell.comparison for cell in cells]
+    figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
     return Study(
         original=read_model_facts(original.record.model),
-        probes=_build_probes(original, comparisons),
+        probes=tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures),
         cells=cells,
-        failed=tuple(_build_failed(result) for result in lacking if not result.refused),
-        refused=tuple(_build_failed(result) for result in lacking if result.refused),
+        failed=tuple(lacking[False]),
+        refused=tuple(lacking[True]),
         versions=dict(original.record.versions),
         command=command,
         method=describe_method(original, comparisons),
@@ -87,21 +89,17 @@ def build_study(
     )
 
 
-def _build_failed(result: CellResult) -> FailedCell:
-    return FailedCell(result.cell.key, result.setup, result.why or "unknown")
-
-
 def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
     """Return a cell's record, all figures included; with its calibration text where cells have several."""
-    totals, steps = answers.record.model.totals, cell.recipe.steps
-    prune = next((step for step in steps if isinstance(step, Prune)), None)
-    quantize = next((step for step in steps if isinstance(step, Quantize)), None)
-    text = _describe_text(cell.recipe.calibration)
-    on = f" on {text}" if text and has_texts else ""
+    totals, prune, quantize = answers.record.model.totals, cell.prune, cell.quantize
+    on = ""
+    if has_texts and (text := cell.recipe.calibration):
+        seed = f", seed {text.seed}" if text.seed else ""
+        on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return StudyCell(
         key=cell.key,
         setup=cell.recipe.setup,
-        scope="+".join(dict.fromkeys(scope for step in steps for scope in step.where.scope)),
+        scope="+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
         method=prune.method if prune else None,
         amount=prune.amount if prune else None,
         scheme=quantize.scheme if quantize else None,
@@ -120,23 +118,10 @@ def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: b
     )
 
 
-def _describe_text(calibration: Calibration | None) -> str | None:
-    """Return text, tokens and, where it is not the usual one, the seed."""
-    if calibration is None:
-        return None
-    seed = f", seed {calibration.seed}" if calibration.seed else ""
-    return f"{calibration.text}, {count(calibration.tokens)} tokens{seed}"
-
-
 def _list_correct(answers: Answers, original: Answers, probe: str) -> tuple[bool, ...]:
     """Return which facts are right, in the order of the original's answers."""
     right = {answer.fact_id: answer.correct for answer in answers.of(probe)}
     return tuple(right[answer.fact_id] for answer in original.of(probe))
-
-
-def _build_probes(original: Answers, comparisons: Sequence[Comparison]) -> tuple[StudyProbe, ...]:
-    figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
-    return tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures)
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:

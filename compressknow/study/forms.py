@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -10,31 +9,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow._version import __version__
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
-from compressknow.base.files import write_whole
 from compressknow.base.format import share
 from compressknow.base.libraries import require
 from compressknow.base.progress import Begin
-from compressknow.base.system import move
-from compressknow.comparison.records import Estimate
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
-from compressknow.compress.staging import clean, discard, scratch
+from compressknow.compress.staging import scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
-from compressknow.engine.identity import Located, describe
-from compressknow.engine.language_model import CPU
-from compressknow.evaluate.handle import ModelHandle
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
-from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.scopes import SCOPES, compile_pattern
-from compressknow.pages.search import Trial
 from compressknow.study.allocation import (
     Allocation,
     Option,
@@ -47,14 +36,13 @@ from compressknow.study.allocation import (
     describe_fit,
     pin_types,
 )
-from compressknow.study.sensitivity import Guide, check_guide
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.runtimes import Loaded
+    from compressknow.compress.calibrate.walk import Batches
     from compressknow.gguf.export import Export
     from compressknow.model.structure import LinearWeight
     from compressknow.study.cells import StudyModel
-    from compressknow.study.guides import Guides
     from compressknow.study.roundings import Roundings
 
 
@@ -119,11 +107,6 @@ class Request:
         if form == CHECKPOINT and self.rounding == "gptq":
             raise UsageError("--rounding gptq goes with --to gguf: checkpoints are rounded to nearest.")
 
-    @property
-    def target(self) -> Target:
-        """Return the same for a GGUF file; of a share, its size is to be chosen."""
-        return Target(self.size or 1, None, self.must, self.guide, self.rounding or "gptq")
-
 
 class Form(ABC):
     """Kind of file that can be made of a model.
@@ -135,11 +118,14 @@ class Form(ABC):
     overhead : bytes of a file beside these.
     together : weights that have one type.
     numel : by weight, how many parameters it has.
+    guidance, texts : of what `learn` was given.
     """
 
     name: ClassVar[str]
     place: ClassVar[str]
     roundings: Roundings
+    guidance: Guidance
+    texts: tuple[Batches, ...]
 
     def __init__(
         self, table: OptionTable, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
@@ -198,9 +184,10 @@ class Form(ABC):
             self._chosen[budget] = min(possible, key=lambda each: (each.loss, each.nbytes))
         return self._chosen[budget]
 
-    def learn(self, guides: Guides) -> None:
-        """Take what rounding loses for the table."""
-        self.table = self._learn_table(guides)
+    def learn(self, sensitivity: Sensitivity, texts: tuple[Batches, ...]) -> None:
+        """Take what rounding loses for the table, and what GPTQ runs over."""
+        self.guidance, self.texts = sensitivity.guidance, texts
+        self.table = self.predict_losses(sensitivity)
         self._chosen.clear()
 
     def mix(self, types: Mapping[str, str]) -> str:
@@ -212,12 +199,12 @@ class Form(ABC):
         return ", ".join([*parts, *(["..."] if len(numel) > _NAMED else [])])
 
     @abstractmethod
-    def _learn_table(self, guides: Guides) -> OptionTable:
+    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
         """Return what each weight takes and loses by type."""
 
-    @abstractmethod
     def decides(self) -> list[Any]:
         """Return what decides the bytes of a file beside its types."""
+        return []
 
     @abstractmethod
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
@@ -245,7 +232,6 @@ class GgufForm(Form):
 
         self.roundings = GgufRoundings()
         self._job, self._tensors, self._target = job, tensors, target
-        self._guides: Guides | None = None
         table = pin_types(build_table(None, tensors, target.guide), tensors, target.must)
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
 
@@ -253,24 +239,19 @@ class GgufForm(Form):
     def label(self) -> str:
         return _describe_rounding(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
 
-    def _learn_table(self, guides: Guides) -> OptionTable:
-        self._guides = guides
-        table = build_table(guides.sensitivity, self._tensors, self._target.guide)
-        return pin_types(table, self._tensors, self._target.must)
+    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
+        return pin_types(build_table(sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
 
     def decides(self) -> list[Any]:
-        assert self._guides is not None
-        guidance = self._guides.sensitivity.guidance
-        return [self._target.rounding, guidance.fingerprint, guidance.text, self._job.converter.version]
+        return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, self._job.converter.version]
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
 
-        assert self._guides is not None
         # What it was asked to fit is no part of a file: two budgets may make one.
-        target = replace(self._target, size=found.nbytes, bits=None)
-        fitted = describe_fit(found, found.nbytes, target, self._guides.sensitivity.guidance)
-        fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self._guides.texts)
+        target = replace(self._target, size=found.nbytes)
+        fitted = describe_fit(found, found.nbytes, target, self.guidance)
+        fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
         write(replace(self._job, fit=fit), place, begin=begin)
 
     def recipe(self, found: Allocation) -> str:
@@ -342,8 +323,8 @@ class CheckpointForm(Form):
         units = [units for units, options in build_units(self.table, self.together) if len(options) > 2]
         if len(units) < 2:
             return True
-        first, last = (dict.fromkeys(names, kind) for names, kind in zip((units[0], units[-1]), (-1, 1), strict=True))
-        types = {name: list(self.table[name])[at] for name, at in (first | last).items()}
+        types = {name: list(self.table[name])[-1] for name in units[0]}
+        types |= {name: list(self.table[name])[1] for name in units[-1]}
         try:
             self._model.maker.plan(Recipe.from_dict(_build_steps(types)))
         except UnsupportedError:
@@ -367,8 +348,8 @@ class CheckpointForm(Form):
     def label(self) -> str:
         return _describe_rounding(self._guide, "to nearest")
 
-    def _learn_table(self, guides: Guides) -> OptionTable:
-        rows = guides.sensitivity.kl(self._guide)
+    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
+        rows = sensitivity.kl(self._guide)
         table = {}
         for module, options in self.table.items():
             # What nothing was measured of stays as it is.
@@ -376,9 +357,6 @@ class CheckpointForm(Form):
             known = {kind: Option(each.nbytes, losses[kind]) for kind, each in options.items() if kind in losses}
             table[module] = known or options
         return table
-
-    def decides(self) -> list[Any]:
-        return []
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
         from compressknow.compress.convert import convert
@@ -483,7 +461,9 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     require(*NEEDED)
     from compressknow.gguf.export import prepare, write_floats
 
-    target, original = request.target, model.original
+    original = model.original
+    # Of a share, the size is yet to be chosen.
+    target = Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
     trusted = original.settings.trust_remote_code
@@ -492,110 +472,3 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)
         yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(floats, tensors), target)
-
-
-# In the folder of a file, how large it is; beside these folders, which of them has become the winner.
-BYTES, PLACED = "bytes", "placed"
-
-
-class Candidates:
-    """Files of a search, in a folder of its own.
-
-    Parameters
-    ----------
-    original : the model that they are made of.
-    begin : begins the stages of making one.
-    """
-
-    def __init__(self, original: ModelHandle, form: Form, folder: Path, begin: Begin) -> None:
-        self.original, self.form, self.folder, self.begin = original, form, folder, begin
-        # llama.cpp computes on the processor, as its files say.
-        settings = original.settings
-        self.settings = replace(settings, device=CPU, dtype=None) if form.name == GGUF else settings
-
-    def handle(self, found: Allocation) -> CandidateHandle:
-        """Return a file as a model to evaluate."""
-        return CandidateHandle(self, found)
-
-    def trial(self, found: Allocation, kept: Estimate) -> Trial:
-        """Return the record of a file, which is made unless it was before."""
-        record = self.handle(found).made.parent / BYTES
-        if not record.exists():
-            self.handle(found).make()
-        nbytes = int(record.read_text(encoding="ascii"))
-        return Trial(self.form.mix(found.types), dict(found.types), nbytes, found.loss, kept)
-
-    def place(self, found: Allocation, target: Path) -> None:
-        """Put a file at its place, instead of an earlier one."""
-        handle, placed = self.handle(found), self.folder / PLACED
-        if placed.exists() and placed.read_text(encoding="ascii") == handle.sha256 and target.exists():
-            return
-        placed.unlink(missing_ok=True)
-        made = handle.make()
-        clean(target)
-        remove(target)
-        if _get_record_path(made).exists():  # First: what has no record is made again.
-            move(_get_record_path(made), _get_record_path(target))
-        move(made, target)
-        write_whole(placed, handle.sha256.encode("ascii"))
-
-    def remove(self) -> None:
-        """Remove all that are not at that place; how large they are stays known."""
-        for record in self.folder.glob(f"*/{BYTES}"):
-            made = record.with_name(self.form.place)
-            clean(made)
-            remove(made)
-
-
-class CandidateHandle(ModelHandle):
-    """File that is made when it is first needed: answers are found by what it would be made of."""
-
-    def __init__(self, candidates: Candidates, found: Allocation) -> None:
-        self._candidates, self._found = candidates, found
-        form, original = candidates.form, candidates.original
-        # No file is needed to tell one from another: the hash is of what it is made of.
-        parts: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
-        self.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        self.made = candidates.folder / self.sha256[:16] / form.place
-        super().__init__(Located(form.name, self.made), candidates.settings)
-
-    def make(self) -> Path:
-        """Make it unless it is there."""
-        if not is_made(self.made):
-            self.made.parent.mkdir(parents=True, exist_ok=True)
-            remove(self.made)
-            self._candidates.form.make(self._found, self.made, self._candidates.begin)
-        write_whole(self.made.parent / BYTES, str(describe(self.located)["bytes"]).encode("ascii"))
-        return self.made
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """Return it, made and in memory."""
-        self.make()
-        return super().loaded
-
-    def check_sound(self) -> None:
-        """Do nothing: it was made of what is sound."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return what its files tell, while they are there."""
-        return describe(self.located) if self.made.exists() else {}
-
-
-def is_made(place: Path) -> bool:
-    """Return whether a file, or folder, is one that was made here."""
-    return _get_record_path(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
-
-
-def remove(place: Path) -> None:
-    """Remove a file or folder that was made here, if it is there."""
-    if place.is_dir():
-        discard(place)
-    else:
-        place.unlink(missing_ok=True)
-    _get_record_path(place).unlink(missing_ok=True)
-
-
-def _get_record_path(place: Path) -> Path:
-    """Return the path of the record that an export writes beside its file; a folder has none."""
-    return place.with_name(f"{place.name}.json")

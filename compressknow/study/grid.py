@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, count, product
 from math import inf
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.base.reading import read_toml
@@ -20,6 +20,9 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
 from compressknow.model.structure import ModuleMap, Structure
+
+if TYPE_CHECKING:
+    from compressknow.compress.convert import VariantMaker
 
 # Sections 2.3 to 2.6 of the paper and its figure 8.
 MODULES = ("attention", "feed-forward", "overall")
@@ -68,10 +71,17 @@ class Cell:
         return len(wheres) == 1 and not narrowed and not self.recipe.removals and len(kinds) == len(set(kinds))
 
     @property
+    def prune(self) -> Prune | None:
+        return next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
+
+    @property
+    def quantize(self) -> Quantize | None:
+        return next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
+
+    @property
     def pruning(self) -> str | None:
         """Return the pruning method with its unusual parameters, but for the seed, such as ``wanda pattern 2:4``."""
-        step = next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
-        if step is None:
+        if (step := self.prune) is None:
             return None
         further = [f"{name} {value}" for name, value in step.chosen.changed().items() if name != "seed"]
         return " ".join([step.method, *further])
@@ -79,8 +89,7 @@ class Cell:
     @property
     def quantization(self) -> str | None:
         """Return the scheme with its unusual parameters, such as ``int4 group_size 64 gptq``."""
-        step = next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
-        return None if step is None else " ".join([step.scheme, *step.further])
+        return " ".join([step.scheme, *step.further]) if (step := self.quantize) else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,59 +120,44 @@ def _list_settings(step: Step) -> Iterator[tuple[str, Any]]:
     yield from ((name, "inf" if value == inf else value) for name, value in step.chosen.values().items())
 
 
-class Opened(Protocol):
-    """Model as a grid needs it: see `compressknow.compress.convert.VariantMaker`."""
-
-    def structure(self, module_map: ModuleMap = ...) -> Structure:
-        """Return its Linear weights."""
-        ...
-
-    def plan(self, recipe: Recipe) -> object:
-        """Raise UnsupportedError where it cannot have what a recipe makes."""
-        ...
-
-
-@dataclass(frozen=True)
-class GridOptions:
-    """Options that the built-in grids leave open: `module_map` of both, `scheme` of the paper's, the rest of that of
-    methods. A grid file says all of it."""
-
-    module_map: ModuleMap | None = None
-    scheme: str | None = None
-    calibration: str | None = None
-    calibration_tokens: int | None = None
-
-    def check(self, grid: str | Path) -> None:
-        """Raise UsageError where one is given that a grid does not have, or what `check_text` raises of the text."""
-        has = {PAPER: ("module_map", "scheme"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
-        options = [each.name for each in fields(self) if getattr(self, each.name) is not None]
-        if unknown := next((name for name in options if name not in has), None):
-            name = {"scheme": "quantize"}.get(unknown, unknown)
-            raise UsageError(
-                f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
-                hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
-            )
-        if self.calibration is not None:
-            check_text(self.calibration, self.calibration_tokens or TOKENS)
-
-
-def list_cells(grid: str | Path, opened: Callable[[], Opened], options: GridOptions | None = None) -> tuple[Cell, ...]:
+def list_cells(
+    grid: str | Path,
+    opened: Callable[[], VariantMaker],
+    *,
+    module_map: ModuleMap | None = None,
+    quantize: str | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+) -> tuple[Cell, ...]:
     """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
+
+    Parameters
+    ----------
+    module_map : of both built-in grids; `quantize` of the paper's; `calibration`, `calibration_tokens` of that of
+        methods. A grid file says all of it.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
     does of its calibration texts.
     """
-    options = options or GridOptions()
-    options.check(grid)
-    chosen = options.module_map or "paper"
+    text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
+    has = {PAPER: ("module_map", "quantize"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
+    for name, value in {"module_map": module_map, "quantize": quantize, **text}.items():
+        if value is not None and name not in has:
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
+                hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
+            )
+    if calibration is not None:
+        check_text(calibration, calibration_tokens or TOKENS)
+    chosen = module_map or "paper"
     if str(grid) == PAPER:
-        return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=options.scheme or PAPER_SCHEME)
+        return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
     if str(grid) == METHODS_GRID:
-        return build_methods_grid(opened(), options)
+        return build_methods_grid(opened(), chosen, text)
     cells = read_grid(Path(grid))
-    for text in dict.fromkeys(cell.recipe.calibration for cell in cells):
-        if text is not None:
-            check_text(text.text, text.tokens)
+    for each in dict.fromkeys(cell.recipe.calibration for cell in cells):
+        if each is not None:
+            check_text(each.text, each.tokens)
     return cells
 
 
@@ -196,21 +190,20 @@ def build_paper_grid(
     return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
 
 
-def build_methods_grid(model: Opened, options: GridOptions) -> tuple[Cell, ...]:
+def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping[str, Any]) -> tuple[Cell, ...]:
     """Return the paper's question for other methods: attention, feed-forward and overall, each pruned by 20 to 60 %
     (L1, Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
     quantized to int4 by GPTQ.
 
-    int4 has the largest groups that divide all layers. What the model cannot have in this form is left out.
+    int4 has the largest groups that divide all layers. What the model cannot have in this form is left out. `text` is
+    what `build_recipe` takes of a calibration.
     """
-    module_map = options.module_map or "paper"
     structure = model.structure(module_map)
     groups = fit_parameters(structure, "int4")
 
     def recipe(scope: str, **step: Any) -> Recipe:
         looks = _needs_activations(step.get("prune_method", METHODS.first)) or step.keys() & set(ROUNDED)
-        text = _select(vars(options), *CALIBRATED) if looks else {}
-        return build_recipe(Where((scope,)), module_map=module_map, **step, **text)
+        return build_recipe(Where((scope,)), module_map=module_map, **step, **(text if looks else {}))
 
     scopes = [scope for scope in MODULES if scope in scope_names(structure)]
     pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
@@ -231,7 +224,7 @@ def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
         return SCHEMES[scheme].fit(shapes)
 
 
-def _is_possible(model: Opened, recipe: Recipe) -> bool:
+def _is_possible(model: VariantMaker, recipe: Recipe) -> bool:
     try:
         model.plan(recipe)
     except UnsupportedError:
@@ -391,9 +384,7 @@ def _is_given(value: Any) -> bool:
     return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
 
 
-def _build_cells(
-    recipes: Iterable[tuple[str | None, Recipe]],
-) -> tuple[Cell, ...]:
+def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
     """Return cells of recipes, each recipe once, under keys that are unique."""
     cells: dict[Recipe, Cell] = {}
     taken: set[str] = set()
@@ -415,20 +406,16 @@ def name_recipe(recipe: Recipe) -> str:
     'att-gpq-20-int8'
     """
     schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]
-    return "-".join([_slugify(recipe.setup), *dict.fromkeys(schemes), *_describe_calibration(recipe.calibration)])
-
-
-def _describe_calibration(calibration: Calibration | None) -> Iterator[str]:
-    """Yield what is not as usual of a calibration, for a key."""
+    parts = [_slugify(recipe.setup), *dict.fromkeys(schemes)]
     usual = Calibration()
-    if calibration is None or calibration == usual:
-        return
+    calibration = recipe.calibration or usual
     if calibration.text != usual.text:
-        yield _slugify(Path(calibration.text).name)
+        parts.append(_slugify(Path(calibration.text).name))
     if calibration.tokens != usual.tokens:
-        yield f"{calibration.tokens}-tokens"
+        parts.append(f"{calibration.tokens}-tokens")
     if calibration.seed != usual.seed:
-        yield f"seed-{calibration.seed}"
+        parts.append(f"seed-{calibration.seed}")
+    return "-".join(parts)
 
 
 def _slugify(text: str) -> str:

@@ -9,15 +9,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.base.files import cache_folder, write_whole
+from compressknow.base.files import cache_folder
 from compressknow.base.progress import Stage, report_progress
-from compressknow.base.reading import read_json
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
 
 if TYPE_CHECKING:
@@ -44,16 +43,6 @@ ASKED = 400
 FIT_TOKENS = 8_192
 # Of these, those that guide: more tell little more, and take as long as so many more facts.
 TOKENS = 2_048
-_MOST_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Guides:
-    """Sensitivity of weights, and token ids as batches, which GPTQ runs over: those of facts with their objects, if any
-    are known to a causal model, and those of the text."""
-
-    sensitivity: Sensitivity
-    texts: tuple[Batches, ...]
 
 
 def measure_guides(
@@ -64,8 +53,11 @@ def measure_guides(
     roundings: Roundings,
     on_progress: Listener | None,
     answers: Answers | None = None,
-) -> Guides:
+) -> tuple[Sensitivity, tuple[Batches, ...]]:
     """Measure what guides the types of weights, as far as it was not before.
+
+    Returns the sensitivity of the weights, and token ids as batches, which GPTQ runs over: those of facts with their
+    objects, if any are known to a causal model, and those of the text.
 
     Parameters
     ----------
@@ -79,6 +71,7 @@ def measure_guides(
     from compressknow.evaluate.distributions import Context
     from compressknow.evaluate.gather import default_answers_folder
     from compressknow.evaluate.run import probe_model
+    from compressknow.gguf.gptq import batch_sequences
     from compressknow.model.loading import open_complete
 
     model, trusted = handle.located, handle.settings.trust_remote_code
@@ -88,10 +81,10 @@ def measure_guides(
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     facts = select_known_facts(answers, probes)
-    if (known := sum(map(len, facts.values()))) < FEWEST:
+    if (number := sum(map(len, facts.values()))) < FEWEST:
         if guide != "text":
             raise UsageError(
-                f"{model.name} knows {known} of these facts, and {FEWEST} are needed to guide.",
+                f"{model.name} knows {number} of these facts, and {FEWEST} are needed to guide.",
                 hint="Give other --facts, or --guide text.",
             )
         facts = {}
@@ -99,7 +92,9 @@ def measure_guides(
     text = _get_text(handle, tree, calibration, on_progress)
     scored = _score_facts(model.path, tree, answers, probes, facts, trusted)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, scored, facts, text, on_progress)
-    return Guides(sensitivity, (*_batch_sequences(scored), text.batches))
+    # Nothing is predicted after the last token of a fact's object.
+    known = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
+    return sensitivity, (*([batch_sequences(known)] if known else []), text.batches)
 
 
 def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
@@ -231,14 +226,6 @@ def _score_facts(
     return scored
 
 
-def _batch_sequences(scored: Sequence[ScoredFact]) -> list[Batches]:
-    """Return token ids of facts with their objects, but for the last token, after which nothing is predicted."""
-    from compressknow.gguf.gptq import batch_sequences
-
-    sequences = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
-    return [batch_sequences(sequences)] if sequences else []
-
-
 def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     """Return batches of the first tokens of a text."""
     batches: list[dict[str, torch.Tensor]] = []
@@ -256,40 +243,13 @@ def _get_text(
     handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
 ) -> CalibrationText:
     """Return the text, which a model that writes its own writes once."""
-    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.text import calibration_text, load_or_make_text
+
+    def make() -> CalibrationText:
+        folder, trusted = handle.located.path, handle.settings.trust_remote_code
+        with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
+            return calibration_text(folder, tree, **asdict(calibration), trust_remote_code=trusted, advance=advance)
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
     file = cache_folder() / "texts" / f"{key[:32]}.json"
-    if calibration.text == "self" and (stored := _read_text(file)) is not None:
-        return stored
-    folder, trusted = handle.located.path, handle.settings.trust_remote_code
-    with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
-        text = calibration_text(
-            folder,
-            tree,
-            **asdict(calibration),
-            trust_remote_code=trusted,
-            advance=advance,
-        )
-    if calibration.text == "self":
-        values = {
-            name: getattr(text, name) for name in ("kind", "source", "sha256", "seed", "tokens", "asked", "texts")
-        }
-        batches = [{name: ids.tolist() for name, ids in batch.items()} for batch in text.batches]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({**values, "batches": batches}).encode())
-    return text
-
-
-def _read_text(file: Path) -> CalibrationText | None:
-    import torch
-
-    from compressknow.compress.calibrate.text import CalibrationText, hash_batches
-
-    try:
-        values = read_json(file, _MOST_BYTES)
-        batches = tuple({name: torch.tensor(ids) for name, ids in batch.items()} for batch in values.pop("batches"))
-        text = CalibrationText(**{**values, "texts": tuple(values["texts"])}, batches=batches)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return text if hash_batches(batches) == text.sha256 else None
+    return load_or_make_text(file, make) if calibration.text == "self" else make()

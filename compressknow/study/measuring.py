@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -50,22 +50,13 @@ TRIMMED = 0.1
 FEWEST_OF_A_DOMAIN = 5
 
 
-class Weight(NamedTuple):
-    """Place of a weight, and its shape [out, in]."""
-
-    group: str
-    layer: int | None
-    stack: str | None
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class ScoreChanges:
     """Changes of scores, by weight and type.
 
     Attributes
     ----------
-    weights : by name.
+    weights : by name, each as yet without its types and domains.
     scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts, of each of which its
         object comes first.
     facts : changes of these, by the types that were tried.
@@ -74,7 +65,7 @@ class ScoreChanges:
     importance : by name, what types were rounded with, [in].
     """
 
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, TensorSensitivity]
     scores: torch.Tensor
     owners: torch.Tensor
     facts: Mapping[tuple[str, str], torch.Tensor]
@@ -93,11 +84,14 @@ class ScoreChanges:
                 error = self.errors[name, type]
                 kl = None if facts is None else float(facts[0].mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None if facts is None else self._estimate_risk(facts[1] * error)
+                risk = None
+                if facts is not None:
+                    # Its change has this mean square: the probability that a margin changes its sign.
+                    spread = (facts[1] * error).sqrt().clamp_min(1e-12)
+                    risk = float(torch.special.ndtr(-self.margins[2] / spread).mean())
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
             by_domain = _compare_domains(facts[0], domains) if facts is not None else {}
-            place = (weight.stack, module_in_block(name), by_domain)
-            rows.append(TensorSensitivity(name, weight.shape, weight.group, weight.layer, types, *place))
+            rows.append(replace(weight, by_type=types, by_domain=by_domain))
         return tuple(rows)
 
     def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -126,12 +120,6 @@ class ScoreChanges:
         order = others.argsort(descending=True)
         best = order[self.owners[order].argsort(stable=True)][objects]
         return objects, best, self.scores.double()[objects] - others[best]
-
-    def _estimate_risk(self, squares: torch.Tensor) -> float:
-        """Return the mean probability that the margin of a fact changes its sign, where its change has this mean
-        square."""
-        *_, margins = self.margins
-        return float(torch.special.ndtr(-margins / squares.sqrt().clamp_min(1e-12)).mean())
 
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
@@ -221,7 +209,7 @@ class _Measurer:
         self._linears = {weight.parameter: weight for weight in weights}
         self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
-        self._found: dict[str, Weight] = {}
+        self._found: dict[str, TensorSensitivity] = {}
         self._facts: dict[tuple[str, str], torch.Tensor] = {}
         self._text: dict[tuple[str, str], torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
@@ -252,8 +240,7 @@ class _Measurer:
         if not self._roundings.list_legal(weight.shape):
             return
         name = self._structure.tied.get(linear.parameter, linear.parameter)
-        place = linear.group or "other", linear.layer, linear.stack
-        self._found.setdefault(name, Weight(*place, tuple(weight.shape)))
+        self._add_weight(name, weight, linear.group or "other", linear.layer, linear.stack)
         importance = self._importance[name] = self._sum_halves(
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
@@ -276,6 +263,10 @@ class _Measurer:
                 seen = product.gradients[..., start : start + BAND].to(self._dtype)
                 self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
 
+    def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
+        found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, module_in_block(name))
+        self._found.setdefault(name, found)
+
     def _add_errors(
         self,
         name: str,
@@ -295,7 +286,7 @@ class _Measurer:
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._structure.tied.get(parameter, parameter)
-        self._found.setdefault(name, Weight("embedding", None, None, tuple(weight.shape)))
+        self._add_weight(name, weight, "embedding", None, None)
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
         rows, importance = weight[tokens], self._importance.get(name)
         if importance is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
 
@@ -13,20 +12,20 @@ import torch
 from compressknow.compress.schemes import SCHEMES, Scheme, nearest
 from compressknow.compress.schemes.builtin import GROUP_SIZES
 from compressknow.gguf import grids
-
-SIZE_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-
+from compressknow.model.tensors import DTYPE_SIZES
 
 # Types that ggml rounds to at once: coarse and fine ones.
 _AT_ONCE = ("q8_0", "q6_k", "q5_0", "q4_0", "q3_k")
 
 
-@dataclass(frozen=True)
 class Roundings(ABC):
-    """Candidate types, the largest first; weights are [out, in]."""
+    """Candidate types, the largest first, by default all `candidates`; weights are [out, in]."""
 
-    types: tuple[str, ...]
     form: ClassVar[Literal["gguf", "checkpoint"]]
+    candidates: ClassVar[tuple[str, ...]]
+
+    def __init__(self, types: tuple[str, ...] | None = None) -> None:
+        self.types = self.candidates if types is None else types
 
     @abstractmethod
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
@@ -46,12 +45,10 @@ class Roundings(ABC):
         of its inputs."""
 
 
-@dataclass(frozen=True)
 class GgufRoundings(Roundings):
     """Types of tensors, by llama.cpp's names."""
 
-    types: tuple[str, ...] = grids.CANDIDATES
-    form = "gguf"
+    form, candidates = "gguf", grids.CANDIDATES
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return grids.list_legal_types(shape[-1], self.types)
@@ -68,22 +65,19 @@ class GgufRoundings(Roundings):
         return torch.from_numpy(grids.roundtrip(weight.numpy(), name, matrix))
 
 
-@dataclass(frozen=True)
 class SchemeRoundings(Roundings):
     """Schemes that leave activations as they are; ``int4/64`` is int4 in groups of 64."""
 
-    types: tuple[str, ...] = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
     form = "checkpoint"
+    candidates = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return tuple(name for name in self.types if parse_scheme(name).misfit(tuple(shape)) is None)
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        scheme, own = parse_scheme(name), tuple(shape)
-        # Scales are of the dtype of the weight: of 16 bits in what people compress.
-        stored = [each for each in scheme.stored(own, "BF16") if each.dtype != "I64"]
-        # Eight bits are packed too, four to an integer of 32.
-        return sum(prod(each.shape) * SIZE_OF[each.dtype] for each in stored)
+        # Scales are of the dtype of the weight: of 16 bits in what people compress. Shapes of what is packed are I64.
+        stored = [each for each in parse_scheme(name).stored(tuple(shape), "BF16") if each.dtype != "I64"]
+        return sum(prod(each.shape) * DTYPE_SIZES[each.dtype] for each in stored)
 
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002
         scheme = parse_scheme(name)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from compressknow.compress.steps import Calibration
 
 
+LOST_WORKERS = 4
+SECONDS_TO_ANSWER = 10.0
+
+
 @dataclass(frozen=True)
 class RayOptions:
     """Ray cluster for a study's cells.
@@ -106,53 +110,33 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-LOST_WORKERS = 4
-SECONDS_TO_ANSWER = 10.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """Cell, as a worker gets it."""
-
-    model: str
-    revision: str | None
-    sha256: str
-    cell: Cell
-    settings: Settings
-    threads: int
-
-
 def _run_on_ray(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:
-    original = batch.original
-    shared = {probe.name: (ray.put(probe), ray.put(original.only([probe.name]))) for probe in batch.probes}
+    model, maker = batch.study_model.original, batch.study_model.maker
+    # A hub id is downloaded by the worker; a folder must be on storage that it shares.
+    name = model.located.name if model.located.revision else str(model.located.path.resolve())
+    original = (name, model.located.revision, model.sha256, model.settings)
+    shared = {probe.name: (ray.put(probe), ray.put(batch.original.only([probe.name]))) for probe in batch.probes}
     run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
-    texts = _Texts(ray, batch.study_model)
+    texts: dict[Calibration | None, Any] = {None: None}
+
+    def share_text(recipe: Recipe) -> Any:
+        """Return the calibration text of a recipe, made here; None where it has none, or none that can be made: then
+        the worker says why, and its cell alone fails."""
+        if recipe.calibration not in texts:
+            try:
+                texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe)))
+            except CompressknowError:
+                return None
+        return texts[recipe.calibration]
+
     pending: dict[Any, tuple[Cell, str]] = {}
     for cell in batch.cells:
         for probe in batch.probes:
-            if not batch.study_model.is_answered(cell, probe, batch.folder, original):
-                job = _build_job(batch.study_model, cell, where)
-                pending[run.remote(job, *shared[probe.name], texts.of(cell.recipe))] = (cell, probe.name)
+            if not batch.study_model.is_answered(cell, probe, batch.folder, batch.original):
+                threads = max(1, round(where.num_cpus))
+                job = run.remote(original, threads, cell, *shared[probe.name], share_text(cell.recipe))
+                pending[job] = (cell, probe.name)
     yield from _collect(ray, batch, pending)
-
-
-class _Texts:
-    """Calibration texts for workers, each made once here and handed over."""
-
-    def __init__(self, ray: Any, study_model: StudyModel) -> None:
-        self._ray, self._maker = ray, study_model.maker
-        self._shared: dict[Calibration, Any] = {}
-
-    def of(self, recipe: Recipe) -> Any:
-        """Return the text of a recipe; None where it has none, or none that can be made: then the worker says why, and
-        its cell alone fails."""
-        calibration = recipe.calibration
-        if calibration is not None and calibration not in self._shared:
-            try:
-                self._shared[calibration] = self._ray.put(self._maker.text(self._maker.plan(recipe)))
-            except CompressknowError:
-                return None
-        return None if calibration is None else self._shared[calibration]
 
 
 def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
@@ -180,7 +164,10 @@ def _start_ray(where: RayOptions) -> Any:
     import ray
 
     try:
-        _check_listening(where.address)
+        host, _, port = where.address.removeprefix("ray://").rpartition(":")
+        if host and port.isdecimal():
+            # Where nobody listens, Ray itself would try for minutes.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
         place = {"include_dashboard": False} if where.address == "local" else {"address": where.address}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
     except Exception as error:
@@ -192,33 +179,28 @@ def _start_ray(where: RayOptions) -> Any:
     return ray
 
 
-def _check_listening(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
-
-
-def _build_job(study_model: StudyModel, cell: Cell, where: RayOptions) -> Job:
-    original, located = study_model.original, study_model.original.located
-    # A hub id is downloaded by the worker; a folder must be on storage that it shares.
-    model = located.name if located.revision else str(located.path.resolve())
-    return Job(model, located.revision, original.sha256, cell, original.settings, max(1, round(where.num_cpus)))
-
-
-def _run(job: Job, probe: Opened, reference: Answers, text: CalibrationText | None) -> dict[str, bytes]:
-    """Return the files of the answers folder, in a worker."""
+def _run(
+    original: tuple[str, str | None, str, Settings],
+    threads: int,
+    cell: Cell,
+    probe: Opened,
+    reference: Answers,
+    text: CalibrationText | None,
+) -> dict[str, bytes]:
+    """Return the files of the answers folder, in a worker; `original` is a path or hub id, its revision, its SHA-256
+    and how it is run."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    study_model = _open_model(job.model, job.settings, job.revision)
-    if study_model.original.sha256 != job.sha256:
-        raise CompressknowError(f"{job.model} is another model on this worker.", hint="Share one storage with all.")
-    if text is not None and (calibration := job.cell.recipe.calibration):
+    torch.set_num_threads(threads)
+    model, revision, sha256, settings = original
+    study_model = _open_model(model, settings, revision)
+    if study_model.original.sha256 != sha256:
+        raise CompressknowError(f"{model} is another model on this worker.", hint="Share one storage with all.")
+    if text is not None and (calibration := cell.recipe.calibration):
         study_model.maker.take(calibration, text)
     with tempfile.TemporaryDirectory() as folder:
-        study_model.evaluate_cell(job.cell, [probe], Path(folder), reference)
-        answers = Path(folder) / study_model.name_folder(job.cell) / name_folder(probe.name)
+        study_model.evaluate_cell(cell, [probe], Path(folder), reference)
+        answers = Path(folder) / study_model.name_folder(cell) / name_folder(probe.name)
         return {path.name: path.read_bytes() for path in (*sorted(answers.glob("*.parquet")), answers / RECORD)}
 
 

@@ -65,14 +65,14 @@ def split_facts(probe: Opened, seed: int) -> Parts:
             hint=f"Search with {' or '.join(can)}, and evaluate the winner on {probe.name} afterwards.",
         )
     whole = len({fact.relation for fact in probe.facts}) >= _THIRDS * FEWEST_SIGNS
-    parts = _deal(probe.facts, _THIRDS, seed, whole=whole)
+    parts = _deal(probe.facts, seed, whole=whole)
     if not all(parts):
         raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
     return Parts(*(replace(probe, facts=facts) for facts in parts))
 
 
-def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into so many equal parts, all wordings of each into one, in their order; `whole` relations, in the
+def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
+    """Deal facts into three equal parts, all wordings of each into one, in their order; `whole` relations, in the
     order of domains, or the facts of each relation one by one.
     """
     units: dict[tuple[str, str], set[str]] = {}
@@ -82,7 +82,7 @@ def _deal(facts: Sequence[Fact], number: int, seed: int, *, whole: bool) -> list
     by_group: dict[str, list[set[str]]] = {}
     for (group, _), names in sorted(units.items()):
         by_group.setdefault(group, []).append(names)
-    parts: list[set[str]] = [set() for _ in range(number)]
+    parts: list[set[str]] = [set() for _ in range(_THIRDS)]
     for group, members in sorted(by_group.items()):
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
@@ -96,28 +96,23 @@ def _get_id(fact: Fact) -> str:
     return fact.id if fact.template is None else strip_wording(fact.id)
 
 
-@dataclass(frozen=True)
 class EvaluationSet:
-    """One part of the facts, and what the original answers to them.
+    """One part of the facts, and what the original answers to them; making it evaluates the original.
 
-    Attributes
+    Parameters
     ----------
     probes : the facts, and running texts that are read beside them.
     folder : keeps all answers.
+    known : what counts as known.
+    noise_floors : of the original, if the facts grade; its distributions are kept then.
+
+    Attributes
+    ----------
     reference : the original's answers as they were given, to each wording; `original` the same as they count.
-    known_as : what counts as known.
     """
 
-    study_model: StudyModel
-    probes: tuple[Opened, ...]
-    folder: Path
-    reference: Answers
-    original: Answers
-    known_as: str
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         study_model: StudyModel,
         probes: Sequence[Opened],
         folder: Path,
@@ -125,12 +120,12 @@ class EvaluationSet:
         known: str,
         *,
         noise_floors: Collection[NoiseFloor] = (),
-    ) -> EvaluationSet:
-        """Evaluate the original, with these noise floors if the facts grade; their distributions are kept then."""
-        reference = study_model.evaluate_original(
+    ) -> None:
+        self.probes, self.known_as, self._study_model, self._folder = probes, known, study_model, folder
+        self.reference = study_model.evaluate_original(
             probes, folder / ORIGINAL, on_progress, noise_floors=noise_floors, whole=bool(noise_floors)
         )
-        return cls(study_model, tuple(probes), folder, reference, grade(reference, known), known)
+        self.original = grade(self.reference, known)
 
     @property
     def facts(self) -> list[Probe]:
@@ -147,8 +142,8 @@ class EvaluationSet:
 
         Raises CompressknowError where it cannot be evaluated.
         """
-        folder = self.folder / CELLS / handle.sha256[:16]
-        return self.study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
+        folder = self._folder / CELLS / handle.sha256[:16]
+        return self._study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
 
     def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""

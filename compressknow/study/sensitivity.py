@@ -16,12 +16,11 @@ from compressknow.base import notebook
 from compressknow.base.errors import UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, number
-from compressknow.base.reading import read_json
+from compressknow.base.reading import RECORD, read_json
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 2
-_MOST_BYTES = 64 << 20
 # What weights are compared by: of each the first that its rows fit.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
@@ -49,12 +48,13 @@ class Rounding:
 
         Raises ValueError where what guides was not measured.
         """
-        parts = {"facts": self.facts, "text": self.text}
-        weights = {"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}
-        values = [(parts[name], factor) for name, factor in weights.items()]
-        if missing := [name for name in weights if parts[name] is None]:
-            raise ValueError(f"the sensitivity to {missing[0]} was not measured")
-        return sum(value * factor for value, factor in values if value is not None)
+        measured = {"facts": self.facts, "text": self.text}
+        values = []
+        for name, factor in ({"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}).items():
+            if (value := measured[name]) is None:
+                raise ValueError(f"the sensitivity to {name} was not measured")
+            values.append(value * factor)
+        return sum(values)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
 def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
     """Return what was stored of this model and guidance; None where there is nothing, or something else."""
     try:
-        stored = Sensitivity.from_json(read_json(path, _MOST_BYTES))
+        stored = Sensitivity.from_json(read_json(path, RECORD))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return stored if (stored.sha256, stored.guidance) == (sha256, guidance) else None

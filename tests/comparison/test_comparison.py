@@ -250,8 +250,3 @@ class TestRefused:
         before, after = sides(both=3)
         with pytest.raises(CompressknowError, match=r"2 only the original, 0 only the compressed model \('fact-0001'"):
             compare_probe(before, after[:1], entry(), entry())
-
-    def test_a_fact_twice(self) -> None:
-        before, after = sides(both=2)
-        with pytest.raises(CompressknowError, match="1 facts more than once"):
-            compare_probe([*before, before[0]], after, entry(), entry())

@@ -14,7 +14,7 @@ from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.study.cells import name_folder
-from compressknow.study.grid import AMOUNTS, Cell, GridOptions, build_paper_grid, fit_parameters, list_cells, read_grid
+from compressknow.study.grid import AMOUNTS, Cell, build_paper_grid, fit_parameters, list_cells, read_grid
 from tests.models import tiny, tiny_of_groups
 
 
@@ -68,7 +68,7 @@ class Opened:
 
 
 def test_the_grid_of_methods_asks_the_same_of_each() -> None:
-    cells = list_cells("methods", lambda: Opened("llama"), GridOptions(calibration_tokens=512))
+    cells = list_cells("methods", lambda: Opened("llama"), calibration_tokens=512)
     pruned = {(c.pruning, step.amount) for c in cells if c.quantization is None for step in c.recipe.steps}
     assert pruned == {(m, a / 10) for m in ("l1-unstructured", "wanda", "sparsegpt") for a in range(2, 7)}
     gptq = "int4 group_size 32 gptq"
@@ -81,7 +81,7 @@ def test_the_grid_of_methods_asks_the_same_of_each() -> None:
 
 
 def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
-    cells = list_cells("paper", lambda: Opened("llama"), GridOptions(scheme="int4"))
+    cells = list_cells("paper", lambda: Opened("llama"), quantize="int4")
     assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
     # One that has none is refused cell by cell.
     narrow = build_paper_grid(structure_of(tiny("bert"), "paper"), scheme="int4")
@@ -99,14 +99,14 @@ def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("paper", GridOptions(calibration="self")),
-        ("methods", GridOptions(scheme="int8")),
-        ("x.toml", GridOptions("paper")),
+        ("paper", {"calibration": "self"}),
+        ("methods", {"quantize": "int8"}),
+        ("x.toml", {"module_map": "paper"}),
     ],
 )
-def test_options_that_a_grid_does_not_have_are_refused(name: str, options: GridOptions) -> None:
+def test_options_that_a_grid_does_not_have_are_refused(name: str, options: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=f"does not apply to the grid {name}"):
-        list_cells(name, lambda: Opened("llama"), options)
+        list_cells(name, lambda: Opened("llama"), **options)
 
 
 def test_amounts_are_what_they_are_called() -> None:

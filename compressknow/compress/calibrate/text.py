@@ -271,16 +271,15 @@ _FORM = {
 }
 
 
-def load_or_make_text(folder: Path, calibration: Calibration, make: Callable[[], CalibrationText]) -> CalibrationText:
-    """Return the text of a calibration that `folder` holds; else make it, and store it there.
+def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> CalibrationText:
+    """Return the text of a calibration that a file holds; else make it, and store it there.
 
     A damaged file is replaced. Raises what `make` does, and OutputError if the text cannot be written.
     """
-    path = folder / f"{choose_name(calibration)}.json"
     text = _load(path)
     if text is None:
         text = make()
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         batches = [{name: ids.tolist() for name, ids in batch.items()} for batch in text.batches]
         write_whole(path, json.dumps(asdict(text) | {"batches": batches}).encode())
     return text

@@ -244,7 +244,7 @@ class ByWording(Section):
         for probe in context.comparison.probes:
             # On a page of many models the JSON alone has them.
             if (wordings := probe.wordings) and context.limits.relations is None:
-                rows = [_make_wording_row(str(each.number), each.counts, each.kept) for each in wordings.by_template]
+                rows = [_make_wording_row(str(number), *figures) for number, figures in wordings.by_template.items()]
                 rows.append(_make_wording_row("majority", probe.counts, probe.kept))
                 yield Table(f"{plain(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
                 yield Note(_describe_agreement(wordings))
