@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.api.words import verb
 from compressknow.base.files import check_links
-from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
+from compressknow.base.progress import OnProgress, Stage, begin_stages, report_progress, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import (
     OPTIONS,
@@ -125,18 +125,17 @@ def convert(
         if not wanted:
             return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
         text = make_text(plan, trust_remote_code=trust_remote_code, advance=advance)
-    return carry_out(
-        plan, new_folder(), text, threads=threads, begin=lambda work: report_progress(on_stage, Stage(work, str(model)))
-    )
+    return carry_out(plan, new_folder(), text, threads=threads, begin=begin_stages(on_stage, model))
 
 
 def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     """Return the recipe that the arguments of `convert` give, or the one that its options say."""
     further = [name for name in list_parameters() if name in arguments and name not in SHARED]
+    others = arguments["parameters"] or {}
     if (recipe := arguments["recipe"]) is not None:
         defaults = signature(convert).parameters
-        names = (*OPTIONS, *SHARED, *further, "parameters")
-        check_beside_recipe(arguments, {name: defaults[name].default for name in names})
+        usual = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *further)}
+        check_beside_recipe(arguments | others, usual | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
@@ -149,7 +148,7 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
         for value in (options.pop(name) for name in ("scope", "include", "exclude"))
     )
     where = Where(scope, include, exclude, None if layers is None else str(layers))
-    return build_recipe(where, parameters={**(arguments["parameters"] or {}), **parameters}, **options)
+    return build_recipe(where, parameters={**others, **parameters}, **options)
 
 
 def _check_places(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:

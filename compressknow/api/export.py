@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import verb
+from compressknow.api.words import list_rules, verb
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.base.files import check_links, write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.libraries import require
-from compressknow.base.progress import Listener, OnProgress, Stage, report_progress, resolve_progress
+from compressknow.base.progress import Listener, OnProgress, begin_stages, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import check_beside_recipe
 from compressknow.compress.staging import clean
@@ -130,9 +130,7 @@ def export(
         chat = build_modelfile(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
         check_modelfile(chat_place, place, chat, overwrite=overwrite)
 
-    def begin(work):  # type: ignore[no-untyped-def]
-        return report_progress(listener, Stage(work, str(model)))
-
+    begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
         if made is not None and (matrix_place is None or matrix_place.is_file()):
@@ -173,11 +171,10 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
             )
     if options["type"] != "q8_0":
         raise UsageError("--type and --size cannot be combined: --size chooses the types.")
-    must = options["must"].items() if isinstance(options["must"], Mapping) else options["must"]
     return Target(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],
-        tuple((which, chosen) for which, chosen in must),
+        list_rules(options["must"]),
         options["guide"] or "both",
         options["rounding"] or "gptq",
     )
@@ -213,14 +210,13 @@ def _read_types(options: Mapping[str, Any]) -> Choice:
         check_beside_recipe(options, _RECIPE)
         choice = read_choice(Path(options["recipe"]))
     else:
-        rules = options["type_of"].items() if isinstance(options["type_of"], Mapping) else options["type_of"]
         sized = options["size"] is not None or options["bits"] is not None
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
         calibration = _make_calibration(text, tokens, options["seed"])
         matrix = None if options["imatrix"] is None else Path(options["imatrix"])
-        choice = Choice(options["type"], tuple((which, chosen) for which, chosen in rules), calibration, matrix)
+        choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration.text, choice.calibration.tokens)
     return choice

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
-from compressknow.api.words import Words, build_records, verb
+from compressknow.api.words import Words, build_records, list_rules, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.libraries import require
-from compressknow.base.progress import Advance, OnProgress, Stage, Work, report_progress, resolve_progress
+from compressknow.base.progress import OnProgress, begin_stages, resolve_progress
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
@@ -26,13 +26,15 @@ from compressknow.evaluate.gather import check_has_facts, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
+from compressknow.gguf.choice import Rounding
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
 from compressknow.study.candidates import CandidateHandle, Candidates, is_made, remove
-from compressknow.study.cells import StudyModel
+from compressknow.study.cells import NoiseFloor, StudyModel
 from compressknow.study.folder import ORIGINAL, SEARCH, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.guides import FIT_TOKENS, check_has_candidates, measure_guides
@@ -45,13 +47,7 @@ from compressknow.study.search import (
     check_enough_known,
     split_facts,
 )
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.sources import Options
-    from compressknow.gguf.choice import Rounding
-    from compressknow.study.cells import NoiseFloor
-    from compressknow.study.sensitivity import Guide
-
+from compressknow.study.sensitivity import Guide
 
 # Files that are made for a search lie where what a stopped run keeps for itself does.
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
@@ -132,7 +128,7 @@ def search(
         None if size is None else parse_size(size),
         to,
         guide,
-        tuple(must.items() if isinstance(must, Mapping) else must),
+        list_rules(must),
         rounding,
         Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )
@@ -149,9 +145,7 @@ def search(
         check_has_candidates(each for each in opened if each not in texts)
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
-    def begin(work: Work) -> AbstractContextManager[Advance | None]:
-        return report_progress(listener, Stage(work, str(model)))
-
+    begin = begin_stages(listener, model)
     with (
         closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
         claim(folder, study_model.original, known, search=SEARCH),

@@ -140,3 +140,9 @@ def _list_defaults() -> dict[str, Any]:
 def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that an output names: one by itself, or several."""
     return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
+
+
+def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return which weights get which type: a mapping, or pairs."""
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    return tuple((which, chosen) for which, chosen in pairs)

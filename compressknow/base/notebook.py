@@ -105,16 +105,12 @@ def as_text(summary: Summary) -> str:
     rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [summary.title, *textwrap.wrap(summary.verdict, WIDTH, initial_indent="  ", subsequent_indent="  ")]
-    lines += [f"  {_aligned(row, widths)}" for row in rows]
+    for name, *figures in rows:
+        padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
+        lines.append("  ".join([f"  {name:<{widths[0]}}", *padded]))
     if more:
         lines.append(f"  {more}")
     return f"<{chr(10).join(lines)}>"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *figures = row
-    padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
-    return "  ".join([f"{name:<{widths[0]}}", *padded])
 
 
 def as_html(summary: Summary) -> str:
@@ -125,26 +121,23 @@ def as_html(summary: Summary) -> str:
     """
     more, summary = _more(summary, SHOWN_IN_A_NOTEBOOK), _fit(summary)
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
-    table = _table(summary) if summary.rows else ""
-    return (
-        f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{f'<p>{more}</p>' if more else ''}</div>"
-    )
-
-
-def _table(summary: Summary) -> str:
-    head = _row(summary.columns, "th")
-    rows = "".join(_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
-    return f'<table style="{TABLE}"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    table = ""
+    if summary.rows:
+        rows = "".join(_row(row, "td") for row in summary.rows)
+        head = f"<thead>{_row(summary.columns, 'th')}</thead>"
+        table = f'<table style="{TABLE}">{head}<tbody>{rows}</tbody></table>'
+    rest = f"<p>{more}</p>" if more else ""
+    return f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{rest}</div>"
 
 
 def _row(cells: Sequence[str], tag: str) -> str:
-    sides = ("left", *("right" for _ in cells[1:]))
-    return f"<tr>{''.join(_cell(cell, tag, side) for cell, side in zip(cells, sides, strict=True))}</tr>"
-
-
-def _cell(text: str, tag: str, side: str) -> str:
     scope = ' scope="col"' if tag == "th" else ""
-    return f'<{tag}{scope} style="{CELL};text-align:{side}">{escape(text)}</{tag}>'
+    sides = ("left", *("right" for _ in cells[1:]))
+    written = [
+        f'<{tag}{scope} style="{CELL};text-align:{side}">{escape(cell)}</{tag}>'
+        for cell, side in zip(cells, sides, strict=True)
+    ]
+    return f"<tr>{''.join(written)}</tr>"
 
 
 def _more(summary: Summary, shown: int) -> str:

@@ -246,6 +246,11 @@ def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance
 Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
 
 
+def begin_stages(listener: Listener | None, model: object) -> Begin:
+    """Return what begins a stage of any work on a model, whose name or path it is."""
+    return lambda work: report_progress(listener, Stage(work, str(model)))
+
+
 def ignore_progress(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
     """Begin a stage that is reported to nobody."""
     return contextlib.nullcontext()

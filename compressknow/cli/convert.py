@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
-from compressknow.compress.steps import SHARED
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 
@@ -116,10 +116,11 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     from compressknow.api.convert import convert as run
 
     uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
-    further = {name: options.pop(name) for name in _PARAMETERS if name not in SHARED}
+    # Those of other packages; the function has parameters for the rest.
+    others = {name: options.pop(name) for name in _PARAMETERS if name not in signature(run).parameters}
     options["parameters"] = {
         name: value
-        for name, value in further.items()
+        for name, value in others.items()
         if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
     with if_interrupted(NOTHING_WRITTEN):

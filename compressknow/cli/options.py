@@ -198,7 +198,7 @@ def recipe_option(name: str, **settings: Any) -> Decorator:
 
 def _type_of(declared: DeclaredOption) -> Any:
     if declared.choices:
-        return OneOf(declared.choices)
+        return OneOf(list(declared.choices))
     if declared.share:
         return Share()
     if declared.least is not None:

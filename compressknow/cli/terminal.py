@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 import threading
 import time
@@ -47,7 +48,7 @@ def show_json(values: Any) -> None:
 def show_json_text(text: str) -> None:
     """Print a JSON text; what `show` would name is escaped, so that it stands for the same values."""
     # Outside its strings JSON holds nothing of the kind but its line ends.
-    click.echo("".join(c if c == "\n" or is_seen(c) else _code_units(c) for c in text.rstrip("\n")))
+    click.echo(re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if is_seen(c[0]) else _code_units(c[0]), text.rstrip("\n")))
 
 
 # How a character is written that a stream's encoding lacks: as in JSON, so that printed JSON stays JSON.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self, dataclass_transform
 
@@ -99,7 +99,7 @@ class Option(Parameter):
     field: str = ""
     usual: Any = None
     key: str = ""
-    choices: Sequence[str] = ()
+    choices: Iterable[str] = ()
     metavar: str | None = None
     share: bool = False
     repeats: bool = False

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.reading import MANIFEST, read_json, read_toml
@@ -153,8 +153,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
-    action, *others = _list_keys(type(step)).items()
-    values = {action[0]: getattr(step, action[1])}
+    (action, amount), *others = _list_fields(type(step), by="key").items()
+    values = {action: getattr(step, amount)}
     if isinstance(step, Prune):
         values |= {"method": step.method, **{name: getattr(step, name) for name in SHARED}}
     if isinstance(step, Prune | Quantize):
@@ -169,12 +169,12 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
     return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in said.items()}
 
 
-def _list_keys(step: type[Step]) -> dict[str, str]:
-    """Return the fields of a step by their keys in a recipe; the first says what the step does."""
-    keys = {each.field: each.key for each in list_options(step)}
-    return {
-        keys.get(each.name, each.name): each.name for each in fields(step) if each.name not in ("where", "parameters")
-    }
+def _list_fields(step: type[Step], by: Literal["key", "name"]) -> dict[str, str]:
+    """Return the fields of a step by their keys in a recipe, or the names of their options; the first says what the
+    step does."""
+    said = {each.field: getattr(each, by) for each in list_options(step)}
+    names = [each.name for each in fields(step) if each.name not in ("where", "parameters")]
+    return {said.get(name, name): name for name in names}
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -187,11 +187,11 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     kind = STEPS[actions[0]]
     places = [f.name for f in fields(Where)]
     where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in places if key in values})
-    keys = _list_keys(kind)
+    keys = _list_fields(kind, by="key")
     step = kind(**{name: values.pop(key) for key, name in keys.items() if key in values}, where=where)
-    known = {*keys, *places} - {actions[0]}
+    known = {"scope", *keys} - {actions[0]}
     if isinstance(step, Prune | Quantize):
-        known |= {each.name for each in step.chosen.parameters()}
+        known |= {*places, *(each.name for each in step.chosen.parameters())}
     if unknown := sorted(set(values) - known):
         near = did_you_mean(unknown[0], sorted(known))
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(sorted(known))}.")
@@ -254,9 +254,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     steps: list[Step] = []
     for action, kind in STEPS.items():
         if action in given:
-            values = {each.field: given[each.name] for each in list_options(kind) if each.name in given}
-            if kind is Prune:
-                values |= {name: given[name] for name in SHARED if name in given}
+            values = {field: given[name] for name, field in _list_fields(kind, by="name").items() if name in given}
             steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
     rounding = list_options(Quantize)[1:]
     if "quantize" not in given and any(given.get(each.name, each.default) != each.default for each in rounding):

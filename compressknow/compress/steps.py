@@ -231,7 +231,7 @@ class Prune:
     )
     method: str = field(
         default=METHODS.first,
-        metadata=option("prune_method", key="method", help="Which weights to zero; see below.", choices=tuple(METHODS)),
+        metadata=option("prune_method", key="method", help="Which weights to zero; see below.", choices=METHODS),
     )
     where: Where = Where()
     per_layer: bool = False
@@ -297,7 +297,7 @@ class Quantize:
             "quantize",
             default=None,
             help="How to store the weights; see below.",
-            choices=tuple(SCHEMES),
+            choices=SCHEMES,
             metavar="SCHEME",
         ),
     )
