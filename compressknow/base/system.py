@@ -82,12 +82,15 @@ def lock(path: Path, *, wait: bool, make: bool = True) -> int:
 
 def remove_lock(path: Path, descriptor: int) -> None:
     """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
-    if OPEN_FILES_MOVE:
-        path.unlink(missing_ok=True)
-    os.close(descriptor)
-    # On Windows, who has it open by now removes it.
-    with contextlib.suppress(PermissionError):
-        path.unlink(missing_ok=True)
+    try:
+        if OPEN_FILES_MOVE:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+    if not OPEN_FILES_MOVE:
+        # Who has it open by now removes it.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
 
 
 def open_to_read(path: Path) -> int:
