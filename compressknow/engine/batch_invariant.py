@@ -93,7 +93,10 @@ def make_batch_invariant(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = BatchInvariantLinear
-        elif not isinstance(module, BatchInvariantLinear | EngineLinear) and _multiplies(module):
+            continue
+        # A whole model leaves what it does with its layers to them.
+        parts = (module,) if isinstance(module, PreTrainedModel) else (module, *module.children())
+        if not isinstance(module, BatchInvariantLinear | EngineLinear) and any(map(_holds_matrix, parts)):
             module.forward = functools.partial(_forward_in_parts, module.forward)
     if isinstance(model, PreTrainedModel):
         # The other implementations hand the rows of all experts to one kernel.
@@ -109,12 +112,6 @@ def undo_batch_invariant(model: nn.Module) -> None:
         replaced = vars(module).get("forward")
         if isinstance(replaced, functools.partial) and replaced.func is _forward_in_parts:
             module.forward = replaced.args[0]
-
-
-def _multiplies(module: nn.Module) -> bool:
-    # A whole model leaves what it does with its layers to them.
-    children = () if isinstance(module, PreTrainedModel) else module.children()
-    return any(map(_holds_matrix, (module, *children)))
 
 
 def _holds_matrix(module: nn.Module) -> bool:

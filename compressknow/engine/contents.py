@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError
 from compressknow.base.reading import FileState, NotReadable, check_unchanged, open_regular
@@ -22,13 +21,6 @@ from compressknow.model.torch_bin import read_torch_file
 READ_BYTES = 1 << 20
 
 
-class NotFinite(NamedTuple):
-    """Tensor that holds what is no number: `what` is "NaN" or "an infinity"."""
-
-    tensor: StoredTensor
-    what: str
-
-
 @dataclass(frozen=True)
 class Contents:
     """Contents of a model's files.
@@ -37,14 +29,14 @@ class Contents:
     ----------
     sha256 : of the names and contents of the files that decide the answers; the folder's name is not in it.
     states : of the files that were read, as they were when they were opened.
-    not_finite : tensors of floats that hold NaN or infinity.
+    not_finite : tensors of floats that hold what is no number, and what that is: "NaN" or "an infinity".
     changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them, as
         far as that costs no further reading: of tensors, all headers, and the bytes of those of at most a megabyte.
     """
 
     sha256: str
     states: Mapping[Path, FileState] = field(default_factory=dict, repr=False)
-    not_finite: tuple[NotFinite, ...] = ()
+    not_finite: tuple[tuple[StoredTensor, str], ...] = ()
     changed: bool = False
 
     def check_unchanged(self) -> None:
@@ -70,27 +62,20 @@ def read_contents(located: Located, on_bytes: Callable[[int], None] | None = Non
 
     Raises CheckpointError where a weight file is damaged.
     """
-    files = [_read_file(path, _tensors_in(path), on_bytes) for path in located.files]
-    hashes = {each.path.name: each.sha256 for each in files}
-    return Contents(
-        fingerprint_of(hashes.items()),
-        {each.path: each.state for each in files},
-        tuple(flaw for each in files for flaw in each.not_finite),
-        _is_changed(located, hashes, {name: sha256 for each in files for name, sha256 in each.small.items()}),
-    )
+    hashes: dict[str, str] = {}
+    small: dict[str, str] = {}
+    states: dict[Path, FileState] = {}
+    flaws: list[tuple[StoredTensor, str]] = []
+    for path in located.files:
+        tensors = _list_tensors(path)
+        hashes[path.name], states[path], found, hashes_of_small = _read_file(path, tensors, on_bytes)
+        flaws += [(tensor, found[tensor.name]) for tensor in tensors if tensor.name in found]
+        small |= hashes_of_small
+    changed = _is_changed(located, hashes, small)
+    return Contents(fingerprint_of(hashes.items()), states, tuple(flaws), changed)
 
 
-class _File(NamedTuple):
-    """File that was read; `small` are hashes of its tensors of at most `READ_BYTES`."""
-
-    path: Path
-    sha256: str
-    state: FileState
-    not_finite: list[NotFinite]
-    small: dict[str, str]
-
-
-def _tensors_in(path: Path) -> list[StoredTensor]:
+def _list_tensors(path: Path) -> list[StoredTensor]:
     """Return the tensors of a weight file; of a GGUF file those of plain floats."""
     if path.suffix == ".safetensors":
         return list(read_header(path).values())
@@ -105,14 +90,19 @@ def _tensors_in(path: Path) -> list[StoredTensor]:
     return []
 
 
-def _read_file(path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[int], None] | None) -> _File:
+def _read_file(
+    path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[int], None] | None
+) -> tuple[str, FileState, dict[str, str], dict[str, str]]:
+    """Return the hash of a file, its state, by name which tensors hold what is no number, and hashes of those of at
+    most `READ_BYTES`.
+    """
     in_place = [tensor for tensor in tensors if tensor.loaded is None]
     flaws = {tensor.name: what for tensor in tensors if tensor.loaded and (what := not_finite(tensor.loaded, tensor))}
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     small: dict[str, str] = {}
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        for start, stop, tensor in _spans(in_place, status.st_size):
+        for start, stop, tensor in _cut_at_tensors(in_place, status.st_size):
             for place in range(start, stop, READ_BYTES):
                 piece = buffer[: min(READ_BYTES, stop - place)]
                 piece = piece[: file.readinto(piece)]
@@ -123,13 +113,10 @@ def _read_file(path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
-    named = {tensor.name: tensor for tensor in tensors}
-    return _File(
-        path, digest.hexdigest(), FileState.of(status), [NotFinite(named[n], what) for n, what in flaws.items()], small
-    )
+    return digest.hexdigest(), FileState.of(status), flaws, small
 
 
-def _spans(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
+def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
     """Cut a file at the ends of its tensors, from its first byte to its last; bytes that two of them share belong to
     one."""
     position = 0
@@ -172,20 +159,16 @@ def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str,
     if located.url is not None or not (located.path / MANIFEST).is_file():
         return False
     manifest = read_manifest(located.path)
+    stored, expected = open_checkpoint(located.path).tensors, dict(expected_tensors(manifest))
     return (
         manifest.get(SEAL, hash_manifest(manifest)) != hash_manifest(manifest)
         or any(manifest["files"].get(name, sha256) != sha256 for name, sha256 in hashes.items())
         or any(not (located.path / name).is_file() for name in manifest["files"] if name in DECISIVE)
         or any(name in DECISIVE and name not in manifest["files"] for name in hashes)
-        or _are_other_tensors(located.path, manifest, small)
-    )
-
-
-def _are_other_tensors(folder: Path, manifest: Mapping[str, Any], small: Mapping[str, str]) -> bool:
-    stored = open_checkpoint(folder).tensors
-    expected = dict(expected_tensors(manifest))
-    return stored.keys() != expected.keys() or any(
-        (stored[name].dtype, list(stored[name].shape)) != (row["dtype"], row["shape"])
-        or small.get(name, row["sha256"]) != row["sha256"]
-        for name, row in expected.items()
+        or stored.keys() != expected.keys()
+        or any(
+            (stored[name].dtype, list(stored[name].shape)) != (row["dtype"], row["shape"])
+            or small.get(name, row["sha256"]) != row["sha256"]
+            for name, row in expected.items()
+        )
     )

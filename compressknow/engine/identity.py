@@ -179,9 +179,13 @@ def record_beside(path: Path) -> dict[str, Any]:
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
     """Describe a conversion in memory as `describe` does one on disk, with the "totals" of its manifest, its `nonzero`
     weights and its `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less."""
-    totals, sizes = variant.manifest["totals"], Counter[str]()
+    totals, sizes, sparse_bytes = variant.manifest["totals"], Counter[str](), 0
     for row in variant.manifest["tensors"]:
         sizes[row["dtype_after"]] += row["bytes_after"]
+        # The non-zero values at their width, one bit per weight, and the scales.
+        bits = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
+        spared = row["zeros"] * bits // 8 - math.ceil(row["numel"] / 8)
+        sparse_bytes += row["bytes_after"] - max(spared, 0)
     return {
         "name": name,
         "revision": None,
@@ -190,10 +194,7 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
         "quantization": quantization_in_words(variant.config),
         **_facts_of(variant.manifest),
         "totals": {name: number for name, number in totals.items() if name != "relative_error"}
-        | {
-            "nonzero": totals["parameters"] - totals["zeros_after"],
-            "sparse_bytes": sum(map(_sparse_bytes, variant.manifest["tensors"])),
-        },
+        | {"nonzero": totals["parameters"] - totals["zeros_after"], "sparse_bytes": sparse_bytes},
     }
 
 
@@ -209,7 +210,13 @@ def quantization_in_words(config: Mapping[str, Any]) -> str | None:
     method = str(quantization.get("quant_method", "unknown method"))
     groups = quantization.get("config_groups")
     if isinstance(groups, Mapping) and groups:
-        return f"{method}, " + "; ".join(sorted({_group_in_words(group) for group in groups.values()}))
+        found = set()
+        # Presets are named alone: what they mean is not said.
+        for group in (each if isinstance(each, Mapping) else {} for each in groups.values()):
+            weights, activations = group.get("weights") or {}, group.get("input_activations")
+            rounded = f", {_bits_of(activations)} activations" if activations else ""
+            found.add(f"{_bits_of(weights)} weights ({weights.get('strategy', '?')}){rounded}")
+        return f"{method}, {'; '.join(sorted(found))}"
     words = [method]
     # bitsandbytes says it by flags.
     flag = 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
@@ -226,13 +233,6 @@ def quantization_in_words(config: Mapping[str, Any]) -> str | None:
     if blocks := quantization.get("weight_block_size"):
         words.append(f"blocks of {' × '.join(map(str, blocks))}")
     return ", ".join(words)
-
-
-def _group_in_words(group: Any) -> str:
-    group = group if isinstance(group, Mapping) else {}
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
-    words = f"{_bits_of(weights)} weights ({weights.get('strategy', '?')})"
-    return f"{words}, {_bits_of(activations)} activations" if activations else words
 
 
 def _bits_of(values: Mapping[str, Any]) -> str:
@@ -254,14 +254,6 @@ def _type_in_words(value: Any) -> str:
 
 def _first(quantization: Mapping[str, Any], *names: str) -> Any:
     return next((quantization[name] for name in names if quantization.get(name) is not None), None)
-
-
-def _sparse_bytes(row: Mapping[str, Any]) -> int:
-    """Return the bytes of a weight as the non-zero values at their width, one bit per weight, and the scales."""
-    dense = int(row["bytes_after"])
-    bits: int = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
-    spared = int(row["zeros"]) * bits // 8 - math.ceil(int(row["numel"]) / 8)
-    return dense - max(spared, 0)
 
 
 def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

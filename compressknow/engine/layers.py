@@ -107,7 +107,13 @@ class Int8Linear(EngineLinear):
         if not self.rounds:
             return functional.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
         tokens = x.reshape(-1, self.in_features)
-        scale, zero = self._scale_of_each(tokens) if self.per_token else self._scale_of_all(tokens)
+        zero = None
+        if self.per_token:
+            # Two passes: `aminmax` over a dimension is many times slower.
+            largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
+            scale = self._not_zero(largest / ((self.highest - self.lowest) / 2))
+        else:
+            scale, zero = self._scale_of_all(tokens)
         integers = torch.div(tokens, scale)
         if zero is not None:
             integers = integers.add_(zero)
@@ -120,12 +126,6 @@ class Int8Linear(EngineLinear):
         scales = self.weight_scale.float().flatten()
         values = values.mul_(scales) if self.bias is None else torch.addcmul(self.bias.float(), values, scales)
         return values.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def _scale_of_each(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return scales [tokens, 1]."""
-        # Two passes: `aminmax` over a dimension is many times slower.
-        largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
-        return self._not_zero(largest / ((self.highest - self.lowest) / 2)), None
 
     def _scale_of_all(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a scale [] and a zero point [], both of the tokens' dtype; the point is a whole number."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -84,9 +83,6 @@ RECORD_FORM: dict[str, Any] = {
     f"{HASH}?": str,
     f"{SEAL}?": str,
 }
-# Columns of the table in which each row has a value.
-_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
-_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,22 +218,20 @@ def read_table(path: Path) -> list[Answer]:
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
             table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
-        _check_columns(table)
         columns = [_read_column(table, name) for name in make_schema().names]
-        answers = [_update_grade(Answer(*row)) for row in zip(*columns, strict=True)]
+        answers = [Answer(*row) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DamagedAnswers(
             f"{path} cannot be read as answers.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint="An answers folder is written by `compressknow probe`; write it anew.",
         ) from error
-    return answers
-
-
-def _update_grade(answer: Answer) -> Answer:
-    """Demote what older versions called produced though it was not right."""
     produced, _, demoted, _ = GRADES
-    return replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
+    # Older versions called produced what was said and not right.
+    return [
+        replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
+        for answer in answers
+    ]
 
 
 def _add_newer(table: pa.Table) -> pa.Table:
@@ -248,20 +242,6 @@ def _add_newer(table: pa.Table) -> pa.Table:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), make_schema().field(name).type))
     return table
-
-
-def _check_columns(table: pa.Table) -> None:
-    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
-    for name in (*_FILLED, *_LISTS):
-        if table[name].null_count:
-            raise ValueError(f"a row has no {name}")
-        if name in _LISTS and table[name].combine_chunks().values.null_count:
-            raise ValueError(f"a value of {name} is missing")
-    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
-        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
-    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
-    if not ids.equals(values):
-        raise ValueError("first_ids and first_logp of a row are not of one length")
 
 
 def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
@@ -282,19 +262,14 @@ def read_answers(folder: Path) -> Answers:
     record = read_record(folder)
     check_table(folder, record)
     answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
-    check_counts(folder, answers)
-    return answers
-
-
-def check_counts(folder: Path, answers: Answers) -> None:
-    """Raise DamagedAnswers where there are more or fewer answers than their record says."""
-    for probe, entry in answers.record.probes.items():
+    for probe, entry in record.probes.items():
         ids = {answer.fact_id for answer in answers.of(probe)}
         if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
             raise DamagedAnswers(
                 f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
                 hint="The folder is damaged: probe the model again.",
             )
+    return answers
 
 
 def check_table(folder: Path, record: Record) -> None:
@@ -364,10 +339,7 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
-    """Create the folder where it is missing, and lock it for this run; an error leaves no empty folder behind.
-
-    Raises OutputError where it is a file, holds something else, or is in use and `wait` is False.
-    """
+    """Create the folder if need be, and lock it. Raise OutputError where it holds something else, or is in use."""
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
     if _is_foreign(folder):
@@ -378,13 +350,7 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what is of no use once all is answered: the parts."""
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
 def read_stored(folder: Path) -> list[Answer]:
-    """Read all answers that the folder holds."""
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
 
 

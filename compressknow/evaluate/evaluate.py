@@ -35,9 +35,7 @@ MOST_FURTHER = 64
 
 @dataclass(frozen=True)
 class Prompts:
-    """Facts of a probe as one model reads them, in batches that it answers at a time; and how many it cannot read, by
-    reason.
-    """
+    """Facts of a probe as one model reads them, in batches; and how many it cannot read, by reason."""
 
     scorer: Scorer
     batches: tuple[Sequence[Query], ...]
@@ -120,16 +118,12 @@ def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: 
 
 
 def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:
-    """Estimate what a batch costs, in tokens. Masked models read the whole prompt again for each further token of a
-    candidate; of many candidates most need not be finished.
-    """
-    again = scorer.family == "masked"
-    return sum(_estimate_tokens(query, again) for query in batch)
-
-
-def _estimate_tokens(query: Query, again: bool) -> int:
-    further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
-    return len(query.prompt) * (1 + further) if again else len(query.prompt) + further
+    """Estimate what a batch costs, in tokens. Masked models read the prompt again for each further token."""
+    tokens = 0
+    for query in batch:
+        further = min(sum(len(option) - 1 for option in query.options), MOST_FURTHER)
+        tokens += len(query.prompt) * (1 + further) if scorer.family == "masked" else len(query.prompt) + further
+    return tokens
 
 
 def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
@@ -144,34 +138,23 @@ def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator
 
 
 def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
-    """Add what a model says after an example where `original`, the original's answers, knew the fact and this model
-    does not; their grades follow.
-    """
+    """Add what a model says after an example where the `original` knew the fact and it does not, and grade again."""
     known = {answer.fact_id for answer in original if answer.correct}
     lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
-    texts = dict(_say_after_examples(scorer, [fact for fact in scorer.probe.facts if fact.id in lost]))
+    facts = [fact for fact in scorer.probe.facts if fact.id in lost]
+    # Nothing of facts that an example makes too long, and of relations of one object.
+    shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
+    queries = [query for query in map(scorer.make_query, shown) if not isinstance(query, str)]
+    batches = chain.from_iterable(map(scorer.split, batch_by_shape(queries)))
+    texts: dict[str, str | None] = {}
+    for batch, written in scorer.run_each(scorer.say, batches):
+        texts |= zip((query.fact.id for query in batch), written, strict=True)
     answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
     return [answer if answer.grade is None else replace(answer, grade=grade_answer(answer)) for answer in answers]
 
 
-def _say_after_examples(scorer: Scorer, facts: Sequence[Fact]) -> Iterator[tuple[str, str]]:
-    """Yield fact id and what the model says; nothing of facts that an example makes too long, and of relations of one
-    object.
-    """
-    shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
-    queries = [query for query in map(scorer.make_query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(map(scorer.split, batch_by_shape(queries)))
-    for batch, texts in scorer.run_each(scorer.say, batches):
-        for query, text in zip(batch, texts, strict=True):
-            if text is not None:
-                yield query.fact.id, text
-
-
 def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
-    """Put the fact's prompt after another fact of its relation, solved; None where the relation has no other object.
-
-    The example is the first of another subject and object, so that it does not give the answer away.
-    """
+    """Put the fact's prompt after another fact of its relation, solved; None where there is no other object."""
     example = probe.find_example(fact)
     if example is None:
         return None
@@ -197,9 +180,7 @@ def check_facts(reference: Answers, probe: Opened) -> None:
 
 
 def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
-    """Raise CompressknowError where a model cannot be a compressed form of the original: it is of another family; or,
-    where both run in transformers, its tokens are others.
-    """
+    """Raise CompressknowError where a model cannot be a compressed form of the original."""
     before = reference.record.model
     keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
     # Where another runtime than transformers gives the answers of either, they are compared as texts.

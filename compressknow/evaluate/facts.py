@@ -201,9 +201,7 @@ def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
 
 
 def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
-    """Draw the ids of a stratified sample: in a relation by a hash of seed and id, between relations by largest
-    remainder.
-    """
+    """Draw ids: in a relation by a hash of seed and id, between relations by largest remainder."""
     relations: dict[str, list[str]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)

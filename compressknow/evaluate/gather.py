@@ -90,8 +90,7 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
 
 
 def _check_known(opened: Sequence[Opened], known: str) -> None:
-    """Raise UsageError where only what is ``produced`` counts, and one is a task: its answers do not tell what a model
-    says."""
+    """Raise UsageError where only what is ``produced`` counts, and a task does not tell what a model says."""
     from compressknow.evaluate.grades import PRODUCED
     from compressknow.evaluate.sources import Task
 
@@ -109,9 +108,7 @@ def list_names(probes: str | Sequence[str] | None) -> list[str]:
 
 
 def read_reference(folder: str | Path) -> Answers:
-    """Read the original's answers, to evaluate others by. Raise CompressknowError where they do not say which model's
-    they are.
-    """
+    """Read the original's answers. Raise CompressknowError where they do not say which model's they are."""
     original = read_answers(Path(folder))
     if original.record.model.sha256 is None:
         raise CompressknowError(
@@ -170,7 +167,7 @@ def gather(
     probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
     handles = open_models(models, revision, stored, evaluation, probes)
     # The original's distributions serve only models that are evaluated beside it.
-    kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].runtime.whole_vocabulary else None
+    kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].located.url is None else None
     rest = [*stored[1:], *handles[1:]]
     number, of = 0, sum(handle is not None for handle in handles)
     gathered: list[Answers] = []
@@ -242,9 +239,7 @@ def finish_answers(
     *,
     timed: bool,
 ) -> Answers:
-    """Add to a model's answers what is found once: the facts that stand in its calibration text and, if `timed`, its
-    speed. Stored answers, which have no model, are returned as they are.
-    """
+    """Add to the answers of a model at hand which facts stand in its calibration text and, if `timed`, its speed."""
     from compressknow.base.progress import Stage, report_progress
     from compressknow.evaluate.speed import measure
 
@@ -260,11 +255,14 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes to evaluate: those named, else those of the answers at hand, else atlas."""
+    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas."""
     from compressknow.evaluate.sources import DEFAULT, open_all
 
-    names = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT))
-    opened = open_all(names, _match_sample(known, evaluation.options))
+    names, options = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT)), evaluation.options
+    entry = next(iter(known.record.probes.values()), None) if known else None
+    if entry is not None and options.limit is None:
+        options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
+    opened = open_all(names, options)
     _check_known(opened, evaluation.known)
     return opened
 
@@ -277,21 +275,13 @@ def choose_folder(keep_in: Path, model: ModelHandle, context: Context) -> Path:
     return keep_in / "-".join(name for name in names if name is not None)
 
 
-def _match_sample(known: Answers | None, options: Options) -> Options:
-    """Return the options, with the sample that an answers folder was evaluated on where the user names none."""
-    if known is None or options.limit is not None:
-        return options
-    entry = next(iter(known.record.probes.values()), None)
-    if entry is None:
-        return options
-    return replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
-
-
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     """Return the answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
-    probes = [_match_name(probe, answers) for probe in probes]
+    from compressknow.evaluate.sources import normalize_name
+
+    probes = [probe if probe in answers.probes else normalize_name(probe) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
             f"{answers.record.model.name} was not evaluated on {missing[0]}.",
@@ -299,12 +289,6 @@ def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
             hint="Leave out -p, name one of these, or probe the model again.",
         )
     return answers.only(probes)
-
-
-def _match_name(probe: str, answers: Answers) -> str:
-    from compressknow.evaluate.sources import normalize_name
-
-    return probe if probe in answers.probes else normalize_name(probe)
 
 
 def find_both(

@@ -20,16 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import median_high
-from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import Fact, strip_wording
 from compressknow.evaluate.records import ProbeEntry
-
-if TYPE_CHECKING:
-    pass
-
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 # What may count as known: all that is right by the probe's rules, or only what is said.
@@ -159,26 +154,18 @@ def apply_reading(answers: Answers, known: str) -> Answers:
                 why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
-    entries = {name: _restrict_entry(entry) for name, entry in answers.record.probes.items()}
-    record = replace(answers.record, probes=entries)
-    return replace(answers, record=record, answers=tuple(map(_restrict_answer, answers.answers)))
-
-
-def _restrict_entry(entry: ProbeEntry) -> ProbeEntry:
-    floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items()}
-    return replace(
-        entry,
-        chance=None,
-        noise_floor=entry.noise_floor and entry.noise_floor.produced,
-        runtime_noise_floors={runtime: floor for runtime, floor in floors.items() if floor},
-    )
-
-
-def _restrict_answer(answer: Answer) -> Answer:
-    assert answer.produced is not None
-    # One that says the object though another candidate is likelier is not right: that candidate is its answer.
-    predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
-    return replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None)
+    entries = {}
+    for name, entry in answers.record.probes.items():
+        floors = {runtime: floor.produced for runtime, floor in entry.runtime_noise_floors.items() if floor.produced}
+        floor = entry.noise_floor and entry.noise_floor.produced
+        entries[name] = replace(entry, chance=None, noise_floor=floor, runtime_noise_floors=floors)
+    restricted = []
+    for answer in answers.answers:
+        assert answer.produced is not None
+        # One that says the object though another candidate is likelier is not right: that candidate is its answer.
+        predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
+        restricted.append(replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None))
+    return replace(answers, record=replace(answers.record, probes=entries), answers=tuple(restricted))
 
 
 def merge_wordings(answers: Answers) -> Answers:
@@ -194,7 +181,9 @@ def merge_wordings(answers: Answers) -> Answers:
     entries: dict[str, ProbeEntry] = {}
     for name, entry in split.items():
         merged = [_merge(wordings) for wordings in group_by_fact(answers.of(name)).values()]
-        entries[name] = _count_by_fact(entry, len(merged))
+        dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
+        # As if facts, not wordings, had been evaluated.
+        entries[name] = replace(entry, facts=entry.facts // (entry.templates or 1), asked=len(merged), dropped=dropped)
         kept += merged
     probes = {name: entries.get(name, entry) for name, entry in answers.record.probes.items()}
     return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
@@ -214,6 +203,11 @@ def _merge(wordings: Sequence[Answer]) -> Answer:
     shown = next(answer for answer in wordings if answer.predicted == predicted)
     rank = median_high(math.inf if answer.rank is None else answer.rank for answer in wordings)
     tried = [answer.with_example for answer in wordings if answer.with_example is not None]
+    with_example = next((text for text in tried if text != first.gold), None)
+    if 2 * tried.count(first.gold) > len(tried) or (tried and with_example is None):
+        with_example = first.gold
+    # The middle grade, the worse of two.
+    grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
     return replace(
         first,
         fact_id=strip_wording(first.fact_id),
@@ -227,31 +221,12 @@ def _merge(wordings: Sequence[Answer]) -> Answer:
         rank=int(rank) if math.isfinite(rank) else None,
         logp_gold=_average(answer.logp_gold for answer in wordings),
         first_kl=_average(answer.first_kl for answer in wordings),
-        with_example=_find_majority(tried, first.gold),
-        grade=_find_middle_grade(wordings),
+        with_example=with_example,
+        grade=GRADES[median_high(grades)] if len(grades) == len(wordings) else None,
     )
-
-
-def _find_middle_grade(wordings: Sequence[Answer]) -> str | None:
-    """Return the middle grade, the worse of two."""
-    grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
-    return GRADES[median_high(grades)] if len(grades) == len(wordings) else None
-
-
-def _find_majority(texts: Sequence[str], gold: str) -> str | None:
-    if not texts:
-        return None
-    return gold if 2 * texts.count(gold) > len(texts) else next((text for text in texts if text != gold), gold)
 
 
 def _average(values: Iterable[float | None]) -> float | None:
     numbers = list(values)
     known = [value for value in numbers if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(numbers) else None
-
-
-def _count_by_fact(entry: ProbeEntry, facts: int) -> ProbeEntry:
-    """Return the entry as if facts, not wordings, had been evaluated."""
-    number = entry.templates or 1
-    dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
-    return replace(entry, facts=entry.facts // number, asked=facts, dropped=dropped)

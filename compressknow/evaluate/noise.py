@@ -24,10 +24,9 @@ from compressknow.evaluate.answers import Answers, lock_folder, read_record, wri
 from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED, apply_reading, merge_wordings
-from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.handle import LlamaCpp, ModelHandle
 from compressknow.evaluate.records import NoiseFloor, Record
-from compressknow.evaluate.runtimes.llama_cpp import LlamaCpp
-from compressknow.evaluate.runtimes.transformers import Transformers
+from compressknow.evaluate.runtimes import LLAMA_CPP, TRANSFORMERS
 
 if TYPE_CHECKING:
     from compressknow.evaluate.distributions import Distributions, Rows
@@ -122,9 +121,7 @@ def _find_rows(
     own: Distributions,
     on_progress: Listener | None,
 ) -> Rows:
-    """Return the original's distributions of a sample: those that this run has kept of the whole probe, or computed
-    now.
-    """
+    """Return the original's distributions of a sample, kept by this run or computed now."""
     rows = whole.find_rows(probe) if whole else None
     if rows is not None and rows.holds(answer.fact_id for answer in answers.answers):
         return rows
@@ -159,9 +156,7 @@ def _answer_samples(
 
 
 def count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
-    """Compare one model's answers to the facts of a probe in both precisions or runtimes, in each reading of knowing
-    that they tell.
-    """
+    """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
     floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
     if any(answer.produced is None for each in (before, after) for answer in each.answers):
         return floor
@@ -210,19 +205,16 @@ def add_noise_floors(
     *,
     whole: Distributions | None = None,
 ) -> Answers:
-    """Add the noise floor of another precision and, where llama.cpp runs one of the others, or ran it, and transformers
-    the original, that of llama.cpp. See `add_noise_floor`.
-    """
+    """Add the noise floor of another precision and, where llama.cpp runs one of the others, that of llama.cpp."""
     answers = add_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
-    if original.runtime.name != Transformers.name or not any(map(_is_in_llama_cpp, others)):
+    ran_in = {
+        (other.record.model.runtime or {}).get("name") if isinstance(other, Answers) else other.runtime.name
+        for other in others
+        if other is not None
+    }
+    if original.runtime.name != TRANSFORMERS or LLAMA_CPP not in ran_in:
         return answers
     return add_runtime_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
-
-
-def _is_in_llama_cpp(other: ModelHandle | Answers | None) -> bool:
-    if isinstance(other, Answers):
-        return (other.record.model.runtime or {}).get("name") == LlamaCpp.name
-    return other is not None and other.runtime.name == LlamaCpp.name
 
 
 def add_runtime_noise_floor(
@@ -264,7 +256,6 @@ def add_runtime_noise_floor(
 
 
 def mark_unmeasured(answers: Answers, why: str) -> Answers:
-    """Set `ModelRecord.runtime_unmeasured`."""
     return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
 
 
@@ -292,5 +283,5 @@ def _open_in_llama_cpp(
         # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
         kind = "f32" if export.exact == "f32" else "f16"
         file = write_floats(export, place, kind, begin=lambda work: report_progress(on_progress, Stage(work, name)))
-        settings = replace(original.settings, runtime=LlamaCpp.name, device=CPU, dtype=None)
+        settings = replace(original.settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
         yield ModelHandle(replace(original.located, path=file), settings)

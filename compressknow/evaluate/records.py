@@ -310,7 +310,8 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {field.name: [_to_list(getattr(chunk, field.name)) for chunk in chunks] for field in _make_schema()}
+    # pyarrow takes numpy's arrays for lists.
+    columns = {name: [getattr(chunk, name) for chunk in chunks] for name in _make_schema().names}
     with open_whole(path) as file:
         pq.write_table(pa.table(columns, schema=_make_schema()), file, compression="zstd")
 
@@ -334,60 +335,40 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
-    """Read the chunks of each text of an answers folder, by probe. Raise DamagedAnswers where a file is missing or
-    damaged, or is not the one of the record.
-    """
-    return {name: _read_checked(folder, entry) for name, entry in record.probes.items() if entry.text}
-
-
-def _read_checked(folder: Path, entry: ProbeEntry) -> tuple[Chunk, ...]:
-    text: Mapping[str, Any] = entry.text or {}
-    name = str(text.get("file", ""))
-    # A name of a folder elsewhere is none of ours.
-    if not name.startswith(FILES) or name != Path(name).name or not (folder / name).is_file():
-        raise DamagedAnswers(
-            f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
-        )
-    if sha256_of(folder / name) != text.get("sha256"):
-        raise DamagedAnswers(
-            f"{folder / name} does not match probe.json: its hash differs.",
-            hint="Probe the model again, into another folder.",
-        )
-    return read_chunks(folder / name)
-
-
-def _to_list(value: Any) -> Any:
-    import numpy as np
-
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    """Read the chunks of each text, by probe. Raise DamagedAnswers where a file is not the one of the record."""
+    texts = {}
+    for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
+        name = str(text.get("file", ""))
+        # A name of a folder elsewhere is none of ours.
+        if not name.startswith(FILES) or name != Path(name).name or not (folder / name).is_file():
+            raise DamagedAnswers(
+                f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
+            )
+        if sha256_of(folder / name) != text.get("sha256"):
+            raise DamagedAnswers(
+                f"{folder / name} does not match probe.json: its hash differs.",
+                hint="Probe the model again, into another folder.",
+            )
+        texts[probe] = read_chunks(folder / name)
+    return texts
 
 
 def _make_schema() -> pa.Schema:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    return pa.schema(
-        [
-            ("number", pa.int32()),
-            ("ids", ids),
-            ("logp", pa.list_(pa.float32())),
-            ("top", ids),
-            ("kl", pa.list_(pa.float64())),
-            ("bytes", pa.int64()),
-            ("greedy", ids),
-        ]
-    )
+    lists = {"ids": ids, "logp": pa.list_(pa.float32()), "top": ids, "kl": pa.list_(pa.float64())}
+    return pa.schema({"number": pa.int32(), **lists, "bytes": pa.int64(), "greedy": ids})
 
 
 def _parse_chunk(row: Mapping[str, Any]) -> Chunk:
     import numpy as np
 
-    lists: dict[str, np.ndarray] = {name: np.array(row[name], dtype=kind) for name, kind in _KINDS.items()}
-    kl = None if row["kl"] is None else np.array(row["kl"], dtype=np.float64)
-    scored = [len(lists["ids"]), len(lists["logp"]), len(lists["top"]), *([] if kl is None else [len(kl)])]
-    if row["number"] is None or not scored[0] or len(set(scored)) != 1:
+    kinds = {"ids": "int32", "logp": "float32", "top": "int32", "greedy": "int32", "kl": "float64"}
+    arrays: dict[str, Any] = {
+        name: None if row[name] is None else np.array(row[name], dtype=kind) for name, kind in kinds.items()
+    }
+    scored = {len(arrays[name]) for name in ("ids", "logp", "top", "kl") if name != "kl" or arrays[name] is not None}
+    if row["number"] is None or not min(scored) or len(scored) != 1:
         raise ValueError("a row is empty, or its lists are not of one length")
-    return Chunk(int(row["number"]), kl=kl, bytes=row["bytes"], **lists)
-
-
-_KINDS = {"ids": "int32", "logp": "float32", "top": "int32", "greedy": "int32"}
+    return Chunk(int(row["number"]), bytes=row["bytes"], **arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +17,20 @@ from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
 from compressknow.base.progress import Advance, Listener, Stage, Work, report_progress
 from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import (
+    PARTS,
     RECORD,
     SCHEMA_VERSION,
     TABLE,
     Answer,
     Answers,
-    check_counts,
     check_table,
     find_parts,
     is_answers_folder,
     lock_folder,
+    read_answers,
     read_parts,
     read_record,
     read_stored,
-    remove_parts,
     write_part,
     write_record,
     write_table,
@@ -57,7 +58,7 @@ from compressknow.evaluate.records import (
     text_file_name,
     write_chunks,
 )
-from compressknow.evaluate.runtimes import RUNTIMES
+from compressknow.evaluate.runtimes import TRANSFORMERS
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import (
     RunningText,
@@ -105,7 +106,8 @@ def probe_model(
     handle.check_tasks(probes)
     handle.check_sound()
     context = context or Context()
-    if not handle.runtime.whole_vocabulary:
+    if handle.located.url is not None:
+        # No server tells the distribution over all tokens in time.
         context = replace(context, whole=None)
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
@@ -118,7 +120,8 @@ def probe_model(
             handle.make_reader()
         for probe in lacked:
             run.add(probe, count_facts(probes))
-        remove_parts(folder)
+        # They are of no use once all is answered.
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
         return _read_folder(handle, folder, [probe.name for probe in probes])
 
 
@@ -167,9 +170,7 @@ def _explain_damage(folder: Path) -> Iterator[None]:
 
 
 def count_facts(probes: Sequence[Opened]) -> int:
-    """Count the facts of the probes; the items of lm-eval's tasks are not known before they are run, and texts have
-    none.
-    """
+    """Count the facts of the probes; of tasks they are not known before, and texts have none."""
     return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
@@ -201,7 +202,7 @@ class _Run:
         key = _compute_key(handle, probe, self._beside)
         known = self._find_known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
-        stage = Stage(work, handle.located.name, probe.name, facts, handle.where)
+        stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
         with report_progress(self._on_progress, stage) as advance:
@@ -365,17 +366,13 @@ def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Ans
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
     """
-    record, located = read_record(folder), handle.located
-    model = record.model
+    answers, located = read_answers(folder).only(names), handle.located
+    model = answers.record.model
     if located.url is None:
         described = handle.describe()
         model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
         model = replace(model, source=described.get("source", model.source))
-    record = replace(record, model=model, probes={name: record.probes[name] for name in names})
-    rows = tuple(answer for answer in read_stored(folder) if answer.probe in record.probes)
-    answers = Answers(record, rows, read_texts(folder, record))
-    check_counts(folder, answers)
-    return answers
+    return replace(answers, record=replace(answers.record, model=model))
 
 
 def _open_record(folder: Path, handle: ModelHandle) -> Record:
@@ -391,7 +388,7 @@ def _open_record(folder: Path, handle: ModelHandle) -> Record:
             why="Or the model's files have changed since then.",
             hint="Choose another folder for the answers, or remove that one.",
         )
-    ran_in = (record.model.runtime or {}).get("name", RUNTIMES.first)
+    ran_in = (record.model.runtime or {}).get("name", TRANSFORMERS)
     if record.probes and ran_in != handle.runtime.name:
         raise OutputError(
             f"{folder} holds answers that {record.model.name} gave in {ran_in}, not in {handle.runtime.name}.",

@@ -96,9 +96,7 @@ def _measure_rate(work: Callable[[], int]) -> float:
 
 
 def _measure_tokens(handle: ModelHandle) -> float | None:
-    """Measure on one text, read and then continued with the likeliest token each time; None for a model that does not
-    continue texts. It runs without what makes it batch-invariant.
-    """
+    """Measure on one text, continued greedily, not batch-invariant; None for a model that continues none."""
     if model := handle.loaded.language_model:
         from compressknow.engine.batch_invariant import undo_batch_invariant
 
@@ -134,12 +132,9 @@ def _import_libraries(path: Path) -> None:
         getattr(transformers, str(name), None)
 
 
-def _print_speed(path: str, settings: str) -> None:
+if __name__ == "__main__":
     try:
-        print(json.dumps(_measure_in_process(Path(path), Settings(**json.loads(settings)))))  # noqa: T201
+        given = Settings(**json.loads(sys.argv[2]))
+        print(json.dumps(_measure_in_process(Path(sys.argv[1]), given)))  # noqa: T201
     except CompressknowError as error:
         sys.exit(" ".join(part for part in (error.what, error.why) if part))
-
-
-if __name__ == "__main__":
-    _print_speed(*sys.argv[1:])

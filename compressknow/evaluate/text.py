@@ -8,6 +8,7 @@ the first scored, n_ctx - 1 - n_ctx // 2, so that each has half a chunk before i
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,6 @@ class RunningText:
 
     @property
     def chunks(self) -> int:
-        """Return the most chunks that are read."""
         return self.limit or CHUNKS
 
     @property
@@ -81,7 +81,8 @@ class RunningText:
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            text = _decode(content, whole=len(content) < most)
+            # Where the text is cut, a character that is cut with it is left out.
+            text = codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{self.path} is not UTF-8: byte {error.start:,}.", hint="Save it as UTF-8, and try again."
@@ -89,16 +90,6 @@ class RunningText:
         except (OSError, NotReadable) as error:
             raise UsageError(f"{self.path} cannot be read: {error}.") from None
         return text.removesuffix("\n")
-
-
-def _decode(content: bytes, *, whole: bool) -> str:
-    """Decode the text; where it is cut, a character that is cut with it is left out."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if whole or error.start < len(content) - 3:
-            raise
-        return content[: error.start].decode("utf-8")
 
 
 _WHY = {
@@ -111,7 +102,6 @@ CONTINUED, GREEDY_TOKENS = 16, 32
 
 
 def check_family(name: str, family: str) -> None:
-    """Raise UnsupportedError for a model that is not causal."""
     if family != "causal":
         raise UnsupportedError(
             f"text: takes causal models; {name} is {family}.",
@@ -173,15 +163,16 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
             f"It stands in {text.name}.",
             "Put the tokenizer that the model was trained with beside its weights.",
         )
-    return Chunks(cut, _count_bytes(ends, number, context), len(ids))
+    lengths = None
+    if ends is not None:
+        first = find_first_scored(context)
+        starts = range(0, number * context, context)
+        lengths = tuple(ends[start + context - 1] - ends[start + first] for start in starts)
+    return Chunks(cut, lengths, len(ids))
 
 
 def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
-    """Choose the tokens per chunk: those that were asked for, else the original's, else 512 or as many as the model has
-    room for.
-
-    Raises UsageError where the model has room for fewer.
-    """
+    """Choose the tokens per chunk: those asked for, else the original's, else 512 or as many as there is room for."""
     wanted = text.context or (int((reference.text or {})["context"]) if reference else None)
     if wanted is None:
         return min(CONTEXT, reader.most or CONTEXT)
@@ -214,7 +205,13 @@ def read_text(
     left = [number for number in range(len(chunks.ids)) if number not in (done or {})]
     if advance:
         advance(len(chunks.ids) - len(left), len(chunks.ids))
-    written = _continue_first(reader, chunks, [number for number in left if number < CONTINUED], known or {})
+    first = [number for number in left if number < CONTINUED]
+    written = {number: known[number].greedy.tolist() for number in first if number in known} if known else {}
+    if new := [number for number in first if number not in written]:
+        middle = find_first_scored(chunks.context)
+        room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
+        texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], room)
+        written |= dict(zip(new, texts, strict=True))
     for number in left:
         chunk = read_chunk(reader, chunks, number, whole)
         yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
@@ -275,22 +272,3 @@ def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens
     if not same_tokens:
         return OTHER_TOKENS
     return NO_ROOM if gave_up else OTHER_SIZE
-
-
-def _continue_first(
-    reader: TextReader, chunks: Chunks, numbers: list[int], known: Mapping[int, Chunk]
-) -> dict[int, list[int]]:
-    written = {number: known[number].greedy.tolist() for number in numbers if number in known}
-    new = [number for number in numbers if number not in written]
-    prompts = [chunks.ids[number, : find_first_scored(chunks.context)].tolist() for number in new]
-    room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - find_first_scored(chunks.context))
-    return written | dict(zip(new, reader.continue_texts(prompts, room) if new else [], strict=True))
-
-
-def _count_bytes(ends: list[int] | None, number: int, context: int) -> tuple[int, ...] | None:
-    if ends is None:
-        return None
-    return tuple(
-        ends[start + context - 1] - ends[start + find_first_scored(context)]
-        for start in range(0, number * context, context)
-    )

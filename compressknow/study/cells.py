@@ -24,8 +24,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
 from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
-from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.runtimes.transformers import LoadedInTransformers
+from compressknow.evaluate.runtimes import LoadedInTransformers, Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error

@@ -516,14 +516,6 @@ def test_the_command_that_the_report_shows_makes_it_again(run: Run, place: Path,
     assert json.loads((tmp_path / "report.json").read_text()) == first
 
 
-def test_a_tokenizer_that_panics_on_the_facts_is_one_message(run: Run, place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "llama", tmp_path / "panics")
-    file = tmp_path / "panics" / "tokenizer.json"
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}), encoding="utf-8")
-    refused(run("probe", "panics", *FACTS, "-o", "answers"), 1, "tokenizer of panics", "chunk size must be non-zero")
-
-
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_a_token_beyond_the_embedding_is_one_message(family: str, run: Run, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / family, tmp_path / "beyond")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import compressknow
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.early import FIRST, Early, gather_early
+from compressknow.evaluate import handle
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.early import FIRST, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
-from compressknow.evaluate.runtimes import Settings, transformers
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
@@ -42,24 +45,31 @@ def after(facts: int) -> Callable[[np.ndarray, np.ndarray, int], list[tuple[bool
     return decide
 
 
-def early(place: Path, keep_in: Path, facts: int = FIRST, **options: int) -> Early[list[tuple[bool, bool]]]:
-    return gather_early(place / "llama", place / "llama-6", evaluation(place, keep_in, **options), after(facts))
+class Early(NamedTuple):
+    original: Answers
+    compressed: Answers
+    found: list[tuple[bool, bool]] | None
 
 
-def ids(found: Early[list[tuple[bool, bool]]]) -> list[str]:
+def early(place: Path, keep_in: Path, facts: int = FIRST, **options: int) -> Early:
+    asked = evaluation(place, keep_in, **options)
+    return Early(*gather_early(place / "llama", place / "llama-6", asked, after(facts)))
+
+
+def ids(found: Early) -> list[str]:
     return [answer.fact_id for answer in found.original.answers]
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The checkpoints that are loaded from here on, in order."""
-    load, loaded = transformers.load_language_model, []
+    load, loaded = handle.load_language_model, []
 
     def counted(path: Path, **options: object) -> object:
         loaded.append(path.name)
         return load(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(transformers, "load_language_model", counted)
+    monkeypatch.setattr(handle, "load_language_model", counted)
     return loaded
 
 
@@ -140,12 +150,13 @@ def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: 
     original, compressed = tmp_path / "original", tmp_path / "compressed"
     compressknow.probe(place / "llama", original, probe, settings=Settings(batch_size=8))
     loads.clear()
-    one = gather_early(original, place / "llama-6", evaluation(place, tmp_path / "one"), after(FIRST))
+    *_, one = gather_early(original, place / "llama-6", evaluation(place, tmp_path / "one"), after(FIRST))
     assert loads == ["llama-6"]
-    assert one.found == wanted.found
+    assert one == wanted.found
     compressknow.probe(place / "llama-6", compressed, probe, reference=original)
     loads.clear()
-    assert gather_early(original, compressed, evaluation(place, tmp_path / "both"), after(FIRST)).found == wanted.found
+    *_, both = gather_early(original, compressed, evaluation(place, tmp_path / "both"), after(FIRST))
+    assert both == wanted.found
     assert loads == []
 
 

@@ -17,12 +17,12 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Damaged
 from compressknow.base.files import LOCK
 from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
-from compressknow.evaluate import run
+from compressknow.evaluate import handle, run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
-from compressknow.evaluate.runtimes import Settings, transformers
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
@@ -86,13 +86,13 @@ def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The checkpoints that are loaded from here on, in order."""
-    load, loaded = transformers.load_language_model, []
+    load, loaded = handle.load_language_model, []
 
     def counted(path: Path, **options: object) -> object:
         loaded.append(path)
         return load(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(transformers, "load_language_model", counted)
+    monkeypatch.setattr(handle, "load_language_model", counted)
     return loaded
 
 

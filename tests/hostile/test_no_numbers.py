@@ -101,7 +101,7 @@ def test_a_mask_beside_the_weights_may_hold_infinities(tmp_path: Path, name: str
     weights[name] = torch.full((4,), float("-inf"))
     save_file(weights, located.path / "model.safetensors", {"format": "pt"})
     contents = read_contents(located)
-    assert [each.tensor.name for each in contents.not_finite] == [name]
+    assert [tensor.name for tensor, _ in contents.not_finite] == [name]
     contents.check_finite(located)
 
 
@@ -124,6 +124,6 @@ def test_each_byte_of_a_large_tensor_is_looked_at_and_hashed(tmp_path: Path, pla
     numbers[place_of] = float("inf")
     save_file({"a": torch.ones(3), "b": numbers, "c": torch.zeros(0)}, tmp_path / "model.safetensors")
     contents = read_contents(Located("x", tmp_path))
-    assert [(each.tensor.name, each.what) for each in contents.not_finite] == [("b", "an infinity")]
+    assert [(tensor.name, what) for tensor, what in contents.not_finite] == [("b", "an infinity")]
     whole = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert contents.sha256 == hashlib.sha256(f"model.safetensors\0{whole}\n".encode()).hexdigest()

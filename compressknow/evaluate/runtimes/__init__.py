@@ -1,26 +1,23 @@
-"""Runtimes: a registry of what answers for a model, each in a file of its own, and what a runtime is."""
+"""Settings of how a model is run, and what a model is that a runtime has opened."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
-from compressknow.base.registry import Registry
-from compressknow.engine.language_model import AUTO, CPU, check_device, device_of
+from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_device, device_of
 
 if TYPE_CHECKING:
-    from compressknow.engine.contents import Contents
-    from compressknow.engine.identity import Located
-    from compressknow.engine.language_model import LanguageModel
     from compressknow.evaluate.facts import Probe
     from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
 BATCH_SIZE = 128
+RUNTIMES = TRANSFORMERS, LLAMA_CPP, SERVER = "transformers", "llama.cpp", "server"
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,8 @@ class Settings:
 
     `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
     those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
-    what is meant for it (see `compressknow.evaluate.runtimes`). `noise_floor` has an original answer some facts in
-    another precision too, or in another runtime (see `compressknow.evaluate.noise` and
-    `compressknow.evaluate.noise`).
+    what is meant for it (see `compressknow.evaluate.handle`). `noise_floor` has an original answer some facts in
+    another precision too, or in another runtime (see `compressknow.evaluate.noise`).
 
     `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
     """
@@ -77,6 +73,8 @@ class Loaded(abc.ABC):
     vocabulary : a short hash of its tokens and their ids; None where they are not known.
     parameters : how many it has; None where that is not known.
     language_model : the model as transformers has it, for what only that can run; None where another runtime runs it.
+    gives_scores : whether it chooses among candidates by log-probabilities; else answers are what it writes.
+    sha256 : of a model on a server, which shows no files, by what it answers; None of others.
     """
 
     family: str
@@ -85,8 +83,8 @@ class Loaded(abc.ABC):
     vocabulary: str | None = None
     parameters: int | None = None
     language_model: LanguageModel | None = None
-    # Whether it chooses among candidates by log-probabilities; else answers are what it writes.
     gives_scores: bool = True
+    sha256: str | None = None
 
     @abc.abstractmethod
     def make_scorer(self, probe: Probe) -> Scorer:
@@ -115,80 +113,32 @@ class Loaded(abc.ABC):
         """Let go of what garbage collection alone does not free."""
 
 
-class Runtime(abc.ABC):
-    """Something that runs models.
+class LoadedInTransformers(Loaded):
+    """Model of transformers."""
 
-    Attributes
-    ----------
-    name : as the user names it with ``--runtime``.
-    help : what it is, for ``--help``.
-    whole_vocabulary : whether it tells the distribution over all tokens.
-    runs_tasks : whether lm-eval's tasks can be run on what it opens.
-    has_precisions : whether it computes in the dtype that it is told.
-    """
+    language_model: LanguageModel
 
-    name: ClassVar[str]
-    help: ClassVar[str]
-    whole_vocabulary: ClassVar[bool] = True
-    runs_tasks: ClassVar[bool] = False
-    has_precisions: ClassVar[bool] = False
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self.family = language_model.family
+        self.architecture = type(language_model.model).__name__
+        self.computed_in = language_model.dtype
 
-    @abc.abstractmethod
-    def reads(self, located: Located) -> bool:
-        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        """Return the hash of all tokens, which takes a while to compute."""
+        return self.language_model.vocabulary
 
-    def is_default(self, located: Located) -> bool:
-        """Return whether it runs a model that it reads where the user names no runtime."""
-        return self.reads(located)
+    @property
+    def parameters(self) -> int:  # type: ignore[override]
+        return self.language_model.parameters
 
-    def resolve_settings(self, settings: Settings) -> Settings:
-        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
-        return settings.here()
+    def make_scorer(self, probe: Probe) -> Scorer:
+        from compressknow.evaluate.scoring.families import make_scorer
 
-    def where(self, located: Located, settings: Settings) -> str:  # noqa: ARG002
-        """Return where it computes, for people; `settings` are those of `resolve_settings`."""
-        return str(settings.device)
+        return make_scorer(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
-    def contents(self, located: Located, settings: Settings) -> Contents:  # noqa: ARG002
-        """Return what decides the model's answers, by whose hash it is known again: its files."""
-        from compressknow.engine.contents import read_contents
+    def make_reader(self) -> TextReader:
+        from compressknow.evaluate.scoring.reading import TransformersReader
 
-        return read_contents(located)
-
-    def key(self) -> tuple[str, ...]:
-        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
-        return ()
-
-    @abc.abstractmethod
-    def open(self, located: Located, settings: Settings) -> Loaded:
-        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
-
-
-# The last one that reads a model, and is meant for it, runs it.
-RUNTIMES = Registry(
-    "compressknow.runtimes",
-    "runtime",
-    Runtime,  # type: ignore[type-abstract]
-    {
-        "transformers": "compressknow.evaluate.runtimes.transformers:Transformers",
-        "llama.cpp": "compressknow.evaluate.runtimes.llama_cpp:LlamaCpp",
-        "server": "compressknow.evaluate.runtimes.server:Server",
-    },
-)
-
-
-def choose_runtime(located: Located, named: str | None = None) -> Runtime:
-    """Return the runtime of that name; where none is named, the one that is meant for such a model.
-
-    Raises UsageError where there is none of that name, or it does not read such models.
-    """
-    if named is None:
-        return next(RUNTIMES[name] for name in reversed(list(RUNTIMES)) if RUNTIMES[name].is_default(located))
-    runtime = RUNTIMES[named]
-    if runtime.reads(located):
-        return runtime
-    others = [name for name in RUNTIMES if RUNTIMES[name].reads(located)]
-    raise UsageError(
-        f"--runtime {named} does not run {located.name}.",
-        hint=f"Leave it out, or pass --runtime {' or '.join(others)}.",
-    )
+        return TransformersReader(self.language_model)

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, ClassVar
 
 from compressknow.base.errors import CompressknowError
@@ -29,8 +29,6 @@ LLAMA_TOKENS = 1024
 FORCE = 1e5
 # Rounding may put a sure thing a little above 0; llama-server gives an impossible one float32's least number.
 LEAST, ABOVE = -3.5e38, 1e-3
-# Characters of one token, and of all that is asked for at a time: no model writes more.
-LONGEST_TOKEN, LONGEST_TEXT = 1_000, 100_000
 TRIAL = "The capital of France is Paris"
 # Forms of what servers answer, as far as it is read (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
@@ -71,25 +69,26 @@ class Served(abc.ABC):
     name : of the kind of server.
     scores : whether it gives log-probabilities; without, it only writes.
     tokens : whether token ids are the model's own; else texts are told apart by character.
+    build : its version, where it says so.
+    longest : how many tokens it reads at most, where it says so.
     """
 
     name: ClassVar[str]
     scores: ClassVar[bool] = True
     tokens: ClassVar[bool] = True
 
-    def __init__(self, client: Client, model: str, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        about: Mapping[str, Any],
+        *,
+        build: str | None = None,
+        longest: int | None = None,
+    ) -> None:
         self.client, self.model, self.about = client, model, about
+        self.build, self.longest = _mend(build[:80]) if build else None, longest
         self.encode = cache(self._encode)
-
-    @property
-    def build(self) -> str | None:
-        """Return the version of the server, where it says so."""
-        return None
-
-    @property
-    def longest(self) -> int | None:
-        """Return how many tokens it reads at most, where it says so."""
-        return None
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> Ids:
@@ -105,11 +104,7 @@ class Served(abc.ABC):
 
     def write(self, prompt: Ids, tokens: int) -> str:
         """Return what the model writes greedily, of at most so many tokens."""
-        body = {"prompt": self._make_prompt(prompt), "max_tokens": tokens}
-        text = _mend(self._complete(body, _WRITTEN)["text"])
-        if len(text) > LONGEST_TEXT:
-            raise self.make_error(f"has a text of {len(text):,} characters for a few tokens")
-        return text
+        return _mend(self._complete({"prompt": self._make_prompt(prompt), "max_tokens": tokens}, _WRITTEN)["text"])
 
     def _request_logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what is told beside one token that the model writes, or of the prompt, in that form."""
@@ -155,14 +150,6 @@ class LlamaServer(Served):
 
     name = "llama-server"
 
-    @property
-    def build(self) -> str | None:
-        return _clean_build(self.about.get("build_info"))
-
-    @property
-    def longest(self) -> int | None:
-        return int(self.about["default_generation_settings"]["n_ctx"])
-
     def _encode(self, text: str, special: bool) -> Ids:
         body = {"content": text, "add_special": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
@@ -176,27 +163,26 @@ class LlamaServer(Served):
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
         for place, number in enumerate(ids):
-            score += self._score_next((*prompt, *ids[:place]), number)
+            before = (*prompt, *ids[:place])
+            step = self._request_step(before, number, 1)
+            if step is None:
+                score += self._find_likeliest(before, self._vocabulary).logp.get(number, -math.inf)
+            elif step["id"] != number:
+                raise self.make_error(f"has token {step['id']} where {number} was forced")
+            else:
+                score += self.check_logp(step["logprob"])
             if score < bar:
                 break
         return score
 
-    def _score_next(self, prompt: Ids, number: int) -> float:
-        step = self._request_step(prompt, number, 1)
-        if step is None:
-            return self._find_likeliest(prompt, self._vocabulary).logp.get(number, -math.inf)
-        if step["id"] != number:
-            raise self.make_error(f"has token {step['id']} where {number} was forced")
-        return self.check_logp(step["logprob"])
-
     def _find_likeliest(self, prompt: Ids, count: int) -> First:
         # Whatever is written, of a token that is a whole text the server tells all.
-        step = self._request_step(prompt, self._whole_text, count)
+        step = self._request_step(prompt, next(iter(self.encode("a", False)), 0), count)
         top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):
             raise self.make_error(f"has {len(top):,} tokens where {count:,} were asked for")
         logp = {self.check_token(each["id"]): self.check_logp(each["logprob"]) for each in top}
-        texts = {each["id"]: _mend(each["token"][:LONGEST_TOKEN]) for each in top}
+        texts = {each["id"]: _mend(each["token"]) for each in top}
         return First(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
@@ -214,10 +200,6 @@ class LlamaServer(Served):
             raise self.make_error("has no completion_probabilities of one token")
         return dict(steps[0]) if steps else None
 
-    @cached_property
-    def _whole_text(self) -> int:
-        return next(iter(self.encode("a", False)), 0)
-
     @property
     def _vocabulary(self) -> int:
         count = self.about.get("n_vocab")
@@ -229,14 +211,6 @@ class Vllm(Served):
 
     name = "vLLM"
 
-    @property
-    def build(self) -> str | None:
-        return _clean_build(self.about.get("version"))
-
-    @property
-    def longest(self) -> int | None:
-        return self.about.get("max_model_len")
-
     def _encode(self, text: str, special: bool) -> Ids:
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
@@ -246,15 +220,14 @@ class Vllm(Served):
         top = self._request_logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
         if not top:
             raise self.make_error("has no top_logprobs")
-        found = {self._parse_token(name): self.check_logp(value) for name, value in top[0].items()}
+        found: dict[int, float] = {}
+        for name, value in top[0].items():
+            # ``token_id:17``
+            digits = name.removeprefix("token_id:")
+            if not re.fullmatch("[0-9]{1,10}", digits):
+                raise self.make_error(f"holds {name[:40]!r} for a token")
+            found[self.check_token(int(digits))] = self.check_logp(value)
         return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
-
-    def _parse_token(self, name: str) -> int:
-        """Return the token that is called ``token_id:17``."""
-        digits = name.removeprefix("token_id:")
-        if not re.fullmatch("[0-9]{1,10}", digits):
-            raise self.make_error(f"holds {name[:40]!r} for a token")
-        return self.check_token(int(digits))
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
         form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
@@ -266,10 +239,7 @@ class Vllm(Served):
 
 
 class Writing(Served):
-    """Server that gives no log-probabilities.
-
-    Prompts and options are texts, told apart by character.
-    """
+    """Server that gives no log-probabilities. Prompts and options are texts, told apart by character."""
 
     name = "a server without log-probabilities"
     scores = False
@@ -322,14 +292,8 @@ def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> lis
 
 
 def _mend(text: str) -> str:
-    """Replace halves of surrogate pairs, which no file could hold: a model that is cut off in the middle of a letter
-    may write one.
-    """
+    """Replace halves of surrogate pairs, as a model may write that is cut off in the middle of a letter."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _clean_build(build: str | None) -> str | None:
-    return _mend(build[:80]) if build else None
 
 
 def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
@@ -342,15 +306,12 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     Raises CompressknowError where the server completes no text.
     """
     if about := _request_about(client, "/props", _PROPS):
-        return LlamaServer(client, model, {**about, **(listed.get("meta") or {})})
+        longest = about["default_generation_settings"]["n_ctx"]
+        listed = {**about, **(listed.get("meta") or {})}
+        return LlamaServer(client, model, listed, build=about.get("build_info"), longest=longest)
     version = _request_about(client, "/version", _VERSION)
     if version and listed.get("owned_by") == "vllm":
-        return Vllm(client, model, {**listed, **version})
-    return _try_completion(client, model)
-
-
-def _try_completion(client: Client, model: str) -> Served:
-    """Find out by a completion: the server echoes log-probabilities, or it writes."""
+        return Vllm(client, model, listed, build=version["version"], longest=listed.get("max_model_len"))
     echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
     body = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
     form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,8 +72,11 @@ class DecodingScorer(Scorer):
     """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
 
     by_weights = ("_is_rounding",)
-    # How the architecture may read; None until it is tried.
-    _reading: Reading | None = None
+    # Whether what the model gives at a token depends on those after it, or on their number (ProphetNet, XLNet), so that
+    # each token needs a pass over all before it; None until it is tried.
+    reads_ahead: bool | None = None
+    # Whether it goes on from the cache of what comes before.
+    _caches = False
 
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
@@ -135,7 +139,8 @@ class DecodingScorer(Scorer):
         return answers
 
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
-        return [self.encoder.decode(self._cut_end(ids)) for ids in self.generate(batch, log_probs, state)]
+        written = self.generate(batch, log_probs, state)
+        return [self.encoder.decode(list(takewhile(lambda token: not self.ends(token), ids))) for ids in written]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
         """Return the likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
@@ -182,23 +187,14 @@ class DecodingScorer(Scorer):
         self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None = None
     ) -> tuple[torch.Tensor, Prefix]:
         """Read the prefixes of a batch: log-probabilities of the next token, [batch, vocabulary], and what is left."""
-        if self._reading is None:
-            self._reading = self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
+        if self.reads_ahead is None:
+            self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
         logits, cache = self.forward(ids, None, encoder, 1)
         return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
 
     def list_cache_arguments(self, cache: Any) -> dict[str, Any]:
         """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
         return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
-
-    @property
-    def _caches(self) -> bool:
-        return self._reading is not None and self._reading.cached
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Return whether what the model gives at a token depends on what follows, so that each token needs a pass."""
-        return self._reading is not None and not self._reading.spans
 
     @cached_property
     def _is_rounding(self) -> bool:
@@ -210,20 +206,20 @@ class DecodingScorer(Scorer):
     def _keep_splittable(self, cache: Any) -> Any:
         return check_splittable(cache) if self._caches else None
 
-    def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> Reading:
+    def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
         """Find out by two queries how this model may read."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
         more = torch.tensor([(query.gold + query.prompt * TRIED)[:TRIED] for query in batch], device=ids.device)
 
         def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
-            self._reading = Reading(cached=cached, spans=True)
+            self._caches = cached
             encoded = encoder.rows(torch.arange(len(ids), device=ids.device) % len(prefix)) if encoder else None
             return self.forward(ids, cache, encoded, keep)
 
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
         with disable_rounding(self.model):
-            return find_reading(forward, prefix, more)
+            self._caches, self.reads_ahead = find_reading(forward, prefix, more)
 
     def find_cache(self, output: Any) -> Any:
         return getattr(output, self._cache_name, None)
@@ -231,10 +227,6 @@ class DecodingScorer(Scorer):
     @cached_property
     def _cache_name(self) -> str:
         return find_cache_name(self.model)
-
-    def _cut_end(self, ids: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(ids) if self.ends(token)), len(ids))
-        return ids[:end]
 
     def _score_more(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
@@ -257,9 +249,7 @@ class DecodingScorer(Scorer):
 
 
 def find_cache_name(model: PreTrainedModel) -> str:
-    """Return what a model's `forward` calls its cache; modelling code that comes with a checkpoint may use the older
-    name.
-    """
+    """Return what `forward` calls the cache; code that comes with a checkpoint may use the older name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -282,33 +272,19 @@ TRIED = 3
 Forward = Callable[[torch.Tensor, Any, int, bool], tuple[torch.Tensor, Any]]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Ways in which a model's texts may be scored.
-
-    Attributes
-    ----------
-    cached : from the cache of their beginning.
-    spans : several tokens by one pass; else each token needs a pass over all before it, for what a model gives at a
-        token depends on those after it, or on their number (ProphetNet, XLNet).
+def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> tuple[bool, bool]:
+    """Find out on prefixes [batch, tokens] and what follows them, [batch, TRIED], whether a model's texts may be scored
+    from the cache of their beginning, and whether it reads ahead (see `DecodingScorer`).
     """
-
-    cached: bool
-    spans: bool
-
-
-def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> Reading:
-    """Find out how a model may read, on prefixes [batch, tokens] and what follows them, [batch, TRIED]."""
     whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
     expected, _ = forward(whole, None, whole.shape[1], False)
     if not is_same(forward(prefix, None, known, False)[0], expected[:, :known]):
-        return Reading(cached=False, spans=False)
+        return False, True
     try:
-        cached = _is_cache_sound(forward, prefix, more, expected[:, known:])
+        return _is_cache_sound(forward, prefix, more, expected[:, known:]), False
     except Exception:
         # The architecture has none, or none that can be used like this.
-        cached = False
-    return Reading(cached=cached, spans=True)
+        return False, False
 
 
 def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -328,9 +304,7 @@ def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, 
 
 
 def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether logits are the same but for rounding, which grows with them and with the steps of their dtype;
-    those of a broken model, that are no numbers, pass.
-    """
+    """Return whether logits are the same but for rounding; those of a broken model, that are no numbers, pass."""
     room = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
     return not bool(((logits - expected).abs() > room).any())
 

@@ -48,7 +48,14 @@ class MaskedScorer(Scorer):
                 f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
                 hint="See that its mask token is one of its special tokens.",
             )
-        return self._drop_space(ids) if fact.gap else ids
+        if not fact.gap:
+            return ids
+        # Without a token for the space before the mask: that space is part of the answer's first token. Tokenizers
+        # whose mask takes in the space before it, as RoBERTa's does, have none there.
+        place = ids.index(self.tokenizer.mask_token_id)
+        before = ids[place - 1 : place]
+        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
+        return ids[: place - 1] + ids[place:] if space else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # What follows is in sight anyway.
@@ -115,7 +122,6 @@ class MaskedScorer(Scorer):
         return found
 
     def _score_steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
-        """Return log-probabilities of the wanted tokens after each beginning of a candidate."""
         sizes: dict[int, list[Step]] = {}
         for step in wanted:
             sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
@@ -130,23 +136,10 @@ class MaskedScorer(Scorer):
         return found
 
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
-        """Return the prompt with `length` masks in place of one, the first ones filled; and where the next token
-        stands.
-        """
+        """Return the prompt with `length` masks, the first ones filled, and where the next token stands."""
         place = self._find_blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
         return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
-
-    def _drop_space(self, prompt: Ids) -> Ids:
-        """Return the prompt without a token for the space before the mask: that space is part of the answer's first
-        token.
-
-        Tokenizers whose mask takes in the space before it, as RoBERTa's does, have none there.
-        """
-        place = prompt.index(self.tokenizer.mask_token_id)
-        before = prompt[place - 1 : place]
-        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
-        return prompt[: place - 1] + prompt[place:] if space else prompt
 
     def _find_blank(self, query: Query) -> int:
         return query.prompt.index(self.tokenizer.mask_token_id)
@@ -184,9 +177,7 @@ class MaskedScorer(Scorer):
         return logits
 
     def _is_head_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
-        """Return whether the head gives the same where it sees the masked positions alone: most do, the rest run it
-        whole.
-        """
+        """Return whether the head gives the same where it sees the masked positions alone, as most do."""
         if self.model.base_model is self.model:
             return False
         whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
@@ -215,7 +206,13 @@ class CausalScorer(DecodingScorer):
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        after, context = fact.after if rest else "", self._choose_context(fact)
+        after, context = fact.after if rest else "", fact.before
+        # Most often the last word before the answer is enough to give the same tokens.
+        word = fact.before.rpartition(" ")[2]
+        gold = self.encoder.answer(word, fact.obj_label, fact.gap)
+        whole = self.tokenizer(fact.before + fact.gap + fact.obj_label, add_special_tokens=False, verbose=False)
+        if tuple(whole["input_ids"]) == self.encoder.ids(fact.before) + gold:
+            context = word
         return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
 
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
@@ -250,13 +247,6 @@ class CausalScorer(DecodingScorer):
                 hint="Choose another template, with the object last.",
             )
         return int(start)
-
-    def _choose_context(self, fact: Fact) -> str:
-        """Return a text before the answer that gives the same tokens as the prompt does: most often its last word."""
-        context = fact.before.rpartition(" ")[2]
-        gold = self.encoder.answer(context, fact.obj_label, fact.gap)
-        whole = self.tokenizer(fact.before + fact.gap + fact.obj_label, add_special_tokens=False, verbose=False)
-        return context if tuple(whole["input_ids"]) == self.encoder.ids(fact.before) + gold else fact.before
 
 
 class Seq2SeqScorer(DecodingScorer):
@@ -336,13 +326,6 @@ class Seq2SeqScorer(DecodingScorer):
         return int(self.tokenizer.convert_tokens_to_ids(token))
 
 
-_SCORERS: dict[str, type[MaskedScorer | CausalScorer | Seq2SeqScorer]] = {
-    "masked": MaskedScorer,
-    "causal": CausalScorer,
-    "seq2seq": Seq2SeqScorer,
-}
-
-
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
     """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
 
@@ -361,4 +344,5 @@ def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fami
             "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
             hint="Set `mask_token` in its tokenizer_config.json.",
         )
-    return _SCORERS[family](model, tokenizer, probe)
+    scorers: dict[str, type[Scorer]] = {each.family: each for each in (MaskedScorer, CausalScorer, Seq2SeqScorer)}
+    return scorers[family](model, tokenizer, probe)

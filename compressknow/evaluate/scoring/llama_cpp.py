@@ -1,21 +1,24 @@
-"""Scorer and reader of GGUF files in llama.cpp: the causal ones' rules, with llama.cpp's memory of what was read."""
+"""GGUF files in llama.cpp: scorer and reader by the causal ones' rules, with llama.cpp's memory of what was read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from compressknow.engine.identity import Located
 from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.runtimes import LLAMA_CPP, Loaded
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Query
 from compressknow.gguf.context import Context, GgufTokenizer, Span
-from compressknow.gguf.llama_cpp import GgufModel
+from compressknow.gguf.llama_cpp import GgufModel, count_types
+from compressknow.gguf.record import PREFIX, SOURCE
 
 # Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
 PROMPTS, PROMPT_TOKENS = 64, 512
@@ -25,6 +28,54 @@ SEQUENCES = 256
 CANDIDATE_TOKENS = 1536
 # Tokens of candidates that one pass reads without a look at who has fallen behind.
 WIDE = 64
+
+
+class LoadedInLlamaCpp(Loaded):
+    """GGUF file, memory-mapped, read on as many threads as torch uses."""
+
+    family = "causal"
+
+    def __init__(self, located: Located) -> None:
+        self._model = GgufModel(located.path)
+        self._readers: list[LlamaCppScorer | GgufReader] = []
+        self.architecture = self._model.architecture
+        self.computed_in = f"llama.cpp {self._model.native.build}"
+        self.parameters = self._model.parameters
+
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        return self._model.vocabulary
+
+    def make_scorer(self, probe: Probe) -> LlamaCppScorer:
+        scorer = LlamaCppScorer(self._model, probe, torch.get_num_threads())
+        self._readers.append(scorer)
+        return scorer
+
+    def make_reader(self) -> GgufReader:
+        reader = GgufReader(self._model, torch.get_num_threads())
+        self._readers.append(reader)
+        return reader
+
+    def make_record(self) -> Mapping[str, Any]:
+        """Return name, build, and how each group of layers is stored."""
+        return self._record
+
+    @cached_property
+    def _record(self) -> Mapping[str, Any]:
+        types = count_types(self._model.path)
+        return {"name": LLAMA_CPP, "build": self._model.native.build, "types": types}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return how most weights are stored, and what an export of compressknow says that it was made from."""
+        values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
+        source = {key: value for key, value in values.items() if value}
+        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
+
+    def release(self) -> None:
+        """Close the contexts first, which read the model."""
+        for reader in self._readers:
+            reader.release()
+        self._model.close()
 
 
 class LlamaCppScorer(CausalScorer):

@@ -119,13 +119,9 @@ class Encoder:
         return self.ids(text)
 
     def answer(self, context: str, text: str, gap: str = " ") -> Ids:
-        """Return ids of an answer in running text after `context`, or at the start of a sentence, where it is
-        capitalized.
-
-        `gap` is what stands between both: a space, or nothing.
-        """
+        """Return ids of an answer in running text after `context` and `gap`, or capitalized where that is empty."""
         if not context:
-            return self.ids(text[:1].upper() + text[1:])
+            return self.ids(capitalize(text))
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:

@@ -89,9 +89,7 @@ def find_rank(gold: int, scores: Scores) -> int | None:
 
 
 def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
-    """Score as few tokens as make the best five, the object's rank and the sum certain in each contest, changed in
-    place.
-    """
+    """Score as few tokens as make the best five, the object's rank and the sum certain, in place."""
     while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.find_wanted()]:
         known = {index: rankings[index].compute_bar() for index, _ in pairs}
         bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -92,7 +93,7 @@ class TransformersReader:
         if not self._checked:
             self._check_causal(ids)
             self._checked = True
-        return self._compute_logits(self._make_row(ids), len(ids) - first)[0, :-1].float().log_softmax(-1)
+        return self._compute_logits(ids, len(ids) - first)[0, :-1].float().log_softmax(-1)
 
     @torch.inference_mode()
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
@@ -103,17 +104,19 @@ class TransformersReader:
     def _continue(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
         ids = ids.to(self._model.device)
         fed, cache, written = ids, None, []
+        end = -1 if self._end is None else self._end
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(tokens):
             output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._list_arguments(1))
             written.append(output.logits[:, -1].argmax(-1, keepdim=True))
-            ended |= written[-1] == (-1 if self._end is None else self._end)
+            ended |= written[-1] == end
             if ended.all():
                 break
             cache = getattr(output, self._cache, None)
             # Without keys and values of what is read, all of it is read again.
             fed = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
-        return [self._pad_end(row, tokens) for row in torch.cat(written, dim=1).tolist()]
+        rows = [list(takewhile(lambda token: token != end, row)) for row in torch.cat(written, dim=1).tolist()]
+        return [row + [end] * (tokens - len(row)) for row in rows]
 
     def ends(self, token: int) -> bool:
         return token == self._end
@@ -123,17 +126,11 @@ class TransformersReader:
         end: int | None = self._tokenizer.eos_token_id
         return end
 
-    def _pad_end(self, row: list[int], tokens: int) -> list[int]:
-        if self._end is None or self._end not in row:
-            return row
-        written = row[: row.index(self._end)]
-        return written + [self._end] * (tokens - len(written))
-
     def _check_causal(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
         known = max(2, len(ids) // 2)
         with disable_rounding(self._model):
-            whole, part = (self._compute_logits(self._make_row(some), len(some)) for some in (ids, ids[:known]))
+            whole, part = (self._compute_logits(some, len(some)) for some in (ids, ids[:known]))
         if not is_same(part, whole[:, :known]):
             name = type(self._model).__name__
             raise UnsupportedError(
@@ -141,11 +138,9 @@ class TransformersReader:
                 hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
             )
 
-    def _make_row(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([ids], device=self._model.device)
-
-    def _compute_logits(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, **self._list_arguments(keep)).logits
+    def _compute_logits(self, ids: Sequence[int], keep: int) -> torch.Tensor:
+        row = torch.tensor([ids], device=self._model.device)
+        logits: torch.Tensor = self._model(input_ids=row, use_cache=False, **self._list_arguments(keep)).logits
         return logits[:, -keep:]
 
     def _list_arguments(self, keep: int) -> dict[str, Any]:

@@ -132,9 +132,7 @@ class Scorer(ABC):
         state: Any,  # noqa: ARG002
         texts: Sequence[str | None],  # noqa: ARG002
     ) -> list[Answer]:
-        """Answer the queries where any text may be answered, by what it writes; families that only choose have
-        none.
-        """
+        """Answer the queries where any text may be answered; families that only choose have none."""
         return []
 
     def find_obstacle(self, fact: Fact) -> str | None:
@@ -157,7 +155,8 @@ class Scorer(ABC):
         if fact.candidates:
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
             options = self.encode_options(fact, fact.candidates, rest=rest)
-            if not rest and _is_prefix_of_another(options):
+            if not rest and any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options)))):
+                # It would never be the less likely one of both.
                 options = self.encode_options(fact, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
@@ -205,9 +204,7 @@ class Scorer(ABC):
             return self._add_distributions(batch, found, log_probs, reference, whole)
 
     def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """Return what the model says to queries of one shape: the choice, or else the first sentence; None where
-        it cannot write.
-        """
+        """Return what the model says to queries of one shape: a choice, or the first sentence; None where it cannot."""
         with torch.inference_mode():
             texts = self.produce(batch, *self._begin(batch))
         return [
@@ -227,9 +224,7 @@ class Scorer(ABC):
             return self._add_distributions(batch, answers, self._begin(batch)[0], reference, whole)
 
     def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """Return `first`, tried on two queries before any other: a model that cannot read them cannot be evaluated at
-        all.
-        """
+        """Return what `read_first` does, tried on two queries before any other."""
         self._check_ids(batch)
         if not self._tried:
             try:
@@ -246,9 +241,7 @@ class Scorer(ABC):
         return self.read_first(batch)
 
     def _check_ids(self, batch: Sequence[Query]) -> None:
-        """Raise CheckpointError for ids beyond the embedding: a tokenizer may have few tokens, and yet a number for one
-        that has no row.
-        """
+        """Raise CheckpointError for ids beyond the embedding: those of a tokenizer may have gaps."""
         rows = self._rows
         for query in batch:
             largest = max(chain(query.prompt, query.gold, *query.options), default=0)
@@ -267,7 +260,10 @@ class Scorer(ABC):
         reference: Sequence[Ids] | None,
         whole: Whole | None,
     ) -> list[Answer]:
-        ids = self._choose_reference_ids(log_probs, reference)
+        if reference is not None:
+            ids = torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
+        else:
+            ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
         kept = log_probs.gather(1, ids).float().cpu().numpy()
         divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
         found = {answer.fact_id: answer for answer in answers}
@@ -344,20 +340,14 @@ class Scorer(ABC):
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
-    def _choose_reference_ids(self, log_probs: torch.Tensor, reference: Sequence[Ids] | None) -> torch.Tensor:
-        if reference is not None:
-            return torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
-        return log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
-
     def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if query.options]
         if not chosen:
             return []
+        bounds = self.bound_options([batch[index] for index in chosen], log_probs[chosen])
         rankings = [
-            Ranking(first, np.array([len(ids) == 1 for ids in batch[index].options]), _find_gold(batch[index].fact))
-            for index, first in zip(
-                chosen, self.bound_options([batch[i] for i in chosen], log_probs[chosen]), strict=True
-            )
+            Ranking(first, np.array([len(ids) == 1 for ids in query.options]), query.options.index(query.gold))
+            for query, first in zip([batch[index] for index in chosen], bounds, strict=True)
         ]
         firsts = [ranking.scores.copy() for ranking in rankings]
 
@@ -374,8 +364,9 @@ class Scorer(ABC):
         if not chosen:
             return []
         scores = log_probs[chosen]
-        scores = scores if self.allowed is None else scores[:, self.allowed]
-        ids = np.arange(scores.shape[1]) if self.allowed is None else self.allowed.cpu().numpy()
+        ids = np.arange(scores.shape[1])
+        if self.allowed is not None:
+            scores, ids = scores[:, self.allowed], self.allowed.cpu().numpy()
         values = scores.double().cpu().numpy()
         return [self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
 
@@ -388,16 +379,6 @@ class Scorer(ABC):
         logp = None if gold is None else float(scores[gold])
         total = sum_logs(scores)
         return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
-
-
-def _is_prefix_of_another(options: Sequence[Ids]) -> bool:
-    """Return whether an option's ids are the beginning of another's: it would never be the less likely one of both."""
-    return any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options))))
-
-
-def _find_gold(fact: Fact) -> int:
-    assert fact.candidates is not None
-    return fact.candidates.index(fact.obj_label)
 
 
 def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:

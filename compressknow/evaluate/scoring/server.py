@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
-from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from queue import Empty, SimpleQueue
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,9 +68,6 @@ class ServedScorer(CausalScorer):
             )
         self._served, self._parallel = served, parallel
 
-    def release(self) -> None:
-        """Do nothing: nothing is held."""
-
     def make_query(self, fact: Fact) -> Query | str:
         """Return the query of any causal model; where the server only writes, candidates are not told to it."""
         if self._served.scores or not fact.candidates:
@@ -102,21 +97,10 @@ class ServedScorer(CausalScorer):
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
         """Send the requests of several batches at the same time; those of one batch follow one another."""
-        jobs: SimpleQueue[Sequence[Query]] = SimpleQueue()
-        results: SimpleQueue[tuple[Sequence[Query], T] | Exception] = SimpleQueue()
-        for batch in batches:
-            jobs.put(batch)
-        count, stopped = jobs.qsize(), threading.Event()
-        # Not of a pool that is waited for: who interrupts the run does not wait for a server that hangs.
-        for _ in range(min(self._parallel, count)):
-            start_new_thread(_work_off, (work, jobs, results, stopped))
-        try:
-            for _ in range(count):
-                if isinstance(result := results.get(), Exception):
-                    raise result
-                yield result
-        finally:
-            stopped.set()
+        batches = list(batches)
+        # Its threads are daemons: who interrupts the run does not wait for a server that hangs.
+        with ThreadPool(max(1, min(self._parallel, len(batches)))) as pool:
+            yield from pool.imap_unordered(lambda batch: (batch, work(batch)), batches)
 
     def answer(
         self,
@@ -198,32 +182,12 @@ class ServedScorer(CausalScorer):
         return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
 
 
-def _work_off(
-    work: Callable[[Sequence[Query]], T],
-    jobs: SimpleQueue[Sequence[Query]],
-    results: SimpleQueue[tuple[Sequence[Query], T] | Exception],
-    stopped: threading.Event,
-) -> None:
-    """Do jobs until there are none, or nobody waits for them."""
-    while not stopped.is_set():
-        try:
-            batch = jobs.get_nowait()
-        except Empty:
-            return
-        try:
-            results.put((batch, work(batch)))
-        except Exception as error:
-            results.put(error)
-
-
 def _pair(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
     return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
 
 
 def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
-    """Add the distribution at the first position: of the `wanted` tokens, or the likeliest ones; none where the server
-    told less than that.
-    """
+    """Add the distribution at the first position, of the `wanted` tokens or the likeliest, if all are told."""
     ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else [int(number) for number in wanted]
     if not all(number in first.logp for number in ids):
         ids = []

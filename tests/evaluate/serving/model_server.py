@@ -21,18 +21,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "known-facts"
-# What begins an answer, and comes again and again then.
-DRIPS = {
-    "drip headers": (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
-    "drip continues": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "drip a chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x"),
-}
 
 
 class ModelServer(ThreadingHTTPServer):
     """`faults` : by path a list of what comes first, one a request, before the model answers: a status, (status,
-    headers), ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, a key of `DRIPS`, ``ok``, or
-    bytes: the answer.
+    headers), ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok``, or bytes: the
+    answer.
 
     `changed` : what becomes of each completion before it is sent.
     """
@@ -180,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         left = self.server.faults.get(self.path)
         if not left:
             return False
-        fault = left[0] if len(left) == 1 and left[0] in ("hang", "trickle", *DRIPS) else left.pop(0)
+        fault = left[0] if len(left) == 1 and left[0] in ("hang", "trickle") else left.pop(0)
         if fault == "ok":
             return False
         if fault == "hang":
@@ -197,11 +191,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(200, 1000)
             while not self.server.closing.wait(0.05):
                 self.wfile.write(b" ")
-        elif isinstance(fault, str):
-            begins, drop = DRIPS[fault]
-            self.wfile.write(begins)
-            while not self.server.closing.wait(0.05):
-                self.wfile.write(drop)
         elif isinstance(fault, bytes):
             self._send(fault)
         else:
