@@ -312,23 +312,16 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card: a line for each domain, and one for all."""
+    """Report card: a line for each domain, the last one for all.
 
-    rows: tuple[GradeRow, ...]
-    total: GradeRow
+    Attributes
+    ----------
+    rows : domain, facts known before, share kept, its interval, grade, and the grades that the interval spans.
+    bars : what is kept, by row; `rounding`, on the last, the mark of what rounding alone keeps.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class GradeRow:
-    """Line of the report card; `rounding` is the mark on its bar, of what rounding alone keeps, where it has one."""
-
-    subject: str
-    known: str
-    kept: str
-    interval: str
-    grade: str
-    range: str
-    bar: Estimate
+    rows: tuple[tuple[str, str, str, str, str, str], ...]
+    bars: tuple[Estimate, ...]
     rounding: float | None = None
 
 

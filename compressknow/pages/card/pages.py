@@ -28,7 +28,6 @@ from compressknow.pages.parts import (
     Entry,
     Folded,
     Graded,
-    GradeRow,
     Models,
     Note,
     Page,
@@ -41,7 +40,7 @@ from compressknow.pages.parts import (
     get_headline_accuracy,
     list_identity,
 )
-from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, name_models, write_estimate
+from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate
 from compressknow.pages.texts import write_perplexity, write_text_headline
 from compressknow.pages.tradeoff import draw_tradeoff
 
@@ -170,19 +169,21 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
 
 
 def _make_grades_section(comparison: Comparison, id: str) -> Shown:
-    kept, rounding = comparison.kept, find_rounding_kept(comparison.probes)
-    total = GradeRow("All domains", *_write_kept(comparison.counts, kept), "", "", kept, rounding)
+    rows = [
+        (
+            plain(grade.subject, 80),
+            *_write_kept(grade.counts, grade.kept),
+            plain(grade.grade, 4),
+            plain(grade.range or "", 20) if grade.unsure else "",
+        )
+        for grade in comparison.grades
+    ]
+    rows.append(("All domains", *_write_kept(comparison.counts, comparison.kept), "", ""))
+    bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
+    graded = Graded(tuple(rows), bars, find_rounding_kept(comparison.probes))
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
     note = Note(LEGEND, drawn=" ".join(filter(None, (BAR, mark))))
-    return Shown(
-        f"{id}-card", "Report card", (Graded(tuple(map(_make_grade_row, comparison.grades)), total), note), look="card"
-    )
-
-
-def _make_grade_row(grade: Grade) -> GradeRow:
-    spanned = plain(grade.range, 20) if grade.unsure and grade.range else ""
-    letter = plain(grade.grade, 4)
-    return GradeRow(plain(grade.subject, 80), *_write_kept(grade.counts, grade.kept), letter, spanned, grade.kept)
+    return Shown(f"{id}-card", "Report card", (graded, note), look="card")
 
 
 def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
