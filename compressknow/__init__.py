@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Options as Options
     from compressknow.gguf.record import ExportRecord as ExportRecord
     from compressknow.model.summary import Inspection as Inspection
-    from compressknow.pages.diff.records import CheckpointComparison as CheckpointComparison
+    from compressknow.pages.diff.make import CheckpointComparison as CheckpointComparison
     from compressknow.pages.records import Card as Card
     from compressknow.pages.search import Search as Search
     from compressknow.pages.search import Trial as Trial
@@ -80,7 +80,7 @@ else:
         "evaluate.sources": ("Options",),
         "gguf.record": ("ExportRecord",),
         "model.summary": ("Inspection",),
-        "pages.diff.records": ("CheckpointComparison",),
+        "pages.diff.make": ("CheckpointComparison",),
         "pages.records": ("Card",),
         "pages.search": ("Search", "Trial"),
         "pages.study.records": ("Study",),

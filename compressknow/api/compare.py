@@ -15,9 +15,8 @@ from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
-from compressknow.pages.diff.make import make_behaviour, make_checkpoint, make_comparison
+from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, make_checkpoint, make_comparison
 from compressknow.pages.diff.pages import write_comparisons
-from compressknow.pages.diff.records import CheckpointComparison
 from compressknow.pages.pages import check_outputs, require_for
 
 

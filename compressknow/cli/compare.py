@@ -25,7 +25,7 @@ from compressknow.cli.options import (
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json
-from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (
     figures_table,
     pair_probes,

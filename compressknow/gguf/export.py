@@ -29,7 +29,15 @@ from compressknow.engine.contents import read_contents
 from compressknow.engine.identity import locate, source_of
 from compressknow.engine.load import family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
-from compressknow.gguf.converter import Converter, check_architecture, convert, list_architectures
+from compressknow.gguf.converter import (
+    Converter,
+    Request,
+    check_architecture,
+    convert,
+    list_architectures,
+    quantize,
+    read_planned_types,
+)
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
@@ -50,7 +58,6 @@ from compressknow.gguf.plain import (
     list_plain_tensors,
     write_plain,
 )
-from compressknow.gguf.quantizing import Request, quantize, read_planned_types
 from compressknow.gguf.record import (
     SCHEMA,
     ExportRecord,

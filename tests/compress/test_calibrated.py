@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse
+from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse, gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme, nearest
-from compressknow.compress.schemes.gptq import gptq
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,

@@ -176,7 +176,7 @@ def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: 
     """llama.cpp itself is asked, of each type that it has."""
     from compressknow.base.errors import CompressknowError
     from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
-    from compressknow.gguf.quantizing import Request, quantize
+    from compressknow.gguf.converter import Request, quantize
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     for number, kind in enumerate(list_file_types()):

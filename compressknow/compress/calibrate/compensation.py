@@ -1,8 +1,11 @@
-"""Compensation of errors by later columns, which GPTQ and SparseGPT share.
+"""Compensation of errors by later columns, which GPTQ and SparseGPT share, and GPTQ onto the grid of a scheme.
 
 In GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1), with U the upper factor of the
 inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
 ||X (W - W')^T|| down the most. Columns come in blocks, whose errors reach the rest of the matrix as one product.
+
+GPTQ keeps the scales as they are given. Columns whose inputs have the largest squares come first, while most others are
+left to make up for them; each keeps the scale of its own group.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.calibrate.gathering import InputStatistics
+from compressknow.compress.schemes import Scheme, nearest
 
 # Shares of the mean of H's diagonal that are added to it, until it can be inverted (GPTQ, section 3.3: 1 %).
 DAMPINGS = (0.01, 0.1)
@@ -124,3 +128,40 @@ def _compensate_from(
         else:
             block.sub_(settle(first + start, block[0])).div_(corner)
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
+
+
+def gptq(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    scheme: Scheme,
+    inputs: InputStatistics,
+    fixed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Round weights [out, in] to codes of a scheme's grid, of the same shape; the weights are left as they are.
+
+    Rows do not depend on each other: a block of them gives what all would.
+
+    Parameters
+    ----------
+    values : float32, or of 16 bits; the work is done in float32.
+    scales : of the rows given: [out, 1], [1] or [out, groups].
+    inputs : with products.
+    fixed : bool [out, in], weights that were pruned: they stay zero, and other columns make up for their error too.
+
+    Raises CompressknowError naming the layer where X^T X cannot be inverted.
+    """
+    factor, order = get_inverse(inputs, by_activation=True)
+    columns = values.to(torch.float32).T[order]
+    codes: list[torch.Tensor] = []
+    zero = None if fixed is None else fixed.T[order]
+    group_scales = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()
+    groups = (order * len(group_scales) // len(columns)).tolist()
+
+    def settle(column: int, current: torch.Tensor) -> torch.Tensor:
+        scale = group_scales[groups[column]][:, None]
+        current = current if zero is None else current.masked_fill(zero[column], 0)
+        codes.append(nearest(current[:, None], scale, scheme)[:, 0])
+        return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
+
+    compensate(columns, factor, [Level(BLOCK), Level(FINE)], settle)
+    return torch.stack([codes[place] for place in order.argsort().tolist()], 1)

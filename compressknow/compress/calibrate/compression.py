@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from compressknow.base.format import size
+from compressknow.compress.calibrate.compensation import gptq
 from compressknow.compress.calibrate.estimate import estimate
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import (
@@ -46,7 +47,6 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned
 from compressknow.compress.schemes import Scheme, nearest
-from compressknow.compress.schemes.gptq import gptq
 from compressknow.compress.steps import prune_matrix
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from compressknow.comparison.records import TextFigures
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
-from compressknow.pages.diff.records import Behaviour, CheckpointComparison, names_of
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,

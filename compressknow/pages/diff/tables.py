@@ -18,7 +18,7 @@ from compressknow.base.format import (
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Group, Movement, ProbeFigures
-from compressknow.pages.diff.records import AnswerPair, Behaviour
+from compressknow.pages.diff.make import AnswerPair, Behaviour
 from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts
 from compressknow.pages.records import write_estimate
 from compressknow.pages.tradeoff import Grid

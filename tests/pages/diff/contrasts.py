@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.evaluate.gather import PairedAnswers
-from compressknow.pages.diff.make import make_behaviour, write_verdict
-from compressknow.pages.diff.records import CheckpointComparison
+from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, write_verdict
 from compressknow.pages.records import Checkpoint
 from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 

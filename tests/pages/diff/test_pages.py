@@ -17,9 +17,8 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import plain
 from compressknow.comparison.diff import CheckpointDiff
-from compressknow.pages.diff.make import list_warnings, write_verdict
+from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
 from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.pages.diff.records import CheckpointComparison
 from compressknow.pages.diff.tables import make_grid
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.tradeoff import Grid, draw_heat_map
