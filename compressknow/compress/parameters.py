@@ -27,6 +27,7 @@ TAKEN = frozenset(
     (
         *("prune", "amount", "method", "quantize", "scheme", "steps", "module_map", "recipe", "parameters", "name"),
         *("scope", "include", "exclude", "layers", "where", "model", "output", "prune_method", "threads", "progress"),
+        *("rounding", "smooth", "calibration", "calibration_tokens", "drop_blocks", "drop_neurons"),
         *("revision", "trust_remote_code", "dry_run", "overwrite", "json", "as_json", "help", "debug"),
     )
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import compressknow
-from compressknow.compress.parameters import Option, Parameter
+from compressknow.compress.parameters import TAKEN, Option, Parameter
 from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.model.structure import ModuleMap
 
@@ -26,6 +26,10 @@ def test_the_signature_of_convert_is_as_the_options_are_declared(declared: Optio
     assert declared.name in signature, f"Add it to the signature: {declared.name}: {annotation_of(declared)}"
     assert signature[declared.name].default == declared.default
     assert signature[declared.name].annotation == annotation_of(declared)
+
+
+def test_no_method_or_scheme_may_call_a_parameter_as_an_option_is_called() -> None:
+    assert {name for each in OPTIONS.values() for name in (each.name, each.key)} <= TAKEN
 
 
 def annotation_of(declared: Option | Parameter) -> str:

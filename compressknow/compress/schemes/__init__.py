@@ -1,7 +1,8 @@
 """Quantization schemes: how a weight is stored in few bits, in the layout of compressed-tensors.
 
-The conversion asks a scheme for scales, has the weights rounded to its grid (`nearest`, or `schemes.gptq`), and writes
-what `pack` makes of the codes. A scheme also says what runs it, what it is called, and what to warn readers of.
+The conversion asks a scheme for scales, has the weights rounded to its grid (`nearest`, or
+`calibrate.compensation.gptq`), and writes what `pack` makes of the codes. A scheme also says what runs it, what it is
+called, and what to warn readers of.
 """
 
 from __future__ import annotations
