@@ -317,7 +317,7 @@ def decide(
     )
     alike = join_names([f"{labels[place]} ({size(sizes[place])})" for place in standing[taken].alike])
     others = (
-        f"No test tells it from {alike}." if alike else "No other keeps as much or as little: that is more than chance."
+        f"No test tells it from {alike}." if alike else "What each of the others keeps differs by more than chance."
     )
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
