@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from jinja2.nodes import EvalContext
 from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import check_links, write_whole
+from compressknow.base.files import check_links, open_whole
 from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
 from compressknow.base.libraries import require
 from compressknow.base.system import uninterrupted
@@ -230,10 +231,12 @@ def _check_ours(path: Path) -> None:
 
 
 def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path]) -> None:
-    """Write files, each of which appears whole, by what gives the text of each name or ending of a name; nothing is
-    written before all texts are there.
+    """Write files, each of which appears whole, by what gives the text of each name or ending of a name. None appears
+    before all are on the disk, which may have no room for one.
     """
     written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
-    with uninterrupted():
+    with uninterrupted(), ExitStack() as files:
         for path, text in written.items():
-            write_whole(path, text.encode("utf-8"))
+            file = files.enter_context(open_whole(path))
+            file.write(text.encode("utf-8"))
+            file.flush()
