@@ -1,13 +1,19 @@
-"""Which tests `make test` leaves to `make test-all`: what takes long, and most of what is one check on many cases."""
+"""Which tests `make test` leaves to `make test-all`.
+
+By hand, with `long` and `one_in`: campaigns, and most of what is one check on many cases. By measure, in long.txt: tests
+that take more than two seconds, but for those that stand for a whole command or for what the README promises.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 long = pytest.mark.long
+MEASURED = frozenset((Path(__file__).parent / "long.txt").read_text("utf-8").splitlines())
 
 
 def one_in(number: int, cases: Iterable[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -21,18 +22,21 @@ from compressknow.base.format import plain
 def quiet() -> Iterator[None]:
     """Silence progress bars, the load report and all that is printed, be it by Rust: what matters in it is checked and
     raised."""
-    from loguru import logger
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logger.disable("compressed_tensors")
+    # What compressed-tensors logs by; versions of it that log otherwise say nothing.
+    loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
+    if loguru:
+        loguru.disable("compressed_tensors")
     try:
         with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
-        logger.enable("compressed_tensors")
+        if loguru:
+            loguru.enable("compressed_tensors")
 
 
 class PanicError(Exception):
