@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("no-deadline")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid in MEASURED:
+        if {item.nodeid, item.nodeid.partition("[")[0]} & MEASURED:
             item.add_marker(long)
 
 

@@ -1,7 +1,8 @@
 """Which tests `make test` leaves to `make test-all`.
 
-By hand, with `long` and `one_in`: campaigns, and most of what is one check on many cases. By measure, in long.txt: tests
-that take more than two seconds, but for those that stand for a whole command or for what the README promises.
+By hand, with `long` and `one_in`: campaigns, and most of what is one check on many cases. By measure, in long.txt:
+tests and cases that take more than a second, but for those that stand for a whole command or for what the README
+promises.
 """
 
 from __future__ import annotations

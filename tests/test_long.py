@@ -1,4 +1,4 @@
-"""The list of tests that take long names tests that there are."""
+"""The list of tests that take long names tests that exist."""
 
 from __future__ import annotations
 
