@@ -331,6 +331,7 @@ class TestSection:
     @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
         code = """
+            from markupsafe import Markup
             from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import *
 
@@ -352,7 +353,7 @@ class TestSection:
                 order, text = 101, "harmless"
 
             class Hostile(Said):
-                order, text = 102, TEXT
+                order, text = 102, Markup(TEXT)
         """
         code = textwrap.dedent(code).replace("TEXT", repr(text))
         install(SECTIONS, "harmless", code, "Harmless")
@@ -404,13 +405,18 @@ class TestSection:
         ("change", "says"),
         [
             (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
+            (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
+            (("yield Note(", "yield (lambda text: Folded('', (text,)))("), "TypeError: `parts` gives str"),
+            (("yield Note(", "yield (lambda text: Facts(Table('', ('',), ())))("), "ValueError: facts have one column"),
+            (('("Probe", "Original", "Compressed")', '("Probe", "Original")'), "ValueError: a row of the table"),
             (("axes.barh(**bars)", "axes.barh(bars)"), "TypeError"),
             (("def parts(", "def part("), "NotImplementedError"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
     def test_one_that_fails_to_show_itself_is_left_out_of_the_page(self, change: tuple[str, str], says: str, install):
-        install(SECTIONS, "favourites", example("A section of the report").replace(*change), "Favourites")
+        code = example("A section of the report").replace("Chart, Note", "Chart, Drawn, Facts, Folded, Note")
+        install(SECTIONS, "favourites", code.replace(*change), "Favourites")
         page, _, figures = self.report()
         assert "m1-favourites" not in self.sections(page)
         assert "m1-figures" in self.sections(page)

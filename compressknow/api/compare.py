@@ -110,7 +110,7 @@ def compare(
         show_facts=not no_facts,
         command=command,
     )
-    write_comparisons(comparison, files)
+    write_comparisons(comparison, files, overwrite=overwrite)
     if comparison.behaviour:
         check_names(comparison.behaviour.b_against_a, gates)
         hold_to_gates(comparison, comparison.behaviour.b_against_a, gates, strict=strict)

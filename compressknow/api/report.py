@@ -127,7 +127,7 @@ def report(
         within=most,
     )
     check_names(card, gates)
-    write_reports(card, files, gates=gates, strict=strict)
+    write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
     if into_model_card:
         write_into_model_cards(card, models)
     hold_to_gates(card, card, gates, strict=strict)

@@ -201,7 +201,7 @@ def search(
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
-            write_reports(card, [folder / name for name in REPORTS])
+            write_reports(card, [folder / name for name in REPORTS], overwrite=True)
             write_whole(folder / RECIPE, f"{result.recipe}\n".encode())
         write_search(result, folder)
         candidates.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import check_links, open_whole
 from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
 from compressknow.base.libraries import require
+from compressknow.base.reading import open_regular
 from compressknow.base.system import uninterrupted
 
 if TYPE_CHECKING:
@@ -96,14 +98,14 @@ def to_yaml(values: dict[str, Any]) -> str:
     return text if text == plain_lines(text) else dumped(unicode=False)
 
 
-def isolate(sentence: str) -> Markup:
+def isolate(sentence: object) -> Markup:
     """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
     round.
 
     >>> print(isolate("<\u05d0\u05d1> 5 %"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
     """
-    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(plain_lines(sentence)))))
+    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(plain_lines(str(sentence))))))
 
 
 def keep_unbroken(sentence: str) -> Markup:
@@ -126,7 +128,7 @@ def _join_lines(text: object) -> str:
 
 @pass_eval_context
 def _finish(context: EvalContext, value: object) -> object:
-    # Sections of other packages need not know which characters are unseen.
+    # Glossaries and methods of other packages need not know which characters are unseen.
     return plain_lines(value) if context.autoescape and type(value) is str else value
 
 
@@ -180,7 +182,8 @@ def _hash(text: str) -> str:
 
 
 FORMATS = (".html", ".md", ".json")
-# By what a page is known again.
+# By what a page is known again: within so many bytes of its beginning or its end.
+_MARKED_WITHIN = 1 << 16
 _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
     ".md": re.compile(rb"^- Versions: compressknow ", re.MULTILINE),
@@ -223,16 +226,25 @@ def _check_ours(path: Path) -> None:
         raise OutputError(
             f"{path} lies in a checkpoint folder: not overwritten.", hint="Choose a name outside the checkpoint."
         )
-    if not path.is_file() or not _MARKS[path.suffix.lower()].search(path.read_bytes()):
+    if not path.is_file() or not _is_marked(path):
         raise OutputError(
             f"{path} was not written by compressknow: not overwritten.",
             hint="Remove it yourself, or choose another name.",
         )
 
 
-def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path]) -> None:
+def _is_marked(path: Path) -> bool:
+    with open_regular(path) as file:
+        beginning = file.read(_MARKED_WITHIN)
+        file.seek(max(0, path.stat().st_size - _MARKED_WITHIN))
+        return any(_MARKS[path.suffix.lower()].search(piece) for piece in (beginning, file.read()))
+
+
+def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *, overwrite: bool) -> None:
     """Write files, each of which appears whole, by what gives the text of each name or ending of a name. None appears
     before all are on the disk, which may have no room for one.
+
+    Raises OutputError where a file came to be there since `check_outputs` looked, and is not to be overwritten.
     """
     written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
     with uninterrupted(), ExitStack() as files:
@@ -240,3 +252,5 @@ def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path]) -
             file = files.enter_context(open_whole(path))
             file.write(text.encode("utf-8"))
             file.flush()
+        if not overwrite and (there := next(filter(os.path.lexists, written), None)):
+            raise OutputError(f"{there} exists already.", hint="Choose another name, or pass --overwrite.")

@@ -337,7 +337,7 @@ def write_search(search: Search, folder: Path) -> None:
         ".html": lambda: render_search_html(search),
         ".json": lambda: json_text(search_to_json(search)),
     }
-    write_files(texts, (folder / "search.html", folder / "search.json"))
+    write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
 
 
 def render_search_html(search: Search) -> str:

@@ -188,10 +188,10 @@ def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity],
     return dict(groups)
 
 
-def write_map(map: Map, files: Sequence[Path]) -> None:
+def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats that the names of the files ask for."""
     renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": _to_json}
-    write_files({suffix: partial(renderer, map) for suffix, renderer in renderers.items()}, files)
+    write_files({suffix: partial(renderer, map) for suffix, renderer in renderers.items()}, files, overwrite=overwrite)
 
 
 def _to_json(map: Map) -> str:

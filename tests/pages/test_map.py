@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from compressknow.base.errors import OutputError
 from compressknow.pages.pages import check_outputs
 from compressknow.study.map import (
     FORMATS,
@@ -144,7 +145,7 @@ def test_layers_of_two_stacks_are_told_apart() -> None:
 
 def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
     files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
-    write_map(map_of(), files)
+    write_map(map_of(), files, overwrite=False)
     check_outputs(files, overwrite=True, formats=FORMATS)
     found = json.loads((tmp_path / "map.json").read_text())
     assert Sensitivity.from_json(found) == sensitivity_of()
@@ -180,3 +181,12 @@ def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, addr
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert (overflow(page) <= 0, overlapping(page), cut(page)) == (True, [], []), width
+
+
+def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:
+    files = [tmp_path / "map.html", tmp_path / "map.json"]
+    files[1].write_text("the user's own")
+    with pytest.raises(OutputError, match=r"map\.json exists already"):
+        write_map(map_of(), files, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
+    assert files[1].read_text() == "the user's own"

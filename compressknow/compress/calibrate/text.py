@@ -311,4 +311,5 @@ def _load(path: Path) -> CalibrationText | None:
         return None
     if hash_batches(batches) != record["sha256"]:
         return None
-    return CalibrationText(**{**record, "batches": batches, "texts": tuple(record["texts"])})
+    known = {name: record[name] for name in _FORM}
+    return CalibrationText(**{**known, "batches": batches, "texts": tuple(record["texts"])})

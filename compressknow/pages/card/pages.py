@@ -262,7 +262,9 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
         yield f"Perplexity, {plain(name, 40)}", [write_perplexity(each) for each in (original, *compressed)]
 
 
-def write_reports(card: Card, paths: Sequence[Path], *, gates: Sequence[Gate] = (), strict: bool = False) -> None:
+def write_reports(
+    card: Card, paths: Sequence[Path], *, overwrite: bool, gates: Sequence[Gate] = (), strict: bool = False
+) -> None:
     """Write the card in the formats that the names ask for."""
     texts = {
         SUMMARY: lambda: render_job_summary(card, gates, strict=strict),
@@ -271,7 +273,7 @@ def write_reports(card: Card, paths: Sequence[Path], *, gates: Sequence[Gate] = 
         ".md": lambda: render_markdown(card),
         ".json": lambda: json_text(card.to_dict()),
     }
-    pages.write_files(texts, paths)
+    pages.write_files(texts, paths, overwrite=overwrite)
 
 
 def render_html(card: Card) -> str:

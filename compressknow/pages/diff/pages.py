@@ -209,14 +209,14 @@ def render_comparison_markdown(comparison: CheckpointComparison) -> str:
     return render_markdown(make_comparison_page(comparison, tensors=30, facts=50, shown=50, charts=False))
 
 
-def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path]) -> None:
+def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the comparison in the formats that the names ask for."""
     texts = {
         ".html": lambda: render_comparison_html(comparison),
         ".md": lambda: render_comparison_markdown(comparison),
         ".json": lambda: json_text(diff_json(comparison)),
     }
-    write_files(texts, paths)
+    write_files(texts, paths, overwrite=overwrite)
 
 
 def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:

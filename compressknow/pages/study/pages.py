@@ -62,7 +62,7 @@ def write_study(study: Study, folder: Path) -> None:
         ".md": lambda: render_study_markdown(study),
         ".html": lambda: render_study_html(study, charts),
     }
-    write_files(texts, [folder / f"study{suffix}" for suffix in texts])
+    write_files(texts, [folder / f"study{suffix}" for suffix in texts], overwrite=True)
 
 
 def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:

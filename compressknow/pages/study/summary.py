@@ -284,10 +284,13 @@ def describe_changes(by_method: FindingsByMethod) -> list[str]:
     """Name the findings that hold with one method and not with another, or say that there is none."""
     sentences = []
     for kind, name in ((PRUNING, "method that prunes"), (QUANTIZATION, "scheme")):
-        of_kind = {plain(method, 60): findings for (each, method), findings in by_method.items() if each == kind}
+        of_kind = {method: findings for (each, method), findings in by_method.items() if each == kind}
         for id in list_ids(of_kind.values()):
             answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
-            holds, fails = ([m for m, answer in answers.items() if answer == a] for a in (HOLDS, DOES_NOT_HOLD))
+            holds, fails = (
+                [plain(method, 60) for method, answer in answers.items() if answer == wanted]
+                for wanted in (HOLDS, DOES_NOT_HOLD)
+            )
             if holds and fails:
                 sentences.append(
                     f"{id} changes with the {name}: it holds with {join_words(holds)}, and does not hold with "

@@ -1,7 +1,7 @@
 """Sections of a report card: what one is, which there are, and what they make of a comparison together.
 
 A section of another package that fails is left out, with a warning that names the package: what was evaluated for an
-hour must not be lost for it.
+hour must not be lost for it. Nothing that it says reaches a page unescaped, whatever it is made of.
 """
 
 from __future__ import annotations
@@ -9,13 +9,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import plain
 from compressknow.base.registry import Registry
+from compressknow.comparison.records import Estimate
 from compressknow.pages.as_json import probe_to_json
-from compressknow.pages.parts import NO_FACTS, Part, Shown, draw_charts
+from compressknow.pages.parts import (
+    NO_FACTS,
+    Beside,
+    Chart,
+    Facts,
+    Folded,
+    Note,
+    Part,
+    Remarks,
+    Shown,
+    Table,
+    Text,
+    draw_charts,
+)
 from compressknow.pages.records import Comparison, ModelFacts
 
 if TYPE_CHECKING:
@@ -24,6 +38,9 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
+_LONGEST = 2000  # characters of a text
+# `Drawn` is not among these: it is the one kind that is not escaped.
+_KINDS = (Table, Text, Note, Remarks, Facts, Chart, Beside, Folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +244,10 @@ def show_sections(
     for name, section in _list_sections(comparison):
         context = Context(original, comparison, comparison.measured.get(name, {}), limits)
         try:
-            parts = tuple(section.parts(context)) if show_facts or not section.shows_facts else (NO_FACTS,)
-            if other := next((part for part in parts if not isinstance(part, Part)), None):
-                raise TypeError(f"`parts` gives {type(other).__name__}, which is no part of a section")
+            parts: Iterable[Part] = (NO_FACTS,)
+            if show_facts or not section.shows_facts:
+                parts = section.parts(context)
+                parts = parts if SECTIONS.is_built_in(name) else tuple(map(_check_part, parts))
             finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
         except Exception as error:
             if SECTIONS.is_built_in(name):
@@ -239,6 +257,33 @@ def show_sections(
         if finished:
             shown.append(Shown(f"{id}-{name}", plain(section.title, 80), finished))
     return tuple(shown), tuple(failures)
+
+
+def _check_part(part: Any) -> Any:
+    """Return a part with all its text plain.
+
+    Raises TypeError where it is no part, or holds what is neither text nor a number; ValueError where a row of a table
+    has more or fewer cells than there are columns, or facts have no answers.
+    """
+    for each in (part, *(part.parts if type(part) is Folded else ())):
+        if type(each) not in _KINDS:
+            raise TypeError(f"`parts` gives {type(each).__name__}, which is no part of a section")
+    if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
+        raise ValueError(f"a row of the table {part.caption!r} has more or fewer cells than there are columns")
+    if isinstance(part, Facts) and len(part.table.columns) < 2:
+        raise ValueError("facts have one column, and need another for answers")
+    return replace(part, **{each.name: _make_plain(getattr(part, each.name)) for each in fields(part)})
+
+
+def _make_plain(value: Any) -> Any:
+    # A text may be of a class that says it is HTML; what comes of `plain` is text alone.
+    if isinstance(value, str):
+        return plain(value, _LONGEST)
+    if isinstance(value, tuple | list):
+        return tuple(map(_make_plain, value))
+    if value is None or type(value) in (int, float, bool, Estimate) or (callable(value) and not is_dataclass(value)):
+        return value
+    return _check_part(value)
 
 
 def list_explained(comparisons: Iterable[Comparison]) -> list[Section]:
