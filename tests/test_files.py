@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -218,3 +219,25 @@ def test_a_folder_that_another_run_removes_at_this_moment_is_no_file(tmp_path: P
     finally:
         ended.set()
         other.join()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_reserves_no_room_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*arguments: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    os.close(new_file(tmp_path / "a", 12_345))
+    assert (tmp_path / "a").read_bytes() == bytes(12_345)
+    with pytest.raises(OSError, match=FULL) as error:
+        new_file(tmp_path / "b", 1 << 60)
+    assert is_full(error.value)
+
+
+def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    said = r"/\.lock is a folder, where a run keeps its lock\."
+    with pytest.raises(OutputError, match=said), claim_folder(tmp_path, wait=False):
+        pass

@@ -12,6 +12,7 @@ import pytest
 
 import compressknow
 from compressknow.base.notebook import Shown
+from compressknow.compress.manifest import Manifest
 from tests.models import save_tiny
 from tests.pages.answering import run, sides
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
@@ -123,3 +124,8 @@ def test_a_manifest_is_the_dict_that_its_file_holds(hostile_model: Path, tmp_pat
     assert manifest.recipe == compressknow.Recipe.from_dict(manifest["recipe"])
     names = ("setup", "source", "totals", "groups", "tensors", "runtimes")
     assert [getattr(manifest, name) for name in names] == [manifest[name] for name in names]
+
+
+def test_a_dict_that_is_no_longer_whole_is_shown_as_it_is() -> None:
+    assert repr(Manifest({"setup": "x"})) == "{'setup': 'x'}"
+    assert Manifest({"setup": "x"})._repr_html_() is None

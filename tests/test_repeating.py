@@ -1,11 +1,93 @@
-"""A thread beside the main one: it does its task again and again, until it is told to end."""
+"""A thread beside the main one: it does its task again and again, and ends wherever a signal comes."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from itertools import repeat
+from queue import SimpleQueue
+
+import pytest
 
 from compressknow.base.progress import Repeating
+
+# Raises where a signal would leave a lock taken.
+IN_LOCKS = """
+from threading import Condition, get_ident, main_thread
+
+enter = Condition.__enter__
+
+def interrupted(self):
+    enter(self)
+    if get_ident() == main_thread().ident:
+        raise KeyboardInterrupt
+
+Condition.__enter__ = interrupted
+"""
+# What is imported before, and the use.
+USES = {
+    "weight files": (
+        """
+import sys
+from pathlib import Path
+from compressknow.compress.output import Layout
+from compressknow.compress.output import OutputFiles
+from compressknow.compress.pool import Pool
+""",
+        """
+with Pool(1) as pool:
+    outputs = OutputFiles(Path(sys.argv[1]), Layout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
+    outputs.sync(pool)
+    outputs.close()
+print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
+""",
+    ),
+    "a line of progress": (
+        "from compressknow.cli.terminal import Line\n",
+        """
+with Line(lambda: "far", 0.0):
+    print("header")
+""",
+    ),
+}
+INTERRUPTED_OFTEN = """
+import signal, sys, time
+from itertools import repeat
+from compressknow.base.progress import Repeating
+
+class Alarm(Exception):
+    pass
+
+def ring(*_):
+    raise Alarm
+
+signal.signal(signal.SIGALRM, ring)
+cut = 0
+for number in range(600):
+    repeating = None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.000002 * (number + 1))
+        repeating = Repeating(lambda: None, repeat(0.00005))
+        time.sleep(0.0001)
+        repeating.end()
+        repeating.wait()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Alarm:
+        cut += 1
+        if repeating:
+            repeating.end()
+            repeating.wait()
+print(cut)
+"""
+
+
+def script(code: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_task_is_done_again_and_again_and_not_after_the_end() -> None:
@@ -25,3 +107,21 @@ def test_it_ends_by_itself_where_nothing_is_to_be_waited_for() -> None:
     done: list[int] = []
     Repeating(lambda: done.append(1), [0.001, 0.001]).wait()
     assert len(done) == 2
+
+
+def test_an_error_of_the_task_ends_it_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: SimpleQueue[type[BaseException]] = SimpleQueue()
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: told.put(error.exc_type))
+    Repeating(lambda: 1 // 0, repeat(0.001)).wait()
+    assert told.get(timeout=60) is ZeroDivisionError
+
+
+@pytest.mark.parametrize("use", USES)
+def test_no_lock_is_held_that_a_signal_could_leave_taken(use: str, tmp_path: object) -> None:
+    imported, used = USES[use]
+    assert script(imported + IN_LOCKS + used, tmp_path) == "header\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
+def test_an_interruption_at_any_moment_ends_it() -> None:
+    assert int(script(INTERRUPTED_OFTEN)) > 100

@@ -12,6 +12,7 @@ import glob
 import os
 import secrets
 import stat
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,8 @@ from compressknow.base.system import (
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
+# Of a folder that other runs make and remove at the same time.
+_ATTEMPTS = 100
 
 
 def cache_folder() -> Path:
@@ -54,12 +57,16 @@ def lock_dead(path: Path) -> Iterator[bool]:
 
 def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
     """Create a file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
-    path = folder / f"{prefix}{secrets.token_hex(4)}"
-    descriptor = create(path)
-    # A file system without locks: there its like is never taken for a dead run's.
-    with contextlib.suppress(OSError):
-        lock_opened(descriptor, wait=True)
-    return path, descriptor
+    while True:
+        path = folder / f"{prefix}{secrets.token_hex(4)}"
+        descriptor = create(path)
+        # A file system without locks: there its like is never taken for a dead run's.
+        with contextlib.suppress(OSError):
+            lock_opened(descriptor, wait=True)
+        # Another run may have taken it for a dead one's before it was locked, and removed it.
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -102,8 +109,8 @@ def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Colle
 
 
 def _lock_folder(folder: Path, wait: bool) -> int:
-    check_links(folder)
-    while True:
+    for _ in range(_ATTEMPTS):
+        check_links(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = lock(folder / LOCK, wait=wait)
@@ -111,13 +118,24 @@ def _lock_folder(folder: Path, wait: bool) -> int:
             raise OutputError(
                 f"{folder} is in use by another run.", hint="Wait for it, or choose another folder."
             ) from None
+        except (FileNotFoundError, FileExistsError) as error:
+            if is_no_folder(folder):
+                raise explain_write_error(folder, error) from None
+            # The run that made the folder has just removed it.
+            time.sleep(0.01)
+            continue
         except OSError as error:
+            place = folder / LOCK
+            if place.is_dir() or place.is_symlink():
+                kind = "link" if place.is_symlink() else "folder"
+                raise OutputError(f"{place} is a {kind}, where a run keeps its lock.", hint="Remove it.") from None
             raise explain_write_error(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
                 return descriptor
         # The run that held it has removed it, for nothing came of that run.
         os.close(descriptor)
+    raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
 
 
 def is_no_folder(path: Path) -> bool:

@@ -55,13 +55,23 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return as_line(self._summary())
+        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
+        try:
+            return as_line(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
 
     def __str__(self) -> str:
-        return as_text(self._summary())
+        try:
+            return as_text(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return super().__repr__()
 
-    def _repr_html_(self) -> str:
-        return as_html(self._summary())
+    def _repr_html_(self) -> str | None:
+        try:
+            return as_html(self._summary())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return None
 
 
 class Tabular(Shown):

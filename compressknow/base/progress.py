@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 import warnings
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
 from compressknow.base.errors import UsageError, is_panic
@@ -59,9 +61,14 @@ def no_panics() -> Iterator[None]:
 @contextlib.contextmanager
 def _silence(descriptor: int) -> Iterator[None]:
     """Drop what is written to standard output (1) or standard error (2) itself, not by way of Python."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    try:
+        saved = os.dup(descriptor)
+    except OSError:
+        yield
+        return
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, descriptor)
     os.close(sink)
@@ -312,23 +319,37 @@ class Pace:
 
 
 class Repeating:
-    """Thread that calls `task` after each of the `waits` (seconds) until `end` is called."""
+    """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
+
+    A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
+    or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
+    that are written in C.
+    """
 
     def __init__(self, task: Callable[[], object], waits: Iterable[float]) -> None:
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(task, waits), daemon=True)
-        self._thread.start()
+        self._task, self._waits = task, waits
+        self._ending: SimpleQueue[None] = SimpleQueue()
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._over = False
+        start_new_thread(self._run, ())
 
     def end(self) -> None:
         """Let it end; the task is not called again after one that is under way."""
-        self._ending.set()
+        self._ending.put(None)
 
     def wait(self) -> None:
         """Wait until it has ended, as `end` lets it."""
-        self._thread.join()
+        # A signal may come after the message was taken and before it was seen: the attribute says it too.
+        while not self._over:
+            self._ended.get()
 
-    def _run(self, task: Callable[[], object], waits: Iterable[float]) -> None:
-        for seconds in waits:
-            if self._ending.wait(seconds):
-                return
-            task()
+    def _run(self) -> None:
+        try:
+            for seconds in self._waits:
+                try:
+                    return self._ending.get(timeout=seconds)
+                except Empty:
+                    self._task()
+        finally:
+            self._over = True
+            self._ended.put(None)

@@ -19,9 +19,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-# What ends a run; Windows has other signals than POSIX.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 _NO_FOLLOW, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
 # At most so many bytes at a time: one call takes no more than 2 GB on macOS and Windows.
@@ -56,7 +56,7 @@ else:
                 os.lseek(descriptor, 0, os.SEEK_SET)
 
 
-# Virus scanners of Windows open what was just written; so long is waited until a file or folder can be moved.
+# Virus scanners open what was just written; so long is waited until a file or folder can be moved.
 _WAITS = () if OPEN_FILES_MOVE else (0.05, 0.1, 0.2, 0.4, 0.8)
 
 # A descriptor has one position, which threads share; where the system reads and writes only there, one at a time.
@@ -82,15 +82,16 @@ def lock(path: Path, *, wait: bool, make: bool = True) -> int:
 
 def remove_lock(path: Path, descriptor: int) -> None:
     """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
-    try:
-        if OPEN_FILES_MOVE:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
     if not OPEN_FILES_MOVE:
+        os.close(descriptor)
         # Who has it open by now removes it.
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def open_to_read(path: Path) -> int:
@@ -119,8 +120,13 @@ def new_file(path: Path, size: int) -> int:
 
 def _reserve_room(path: Path, descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            # Some file systems reserve nothing, and some C libraries do not do it in their stead.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     os.ftruncate(descriptor, size)
@@ -183,10 +189,14 @@ def sync_folder(folder: Path) -> None:
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    # Some network file systems sync files alone.
-    with contextlib.suppress(OSError):
+    try:
         os.fsync(descriptor)
-    os.close(descriptor)
+    except OSError as error:
+        # Some network file systems sync files alone.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:
@@ -204,12 +214,20 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in _ENDING}
+
+    def wait(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        waiting.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in handlers.items():
+        if handler is not None and handler != signal.SIG_IGN:
+            signal.signal(number, wait)
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
         for number in waiting:
             signal.raise_signal(number)
 

@@ -19,7 +19,7 @@ from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import OPTIONS, list_parameters
+from compressknow.compress.recipe import OPTIONS, check_beside_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
 from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
 from compressknow.pages.model_card import describe_runtimes, list_warnings
@@ -116,6 +116,11 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     from compressknow.api.convert import convert as run
 
     uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
+    if options["recipe"]:
+        # An option that was given as it is when left out too: the recipe may say another value.
+        source = ctx.get_parameter_source
+        given = {name: source(name) == click.core.ParameterSource.COMMANDLINE for name in (*OPTIONS, *_PARAMETERS)}
+        check_beside_recipe(given, dict.fromkeys(given, False))
     # Those of other packages; the function has parameters for the rest.
     others = {name: options.pop(name) for name in _PARAMETERS if name not in signature(run).parameters}
     options["parameters"] = {

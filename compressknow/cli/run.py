@@ -7,6 +7,8 @@ import importlib
 import io
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,7 +112,7 @@ def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
     _exit_orderly_on_signals()
-    with fit_streams():
+    with fit_streams(), _repeat_dropped_signals():
         return _run(command, args)
 
 
@@ -210,3 +212,31 @@ def _exit_orderly_on_signals() -> None:
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, exit_orderly)
+
+
+@contextmanager
+def _repeat_dropped_signals() -> Iterator[None]:
+    """Raise a signal once more that Python drops, with a traceback, because it comes while an object is removed."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        stop = dropped.exc_value
+        if isinstance(stop, (KeyboardInterrupt, _Stopped)):
+            number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
+            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
+        else:
+            before(dropped)
+
+    def again(number: int, thread: int) -> None:
+        # Not while this hook runs: the signal would be dropped in it.
+        while any(
+            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
+        ):
+            time.sleep(0.01)
+        signal.raise_signal(number)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -134,16 +134,21 @@ class Export:
         return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
 
     @property
-    def floats_bytes(self) -> int:
-        """Estimate the disk space of the file in between, and of what the converter needs unpacked first."""
-        unpacked = 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
-        return int(_SPARE * (unpacked + self.exact_bytes))
+    def is_compensated(self) -> bool:
+        """Return whether GPTQ rounds tensors, after llama.cpp."""
+        return self.fit is not None and self.fit.rounding == "gptq"
+
+    @property
+    def plain_bytes(self) -> int:
+        """Return the size of the weights as floats, where the converter needs them unpacked first."""
+        return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
 
     @property
     def needed_bytes(self) -> int:
-        """Estimate the disk space that is taken in all."""
+        """Estimate the most disk space that is taken at a time."""
         made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
-        return self.floats_bytes + int(_SPARE * made)
+        plain = self.plain_bytes if self.is_compensated else 0
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
 
 
 def prepare(
@@ -289,7 +294,7 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
     CompressknowError : the converter fails.
     """
     file, export = folder / "floats.gguf", replace(export, exact=kind)
-    check_room(file, export.floats_bytes)
+    check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     _write_exact(export, _unpack(export, folder, begin), file, begin)
     shutil.rmtree(folder / _PLAIN, ignore_errors=True)
     return file
@@ -321,6 +326,9 @@ def _make_file(
         _write_exact(export, source, exact, begin)
     if not export.is_quantized:
         return exact, {}
+    if not export.is_compensated:
+        # Room for what llama.cpp makes.
+        shutil.rmtree(folder / _PLAIN, ignore_errors=True)
     tensors = read_tensors(exact, export.side)
     kind, types, entries = _choose_types(export, exact, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
@@ -331,7 +339,7 @@ def _make_file(
         quantize(Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run), folder, advance)
     if dry_run:
         return exact, entries
-    if export.fit and export.fit.rounding == "gptq":
+    if export.fit and export.is_compensated:
         same = find_same_channels(exact, tensors, export.tensors)
         entries["fit"]["compensated"] = round_file(output, exact, tensors, same, source, export.fit.texts, **options)
     if export.floats is None:

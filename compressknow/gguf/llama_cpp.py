@@ -149,14 +149,18 @@ def _list_tensors(path: Path) -> Iterator[tuple[str, str, int]]:
     ffi, lib = open_ggml(_HEADER)
     parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
     file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
-    for number in range(lib.gguf_get_n_tensors(file)):
-        kind = lib.gguf_get_tensor_type(file, number)
-        blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
-        name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
-        # ggml spells some in small letters (q4_K), what people read has capitals.
-        named = ffi.string(lib.ggml_type_name(kind)).decode().upper()
-        yield name, named, int(blocks * lib.ggml_blck_size(kind))
-    lib.gguf_free(file)
+    if file == ffi.NULL:
+        return
+    try:
+        for number in range(lib.gguf_get_n_tensors(file)):
+            kind = lib.gguf_get_tensor_type(file, number)
+            blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
+            name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
+            # ggml spells some in small letters (q4_K), what people read has capitals.
+            named = ffi.string(lib.ggml_type_name(kind)).decode().upper()
+            yield name, named, int(blocks * lib.ggml_blck_size(kind))
+    finally:
+        lib.gguf_free(file)
 
 
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
@@ -13,8 +14,8 @@ from compressknow.base.format import size
 from compressknow.base.system import move, sync_folder, uninterrupted
 from compressknow.compress.staging import Staging, check_overlap
 
-# Name of the importance matrix in the folder to work in.
-IMPORTANCE = "importance"
+# Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
+IMPORTANCE, OLD_RECORD = "importance", "old"
 SUFFIX = ".gguf"
 
 
@@ -51,34 +52,62 @@ class Place(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move all to their places: the record last, so that the next run sees whether all is there.
+        """Move all to their places: the record last, so that what has one is whole, and none is of another file.
 
         Raises OutputError as `Staging.commit` does.
         """
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
-        with uninterrupted(), ExitStack() as stack:
-            if self._importance:
-                # It appears under its name when the context ends: on a full disk, nothing has been moved.
-                file = stack.enter_context(open_whole(self._importance))
-                file.write((self.folder / IMPORTANCE).read_bytes())
-                file.flush()
+        with uninterrupted():
+            try:
+                with _place_importance(self._importance, self.folder):
+                    self._move_file()
+            finally:
+                if self._committed:
+                    move(get_record_path(self.file), get_record_path(self.output))
+                    sync_folder(self.output.parent)
+
+    def _move_file(self) -> None:
+        try:
+            if get_record_path(self.output).exists():
+                move(get_record_path(self.output), self.folder / OLD_RECORD)
             move(self.file, self.output)
             self._committed = True
-            move(get_record_path(self.file), get_record_path(self.output))
-            sync_folder(self.output.parent)
+        except OSError:
+            self.finish(self.folder)
+            raise
 
     def finish(self, folder: Path) -> None:
+        """Finish what a dead run had begun: see `finish`."""
         finish(self.output, folder, self._importance)
 
 
+@contextmanager
+def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
+    """Put the folder's importance matrix at its place once the context ends without an error: its bytes are on the disk
+    before."""
+    if place is None:
+        yield
+        return
+    with open_whole(place) as file:
+        file.write((folder / IMPORTANCE).read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
 def finish(output: Path, folder: Path, importance: Path | None) -> None:
-    """Move what is left in the folder of a dead run that has moved its file to `output`."""
-    record = get_record_path(folder / output.name)
-    if record.is_file() and not (folder / output.name).exists():
+    """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
+    only taken the old file's record away, that is put back."""
+    made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
+    if os.path.lexists(record) or not output.is_file():
+        return
+    if made.is_file() and not (folder / output.name).exists():
         if importance and (folder / IMPORTANCE).is_file():
             write_whole(importance, (folder / IMPORTANCE).read_bytes())
-        move(record, get_record_path(output))
+        move(made, record)
+    elif old.is_file():
+        move(old, record)
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:

@@ -205,3 +205,22 @@ def test_help_lists_every_exit_code_of_the_manual(capsys: pytest.CaptureFixture[
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2].partition(" Options:")[0]
     assert re.findall(r"\d+", said) == codes
+
+
+@pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Removed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    @click.command()
+    def command() -> None:
+        Removed()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    assert run(command, []) == code
+    assert capsys.readouterr().err.strip() == "Interrupted"

@@ -550,3 +550,11 @@ def test_a_file_nested_too_deeply_is_one_message(
     ended = run(*arguments)
     assert ended.code in (1, 2)
     refused(ended, ended.code)
+
+
+def test_a_tokenizer_that_panics_on_the_facts_is_one_message(run: Run, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "llama", tmp_path / "panics")
+    file = tmp_path / "panics" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}), encoding="utf-8")
+    refused(run("probe", "panics", *FACTS, "-o", "answers"), 1, "tokenizer of panics", "chunk size must be non-zero")

@@ -200,3 +200,11 @@ def test_what_is_no_checkpoint_folder_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_tokenizer("someone/not-a-folder")
+
+
+@pytest.mark.parametrize("length", ["64", [64]])
+def test_a_tokenizer_whose_length_is_no_number_is_an_error(length: object, tmp_path: Path) -> None:
+    path = knowing("bert", tmp_path / "bert") / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    with pytest.raises(CheckpointError, match=r"its model_max_length, .*64.*, is no number"):
+        load_tokenizer(path.parent)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.compress.staging import clean, scratch
-from compressknow.gguf.place import IMPORTANCE, finish
+from compressknow.gguf.place import IMPORTANCE, OLD_RECORD, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -28,13 +28,18 @@ def after(folder: Path, importance: Path | None = None) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("old", [{}, {RECORD: "of the old one"}])
+@pytest.mark.parametrize("old", [{}, {OLD_RECORD: "of the old one"}])
 def test_a_file_that_was_moved_gets_its_record_and_matrix(tmp_path: Path, old: dict[str, str]) -> None:
-    killed(tmp_path, out_gguf_json="new record", **{IMPORTANCE: "matrix"})
-    for name, content in {FILE: "new", **old}.items():
-        (tmp_path / name).write_text(content)
+    killed(tmp_path, out_gguf_json="new record", **{IMPORTANCE: "matrix"}, **old)
+    (tmp_path / FILE).write_text("new")
     found = after(tmp_path, tmp_path / "i.gguf")
     assert found == {"i.gguf": "matrix", FILE: "new", RECORD: "new record"}
+
+
+def test_a_record_that_was_taken_away_comes_back(tmp_path: Path) -> None:
+    killed(tmp_path, out_gguf="new", out_gguf_json="new record", **{OLD_RECORD: "old record"})
+    (tmp_path / FILE).write_text("old")
+    assert after(tmp_path) == {FILE: "old", RECORD: "old record"}
 
 
 def test_what_was_not_moved_goes_and_a_file_of_the_users_stays_as_it_is(tmp_path: Path) -> None:
