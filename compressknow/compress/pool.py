@@ -42,12 +42,19 @@ class Pool:
         self.threads = threads or available_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
+        self._started, self._ended = list[int](), list[bool]()
+        self._wake: SimpleQueue[None] = SimpleQueue()
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self._torch_threads)
+        # A second signal may have ended the wait of `map`.
+        self._stopped = True
+        try:
+            self._wait()
+        finally:
+            torch.set_num_threads(self._torch_threads)
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
         """Return results in the order of `items`; a task begins after those before it have begun.
@@ -57,8 +64,7 @@ class Pool:
         self.check()
         jobs = list(items)
         numbered, results = enumerate(jobs), dict[int, Result]()
-        errors, ended, started = list[BaseException](), list[bool](), list[int]()
-        wake: SimpleQueue[None] = SimpleQueue()
+        errors = list[BaseException]()
 
         def work() -> None:
             try:
@@ -69,23 +75,25 @@ class Pool:
             except BaseException as error:
                 errors.append(error)
                 self._stopped = True
-            ended.append(True)
-            wake.put(None)
+            self._ended.append(True)
+            self._wake.put(None)
 
         threads = min(self.threads, len(jobs))
         try:
             # In one step, between whose halves no signal comes.
-            started.extend(map(start_new_thread, [work] * threads, [()] * threads))
-            while len(ended) < threads:
-                wake.get()
+            self._started.extend(map(start_new_thread, [work] * threads, [()] * threads))
+            self._wait()
         except BaseException:
             self._stopped = True
-            while len(ended) < len(started):
-                wake.get()
+            self._wait()
             raise
         if errors:
             raise errors[0]
         return [results[place] for place in range(len(jobs))]
+
+    def _wait(self) -> None:
+        while len(self._ended) < len(self._started):
+            self._wake.get()
 
     def check(self) -> None:
         """Raise Stopped where another task has failed or the user has interrupted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
+from compressknow.base.files import as_text
 from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
@@ -129,6 +131,9 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
                 )
+            if not isinstance(tokenizer.model_max_length, int | float):
+                # transformers compares it with a length, and fails in the middle of the work.
+                raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
             return tokenizer
         except CompressknowError:
             raise
@@ -143,6 +148,12 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
 
 def _checkpoint_path(folder: str | Path) -> Path:
     path = Path(folder)
+    if as_text(str(path)) != str(path):
+        raise CheckpointError(
+            f"The path {as_text(str(path))} is not valid {sys.getfilesystemencoding().upper()}.",
+            hint="Rename the folder, or set PYTHONUTF8=1 if its name is UTF-8: the libraries that load weights and "
+            "tokenizers open no such path.",
+        )
     if path.suffix == ".gguf" and path.is_file():
         if not reads_gguf():
             raise UnsupportedError(

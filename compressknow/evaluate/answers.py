@@ -84,6 +84,10 @@ RECORD_FORM: dict[str, Any] = {
     f"{SEAL}?": str,
 }
 
+# Columns of the table in which each row has a value.
+_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
+_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -218,6 +222,7 @@ def read_table(path: Path) -> list[Answer]:
         # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
             table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
+        _check_columns(table)
         columns = [_read_column(table, name) for name in make_schema().names]
         answers = [Answer(*row) for row in zip(*columns, strict=True)]
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
@@ -244,6 +249,20 @@ def _add_newer(table: pa.Table) -> pa.Table:
     return table
 
 
+def _check_columns(table: pa.Table) -> None:
+    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
+    for name in (*_FILLED, *_LISTS):
+        if table[name].null_count:
+            raise ValueError(f"a row has no {name}")
+        if name in _LISTS and table[name].combine_chunks().values.null_count:
+            raise ValueError(f"a value of {name} is missing")
+    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
+        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
+    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
+    if not ids.equals(values):
+        raise ValueError("first_ids and first_logp of a row are not of one length")
+
+
 def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
     column = table[name]
     if name in ("first_ids", "first_logp"):
@@ -261,7 +280,13 @@ def read_answers(folder: Path) -> Answers:
     """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers where it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
-    answers = Answers(record, tuple(read_table(folder / TABLE)), read_texts(folder, record))
+    return gather_answers(folder, record)
+
+
+def gather_answers(folder: Path, record: Record) -> Answers:
+    """Read the answers to the probes of a record. Raise DamagedAnswers where there are more or fewer than it says."""
+    rows = tuple(answer for answer in read_table(folder / TABLE) if answer.probe in record.probes)
+    answers = Answers(record, rows, read_texts(folder, record))
     for probe, entry in record.probes.items():
         ids = {answer.fact_id for answer in answers.of(probe)}
         if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:

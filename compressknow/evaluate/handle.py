@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.base.libraries import require
+from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, load_language_model
+from compressknow.engine.load import reason_of
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
@@ -183,7 +185,11 @@ class ModelHandle:
     @cached_property
     def loaded(self) -> Loaded:
         loaded = self.runtime.open(self.located, self.settings)
-        self.check_unchanged()
+        try:
+            self.check_unchanged()
+        except CheckpointError:
+            loaded.release()
+            raise
         return loaded
 
     def check_sound(self) -> None:
@@ -197,7 +203,16 @@ class ModelHandle:
 
     def make_prompts(self, probe: Probe) -> Prompts:
         """Build the prompts of the probe as this model reads them."""
-        return make_prompts(self.loaded.make_scorer(probe), self.settings.batch_size)
+        loaded = self.loaded
+        try:
+            with no_panics():
+                return make_prompts(loaded.make_scorer(probe), self.settings.batch_size)
+        except PanicError as error:
+            raise CheckpointError(
+                f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
+                why=reason_of(error),
+                hint="See that its tokenizer.json is the model's own, and whole.",
+            ) from error
 
     def make_reader(self) -> TextReader:
         """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its

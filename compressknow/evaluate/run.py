@@ -25,9 +25,9 @@ from compressknow.evaluate.answers import (
     Answers,
     check_table,
     find_parts,
+    gather_answers,
     is_answers_folder,
     lock_folder,
-    read_answers,
     read_parts,
     read_record,
     read_stored,
@@ -366,13 +366,13 @@ def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Ans
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
     """
-    answers, located = read_answers(folder).only(names), handle.located
-    model = answers.record.model
+    record, located = read_record(folder), handle.located
+    model = record.model
     if located.url is None:
         described = handle.describe()
         model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
         model = replace(model, source=described.get("source", model.source))
-    return replace(answers, record=replace(answers.record, model=model))
+    return gather_answers(folder, replace(record, model=model, probes={name: record.probes[name] for name in names}))
 
 
 def _open_record(folder: Path, handle: ModelHandle) -> Record:

@@ -166,8 +166,9 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
     to cast something to it. An int8 layer computes with its scale; whoever takes its weight gets bare integers.
 
-    A forward pass of a few tokens shows it. Where that stops midway, all that it has not reached is taken to be read.
-    Of the towers of a multimodal model, which read no text, torch's own attention is known to.
+    A forward pass of a few tokens shows it. Where that stops midway, a layer that it has not reached is taken to be
+    read if the code of the model's classes names its weight. Of the towers of a multimodal model, which read no text,
+    torch's own attention is known to.
     """
     if model.device.type != "meta":
         with torch.device("meta"):
@@ -189,9 +190,25 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     if not is_whole:
         # One block runs as the next does.
         reached = {_without_numbers(name) for name in uses.ran}
-        uses.reads |= {name: "values" for name in linears if _without_numbers(name) not in reached}
+        code = "".join(map(_read_code, {type(module) for module in model.modules()}))
+        named = set(re.findall(r"(\w+|\])\.weight\b", code))
+        uses.reads |= {
+            name: "values"
+            for name in linears
+            if _without_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
+        }
     uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
     return uses.reads
+
+
+def _read_code(kind: type[nn.Module]) -> str:
+    """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
+    weights are no code) and without what sets weights."""
+    from transformers import PreTrainedModel
+
+    bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
+    source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
+    return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)
 
 
 def _without_numbers(name: str) -> str:

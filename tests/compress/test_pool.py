@@ -58,6 +58,32 @@ with Pool(2) as pool:
 """
 
 
+INTERRUPTED_TWICE = """
+import signal, time
+from compressknow.compress.pool import Pool
+
+begun, ended, rings = [], [], []
+
+def ring(*_):
+    rings.append(None)
+    if len(rings) < 3:
+        raise KeyboardInterrupt
+
+def task(item):
+    begun.append(item)
+    time.sleep(0.5)
+    ended.append(item)
+
+signal.signal(signal.SIGALRM, ring)
+signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+try:
+    with Pool(2) as pool:
+        pool.map(task, range(10))
+except KeyboardInterrupt:
+    print(len(rings) > 2, len(begun), len(ended))
+"""
+
+
 def test_results_come_in_the_order_of_the_items() -> None:
     with Pool(3) as pool:
         assert pool.map(lambda item: item * item, range(50)) == [item * item for item in range(50)]
@@ -135,3 +161,10 @@ def test_no_lock_is_held_that_a_signal_could_leave_taken() -> None:
     command = [sys.executable, "-c", INTERRUPTED_IN_LOCKS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "499500\n499500\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
+def test_who_interrupts_twice_leaves_no_task_running() -> None:
+    command = [sys.executable, "-c", INTERRUPTED_TWICE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True 2 2\n", done.stderr

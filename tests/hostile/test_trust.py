@@ -139,6 +139,23 @@ def test_a_mutant_of_a_record_is_read_or_refused_in_one_message(
         assert "bug in compressknow" not in said, (mutant, said)
 
 
+@pytest.mark.parametrize("column", [*"probe fact_id relation gold predicted correct top5 top5_logp first_ids".split()])
+def test_a_table_of_the_right_types_with_holes(answers: Path, column: str) -> None:
+    record = json.loads((answers / RECORD).read_text())
+    del record[HASH]
+    write_record(answers, Record.from_dict(record))
+    table = pq.read_table(answers / TABLE)
+    values = table[column].to_pylist()
+    values[0] = None
+    index = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type)),
+        answers / TABLE,
+    )
+    with pytest.raises(CompressknowError, match="cannot be read as answers"):
+        read_answers(answers)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mutant_of_a_manifest_differs_or_is_refused(
     converted: Path, seed: int, capsys: pytest.CaptureFixture[str]

@@ -56,9 +56,9 @@ def decide(
 ) -> Removal:
     """Choose blocks and neurons, and write the tensors that are cut.
 
-    `batches` are the calibration text as arguments of forward passes; cut tensors lie in
-    `folder`, which must stay until they were read. `on_progress` is called with the blocks that were run, and with how
-    many there are: each once for the blocks to drop, and once for the neurons.
+    `batches` are the calibration text as arguments of forward passes; cut tensors lie in `folder`, which must stay
+    until they were read. `on_progress` is called with the blocks that were run, and with how many there are: each once
+    for the blocks to drop, and once for the neurons.
 
     Raises what `remove`, `walk` and `fit_down` do.
     """

@@ -27,12 +27,13 @@ Shapes = dict[str, tuple[int, ...]]
 NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?)($|_)")
 DEPTHS = {
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
-    *("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack"),
+    *("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_blocks", "num_self_attends_per_block"),
 }
 WIDTHS = {
     *("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "d_inner", "n_inner", "hidden_dim", "ffn_hidden_size"),
-    *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "expert_ffn_hidden_size"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "feed_forward_size", "moe_intermediate_size", "expert_ffn_hidden_size"),
     *("shared_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+    "shared_experts_intermediate_size",
 }
 BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 

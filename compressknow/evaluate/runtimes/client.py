@@ -1,5 +1,5 @@
-"""Requests to a server: tried again where that may help, answers bounded in time and checked for their form, and the
-key in no message.
+"""Requests to a server: tried again where that may help, answers bounded in time and size and checked for their form,
+and the key in no message.
 
 By requests and urllib3, which know when to wait and how long (`urllib3.util.Retry`).
 """
@@ -24,6 +24,8 @@ from compressknow.base.reading import find_mismatch, parse_json
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
 # What may pass: too many requests, a server that loads its model, a proxy before one that starts.
 PASSING = (408, 429, 500, 502, 503, 504)
+# The largest distribution over a whole vocabulary is a tenth of that.
+MOST_BYTES = 256 << 20
 PIECE = 1 << 16
 # Seconds: to be connected; the longest that a server may ask to wait; the first pause, doubled each time.
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
@@ -111,11 +113,23 @@ class Client:
         for read in range(1 + READS):
             with self._session.request(method, f"{self.url}{path}", **how) as response:
                 try:
-                    return response.status_code, _read_body(response, self._timeout)
-                except HTTPError:
+                    return response.status_code, self._read_body(path, response)
+                except (HTTPError, TimeoutError):
                     if read == READS:
                         raise
+            time.sleep(FIRST_PAUSE * 2**read)
         raise AssertionError
+
+    def _read_body(self, path: str, response: requests.Response) -> bytes:
+        """Read a body. Raise TimeoutError where all of it takes longer than requests waits for a part of it."""
+        end, body = time.monotonic() + self._timeout, bytearray()
+        while piece := response.raw.read1(PIECE, decode_content=True):
+            if time.monotonic() > end:
+                raise TimeoutError
+            body += piece
+            if len(body) > MOST_BYTES:
+                raise self._refuse_content(path, f"more than {MOST_BYTES >> 20} MB")
+        return bytes(body)
 
     def _explain_refusal(self, status: int, content: Any) -> Refused:
         message = self._find_message(content)
@@ -161,16 +175,6 @@ class Client:
         if not isinstance(content, str):
             return None
         return f"It says: {plain(content.replace(self._key, '...') if self._key else content, 200)}"
-
-
-def _read_body(response: requests.Response, timeout: float) -> bytes:
-    """Read a body; raise TimeoutError where that takes longer than `timeout`, which requests has for each read."""
-    end, pieces = time.monotonic() + timeout, []
-    while piece := response.raw.read1(PIECE, decode_content=True):
-        if time.monotonic() > end:
-            raise TimeoutError
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 class _Patience(Retry):

@@ -281,7 +281,7 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     candidates, popularity = _to_texts(row.get("candidates")), row.get("popularity")
     if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
         return "object not among two candidates or more"
-    if not isinstance(popularity, int | float) or not 0 < popularity < math.inf:
+    if isinstance(popularity, bool) or not isinstance(popularity, int | float) or not 0 < popularity < math.inf:
         popularity = None
     return Fact(
         id=f"{relation}/{_to_text(row.get('id')) or number}",
