@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from compressknow.pages.search import Search as Search
     from compressknow.pages.search import Trial as Trial
     from compressknow.pages.study.records import Study as Study
-    from compressknow.study.folder import CellResult as CellResult
+    from compressknow.study.cells import CellResult as CellResult
     from compressknow.study.running import RayOptions as RayOptions
     from compressknow.study.sensitivity import Sensitivity as Sensitivity
 else:
@@ -84,7 +84,7 @@ else:
         "pages.records": ("Card",),
         "pages.search": ("Search", "Trial"),
         "pages.study.records": ("Study",),
-        "study.folder": ("CellResult",),
+        "study.cells": ("CellResult",),
         "study.running": ("RayOptions",),
         "study.sensitivity": ("Sensitivity",),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 
 ROOT = Path(__file__).parent.parent
 

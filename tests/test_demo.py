@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import locate
+from compressknow.engine.identity import locate, read_contents
 from tests.demo import ROOT, run
 
 

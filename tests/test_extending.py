@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import compressknow
 from compressknow.base.format import plain
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe, read_recipe, to_toml

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import compressknow
-from compressknow.base.libraries import GGUF_TRANSFORMERS, OPTIONAL
+from compressknow.base.packages import GGUF_TRANSFORMERS, OPTIONAL
 from tests.long import long
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from compressknow.api.words import ServingWords, build_records
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.cli import COMMANDS, main
 from compressknow.compress.recipe import Recipe
-from compressknow.model.scopes import DEFAULT_SCOPES
+from compressknow.model.structure import DEFAULT_SCOPES
 from tests.models import save_tiny
 
 VERBS = [name for name in compressknow.__all__ if name.islower() and not name.startswith("_")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from tests.extending import package
 
 BUILT_IN = {"ten": f"{__name__}:ten", "two": f"{__name__}:TWO"}

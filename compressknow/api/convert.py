@@ -73,7 +73,7 @@ def convert(
     model : a local folder or a hub id.
     output : the folder to write; it appears only when it is whole.
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
-        ``overall`` and the finer ones of ``compressknow.model.scopes.SCOPES``.
+        ``overall`` and the finer ones of ``compressknow.model.structure.SCOPES``.
     include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
     drop_blocks : how many blocks of each stack to leave out, or which: ``"20-23"``. Of the scopes, ``encoder`` and
         ``decoder`` narrow it.

@@ -11,7 +11,7 @@ from compressknow.api.words import list_rules, verb
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.base.files import check_links, write_whole
 from compressknow.base.format import parse_size
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, begin_stages, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import check_beside_recipe
@@ -25,7 +25,7 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.place import check_destination, finish, get_record_path
+from compressknow.gguf.record import check_destination, finish, get_record_path
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts
@@ -184,7 +184,7 @@ def _make_fit(
     job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
-    from compressknow.study.roundings import GgufRoundings
+    from compressknow.study.measuring import GgufRoundings
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
     handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))

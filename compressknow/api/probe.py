@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import ServingWords, build_records, verb
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers

@@ -16,7 +16,7 @@ from compressknow.api.words import Words, build_records, list_rules, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import parse_size
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, begin_stages, resolve_progress
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
@@ -33,18 +33,20 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.candidates import CandidateHandle, Candidates, is_made, remove
-from compressknow.study.cells import NoiseFloor, StudyModel
-from compressknow.study.folder import ORIGINAL, SEARCH, check_study_folder, claim
+from compressknow.study.cells import ORIGINAL, SEARCH, NoiseFloor, StudyModel, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.guides import FIT_TOKENS, check_has_candidates, measure_guides
 from compressknow.study.search import (
     LEVEL,
     Candidate,
+    CandidateHandle,
+    Candidates,
     EvaluationSet,
     SizeSearch,
     build_search,
     check_enough_known,
+    is_made,
+    remove,
     split_facts,
 )
 from compressknow.study.sensitivity import Guide

@@ -22,7 +22,7 @@ from compressknow.study.map import FORMATS, Map, write_map
 from compressknow.study.sensitivity import Guide, Sensitivity, check_guide
 
 if TYPE_CHECKING:
-    from compressknow.study.roundings import Roundings
+    from compressknow.study.measuring import Roundings
 
 
 Form = Literal["gguf", "checkpoint"]
@@ -93,7 +93,7 @@ def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundi
     from compressknow.compress.sources import Sources
     from compressknow.model.groups import structure_of
     from compressknow.model.loading import open_complete
-    from compressknow.study.roundings import GgufRoundings, SchemeRoundings
+    from compressknow.study.measuring import GgufRoundings, SchemeRoundings
 
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
     # It refuses what is quantized.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import SeededWords, build_records, verb
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
@@ -18,17 +18,18 @@ from compressknow.evaluate.text import RunningText
 from compressknow.model.structure import ModuleMap
 from compressknow.pages.study.pages import write_study
 from compressknow.pages.study.records import Study
-from compressknow.study.cells import StudyModel, save_cell
-from compressknow.study.folder import (
+from compressknow.study.cells import (
     CELLS,
     MODELS,
     ORIGINAL,
     TEXTS,
     CellResult,
+    StudyModel,
     build_study,
     check_study_folder,
     claim,
     grade,
+    save_cell,
 )
 from compressknow.study.grid import PAPER, list_cells
 from compressknow.study.running import Batch, RayOptions, open_runner

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from compressknow.base.format import plain
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 
 WIDTH = 80
 # What is longer is cut.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -12,7 +12,7 @@ import click
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import count, percent, size
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, Decorator, command, option, recipe_option, together
 from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted

@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
-from compressknow.base.libraries import not_installed
-from compressknow.cli.defaults import project_defaults
+from compressknow.base.packages import not_installed
+from compressknow.cli.options import project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show
 
 

@@ -30,7 +30,7 @@ from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
 
 if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
-    from compressknow.study.folder import CellResult
+    from compressknow.study.cells import CellResult
 
 COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
 GRID = """\

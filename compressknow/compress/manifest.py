@@ -115,7 +115,7 @@ def dry_run(plan: Plan) -> Manifest:
             counts["pruned"] = None
     summary["totals"]["pruned"] = total
     if plan.recipe.calibration is not None:
-        from compressknow.compress.calibrate.estimate import estimate
+        from compressknow.compress.calibrate.compression import estimate
 
         summary["estimate"] = estimate(plan)._asdict()
     return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})

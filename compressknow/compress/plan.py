@@ -20,8 +20,7 @@ from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.loading import headers_of, load_report
-from compressknow.model.scopes import Action, select
-from compressknow.model.structure import NOT_LINEAR, LinearWeight, Structure
+from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 if TYPE_CHECKING:

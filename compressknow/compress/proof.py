@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
 from compressknow.model.checkpoint import open_checkpoint, some_of

@@ -11,13 +11,7 @@ from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.compress.parameters import option
 from compressknow.compress.pruning import METHODS, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.model.scopes import (
-    DEFAULT_SCOPES,
-    MOST_BLOCKS,
-    check_patterns,
-    check_scope_names,
-    layer_ranges,
-)
+from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, layer_ranges
 
 if TYPE_CHECKING:
     import torch

@@ -174,8 +174,7 @@ def language_model_of(
 def _make_batch_invariant(model: PreTrainedModel) -> None:
     """Make float layers batch-invariant beside layers that round what comes in. It takes longer for few rows, so a
     model that is loaded for other ends goes without."""
-    from compressknow.engine.batch_invariant import make_batch_invariant
-    from compressknow.engine.layers import EngineLinear, rounds_activations
+    from compressknow.engine.layers import EngineLinear, make_batch_invariant, rounds_activations
 
     if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
         make_batch_invariant(model)

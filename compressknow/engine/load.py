@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.files import as_text
-from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf

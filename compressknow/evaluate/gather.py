@@ -302,8 +302,7 @@ def find_both(
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
     from compressknow.base.progress import Stage, count_progress, report_progress
-    from compressknow.engine.contents import read_contents
-    from compressknow.engine.identity import locate
+    from compressknow.engine.identity import locate, read_contents
     from compressknow.evaluate.handle import make_handles
     from compressknow.model.checkpoint import build_server_error, is_address
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, load_language_model
@@ -22,10 +22,10 @@ from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import check_family
 
 if TYPE_CHECKING:
-    from compressknow.engine.contents import Contents
+    from compressknow.engine.identity import Contents
     from compressknow.evaluate.runtimes.server import LoadedFromServer
     from compressknow.evaluate.scoring.llama_cpp import LoadedInLlamaCpp
-    from compressknow.evaluate.scoring.reading import TextReader
+    from compressknow.evaluate.text import TextReader
 
 
 # On servers a part of the key of stored answers, and nothing else: facts are answered one by one.
@@ -172,7 +172,7 @@ class ModelHandle:
     @cached_property
     def contents(self) -> Contents:
         """Return what its files hold, which are read and hashed once; of a model on a server, what it answers."""
-        from compressknow.engine.contents import Contents, read_contents
+        from compressknow.engine.identity import Contents, read_contents
 
         if self.located.url is not None:
             return Contents(str(self.loaded.sha256))

@@ -98,7 +98,7 @@ def _measure_rate(work: Callable[[], int]) -> float:
 def _measure_tokens(handle: ModelHandle) -> float | None:
     """Measure on one text, continued greedily, not batch-invariant; None for a model that continues none."""
     if model := handle.loaded.language_model:
-        from compressknow.engine.batch_invariant import undo_batch_invariant
+        from compressknow.engine.layers import undo_batch_invariant
 
         undo_batch_invariant(model.model)
     try:

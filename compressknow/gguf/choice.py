@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
 from compressknow.compress.steps import Calibration
-from compressknow.model.scopes import SCOPES, compile_pattern
+from compressknow.model.structure import SCOPES, compile_pattern
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches

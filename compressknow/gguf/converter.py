@@ -23,7 +23,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
 from compressknow.base.files import cache_folder, claim_folder
-from compressknow.base.libraries import is_installed, require
+from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
 from compressknow.gguf.children import check_exit, join_packages, read_reason, read_tail, run, run_python

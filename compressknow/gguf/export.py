@@ -25,8 +25,7 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
 from compressknow.compress.weights import Side, read_side
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import locate, source_of
+from compressknow.engine.identity import locate, read_contents, source_of
 from compressknow.engine.load import family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
@@ -49,26 +48,33 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
-from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
-from compressknow.gguf.plain import (
-    Plain,
-    choose_float_type,
-    find_same_channels,
-    is_plain,
-    list_plain_tensors,
-    write_plain,
-)
 from compressknow.gguf.record import (
+    IMPORTANCE,
     SCHEMA,
     ExportRecord,
+    Place,
     build_metadata,
+    check_room,
     collect_versions,
     compare_to_record,
+    get_record_path,
     read_record,
     sum_groups,
     write_with_metadata,
 )
-from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
+from compressknow.gguf.tensors import (
+    Plain,
+    Tensors,
+    choose_float_type,
+    count_by_group,
+    find_same_channels,
+    is_plain,
+    list_plain_tensors,
+    measure_overhead,
+    read_tensors,
+    resolve_types,
+    write_plain,
+)
 from compressknow.model.checkpoint import Checkpoint, check_inside
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest

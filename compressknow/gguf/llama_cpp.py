@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.base.libraries import OPTIONAL, is_installed, require
+from compressknow.base.packages import OPTIONAL, is_installed, require
 from compressknow.gguf.children import join_packages
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
 

@@ -15,8 +15,7 @@ from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, nearest
 from compressknow.base.files import name_of
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged
-from compressknow.model.tensors import StoredTensor, read_header
-from compressknow.model.torch_bin import read_torch_file
+from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
 MODULES = "modules.json"
 # The first of these that there is says how the model is loaded.

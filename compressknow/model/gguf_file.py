@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.reading import NotReadable, open_regular
-from compressknow.model.scopes import MOST_BLOCKS
+from compressknow.model.structure import MOST_BLOCKS
 from compressknow.model.summary import Inspection
 from compressknow.model.tensors import StoredTensor
 

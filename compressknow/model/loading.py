@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import quiet
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model

@@ -13,7 +13,7 @@ from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.format import count, size
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.model.checkpoint import SHOWN, is_outside, read_json
-from compressknow.model.scopes import MOST_BLOCKS, layer_ranges
+from compressknow.model.structure import MOST_BLOCKS, layer_ranges
 
 SCHEMA = 1
 MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"

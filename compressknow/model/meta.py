@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from compressknow.base.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
-from compressknow.model.scopes import MOST_BLOCKS
+from compressknow.model.structure import MOST_BLOCKS
 
 LANGUAGE_MODEL_CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

@@ -1,12 +1,15 @@
-"""Structure of a checkpoint: the Linear weights of its module tree, and the rules that place each into a group. Nothing
-here needs torch."""
+"""Structure of a checkpoint: the Linear weights of its module tree, their groups, and which of them a user means."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, NamedTuple
+
+from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 
 Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
@@ -176,3 +179,225 @@ def _by_modules(steps: tuple[Step, ...], in_block: bool) -> Group | None:
             if rule.search(step.attribute):
                 return group
     return None
+
+
+# The deepest transformer that was trained has 1,000 (DeepNet).
+MOST_BLOCKS = 2_000
+
+
+def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression. Raises UsageError, which names the option that gave it, where it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{option} {pattern!r} is not a valid regular expression: {error}.") from None
+
+
+Action = Literal["prune", "quantize"]
+Patterns = tuple[re.Pattern[str], ...]
+
+LANGUAGE = ("attention", "feed-forward", "other")  # neither the final layer nor the towers of a multimodal model
+SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
+    "blocks": lambda weight, _: weight.group in LANGUAGE and weight.layer is not None,
+    "attention": lambda weight, _: weight.group == "attention",
+    "feed-forward": lambda weight, _: weight.group == "feed-forward",
+    "final": lambda weight, _: weight.group == "final",
+    # As in the paper: pruning everything spares the final layer, quantizing everything does not.
+    "overall": lambda weight, action: weight.group in LANGUAGE or (action == "quantize" and weight.group == "final"),
+    "self-attention": lambda weight, _: weight.group == "attention" and not weight.cross,
+    "cross-attention": lambda weight, _: weight.group == "attention" and weight.cross,
+    "encoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "encoder",
+    "decoder-attention": lambda weight, _: weight.group == "attention" and weight.stack == "decoder",
+    "encoder": lambda weight, _: weight.stack == "encoder" and weight.group in LANGUAGE,
+    "decoder": lambda weight, _: weight.stack == "decoder" and weight.group in LANGUAGE,
+    "vision": lambda weight, _: weight.group == "vision",
+}
+# Of pruning and of quantizing: what every runtime takes, and what leaves a tied final layer tied.
+DEFAULT_SCOPES = ("blocks",)
+# What others call them, for hints.
+OTHER_WORDS = {
+    **dict.fromkeys(("mlp", "ffn", "ff"), "feed-forward"),
+    **dict.fromkeys(("attn", "att"), "attention"),
+    **dict.fromkeys(("lm_head", "head"), "final"),
+    **dict.fromkeys(("all", "everything"), "overall"),
+}
+SHOWN = 8
+
+
+def check_scope_names(scopes: Collection[str]) -> None:
+    """Raise UsageError for a name that is no scope of any model, or where none is given."""
+    if not scopes:
+        raise UsageError("No scope is given.", hint=f"There is {', '.join(SCOPES)}.")
+    for scope in scopes:
+        if scope not in SCOPES:
+            other = OTHER_WORDS.get(scope.lower())
+            near = f"Did you mean {other}? " if other else did_you_mean(scope, SCOPES)
+            raise UsageError(f'There is no scope "{scope}".', hint=f"{near}There is {', '.join(SCOPES)}.")
+
+
+def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise UsageError for what is not a valid regular expression."""
+    _compile("--include", include)
+    _compile("--exclude", exclude)
+
+
+def scope_names(structure: Structure) -> tuple[str, ...]:
+    """Return the scopes that hold at least one weight of this model."""
+    return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
+
+
+def scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
+    """Count the parameters that each scope of the model takes, by action, shared layers once per use."""
+    actions: tuple[Action, ...] = ("prune", "quantize")
+    return {
+        name: {action: sum(w.used for w in structure.linears if SCOPES[name](w, action)) for action in actions}
+        for name in scope_names(structure)
+    }
+
+
+def select(
+    structure: Structure,
+    scopes: Sequence[str],
+    action: Action,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+) -> tuple[LinearWeight, ...]:
+    """Return the weights that an action is to take, in tree order.
+
+    Parameters
+    ----------
+    scopes : names from `SCOPES`; their union.
+    include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
+        that one which matches unplaced layers alone adds these to the scopes.
+    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
+        vision tower). Weights outside the blocks are left out.
+
+    Raises UsageError where a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError where a
+    scope cannot be told or compressed in full: layers that no rule places, matrices that are no Linear layers.
+    """
+    check_scope_names(scopes)
+    includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
+    in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]
+    unplaced = [w for w in structure.linears if w.group is None]
+    opaque = _opaque_of(structure, scopes)
+    for pattern in includes:
+        _check_pattern("--include", pattern, [w.module for w in (*in_scope, *unplaced)], structure)
+    for pattern in excludes:
+        _check_pattern("--exclude", pattern, [*(w.module for w in (*in_scope, *unplaced)), *opaque], structure)
+    narrowing = tuple(p for p in includes if any(p.search(w.module) for w in in_scope))
+    _check_opaque(opaque, narrowing, excludes)
+    if set(scopes) != {"final"}:
+        _check_unplaced(unplaced, (*includes, *excludes))
+    for scope in scopes:
+        if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
+            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=_list_scopes(structure))
+    chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
+    chosen += [w for w in unplaced if _matches(w, includes)]
+    chosen = [w for w in chosen if not _matches(w, excludes)]
+    if layers is not None:
+        chosen = _select_layers(structure, chosen, layers)
+    if not chosen:
+        raise UsageError("No Linear layer is left.", hint="Loosen --exclude, --include or --layers.")
+    names = {weight.parameter for weight in chosen}
+    return tuple(weight for weight in structure.linears if weight.parameter in names)
+
+
+def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
+    return any(pattern.search(weight.module) for pattern in patterns)
+
+
+def _list_scopes(structure: Structure) -> str:
+    counts = scope_parameters(structure)
+    if not counts:
+        return f"{structure.architecture} has no Linear layer at all."
+    return "There is " + ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts.items()) + "."
+
+
+def _compile(option: str, patterns: Sequence[str]) -> Patterns:
+    return tuple(compile_pattern(option, pattern) for pattern in patterns)
+
+
+def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
+    if any(pattern.search(name) for name in names):
+        return
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    near = difflib.get_close_matches(pattern.pattern, kinds, n=SHOWN, cutoff=0.3) or kinds[:SHOWN]
+    elsewhere = [w for w in structure.linears if pattern.search(w.module)]
+    why = f"It matches {elsewhere[0].module}, which is {elsewhere[0].group}." if elsewhere else None
+    raise UsageError(
+        f"{option} {pattern.pattern!r} matches no Linear layer of the scope.",
+        why,
+        f"Available modules (N stands for a number): {', '.join(near)}.",
+    )
+
+
+def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
+    groups = {scope if scope in ("feed-forward", "final") else scope.rpartition("-")[2] for scope in scopes}
+    everything = bool(groups & {"blocks", "overall", "encoder", "decoder"})
+    return [name for name, group in structure.opaque.items() if group in groups or (everything and group != "vision")]
+
+
+def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
+    wanted = [name for name in opaque if not narrowing or any(pattern.search(name) for pattern in narrowing)]
+    left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
+    if left:
+        raise UnsupportedError(
+            f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _listed(left),
+            hint=f"Leave them out by name, for example --exclude '{_example(left)}'.",
+        )
+
+
+def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
+    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w, resolved)))
+    if left:
+        raise UnsupportedError(
+            f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),
+            hint=f"Add them to the scope with --include '{_example(left)}', or leave them out with --exclude.",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
+    return "\n".join([f"  {kind}" for kind in kinds[:SHOWN]] + (["  ..."] if len(kinds) > SHOWN else []))
+
+
+def _example(names: list[str]) -> str:
+    # The end of a name is what the layers of all blocks have in common.
+    return r"\.".join(names[0].split(".")[-2:])
+
+
+def layer_ranges(layers: str) -> dict[str, range]:
+    """Return what ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
+    ranges: dict[str, range] = {}
+    for part in layers.split(","):
+        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
+        if limits is None or len(part) > 20:
+            raise UsageError(f"{layers!r} is no range of layers.", hint="Write 0-5, 3 or 0-2,5.")
+        first = int(limits.group(1))
+        last = int(limits.group(2) or first)
+        if last < first:
+            raise UsageError(f"{part.strip()!r} is no range of layers.", hint=f"Write {last}-{first}.")
+        ranges[part.strip()] = range(first, last + 1)
+    return ranges
+
+
+def _select_layers(structure: Structure, weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
+    there = {w.layer for w in weights if w.layer is not None}
+    known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
+    # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
+    stacks = {_stack_of(w) for w in weights}
+    last = max((w.layer for w in structure.linears if w.layer is not None and _stack_of(w) in stacks), default=0)
+    wanted: set[int] = set()
+    for part, numbers in layer_ranges(layers).items():
+        inside = {number for number in there if number in numbers}
+        if not inside:
+            raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
+        if numbers[-1] > last:
+            raise UsageError(f"There is no block {numbers[-1]}, which {part!r} names.", hint=known)
+        wanted |= inside
+    return [w for w in weights if w.layer in wanted]
+
+
+def _stack_of(weight: LinearWeight) -> tuple[str | None, bool]:
+    return weight.stack, weight.group == "vision"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import count, plain
 from compressknow.base.notebook import Shown, Summary
-from compressknow.model.scopes import scope_parameters
-from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure
+from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, scope_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

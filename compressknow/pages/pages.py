@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import check_links, open_whole
 from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
 from compressknow.base.system import uninterrupted
 

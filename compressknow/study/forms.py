@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 from compressknow.base.format import share
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import Begin
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import scratch
@@ -23,7 +23,7 @@ from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
-from compressknow.model.scopes import SCOPES, compile_pattern
+from compressknow.model.structure import SCOPES, compile_pattern
 from compressknow.study.allocation import (
     Allocation,
     Option,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from compressknow.gguf.export import Export
     from compressknow.model.structure import LinearWeight
     from compressknow.study.cells import StudyModel
-    from compressknow.study.roundings import Roundings
+    from compressknow.study.measuring import Roundings
 
 
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
@@ -228,7 +228,7 @@ class GgufForm(Form):
     name, place = GGUF, "model.gguf"
 
     def __init__(self, job: Export, tensors: Tensors, overhead: int, target: Target) -> None:
-        from compressknow.study.roundings import GgufRoundings
+        from compressknow.study.measuring import GgufRoundings
 
         self.roundings = GgufRoundings()
         self._job, self._tensors, self._target = job, tensors, target
@@ -283,7 +283,7 @@ class CheckpointForm(Form):
     def __init__(self, model: StudyModel, guide: Guide, must: Sequence[tuple[str, str]]) -> None:
         from compressknow.compress.sources import Sources
         from compressknow.model.tensors import DTYPE_SIZES
-        from compressknow.study.roundings import SchemeRoundings
+        from compressknow.study.measuring import SchemeRoundings
 
         self.roundings = SchemeRoundings()
         self._model, self._guide, self._is_uniform = model, guide, False
@@ -375,7 +375,7 @@ def _describe_rounding(guide: Guide, rounding: str) -> str:
 
 def _build_steps(types: Mapping[str, str]) -> dict[str, Any]:
     """Return the recipe of a type for each module."""
-    from compressknow.study.roundings import parse_scheme
+    from compressknow.study.measuring import parse_scheme
 
     steps = [
         Quantize(scheme.name, Where(("blocks",), tuple(patterns)), scheme.values())

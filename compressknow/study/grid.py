@@ -18,8 +18,7 @@ from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
-from compressknow.model.scopes import DEFAULT_SCOPES, scope_names
-from compressknow.model.structure import ModuleMap, Structure
+from compressknow.model.structure import DEFAULT_SCOPES, ModuleMap, Structure, scope_names
 
 if TYPE_CHECKING:
     from compressknow.compress.convert import VariantMaker

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.sources import Opened
     from compressknow.model.checkpoint import Checkpoint
     from compressknow.study.batches import ScoredFact
-    from compressknow.study.roundings import Roundings
+    from compressknow.study.measuring import Roundings
 
 # Facts that guide, and the fewest that tell one weight from another.
 FACTS, FEWEST = 200, 30

@@ -19,8 +19,7 @@ from compressknow.base.progress import Listener, relabel_progress
 from compressknow.evaluate.answers import RECORD, Answers
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
-from compressknow.study.cells import StudyModel, name_folder
-from compressknow.study.folder import CellResult
+from compressknow.study.cells import CellResult, StudyModel, name_folder
 from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:

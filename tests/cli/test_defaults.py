@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.cli.defaults import project_defaults
+from compressknow.cli.options import project_defaults
 from compressknow.cli.report import command_of
 
 

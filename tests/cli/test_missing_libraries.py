@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.libraries import OPTIONAL
+from compressknow.base.packages import OPTIONAL
 from tests.knowing import facts_file, knowing
 from tests.long import long, one_in
 from tests.models import save_tiny
@@ -170,7 +170,7 @@ def test_a_library_that_all_need_is_named_too(library: str, package: str, place:
 
 def test_a_folder_of_that_name_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "scipy").mkdir()
-    code = "from compressknow.base.libraries import require; require('scipy')"
+    code = "from compressknow.base.packages import require; require('scipy')"
     # -S: without the libraries that are installed.
     command = [sys.executable, "-S", "-c", code]
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.compress.schemes.builtin import Int8Weights
+from compressknow.compress.schemes import Int8Weights
 
 
 class Groups4(Int8Weights):

@@ -37,7 +37,7 @@ from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
 from compressknow.model.groups import structure_of
-from compressknow.model.scopes import select
+from compressknow.model.structure import select
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_loading import load
 from tests.compress.test_quantize import DTYPES, ROWS, same_bits

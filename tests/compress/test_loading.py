@@ -20,7 +20,7 @@ import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine import layers
 from compressknow.model.groups import structure_of
-from compressknow.model.scopes import scope_names, select
+from compressknow.model.structure import scope_names, select
 from tests.long import one_in
 from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny
 

@@ -23,7 +23,7 @@ from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.compress.proof import build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import structure_of
-from compressknow.model.scopes import select
+from compressknow.model.structure import select
 from tests.models import QUANTIZABLE, VOCABULARY, logits, save_tiny, tiny
 
 SCHEMES = ("int8", "int8-paper", "int8-weights", "fp8")

@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from compressknow.base.libraries import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 
 needs_gguf = pytest.mark.skipif(
     not reads_gguf(), reason=f"GGUF files need transformers {GGUF_TRANSFORMERS}: this is {transformers.__version__}"

@@ -10,8 +10,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import CheckpointError
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import MANIFEST, describe, locate
+from compressknow.engine.identity import MANIFEST, describe, locate, read_contents
 from tests.knowing import knowing
 
 

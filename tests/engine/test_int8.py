@@ -16,9 +16,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import compressknow
 from compressknow.engine import layers
-from compressknow.engine.batch_invariant import BatchInvariantLinear, make_batch_invariant, undo_batch_invariant
 from compressknow.engine.language_model import LanguageModel
-from compressknow.engine.layers import Int8Linear
+from compressknow.engine.layers import BatchInvariantLinear, Int8Linear, make_batch_invariant, undo_batch_invariant
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing

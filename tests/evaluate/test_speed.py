@@ -12,8 +12,8 @@ import transformers
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Stage
-from compressknow.engine.batch_invariant import BatchInvariantLinear
 from compressknow.engine.identity import locate
+from compressknow.engine.layers import BatchInvariantLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _measure_tokens, measure

@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from compressknow.base.libraries import OPTIONAL  # noqa: F401  # the package is importable without the extra
+from compressknow.base.packages import OPTIONAL  # noqa: F401  # the package is importable without the extra
 from tests.knowing import KNOWN_FACTS, knowing_as
 
 VOCABULARY = 400

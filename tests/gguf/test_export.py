@@ -32,8 +32,7 @@ from compressknow.base.errors import (
 from compressknow.base.format import size
 from compressknow.base.progress import Progress
 from compressknow.cli import main
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import locate
+from compressknow.engine.identity import locate, read_contents
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.record import read_record
 from tests.faults.test_small_disk import mount
@@ -369,7 +368,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is refused before work."""
-    from compressknow.gguf.place import check_room
+    from compressknow.gguf.record import check_room
 
     check_room(tmp_path / "out.gguf", 1)
     with pytest.raises(OutputError, match="of disk while it is made"):

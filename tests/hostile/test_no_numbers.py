@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressknow.base.errors import CheckpointError
-from compressknow.engine.contents import READ_BYTES, read_contents
-from compressknow.engine.identity import Located, locate
+from compressknow.engine.identity import READ_BYTES, Located, locate, read_contents
 from compressknow.model.tensors import TORCH_NAMES, StoredTensor, byte_view, not_finite
 from tests.engine.gguf_files import F32, write_gguf
 from tests.hostile.bounded import refused

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from compressknow.base.errors import CheckpointError
 from compressknow.engine.identity import locate
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.tensors import OpenFiles, StoredTensor, read_header
-from compressknow.model.torch_bin import read_torch_file
+from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_torch_file
 from tests.models import save_tiny
 
 DTYPES = {

@@ -10,8 +10,7 @@ import torch
 import transformers
 
 from compressknow.model.groups import structure_of
-from compressknow.model.scopes import select
-from compressknow.model.structure import LinearWeight, ModuleMap, Structure
+from compressknow.model.structure import LinearWeight, ModuleMap, Structure, select
 from tests.zoo import tiny_config
 
 BERT = {

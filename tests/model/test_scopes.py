@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.model.scopes import SCOPES, scope_names, scope_parameters, select
-from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.structure import SCOPES, LinearWeight, Structure, scope_names, scope_parameters, select
 
 
 def linear(module: str, group: str | None, layer: int | None = None, **more: object) -> LinearWeight:

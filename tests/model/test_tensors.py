@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compressknow.model.tensors import DTYPE_SIZES, TORCH_NAMES, read_header, torch_dtype
-from compressknow.model.torch_bin import read_torch_file
+from compressknow.model.tensors import DTYPE_SIZES, TORCH_NAMES, read_header, read_torch_file, torch_dtype
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)

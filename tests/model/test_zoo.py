@@ -21,8 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.model.groups import structure_of
-from compressknow.model.scopes import scope_names
-from compressknow.model.structure import LinearWeight, Structure
+from compressknow.model.structure import LinearWeight, Structure, scope_names
 from tests.long import long
 
 # Some 250 classes are built.

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.study.folder import CellResult
+from compressknow.study.cells import CellResult
 from compressknow.study.running import RayOptions
 from tests.knowing import facts_file, knowing
 from tests.long import long

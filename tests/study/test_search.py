@@ -23,7 +23,7 @@ from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.pages.search import Trial
-from compressknow.study.folder import RECORD
+from compressknow.study.cells import RECORD
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import split_facts
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types

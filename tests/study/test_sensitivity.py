@@ -22,8 +22,14 @@ from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
-from compressknow.study.measuring import ScoreChanges, compute_divergence, measure
-from compressknow.study.roundings import GgufRoundings, Roundings, SchemeRoundings
+from compressknow.study.measuring import (
+    GgufRoundings,
+    Roundings,
+    SchemeRoundings,
+    ScoreChanges,
+    compute_divergence,
+    measure,
+)
 from compressknow.study.sensitivity import (
     Guidance,
     Rounding,
@@ -238,7 +244,7 @@ import sys, torch
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import measure
 from compressknow.study.batches import batch_text
-from compressknow.study.roundings import SchemeRoundings
+from compressknow.study.measuring import SchemeRoundings
 from compressknow.base.system import peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
 texts = batch_text(text, "causal", None, 0)

@@ -24,7 +24,7 @@ from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
-from compressknow.study.folder import RECORD, CellResult, claim
+from compressknow.study.cells import RECORD, CellResult, claim
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 
 FAMILIES = ("bert", "llama", "t5")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from compressknow.base.errors import UsageError
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from compressknow.compress.parameters import Parametric, parameter
 from compressknow.model.tensors import StoredTensor
 

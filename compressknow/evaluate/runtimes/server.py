@@ -1,22 +1,197 @@
-"""Model on a server that alone knows it, behind an address; OpenAI's completions are its language."""
+"""Model on a server that alone knows it: OpenAI's completions are its language, and facts are scored by requests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from multiprocessing.pool import ThreadPool
+from typing import Any, TypeVar
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+import numpy as np
+
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.base.format import plain
 from compressknow.base.reading import find_mismatch
-from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.grades import add_grade, find_choice, list_choices
 from compressknow.evaluate.runtimes import Loaded, Settings
 from compressknow.evaluate.runtimes.client import Client, Refused
-from compressknow.evaluate.runtimes.kinds import Served, detect_server
+from compressknow.evaluate.runtimes.kinds import First, Served, detect_server
+from compressknow.evaluate.scoring.decoding import judge
+from compressknow.evaluate.scoring.families import CausalScorer
+from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
+from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Query, Whole
 
-if TYPE_CHECKING:
-    from compressknow.evaluate.scoring.server import ServedScorer
+T = TypeVar("T")
+
+
+# Characters that a token has, about: where the server's tokens are not known, room for a free answer is told by these.
+CHARACTERS = 2
+
+
+class Tokens:
+    """Tokenizer of a server, as far as prompts need one."""
+
+    eos_token_id = unk_token_id = None
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    def __call__(self, text: str, *, add_special_tokens: bool = False, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(self._served.encode(text, add_special_tokens))}
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Return the token that begins every text, where there is one."""
+        return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
+
+
+class ServedScorer(CausalScorer):
+    """Prompts and candidates are those of any causal model; what they are worth, the server says.
+
+    Where it gives no log-probabilities, an answer is what it writes, right where that begins with the object.
+    """
+
+    def __init__(self, served: Served, probe: Probe, parallel: int) -> None:
+        super().__init__(None, Tokens(served), probe)
+        if self.one_token:
+            raise UnsupportedError(
+                f"{probe.name} is answered by one word of a vocabulary, which no server tells the probabilities of.",
+                hint="Choose a probe with candidates or of free answers, such as atlas, bear or facts:FILE.jsonl.",
+            )
+        self._served, self._parallel = served, parallel
+
+    def make_query(self, fact: Fact) -> Query | str:
+        """Return the query of any causal model; where the server only writes, candidates are not told to it."""
+        if self._served.scores or not fact.candidates:
+            return super().make_query(fact)
+        if reason := self.find_obstacle(replace(fact, candidates=None)):
+            return reason
+        prompt = self.encode_prompt(fact)
+        (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
+        return Query(fact, prompt, (), gold, (), ())
+
+    def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
+        """Return one shape for all: nothing is padded."""
+        return ()
+
+    def _find_misfit(self, query: Query) -> str | None:
+        return super()._find_misfit(query if query.shape else replace(query, shape=(len(query.prompt),)))
+
+    @cached_property
+    def _most(self) -> int | None:
+        return self._served.longest
+
+    def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
+        """Take each fact alone: it is counted and stored as soon as it is answered."""
+        return [(query,) for query in batch]
+
+    def run_each(
+        self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
+    ) -> Iterator[tuple[Sequence[Query], T]]:
+        """Send the requests of several batches at the same time; those of one batch follow one another."""
+        batches = list(batches)
+        # Its threads are daemons: who interrupts the run does not wait for a server that hangs.
+        with ThreadPool(max(1, min(self._parallel, len(batches)))) as pool:
+            yield from pool.imap_unordered(lambda batch: (batch, work(batch)), batches)
+
+    def answer(
+        self,
+        batch: Sequence[Query],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,  # noqa: ARG002
+    ) -> list[Answer]:
+        """Answer queries; no server tells whole distributions in time: `whole` is not called."""
+        return [self._answer_one(*pair) for pair in _pair(batch, reference)]
+
+    def answer_anew(
+        self,
+        batch: Sequence[Query],
+        answers: Sequence[Answer],
+        reference: Sequence[Ids] | None,
+        whole: Whole | None = None,  # noqa: ARG002
+    ) -> list[Answer]:
+        known = {answer.fact_id: answer for answer in answers}
+        pairs = _pair(batch, reference)
+        return [_add_first(known[query.fact.id], self._read_first(query, wanted), wanted) for query, wanted in pairs]
+
+    def _answer_one(self, query: Query, wanted: Ids | None) -> Answer:
+        text = self._write(query)
+        if not self._served.scores:
+            return add_grade(self._judge(query, First(), text), query.fact, text)
+        first = self._read_first(query, wanted)
+        answer = self._choose(query, first) if query.options else self._judge(query, first, text)
+        return _add_first(add_grade(answer, query.fact, text), first, wanted)
+
+    def say(self, batch: Sequence[Query]) -> list[str | None]:
+        return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
+
+    def _write(self, query: Query) -> str:
+        """Return what the model writes: as many tokens as tell what it says."""
+        tokens = max(map(len, query.options or (query.gold,)))
+        slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
+        count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
+        return self._served.write(query.prompt, count + slack)
+
+    def _read_first(self, query: Query, wanted: Ids | None) -> First:
+        return self._served.predict(query.prompt, () if wanted is None else [int(number) for number in wanted])
+
+    def _choose(self, query: Query, first: First) -> Answer:
+        """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
+        least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
+        server told no token, so that each is read anyway.
+        """
+        options = query.options
+        heads = [first.logp.get(ids[0]) for ids in options]
+        scores = np.array([first.bound if head is None else head for head in heads])
+        finished = np.array([head is not None and len(ids) == 1 for head, ids in zip(heads, options, strict=True)])
+        assert query.fact.candidates is not None
+        ranking = Ranking(scores, finished, query.fact.candidates.index(query.fact.obj_label), summed=not first.logp)
+
+        def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
+            rows = zip(pairs, bars, strict=True)
+            return np.array([self._score(query, options[place], first, bar) for (_, place), bar in rows])
+
+        rank_candidates([ranking], finish)
+        return make_choice(query.fact, ranking)
+
+    def _score(self, query: Query, ids: Ids, first: First, bar: float) -> float:
+        head = first.logp.get(ids[0])
+        if head is None:
+            return self._served.score_rest(query.prompt, ids, bar=bar)
+        if len(ids) == 1 or head < bar:
+            return head
+        return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
+
+    def _judge(self, query: Query, first: First, text: str) -> Answer:
+        """Judge a free answer. Its rank is that of the object's first token, where the server told it."""
+        correct = find_choice(text, list_choices(query.fact)) == query.fact.obj_label
+        text, _ = judge(text, query.fact.obj_label)
+        best = list(first.logp)[:TOP]
+        rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
+        logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
+        top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
+        scores = np.array([first.logp[number] for number in best])
+        return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
+
+
+def _pair(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
+    return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
+
+
+def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
+    """Add the distribution at the first position, of the `wanted` tokens or the likeliest, if all are told."""
+    ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else [int(number) for number in wanted]
+    if not all(number in first.logp for number in ids):
+        ids = []
+    values = np.array([first.logp[number] for number in ids], dtype=np.float32)
+    return replace(answer, first_ids=np.array(ids, dtype=np.int32), first_logp=values, first_kl=None)
 
 
 # What a model writes to these tells it from others behind the same name.
@@ -54,7 +229,6 @@ class LoadedFromServer(Loaded):
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def make_scorer(self, probe: Probe) -> ServedScorer:
-        from compressknow.evaluate.scoring.server import ServedScorer
 
         return ServedScorer(self._served, probe, self._parallel)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from compressknow.evaluate.facts import Probe, join_wordings
 from compressknow.evaluate.text import RunningText
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.base.files import as_text
-from compressknow.base.libraries import require
+from compressknow.base.packages import require
 from compressknow.base.progress import quiet
 from compressknow.base.reading import sha256_of
 from compressknow.evaluate.answers import Answer

@@ -120,6 +120,6 @@ def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> N
         for each in card.comparisons
         for probe in each.probes
     ]
-    monkeypatch.setattr("compressknow.base.libraries.is_installed", lambda _: False)
+    monkeypatch.setattr("compressknow.base.packages.is_installed", lambda _: False)
     with pytest.raises(CompressknowError, match="pip install pandas"):
         card.to_frame()

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
-from compressknow.engine.contents import read_contents
-from compressknow.engine.identity import locate
+from compressknow.engine.identity import locate, read_contents
 from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import facts_file, knowing

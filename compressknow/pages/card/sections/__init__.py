@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import plain
-from compressknow.base.registry import Registry
+from compressknow.base.packages import Registry
 from compressknow.comparison.records import Estimate
 from compressknow.pages.as_json import probe_to_json
 from compressknow.pages.parts import (

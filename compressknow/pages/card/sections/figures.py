@@ -22,7 +22,7 @@ from compressknow.comparison.records import Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
 from compressknow.model.manifest import calibrated_in_words, removed_in_words
-from compressknow.pages.card.charts import name_deployment
+from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
 from compressknow.pages.records import write_estimate
