@@ -3,12 +3,13 @@
     python examples/smollm2.py --off-grid build/smollm2-off
     python benchmarks/allocation.py build/smollm2-off build/allocation [--types q4_k_m,q3_k_m,q2_k] [--limit 2000]
         [--roundings gptq,nearest] [--guides both,text,facts,kinds,imatrix-error] [--perplexity FILE.txt]
-        [--text FILE.txt] [--tokens 8192]
+        [--text FILE.txt] [--tokens 8192] [--other FILE.gguf]...
 
 A fifth of the facts of atlas may choose types, the others judge: of those that the original knows, how many each file
 still knows, in llama.cpp. Importance matrices and our text are the same: the model's own, or that of a file. Kept facts
 are compared fact by fact, by a test that knows relations; KL is the mean over them of the answer's first token. Files
-and answers that are there are taken as they are, so that a run that was stopped goes on.
+and answers that are there are taken as they are, so that a run that was stopped goes on. Files of other tools are
+judged alike; of these, p compares with the last of llama.cpp's types.
 
 Two guides are here to be compared with, and not in export. `kinds` measures as `both` does, and gives one type to the
 q_proj of all layers, one to their k_proj, and so on. `imatrix-error` is what llama.cpp's pull request 15550 steers by:
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--text", default="self")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--converter", default=None)
+    parser.add_argument("--other", type=Path, action="append", default=[], help="a file of another tool, judged too")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     frontier = runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples/frontier.py"))
@@ -93,6 +95,9 @@ def main() -> None:
                     _made(given.model, file, {"size": size, "rounding": rounding, **choice, **how})
                 answers = _answers(file, given.work, asked, exact)
                 _show(name, file, answers, first, known, _perplexity(file, given.work, given.perplexity))
+    for file in given.other:
+        answers = _answers(file, given.work, asked, exact)
+        _show(file.stem, file, answers, first, known, _perplexity(file, given.work, given.perplexity))
 
 
 def _choice(guide: str, model: Path, exact: Path, size: int, facts: str, how: dict[str, Any]) -> dict[str, Any]:

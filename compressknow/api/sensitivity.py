@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compressknow.api.words import list_files, verb
 from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
@@ -75,7 +76,7 @@ def sensitivity(
     text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
     check_text(text.text, text.tokens)
     files = list_files(output)
-    require_for(files, *(["llama_cpp_py_sync"] if to != "checkpoint" else []), "pyarrow")
+    require_for(files, *(["llama_cpp_py_sync"] if to == "gguf" else []), "pyarrow")
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
     check_is_checkpoint(model)
@@ -103,4 +104,7 @@ def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundi
         raise UnsupportedError(
             f"{model.name} is no causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
         )
-    return GgufRoundings() if family == "causal" and to != "checkpoint" else SchemeRoundings()
+    if family != "causal" or to == "checkpoint":
+        return SchemeRoundings()
+    require("llama_cpp_py_sync")
+    return GgufRoundings()

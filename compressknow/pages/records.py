@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import count, estimate, plain, share, size
 from compressknow.base.notebook import Shown, Summary, Tabular
+from compressknow.comparison.intervals import mcnemar
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -265,7 +266,7 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"mcnemar_p": probe.certainty.test.p, "answer_changed": probe.answer_changed},
+        **{"p": probe.certainty.test.p, "mcnemar_p": mcnemar(counts), "answer_changed": probe.answer_changed},
     }
 
 

@@ -120,6 +120,9 @@ def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> N
         for each in card.comparisons
         for probe in each.probes
     ]
+    probes = [probe for each in card.to_dict()["compressed"] for probe in each["probes"].values()]
+    for column in ("p", "mcnemar_p"):
+        assert list(frame[column]) == [probe[column] for probe in probes]
     monkeypatch.setattr("compressknow.base.packages.is_installed", lambda _: False)
     with pytest.raises(CompressknowError, match="pip install pandas"):
         card.to_frame()
