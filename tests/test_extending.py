@@ -376,7 +376,7 @@ class TestSection:
             (("sides]", "sides], {0}"), "TypeError: Object of type set is not JSON serializable."),
             (("len(side) for", "len(side) * float('nan') for"), "ValueError: Out of range float values"),
             (('title = "Favourite answers"', 'title = ""'), "it has no title."),
-            (("order = 45", "order = 'first'"), "its order is no number."),
+            (("order = 46", "order = 'first'"), "its order is no number."),
             (("class Favourites(Section)", "class Favourites"), "not Section"),
             (("from collections import Counter", "import nothing_like_it"), "ModuleNotFoundError"),
         ],

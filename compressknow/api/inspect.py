@@ -1,4 +1,4 @@
-"""Inspect the Linear layers of a checkpoint: they are counted, and no weights are read."""
+"""Inspect the Linear layers of a checkpoint: they are counted; of the weights, some rows of each matrix are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def inspect(
     module_map: ModuleMap = "structural",
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Count a checkpoint's Linear layers by group and by scope, from its configuration; no weights are read.
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration; of the weights, some rows of
+    each matrix are read.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ COMMANDS = {
     "compare": "Show how two checkpoints differ.",
     "sweep": "Evaluate a model compressed by every recipe of a grid.",
     "sensitivity": "Show which weights hold a model's knowledge.",
-    "search": "Find the smallest checkpoint that keeps a share of knowledge.",
+    "search": "Find the smallest file that keeps a share of knowledge.",
 }
 
 

@@ -108,7 +108,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
 
     \b
     compressknow convert MODEL OUT --scope attention --prune 0.2 --quantize int8
-    compressknow convert MODEL OUT --quantize int8 --exclude '^lm_head$'
+    compressknow convert MODEL OUT --quantize int8 --layers 2-27
     compressknow convert MODEL OUT --drop-blocks 4 --drop-neurons 0.2
     compressknow convert MODEL OUT --recipe recipe.toml
     compressknow convert MODEL OUT --quantize int8 --push me/my-model

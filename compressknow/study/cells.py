@@ -417,7 +417,7 @@ class CellHandle(ModelHandle):
         )
 
     def make_prompts(self, probe: Probe) -> Prompts:
-        # By content: a search has two halves of one probe.
+        # By content: a search has parts of one probe.
         name = probe.fingerprint()
         if name not in self._written:
             self._written[name] = super().make_prompts(probe)

@@ -88,7 +88,7 @@ class ProbeSource(ABC):
     protocols : what ``--protocol`` may choose, in lower case, the default first; empty where it has one way alone.
     folders : where ``--data`` names a folder of several sets, the names that the set's own folder may have in there.
     origin : where its data can be downloaded, for the message that it is missing.
-    held_out : whether half of its items can be held out, as a search does: of facts they can, of a `Task` they cannot.
+    held_out : whether some of its items can be held out, as a search does: of facts they can, of a `Task` they cannot.
     evaluated : how its answers come about, for the page's section on methods, where that is not by this package's own
         scorers.
     details : more lines for ``--help``, such as an example.

@@ -95,8 +95,9 @@ class Context:
 class Section:
     """Section of the report card of each compressed model. Subclasses say what it shows; all but `parts` is optional.
 
-    Another package adds one by an entry point of the group ``compressknow.sections``; its name, of small letters,
-    digits, `-` and `_`, is the section's id on the page and the key of what it measures in ``report.json``.
+    Another package adds one by an entry point of the group ``compressknow.sections``; its name is the section's id on
+    the page and the key of what it measures in ``report.json``. It begins with a small letter and has 40 characters at
+    most, small letters, digits, `-` and `_`; ``card``, ``size``, ``from`` and ``top`` are taken.
 
     Attributes
     ----------
