@@ -115,7 +115,11 @@ def export(
         text = choice.calibration
         # llama.cpp needs an importance matrix where it rounds.
         choice = choice if target.rounding == "nearest" else replace(choice, calibration=None)
-    is_there = _check_places(model, place, matrix_place, choice, overwrite=overwrite, writes=not dry_run)
+    # What a size comes to is not known before it is measured.
+    repeats = target is None and not overwrite
+    is_there = _check_places(
+        model, place, matrix_place, choice, overwrite=overwrite, repeats=repeats, writes=not dry_run
+    )
     if matrix_place is not None:
         _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
@@ -253,18 +257,25 @@ def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwr
 
 
 def _check_places(
-    model: str | Path, output: Path, importance: Path | None, choice: Choice, *, overwrite: bool, writes: bool
+    model: str | Path,
+    output: Path,
+    importance: Path | None,
+    choice: Choice,
+    *,
+    overwrite: bool,
+    repeats: bool,
+    writes: bool,
 ) -> bool:
     """Raise an error for what is wrong with the two places. What a dead run has left is ended or goes, whatever becomes
     of this one.
 
-    Returns whether a file is there that the same export may have made.
+    Returns whether a file is there that the same export may have made, if it may stand for this one's.
     """
     check_is_checkpoint(model)
     check_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
-    is_there = writes and not overwrite and get_record_path(output).is_file()
+    is_there = writes and repeats and get_record_path(output).is_file()
     if is_there:
         from compressknow.gguf.record import is_recorded
 

@@ -90,8 +90,8 @@ def search(
 
     Each weight gets the type by which all of them are predicted to lose least. A third of the facts guides that, and
     the sizes that are tried; the winner is selected by another, by the lower end of its interval, and graded by the
-    last: the share that is told is of facts that chose nothing. A search that was stopped resumes, and ends as it would
-    have.
+    last: the share that is told is of facts that had no part in the choice. A search that was stopped resumes, and ends
+    as it would have.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ class Trial:
     bytes : of its weights.
     predicted_kl : the divergence of its answers that its types were chosen by, nats.
     kept : on the facts of the search, without a value where a size was asked for. `held_out` on those held out to
-        select by, where it was evaluated on these; `graded` of the winner, on those that chose nothing.
+        select by, where it was evaluated on these; `graded` of the winner, on those that had no part in the choice.
     """
 
     setup: str
@@ -201,7 +201,7 @@ def write_verdict(search: Search) -> str:
     if search.winner is not None:
         return (
             f"The {_FORMS[search.form]} of {size(search.winner.bytes)} keeps {_write_kept(search.winner.graded)} of "
-            f"what {name} knew of {count(search.graded)} facts that chose nothing. The original has "
+            f"what {name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
             f"{size(search.bytes)} ({smaller(search.bytes, search.winner.bytes)})."
         )
     if search.closest is None:

@@ -19,6 +19,7 @@ import transformers as hf
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
+from compressknow.base.errors import OutputError
 from compressknow.base.files import cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
@@ -104,6 +105,15 @@ def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None
     record = fitted(source, tmp_path / "a.gguf", Target(int(0.9 * whole), rounding="nearest"))
     assert record["bytes"] <= 0.9 * whole
     assert "f32" in {types(tmp_path / "a.gguf")[name] for name in types(tmp_path / "a.gguf") if "ffn" in name}
+
+
+@needs_converter
+def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
+    source = checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    compressknow.export(source, tmp_path / "a.gguf")
+    assert not compressknow.export(source, tmp_path / "a.gguf").is_new
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, tmp_path / "a.gguf", size=800_000)
 
 
 def outputs_error(source: Path, output: Path) -> dict[str, float]:

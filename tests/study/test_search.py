@@ -206,7 +206,7 @@ def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
 ) -> None:
     for place, budget in ((gguf, 700_000), (llama, 120_000)):
         assert place.search("sized", "--size", str(budget)) == 0
-        assert "facts that chose nothing" in " ".join(capsys.readouterr().out.split())
+        assert "facts that had no part in the choice" in " ".join(capsys.readouterr().out.split())
         found, folder = place.found("sized"), place.folder / "sized"
         file = folder / "model.gguf" if place.form == "gguf" else folder / "model" / "model.safetensors"
         assert 0.9 * budget < file.stat().st_size == found["winner"]["bytes"] <= budget
