@@ -37,7 +37,7 @@ from compressknow.comparison.clusters import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer
-from compressknow.gguf.gptq import get_nbytes, list_legal_types, roundtrip
+from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.importance import read_importance
 from compressknow.study.allocation import Option, allocate
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compressknow.engine.identity import Contents
     from compressknow.evaluate.runtimes.server import LoadedFromServer
     from compressknow.evaluate.scoring.llama_cpp import LoadedInLlamaCpp
-    from compressknow.evaluate.text import TextReader
+    from compressknow.evaluate.scoring.reading import TextReader
 
 
 # On servers a part of the key of stored answers, and nothing else: facts are answered one by one.

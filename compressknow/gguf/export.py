@@ -48,6 +48,14 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
+from compressknow.gguf.plain import (
+    Plain,
+    choose_float_type,
+    find_same_channels,
+    is_plain,
+    list_plain_tensors,
+    write_plain,
+)
 from compressknow.gguf.record import (
     IMPORTANCE,
     SCHEMA,
@@ -62,19 +70,7 @@ from compressknow.gguf.record import (
     sum_groups,
     write_with_metadata,
 )
-from compressknow.gguf.tensors import (
-    Plain,
-    Tensors,
-    choose_float_type,
-    count_by_group,
-    find_same_channels,
-    is_plain,
-    list_plain_tensors,
-    measure_overhead,
-    read_tensors,
-    resolve_types,
-    write_plain,
-)
+from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
 from compressknow.model.checkpoint import Checkpoint, check_inside
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest

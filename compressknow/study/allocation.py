@@ -18,7 +18,7 @@ import numpy.typing as npt
 from compressknow.base.errors import UsageError
 from compressknow.base.format import size
 from compressknow.gguf.choice import Fitted, Rounding, check_types
-from compressknow.gguf.gptq import CANDIDATES, get_nbytes, list_legal_types
+from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
 from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
 

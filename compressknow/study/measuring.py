@@ -29,7 +29,7 @@ from compressknow.compress.calibrate.backward import Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
 from compressknow.compress.sources import Sources
-from compressknow.gguf import gptq
+from compressknow.gguf import grids
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
@@ -78,21 +78,21 @@ class Roundings(ABC):
 class GgufRoundings(Roundings):
     """Types of tensors, by llama.cpp's names."""
 
-    form, candidates = "gguf", gptq.CANDIDATES
+    form, candidates = "gguf", grids.CANDIDATES
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        return gptq.list_legal_types(shape[-1], self.types)
+        return grids.list_legal_types(shape[-1], self.types)
 
     def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
         own = self.list_legal(shape)
         return tuple(name for name in own if name in _AT_ONCE) or own
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        return gptq.get_nbytes(name, shape)
+        return grids.get_nbytes(name, shape)
 
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
         matrix = None if importance is None else importance.numpy()
-        return torch.from_numpy(gptq.roundtrip(weight.numpy(), name, matrix))
+        return torch.from_numpy(grids.roundtrip(weight.numpy(), name, matrix))
 
 
 class SchemeRoundings(Roundings):

@@ -25,7 +25,8 @@ from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
-from compressknow.gguf.gptq import batch_sequences, get_nbytes, list_legal_types, roundtrip
+from compressknow.gguf.gptq import batch_sequences
+from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.record import read_record
 from compressknow.study.allocation import Target, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity

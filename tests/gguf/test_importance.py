@@ -248,7 +248,8 @@ def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
     from compressknow.compress.weights import read_side
-    from compressknow.gguf.tensors import find_same_channels, list_plain_tensors, read_tensors
+    from compressknow.gguf.plain import find_same_channels, list_plain_tensors
+    from compressknow.gguf.tensors import read_tensors
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     loaded, _ = open_complete(world / "model")

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("llama_cpp_py_sync")
 
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.gguf.gptq import LAYOUTS, dequantize, get_block_size, get_nbytes, pack, quantize, round_gptq
+from compressknow.gguf.gptq import LAYOUTS, pack, round_gptq
+from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize
 
 ROWS, COLUMNS = 24, 512
 

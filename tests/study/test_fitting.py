@@ -13,7 +13,7 @@ import compressknow
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.compress.weights import read_side
-from compressknow.gguf.gptq import get_nbytes, list_legal_types
+from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete

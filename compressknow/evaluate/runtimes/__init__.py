@@ -12,8 +12,8 @@ from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_d
 
 if TYPE_CHECKING:
     from compressknow.evaluate.facts import Probe
+    from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Scorer
-    from compressknow.evaluate.text import TextReader
 
 
 BATCH_SIZE = 128
@@ -139,6 +139,6 @@ class LoadedInTransformers(Loaded):
         return make_scorer(self.language_model.model, self.language_model.tokenizer, self.family, probe)
 
     def make_reader(self) -> TextReader:
-        from compressknow.evaluate.text import TransformersReader
+        from compressknow.evaluate.scoring.reading import TransformersReader
 
         return TransformersReader(self.language_model)

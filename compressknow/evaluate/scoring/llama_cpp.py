@@ -198,7 +198,7 @@ class LlamaCppScorer(CausalScorer):
 
 
 class GgufReader:
-    """See `compressknow.evaluate.text.TextReader`."""
+    """See `compressknow.evaluate.scoring.reading.TextReader`."""
 
     def __init__(self, model: GgufModel, threads: int) -> None:
         self._model, self._threads, self._tokenizer = model, threads, GgufTokenizer(model)
