@@ -1,7 +1,7 @@
 """Which tests `make test` leaves to `make test-all`.
 
 By hand, with `long` and `one_in`: campaigns, and most of what is one check on many cases. By measure, in long.txt:
-tests and cases that take more than a second, but for those that stand for a whole command or for what the README
+tests and cases that take more than half a second, but for those that stand for a whole command or for what the README
 promises.
 """
 

@@ -25,7 +25,7 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.record import check_destination, finish, get_record_path
+from compressknow.gguf.place import check_destination, finish, get_record_path
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts

@@ -9,7 +9,7 @@ from compressknow.api.words import verb
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
-from compressknow.gguf.record import check_recorded
+from compressknow.gguf.place import check_recorded
 from compressknow.model.manifest import check_converted
 
 if TYPE_CHECKING:

@@ -48,6 +48,7 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
+from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
 from compressknow.gguf.plain import (
     Plain,
     choose_float_type,
@@ -57,15 +58,11 @@ from compressknow.gguf.plain import (
     write_plain,
 )
 from compressknow.gguf.record import (
-    IMPORTANCE,
     SCHEMA,
     ExportRecord,
-    Place,
     build_metadata,
-    check_room,
     collect_versions,
     compare_to_record,
-    get_record_path,
     read_record,
     sum_groups,
     write_with_metadata,

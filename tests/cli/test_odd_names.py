@@ -25,7 +25,7 @@ def test_a_folder_whose_name_is_no_text_is_converted(tmp_path: Path, capsys: pyt
     assert r"odd\udcff" in (tmp_path / f"{ODD}-new" / "README.md").read_text(encoding="utf-8")
     capsys.readouterr()
     assert main(["probe", str(tmp_path / ODD), "-o", str(tmp_path / "answers")]) == 1
-    assert "has no tokenizer that loads" in capsys.readouterr().err
+    assert "Rename the folder" in capsys.readouterr().err
 
 
 def test_facts_and_reports_whose_names_are_no_text_are_read_and_written(
