@@ -99,7 +99,7 @@ def compute_gradients(
     with intercept(streamed.model, list(modules)) as forwards:
         passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
         try:
-            _run(streamed, passes, forwards, watched, visit, head)
+            _run(streamed, passes, forwards, watched, visit)
         finally:
             for each in passes:
                 each.close()
@@ -112,19 +112,18 @@ def _run(
     forwards: Mapping[str, Callable[..., Any]],
     watched: Mapping[str, Sequence[str]],
     visit: Visit,
-    head: str,
 ) -> None:
     """Advance all passes together, from block to block, and back."""
     waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
     while waiting:
-        # All are to come back before a module is visited.
-        first = min(waiting.values(), key=_is_back)
-        module, is_back = first.module, _is_back(first)
-        group = [number for number, call in waiting.items() if call.module == module and _is_back(call) == is_back]
+        first = next(iter(waiting.values()))
+        module, is_back = first.module, first.args[0].gradients is not None
+        group = [
+            number
+            for number, call in waiting.items()
+            if call.module == module and (call.args[0].gradients is not None) == is_back
+        ]
         if not is_back:
-            if module == head:
-                # One after the other: what scores are computed of has many times the size of what they leave.
-                group = group[:1]
             # A forward pass itself reads what lies outside the blocks when it comes to it.
             with streamed.load(module) if module in streamed.blocks else nullcontext():
                 answers = {number: passes[number].run_forward(forwards[module], waiting[number]) for number in group}
@@ -144,10 +143,6 @@ def _run(
                 del waiting[number]
             else:
                 waiting[number] = call
-
-
-def _is_back(call: Call) -> bool:
-    return call.args[0].gradients is not None
 
 
 _TENSOR = object()
@@ -274,13 +269,10 @@ class GradientPass(ForwardPass):
             by_direction.append(own[: len(sources)])
             for (_, _, output), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
                 each.append(torch.zeros_like(output) if gradient is None else gradient)
-        for (name, inputs, output), each in zip(watch.seen, gradients, strict=True):
+        for (name, inputs, _), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (inputs, *each)]
-            # A head's are its own, and too many to have twice.
-            of_head = [gradient for out, gradient in pairs if out is output and call.module == self._head]
-            all_directions = of_head[0] if of_head else torch.stack(tokens[1:], 1)
-            products[name].append(Product(self.number, tokens[0], all_directions))
+            products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
         return [next(joined) if needed else None for needed in work.needed]
 
