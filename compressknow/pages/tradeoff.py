@@ -35,6 +35,8 @@ T = TypeVar("T")
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
 # Points of kept knowledge that an axis spans at least: two models near each other stay near.
 _SPAN = 20
+# Characters of a name in the legend, above which a narrow chart has one in a line.
+_LONG = 32
 # A digit's box, and how far from its mark a label may stand, in units of the drawing.
 _DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
 _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
@@ -117,7 +119,8 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         _draw_intervals(plot, chart.marks)
         _draw_marks(plot, chart)
         # Outside of the plot: points may lie anywhere in it.
-        room: Any = {"ncols": 3 if broad else 2, "columnspacing": 1, "handletextpad": 0, "frameon": False}
+        columns = 3 if broad else 1 if any(len(kind) > _LONG for kind in chart.looks) else 2
+        room: Any = {"ncols": columns, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
         low, high = plot.get_xlim()
         # No nearer to the dearest than half of it, or what is alike would look far apart.
