@@ -164,6 +164,27 @@ def test_a_pause_that_a_server_asks_for_is_kept_up_to_a_minute(
     assert pauses == [7, 60]
 
 
+def test_a_pause_before_a_broken_answer_is_asked_for_again_doubles(
+    served: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(clients.time, "sleep", pauses.append)
+    server = served("vllm")
+    server.faults["/v1/models"] = ["break", "break"]
+    assert ModelHandle(locate(server.url), FAST).loaded.family == "causal"
+    assert pauses == [clients.FIRST_PAUSE, 2 * clients.FIRST_PAUSE]
+
+
+def test_an_answer_without_end_is_refused(
+    served: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "MOST_BYTES", 1 << 20)
+    server = served("vllm")
+    server.faults["/v1/models"] = [b" " * (3 << 20)]
+    with pytest.raises(CompressknowError, match="with more than 1 MB"):
+        _ = ModelHandle(locate(server.url), FAST).loaded
+
+
 def lie(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
     def changed(answer: dict[str, Any]) -> Any:
         change(answer["choices"][0])
