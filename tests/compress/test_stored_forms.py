@@ -124,6 +124,12 @@ def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
     }
 
 
+def test_what_a_pass_that_stops_midway_does_not_reach_is_told_by_code() -> None:
+    """Both stop before the head, whose weight is named where it is tied, and by no code."""
+    for model_type, name in (("xlnet", "XLNetLMHeadModel"), ("jetmoe", "JetMoeForCausalLM")):
+        assert find_direct_reads(tiny_model(model_type, name, {})) == {}
+
+
 def test_of_a_tower_that_no_text_reaches_the_source_is_believed() -> None:
     # SigLIP's head gives the weights of its output layer to a function of torch.
     with torch.device("meta"):
