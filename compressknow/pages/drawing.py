@@ -23,6 +23,7 @@ SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
 PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_NONE: Mapping[str, float] = {}  # no lines across
 _APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
@@ -67,14 +68,6 @@ class Bar:
     group: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """Line across the chart that figures are measured by: what always the same answer scores, say (0 to 1)."""
-
-    name: str
-    value: float
-
-
 @contextmanager
 def open_axes(
     height: int,
@@ -107,7 +100,7 @@ def draw_lines(
     title: str,
     *,
     start: float,
-    levels: Sequence[Level] = (),
+    levels: Mapping[str, float] = _NONE,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
@@ -116,7 +109,7 @@ def draw_lines(
     Parameters
     ----------
     start : the figure at 0 %, that of the original itself (0 to 1).
-    levels : lines across.
+    levels : lines across that figures are measured by, by name: what always the same answer scores, say (0 to 1).
     unit : `PERCENT`, or `POINTS` for differences of percentages.
     within : what the axis reaches over at least, as `find_reach` gives it: one scale for all charts of a row.
     """
@@ -139,9 +132,9 @@ def draw_lines(
     return drawn()
 
 
-def find_reach(plotted: Sequence[Line | Bar], levels: Sequence[Level] = ()) -> tuple[float, float]:
+def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = _NONE) -> tuple[float, float]:
     """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
-    ends = [100 * level.value for level in levels]
+    ends = [100 * level for level in levels.values()]
     for each in plotted:
         ends += to_percents(each.value) if isinstance(each, Bar) else [to_percents(y)[0] for _, y in each.points]
     return min(ends), max(ends)
@@ -181,12 +174,12 @@ def _space_out(amounts: Sequence[float], gap: float) -> list[float]:
 
 
 def _draw_levels(
-    plot: Axes, levels: Sequence[Level], largest: float, limits: tuple[float, float], start: float
+    plot: Axes, levels: Mapping[str, float], largest: float, limits: tuple[float, float], start: float
 ) -> None:
     gap = _APART * (limits[1] - limits[0])
-    places = move_apart([100 * level.value for level in levels], gap, float("-inf"))
-    for level, place in zip(levels, places, strict=True):
-        y, label = 100 * level.value, _shorten(level.name, 40)
+    places = move_apart([100 * level for level in levels.values()], gap, float("-inf"))
+    for (name, level), place in zip(levels.items(), places, strict=True):
+        y, label = 100 * level, _shorten(name, 40)
         # On the left, but for a level near the start: there all lines lie.
         x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
@@ -195,8 +188,8 @@ def _draw_levels(
         )
 
 
-def _describe_levels(levels: Sequence[Level], unit: str) -> str:
-    return "".join(f" {plain(level.name, 40)}: {write_value(level.value, unit)}." for level in levels)
+def _describe_levels(levels: Mapping[str, float], unit: str) -> str:
+    return "".join(f" {plain(name, 40)}: {write_value(level, unit)}." for name, level in levels.items())
 
 
 def draw_bars(
@@ -204,7 +197,7 @@ def draw_bars(
     id: str,
     title: str,
     *,
-    levels: Sequence[Level] = (),
+    levels: Mapping[str, float] = _NONE,
     high: float = 100,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
@@ -240,10 +233,10 @@ def draw_bars(
                 place = 0.01, next(bars)[0] - 0.85
                 at: Any = {"xycoords": ("figure fraction", "data"), "va": "center"}
                 plot.annotate(_shorten(group, 48), place, fontsize=11, color=MUTED, **at)
-        for i, level in enumerate(levels):
-            x = 100 * level.value
+        for i, (name, level) in enumerate(levels.items()):
+            x = 100 * level
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
-            plot.text(x, -0.75 - 0.9 * i, _shorten(level.name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
+            plot.text(x, -0.75 - 0.9 * i, _shorten(name, 40), fontsize=10, color=MUTED, ha="center", va="bottom")
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
         plot.set_yticks(places, [_shorten(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))

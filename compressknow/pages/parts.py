@@ -6,13 +6,13 @@ escapes all text: nothing of a section is HTML, but for a chart, and that is dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from compressknow.base.format import count, millions, p_value, percent, plain, share
+from compressknow.base.format import NONE, count, millions, p_value, percent, plain, share
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
 from compressknow.pages.drawing import open_axes
 from compressknow.pages.records import ModelFacts, write_estimate
@@ -59,9 +59,6 @@ class Table(Part):
     captioned: bool = True
 
 
-_SHORT = 12  # hexadecimal digits that tell any two checkpoints apart
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Labelled value; `full` is what a shortened value stands for, `code` that it is to be copied as it is."""
@@ -72,20 +69,22 @@ class Entry:
     full: str = ""
 
 
+def make_name_entry(label: str, name: object, revision: object) -> Entry:
+    """Return the name of a checkpoint, with its revision where it has one."""
+    return Entry(label, plain(name, 120) + (f"@{plain(revision, 60)}" if revision else ""), code=True)
+
+
+def make_hash_entry(label: str, sha256: str) -> Entry:
+    """Return a hash, shortened to the digits that tell any two apart."""
+    hash = plain(sha256, 80)
+    return Entry(label, hash[:12], code=True, full=hash)
+
+
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
-
-    def name(source: Mapping[str, Any]) -> str:
-        revision = source.get("revision")
-        return plain(source.get("name", ""), 120) + (f"@{plain(revision, 60)}" if revision else "")
-
-    hash = plain(model.sha256, 80)
-    entries = [
-        Entry("Name", name({"name": model.name, "revision": model.revision}), code=True),
-        Entry("SHA-256", hash[:_SHORT], code=True, full=hash),
-    ]
-    if model.source:
-        entries.append(Entry("Made from", name(model.source), code=True))
+    entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry("SHA-256", model.sha256)]
+    if source := model.source:
+        entries.append(make_name_entry("Made from", source.get("name", ""), source.get("revision")))
     if model.setup:
         entries.append(Entry("Setup", plain(model.setup, 80)))
     if model.quantization:
@@ -121,6 +120,11 @@ def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
     return probe.accuracy_original, probe.accuracy_compressed
 
 
+def write_bare_p(p: float | None) -> str:
+    """Write a p-value where the column says that it is one."""
+    return p_value(p).removeprefix("p = ").removeprefix("p ")
+
+
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """Return a table with one row per group; `kind` is what a group is of."""
     rows = tuple(
@@ -129,7 +133,7 @@ def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bar
             *map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained)),
             write_estimate(group.kept),
             share(group.answer_changed),
-            p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
+            write_bare_p(group.p_holm),
         )
         for group in groups
     )
@@ -177,6 +181,13 @@ class Code(Part):
     look: str = ""
 
 
+def show_run(command: str | None, versions: Mapping[str, str], entries: Sequence[Entry] = ()) -> tuple[Part, ...]:
+    """Return how a page was made, for making it again: the command, and the versions after other entries."""
+    listed = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in versions.items())
+    text = plain(command, 2000) if command else None
+    return Code(text, "sh", look="command"), Entries((*entries, Entry("Versions", listed or NONE)))
+
+
 @dataclass(frozen=True, slots=True)
 class Terms(Part):
     """Names, the key of each where it has one, and what is said of them."""
@@ -185,43 +196,18 @@ class Terms(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """Claim about models, whether it holds, and why; `look` is the answer as a class of the style sheet."""
-
-    id: str
-    claim: str
-    families: str
-    answer: str
-    look: str
-    statistic: str
-    why: str
-    per_million: str
-
-
-@dataclass(frozen=True, slots=True)
 class Claims(Part):
-    """Claims, each with its answer."""
+    """Claims about models: id, claim, families, answer, why, the statistic, and that per million parameters of each."""
 
     caption: str
-    claims: tuple[Claim, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Claim, whether it holds, and the numbers, in a line; `id` is that of the `Claim` with more on it."""
-
-    id: str
-    claim: str
-    answer: str
-    look: str
-    numbers: str
+    claims: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Findings(Part):
-    """Findings, and the chart that shows them beside them where there is room."""
+    """Findings: id (of the claim with more on it), claim, answer and numbers of each; beside them a chart, if any."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[tuple[str, str, str, str], ...]
     chart: Drawn | None = None
 
 

@@ -21,7 +21,6 @@ from compressknow.pages.parts import (
     BAR,
     Code,
     Drawn,
-    Entries,
     Entry,
     Note,
     Page,
@@ -29,6 +28,7 @@ from compressknow.pages.parts import (
     Shown,
     Table,
     list_identity,
+    show_run,
 )
 from compressknow.pages.records import ModelFacts, write_estimate
 from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
@@ -154,9 +154,7 @@ def make_search_page(search: Search) -> Page:
 
 
 def _make_sections(search: Search) -> Iterator[Shown]:
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in search.versions.items())
-    run = (*list_identity(search.original), Entry("Seed", str(search.seed)), Entry("Versions", versions))
-    command = plain(search.command, 2000) if search.command else None
+    entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
     recipe = plain_lines(search.recipe) if search.recipe else None
     confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
@@ -169,7 +167,7 @@ def _make_sections(search: Search) -> Iterator[Shown]:
     yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")
     yield Shown("tried", "All files", (*tried, Note("", drawn=BAR)) if tried else (), look="wide")
     yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
-    yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
+    yield Shown("run", "The run", show_run(search.command, search.versions, entries), look="text")
 
 
 def _describe_chart(search: Search) -> str:

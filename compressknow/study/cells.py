@@ -36,8 +36,7 @@ from compressknow.evaluate.runtimes import LoadedInTransformers, Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error
-from compressknow.pages.card.make import compare, read_model_facts
-from compressknow.pages.card.method import describe_method
+from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 

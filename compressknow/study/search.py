@@ -31,7 +31,7 @@ from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.gguf.place import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.pages.card.make import compare, read_model_facts
-from compressknow.pages.card.method import find_rounding_kept
+from compressknow.pages.card.warnings import find_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, NoiseFloor, StudyModel, grade

@@ -21,7 +21,7 @@ from compressknow.evaluate.grades import apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
-from compressknow.pages.card.method import compare_with_rounding
+from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import facts_file, in_wordings, knowing
 from tests.pages.answering import entry, sides
 

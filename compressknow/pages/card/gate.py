@@ -13,8 +13,8 @@ from compressknow.comparison.clusters import find_smallest, kept_by_cluster, ran
 from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
-from compressknow.pages.card.method import find_rounding_kept, list_probes
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
+from compressknow.pages.card.warnings import find_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card, Comparison, Decision, label_models, name_models, write_estimate
 

@@ -1,26 +1,30 @@
-"""Make the report card of one original and one or several compressed models, from their answers."""
+"""Make the report card of one original and its compressed models from their answers, and say how it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.comparison.distributions import compare_wordings
-from compressknow.comparison.intervals import proportion
+from compressknow.base.format import count, plain
+from compressknow.comparison.clusters import FEWEST, FEWEST_SIGNS
+from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
+from compressknow.comparison.intervals import RESAMPLES, SEED, proportion
 from compressknow.comparison.paired import Pair, compare_probe, list_changed_facts, measure_certainty, pair_answers
-from compressknow.comparison.records import Counts, EarlyStop, TextFigures
+from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.comparison.text import text_figures
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer, Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
+from compressknow.evaluate.sources import find_source
 from compressknow.pages.card import warnings
 from compressknow.pages.card.gate import Gate, decide
-from compressknow.pages.card.method import compare_with_rounding, describe_method
 from compressknow.pages.card.sections import ProbeAnswers, add_sections, list_explained, list_failures
 from compressknow.pages.card.verdict import (
+    LOWEST,
+    SCALE,
     describe_early,
     grade_domains,
     write_advice,
@@ -28,8 +32,17 @@ from compressknow.pages.card.verdict import (
     write_verdict,
 )
 from compressknow.pages.records import Card, Comparison, Decision, ModelFacts, label_models
+from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
+_SCORING = {
+    "masked": "The blank of each prompt is the model's mask; an answer of several tokens is scored by its "
+    "pseudo-log-likelihood.",
+    "causal": "The model reads each prompt up to the blank; an answer is scored by the log-probability of all its "
+    "tokens.",
+    "seq2seq": "The encoder reads each prompt with the blank as a sentinel; an answer is scored by the decoder, by the "
+    "log-probability of all its tokens.",
+}
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.
 _OF_FILES = ("parameters", "bytes", "dtype")
@@ -176,7 +189,7 @@ def compare(
     graded = grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
-    outcome = write_verdict(before.name, counts, kept, sure) + compare_with_rounding(figures) if probes else ""
+    outcome = write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), describe_early(early)))),
@@ -215,6 +228,105 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
     text = before.text or {}
     divergence = str((after.text or {}).get("divergence"))
     return text_figures(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
+
+
+def describe_method(
+    original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Say how the probes were run and judged, and the limits of that.
+
+    Parameters
+    ----------
+    of_sections : how the card's sections compute what they alone show.
+    """
+    probes: dict[str, ProbeFigures] = {}
+    for comparison in comparisons:
+        for figures in comparison.probes:
+            probes.setdefault(figures.probe, figures)
+    of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
+    if not probes and of_texts:
+        return (*of_texts, *of_sections)
+    scored_here = any(_describe_source(name) is None for name in probes)
+    family = original.record.model.family or ""
+    return (
+        *([_SCORING[family]] if scored_here and family in _SCORING else []),
+        *(_describe_probe(p, original.record.probes[name], original.of(name)) for name, p in probes.items()),
+        *_describe_figures(),
+        *of_texts,
+        *of_sections,
+        *_describe_limits(probes.values()),
+    )
+
+
+def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
+    name = plain(figures.probe, 60)
+    how = _describe_source(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_describe_choices(answers)}"
+    limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
+    left_out = sum(figures.dropped.values())
+    reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
+    dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
+    wordings = f", each in {entry.templates} wordings, and known if more than half are right" if entry.templates else ""
+    template = (entry.source or {}).get("template")
+    template = f" Template: {plain(template, 200)}." if template else ""
+    average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
+    return (
+        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
+        f"evaluated{limited}{wordings}; its headline accuracy is {average}.{template}"
+    )
+
+
+def _describe_source(probe: str) -> str | None:
+    """Say how its answers came about, where not by the scorers of this package, as its source has it."""
+    source = find_source(probe)
+    return source.evaluated if source else None
+
+
+def _describe_choices(answers: Sequence[Answer]) -> str:
+    numbers = [answer.choices for answer in answers if answer.choices is not None]
+    if not numbers or len(numbers) < len(answers):
+        return "the answer is free text"
+    low, high = min(numbers), max(numbers)
+    return f"one of {count(low)} answers" if low == high else f"one of {count(low)} to {count(high)} answers"
+
+
+def _describe_figures() -> Iterator[str]:
+    yield (
+        "Knowledge kept is the share of the facts that the original answers right which the compressed model answers "
+        "right too. Beyond chance it is (kept - g) / (1 - g), g being the mean of 1 / number of answers."
+    )
+    yield (
+        "Intervals are 95 %: Wilson's for shares, Newcombe's (1998, method 10) for the difference of paired shares, "
+        f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed "
+        f"{SEED}). That of knowledge kept is over relations where there are {FEWEST} or more: facts of a relation are "
+        "kept and lost together."
+    )
+    yield (
+        "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
+        f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
+        f"fewer the larger one of Student's t-test of these and of the exact McNemar test, of less than {FEWEST} "
+        "McNemar's. Those of a table of groups are adjusted by Holm's method."
+    )
+    yield (
+        "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "
+        'vocabulary. Where it says "at least", it is over the '
+        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together, and what moves within the rest "
+        "is not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
+        f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
+    )
+    scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)
+    yield f"Grades by the share kept: {scale}, {LOWEST} below; a range names the grades that the interval spans."
+
+
+def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
+    yield (
+        "Limits: a fact is judged by the wording that it was put in. Other wordings may give other results, and a lost "
+        "fact may rank second."
+    )
+    if any(probe.chance for probe in probes):
+        yield (
+            "Where a model chooses among given answers, some right ones are guesses; a model that writes freely knows "
+            "less than these figures say."
+        )
 
 
 def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:

@@ -17,15 +17,9 @@ from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.pages import drawing, pages
 from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_summary, render_junit
-from compressknow.pages.card.method import (
-    LEGEND,
-    SHORT_LEGEND,
-    describe_mark,
-    find_rounding_kept,
-    list_probes,
-    mark_rounding,
-)
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
+from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
+from compressknow.pages.card.warnings import describe_mark, find_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line
 from compressknow.pages.parts import (
     BAR,
@@ -47,6 +41,7 @@ from compressknow.pages.parts import (
     Terms,
     get_headline_accuracy,
     list_identity,
+    show_run,
 )
 from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate
 from compressknow.pages.texts import write_perplexity, write_text_headline
@@ -192,7 +187,8 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
         _make_model_page(card, comparison, f"m{i}", name, limits)
         for i, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1)
     ]
-    run = _show_run(card)
+    seeds = sorted({probe.seed for comparison in card.comparisons for probe in comparison.probes})
+    run = show_run(card.command, card.versions, [Entry("Seed", ", ".join(map(str, seeds)) or NONE)])
     how = Shown("how", "How it was made", run, in_text=False)
     all_models = (card.original, *(comparison.model for comparison in card.comparisons))
     hashes = Entries(tuple(Entry(plain(each.name, 60), plain(each.sha256, 80), code=True) for each in all_models))
@@ -224,15 +220,6 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
         warnings=tuple(dict.fromkeys((*(plain(warning, 1000) for warning in card.warnings), *page.warnings))),
         next=(*page.next, *decision),
     )
-
-
-def _show_run(card: Card) -> tuple[Part, ...]:
-    """Show how the card was made, for making it again."""
-    command = plain(card.command, 2000) if card.command else None
-    seeds = sorted({probe.seed for comparison in card.comparisons for probe in comparison.probes})
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in card.versions.items())
-    entries = Entry("Seed", ", ".join(map(str, seeds)) or NONE), Entry("Versions", versions or NONE)
-    return Code(command, "sh", look="command"), Entries(entries)
 
 
 def _make_method_section(card: Card) -> Shown:

@@ -33,6 +33,9 @@ from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 LOWEST = "F"
 NOTHING_KNOWN = "-"
+_SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
+LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
+SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
 
 
 def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:

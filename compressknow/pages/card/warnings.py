@@ -1,4 +1,4 @@
-"""Warn of what a reader must know before trusting a comparison's figures, in plain words."""
+"""Say what a reader must know before trusting a comparison's figures: warnings, and what rounding alone changes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import count, percent, plain, share
+from compressknow.base.format import count, estimate, percent, plain, share
 from compressknow.comparison.clusters import FEWEST
+from compressknow.comparison.intervals import proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
 from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Grade, ModelFacts
 
 if TYPE_CHECKING:
-    from compressknow.pages.records import Checkpoint
+    from compressknow.pages.records import Checkpoint, Comparison
 
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100
@@ -315,3 +316,65 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
             f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} were dropped, mostly for this reason: "
             f"{plain(reason, 120)}. The rest may not be representative."
         )
+
+
+def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
+    """Say what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
+    probes that tell; nothing where none does.
+    """
+    measured = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
+    if not measured:
+        return ""
+    facts = sum(probe.counts.n for probe in measured)
+    changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
+    parts, could_be_all = [], False
+    for name in _list_floors(measured[0]):
+        floors = [floor for probe in measured if (floor := _list_floors(probe)[name]) and floor.n]
+        if floors:
+            alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
+            could_be_all |= changed <= (alone.high or 0.0) * facts
+            parts.append(f"{name} alone changes {estimate(alone.value, alone.low, alone.high)}")
+    explained = ", which could be all of it" if could_be_all else ""
+    return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
+
+
+def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
+    return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
+
+
+def list_probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+    """Return one probe of each name: what is the original's alone is the same in all."""
+    return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
+
+
+def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
+    """Return the share of all that the original knows which it still knows in another precision (0 to 1).
+
+    A probe counts as much as it has known facts, as in knowledge kept. None where the original knows nothing, or where
+    this was not found for every probe of which it knows something.
+    """
+    known = [probe for probe in probes if probe.counts.known_before]
+    shares = [probe.noise_floor.kept for probe in known if probe.noise_floor]
+    weights = [probe.counts.known_before for probe in known]
+    measured = [each for each in shares if each is not None]
+    if not known or len(measured) < len(known):
+        return None
+    return sum(weight * each for weight, each in zip(weights, measured, strict=True)) / sum(weights)
+
+
+def mark_rounding(kept: float | None) -> dict[str, float]:
+    """Return the line across a chart at what rounding alone keeps; none where that is not known."""
+    return {} if kept is None else {"rounding alone": kept}
+
+
+def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
+    """Say what the mark of this name shows; nothing where there is none."""
+    probes = [probe for probe in probes if probe.counts.known_before]
+    kept = find_rounding_kept(probes)
+    if kept is None:
+        return ""
+    floors = [probe.noise_floor for probe in probes if probe.noise_floor]
+    known = sum(floor.known for floor in floors)
+    facts = "1 fact that the original knew" if known == 1 else f"{count(known)} facts that the original knew"
+    again = plain(floors[0].computed_in, 40)
+    return f"{name} shows what rounding alone keeps: {share(kept)}, by {facts} and answered once more in {again}."

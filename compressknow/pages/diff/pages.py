@@ -19,7 +19,6 @@ from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,
-    Code,
     Drawn,
     Entries,
     Entry,
@@ -31,13 +30,15 @@ from compressknow.pages.parts import (
     Sizes,
     Table,
     draw_charts,
+    make_hash_entry,
+    make_name_entry,
     make_rest_note,
+    show_run,
 )
 from compressknow.pages.records import Checkpoint, comparison_to_json
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 from compressknow.pages.tradeoff import draw_heat_map
 
-_SHORT = 12
 _MAP_NOTE = (
     "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
     "under the map are the errors at which the shades change."
@@ -59,13 +60,9 @@ def make_comparison_page(
     a, b = names_of(comparison.a, comparison.b)
     headline, difference = _write_headline(comparison), comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in comparison.versions.items())
-    run = (
-        Code(plain(comparison.command, 2000) if comparison.command else None, "sh", look="command"),
-        Entries((Entry("Versions", versions or NONE),)),
-    )
     origin = (Entries(_describe_checkpoint(comparison.a), "A"), Entries(_describe_checkpoint(comparison.b), "B"))
     method = (*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ())))
+    how = Shown("how", "How it was made", show_run(comparison.command, comparison.versions))
     weights = Shown("groups", "Weights", tuple(_show_groups(difference)) if difference else ())
     sections = (
         *(_show_behaviour(comparison, facts, shown, charts) if comparison.behaviour else ()),
@@ -83,7 +80,7 @@ def make_comparison_page(
         counts=there.comparisons[0].counts if there else None,
         names=("both know", "only A", "only B", "neither"),
         front=(
-            (*([weights] if weights.parts else []), Shown("how", "How it was made", run)),
+            (*([weights] if weights.parts else []), how),
             (
                 Shown("compare-size", "Size", (Sizes(comparison.a.bytes, comparison.b.bytes),)),
                 Shown("from", "Which checkpoints", origin),
@@ -110,12 +107,11 @@ def _write_headline(comparison: CheckpointComparison) -> str:
 
 
 def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
-    name = plain(side.name, 120) + (f"@{plain(side.revision, 60)}" if side.revision else "")
-    source = plain((side.source or {}).get("name") or "", 120)
+    source = (side.source or {}).get("name")
     entries = (
-        Entry("Name", name, code=True),
-        Entry("SHA-256", plain(side.sha256, 80)[:_SHORT], code=True, full=plain(side.sha256, 80)),
-        Entry("Made from", source, code=True) if source else None,
+        make_name_entry("Name", side.name, side.revision),
+        make_hash_entry("SHA-256", side.sha256),
+        make_name_entry("Made from", source, None) if source else None,
         Entry("Setup", plain(side.setup, 80)) if side.setup else None,
         Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,
         Entry("Quantization", plain(side.quantization, 200)) if side.quantization else None,

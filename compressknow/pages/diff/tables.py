@@ -19,7 +19,7 @@ from compressknow.base.format import (
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Group, Movement, ProbeFigures
 from compressknow.pages.diff.make import AnswerPair, Behaviour
-from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts
+from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
 from compressknow.pages.records import write_estimate
 from compressknow.pages.tradeoff import Grid
 
@@ -92,7 +92,7 @@ def _groups_table(probe: str, kind: str, there: tuple[Group, ...], back: tuple[G
             count(group.counts.known_after),
             share(others[group.name].kept.value),
             share(group.answer_changed),
-            p_value(group.p_holm).removeprefix("p = ").removeprefix("p "),
+            write_bare_p(group.p_holm),
         )
         for group in there
     )

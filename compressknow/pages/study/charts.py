@@ -12,8 +12,8 @@ from compressknow.base.format import plain
 from compressknow.comparison.intervals import mean
 from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
-from compressknow.pages.card.method import find_rounding_kept, mark_rounding
-from compressknow.pages.drawing import Bar, Level, Line
+from compressknow.pages.card.warnings import find_rounding_kept, list_probes, mark_rounding
+from compressknow.pages.drawing import Bar, Line
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.axes import (
     ATTENTION_KINDS,
@@ -47,22 +47,22 @@ def mean_kept(comparison: Comparison) -> Estimate:
     return mean([probe.kept for probe in comparison.probes if probe.kept.value is not None])
 
 
-def draw_baselines(study: Study) -> tuple[Level, ...]:
+def find_baselines(study: Study) -> dict[str, float]:
     """Return the drops that lead to the majority baseline and to guessing: means over probes, where each has them."""
     before = _mean([probe.accuracy for probe in study.probes])
     levels = {
         "majority baseline": _mean([probe.majority for probe in study.probes]),
         "guessing": _mean([probe.chance for probe in study.probes]),
     }
-    return tuple(Level(name, before - v) for name, v in levels.items() if v is not None and before is not None)
+    return {name: before - v for name, v in levels.items() if v is not None and before is not None}
 
 
-def draw_marks(study: Study) -> tuple[Level, ...]:
+def find_marks(study: Study) -> dict[str, float]:
     """Return what kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
     guessing = _mean([probe.chance for probe in study.probes])
-    probes = {probe.probe: probe for cell in study.cells for probe in cell.comparison.probes}.values()
+    probes = list_probes(cell.comparison for cell in study.cells)
     by_rounding = _mean([find_rounding_kept([probe]) for probe in probes if probe.counts.known_before])
-    return (() if guessing is None else (Level("guessing", guessing),)) + mark_rounding(by_rounding)
+    return ({} if guessing is None else {"guessing": guessing}) | mark_rounding(by_rounding)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -204,13 +204,13 @@ class _Look:
 
     scale: str
     draw: Callable[..., str]
-    levels: Callable[[Study], tuple[Level, ...]]
+    levels: Callable[[Study], Mapping[str, float]]
 
 
-_DROP = _Look("drop", partial(drawing.draw_lines, start=0, unit=drawing.POINTS), draw_baselines)
-_KEPT = _Look("kept", partial(drawing.draw_lines, start=1), draw_marks)
-_BARS = _Look("bars", partial(drawing.draw_bars, high=10, unit=drawing.POINTS), draw_baselines)
-_KEPT_BARS = _Look("kept-bars", drawing.draw_bars, draw_marks)
+_DROP = _Look("drop", partial(drawing.draw_lines, start=0, unit=drawing.POINTS), find_baselines)
+_KEPT = _Look("kept", partial(drawing.draw_lines, start=1), find_marks)
+_BARS = _Look("bars", partial(drawing.draw_bars, high=10, unit=drawing.POINTS), find_baselines)
+_KEPT_BARS = _Look("kept-bars", drawing.draw_bars, find_marks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,13 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from compressknow.base.format import NONE, count, number, p_value, plain, share, size
+from compressknow.base.format import NONE, count, number, plain, share, size
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
     BAR,
     Charts,
-    Claim,
     Claims,
-    Code,
     Drawn,
-    Entries,
     Entry,
     Findings,
     Folded,
@@ -33,8 +30,9 @@ from compressknow.pages.parts import (
     Text,
     get_headline_accuracy,
     list_identity,
+    show_run,
+    write_bare_p,
 )
-from compressknow.pages.parts import Finding as Line
 from compressknow.pages.records import write_estimate
 from compressknow.pages.study.axes import (
     MODULES,
@@ -135,8 +133,7 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
     findings = evaluate_findings(study)
     conclusions = draw_conclusions(study, findings)
     method = tuple(plain(sentence, 2000) for sentence in study.method)
-    command = plain(study.command, 2000) if study.command else None
-    run = (*list_identity(study.original), *_describe_run(study))
+    run = show_run(study.command, study.versions, (*list_identity(study.original), *_describe_run(study)))
     yield Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
     yield Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
@@ -154,23 +151,18 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
     yield Shown("failed", "Cells that failed", tuple(_show_failed(study.failed)))
     yield Shown("refused", "Cells that this model cannot have", tuple(_show_failed(study.refused)))
     yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
-    yield Shown("run", "The run", (Code(command, "sh", look="command"), Entries(run)), look="text")
+    yield Shown("run", "The run", run, look="text")
 
 
 def _show_conclusions(study: Study, conclusions: Sequence[Conclusion], charts: Sequence[Chart]) -> Iterator[Part]:
     """Yield the conclusions, each with those that the same chart shows."""
     drawn = {chart.name: _show_chart(chart) for chart in charts if not chart.by_probe}
     for name, group in groupby(conclusions, key=lambda each: each.chart):
-        lines = (Line(each.id, each.claim, each.answer, _look(each.answer), each.numbers) for each in group)
-        yield Findings(tuple(lines), drawn.get(name))
+        yield Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
     if conclusions:
         yield Note("The section on method and limits says how each is decided.", _BARS)
     else:
         yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
-
-
-def _look(answer: str) -> str:
-    return answer.replace(" ", "-")
 
 
 def _show_charts(charts: Sequence[Chart]) -> Iterator[Part]:
@@ -204,16 +196,15 @@ def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
         yield Folded(title, tuple(table for table in tables if table), in_text=False)
 
 
-def _show_finding(finding: Finding) -> Claim:
+def _show_finding(finding: Finding) -> tuple[str, ...]:
     families = ", ".join(FAMILIES[family] for family in finding.families)
-    return Claim(
+    return (
         finding.id,
         finding.claim,
         "all families" if set(finding.families) == set(FAMILIES) else families,
         finding.answer,
-        _look(finding.answer),
-        "" if finding.statistic == NONE else finding.statistic,
         finding.why,
+        "" if finding.statistic == NONE else finding.statistic,
         finding.per_million,
     )
 
@@ -282,7 +273,6 @@ def _find_single_warnings(study: Study) -> dict[str, list[str]]:
 
 
 def _describe_run(study: Study) -> tuple[Entry, ...]:
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in study.versions.items())
     refused = f", {count(len(study.refused))} refused" if study.refused else ""
     probes = []
     for probe in study.probes:
@@ -291,7 +281,6 @@ def _describe_run(study: Study) -> tuple[Entry, ...]:
     return (
         Entry("Probes", ", ".join(probes) or NONE),
         Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
-        Entry("Versions", versions or NONE),
     )
 
 
@@ -385,17 +374,12 @@ def _cells_row(study: Study, cell: StudyCell, name: str, settings: Sequence[str]
         write_estimate(cell.comparison.kept),
         *(share(accuracy(cell, probe.name)) for probe in study.probes),
         *(write_measured(figures.compressed.value, 2) for figures in cell.comparison.texts),
-        _bare(cell.comparison.certainty.test.p),
+        write_bare_p(cell.comparison.certainty.test.p),
         pruned,
         quantized,
         size(cell.bytes),
         size(cell.sparse_bytes),
     )
-
-
-def _bare(p: float | None) -> str:
-    """Return p as in other tables, whose column says that it is p."""
-    return p_value(p).removeprefix("p = ").removeprefix("p ")
 
 
 def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
@@ -407,10 +391,10 @@ def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None
             count(pair.counts.n),
             count(pair.counts.lost),
             count(pair.counts.gained),
-            _bare(pair.p),
-            "not counted" if pair.at_floor else _bare(pair.p_holm),
+            write_bare_p(pair.p),
+            "not counted" if pair.at_floor else write_bare_p(pair.p_holm),
             write_estimate(pair.rate, lambda points: number(100 * points)),
-            "not counted" if pair.at_floor else _bare(pair.rate_p_holm),
+            "not counted" if pair.at_floor else write_bare_p(pair.rate_p_holm),
         )
         for finding in findings
         for pair in finding.comparisons
@@ -436,7 +420,7 @@ def bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
             f"{finding.id} {names.get(bound.of, bound.of)}",
             write_estimate(bound.value),
             share(bound.limit),
-            _bare(bound.p),
+            write_bare_p(bound.p),
         )
         for finding in findings
         for bound in finding.bounds

@@ -13,9 +13,9 @@ import pytest
 from compressknow.base.format import plain, share
 from compressknow.comparison.records import Counts, Estimate, Group
 from compressknow.evaluate.records import NoiseFloor
-from compressknow.pages.card.method import find_rounding_kept
 from compressknow.pages.card.pages import chart_costs, chart_setups, render_html, split_setups
 from compressknow.pages.card.sections.facts import chart_popularity
+from compressknow.pages.card.warnings import find_rounding_kept
 from compressknow.pages.records import Comparison, name_models
 from tests.pages.card.cards import POPULARITY, card_of_several, group
 from tests.pages.hostile import TEXTS

@@ -9,8 +9,7 @@ from pathlib import Path
 from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.evaluate.answers import Answers
-from compressknow.pages.card.make import compare, read_model_facts
-from compressknow.pages.card.method import describe_method
+from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study import grid
 from tests.pages.answering import COMPRESSED_HASH, answer, answers, entry, model

@@ -12,13 +12,13 @@ import pytest
 
 from compressknow.base.format import plain
 from compressknow.comparison.records import Estimate
-from compressknow.pages.drawing import Bar, Level, Line, draw_bars, draw_lines
+from compressknow.pages.drawing import Bar, Line, draw_bars, draw_lines
 from compressknow.pages.pages import read_source
 from compressknow.pages.study.charts import (
     Chart,
-    draw_baselines,
     draw_charts,
-    draw_marks,
+    find_baselines,
+    find_marks,
     is_chart,
     mean_drop,
     mean_kept,
@@ -82,14 +82,14 @@ def test_figures_are_means_over_the_probes() -> None:
 
 def test_baselines_are_where_every_probe_has_them() -> None:
     tasks = study([], asked=Asked(n=100, known=80, probes=("a", "b"), entry=TASK))
-    assert [(level.name, round(level.value, 9)) for level in draw_baselines(tasks)] == [
+    assert [(level.name, round(level.value, 9)) for level in find_baselines(tasks)] == [
         ("majority baseline", 0.2),
         ("guessing", 0.3),
     ]
-    assert draw_marks(tasks) == (Level("guessing", 0.5),)
+    assert find_marks(tasks) == {"guessing": 0.5}
     free = study([], asked=Asked(n=100, known=80, entry={"chance": None, "majority": 0.1}))
-    assert [level.name for level in draw_baselines(free)] == ["majority baseline"]
-    assert draw_marks(free) == ()
+    assert [level.name for level in find_baselines(free)] == ["majority baseline"]
+    assert find_marks(free) == ()
     drawn = draw_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
     assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
 
@@ -98,7 +98,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
     cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
     made = study(cells, asked=Asked(n=200, known=100, entry=ENTRY))
     drop, kept = draw_charts(made)
-    assert draw_marks(made) == (Level("rounding alone", 0.98),)
+    assert find_marks(made) == {"rounding alone": 0.98}
     assert "rounding alone: 98.0 %." in svg_of(kept)
     assert "rounding alone" in texts(svg_of(kept))
     assert "rounding" not in svg_of(drop)
@@ -107,14 +107,14 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
         study(cells, asked=replace(asked, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
         for lost, asked in probes
     )
-    assert draw_marks(together(first, second)) == (Level("rounding alone", 0.95),)
+    assert find_marks(together(first, second)) == {"rounding alone": 0.95}
     without = study(cells, asked=Asked(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
-    assert draw_marks(together(first, without)) == draw_marks(without) == ()
+    assert find_marks(together(first, without)) == find_marks(without) == ()
 
 
 def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
     falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
-    levels = [Level("near", 0.97), Level("far", 0.3)]
+    levels = {"near": 0.97, "far": 0.3}
     root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
     anchors = {each.text: each.get("text-anchor", "start") for each in root.iter("text")}
     places = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
@@ -241,7 +241,7 @@ def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
 def test_hostile_names_stay_text(text: str) -> None:
     def drawn(name: str) -> list[str]:
         title, points = plain(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
-        line = draw_lines([Line(name, points)], "a", title, start=1, levels=[Level(name, 0.1)])
+        line = draw_lines([Line(name, points)], "a", title, start=1, levels={name: 0.1})
         return [line, draw_bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
 
     for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
