@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (
     figures_table,
@@ -106,8 +105,7 @@ def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: b
         show_json(diff_json(comparison))
         return
     show("\n".join(compare_page(comparison)))
-    if output:
-        show(f"\nWritten: {', '.join(map(str, output))}")
+    show_written(output)
 
 
 WIDTHS = (13, 14, 9, 9, 8, 10, 9, 8)
@@ -119,7 +117,7 @@ SHOWN = 8
 def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
     """Yield lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings,
     knowledge."""
-    yield from textwrap.wrap(comparison.verdict, WIDTH)
+    yield from wrap(comparison.verdict, indent="")
     yield ""
     yield from _sizes(comparison.a, comparison.b)
     if comparison.difference:
@@ -130,7 +128,7 @@ def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
         yield from _knowledge(comparison.behaviour)
     for warning in comparison.warnings:
         yield ""
-        yield from textwrap.wrap(f"! {warning}", WIDTH, subsequent_indent="  ")
+        yield from wrap(f"! {warning}")
 
 
 def _sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
@@ -174,7 +172,7 @@ def _listed(table: Table | None) -> Iterator[str]:
     yield ""
     yield table.caption
     for row in table.rows[:SHOWN]:
-        yield from textwrap.wrap("  " + _describe(row), WIDTH, subsequent_indent="    ")
+        yield from wrap("  " + _describe(row), indent="    ")
     if len(table.rows) > SHOWN:
         yield f"  and {len(table.rows) - SHOWN} more: see -o compare.html or --json"
 

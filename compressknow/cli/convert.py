@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
@@ -16,7 +15,7 @@ from compressknow.base.packages import Registry
 from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, Decorator, command, option, recipe_option, together
 from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
-from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json
+from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, check_beside_recipe, list_parameters
@@ -150,25 +149,25 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     yield "-" * WIDTH
     yield _row("total", manifest["totals"])
     if removed := " ".join(removed_in_words(manifest.get("removed"))):
-        yield "\n" + fill(removed)
+        yield _paragraph(removed)
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
-        yield "\n" + fill(f"{shared}: {size(tie['bytes'])} more.")
+        yield _paragraph(f"{shared}: {size(tie['bytes'])} more.")
     if calibrated := " ".join(calibrated_in_words(calibration_of(manifest))):
-        yield "\n" + fill(calibrated)
+        yield _paragraph(calibrated)
     for warning in list_warnings(manifest):
-        yield "\n" + fill(f"Warning: {warning}")
-    yield "\n" + fill(describe_runtimes(manifest))
+        yield _paragraph(f"Warning: {warning}")
+    yield _paragraph(describe_runtimes(manifest))
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
         costs = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."
-        yield "\n" + fill(costs)
+        yield _paragraph(costs)
     if dry_run:
         yield "\nDry run: nothing was written."
 
 
-def fill(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+def _paragraph(text: str) -> str:
+    return "\n" + "\n".join(wrap_whole(text))
 
 
 def _row(name: str, counts: Mapping[str, Any]) -> str:

@@ -84,13 +84,10 @@ def _groups(groups: dict[str, Any]) -> Iterator[str]:
 def _list(title: str, entries: list[str]) -> Iterator[str]:
     if entries:
         yield f"\n{title}"
-        yield from (_fold(f"  {entry}") for entry in entries[:LISTED])
+        for entry in entries[:LISTED]:
+            yield f"  {entry}" if len(entry) + 2 <= WIDTH else f"  {entry}".replace(" = ", "\n    = ")
     if len(entries) > LISTED:
         yield f"  and {len(entries) - LISTED} more: see --json"
-
-
-def _fold(line: str) -> str:
-    return line if len(line) <= WIDTH else line.replace(" = ", "\n    = ")
 
 
 def _count_patterns(names: Iterable[str]) -> list[str]:

@@ -98,14 +98,9 @@ class Command(click.Command):
                     formatter.write_dl([(f"{names:<{NAMES - 2}}", text) for names, text in shown], col_max=NAMES)
 
 
-def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
-    """Make a `click.command` with options in groups."""
-    return click.command(cls=Command, **settings)
-
-
-def option(*names: str, group: str = OUTPUT, **settings: Any) -> Decorator:
-    """Make a `click.option` in a group of the help page."""
-    return click.option(*names, cls=Option, group=group, **settings)
+# As in click, but with options that stand in a `group` of the help page.
+command = partial(click.command, cls=Command)
+option = partial(click.option, cls=Option)
 
 
 def together(*options: Decorator) -> Decorator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import grades_line
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json
+from compressknow.cli.terminal import Lines, show, show_json, wrap
 from compressknow.comparison.text import perplexity
 from compressknow.pages.as_json import perplexity_to_json
 from compressknow.pages.texts import write_measured
@@ -84,7 +83,7 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
     model = answers.record.model
     yield f"{plain(model.name)}: answers in {output}"
     for warning in warn_of_changes(model):
-        yield from textwrap.wrap(f"Warning: {warning}", WIDTH)
+        yield from wrap(f"Warning: {warning}", indent="")
     yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
     yield ""
     if len(answers.texts) < len(answers.probes):
@@ -96,17 +95,15 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
         facts = answers.of(name)
         right = sum(answer.correct for answer in facts)
         yield (
-            f"{_short(name):<32}{count(len(facts)):>10}{count(right):>10}{percent(right, len(facts)):>10}"
+            f"{plain(name, 31):<32}{count(len(facts)):>10}{count(right):>10}{percent(right, len(facts)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
         if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {grades_line({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
-            yield from textwrap.wrap(f"  {count(number)} dropped: {reason}", WIDTH, subsequent_indent="    ")
+            yield from wrap(f"  {count(number)} dropped: {reason}", indent="    ")
     for name, chunks in answers.texts.items():
-        yield from textwrap.wrap(
-            _describe_text(name, chunks, answers.record.probes[name]), WIDTH, subsequent_indent="  "
-        )
+        yield from wrap(_describe_text(name, chunks, answers.record.probes[name]))
     if len(answers.probes) == 1:
         yield from _by_subject(answers)
 
@@ -116,8 +113,8 @@ def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str
     per_byte = f", {write_measured(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
     context = (entry.text or {})["context"]
     return (
-        f"{_short(name)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens scored "
-        f"in {count(len(chunks))} chunks of {count(context)}"
+        f"{plain(name, 31)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
+        f"scored in {count(len(chunks))} chunks of {count(context)}"
     )
 
 
@@ -129,11 +126,7 @@ def _by_subject(answers: Answers) -> Iterator[str]:
         yield ""
         for subject, correct in sorted(subjects.items()):
             right = percent(sum(correct), len(correct))
-            yield f"{_short(subject):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
-
-
-def _short(name: str) -> str:
-    return plain(name, 31)
+            yield f"{plain(subject, 31):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:

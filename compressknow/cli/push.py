@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import click
 
 from compressknow.base.format import count
 from compressknow.cli.options import option, together
-from compressknow.cli.terminal import WIDTH, show
+from compressknow.cli.terminal import show, wrap_whole
 
 push_options = together(
     option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete."),
@@ -53,4 +52,4 @@ def _warn_of(names: tuple[str, ...]) -> str:
         f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
         "Some loaders read all weight files that they find: delete those there if they are of an older upload."
     )
-    return textwrap.fill(warning, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap_whole(warning))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.files import as_text
-from compressknow.base.format import at_least, count, estimate, p_value, plain, share, size
+from compressknow.base.format import at_least, count, p_value, plain, share, size
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
@@ -27,9 +26,8 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.run import RESUMES, if_interrupted, shown_first
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json
-from compressknow.comparison.records import Estimate
-from compressknow.pages.records import Card, Comparison
+from compressknow.cli.terminal import Lines, show, show_json, show_written, wrap, wrap_whole
+from compressknow.pages.records import Card, Comparison, write_estimate
 from compressknow.pages.texts import summarize_text
 
 
@@ -87,8 +85,7 @@ def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
         show_json(card.to_dict())
         return
     show("\n".join(report_page(card)))
-    if output:
-        show(f"\nWritten: {', '.join(map(str, output))}")
+    show_written(output)
 
 
 def command_of(ctx: click.Context) -> str:
@@ -117,29 +114,23 @@ MODELS = f"{'Model':<40}{'Size':>10}  {'Kept (95 % interval)':<28}"
 
 def report_page(card: Card) -> Iterator[str]:
     """Yield lines: the verdict, the grades or, of several models, a line each; then the warnings."""
-    yield from textwrap.wrap(card.verdict, WIDTH)
+    yield from wrap(card.verdict, indent="")
     yield ""
-    if len(card.comparisons) == 1:
-        yield from _next(card.comparisons[0])
-        if card.comparisons[0].probes:
-            yield from _grades(card.comparisons[0])
-        yield from _probes(card.comparisons[0])
-        yield from _texts(card.comparisons[0])
+    is_single, first = len(card.comparisons) == 1, card.comparisons[0]
+    # It may hold a command, which no line may break within a word.
+    if advice := first.next if is_single else card.decision and card.decision.reason:
+        yield from wrap_whole(advice)
+        yield ""
+    if is_single:
+        if first.probes:
+            yield from _grades(first)
+        yield from _probes(first)
+        yield from _texts(first)
     else:
-        if card.decision:
-            yield from textwrap.wrap(card.decision.reason, WIDTH, break_on_hyphens=False, break_long_words=False)
-            yield ""
         yield from _models(card)
     for warning in _warnings(card):
         yield ""
-        yield from _wrapped(f"! {warning}")
-
-
-def _next(comparison: Comparison) -> Iterator[str]:
-    if comparison.next:
-        # It may hold a command, which no line may break within a word.
-        yield from textwrap.wrap(comparison.next, WIDTH, break_on_hyphens=False, break_long_words=False)
-        yield ""
+        yield from wrap(f"! {warning}")
 
 
 def _warnings(card: Card) -> Iterator[str]:
@@ -160,7 +151,7 @@ def _grades(comparison: Comparison) -> Iterator[str]:
         mark = grade.grade + ("?" if grade.unsure else "")
         yield (
             f"{plain(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
-            f"{_estimate(grade.kept):<27}{mark:>6}"
+            f"{write_estimate(grade.kept):<27}{mark:>6}"
         )
     if any(grade.unsure for grade in comparison.grades):
         yield "? the interval spans several grades"
@@ -170,11 +161,11 @@ def _probes(comparison: Comparison) -> Iterator[str]:
     for probe in comparison.probes:
         counts = probe.counts
         yield ""
-        yield from _wrapped(
+        yield from wrap(
             f"{plain(probe.probe, 40)}: {count(counts.n)} facts, right before {share(probe.accuracy_original.value)}, "
             f"after {share(probe.accuracy_compressed.value)}"
         )
-        yield from _wrapped(
+        yield from wrap(
             f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({p_value(probe.certainty.test.p)}); "
             f"answers changed {share(probe.answer_changed)}"
         )
@@ -196,11 +187,7 @@ def _texts(comparison: Comparison) -> Iterator[str]:
     for figures in comparison.texts:
         yield ""
         for line in summarize_text(figures, ("before", "after")):
-            yield from _wrapped(line)
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+            yield from wrap(line)
 
 
 def _models(card: Card) -> Iterator[str]:
@@ -211,10 +198,6 @@ def _models(card: Card) -> Iterator[str]:
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
         mark = "*" if standings and standings[place].beaten_by is None else ""
-        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {_estimate(comparison.kept):<27}{mark}".rstrip()
+        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {write_estimate(comparison.kept):<27}{mark}".rstrip()
     if standings:
         yield "* no model of these keeps more in as many bytes"
-
-
-def _estimate(figure: Estimate) -> str:
-    return estimate(figure.value, figure.low, figure.high)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressknow.base.errors import GateNotMet
-from compressknow.base.format import estimate, plain, size
+from compressknow.base.format import plain, size
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
@@ -30,7 +29,8 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, wrap
+from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
@@ -98,7 +98,7 @@ def search(
     else:
         show()
         for text in (write_verdict(found), *list_warnings(found)):
-            show("\n".join(textwrap.wrap(text, WIDTH)))
+            show("\n".join(wrap(text, indent="")))
         file = "model.gguf" if found.form == "gguf" else "model/"
         show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if found.winner else ""))
     if found.winner is None:
@@ -118,9 +118,8 @@ class _Lines:
         if not self._has_head:
             self._has_head = True
             show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        kept = estimate(trial.kept.value, trial.kept.low, trial.kept.high)
         name = plain(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)
             name = ""
-        show(f"{name:<40}{kept:<28}{size(trial.bytes):>12}")
+        show(f"{name:<40}{write_estimate(trial.kept):<28}{size(trial.bytes):>12}")

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +25,7 @@ from compressknow.cli.options import (
     output_files,
 )
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import WIDTH, Lines, show
+from compressknow.cli.terminal import WIDTH, Lines, show, show_written, wrap
 
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
@@ -69,8 +68,7 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     with if_interrupted(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
     show("\n".join(page(result, model, options["guide"])))
-    if output:
-        show(f"\nWritten: {', '.join(map(str, output))}")
+    show_written(output)
 
 
 def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
@@ -87,7 +85,7 @@ def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
             yield from (_row(row, guide) for row in rows)
     kinds = " or ".join(sorted({row.compared for row in ranked}))
     yield ""
-    yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", WIDTH)
+    yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", indent="")
     yield from _next(found, model)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import count, estimate, percent, plain, size
+from compressknow.base.format import count, percent, plain, size
 from compressknow.cli.options import (
     HOW,
     REVISION,
@@ -26,7 +25,8 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import command_of
 from compressknow.cli.run import RESUMES, if_interrupted
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text
+from compressknow.cli.terminal import Lines, show, show_json_text, wrap
+from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
@@ -140,12 +140,12 @@ def _line(result: CellResult) -> Iterator[str]:
     name = plain(result.setup, 33)
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
-        yield from textwrap.wrap(f"{name}: {outcome}: {plain(result.why, 300)}", WIDTH, subsequent_indent="  ")
+        yield from wrap(f"{name}: {outcome}: {plain(result.why, 300)}")
         return
-    kept, right = result.kept, sum(answer.correct for answer in result.answers.answers)
+    right = sum(answer.correct for answer in result.answers.answers)
     share = percent(right, len(result.answers.answers))
     sparse = size(result.answers.record.model.totals["sparse_bytes"])
-    yield f"{name:<34}{estimate(kept.value, kept.low, kept.high):<28}{share:>8}{sparse:>10}"
+    yield f"{name:<34}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:
@@ -154,19 +154,14 @@ def _end(study: Study, output: Path) -> Iterator[str]:
 
     yield ""
     for each in draw_conclusions(study, evaluate_findings(study)):
-        yield from textwrap.wrap(str(each), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        yield from wrap(str(each), break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
     if study.refused:
         yield ""
-        yield from textwrap.wrap(
-            f"{count(len(study.refused))} cells are not for this model; the study lists the reasons.", WIDTH
-        )
+        yield from wrap(f"{count(len(study.refused))} cells are not for this model; the study lists the reasons.", "")
     if study.failed:
         yield ""
         total = len(study.failed) + len(study.refused) + len(study.cells)
-        yield from textwrap.wrap(
-            f"! {count(len(study.failed))} of {count(total)} cells failed; the study "
-            "lists the reasons. Repeat the command to retry them.",
-            WIDTH,
-        )
+        failed = f"{count(len(study.failed))} of {count(total)} cells failed"
+        yield from wrap(f"! {failed}; the study lists the reasons. Repeat the command to retry them.", indent="")

@@ -11,10 +11,12 @@ import io
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +40,22 @@ WIDTH = 80
 def show(text: str = "", *, err: bool = False) -> None:
     """Print text and a line's end; characters without a form of their own are named."""
     click.echo(plain_lines(text.replace("\t", " ").replace("\r\n", "\n")), err=err)
+
+
+def show_written(files: Sequence[Path]) -> None:
+    """Say which files were written, if any."""
+    if files:
+        show(f"\nWritten: {', '.join(map(str, files))}")
+
+
+def wrap(text: str, indent: str = "  ", **how: bool) -> list[str]:
+    """Return the lines of a text, those after the first indented; `how` words are broken is as in `textwrap`."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, **how)
+
+
+def wrap_whole(text: str) -> list[str]:
+    """Return the lines of a text whose words, such as those of a command, are not broken."""
+    return wrap(text, indent="", break_long_words=False, break_on_hyphens=False)
 
 
 def show_json(values: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import click
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import count, size
 from compressknow.cli.options import RUNS, command, option
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json
+from compressknow.cli.terminal import Lines, show, show_json, wrap
 
 
 @command()
@@ -38,4 +37,4 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
         compared = f"{count(result.tensors)} tensors and {result.files} files match the manifest"
     show(f"{folder}: {compared} ({size(result.bytes)}).")
     for note in result.notes:
-        show("\n".join(textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")))
+        show("\n".join(wrap(f"! {note}")))

@@ -81,11 +81,6 @@ def to_code_block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
 
 
-def to_front_matter(metadata: dict[str, Any]) -> str:
-    """Return `metadata` as YAML front matter, fences included."""
-    return f"---\n{to_yaml(metadata)}---"
-
-
 def to_yaml(values: dict[str, Any]) -> str:
     """Return `values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
 
@@ -144,7 +139,7 @@ def _make_environment() -> Environment:
         keep_trailing_newline=True,
         finalize=_finish,
     )
-    environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, front_matter=to_front_matter)
+    environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
     environment.filters.update(isolated=isolate, unbroken=keep_unbroken)
     environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count, size=size, smaller=smaller)
     return environment

@@ -248,26 +248,22 @@ class Chart(Part):
     height: int = 200
     heading: str = ""
 
-    def svg(self, id: str) -> str:
-        """Return the SVG element; `id` as in `open_axes`."""
+    def draw_svg(self, id: str) -> Drawn:
+        """Return the chart as drawn; `id` as in `open_axes`."""
         with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
             self.draw(plot)
-        return drawn()
+        return Drawn(Markup(drawn()), title=self.heading)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn(Part):
     """Chart as SVG, made by `pages.drawing`; Markdown leaves it out.
 
-    Attributes
-    ----------
-    title : stands above it; `note` below it.
-    look : a class of the style sheet.
+    The title stands above it; `look` is a class of the style sheet.
     """
 
     svg: Markup
     title: str = ""
-    note: str = ""
     look: str = ""
 
 
@@ -328,22 +324,14 @@ class Models(Part):
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Section as it stands on a page.
+    """Section as it stands on a page."""
 
-    Attributes
-    ----------
-    id : its own on the page.
-    look : a class of the style sheet.
-    short : its name in the table of contents, where that is not the title.
-    in_text : Markdown has it too.
-    """
-
-    id: str
+    id: str  # its own on the page
     title: str
     parts: tuple[Part, ...]
-    look: str = ""
-    short: str = ""
-    in_text: bool = True
+    look: str = ""  # a class of the style sheet
+    short: str = ""  # its name in the table of contents, where that is not the title
+    in_text: bool = True  # Markdown has it too
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,27 +367,22 @@ class Page:
 def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
     """Yield the parts with their charts drawn and ids given; without charts and bars in tables where not `charts`."""
     for number, part in enumerate(parts, start=1):
+        place = f"{id}-{number}"
+        if isinstance(part, Chart | Charts) and not charts:
+            continue
         if isinstance(part, Chart):
-            if charts:
-                yield _draw(part, f"{id}-{number}")
+            yield part.draw_svg(place)
         elif isinstance(part, Charts):
-            if charts:
-                drawn = (
-                    _draw(each, f"{id}-{number}-{i}") if isinstance(each, Chart) else each
-                    for i, each in enumerate(part.charts, start=1)
-                )
-                yield replace(part, charts=tuple(drawn))
+            each = enumerate(part.charts, start=1)
+            drawn = (chart.draw_svg(f"{place}-{i}") if isinstance(chart, Chart) else chart for i, chart in each)
+            yield replace(part, charts=tuple(drawn))
         elif isinstance(part, Beside):
-            chart = _draw(part.chart, f"{id}-{number}") if charts and isinstance(part.chart, Chart) else None
+            chart = part.chart.draw_svg(place) if charts and isinstance(part.chart, Chart) else None
             yield replace(part, chart=chart, table=_drop_bars(part.table, charts))
         elif isinstance(part, Folded):
-            yield replace(part, parts=tuple(draw_charts(part.parts, f"{id}-{number}", charts)))
+            yield replace(part, parts=tuple(draw_charts(part.parts, place, charts)))
         else:
             yield _drop_bars(part, charts) if isinstance(part, Table) else part
-
-
-def _draw(chart: Chart, id: str) -> Drawn:
-    return Drawn(Markup(chart.svg(id)), title=chart.heading)
 
 
 def _drop_bars(table: Table, bars: bool) -> Table:

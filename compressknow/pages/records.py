@@ -275,10 +275,20 @@ def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> s
     return estimate(figure.value, figure.low, figure.high, write)
 
 
-def label_models(models: Sequence[ModelFacts]) -> list[str]:
+def write_range(low: float, high: float) -> str:
+    """Write two shares as the ends of a range.
+
+    >>> write_range(0.914, 0.953)
+    '91.4 to 95.3 %'
+    """
+    return f"{share(low).removesuffix(' %')} to {share(high)}"
+
+
+def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
+    models = [comparison.model for comparison in comparisons]
     setups = [plain(model.setup or model.name, NAME_CHARACTERS) for model in models]
     named = [f"{setup} ({plain(model.name, NAME_CHARACTERS)})" for setup, model in zip(setups, models, strict=True)]
     repeated = Counter(setups)
@@ -289,7 +299,7 @@ def label_models(models: Sequence[ModelFacts]) -> list[str]:
 
 def name_models(card: Card) -> tuple[str, ...]:
     """Return a name for each compressed model of a card: its label, numbered where there are several."""
-    labels = label_models([comparison.model for comparison in card.comparisons])
+    labels = label_models(card.comparisons)
     return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
 
 

@@ -158,11 +158,10 @@ def _make_sections(search: Search) -> Iterator[Shown]:
     recipe = plain_lines(search.recipe) if search.recipe else None
     confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
-        charts = (
-            Drawn(Markup(draw_pareto(search, broad=broad)), look="broad" if broad else "narrow")
-            for broad in (False, True)
-        )
-        yield Shown("front", "Knowledge kept against size", (*charts, Note(_describe_chart(search))))
+        chart = _make_tradeoff(search)
+        narrow = Drawn(Markup(draw_tradeoff(chart, "pareto-chart")), look="narrow")
+        broad = Drawn(Markup(draw_tradeoff(chart, "broad-pareto", broad=True)), look="broad")
+        yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
     yield Shown("winner", "The types of its weights", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")
     yield Shown("tried", "All files", (*tried, Note("", drawn=BAR)) if tried else (), look="wide")
@@ -195,19 +194,19 @@ def write_headline(search: Search) -> str:
 
 def write_verdict(search: Search) -> str:
     """Say the outcome in one sentence or two, with its numbers."""
-    name = plain(search.original.name, 60)
-    if search.winner is not None:
+    name, winner, closest = plain(search.original.name, 60), search.winner, search.closest
+    if winner is not None:
         return (
-            f"The {_FORMS[search.form]} of {size(search.winner.bytes)} keeps {_write_kept(search.winner.graded)} of "
-            f"what {name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
-            f"{size(search.bytes)} ({smaller(search.bytes, search.winner.bytes)})."
+            f"The {_FORMS[search.form]} of {size(winner.bytes)} keeps {_write_kept(winner.graded)} of what {name} knew "
+            f"of {count(search.graded)} facts that had no part in the choice. The original has {size(search.bytes)} "
+            f"({smaller(search.bytes, winner.bytes)})."
         )
-    if search.closest is None:
+    if closest is None:
         return f"No file that keeps {share(search.keep)} could be evaluated."
     return (
         f"No file of {count(len(search.tried))} is certain to keep {share(search.keep)}. The closest has "
-        f"{size(search.closest.bytes)}: it keeps {_write_kept(search.closest.held_out)} of the "
-        f"{count(search.known_held_out)} facts held out that {name} knew."
+        f"{size(closest.bytes)}: it keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} facts "
+        f"held out that {name} knew."
     )
 
 
@@ -290,13 +289,6 @@ def _describe_split(search: Search) -> str:
     )
 
 
-def draw_pareto(search: Search, *, broad: bool = False) -> str:
-    """Draw the chart as an SVG element: for a narrow screen or, if `broad`, for the width of the page. A pointer over a
-    file is told which it is.
-    """
-    return draw_tradeoff(_make_tradeoff(search), "broad-pareto" if broad else "pareto-chart", broad=broad)
-
-
 _TRIED, _WINNER = "files tried", "the winner"
 _LOOKS = {_TRIED: ("o", SERIES[0], 5.0), _WINNER: ("*", INK, 13.0)}
 
@@ -307,7 +299,7 @@ def _make_tradeoff(search: Search) -> Tradeoff:
         for each in search.tried
         if each.kept.value is not None
     ]
-    best = find_unbeaten(marks, lambda mark: (mark.cost, mark.share))
+    best = find_unbeaten(marks)
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
     return Tradeoff(
@@ -330,10 +322,10 @@ SCHEMA = 2
 
 
 def write_search(search: Search, folder: Path) -> None:
-    """Write ``search.html`` and ``search.json`` into `folder`."""
+    """Write ``search.html`` and ``search.json``, which has shares from 0 to 1 and bytes, into `folder`."""
     texts = {
         ".html": lambda: render_search_html(search),
-        ".json": lambda: json_text(search_to_json(search)),
+        ".json": lambda: json_text({"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
 
@@ -341,8 +333,3 @@ def write_search(search: Search, folder: Path) -> None:
 def render_search_html(search: Search) -> str:
     """Return the page: the same search gives the same bytes."""
     return render_html(make_search_page(search))
-
-
-def search_to_json(search: Search) -> dict[str, Any]:
-    """Return plain values: all that the page says. Shares lie between 0 and 1, sizes are bytes."""
-    return {"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import nan
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
 
@@ -27,9 +27,6 @@ from compressknow.pages.drawing import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-T = TypeVar("T")
 
 # Units of a chart for a narrow screen, and of one that fills the page.
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
@@ -73,7 +70,7 @@ class Tradeoff:
     ----------
     cost : what the horizontal axis shows, with its unit.
     looks : by kind, in the order of the legend: marker of matplotlib's, colour and size.
-    edge : by kind, whose marks can be on the edge.
+    edge : kinds whose marks can be on the edge.
     more_is_better : of a cost that is none, such as a speed.
     keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
     """
@@ -89,19 +86,18 @@ class Tradeoff:
     rounding: float | None = None
 
 
-def find_unbeaten(
-    points: Sequence[T], place: Callable[[T], tuple[float, float]], *, more_is_better: bool = False
-) -> list[T]:
-    """Return those of which none keeps more at the same cost or less, the cheapest first; `place` says (cost, kept).
+def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> list[Mark]:
+    """Return those of which none keeps more at the same cost or less, the cheapest first.
 
-    >>> find_unbeaten([(3, 0.9), (1, 0.5), (2, 0.4)], lambda point: point)
-    [(1, 0.5), (3, 0.9)]
+    >>> marks = [Mark(cost, Estimate(kept), "", "") for cost, kept in ((3, 0.9), (1, 0.5), (2, 0.4))]
+    >>> [mark.cost for mark in find_unbeaten(marks)]
+    [1, 3]
     """
     sign = -1 if more_is_better else 1
-    best: list[T] = []
-    for point in sorted(points, key=lambda each: (sign * place(each)[0], -place(each)[1])):
-        if not best or place(point)[1] > place(best[-1])[1]:
-            best.append(point)
+    best: list[Mark] = []
+    for mark in sorted(marks, key=lambda each: (sign * each.cost, -each.share)):
+        if not best or mark.share > best[-1].share:
+            best.append(mark)
     return best
 
 
@@ -125,7 +121,10 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         low, high = plot.get_xlim()
         # No nearer to the dearest than half of it, or what is alike would look far apart.
         left = 0.0 if low < high / 4 else min(low, high / 2)
-        bottom = _find_bottom(chart)
+        # A line across alone would not widen the axis.
+        ends = [to_percents(mark.kept)[1] for mark in chart.marks]
+        ends += [] if chart.rounding is None else [100 * chart.rounding]
+        bottom = max(0.0, min(round_range(ends, low=min(ends))[0], 100 - _SPAN))
         cut = [f"across from {left:,.3g}"] if left else []
         cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
         plot.set_xlim(left=left)
@@ -133,13 +132,6 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         set_percent_axis(plot, bottom, unit=PERCENT)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
-
-
-def _find_bottom(chart: Tradeoff) -> float:
-    # A line across alone would not widen the axis.
-    ends = [to_percents(mark.kept)[1] for mark in chart.marks]
-    ends += [] if chart.rounding is None else [100 * chart.rounding]
-    return max(0.0, min(round_range(ends, low=min(ends))[0], 100 - _SPAN))
 
 
 def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
@@ -154,8 +146,7 @@ def _draw_intervals(plot: Axes, marks: Sequence[Mark]) -> None:
 def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
     """Draw what nothing beats: it is kept at every cost from there on; at every speed up to there."""
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
-    best = find_unbeaten(able, lambda mark: (mark.cost, mark.share), more_is_better=chart.more_is_better)
-    if best:
+    if best := find_unbeaten(able, more_is_better=chart.more_is_better):
         places = sorted((mark.cost, 100 * mark.share) for mark in best)
         style = "steps-pre" if chart.more_is_better else "steps-post"
         plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
@@ -220,22 +211,14 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Form of a map, in units of the drawing.
-
-    Attributes
-    ----------
-    widest : a column, at most.
-    label : room for the names of rows.
-    upright : whether names of columns run upwards.
-    most_figures : columns that leave room for a figure in each cell; a pointer is told it where there is none.
-    """
+    """Form of a map, in units of the drawing."""
 
     width: int
-    widest: int
-    label: int
+    widest: int  # of a column, at most
+    label: int  # room for the names of rows
     row: int
-    upright: bool
-    most_figures: int
+    upright: bool  # names of columns run upwards
+    most_figures: int  # columns that leave room for a figure in each cell; where there are more, a pointer is told it
 
 
 WIDE = Form(720, 110, 76, 19, upright=False, most_figures=10)
@@ -323,25 +306,27 @@ def _draw_row(
             continue
         step, x = sum(figure >= bound for bound in bounds), form.label + wide * j
         colour = f'class="f-c1" opacity="{_SHADES[step]}"' if figure else 'class="f-rule" opacity="0.35"'
-        place = (
-            f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(wide - 1)}" height="{form.row - 1}"'
-        )
         if len(grid.columns) <= form.most_figures:
-            yield f"<rect {colour} {place}/>"
+            yield _draw_box(x, y, wide - 1, form.row - 1, colour)
             ink = "f-ink" if not figure or step <= _INK_UP_TO else "f-paper"
             yield _draw_text(x + wide / 2, y + form.row - 6, write(figure), ink, "middle")
         else:
-            yield f"<rect {colour} {place}><title>{escape(write(figure))}</title></rect>"
+            yield _draw_box(x, y, wide - 1, form.row - 1, colour, write(figure))
 
 
 def _draw_legend(bounds: Sequence[float], y: float, write: Callable[[float], str], form: Form) -> Iterator[str]:
     box = min(54, (form.width - form.label) / len(_SHADES))
     for i, opacity in enumerate(_SHADES):
         x = form.label + box * i
-        place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(box - 1)}" height="7"'
-        yield f'<rect class="f-c1" opacity="{opacity}" {place}/>'
+        yield _draw_box(x, y, box - 1, 7, f'class="f-c1" opacity="{opacity}"')
         if i:
             yield _draw_text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
+
+
+def _draw_box(x: float, y: float, width: float, height: int, colour: str, told: str = "") -> str:
+    place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(width)}" height="{height}"'
+    end = f"><title>{escape(told)}</title></rect>" if told else "/>"
+    return f"<rect {colour} {place}{end}"
 
 
 def _draw_text(x: float, y: float, text: str, colour: str, anchor: str, *, upright: bool = False) -> str:

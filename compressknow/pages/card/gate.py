@@ -118,7 +118,7 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
         raise UsageError(
             "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
         )
-    labels = label_models([comparison.model for comparison in card.comparisons])
+    labels = label_models(card.comparisons)
     judged = [
         (label, comparison, gate, is_met(comparison, gate, strict=strict))
         for label, comparison in zip(labels, card.comparisons, strict=True)
@@ -286,7 +286,7 @@ def decide(
     sizes = [comparison.model.bytes for comparison in comparisons]
     standing = rank_models(of[0], of[1:], sizes)
     conclude = partial(Decision, standings=tuple(standing), within=within)
-    labels = label_models([comparison.model for comparison in comparisons])
+    labels = label_models(comparisons)
     fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
     if not fitting:
         return conclude(None, _write_none_fits(labels, sizes, within))

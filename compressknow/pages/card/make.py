@@ -125,7 +125,7 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
         # Over the same facts alone can one be called the best.
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         sentences.append(write_joint_verdict(name, comparisons, alike))
-    labels = label_models([comparison.model for comparison in comparisons])
+    labels = label_models(comparisons)
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
         found = [

@@ -43,7 +43,7 @@ from compressknow.pages.parts import (
     list_identity,
     show_run,
 )
-from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate
+from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
@@ -114,7 +114,7 @@ def _chart_cost(card: Card, names: Sequence[str], cost: _Cost) -> Tradeoff | Non
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
-    best = find_unbeaten(marks, lambda mark: (mark.cost, mark.share), more_is_better=cost.more_is_better)
+    best = find_unbeaten(marks, more_is_better=cost.more_is_better)
     if (before := cost.read(card.original)) is not None:
         name = f"the original, in {cost.run_in(card.original)}"
         marks.append(Mark(before / cost.divisor, Estimate(1), name, f"{name}, {cost.write(before)}"))
@@ -245,8 +245,8 @@ def _write_joint_headline(comparisons: Sequence[Comparison]) -> str:
         return f"Perplexity of {len(comparisons)} compressed models"
     if not kept:
         return _NOTHING_TO_KEEP
-    least, most = share(min(kept)), share(max(kept))
-    shares = most if least == most else f"{least.removesuffix(' %')} to {most}"
+    least, most = min(kept), max(kept)
+    shares = share(most) if share(least) == share(most) else write_range(least, most)
     return f"{len(comparisons)} compressed models keep {shares} of the knowledge"
 
 

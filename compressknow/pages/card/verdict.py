@@ -27,7 +27,7 @@ from compressknow.compress.steps import (
     Step,
     Where,
 )
-from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label_models
+from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label_models, write_range
 
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
@@ -163,7 +163,7 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     alike : the places of those that cannot be told from the best; None where that was not tested.
     """
     name = plain(original, NAME_CHARACTERS)
-    labels = label_models([comparison.model for comparison in comparisons])
+    labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
     if not known:
         return f"{name} knew none of the facts, so there is nothing that a compressed model could keep."
@@ -195,8 +195,16 @@ def join_names(names: Sequence[str]) -> str:
     >>> join_names(["a"]), join_names(["a", "b"]), join_names(list("abcdef"))
     ('a', 'a and b', 'a, b, c, d and 2 more')
     """
-    shown = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+    return join_words([*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])])
+
+
+def join_words(parts: Sequence[str]) -> str:
+    """Join with commas, and with "and" before the last.
+
+    >>> join_words(["a"]), join_words(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def _get_kept(known: tuple[Counts, str]) -> float:
@@ -204,9 +212,7 @@ def _get_kept(known: tuple[Counts, str]) -> float:
 
 
 def _write_ends(kept: Estimate, name: str) -> str:
-    if kept.low is None or kept.high is None:
-        return ""
-    return f", {name} {share(kept.low).removesuffix(' %')} to {share(kept.high)}"
+    return "" if kept.low is None or kept.high is None else f", {name} {write_range(kept.low, kept.high)}"
 
 
 def _judge_change(counts: Counts, p: float | None) -> str:

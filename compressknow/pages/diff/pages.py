@@ -10,8 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compressknow.base.format import NONE, count, json_text, number, plain, share, size
-from compressknow.comparison.diff import CheckpointDiff, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.records import TextFigures
+from compressknow.comparison.diff import CheckpointDiff, Sums, group_tensors, sum_tensors
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
@@ -23,6 +22,7 @@ from compressknow.pages.parts import (
     Entries,
     Entry,
     Folded,
+    Note,
     Page,
     Part,
     Sentences,
@@ -63,7 +63,11 @@ def make_comparison_page(
     origin = (Entries(_describe_checkpoint(comparison.a), "A"), Entries(_describe_checkpoint(comparison.b), "B"))
     method = (*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ())))
     how = Shown("how", "How it was made", show_run(comparison.command, comparison.versions))
-    weights = Shown("groups", "Weights", tuple(_show_groups(difference)) if difference else ())
+    weights: tuple[Shown, ...] = ()
+    if difference and difference.tensors:
+        groups = tables.sum_groups(difference)
+        table = tables.sums_table("What differs by group of layers", "Group", groups, difference.total)
+        weights = (Shown("groups", "Weights", (table,)),)
     sections = (
         *(_show_behaviour(comparison, facts, shown, charts) if comparison.behaviour else ()),
         *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
@@ -80,7 +84,7 @@ def make_comparison_page(
         counts=there.comparisons[0].counts if there else None,
         names=("both know", "only A", "only B", "neither"),
         front=(
-            (*([weights] if weights.parts else []), how),
+            (*weights, how),
             (
                 Shown("compare-size", "Size", (Sizes(comparison.a.bytes, comparison.b.bytes),)),
                 Shown("from", "Which checkpoints", origin),
@@ -148,14 +152,13 @@ def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors
 def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
     yield from make_text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
     back = behaviour.a_against_b.comparisons[0].texts
-    rows = tuple((plain(f.text, 60), write_measured(f.moved.kl if f.moved else None, 4), _write_p99(f)) for f in back)
+    rows = []
+    for figures in back:
+        kl, percentiles = (figures.moved.kl, figures.moved.kl_percentiles) if figures.moved else (None, None)
+        p99 = number(percentiles["p99"], 4) if percentiles else NONE
+        rows.append((plain(figures.text, 60), write_measured(kl, 4), p99))
     if rows:
-        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), rows)
-
-
-def _write_p99(figures: TextFigures) -> str:
-    percentiles = figures.moved.kl_percentiles if figures.moved else None
-    return number(percentiles["p99"], 4) if percentiles else NONE
+        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
 
 def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
@@ -170,18 +173,13 @@ def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
         yield Folded("By domain and by relation", groups)
 
 
-def _show_groups(difference: CheckpointDiff) -> Iterator[Part]:
-    if difference.tensors:
-        groups = tables.sum_groups(difference)
-        yield tables.sums_table("What differs by group of layers", "Group", groups, difference.total)
-
-
 def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     grid = tables.make_grid(difference)
     if grid is None:
         return
     if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
-        yield Drawn(Markup(drawn), note=_MAP_NOTE, look="map")
+        yield Drawn(Markup(drawn), look="map")
+        yield Note("", drawn=_MAP_NOTE)
     yield Folded("The map as a table", (tables.grid_table(grid),))
 
 
@@ -253,15 +251,13 @@ def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
                 {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sum_tensors(tensors))}
                 for (stack, layer, module), tensors in modules.items()
             ],
-            "tensors": [_tensor_to_json(tensor) for tensor in difference.tensors],
+            "tensors": [
+                {key: value for key, value in asdict(tensor).items() if key != "sums"}
+                | {"shape": list(tensor.shape), **_sums_to_json(tensor.sums)}
+                for tensor in difference.tensors
+            ],
         },
     }
-
-
-def _tensor_to_json(tensor: TensorDiff) -> dict[str, Any]:
-    described = asdict(tensor)
-    del described["sums"]
-    return described | {"shape": list(tensor.shape), **_sums_to_json(tensor.sums)}
 
 
 def _sums_to_json(sums: Sums) -> dict[str, Any]:

@@ -15,13 +15,17 @@ from compressknow.pages import drawing
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import Bar, Line
 from compressknow.pages.records import Comparison
-from compressknow.pages.study.axes import (
+from compressknow.pages.study.records import (
+    AMOUNT,
     ATTENTION_KINDS,
     IN_WORDS,
     MODULES,
     STRUCTURED,
     UNSTRUCTURED,
     Axis,
+    Study,
+    StudyCell,
+    StudyProbe,
     find_axes,
     label_method,
     list_methods,
@@ -29,7 +33,6 @@ from compressknow.pages.study.axes import (
     select_pruned,
     select_quantized,
 )
-from compressknow.pages.study.records import AMOUNT, Study, StudyCell, StudyProbe
 
 _GPQ_AMOUNTS = (20, 40)
 _MOST = 6  # lines and colours that can be told apart
@@ -118,13 +121,8 @@ def draw_pruned_by_method(study: Study) -> tuple[Bar, ...]:
     return _draw_methods(study, scopes, None)
 
 
-def draw_pruned_and_quantized_by_method(study: Study) -> tuple[Bar, ...]:
-    """Draw a group for each scope, amount and scheme, a bar for each method."""
-    return tuple(bar for scheme in list_schemes(study) for bar in _draw_methods(study, MODULES, scheme))
-
-
 def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tuple[Bar, ...]:
-    """Draw nothing where there is one method alone."""
+    """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
     methods = list_methods(study)[:_MOST]
     quantized = f", {plain(scheme, 60)}" if scheme else ""
     return _keep_known(
@@ -135,11 +133,6 @@ def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tu
         for series, method in enumerate(methods)
         if (cell := select_pruned(study, scope, method, scheme).get(amount))
     )
-
-
-def draw_attention_kinds(study: Study) -> tuple[Bar, ...]:
-    """Draw the four kinds of attention of encoder-decoder models: quantized, then pruned and quantized."""
-    return draw_quantized(study, ATTENTION_KINDS) + draw_pruned_and_quantized(study, ATTENTION_KINDS)
 
 
 def draw_final_layer(study: Study) -> tuple[Bar, ...]:
@@ -279,7 +272,7 @@ _FIGURES = (
         "methods-quantized",
         "Accuracy lost to pruning and quantization by method, in points",
         _BARS,
-        draw_pruned_and_quantized_by_method,
+        lambda study: [bar for scheme in list_schemes(study) for bar in _draw_methods(study, MODULES, scheme)],
     ),
     _Figure(
         "attention-kinds-drop",
@@ -299,7 +292,7 @@ _FIGURES = (
         "attention-kinds",
         "Accuracy lost by kind of attention compressed, in points",
         _BARS,
-        draw_attention_kinds,
+        lambda study: draw_quantized(study, ATTENTION_KINDS) + draw_pruned_and_quantized(study, ATTENTION_KINDS),
         {"seq2seq": "figures 8 and 11"},
         {"seq2seq": "figure 18"},
     ),

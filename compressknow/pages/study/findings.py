@@ -14,16 +14,6 @@ from functools import partial
 
 from compressknow.base.format import count, number, p_value, percent, share
 from compressknow.pages.records import write_estimate
-from compressknow.pages.study.axes import (
-    MODULES,
-    STRUCTURED,
-    UNSTRUCTURED,
-    list_methods,
-    list_schemes,
-    name_cells,
-    select_pruned,
-    select_quantized,
-)
 from compressknow.pages.study.claims import (
     CANNOT_TELL,
     HOLDS,
@@ -37,7 +27,18 @@ from compressknow.pages.study.claims import (
     measure_decline,
     measure_remaining,
 )
-from compressknow.pages.study.records import Study, StudyCell
+from compressknow.pages.study.records import (
+    MODULES,
+    STRUCTURED,
+    UNSTRUCTURED,
+    Study,
+    StudyCell,
+    list_methods,
+    list_schemes,
+    name_cells,
+    select_pruned,
+    select_quantized,
+)
 
 NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}

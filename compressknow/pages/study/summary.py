@@ -8,19 +8,8 @@ from itertools import chain, pairwise
 from typing import TypeVar
 
 from compressknow.base.format import count, plain, points, share
-from compressknow.pages.study.axes import (
-    IN_WORDS,
-    MODULES,
-    Axis,
-    find_axes,
-    label_method,
-    list_methods,
-    list_schemes,
-    name_cells,
-    pair_groups,
-    select_pruned,
-    select_quantized,
-)
+from compressknow.pages.card.verdict import join_words
+from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
 from compressknow.pages.study.claims import (
     CANNOT_TELL,
@@ -41,7 +30,22 @@ from compressknow.pages.study.findings import (
     Finding,
     FindingsByMethod,
 )
-from compressknow.pages.study.records import AMOUNT, Study, StudyCell
+from compressknow.pages.study.records import (
+    AMOUNT,
+    IN_WORDS,
+    MODULES,
+    Axis,
+    Study,
+    StudyCell,
+    find_axes,
+    label_method,
+    list_methods,
+    list_schemes,
+    name_cells,
+    pair_groups,
+    select_pruned,
+    select_quantized,
+)
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
 CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keeps less
@@ -174,12 +178,10 @@ def _known(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
     return {key: cell for key, cell in cells.items() if cell.comparison.kept.value is not None}
 
 
-def find_cliffs(study: Study) -> tuple[Cliff, ...]:
-    """Return those of overall, attention and feed-forward, each where at least two amounts were pruned."""
-    return _find_cliffs(study, {module: select_pruned(study, module) for module in MODULES})
-
-
-def _find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]]) -> tuple[Cliff, ...]:
+def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] | None = None) -> tuple[Cliff, ...]:
+    """Return that of each name's cells by amount, where there are two or more; by default by module."""
+    if amounts is None:
+        amounts = {module: select_pruned(study, module) for module in MODULES}
     groups = sum(len(axis.groups) for axis in find_axes(study) if axis.name == AMOUNT)
     # All these intervals together hold with 95 % (Bonferroni).
     level = 1 - 0.05 / (len(MODULES) + groups)
@@ -211,8 +213,8 @@ def write_headline(study: Study) -> str:
     if not kept:
         return "There was no knowledge to keep"
     forms = "1 compressed form keeps" if len(kept) == 1 else f"{count(len(kept))} compressed forms keep"
-    low, high = share(min(kept)), share(max(kept))
-    return f"{forms} {high if low == high else low.removesuffix(' %') + ' to ' + high} of the knowledge"
+    low, high = min(kept), max(kept)
+    return f"{forms} {share(low) if share(low) == share(high) else write_range(low, high)} of the knowledge"
 
 
 def write_verdict(study: Study) -> str:
@@ -264,15 +266,6 @@ def _name_best_and_worst(study: Study) -> str:
         f"Of {count(len(known))} compressed forms of {name}, {best[1]} keeps most ({share(best[0])}) and {worst[1]} "
         f"least ({share(worst[0])})."
     )
-
-
-def join_words(parts: Sequence[str]) -> str:
-    """Join with commas, and with "and" before the last.
-
-    >>> join_words(["a"]), join_words(["a", "b", "c"])
-    ('a', 'a, b and c')
-    """
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:
@@ -380,7 +373,7 @@ def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterato
     """Yield, of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
     if axis.name == AMOUNT:
         groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
-        yield from (_conclude_cliff(cliff, axis.chart) for cliff in _find_cliffs(study, groups))
+        yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, groups))
         return
     name = plain(axis.name, 40)
     for least in orders:

@@ -11,6 +11,7 @@ from itertools import groupby
 from markupsafe import Markup
 
 from compressknow.base.format import NONE, count, number, plain, share, size
+from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
     BAR,
@@ -34,15 +35,6 @@ from compressknow.pages.parts import (
     write_bare_p,
 )
 from compressknow.pages.records import write_estimate
-from compressknow.pages.study.axes import (
-    MODULES,
-    format_setting,
-    list_schemes,
-    list_varying_settings,
-    name_cells,
-    select_pruned,
-    select_quantized,
-)
 from compressknow.pages.study.charts import Chart
 from compressknow.pages.study.findings import (
     FAMILIES,
@@ -56,13 +48,23 @@ from compressknow.pages.study.findings import (
     evaluate_findings,
     evaluate_findings_by_method,
 )
-from compressknow.pages.study.records import FailedCell, Study, StudyCell
+from compressknow.pages.study.records import (
+    MODULES,
+    FailedCell,
+    Study,
+    StudyCell,
+    format_setting,
+    list_schemes,
+    list_varying_settings,
+    name_cells,
+    select_pruned,
+    select_quantized,
+)
 from compressknow.pages.study.summary import (
     CLIFF,
     Conclusion,
     describe_changes,
     draw_conclusions,
-    join_words,
     list_ids,
     write_headline,
     write_verdict,

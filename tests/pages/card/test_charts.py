@@ -32,7 +32,7 @@ def texts(chart: str) -> list[str]:
 def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
     chart = chart_popularity(groups, name)
     assert chart is not None
-    return chart.svg(id)
+    return chart.draw_svg(id).svg
 
 
 def drawn(name: str | None = None) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.pages.study.axes import find_axes
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import (
@@ -22,7 +21,7 @@ from compressknow.pages.study.pages import (
     to_parquet,
     write_study,
 )
-from compressknow.pages.study.records import Study, tidy_rows
+from compressknow.pages.study.records import Study, find_axes, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
 from compressknow.pages.study.view import cells_table
 from tests.pages.pages import read

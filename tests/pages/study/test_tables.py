@@ -8,10 +8,9 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from compressknow.pages.study.axes import name_cells
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import render_study_markdown, to_csv, to_parquet
-from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
+from compressknow.pages.study.records import COLUMNS, FailedCell, name_cells, tidy_rows
 from compressknow.pages.study.view import bounds_table, cells_table, comparisons_table, paper_tables
 from tests.pages.hostile import TEXTS
 from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid

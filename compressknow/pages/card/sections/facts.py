@@ -1,20 +1,44 @@
-"""Sections on facts and groups of them: lost and gained, by relation, by grade, by wording; running text."""
+"""Sections on facts and groups of them: lost and gained, by relation, grade, wording and confidence; running text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, count, ordinal, percent, plain, share
-from compressknow.comparison.records import ChangedFact, Counts, Estimate, Group, Knowing, ProbeFigures, Wordings
+from compressknow.comparison.distributions import CALIBRATION_BINS
+from compressknow.comparison.records import (
+    ChangedFact,
+    Confidence,
+    Counts,
+    Estimate,
+    Group,
+    Knowing,
+    ProbeFigures,
+    ReliabilityBin,
+    Third,
+    Wordings,
+)
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import to_percents
-from compressknow.pages.parts import BLANK, Beside, Chart, Note, Part, Table, make_fact_parts, make_groups_table
-from compressknow.pages.records import write_estimate
+from compressknow.pages.parts import (
+    BLANK,
+    Beside,
+    Chart,
+    Charts,
+    Folded,
+    Note,
+    Part,
+    Table,
+    make_fact_parts,
+    make_groups_table,
+)
+from compressknow.pages.records import write_estimate, write_range
 from compressknow.pages.texts import list_text_warnings, make_text_parts
 
 if TYPE_CHECKING:
@@ -269,3 +293,120 @@ def _describe_agreement(wordings: Wordings) -> str:
         "wordings of a fact that are answered alike (Elazar et al. 2021): "
         f"{share(before)} before, {share(after)} after."
     )
+
+
+_BINS = ("Confidence", "Original's answers", "Right", "Compressed model's answers", "Right")
+# A dot of fewer answers than this says nothing of calibration: it is drawn hollow.
+_FEW = 10
+_CALIBRATION = (
+    "On the dotted line a model is right as often as it is sure; below it is too sure. Hollow dots rest on fewer than "
+    f"{_FEW} answers."
+)
+
+
+class Confident(Section):
+    """Table, note and two charts for each probe that gives probabilities of answers."""
+
+    title = "Confidence"
+    order = 48
+    glossary = (
+        ("Confidence", "the probability that a model gives to its answer, among all answers that it could give."),
+        (
+            "Confidently wrong",
+            "a wrong answer of which the model is surer than the original is of half of its answers.",
+        ),
+        (
+            "Calibration",
+            "whether answers of 80 % confidence are right 80 % of the time: then the dots lie on the diagonal.",
+        ),
+    )
+    method = (
+        "Thirds are of the facts that the original knew, by the probability of its answer. An answer is confidently "
+        "wrong if it is wrong and its probability is above the median of the original's over all facts.",
+    )
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        # On a page of many models this would be the most of it; the JSON has it all.
+        if context.limits.relations is not None:
+            return
+        for probe in context.comparison.probes:
+            if probe.confidence:
+                yield from _list_parts(plain(probe.probe, 60), probe.confidence)
+
+
+def _list_parts(name: str, confidence: Confidence) -> Iterator[Part]:
+    if confidence.thirds:
+        yield _tabulate_thirds(name, confidence.thirds)
+    yield Note(_describe_wrong(name, confidence), _CALIBRATION)
+    sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
+    yield Charts(tuple(_chart_calibration(name, side, bins) for side, bins in sides.items()), f"Calibration, {name}")
+    yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
+
+
+def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
+    return Table(
+        f"{name}: kept by the original's confidence",
+        ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
+        tuple(
+            (
+                plain(third.name, 40),
+                write_range(third.low, third.high),
+                count(third.counts.known_before),
+                count(third.counts.lost),
+                write_estimate(third.kept),
+            )
+            for third in thirds
+        ),
+        bars=tuple(third.kept for third in thirds),
+        bars_after=4,
+    )
+
+
+def _describe_wrong(name: str, told: Confidence) -> str:
+    sides = (
+        f"{count(part)} of the {whose}'s {count(wrong)} wrong answers ({percent(part, wrong)})"
+        for whose, part, wrong in (
+            ("compressed model", told.confidently_wrong_compressed, told.wrong_compressed),
+            ("original", told.confidently_wrong_original, told.wrong_original),
+        )
+    )
+    return (
+        f"Confidently wrong on {name}: {' and '.join(sides)} are surer than the original's median "
+        f"({share(told.median)})."
+    )
+
+
+def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> Chart:
+    told = ", ".join(
+        f"at {share(each.confidence)} confidence {percent(each.right, each.facts)} right" for each in bins if each.facts
+    )
+    title = f"Calibration of the {side.lower()} model, {name}"
+    return Chart(
+        title, f"{told[:1].upper()}{told[1:]}.", partial(_draw_calibration, bins=bins), height=300, heading=side
+    )
+
+
+def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:
+    plot.plot([0, 100], [0, 100], color=drawing.MUTED, linestyle=(0, (2, 3)), linewidth=1)
+    dots = [(100 * each.confidence, 100 * each.right / each.facts, each.facts) for each in bins if each.confidence]
+    plot.plot([x for x, _, _ in dots], [y for _, y, _ in dots], color=drawing.SERIES[0], linewidth=1.2)
+    for x, y, facts in dots:
+        inside = drawing.PAPER if facts < _FEW else drawing.SERIES[0]
+        plot.plot([x], [y], "o", color=inside, markersize=7, markeredgecolor=drawing.SERIES[0])
+    plot.set_xlim(-2, 102)
+    plot.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
+    plot.set_xlabel("confidence; right answers upwards", fontsize=11, loc="left")
+    drawing.set_percent_axis(plot, 0)
+
+
+def _tabulate_bins(name: str, original: Sequence[ReliabilityBin], compressed: Sequence[ReliabilityBin]) -> Table:
+    rows = []
+    for place, (before, after) in enumerate(zip(original, compressed, strict=True)):
+        if before.facts or after.facts:
+            ends = (100 * edge / CALIBRATION_BINS for edge in (place, place + 1))
+            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *_make_cells(before), *_make_cells(after)))
+    return Table(f"Calibration of both models, {name}", _BINS, tuple(rows))
+
+
+def _make_cells(told: ReliabilityBin) -> tuple[str, str]:
+    return count(told.facts), percent(told.right, told.facts) if told.facts else NONE

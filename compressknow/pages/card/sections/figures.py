@@ -1,8 +1,8 @@
-"""Sections on every figure of every probe, and on the models: what was done to them, how fast each is."""
+"""Sections on every figure of every probe, how sure these are, what was done to the models, and how fast each is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from compressknow.base.format import (
     share,
     size,
 )
-from compressknow.comparison.records import Movement, ProbeFigures
+from compressknow.comparison.clusters import FEWEST
+from compressknow.comparison.intervals import mcnemar, paired_difference, proportion
+from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
 from compressknow.model.manifest import calibrated_in_words, removed_in_words
@@ -226,6 +228,83 @@ _FIGURES = (
     _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
     _Figure("Protocol", lambda p: plain(p.protocol, 60)),
     _Figure("Seed", lambda p: str(p.seed)),
+)
+
+
+class HowSure(Section):
+    """Table of one row per figure and one column per probe, and one of all where there are several."""
+
+    title = "How sure the figures are"
+    order = 57
+    glossary = (
+        (
+            "Interval over relations",
+            "facts of one relation are learned and lost together, so that they tell less than as many unrelated "
+            "ones: this interval says how the figure would vary with other relations. It is what gates, advice and "
+            "searches go by.",
+        ),
+        (
+            "Smallest loss seen",
+            "a smaller net loss than this, in percent of the known facts, would pass for chance in more than one of "
+            "five cases.",
+        ),
+    )
+    method = (
+        "Intervals over relations are Wilson's, of as many independent facts as tell as much (design effect, Kish "
+        f"1965; Korn and Graubard 1998), with Student's t; the difference's is of a linearized ratio. Below {FEWEST} "
+        "relations there are none.",
+        "The smallest loss seen is that which the test shows with a power of 80 % (Duffy 1984), were facts gained as "
+        "often as they were here. Facts that hang together count as the independent ones that tell as much.",
+    )
+
+    def parts(self, context: Context) -> Iterator[Part]:
+        comparison = context.comparison
+        columns = [(plain(each.probe, 60), each.counts, each.certainty) for each in comparison.probes]
+        columns += [("all", comparison.counts, comparison.certainty)] if len(columns) > 1 else []
+        columns = [each for each in columns if each[1].known_before]
+        # On a page of many models the verdict alone says it; the JSON has it all.
+        if not columns or context.limits.relations is not None:
+            return
+        rows = tuple((name, *(write(counts, sure) for _, counts, sure in columns)) for name, write in _ROWS)
+        yield Table(
+            "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
+        )
+        yield from _note_missing_clusters(columns)
+
+
+def _note_missing_clusters(columns: Sequence[tuple[str, Counts, Certainty]]) -> Iterator[Note]:
+    for name, _, sure in columns:
+        where = f" of {name}" if len(columns) > 1 else ""
+        if sure.relations == 1:
+            yield Note(f"All known facts{where} are of one relation: no clusters, so no interval over relations.")
+        elif sure.relations < FEWEST:
+            yield Note(f"The known facts{where} are of {sure.relations} relations: too few for an interval over these.")
+
+
+def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
+    return NONE if figure.low is None else write_estimate(figure, write)
+
+
+_ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
+    ("Known facts", lambda counts, _: count(counts.known_before)),
+    ("Relations with known facts", lambda _, sure: count(sure.relations)),
+    (
+        "Knowledge kept, simple interval",
+        lambda counts, _: _write_interval(proportion(counts.both, counts.known_before)),
+    ),
+    ("Knowledge kept, interval over relations", lambda _, sure: _write_interval(sure.kept)),
+    ("Difference of accuracy, simple interval", lambda counts, _: write_estimate(paired_difference(counts), points)),
+    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, points)),
+    (
+        "Net change against chance, by relation",
+        lambda _, sure: p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
+    ),
+    ("Net change against chance, facts as independent", lambda counts, _: p_value(mcnemar(counts))),
+    ("Smallest net loss seen", lambda _, sure: share(sure.smallest_loss)),
+    (
+        "Known facts to see a net loss of 2 %",
+        lambda _, sure: NONE if sure.facts_for_two is None else count(sure.facts_for_two),
+    ),
 )
 
 
