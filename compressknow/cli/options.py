@@ -64,12 +64,7 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """Command whose options are shown in groups.
-
-    Parameters
-    ----------
-    more : gives what follows the epilog, in its form; it is called when the page is shown.
-    """
+    """Command whose options are shown in groups; `more`, called for the help page, gives what follows the epilog."""
 
     def __init__(self, *args: Any, more: Callable[[], str] | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -348,11 +343,7 @@ _COMMAND_LINE_ALONE = {
 def project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
-    """Return the values that the project's file has for the options of a command, as click takes them.
-
-    Parameters
-    ----------
-    commands : the names of all of them; `open_command` imports one.
+    """Return the values that the project's file has for the options of one of `commands`, as click takes them.
 
     Raises UsageError for a file that is no TOML, and for a key that is no option.
     """

@@ -27,10 +27,7 @@ from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams,
 class LazyGroup(click.Group):
     """Group whose commands are imported when they are called, so that `--help` is there at once.
 
-    Parameters
-    ----------
-    help_by_command : short help by name, in the order of the help page. A command has the name of its module in this
-        package.
+    `help_by_command` is in the order of the help page. A command has the name of its module in this package.
     """
 
     def __init__(self, *args: Any, help_by_command: dict[str, str], **kwargs: Any) -> None:

@@ -48,7 +48,7 @@ def show_written(files: Sequence[Path]) -> None:
         show(f"\nWritten: {', '.join(map(str, files))}")
 
 
-def wrap(text: str, indent: str = "  ", **how: bool) -> list[str]:
+def wrap(text: str, indent: str = "  ", **how: Any) -> list[str]:
     """Return the lines of a text, those after the first indented; `how` words are broken is as in `textwrap`."""
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, **how)
 

@@ -202,11 +202,8 @@ def draw_bars(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw figures as bars from left to right, each with its name and interval.
-
-    Parameters
-    ----------
-    high : the axis reaches so far at least, and over `within`; that and `levels` as in `draw_lines`.
+    """Draw figures as bars from left to right, each with its name and interval, on an axis that reaches to `high` at
+    least; the rest is as in `draw_lines`.
     """
     description = ", ".join(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"

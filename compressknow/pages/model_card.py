@@ -55,12 +55,8 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
-    """Return the model card as Markdown with front matter for the Hub.
-
-    Parameters
-    ----------
-    manifest : the content of compressknow.json.
-    source_card_metadata : front matter of the source's own card; its licence, language and the like are carried over.
+    """Return the model card as Markdown with front matter for the Hub: a licence, a language and the like are carried
+    over from that of the source's own card.
     """
     source, totals = manifest["source"], manifest["totals"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
@@ -423,13 +419,7 @@ def _read(path: Path) -> str:
 
 
 def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
-    """Return the card as Markdown with front matter for the Hub.
-
-    Parameters
-    ----------
-    record : the content of ``FILE.gguf.json``.
-    file : the GGUF file's name.
-    """
+    """Return the card of a GGUF file as Markdown with front matter for the Hub; `record` is ``FILE.gguf.json``."""
     source = record["source"]
     base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
     return render(

@@ -35,28 +35,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Table(Part):
-    """Table of cells as text, one tuple per row; the first cell is the header of its row.
-
-    Attributes
-    ----------
-    bars : a figure a row that HTML draws as a bar, after the column `bars_after`; empty for none.
-    links : the id that each row's header leads to; empty for none.
-    prose : all cells are text, not figures.
-    pinned : so many rows stay on top however the others are sorted.
-    sortable : a click on a column's header sorts by it.
-    captioned : Markdown says the caption too; not where the section's title says it.
-    """
+    """Table of cells as text, one tuple per row; the first cell is the header of its row."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    bars: tuple[Estimate | None, ...] = ()
+    bars: tuple[Estimate | None, ...] = ()  # a figure a row that HTML draws as a bar, after the column `bars_after`
     bars_after: int = 0
-    links: tuple[str, ...] = ()
-    prose: bool = False
-    pinned: int = 0
-    sortable: bool = False
-    captioned: bool = True
+    links: tuple[str, ...] = ()  # the id that each row's header leads to
+    prose: bool = False  # all cells are text, not figures
+    pinned: int = 0  # so many rows stay on top however the others are sorted
+    sortable: bool = False  # a click on a column's header sorts by it
+    captioned: bool = True  # Markdown says the caption too; not where the section's title says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,21 +222,13 @@ class Facts(Part):
 
 @dataclass(frozen=True, slots=True)
 class Chart(Part):
-    """Chart of a section, drawn where a page has room for it.
-
-    Attributes
-    ----------
-    title, told : its name, and its figures in words, for those who cannot see it.
-    draw : draws on axes of the page's look; its colours are those of `pages.drawing`.
-    height : in the units of `WIDTH`.
-    heading : what stands above it where it is one of several side by side.
-    """
+    """Chart of a section, drawn where a page has room for it; in the colours of `pages.drawing`."""
 
     title: str
-    told: str
-    draw: Callable[[Axes], object]
-    height: int = 200
-    heading: str = ""
+    told: str  # its figures in words, for those who cannot see it
+    draw: Callable[[Axes], object]  # draws on axes of the page's look
+    height: int = 200  # in the units of `pages.drawing.WIDTH`
+    heading: str = ""  # what stands above it where it is one of several side by side
 
     def draw_svg(self, id: str) -> Drawn:
         """Return the chart as drawn; `id` as in `open_axes`."""
@@ -296,15 +278,12 @@ class Folded(Part):
 class Graded(Part):
     """Report card: a line for each domain, the last one for all.
 
-    Attributes
-    ----------
-    rows : domain, facts known before, share kept, its interval, grade, and the grades that the interval spans.
-    bars : what is kept, by row; `rounding`, on the last, the mark of what rounding alone keeps.
+    A row has domain, facts known before, share kept, its interval, grade, and the grades that the interval spans.
     """
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
-    bars: tuple[Estimate, ...]
-    rounding: float | None = None
+    bars: tuple[Estimate, ...]  # what is kept, by row
+    rounding: float | None = None  # what rounding alone keeps: a mark on the last bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,32 +315,21 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Page of sections, one below the other; or what a page holds of one of several models.
+    """Page of sections, one below the other; or what a page holds of one of several models."""
 
-    Attributes
-    ----------
-    kind : what the page is: ``report card``, ``study``, ``search``; empty of one of several models.
-    models : which models it is about.
-    unlisted : so many sections stand before the table of contents, which does not list them.
-    next : sentences on what to do.
-    counts : facts by which models know them; `names` of both, the first alone, the second alone, neither.
-    front : sections that stand above all others, in two columns where there is room.
-    id : of one of several models.
-    """
-
-    kind: str
+    kind: str  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
     title: str
-    models: str
+    models: str  # which models it is about
     headline: str
     verdict: str
     warnings: tuple[str, ...]
     sections: tuple[Shown, ...]
-    unlisted: int = 0
-    next: tuple[str, ...] = ()
-    counts: Counts | None = None
-    names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")
-    front: tuple[tuple[Shown, ...], ...] = ()
-    id: str = ""
+    unlisted: int = 0  # so many sections stand before the table of contents, which does not list them
+    next: tuple[str, ...] = ()  # sentences on what to do
+    counts: Counts | None = None  # facts by which models know them
+    names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")  # what these counts are called
+    front: tuple[tuple[Shown, ...], ...] = ()  # what stands above all sections, in two columns where there is room
+    id: str = ""  # of one of several models
 
 
 def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
@@ -405,11 +373,8 @@ def make_fact_parts(
     shade: str = "",
     of: tuple[str, str] = ("report", "report.json"),
 ) -> Iterator[Part]:
-    """Yield facts as parts of a section, `shown` of them at once.
-
-    Parameters
-    ----------
-    left_out : how many more there are than `rows`; `of` is which page this is, and which file has them all.
+    """Yield facts as parts of a section, `shown` of them at once, and a note on the `left_out` ones; `of` is which page
+    this is, and which file has them all.
     """
     if not rows:
         yield Text("None.")

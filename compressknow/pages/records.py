@@ -79,20 +79,8 @@ class Grade:
 class ModelFacts:
     """Facts known of a model: identity, size, and what was done to it.
 
-    Attributes
-    ----------
-    parameters, bytes : None where a server that runs it does not say so.
-    setup : the paper's name of the setup (`Att_GPQ 20%`), or None for a checkpoint that compressknow did not make.
-    quantization : the quantization that its config names, in words, or None.
-    runtime : what ran it where that was not transformers: "name", "build", and "types" by group of layers.
-    groups : by group of layers, as the manifest has it: parameters, zeros_after, pruned, quantized, relative_error.
-    recipe : the recipe of the manifest, or None.
-    removed : blocks and neurons that were dropped, as the manifest has it, or None.
-    calibration : on what it was calibrated and how that went, as `calibration_of` says it, or None.
-    in_calibration : the facts that stand in that text; None where it was not at hand.
-    changed : whether its files differ from what its manifest, or the record of its export, says; None where not.
-    grid : of a checkpoint whose weights lie on a grid already: how many matrices (`weights`) `of` how many, and the
-        most `values` in 32 neighbours.
+    A server that runs it may not tell `parameters` and `bytes`. `recipe`, `groups` and `removed` are as the manifest
+    has them, `calibration` is as `calibration_of` says it.
     """
 
     name: str
@@ -103,18 +91,20 @@ class ModelFacts:
     parameters: int | None
     bytes: int | None
     dtype: str
-    setup: str | None = None
-    quantization: str | None = None
-    runtime: Mapping[str, Any] | None = None
+    setup: str | None = None  # the paper's name of it (`Att_GPQ 20%`); None where compressknow did not make it
+    quantization: str | None = None  # what its config names, in words
+    runtime: Mapping[str, Any] | None = None  # where not transformers: "name", "build", "types" by group of layers
     recipe: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
     zeros: int | None = None
+    # By group of layers: parameters, zeros_after, pruned, quantized, relative_error.
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    removed: Mapping[str, Any] | None = None
+    removed: Mapping[str, Any] | None = None  # blocks and neurons that were dropped
     calibration: Mapping[str, Any] | None = None
     speed: Speed | None = None
-    in_calibration: FactsInText | None = None
-    changed: bool | None = None
+    in_calibration: FactsInText | None = None  # the facts in that text; None where it was not at hand
+    changed: bool | None = None  # whether its files differ from what its manifest, or its export's record, says
+    # Of weights that lie on a grid already: `weights` `of` so many matrices, and the most `values` in 32 neighbours.
     grid: Mapping[str, int] | None = None
 
 
@@ -191,20 +181,12 @@ class Comparison(Shown):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Choice of one of several models.
+    """Choice of one of several models."""
 
-    Attributes
-    ----------
-    place : of the recommended model among the compressed ones; None where none is.
-    reason : why, and what no test tells from it, in sentences.
-    standings : of each model among the others.
-    within : the most bytes that it could have, if that was asked.
-    """
-
-    place: int | None
-    reason: str
-    standings: tuple[Standing, ...]
-    within: int | None = None
+    place: int | None  # of the recommended model among the compressed ones; None where none is
+    reason: str  # why, and what no test tells from it, in sentences
+    standings: tuple[Standing, ...]  # of each model among the others
+    within: int | None = None  # the most bytes that it could have, if that was asked
 
 
 @dataclass(frozen=True, slots=True, repr=False)

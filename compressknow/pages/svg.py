@@ -30,11 +30,8 @@ _DECIMALS = re.compile(r"-?\d+\.\d+")
 def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
     """Return `raw` as an element for HTML, named and described for those who cannot see it.
 
-    Parameters
-    ----------
-    id : of the element; nothing else on the page may have it or begin with it.
-    title, description : plain text, escaped here.
-    hover : what a pointer over a mark is told, by the gid that it was drawn with.
+    Nothing else on the page may have its `id` or begin with it. Title and description are plain text, escaped here;
+    `hover` is what a pointer over a mark is told, by the gid that it was drawn with.
     """
     root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
     for element in root.iter():
@@ -68,12 +65,7 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
 
 def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
     """Return elements of `make_inline` as one file: its title above, two in a row, in the page's colours, light and
-    dark.
-
-    Parameters
-    ----------
-    panels : the name that stands above each, empty for none, and the element.
-    style : the page's style sheet, which names the colours.
+    dark, which its style sheet names. A panel is the name that stands above it, empty for none, and the element.
     """
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ElementTree.SubElement(root, "title").text = title

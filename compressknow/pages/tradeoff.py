@@ -41,20 +41,13 @@ _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8),
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Model on the chart.
+    """Model on the chart."""
 
-    Attributes
-    ----------
-    cost, kept : where it stands: in the unit of the axis, and a share of 1 with its interval.
-    told : what a pointer over it is told.
-    label : written beside it where there is room.
-    """
-
-    cost: float
-    kept: Estimate
+    cost: float  # in the unit of the axis
+    kept: Estimate  # a share of 1
     kind: str
-    told: str
-    label: str = ""
+    told: str  # what a pointer over it is told
+    label: str = ""  # written beside it where there is room
 
     @property
     def share(self) -> float:
@@ -64,26 +57,17 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """Chart of knowledge kept against a cost.
-
-    Attributes
-    ----------
-    cost : what the horizontal axis shows, with its unit.
-    looks : by kind, in the order of the legend: marker of matplotlib's, colour and size.
-    edge : kinds whose marks can be on the edge.
-    more_is_better : of a cost that is none, such as a speed.
-    keep, rounding : a share of 1 to be kept (broken), and what rounding alone keeps (dotted), drawn across; or None.
-    """
+    """Chart of knowledge kept against a cost."""
 
     title: str
-    cost: str
+    cost: str  # what the horizontal axis shows, with its unit
     marks: Sequence[Mark]
-    looks: Mapping[str, tuple[str, str, float]]
-    edge: Sequence[str]
+    looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
+    edge: Sequence[str]  # kinds whose marks can be on the edge
     told: str
-    more_is_better: bool = False
-    keep: float | None = None
-    rounding: float | None = None
+    more_is_better: bool = False  # of a cost that is none, such as a speed
+    keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
+    rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
 
 
 def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> list[Mark]:
@@ -239,13 +223,10 @@ def draw_heat_map(
     write: Callable[[float], str] = lambda figure: number(figure, 4),
     form: Form = WIDE,
 ) -> str | None:
-    """Return the map as an element for HTML; None where all figures are 0.
+    """Return the map as an element for HTML, with its figures as `write` gives them; None where all are 0.
 
-    Parameters
-    ----------
-    id : of the element; nothing else on the page may have it or begin with it.
-    bounds : the scale, as `find_bounds` gives it; by default the grid's own.
-    write : writes a figure.
+    Nothing else on the page may have its `id` or begin with it. `bounds` are the scale, as `find_bounds` gives it; by
+    default the grid's own.
     """
     if not grid.figures:
         return None

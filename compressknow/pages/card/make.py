@@ -233,12 +233,7 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
 def describe_method(
     original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Say how the probes were run and judged, and the limits of that.
-
-    Parameters
-    ----------
-    of_sections : how the card's sections compute what they alone show.
-    """
+    """Say how the probes were run and judged, how sections compute what they alone show, and the limits of that."""
     probes: dict[str, ProbeFigures] = {}
     for comparison in comparisons:
         for figures in comparison.probes:

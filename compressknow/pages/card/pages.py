@@ -93,11 +93,8 @@ _COSTS = (
 
 
 def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
-    """Return knowledge kept by size and by speed, each where three compressed models or more differ in it.
-
-    Parameters
-    ----------
-    names : of the compressed models, numbered as in the table.
+    """Return knowledge kept by size and by speed, each where three compressed models or more, of these names, differ in
+    it.
     """
     return tuple(chart for cost in _COSTS if (chart := _chart_cost(card, names, cost)))
 

@@ -75,11 +75,7 @@ def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
 def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
     """Return the sentence on one compressed model, and one on what so many facts could have shown.
 
-    Parameters
-    ----------
-    original : name of the original model.
-    kept : knowledge kept with the interval to go by.
-    certainty : the paired test, and what would have been seen; of that, by default nothing is said.
+    `kept` has the interval to go by, `certainty` the paired test and what would have been seen.
 
     >>> from compressknow.comparison.intervals import mcnemar, proportion
     >>> from compressknow.comparison.records import PairedTest
@@ -156,11 +152,8 @@ def round_up(facts: int) -> str:
 
 
 def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
-    """Return the sentence on several compressed models: the best and the worst of them.
-
-    Parameters
-    ----------
-    alike : the places of those that cannot be told from the best; None where that was not tested.
+    """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
+    test tells from the best; None where that was not tested.
     """
     name = plain(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
@@ -319,11 +312,8 @@ Milder = tuple[str, Recipe]
 
 
 def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
-    """Yield recipes that do less than this one, the one to try first before the others.
-
-    Parameters
-    ----------
-    groups : by group of layers, what the manifest says of it: `relative_error`.
+    """Yield recipes that do less than this one, the one to try first before the others; `groups` are those of layers,
+    with the `relative_error` that the manifest has.
     """
     yield from _halve(recipe, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
     yield from _halve(recipe, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)

@@ -43,42 +43,30 @@ class AnswerPair:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """Answers of the two models to the same facts.
+    """Answers of the two models to the same facts."""
 
-    Attributes
-    ----------
-    b_against_a : A as the original: what of A's knowledge B keeps, and KL(A || B).
-    a_against_b : the other way round.
-    answers : facts whose top answer differs; empty where the text of facts is left out.
-    known : what counts as known; see `compressknow.pages.records.Card`.
-    """
-
-    b_against_a: Card
+    b_against_a: Card  # A as the original: what of A's knowledge B keeps, and KL(A || B)
     a_against_b: Card
-    answers: tuple[AnswerPair, ...]
+    answers: tuple[AnswerPair, ...]  # facts whose top answer differs; empty where the text of facts is left out
     warnings: tuple[str, ...]
-    known: str = "recognized"
+    known: str = "recognized"  # as in `Card`
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointComparison(Shown):
     """Comparison of two checkpoints, b against a.
 
-    Attributes
-    ----------
-    identical : all files that decide what the models answer are the same to the byte; then there is no `difference`.
-    files : other files than weights and config that differ, such as those of the tokenizer.
-    difference : None too where the weights cannot be read; a warning says so.
-    behaviour : None where nothing was evaluated.
+    They are `identical` where all files that decide what they answer are the same to the byte; there is no `difference`
+    then, nor where the weights cannot be read: a warning says so.
     """
 
     verdict: str
     a: Checkpoint
     b: Checkpoint
     identical: bool
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # others than weights and config that differ, such as those of the tokenizer
     difference: CheckpointDiff | None
-    behaviour: Behaviour | None
+    behaviour: Behaviour | None  # None where nothing was evaluated
     warnings: tuple[str, ...]
     show_facts: bool
     versions: Mapping[str, str]
@@ -125,14 +113,7 @@ def make_comparison(
     show_facts: bool = True,
     command: str | None = None,
 ) -> CheckpointComparison:
-    """Make the whole comparison, with its verdict and its warnings.
-
-    Parameters
-    ----------
-    difference : of the weights; None where both are the same to the byte, or where they cannot be read.
-    behaviour : of the answers; None where nothing was evaluated.
-    files : other files that differ.
-    """
+    """Make the whole comparison, with its verdict and its warnings; parameters are the fields of the same name."""
     identical = a.sha256 == b.sha256
     return CheckpointComparison(
         verdict=write_verdict(names_of(a, b), identical, difference, behaviour),
@@ -182,12 +163,7 @@ def _suggest_probe(sentence: str, behaviour: Behaviour | None) -> str:
 def write_verdict(
     names: tuple[str, str], identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> str:
-    """Write sentences on the weights and, where there are some, on the answers.
-
-    Parameters
-    ----------
-    names : what to call a and b.
-    """
+    """Write sentences on the weights and, where there are some, on the answers; `names` are what to call a and b."""
     if identical:
         return f"{names[0]} and {names[1]} are identical: every file that decides an answer is the same to the byte."
     sentences = [_describe_weights(names, difference)] if difference else []

@@ -208,21 +208,14 @@ _KEPT_BARS = _Look("kept-bars", drawing.draw_bars, find_marks)
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """Recipe of a chart: its name, what it shows, and where the paper has it, by family.
-
-    Attributes
-    ----------
-    plotted : its lines or bars of a study, means over the probes.
-    means : the figures of the paper that are means over the data sets.
-    by_probe : those that have a plot for each data set; None where there is no such chart.
-    """
+    """Recipe of a chart: its name, what it shows, and where the paper has it, by family."""
 
     name: str
     title: str
     look: _Look
-    plotted: Callable[[Study], Sequence[Any]]
-    means: Mapping[str, str] = field(default_factory=dict)
-    by_probe: Mapping[str, str] | None = None
+    plotted: Callable[[Study], Sequence[Any]]  # its lines or bars, means over the probes
+    means: Mapping[str, str] = field(default_factory=dict)  # the paper's figures that are means over the data sets
+    by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None where there is no such chart
 
 
 # The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no

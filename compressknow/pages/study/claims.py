@@ -32,27 +32,21 @@ Figure = Callable[[float], Estimate]
 class CellComparison:
     """Comparison of two cells by fact, over all probes that both have; `less` is the one that a claim says hurts less.
 
-    Attributes
-    ----------
-    less, more : the cells' keys.
-    part : of the claim, where it has several that must all be shown ("at 20 %").
-    counts : `both` right, `lost` only `less` right, `gained` only `more` right, `neither`.
-    p : of the paired test by relation, two-sided; `p_holm` over all that the table claims.
-    at_floor : neither cell is clearly better than a model that has forgotten everything: there is nothing left to
-        compare, and what chance or habit gets right decides nothing. Such a comparison does not count.
-    rate : how much more accuracy `more` loses than `less`, per million parameters that each changed (pruned, or
-        quantized where it was quantized too), with its interval; `rate_p` and `rate_p_holm` as above.
+    It is `at_floor`, and does not count, where neither cell is clearly better than a model that has forgotten
+    everything: there is nothing left to compare, and what chance or habit gets right decides nothing. `rate` is how
+    much more accuracy `more` loses than `less`, per million parameters that each changed (pruned, or quantized where it
+    was quantized too).
     """
 
-    less: str
+    less: str  # the cells' keys
     more: str
-    part: str
-    counts: Counts
-    p: float | None
+    part: str  # of the claim, where it has several that must all be shown ("at 20 %")
+    counts: Counts  # `both` right, `lost` only `less` right, `gained` only `more` right, `neither`
+    p: float | None  # of the paired test by relation, two-sided
     at_floor: bool
     rate: Estimate
     rate_p: float | None
-    p_holm: float | None = None
+    p_holm: float | None = None  # over all that the table claims
     rate_p_holm: float | None = None
 
     @property
@@ -76,14 +70,10 @@ def _get_direction(change: float, p: float | None) -> int:
 class Bound:
     """Figure that a claim says is below a limit.
 
-    Attributes
-    ----------
-    of : what it is the figure of: a cell's key, or words.
-    value : with its 95 % interval.
-    p : two-sided, that it is the limit itself: the interval of level 1 - p ends there. None where there is no interval.
+    `p` is two-sided, that it is the limit itself: the interval of level 1 - p ends there. None where there is none.
     """
 
-    of: str
+    of: str  # what it is the figure of: a cell's key, or words
     value: Estimate
     limit: float
     p: float | None

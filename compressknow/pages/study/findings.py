@@ -58,30 +58,18 @@ NO_CELLS = "The study has no cells for it."
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Finding of the paper, and whether it holds of this study.
+    """Finding of the paper, and whether it holds of this study."""
 
-    Attributes
-    ----------
-    id : F1 to F10, as in section 9 of the design.
-    families : of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``.
-    answer : ``holds``, ``does not hold``, ``cannot tell`` or ``not asked of this family``.
-    statistic : the figures behind the answer, in words.
-    why : what in them decides.
-    per_million : the same question by million parameters changed, in words; empty where nothing is compared.
-    comparisons, bounds : the figures themselves.
-    numbers : the clearest of those figures, in a few words.
-    """
-
-    id: str
+    id: str  # F1 to F10, as in section 9 of the design
     claim: str
-    families: tuple[str, ...]
-    answer: str = NOT_EVALUATED
-    statistic: str = "-"
-    why: str = ""
-    per_million: str = ""
-    comparisons: tuple[CellComparison, ...] = ()
+    families: tuple[str, ...]  # of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``
+    answer: str = NOT_EVALUATED  # or ``holds``, ``does not hold``, ``cannot tell``
+    statistic: str = "-"  # the figures behind the answer, in words
+    why: str = ""  # what in them decides
+    per_million: str = ""  # the same question by million parameters changed; empty where nothing is compared
+    comparisons: tuple[CellComparison, ...] = ()  # the figures themselves
     bounds: tuple[Bound, ...] = ()
-    numbers: str = ""
+    numbers: str = ""  # the clearest of those figures, in a few words
 
     @property
     def has_cells(self) -> bool:

@@ -32,14 +32,8 @@ SCHEMA = 1
 
 
 def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> str:
-    """Return the page: the same study gives the same bytes.
-
-    Parameters
-    ----------
-    charts : those of `draw_charts(study)`, where they are drawn already.
-    """
-    charts = draw_charts(study) if charts is None else charts
-    return render_html(make_study_page(study, charts))
+    """Return the page, with charts that are drawn already or are drawn here; the same study gives the same bytes."""
+    return render_html(make_study_page(study, draw_charts(study) if charts is None else charts))
 
 
 def render_study_markdown(study: Study) -> str:

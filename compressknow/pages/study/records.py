@@ -33,27 +33,17 @@ _FEW_ANSWERS = 5
 
 @dataclass(frozen=True, slots=True)
 class StudyProbe:
-    """Probe of a study, and what the original knows of it.
-
-    Attributes
-    ----------
-    average : ``micro`` or ``macro`` over relations: how the probe's protocol averages.
-    accuracy : of the original, so averaged.
-    majority : accuracy of always giving each relation's most frequent object; None where there is no such baseline.
-    chance : expected accuracy of guessing; None where any text may be answered.
-    correct : by fact, whether the original answers it right; `relations` by fact, which relation it is of.
-    templates : in how many wordings each fact was put; a fact is right then if more than half of them are.
-    """
+    """Probe of a study, and what the original knows of it."""
 
     name: str
     n: int
-    average: str
-    accuracy: float
-    majority: float | None
-    chance: float | None
-    correct: tuple[bool, ...]
-    relations: tuple[str, ...]
-    templates: int = 1
+    average: str  # ``micro`` or ``macro`` over relations: how the probe's protocol averages
+    accuracy: float  # of the original, so averaged
+    majority: float | None  # accuracy of always giving each relation's most frequent object, where there is such a one
+    chance: float | None  # expected accuracy of guessing; None where any text may be answered
+    correct: tuple[bool, ...]  # by fact, whether the original answers it right
+    relations: tuple[str, ...]  # by fact, which relation it is of
+    templates: int = 1  # in how many wordings each fact was put; right if more than half of them are
 
     @property
     def floor(self) -> float:
@@ -69,46 +59,32 @@ class StudyProbe:
 
 @dataclass(frozen=True, slots=True)
 class StudyCell:
-    """Compressed form of the original.
+    """Compressed form of the original."""
 
-    Attributes
-    ----------
-    key : unique in the study, of letters, digits, dots, hyphens: names its files.
-    setup : the paper's name of it (``Att_GPQ 20%``), or a description by the same words.
-    scope : ``attention``, ``feed-forward``, ``overall``, ``final``, ``self-attention``, ..., several joined by ``+``.
-    method : the pruning method as a recipe names it (``l1-unstructured``), or None where nothing is pruned.
-    amount : share of the weights that is pruned (0 to 1), or None.
-    scheme : the scheme as a recipe names it (``int8-paper``), or None.
-    pruning, quantization : method and scheme with what is not as usual of them (``wanda pattern 2:4``, ``int4 gptq``),
-        and the calibration text where the study has several: what a line or a bar of the figures is of.
-    settings : all that the recipe says, by the names of a grid's axes (``layers``, ``rounding``, ``calibration``, ...):
-        texts, numbers, booleans, or None for "none"; what does not apply is not there.
-    plain : the cell is made by scope, pruning, amount and quantization alone, in one step each: one of those that the
-        figures draw. False for cells narrowed by layers or patterns, or of several steps.
-    in_scope : parameters that the recipe acts on; `pruned` and `quantized` those that it changed.
-    nonzero : weights that are not zero, of the whole model; `bytes` on disk, where pruned weights are dense;
-        `sparse_bytes` what a sparse store would take: the non-zero weights at their width plus one bit a weight.
-    correct : by probe, by fact in the order of `StudyProbe.correct`, whether it is answered right.
-    """
-
-    key: str
-    setup: str
-    scope: str
-    method: str | None
-    amount: float | None
-    scheme: str | None
+    key: str  # unique in the study, of letters, digits, dots, hyphens: names its files
+    setup: str  # the paper's name of it (``Att_GPQ 20%``), or a description by the same words
+    scope: str  # ``attention``, ``feed-forward``, ``overall``, ``final``, ``self-attention``, ..., joined by ``+``
+    method: str | None  # the pruning method as a recipe names it (``l1-unstructured``)
+    amount: float | None  # share of the weights that is pruned (0 to 1)
+    scheme: str | None  # as a recipe names it (``int8-paper``)
+    # Method and scheme with what is not as usual of them (``wanda pattern 2:4``, ``int4 gptq``), and the calibration
+    # text where the study has several: what a line or a bar of the figures is of.
     pruning: str | None
     quantization: str | None
+    # All that the recipe says, by the names of a grid's axes (``layers``, ``rounding``, ``calibration``, ...); None is
+    # "none", and what does not apply is not there.
     settings: Mapping[str, Setting]
+    # Made by scope, pruning, amount and quantization alone, in one step each, as what the figures draw; not narrowed by
+    # layers or patterns, nor of several steps.
     plain: bool
-    in_scope: int
+    in_scope: int  # parameters that the recipe acts on; the next two are those that it changed
     pruned: int
     quantized: int
-    nonzero: int
-    bytes: int
-    sparse_bytes: int
+    nonzero: int  # weights of the whole model
+    bytes: int  # on disk, where pruned weights are dense
+    sparse_bytes: int  # of a sparse store: the non-zero weights at their width plus one bit a weight
     comparison: Comparison
-    correct: Mapping[str, tuple[bool, ...]]
+    correct: Mapping[str, tuple[bool, ...]]  # by probe, by fact in the order of `StudyProbe.correct`
 
     @property
     def percent(self) -> float:

@@ -55,20 +55,14 @@ CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keep
 class Least:
     """Order of what hurts least: modules at a level of pruning, or the methods that prune a module.
 
-    Attributes
-    ----------
-    level : "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below) or "more than 50 %"; the module.
-    amounts : in percent, those that all of them were pruned by; none where they were quantized.
-    kept : by module or method, knowledge kept of all probes' facts, the mean over the amounts; best first.
-    clear : the first is significantly better than each other at one amount at least, and nowhere worse (a paired test
-        by relation at each amount, Holm over all that the study says of what hurts least or most).
-    clear_worst : likewise, the last is worse than each other. It is said of methods alone: of modules, the paper's F4
-        and F7 ask it.
+    It is `clear` where the first is significantly better than each other at one amount at least, and nowhere worse (a
+    paired test by relation at each amount, Holm over all that the study says of what hurts least or most); likewise
+    `clear_worst` of the last. That is said of methods alone: of modules, the paper's F4 and F7 ask it.
     """
 
-    level: str
-    amounts: tuple[float, ...]
-    kept: Mapping[str, float]
+    level: str  # "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below), "more than 50 %"; or the module
+    amounts: tuple[float, ...]  # in percent, those that all of them were pruned by; none where they were quantized
+    kept: Mapping[str, float]  # by name, knowledge kept of all probes' facts, the mean over the amounts; best first
     clear: bool
     clear_worst: bool = False
 
@@ -86,21 +80,16 @@ class Least:
 class Cliff:
     """Point where knowledge kept falls off as a module is pruned; amounts in percent, of those in the grid.
 
-    Attributes
-    ----------
-    below : the first amount at which less than `CLIFF` is kept, and what is kept there; None where none is so low.
-    before : the last amount before it; 0 is the original itself.
-    steepest : the neighbouring amounts between which most is lost for each point pruned; `fall` is that loss (0 to 1).
-    clear : the whole interval at `below` lies under `CLIFF`; where none is so low, that of every amount above (95 %
-        over all cliffs of the study).
+    It is `clear` where the whole interval at `below` lies under `CLIFF`; where none is so low, that of every amount
+    above (95 % over all cliffs of the study).
     """
 
     module: str
-    below: float | None
-    kept: float | None
-    before: float
-    steepest: tuple[float, float]
-    fall: float
+    below: float | None  # the first amount at which less than `CLIFF` is kept; None where none is so low
+    kept: float | None  # what is kept there
+    before: float  # the last amount before it; 0 is the original itself
+    steepest: tuple[float, float]  # the neighbouring amounts between which most is lost for each point pruned
+    fall: float  # that loss (0 to 1)
     clear: bool
 
 
@@ -311,19 +300,15 @@ _CHARTS = {
 class Conclusion:
     """Finding of the paper or of the study itself.
 
-    Attributes
-    ----------
-    id : F1 to F10 of the paper's; empty of the study's own.
-    answer : ``holds``, ``does not hold`` or ``cannot tell``. What is claimed of the best module or method or of the
-        first amount is read off the study itself, and never "does not hold".
-    chart : the name of the chart that shows it.
+    What is claimed of the best module or method or of the first amount is read off the study itself, and never "does
+    not hold".
     """
 
-    id: str
+    id: str  # F1 to F10 of the paper's; empty of the study's own
     claim: str
-    answer: str
+    answer: str  # ``holds``, ``does not hold`` or ``cannot tell``
     numbers: str
-    chart: str
+    chart: str  # the name of the chart that shows it
 
     def __str__(self) -> str:
         numbers = f" ({self.numbers})" if self.numbers else ""

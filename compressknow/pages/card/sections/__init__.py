@@ -45,50 +45,32 @@ _KINDS = (Table, Text, Note, Remarks, Facts, Chart, Beside, Folded)
 
 @dataclass(frozen=True, slots=True)
 class ProbeAnswers:
-    """Answers of both models to one probe.
-
-    Attributes
-    ----------
-    pairs : of each fact the original's answer and the compressed model's (`compressknow.evaluate.answers.Answer`).
-    entry_original, entry_compressed : the probe's entries in each ``probe.json``.
-    """
+    """Answers of both models to one probe, and its entries in each ``probe.json``."""
 
     probe: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...]  # of each fact the original's `evaluate.answers.Answer` and the compressed model's
     entry_original: ProbeEntry
     entry_compressed: ProbeEntry
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of what a format shows of one comparison; the JSON has it all.
+    """Limits of what a format shows of one comparison; the JSON has it all."""
 
-    Attributes
-    ----------
-    lost, gained : facts; `shown` of them at once, the others folded.
-    relations : of a probe, those that lost most; None for all.
-    charts : charts, and bars in tables.
-    """
-
-    lost: int
+    lost: int  # facts
     gained: int
-    shown: int = 20
-    relations: int | None = None
-    charts: bool = False
+    shown: int = 20  # facts at once; the others are folded
+    relations: int | None = None  # of a probe, those that lost most; None for all
+    charts: bool = False  # charts, and bars in tables
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Context that a section speaks of: one compressed model against the original.
-
-    Attributes
-    ----------
-    measured : by probe, what the section's own `measure` gave; empty where it measures nothing.
-    """
+    """Context that a section speaks of: one compressed model against the original."""
 
     original: ModelFacts
     comparison: Comparison
-    measured: Mapping[str, Any]
+    measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty where it measures nothing
     limits: Limits
 
 
@@ -193,11 +175,8 @@ def add_sections(
     *,
     show_facts: bool,
 ) -> Comparison:
-    """Return the comparison with what its sections measure, and their warnings.
-
-    Parameters
-    ----------
-    answers : gives what both models answered to each probe; called where it is needed only.
+    """Return the comparison with what its sections measure, and their warnings; `answers` are what both models answered
+    to each probe, called for where a section needs them.
     """
     warnings = [*comparison.warnings]
     failed: dict[str, str] = {}
