@@ -14,14 +14,17 @@ from compressknow.cli.options import (
     answers_option,
     command,
     known_option,
+    no_facts_option,
     option,
     output_files,
     probe_options,
     probes_help,
     runtime_option,
+    strict_option,
     templates_option,
+    threads_option,
 )
-from compressknow.cli.report import command_of
+from compressknow.cli.report import get_command
 from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
@@ -56,25 +59,15 @@ if TYPE_CHECKING:
     metavar="[NAME=]SHARE",
     help="Exit with 3 if B keeps less of A's knowledge: 0.95. Needs -p.",
 )
-@option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
-@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
+@strict_option
+@no_facts_option
 @answers_option
 @option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
-@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+@threads_option
 @option("--revision", group=RUNS, help="Branch, tag or commit of A on the Hub.")
 @option("--revision-b", group=RUNS, help="Branch, tag or commit of B on the Hub.")
 @option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-@click.pass_context
-def compare(
-    ctx: click.Context,
-    /,
-    a: str,
-    b: str,
-    output: tuple[Path, ...],
-    probe: tuple[str, ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
+def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Show how checkpoint B differs from A: in settings, in what is stored, and weight by weight.
 
     Both are local folders or Hub ids of one architecture: an original and what was made from it, two conversions, or
@@ -93,7 +86,7 @@ def compare(
         if_interrupted(RESUMES if probe else NOTHING_WRITTEN),
         shown_first(lambda result: _show(result, output, as_json)),
     ):
-        options |= {"command": command_of(ctx), "on_progress": Lines()}
+        options |= {"command": get_command(), "on_progress": Lines()}
         comparison = run(a, b, probe, output=output, **options)
     _show(comparison, output, as_json)
 

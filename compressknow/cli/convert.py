@@ -12,7 +12,16 @@ import click
 from compressknow.base.errors import UsageError
 from compressknow.base.format import count, percent, size
 from compressknow.base.packages import Registry
-from compressknow.cli.options import HOW, REVISION, RUNS, TRUST, Decorator, command, option, recipe_option, together
+from compressknow.cli.options import (
+    HOW,
+    Decorator,
+    checkpoint_options,
+    command,
+    option,
+    recipe_option,
+    threads_option,
+    together,
+)
 from compressknow.cli.push import prepare_upload, push_options
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json, wrap_whole
@@ -91,9 +100,8 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     type=click.Path(path_type=Path),
     help="TOML file, manifest or converted folder to repeat.",
 )
-@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
-@option("--revision", group=RUNS, help=REVISION)
-@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@threads_option
+@checkpoint_options
 @push_options
 @option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")

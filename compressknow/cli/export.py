@@ -14,11 +14,10 @@ from compressknow.cli.options import (
     CALIBRATION,
     FIT,
     HOW,
-    REVISION,
     RUNS,
-    TRUST,
     TypeOf,
     calibration_options,
+    checkpoint_options,
     command,
     fit_options,
     guide_option,
@@ -76,8 +75,7 @@ Types (--type), bits per weight with scales:
 @option("--recipe", group=HOW, type=click.Path(path_type=Path), help="TOML file with [export], or an export's record.")
 @option("--converter", group=RUNS, metavar="PATH", help="Where llama.cpp's convert_hf_to_gguf.py lies.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
-@option("--revision", group=RUNS, help=REVISION)
-@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@checkpoint_options
 @option("--modelfile", type=click.Path(path_type=Path), help="Write a Modelfile for Ollama there too.")
 @option(
     "--smoke/--no-smoke", group=RUNS, default=True, help="Have the file answer a prompt in llama.cpp.  [default: on]"

@@ -11,7 +11,7 @@ import click
 
 from compressknow.base.format import size
 from compressknow.cli.export import types_table
-from compressknow.cli.options import REVISION, RUNS, TRUST, command, option, recipe_option
+from compressknow.cli.options import checkpoint_options, command, option, recipe_option
 from compressknow.cli.terminal import WIDTH, show, show_json
 
 LISTED = 8
@@ -22,8 +22,7 @@ DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 @command()
 @click.argument("model")
 @recipe_option("module_map")
-@option("--revision", group=RUNS, help=REVISION)
-@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@checkpoint_options
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show the Linear layers of MODEL by group, and how many parameters each scope takes.

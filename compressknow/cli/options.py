@@ -36,8 +36,6 @@ COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
 GROUPS = (COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
-TRUST = "Run the Python code that the checkpoint contains."
-REVISION = "Branch, tag or commit of a Hub id."
 
 
 class Option(click.Option):
@@ -228,6 +226,14 @@ def _describe_probe(usage: str, about: str) -> list[str]:
 _facts = partial(option, group=EVALUATE)
 _runs = partial(option, group=RUNS)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+_trust_option = _runs("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint contains.")
+revision_option = _runs("--revision", help="Branch, tag or commit of a Hub id.")
+checkpoint_options = together(revision_option, _trust_option)
+threads_option = _runs("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+strict_option = option(
+    "--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met."
+)
+no_facts_option = option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 answers_option = option(
     "--answers",
     type=click.Path(path_type=Path, file_okay=False),
@@ -271,7 +277,7 @@ probe_options = together(
         help="float32, bfloat16, float16 or auto (the checkpoint's).  [default: float32 on cpu, else auto]",
     ),
     _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
-    _runs("--trust-remote-code", is_flag=True, help=TRUST),
+    _trust_option,
 )
 
 

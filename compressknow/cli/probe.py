@@ -12,13 +12,12 @@ import click
 from compressknow.base.format import count, percent, plain, share
 from compressknow.cli.options import (
     EVALUATE,
-    REVISION,
-    RUNS,
     command,
     option,
     output_folder,
     probe_options,
     probes_help,
+    revision_option,
     runtime_option,
     server_options,
     templates_option,
@@ -50,7 +49,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Answers folder of the original, to measure how far distributions moved.",
 )
-@option("--revision", group=RUNS, help=REVISION)
+@revision_option
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Evaluate MODEL on facts, and store its answers in a folder.

@@ -17,12 +17,14 @@ from compressknow.cli.options import (
     answers_option,
     command,
     known_option,
+    no_facts_option,
     option,
     output_files,
     probe_options,
     probes_help,
     runtime_option,
     server_options,
+    strict_option,
     templates_option,
 )
 from compressknow.cli.run import RESUMES, if_interrupted, shown_first
@@ -41,20 +43,17 @@ from compressknow.pages.texts import summarize_text
 @server_options
 @known_option
 @option("--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%.")
-@option("--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met.")
+@strict_option
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
 @option("--within", metavar="SIZE", help="Recommend, of several models, none larger: 110MB.")
-@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
+@no_facts_option
 @option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
 @answers_option
 @option("--overwrite", is_flag=True, help="Replace report files that compressknow wrote.")
 @option("--revision", group=RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
 @option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.pass_context
 def report(
-    ctx: click.Context,
-    /,
     original: str,
     compressed: tuple[str, ...],
     output: tuple[Path, ...],
@@ -75,7 +74,7 @@ def report(
     from compressknow.api.report import report as run
 
     with if_interrupted(RESUMES), shown_first(lambda card: _show(card, output, as_json=as_json)):
-        options |= {"command": command_of(ctx), "on_progress": Lines()}
+        options |= {"command": get_command(), "on_progress": Lines()}
         card = run(original, compressed, probe or None, output=output, **options)
     _show(card, output, as_json=as_json)
 
@@ -88,8 +87,9 @@ def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
     show_written(output)
 
 
-def command_of(ctx: click.Context) -> str:
+def get_command() -> str:
     """Return the command as the user may repeat it: what was given, in the order of the help page."""
+    ctx = click.get_current_context()
     words = ["compressknow", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)

@@ -12,8 +12,6 @@ from compressknow.base.format import plain, size
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
-    REVISION,
-    RUNS,
     OneOf,
     Share,
     calibration_options,
@@ -21,13 +19,15 @@ from compressknow.cli.options import (
     fit_options,
     guide_option,
     known_option,
+    no_facts_option,
     option,
     output_folder,
     probe_options,
     probes_help,
+    revision_option,
     templates_option,
 )
-from compressknow.cli.report import command_of
+from compressknow.cli.report import get_command
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
@@ -61,13 +61,10 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @probe_options
 @templates_option
 @known_option
-@option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
-@option("--revision", group=RUNS, help=REVISION)
+@no_facts_option
+@revision_option
 @option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
-@click.pass_context
-def search(
-    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any
-) -> None:
+def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 
     A third of the facts guides the search. The file that it finds must keep the share of another third, by the lower
@@ -88,7 +85,7 @@ def search(
             model,
             output,
             probe=probe or None,
-            command=command_of(ctx),
+            command=get_command(),
             on_progress=Lines(),
             on_result=None if as_json else _Lines(),
             **options,

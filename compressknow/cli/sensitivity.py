@@ -15,10 +15,8 @@ from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
     HOW,
-    REVISION,
-    RUNS,
-    TRUST,
     calibration_options,
+    checkpoint_options,
     command,
     guide_option,
     option,
@@ -49,8 +47,7 @@ _BITS = 5.0
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
 @calibration_options(tokens="8192", default="self")
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
-@option("--revision", group=RUNS, help=REVISION)
-@option("--trust-remote-code", group=RUNS, is_flag=True, help=TRUST)
+@checkpoint_options
 @option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
 def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     """Show which weights of MODEL, a local folder or a Hub id, matter most to what it knows.

@@ -11,8 +11,6 @@ import click
 from compressknow.base.format import count, percent, plain, size
 from compressknow.cli.options import (
     HOW,
-    REVISION,
-    RUNS,
     command,
     known_option,
     option,
@@ -21,9 +19,10 @@ from compressknow.cli.options import (
     probes_help,
     ray_options,
     recipe_option,
+    revision_option,
     templates_option,
 )
-from compressknow.cli.report import command_of
+from compressknow.cli.report import get_command
 from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
@@ -77,12 +76,9 @@ single cells:
 @probe_options
 @templates_option
 @known_option
-@option("--revision", group=RUNS, help=REVISION)
+@revision_option
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
-@click.pass_context
-def sweep(
-    ctx: click.Context, /, model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any
-) -> int:
+def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
 
     `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
@@ -104,7 +100,7 @@ def sweep(
             model,
             output,
             probe=probe or None,
-            command=command_of(ctx),
+            command=get_command(),
             on_progress=Lines(),
             on_result=lines,
             **options,

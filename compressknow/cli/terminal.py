@@ -204,7 +204,10 @@ class Line:
             self.written = time.monotonic()
 
     def _overwrite(self, text: str) -> str:
-        text = text[: max(_count_columns() - 1, 1)]
+        columns = 80
+        with contextlib.suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        text = text[: max(columns - 1, 1)]
         before, self._shown = self._shown, len(text)
         return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
 
@@ -343,10 +346,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{round(seconds / 3600)} h"
-
-
-def _count_columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80

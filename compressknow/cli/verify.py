@@ -9,16 +9,15 @@ import click
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import count, size
-from compressknow.cli.options import RUNS, command, option
+from compressknow.cli.options import command, option, threads_option
 from compressknow.cli.terminal import Lines, show, show_json, wrap
 
 
 @command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@option("--threads", group=RUNS, type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+@threads_option
 @option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
-@click.pass_context
-def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool) -> None:
+def verify(folder: Path, threads: int | None, as_json: bool) -> int:
     """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.
 
     Instead of a folder, a GGUF file that `compressknow export` wrote is compared with the record beside it.
@@ -31,10 +30,11 @@ def verify(ctx: click.Context, folder: Path, threads: int | None, as_json: bool)
     result = run(folder, threads=threads, on_progress=Lines(), check=not as_json)
     if as_json:
         show_json(asdict(result))
-        ctx.exit(CompressknowError.exit_code if result.differences else 0)
+        return CompressknowError.exit_code if result.differences else 0
     compared = f"{count(result.tensors)} tensors match the record"
     if folder.suffix != ".gguf":
         compared = f"{count(result.tensors)} tensors and {result.files} files match the manifest"
     show(f"{folder}: {compared} ({size(result.bytes)}).")
     for note in result.notes:
         show("\n".join(wrap(f"! {note}")))
+    return 0

@@ -11,7 +11,7 @@ import pytest
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.cli.options import project_defaults
-from compressknow.cli.report import command_of
+from compressknow.cli.report import get_command
 
 
 @click.command()
@@ -20,9 +20,8 @@ from compressknow.cli.report import command_of
 @click.option("--limit", type=int)
 @click.option("--answers", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True)
-@click.pass_context
-def ask(ctx: click.Context, **given: Any) -> tuple[dict[str, Any], str]:
-    return given, command_of(ctx)
+def ask(**given: Any) -> tuple[dict[str, Any], str]:
+    return given, get_command()
 
 
 @click.command()

@@ -101,13 +101,9 @@ def check_names(card: Card, gates: Iterable[Gate]) -> None:
 
 
 def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: bool = False) -> None:
-    """Hold every compressed model to each gate.
+    """Hold every compressed model to each gate; errors bear the `result` that the caller has made.
 
-    Parameters
-    ----------
-    result : what the caller has made: the errors bear it.
-    strict : hold intervals to them: a model whose interval reaches to both sides of a gate has neither met nor missed
-        it.
+    Where `strict`, a model whose interval reaches to both sides of a gate has neither met nor missed it.
 
     Raises GateNotMet where a model keeps less, or where the original knew nothing that could be kept; GateUndecided
     where that cannot be told of one and all others meet it; UsageError where no facts were evaluated.
@@ -124,23 +120,24 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
         for label, comparison in zip(labels, card.comparisons, strict=True)
         for gate in gates
     ]
+    unmet: GateNotMet | GateUndecided
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
         unmet = GateNotMet(
             f"Less than {_describe_share(gate for *_, gate in failed)} is kept: "
             f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
             hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
         )
-        unmet.result = result
-        raise unmet
-    if unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
+    elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
-        undecided = GateUndecided(
+        unmet = GateUndecided(
             f"It cannot be told yet whether {_describe_share(gate for *_, gate in unsure)} is kept: "
             f"{'; '.join(shortfalls)}.",
             hint=_advise_more_facts([(c, gate) for _, c, gate in unsure]),
         )
-        undecided.result = result
-        raise undecided
+    else:
+        return
+    unmet.result = result
+    raise unmet
 
 
 def measure_kept(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
@@ -334,13 +331,11 @@ def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within:
 
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:
     """Say of each model that it is recommended, or unbeaten at its size, or beaten by a smaller one."""
-    found = []
-    for place, standing in enumerate(decision.standings):
-        if place == decision.place:
-            found.append("recommended")
-        elif standing.beaten_by is not None:
-            sure = "beaten by" if standing.is_surely_beaten else "perhaps beaten by"
-            found.append(f"{sure} {labels[standing.beaten_by]}")
-        else:
-            found.append("unbeaten at its size")
-    return found
+    marks = []
+    for standing in decision.standings:
+        beaten = "beaten by" if standing.is_surely_beaten else "perhaps beaten by"
+        winner = standing.beaten_by
+        marks.append("unbeaten at its size" if winner is None else f"{beaten} {labels[winner]}")
+    if decision.place is not None:
+        marks[decision.place] = "recommended"
+    return marks

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from compressknow.base.format import (
     NONE,
     answer,
-    at_least,
     count,
     number,
     ordinal,
@@ -17,7 +16,8 @@ from compressknow.base.format import (
     share,
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.records import Group, Movement, ProbeFigures
+from compressknow.comparison.records import Group, ProbeFigures
+from compressknow.pages.card.sections.figures import write_movement, write_pair
 from compressknow.pages.diff.make import AnswerPair, Behaviour
 from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
 from compressknow.pages.records import write_estimate
@@ -99,14 +99,6 @@ def _groups_table(probe: str, kind: str, there: tuple[Group, ...], back: tuple[G
     return Table(f"{probe} by {kind.lower()}", (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
 
 
-def _write_kl(movement: Movement | None, get: Callable[[Movement], float]) -> str:
-    return NONE if movement is None else at_least(number(get(movement), 4), movement.is_lower_bound)
-
-
-def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
-    return NONE if pair is None else f"{write(pair[0])}, {write(pair[1])}"
-
-
 # The direction that a figure is of, and the figure.
 _THERE, _BACK = 0, 1
 _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
@@ -122,24 +114,16 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("Flips (known by one alone)", _THERE, lambda p: share(p.counts.flips)),
     ("Is one better?", _THERE, lambda p: p_value(p.certainty.test.p)),
     ("Top answer differs", _THERE, lambda p: share(p.answer_changed)),
-    ("Mean reciprocal rank, A and B", _THERE, lambda p: _write_pair(p.mrr, number)),
-    ("Right answer among the top 5, A and B", _THERE, lambda p: _write_pair(p.p_at_5, share)),
-    ("KL(A‖B), nats, mean", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
-    ("KL(A‖B), median", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
-    ("KL(A‖B), 99th percentile", _THERE, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
-    (
-        "KL(A‖B): rest's probability, A and B",
-        _THERE,
-        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
-    ),
-    ("KL(B‖A), nats, mean", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_mean)),
-    ("KL(B‖A), median", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_median)),
-    ("KL(B‖A), 99th percentile", _BACK, lambda p: _write_kl(p.movement, lambda m: m.kl_p99)),
-    (
-        "KL(B‖A): rest's probability, B and A",
-        _BACK,
-        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
-    ),
+    ("Mean reciprocal rank, A and B", _THERE, lambda p: write_pair(p.mrr, number, ", ")),
+    ("Right answer among the top 5, A and B", _THERE, lambda p: write_pair(p.p_at_5, share, ", ")),
+    ("KL(A‖B), nats, mean", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_mean, 4)),
+    ("KL(A‖B), median", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_median, 4)),
+    ("KL(A‖B), 99th percentile", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_p99, 4)),
+    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: write_pair(p.movement and p.movement.rest, share, ", ")),
+    ("KL(B‖A), nats, mean", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_mean, 4)),
+    ("KL(B‖A), median", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_median, 4)),
+    ("KL(B‖A), 99th percentile", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_p99, 4)),
+    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: write_pair(p.movement and p.movement.rest, share, ", ")),
 )
 
 

@@ -150,8 +150,8 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
     )
     yield Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
-    yield Shown("failed", "Cells that failed", tuple(_show_failed(study.failed)))
-    yield Shown("refused", "Cells that this model cannot have", tuple(_show_failed(study.refused)))
+    yield Shown("failed", "Cells that failed", _show_failed(study.failed))
+    yield Shown("refused", "Cells that this model cannot have", _show_failed(study.refused))
     yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
     yield Shown("run", "The run", run, look="text")
 
@@ -243,9 +243,9 @@ def _show_cells(study: Study) -> Iterator[Part]:
         yield Folded("Warnings about single cells", (Terms(terms),))
 
 
-def _show_failed(cells: Sequence[FailedCell]) -> Iterator[Part]:
-    if cells:
-        yield Terms(tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in cells))
+def _show_failed(cells: Sequence[FailedCell]) -> tuple[Part, ...]:
+    terms = tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in cells)
+    return (Terms(terms),) if terms else ()
 
 
 def _write_warnings(study: Study) -> tuple[str, ...]:

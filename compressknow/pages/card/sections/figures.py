@@ -101,13 +101,14 @@ def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[st
     return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
 
 
-def _write_pair(pair: tuple[float, float] | None, write: Callable[[float], str]) -> str:
-    return NONE if pair is None else f"{write(pair[0])} → {write(pair[1])}"
+def write_pair(pair: tuple[float, float] | None, write: Callable[[float], str], then: str = " → ") -> str:
+    """Write what both models have, where it was measured."""
+    return NONE if pair is None else f"{write(pair[0])}{then}{write(pair[1])}"
 
 
-def _write_movement(probe: ProbeFigures, get: Callable[[Movement], float]) -> str:
-    moved = probe.movement
-    return NONE if moved is None else at_least(number(get(moved)), moved.is_lower_bound)
+def write_movement(moved: Movement | None, get: Callable[[Movement], float], digits: int = 3) -> str:
+    """Write a figure of how far distributions moved, where that was measured."""
+    return NONE if moved is None else at_least(number(get(moved), digits), moved.is_lower_bound)
 
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
@@ -182,11 +183,7 @@ _FIGURES = (
     _Figure("Difference", lambda p: write_estimate(p.difference, points), _NO_FACTS),
     _Figure("Mean over relations before", lambda p: write_estimate(p.macro_original), _FEW_RELATIONS),
     _Figure("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
-    _Figure(
-        "Difference of these means",
-        lambda p: write_estimate(p.macro_difference, points),
-        "there are too few relations.",
-    ),
+    _Figure("Difference of these means", lambda p: write_estimate(p.macro_difference, points), _FEW_RELATIONS),
     _Figure("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
     _Figure(
         "Kept above chance",
@@ -203,24 +200,21 @@ _FIGURES = (
     _Figure("Flips by rounding alone", lambda p: _write_flips(p.noise_floor)),
     _Figure("Flips by the runtime alone", lambda p: _write_flips(p.runtime_noise_floor), optional=True),
     _Figure("Lost, but still among the top 5", _write_suppressed, "nothing was lost, or " + _NO_RANK),
-    _Figure("Mean reciprocal rank", lambda p: _write_pair(p.mrr, number), _NO_RANK),
-    _Figure("Right answer among the top 5", lambda p: _write_pair(p.p_at_5, share), _NO_RANK),
-    _Figure("Movement (KL, nats), mean", lambda p: _write_movement(p, lambda m: m.kl_mean), _NO_DISTRIBUTION),
+    _Figure("Mean reciprocal rank", lambda p: write_pair(p.mrr, number), _NO_RANK),
+    _Figure("Right answer among the top 5", lambda p: write_pair(p.p_at_5, share), _NO_RANK),
+    _Figure("Movement (KL, nats), mean", lambda p: write_movement(p.movement, lambda m: m.kl_mean), _NO_DISTRIBUTION),
     _Figure("Movement by rounding alone, mean", lambda p: _write_moves(p.noise_floor)),
     _Figure("Movement by the runtime alone, mean", lambda p: _write_moves(p.runtime_noise_floor), optional=True),
-    _Figure("Movement, median", lambda p: _write_movement(p, lambda m: m.kl_median)),
-    _Figure("Movement, 99th percentile", lambda p: _write_movement(p, lambda m: m.kl_p99)),
-    _Figure("Movement, largest", lambda p: _write_movement(p, lambda m: m.kl_max)),
-    _Figure(
-        "Probability of the tokens taken together",
-        lambda p: _write_pair(p.movement.rest if p.movement else None, share),
-    ),
+    _Figure("Movement, median", lambda p: write_movement(p.movement, lambda m: m.kl_median)),
+    _Figure("Movement, 99th percentile", lambda p: write_movement(p.movement, lambda m: m.kl_p99)),
+    _Figure("Movement, largest", lambda p: write_movement(p.movement, lambda m: m.kl_max)),
+    _Figure("Probability of the tokens taken together", lambda p: write_pair(p.movement and p.movement.rest, share)),
     _Figure(f"{_LOGP}, median", lambda p: _write_logp_change(p, "p50", "p50"), _NO_LOGP),
     _Figure(f"{_LOGP}, middle half", lambda p: _write_logp_change(p, "p25", "p75")),
     _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _write_logp_change(p, "p5", "p95")),
     _Figure(f"{_LOGP}, 1st to 99th percentile", lambda p: _write_logp_change(p, "p1", "p99")),
-    _Figure("Calibration error (ECE)", lambda p: _write_pair(p.ece, number), _NO_CONFIDENCE),
-    _Figure("Brier score", lambda p: _write_pair(p.brier, number), _NO_CONFIDENCE),
+    _Figure("Calibration error (ECE)", lambda p: write_pair(p.ece, number), _NO_CONFIDENCE),
+    _Figure("Brier score", lambda p: write_pair(p.brier, number), _NO_CONFIDENCE),
     _Figure("Right by chance", lambda p: share(p.chance), "the answer is free text."),
     _Figure("Majority baseline", lambda p: share(p.majority), _NO_FACTS),
     _Figure("The paper's drop, absolute", lambda p: points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
