@@ -40,16 +40,12 @@ def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads
             return
         done = push(output, repo, private=private or None, bars=True)
         show(f"\nUploaded to {done.url}", err=err)
-        if done.others:
-            show(_warn_of(done.others), err=True)
+        if names := done.others:
+            more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
+            warning = (
+                f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
+                "Some loaders read all weight files that they find: delete those there if they are of an older upload."
+            )
+            show("\n".join(wrap_whole(warning)), err=True)
 
     return uploads
-
-
-def _warn_of(names: tuple[str, ...]) -> str:
-    more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
-    warning = (
-        f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
-        "Some loaders read all weight files that they find: delete those there if they are of an older upload."
-    )
-    return "\n".join(wrap_whole(warning))

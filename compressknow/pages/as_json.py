@@ -52,6 +52,14 @@ def kept_to_json(counts: Counts) -> dict[str, Any]:
     return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
 
+def clusters_to_json(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
+    """Return counts and knowledge kept, with its interval over the relations too."""
+    from compressknow.comparison.clusters import kept_by_cluster
+
+    by_cluster = interval_to_json(kept_by_cluster(relations))
+    return {**counts_to_json(counts), **kept_to_json(counts), "kept_cluster_interval": by_cluster}
+
+
 def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
     """Return how sure the figures are that stand beside it."""
     return {
@@ -75,15 +83,12 @@ def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
 
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each group by its name."""
-    from compressknow.comparison.clusters import kept_by_cluster
     from compressknow.comparison.intervals import holm, mcnemar
 
     exact = holm([mcnemar(group.counts) for group in groups])
     return {
         group.name: {
-            **counts_to_json(group.counts),
-            **kept_to_json(group.counts),
-            "kept_cluster_interval": interval_to_json(kept_by_cluster(group.relations)),
+            **clusters_to_json(group.counts, group.relations),
             "mcnemar_p_holm": adjusted,
             "p": group.p,
             "p_holm": group.p_holm,

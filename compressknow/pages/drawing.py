@@ -127,7 +127,11 @@ def draw_lines(
             plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
             plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
-        _set_amount_axis(plot, drawn_lines, largest)
+        amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
+        plot.set_xlim(-largest * 0.03, largest * 1.45)
+        plot.set_xticks(_space_out(amounts, 0.18 * largest))
+        plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
+        plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
         set_percent_axis(plot, bottom, top, unit)
     return drawn()
 
@@ -149,14 +153,6 @@ def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float,
     plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
     plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
     return amounts[-1], values[-1], _shorten(line.scope, 22), colour
-
-
-def _set_amount_axis(plot: Axes, drawn_lines: Sequence[Line], largest: float) -> None:
-    amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
-    plot.set_xlim(-largest * 0.03, largest * 1.45)
-    plot.set_xticks(_space_out(amounts, 0.18 * largest))
-    plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
-    plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
 
 
 def _space_out(amounts: Sequence[float], gap: float) -> list[float]:

@@ -68,17 +68,19 @@ def to_code_span(text: object) -> str:
     '``a`b``'
     """
     line = _join_lines(text).replace("|", "\\|")
-    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
-    fence = "`" * (longest + 1)
+    fence = _make_fence(line, least=1)
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
 def to_code_block(text: str, language: str = "") -> str:
     """Return `text` as a fenced Markdown block that nothing in it can close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = _make_fence(text, least=3)
     return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
+
+
+def _make_fence(text: str, least: int) -> str:
+    return "`" * max([least, *(len(run) + 1 for run in re.findall(r"`+", text))])
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -148,28 +150,17 @@ def _make_environment() -> Environment:
 def render_html(page: Page) -> str:
     """Return the page as HTML; it holds its style sheet and its script, and allows no others."""
     style, script = read_source("style.css").strip(), read_source("report.js").strip()
-    # Both come from this package and hold no text of anyone else; the policy names their hashes.
-    policy = _write_policy(style, script)
+    # Both come from this package and hold no text of anyone else. Nothing may be loaded, and nothing else be used.
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return render("page.html.j2", page=page, style=Markup(style), script=Markup(script), policy=policy)
 
 
 def render_markdown(page: Page) -> str:
     """Return the page as GitHub-flavoured Markdown; what it leaves out leaves no gap."""
     return re.sub(r"\n{3,}", "\n\n", render("page.md.j2", page=page)).rstrip("\n") + "\n"
-
-
-def _write_policy(style: str, script: str) -> str:
-    """Return a policy by which nothing may be loaded, and only this very style sheet and script be used."""
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"style-src {_hash(style)}",
-            f"script-src {_hash(script)}",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
 
 
 def _hash(text: str) -> str:
@@ -218,14 +209,12 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
 def _check_ours(path: Path) -> None:
     """Raise OutputError where --overwrite would replace what no report is, or a file of a checkpoint."""
     if (path.resolve().parent / "config.json").exists():
-        raise OutputError(
-            f"{path} lies in a checkpoint folder: not overwritten.", hint="Choose a name outside the checkpoint."
-        )
-    if not path.is_file() or not _is_marked(path):
-        raise OutputError(
-            f"{path} was not written by compressknow: not overwritten.",
-            hint="Remove it yourself, or choose another name.",
-        )
+        why, hint = "lies in a checkpoint folder", "Choose a name outside the checkpoint."
+    elif not path.is_file() or not _is_marked(path):
+        why, hint = "was not written by compressknow", "Remove it yourself, or choose another name."
+    else:
+        return
+    raise OutputError(f"{path} {why}: not overwritten.", hint=hint)
 
 
 def _is_marked(path: Path) -> bool:

@@ -23,9 +23,9 @@ from compressknow.comparison.records import (
 from compressknow.evaluate.records import FactsInText, Speed
 from compressknow.pages.as_json import (
     certainty_to_json,
+    clusters_to_json,
     counts_to_json,
     early_to_json,
-    interval_to_json,
     kept_to_json,
     probe_to_json,
     texts_to_json,
@@ -300,8 +300,18 @@ def comparison_to_json(comparison: Comparison, *, show_facts: bool) -> dict[str,
         "early": early_to_json(comparison.early),
         "next": comparison.next or None,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
-        "grade_details": {grade.subject: _grade_to_json(grade) for grade in comparison.grades},
-        "probes": {probe.probe: probe_to_json(probe) | _measured(comparison, probe) for probe in comparison.probes},
+        "grade_details": {
+            grade.subject: {
+                **{"grade": grade.grade, "range": grade.range},
+                **clusters_to_json(grade.counts, grade.relations),
+            }
+            for grade in comparison.grades
+        },
+        "probes": {
+            probe.probe: probe_to_json(probe)
+            | {name: values[probe.probe] for name, values in comparison.measured.items() if probe.probe in values}
+            for probe in comparison.probes
+        },
         "warnings": list(comparison.warnings),
     }
     if show_facts:
@@ -310,26 +320,10 @@ def comparison_to_json(comparison: Comparison, *, show_facts: bool) -> dict[str,
     return values | ({"texts": texts_to_json(comparison.texts)} if comparison.texts else {})
 
 
-def _measured(comparison: Comparison, probe: ProbeFigures) -> dict[str, Any]:
-    return {section: values[probe.probe] for section, values in comparison.measured.items() if probe.probe in values}
-
-
 def _model_to_json(model: ModelFacts) -> dict[str, Any]:
     """Return all that is known of a model; what ran it is named where that was not transformers."""
     values = asdict(model)
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
-
-
-def _grade_to_json(grade: Grade) -> dict[str, Any]:
-    from compressknow.comparison.clusters import kept_by_cluster
-
-    return {
-        "grade": grade.grade,
-        "range": grade.range,
-        **counts_to_json(grade.counts),
-        **kept_to_json(grade.counts),
-        "kept_cluster_interval": interval_to_json(kept_by_cluster(grade.relations)),
-    }
 
 
 def _decision_to_json(decision: Decision, names: Sequence[str]) -> dict[str, Any]:

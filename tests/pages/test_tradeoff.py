@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from xml.etree import ElementTree
 
 import pytest
@@ -14,16 +15,19 @@ from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbe
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 
 
+def marks(points: Iterable[tuple[str, float, float]]) -> list[Mark]:
+    return [Mark(cost, Estimate(kept), "made", "told", label) for label, cost, kept in points]
+
+
 @pytest.mark.parametrize(("more_is_better", "best"), [(False, ["b", "a", "e"]), (True, ["e"])])
 def test_the_edge_holds_what_nothing_beats(more_is_better: bool, best: list[str]) -> None:
-    found = find_unbeaten(POINTS, lambda point: point[1:], more_is_better=more_is_better)
-    assert [name for name, *_ in found] == best
+    found = find_unbeaten(marks(POINTS), more_is_better=more_is_better)
+    assert [mark.label for mark in found] == best
 
 
 def test_of_speeds_the_fastest_that_keeps_as_much_is_unbeaten() -> None:
     points = [("slow", 10.0, 1.0), ("slower", 8.0, 1.0), ("fast", 40.0, 0.8), ("lossy", 30.0, 0.7)]
-    found = find_unbeaten(points, lambda point: point[1:], more_is_better=True)
-    assert [name for name, *_ in found] == ["fast", "slow"]
+    assert [mark.label for mark in find_unbeaten(marks(points), more_is_better=True)] == ["fast", "slow"]
 
 
 @pytest.mark.parametrize("broad", [False, True])

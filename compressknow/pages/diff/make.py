@@ -231,11 +231,9 @@ def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
 
 def _count_kept(counts: Counts) -> str:
     known = counts.known_before
-    return (
-        f"{count(counts.both)} of the {count(known)} facts ({percent(counts.both, known)})"
-        if known
-        else ("none of the 0 facts")
-    )
+    if not known:
+        return "none of the 0 facts"
+    return f"{count(counts.both)} of the {count(known)} facts ({percent(counts.both, known)})"
 
 
 def make_behaviour(answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
@@ -284,13 +282,9 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
 
 
 def _make_pair(a: Answer, b: Answer) -> AnswerPair:
+    named: Any = {name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")}
     return AnswerPair(
-        probe=a.probe,
-        fact_id=a.fact_id,
-        relation=a.relation,
-        subject=a.subject,
-        prompt=a.prompt,
-        gold=a.gold,
+        **named,
         known_by="neither" if a.correct == b.correct else "only A" if a.correct else "only B",
         top_a=a.top5[:TOP] or (a.predicted,),
         top_b=b.top5[:TOP] or (b.predicted,),

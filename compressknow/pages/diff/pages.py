@@ -180,7 +180,9 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
         yield Drawn(Markup(drawn), look="map")
         yield Note("", drawn=_MAP_NOTE)
-    yield Folded("The map as a table", (tables.grid_table(grid),))
+    rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
+    table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
+    yield Folded("The map as a table", (table,))
 
 
 def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:

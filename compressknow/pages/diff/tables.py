@@ -196,12 +196,6 @@ def tensors_table(difference: CheckpointDiff, limit: int) -> tuple[Table | None,
     return (table if rows else None), len(changed) - len(rows)
 
 
-def grid_table(grid: Grid) -> Table:
-    """Return the heat map as figures."""
-    rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
-    return Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
-
-
 def settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
     """Return the settings that differ, and the files beside config and weights that do."""
     rows = tuple(

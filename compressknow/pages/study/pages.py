@@ -15,7 +15,7 @@ from compressknow.comparison.intervals import mcnemar
 from compressknow.pages.as_json import interval_to_json, kept_to_json
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
-from compressknow.pages.study.claims import Bound, CellComparison
+from compressknow.pages.study.claims import CellComparison
 from compressknow.pages.study.findings import Finding, evaluate_findings, evaluate_findings_by_method
 from compressknow.pages.study.records import COLUMNS, Study, infer_type, tidy_rows
 from compressknow.pages.study.summary import (
@@ -113,7 +113,11 @@ def _finding_to_json(finding: Finding) -> dict[str, Any]:
     return {
         **{key: getattr(finding, key) for key in keys},
         "comparisons": [_comparison_to_json(pair) for pair in finding.comparisons],
-        "limits": [_bound_to_json(bound) for bound in finding.bounds],
+        "limits": [
+            {"of": bound.of, "value": bound.value.value, "interval": interval_to_json(bound.value)}
+            | {"limit": bound.limit, "p": bound.p}
+            for bound in finding.bounds
+        ],
     }
 
 
@@ -135,16 +139,6 @@ def _comparison_to_json(pair: CellComparison) -> dict[str, Any]:
         "per_million_interval": interval_to_json(pair.rate),
         "per_million_p": pair.rate_p,
         "per_million_p_holm": pair.rate_p_holm,
-    }
-
-
-def _bound_to_json(bound: Bound) -> dict[str, Any]:
-    return {
-        "of": bound.of,
-        "value": bound.value.value,
-        "interval": interval_to_json(bound.value),
-        "limit": bound.limit,
-        "p": bound.p,
     }
 
 

@@ -19,7 +19,6 @@ from compressknow.comparison.records import (
     ProbeFigures,
     ReliabilityBin,
     Third,
-    Wordings,
 )
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
@@ -50,41 +49,32 @@ _GRADED = (*_COLUMNS[:-1], "Grade now", "Relation")
 
 
 class Lost(Section):
-    """Facts that only the original knows."""
+    """Facts that only the original knows; `which` of a comparison's they are, and so their limit and their style."""
 
     title = "Facts lost"
     order = 10
     shows_facts = True
+    which = "lost"
+    caption = "The original answered these right, the compressed model does not"
 
     def parts(self, context: Context) -> Iterator[Part]:
         if context.comparison.only_texts:
             return
-        caption = "The original answered these right, the compressed model does not"
-        limits = context.limits
-        yield from _list_facts(context.comparison.lost, caption, "lost", limits.lost, limits.shown)
+        facts: tuple[ChangedFact, ...] = getattr(context.comparison, self.which)
+        graded = any(fact.grade_after for fact in facts)
+        rows = tuple(_make_row(fact, graded=graded) for fact in facts[: getattr(context.limits, self.which)])
+        columns, left_out = _GRADED if graded else _COLUMNS, len(facts) - len(rows)
+        shown = context.limits.shown
+        yield from make_fact_parts(self.caption, columns, rows, shown, left_out=left_out, shade=self.which)
 
 
-class Gained(Section):
+class Gained(Lost):
     """Facts that only the compressed model knows."""
 
     title = "Facts gained"
     order = 20
-    shows_facts = True
-
-    def parts(self, context: Context) -> Iterator[Part]:
-        if context.comparison.only_texts:
-            return
-        caption = "The original answered these wrong, the compressed model answers them right"
-        yield from _list_facts(
-            context.comparison.gained, caption, "gained", context.limits.gained, context.limits.shown
-        )
-
-
-def _list_facts(facts: tuple[ChangedFact, ...], caption: str, shade: str, limit: int, shown: int) -> Iterator[Part]:
-    graded = any(fact.grade_after for fact in facts)
-    rows = tuple(_make_row(fact, graded=graded) for fact in facts[:limit])
-    columns = _GRADED if graded else _COLUMNS
-    return make_fact_parts(caption, columns, rows, shown, left_out=len(facts) - len(rows), shade=shade)
+    which = "gained"
+    caption = "The original answered these wrong, the compressed model answers them right"
 
 
 def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
@@ -108,16 +98,14 @@ class Dropped(Section):
     order = 80
 
     def parts(self, context: Context) -> Iterator[Part]:
-        if rows := tuple(row for probe in context.comparison.probes for row in _list_dropped(probe)):
+        rows = []
+        for probe in context.comparison.probes:
+            name, read = plain(probe.probe, 60), max(probe.facts_read, sum(probe.dropped.values()))
+            dropped = [(plain(reason, 120), number) for reason, number in probe.dropped.items() if number]
+            rows += [(reason, name, count(number), percent(number, read)) for reason, number in dropped]
+        if rows:
             columns = ("Reason", "Probe", "Facts", "Of those read")
-            yield Table("Facts that were dropped", columns, rows, captioned=False)
-
-
-def _list_dropped(probe: ProbeFigures) -> Iterator[tuple[str, ...]]:
-    read = max(probe.facts_read, sum(probe.dropped.values()))
-    for reason, number in probe.dropped.items():
-        if number:
-            yield plain(reason, 120), plain(probe.probe, 60), count(number), percent(number, read)
+            yield Table("Facts that were dropped", columns, tuple(rows), captioned=False)
 
 
 class Relations(Section):
@@ -255,6 +243,10 @@ class Text(Section):
         return list_text_warnings(context.comparison.texts)
 
 
+_AGREEMENT = (
+    "A fact is known if more than half of its wordings are answered right. Consistency, the share of pairs of wordings "
+    "of a fact that are answered alike (Elazar et al. 2021)"
+)
 _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "Gained", "Kept")
 
 
@@ -271,7 +263,8 @@ class ByWording(Section):
                 rows = [_make_wording_row(str(number), *figures) for number, figures in wordings.by_template.items()]
                 rows.append(_make_wording_row("majority", probe.counts, probe.kept))
                 yield Table(f"{plain(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
-                yield Note(_describe_agreement(wordings))
+                before, after = map(share, wordings.consistency)
+                yield Note(f"{_AGREEMENT}: {before} before, {after} after.")
 
 
 def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
@@ -283,15 +276,6 @@ def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, .
         count(counts.lost),
         count(counts.gained),
         write_estimate(kept),
-    )
-
-
-def _describe_agreement(wordings: Wordings) -> str:
-    before, after = wordings.consistency
-    return (
-        "A fact is known if more than half of its wordings are answered right. Consistency, the share of pairs of "
-        "wordings of a fact that are answered alike (Elazar et al. 2021): "
-        f"{share(before)} before, {share(after)} after."
     )
 
 

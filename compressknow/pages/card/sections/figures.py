@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,16 +263,12 @@ class HowSure(Section):
         yield Table(
             "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
         )
-        yield from _note_missing_clusters(columns)
-
-
-def _note_missing_clusters(columns: Sequence[tuple[str, Counts, Certainty]]) -> Iterator[Note]:
-    for name, _, sure in columns:
-        where = f" of {name}" if len(columns) > 1 else ""
-        if sure.relations == 1:
-            yield Note(f"All known facts{where} are of one relation: no clusters, so no interval over relations.")
-        elif sure.relations < FEWEST:
-            yield Note(f"The known facts{where} are of {sure.relations} relations: too few for an interval over these.")
+        for name, _, sure in columns:
+            where, relations = f" of {name}" if len(columns) > 1 else "", sure.relations
+            if relations == 1:
+                yield Note(f"All known facts{where} are of one relation: no clusters, so no interval over relations.")
+            elif relations < FEWEST:
+                yield Note(f"The known facts{where} are of {relations} relations: too few for an interval over these.")
 
 
 def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
