@@ -17,7 +17,7 @@ from compressknow.base.format import (
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Group, ProbeFigures
-from compressknow.pages.card.sections.figures import write_movement, write_pair
+from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
 from compressknow.pages.diff.make import AnswerPair, Behaviour
 from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
 from compressknow.pages.records import write_estimate
@@ -119,11 +119,11 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("KL(A‖B), nats, mean", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_mean, 4)),
     ("KL(A‖B), median", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_median, 4)),
     ("KL(A‖B), 99th percentile", _THERE, lambda p: write_movement(p.movement, lambda m: m.kl_p99, 4)),
-    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: write_pair(p.movement and p.movement.rest, share, ", ")),
+    ("KL(A‖B): rest's probability, A and B", _THERE, lambda p: write_rest(p.movement, ", ")),
     ("KL(B‖A), nats, mean", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_mean, 4)),
     ("KL(B‖A), median", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_median, 4)),
     ("KL(B‖A), 99th percentile", _BACK, lambda p: write_movement(p.movement, lambda m: m.kl_p99, 4)),
-    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: write_pair(p.movement and p.movement.rest, share, ", ")),
+    ("KL(B‖A): rest's probability, B and A", _BACK, lambda p: write_rest(p.movement, ", ")),
 )
 
 

@@ -47,9 +47,6 @@ LOW, MEDIUM, HIGH = (10 - 1e-6, 30), (30, 50), (50, 100)
 MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called minimal (F1)
 NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zero or the baseline (F5, F10)
 _ALL = tuple(FAMILIES)
-_FALL = "Relative fall in accuracy"
-_REMAINING = "Left of what the original knows beyond the baseline"
-_SHORT = {_FALL: "relative fall", _REMAINING: "left beyond the baseline"}
 _ATTENTION, _FEED_FORWARD, _OVERALL, _FINAL = "attention", "feed-forward", "overall", "final"
 _AGAINST = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
 _FEW = 3  # comparisons that are described one by one; of more, their number and the clearest
@@ -98,20 +95,20 @@ def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], FindingsByMetho
     studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in _cells_by_method(study).items()}
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     tested = [
-        replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test, _ in applicable
+        replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test in applicable
     ]
     adjusted = iter(adjust_claims(tested))
     by_study = {
-        of: {finding.id: _word_finding(each, finding, figure, next(adjusted)) for finding, _, figure in applicable}
+        of: {finding.id: _word_finding(each, finding, next(adjusted)) for finding, _ in applicable}
         for of, each in studies.items()
     }
     of_paper = by_study.pop(("", ""))
     by_method = {of: {id: each for id, each in findings.items() if each.has_cells} for of, findings in by_study.items()}
-    for finding, *_ in _TESTS:
+    for finding, _ in _TESTS:
         families = " and ".join(FAMILIES[family] for family in finding.families)
         of_paper.setdefault(finding.id, replace(finding, why=f"The paper says it of {families} models."))
     return (
-        tuple(of_paper[finding.id] for finding, *_ in _TESTS),
+        tuple(of_paper[finding.id] for finding, _ in _TESTS),
         {of: findings for of, findings in by_method.items() if findings},
     )
 
@@ -244,34 +241,29 @@ def _limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
 
-# The paper's ten, what tests each, and the figure that is held to a limit.
-_TESTS: tuple[tuple[Finding, Callable[[Study], Claim], str], ...] = (
-    (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline, _FALL),
+# The paper's ten, and what tests each.
+_TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
+    (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline),
     (
         Finding("F2", "Pruned by 30 to 50 %, attention hurts less than feed-forward", ("masked",)),
         partial(_claim_medium, less=_ATTENTION, more=_FEED_FORWARD),
-        "",
     ),
     (
         Finding("F3", "Pruned by 30 to 50 %, attention hurts more than feed-forward", ("seq2seq", "causal")),
         partial(_claim_medium, less=_FEED_FORWARD, more=_ATTENTION),
-        "",
     ),
-    (Finding("F4", "Pruning all modules together hurts most", _ALL), _claim_overall_pruned_most, ""),
+    (Finding("F4", "Pruning all modules together hurts most", _ALL), _claim_overall_pruned_most),
     (
         Finding("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL),
         _claim_high_rapid,
-        _REMAINING,
     ),
     (
         Finding("F6", "Quantizing attention hurts less than feed-forward", _ALL),
         partial(_claim_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
-        "",
     ),
     (
         Finding("F7", "Quantizing everything hurts most", _ALL),
         partial(_claim_quantized, less=_AGAINST, more=_OVERALL),
-        "",
     ),
     (
         Finding(
@@ -281,12 +273,10 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim], str], ...] = (
             _ALL,
         ),
         _claim_attention_pruned_and_quantized,
-        "",
     ),
     (
         Finding("F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",)),
         _claim_final_structured_more,
-        "",
     ),
     (
         Finding(
@@ -295,15 +285,20 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim], str], ...] = (
             ("seq2seq", "causal"),
         ),
         _claim_final_near_baseline,
-        _REMAINING,
     ),
 )
+# Of findings that hold a figure to a limit, what it is, in full and in short.
+_FIGURES = {
+    "F1": ("Relative fall in accuracy", "relative fall"),
+    **dict.fromkeys(("F5", "F10"), ("Left of what the original knows beyond the baseline", "left beyond the baseline")),
+}
 
 
-def _word_finding(study: Study, finding: Finding, figure: str, tested: Claim) -> Finding:
+def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
     """Put the answer to a finding, and what decides, into words."""
     names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
-    if figure:
+    if finding.id in _FIGURES:
+        figure, short = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
         return replace(
             finding,
@@ -311,7 +306,7 @@ def _word_finding(study: Study, finding: Finding, figure: str, tested: Claim) ->
             statistic=_describe_bounds(bounds, figure, names),
             why=_explain_bounds(answer, bounds),
             bounds=bounds,
-            numbers=f"{_SHORT[figure]}: {_describe_bound(_find_largest(known), names)}" if known else "",
+            numbers=f"{short}: {_describe_bound(_find_largest(known), names)}" if known else "",
         )
     return replace(
         finding,

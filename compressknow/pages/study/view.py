@@ -330,35 +330,33 @@ def cells_table(study: Study) -> Table:
     changes and weighs.
     """
     names, settings = name_cells(study), list_varying_settings(study)
-    perplexities = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
-    columns = (
-        "Setup",
-        *(plain(name, 30).replace("_", " ").capitalize() for name in settings),
-        "Kept",
-        *(f"Accuracy, {plain(probe.name, 40)}" for probe in study.probes),
-        *(f"Perplexity, {plain(text, 40)}" for text in perplexities),
-        "p",
-        "Pruned",
-        "Quantized",
-        "Size",
-        "Sparse size",
-    )
-    original = (
-        "original",
-        *("" for _ in settings),
-        "",
-        *(share(probe.accuracy) for probe in study.probes),
-        *(write_measured(value, 2) for value in perplexities.values()),
-        "",
-        "",
-        "",
-        size(study.original.bytes),
-        "",
-    )
+    original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
+    compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
+    columns = [
+        ("Setup", ["original", *names.values()]),
+        *(
+            (plain(name, 30).replace("_", " ").capitalize(), ["", *(_write_setting(c, name) for c in study.cells)])
+            for name in settings
+        ),
+        ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
+        *(
+            (f"Accuracy, {plain(p.name, 40)}", [share(p.accuracy), *(share(accuracy(c, p.name)) for c in study.cells)])
+            for p in study.probes
+        ),
+        *(
+            (f"Perplexity, {plain(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
+            for text in original
+        ),
+        ("p", ["", *(write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
+        ("Pruned", ["", *(_write_millions(cell.pruned) for cell in study.cells)]),
+        ("Quantized", ["", *(_write_millions(cell.quantized) for cell in study.cells)]),
+        ("Size", [size(study.original.bytes), *(size(cell.bytes) for cell in study.cells)]),
+        ("Sparse size", ["", *(size(cell.sparse_bytes) for cell in study.cells)]),
+    ]
     return Table(
         "Every cell, and what it keeps",
-        columns,
-        (original, *(_cells_row(study, cell, names[cell.key], settings) for cell in study.cells)),
+        tuple(name for name, _ in columns),
+        tuple(zip(*(cells for _, cells in columns), strict=True)),
         bars=(None, *(cell.comparison.kept for cell in study.cells)),
         bars_after=1 + len(settings),
         pinned=1,
@@ -367,21 +365,13 @@ def cells_table(study: Study) -> Table:
     )
 
 
-def _cells_row(study: Study, cell: StudyCell, name: str, settings: Sequence[str]) -> tuple[str, ...]:
-    # Millions in one unit throughout, so that a column sorts.
-    pruned, quantized = (number(n / 1e6, 1) if n else NONE for n in (cell.pruned, cell.quantized))
-    return (
-        name,
-        *(format_setting(key, cell.settings[key]) if key in cell.settings else "" for key in settings),
-        write_estimate(cell.comparison.kept),
-        *(share(accuracy(cell, probe.name)) for probe in study.probes),
-        *(write_measured(figures.compressed.value, 2) for figures in cell.comparison.texts),
-        write_bare_p(cell.comparison.certainty.test.p),
-        pruned,
-        quantized,
-        size(cell.bytes),
-        size(cell.sparse_bytes),
-    )
+def _write_setting(cell: StudyCell, name: str) -> str:
+    return format_setting(name, cell.settings[name]) if name in cell.settings else ""
+
+
+def _write_millions(weights: int) -> str:
+    """Write a number of weights in one unit throughout, so that a column sorts."""
+    return number(weights / 1e6, 1) if weights else NONE
 
 
 def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:

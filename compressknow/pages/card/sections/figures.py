@@ -106,6 +106,11 @@ def write_pair(pair: tuple[float, float] | None, write: Callable[[float], str], 
     return NONE if pair is None else f"{write(pair[0])}{then}{write(pair[1])}"
 
 
+def write_rest(moved: Movement | None, then: str = " → ") -> str:
+    """Write the probability of the tokens that are taken together, where there are some."""
+    return write_pair(moved.rest if moved else None, share, then)
+
+
 def write_movement(moved: Movement | None, get: Callable[[Movement], float], digits: int = 3) -> str:
     """Write a figure of how far distributions moved, where that was measured."""
     return NONE if moved is None else at_least(number(get(moved), digits), moved.is_lower_bound)
@@ -208,7 +213,7 @@ _FIGURES = (
     _Figure("Movement, median", lambda p: write_movement(p.movement, lambda m: m.kl_median)),
     _Figure("Movement, 99th percentile", lambda p: write_movement(p.movement, lambda m: m.kl_p99)),
     _Figure("Movement, largest", lambda p: write_movement(p.movement, lambda m: m.kl_max)),
-    _Figure("Probability of the tokens taken together", lambda p: write_pair(p.movement and p.movement.rest, share)),
+    _Figure("Probability of the tokens taken together", lambda p: write_rest(p.movement)),
     _Figure(f"{_LOGP}, median", lambda p: _write_logp_change(p, "p50", "p50"), _NO_LOGP),
     _Figure(f"{_LOGP}, middle half", lambda p: _write_logp_change(p, "p25", "p75")),
     _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _write_logp_change(p, "p5", "p95")),
