@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup
-
 from compressknow.base.format import NONE, count, millions, p_value, percent, plain, share
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
 from compressknow.pages.drawing import open_axes
@@ -234,17 +232,17 @@ class Chart(Part):
         """Return the chart as drawn; `id` as in `open_axes`."""
         with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
             self.draw(plot)
-        return Drawn(Markup(drawn()), title=self.heading)
+        return Drawn(drawn(), title=self.heading)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn(Part):
-    """Chart as SVG, made by `pages.drawing`; Markdown leaves it out.
+    """Chart as SVG, made by `pages.drawing` and not escaped; Markdown leaves it out.
 
     The title stands above it; `look` is a class of the style sheet.
     """
 
-    svg: Markup
+    svg: str
     title: str = ""
     look: str = ""
 

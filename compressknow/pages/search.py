@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from compressknow.base import notebook
 from compressknow.base.format import count, json_text, number, plain, plain_lines, share, size, smaller
 from compressknow.comparison.clusters import FEWEST_SIGNS
@@ -159,8 +157,8 @@ def _make_sections(search: Search) -> Iterator[Shown]:
     confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
         chart = _make_tradeoff(search)
-        narrow = Drawn(Markup(draw_tradeoff(chart, "pareto-chart")), look="narrow")
-        broad = Drawn(Markup(draw_tradeoff(chart, "broad-pareto", broad=True)), look="broad")
+        narrow = Drawn(draw_tradeoff(chart, "pareto-chart"), look="narrow")
+        broad = Drawn(draw_tradeoff(chart, "broad-pareto", broad=True), look="broad")
         yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
     yield Shown("winner", "The types of its weights", (Code(recipe, "toml"),) if recipe else ())
     yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")

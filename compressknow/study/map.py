@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from markupsafe import Markup
-
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
 from compressknow.pages.diff.tables import short_names
@@ -319,7 +317,7 @@ def _build_maps(map: Map) -> Iterator[Part]:
         )
         for i, (name, grid) in enumerate(grids.items())
     }
-    yield Charts(tuple(Drawn(Markup(svg), title=name) for name, svg in svgs.items() if svg))
+    yield Charts(tuple(Drawn(svg, title=name) for name, svg in svgs.items() if svg))
     yield Note("", drawn=_MAP_NOTE)
     tables = tuple(
         _tabulate_grid(f"KL of {name[0].lower()}{name[1:]} by layer and module, {_UNIT} saved", grid, format_millinats)
@@ -350,7 +348,7 @@ def _build_risk(map: Map) -> Iterator[Part]:
         return
     grid = map.grid(compute_risk)
     if svg := draw_heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
-        yield Charts((Drawn(Markup(svg)),))
+        yield Charts((Drawn(svg),))
         yield Note("", drawn=_RISK_NOTE)
     if not grid.figures:
         yield Text("None: the model is so sure of what it knows that no single weight at 4 bits changes an answer.")

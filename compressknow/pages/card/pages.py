@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from markupsafe import Markup
-
 from compressknow.base.format import NONE, count, json_text, plain, plain_lines, share, size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
@@ -308,12 +306,12 @@ def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Itera
     by_cost = chart_costs(card, names) if charts else ()
     mark = describe_mark(list_probes(card.comparisons), "The line across the charts")
     if by_setup:
-        yield Charts(tuple(Drawn(Markup(chart)) for chart in by_setup))
+        yield Charts(tuple(Drawn(chart) for chart in by_setup))
     for i, chart in enumerate(by_cost, start=1):
         # Drawn twice: for a narrow screen, and for the width of the page.
         for look in ("narrow", "broad"):
             svg = draw_tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")
-            yield Drawn(Markup(svg), chart.title, look=look)
+            yield Drawn(svg, chart.title, look=look)
     if by_cost:
         yield Note("", drawn=_COST_NOTE + (_ROUNDING_NOTE if mark else ""))
     yield _tabulate_overview(card, names)

@@ -224,14 +224,10 @@ def _write_share(counts: Counts) -> str:
     return f"{count(counts.both)} of {count(counts.known_before)}, {percent(counts.both, counts.known_before)}"
 
 
-# The share kept from which a model is good enough, where no gate says another.
-ENOUGH = 0.95
-# Less pruning than this is none.
-LEAST = 0.05
-# The scheme that errs least.
-FINEST = "int8-weights"
-# Facts beyond this many nobody evaluates to know a share.
-MOST = 20_000
+ENOUGH = 0.95  # the share kept from which a model is good enough, where no gate says another
+LEAST = 0.05  # less pruning than this is none
+FINEST = "int8-weights"  # the scheme that errs least
+MOST = 20_000  # facts beyond this many nobody evaluates to know a share
 
 
 def write_advice(comparison: Comparison, path: str | None = None) -> str:

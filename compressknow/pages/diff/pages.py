@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from compressknow.base.format import NONE, count, json_text, number, plain, share, size
 from compressknow.comparison.diff import CheckpointDiff, Sums, group_tensors, sum_tensors
 from compressknow.model.manifest import text_in_words
@@ -178,7 +176,7 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     if grid is None:
         return
     if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
-        yield Drawn(Markup(drawn), look="map")
+        yield Drawn(drawn, look="map")
         yield Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
     table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)

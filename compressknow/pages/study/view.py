@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from markupsafe import Markup
-
 from compressknow.base.format import NONE, count, number, plain, share, size
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
@@ -173,14 +171,12 @@ def _show_charts(charts: Sequence[Chart]) -> Iterator[Part]:
             yield Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
         yield Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
-        panels = [
-            Charts(tuple(Drawn(Markup(svg), probe) for probe, svg in chart.panels), chart.title) for chart in by_probe
-        ]
+        panels = [Charts(tuple(Drawn(svg, probe) for probe, svg in chart.panels), chart.title) for chart in by_probe]
         yield Folded("The same for each probe", (Note("The plots of a figure have one scale."), *panels))
 
 
 def _show_chart(chart: Chart) -> Drawn:
-    return Drawn(Markup(chart.panels[0][1]), chart.title)
+    return Drawn(chart.panels[0][1], chart.title)
 
 
 def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
