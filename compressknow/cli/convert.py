@@ -22,8 +22,7 @@ from compressknow.cli.options import (
     threads_option,
     together,
 )
-from compressknow.cli.push import prepare_upload, push_options
-from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
+from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS

@@ -23,8 +23,7 @@ from compressknow.cli.options import (
     guide_option,
     option,
 )
-from compressknow.cli.push import prepare_upload, push_options
-from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted
+from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.terminal import Lines, show, show_json
 
 EPILOG = """\b

@@ -1,4 +1,4 @@
-"""Draw charts: axes of one look, lines, bars, labels. matplotlib is imported by the first drawn."""
+"""Draw charts of one look: lines, bars, knowledge kept against a cost. matplotlib is imported by the first drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import number, plain, share
@@ -302,3 +303,147 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
             moved[below] = max(moved[below], bottom)
         moved[above] = max(moved[above], moved[below] + gap)
     return moved
+
+
+# Units of a chart for a narrow screen, and of one that fills the page.
+_NARROW, _BROAD = (300, WIDTH), (380, 1080)
+# Points of kept knowledge that an axis spans at least: two models near each other stay near.
+_SPAN = 20
+# Characters of a name in the legend, above which a narrow chart has one in a line.
+_LONG = 32
+# A digit's box, and how far from its mark a label may stand, in units of the drawing.
+_DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
+_WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Model on the chart."""
+
+    cost: float  # in the unit of the axis
+    kept: Estimate  # a share of 1
+    kind: str
+    told: str  # what a pointer over it is told
+    label: str = ""  # written beside it where there is room
+
+    @property
+    def share(self) -> float:
+        """Return what is kept, without its interval."""
+        return self.kept.value or 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """Chart of knowledge kept against a cost."""
+
+    title: str
+    cost: str  # what the horizontal axis shows, with its unit
+    marks: Sequence[Mark]
+    looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
+    edge: Sequence[str]  # kinds whose marks can be on the edge
+    told: str
+    more_is_better: bool = False  # of a cost that is none, such as a speed
+    keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
+    rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
+
+
+def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> list[Mark]:
+    """Return those of which none keeps more at the same cost or less, the cheapest first.
+
+    >>> marks = [Mark(cost, Estimate(kept), "", "") for cost, kept in ((3, 0.9), (1, 0.5), (2, 0.4))]
+    >>> [mark.cost for mark in find_unbeaten(marks)]
+    [1, 3]
+    """
+    sign = -1 if more_is_better else 1
+    best: list[Mark] = []
+    for mark in sorted(marks, key=lambda each: (sign * each.cost, -each.share)):
+        if not best or mark.share > best[-1].share:
+            best.append(mark)
+    return best
+
+
+def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
+    """Return the SVG element, for a narrow screen or, if `broad`, for the width of the page. A pointer over a mark is
+    told which model it is.
+    """
+    height, width = _BROAD if broad else _NARROW
+    hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
+    with open_axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
+        _draw_edge(plot, chart)
+        for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
+            if across is not None:
+                plot.axhline(100 * across, color=MUTED, linewidth=0.9, linestyle=(0, dashes))
+        # All intervals in one path: a page may have many.
+        whole = [mark for mark in chart.marks if mark.kept.low is not None]
+        ends = [(mark.cost, end) for mark in whole for end in (*to_percents(mark.kept)[1:], nan)]
+        if ends:
+            plot.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.1)
+        _draw_marks(plot, chart)
+        # Outside of the plot: points may lie anywhere in it.
+        columns = 3 if broad else 1 if any(len(kind) > _LONG for kind in chart.looks) else 2
+        room: Any = {"ncols": columns, "columnspacing": 1, "handletextpad": 0, "frameon": False}
+        plot.figure.legend(loc="outside upper left", fontsize=10, **room)
+        low, high = plot.get_xlim()
+        # No nearer to the dearest than half of it, or what is alike would look far apart.
+        left = 0.0 if low < high / 4 else min(low, high / 2)
+        # A line across alone would not widen the axis.
+        lows = [to_percents(mark.kept)[1] for mark in chart.marks]
+        lows += [] if chart.rounding is None else [100 * chart.rounding]
+        bottom = max(0.0, min(round_range(lows, low=min(lows))[0], 100 - _SPAN))
+        cut = [f"across from {left:,.3g}"] if left else []
+        cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
+        plot.set_xlim(left=left)
+        plot.set_xlabel(f"{chart.cost}\n(not from zero: {', '.join(cut)})" if cut else chart.cost)
+        set_percent_axis(plot, bottom, unit=PERCENT)
+        draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
+    return drawn()
+
+
+def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
+    """Draw what nothing beats: it is kept at every cost from there on; at every speed up to there."""
+    able = [mark for mark in chart.marks if mark.kind in chart.edge]
+    if best := find_unbeaten(able, more_is_better=chart.more_is_better):
+        places = sorted((mark.cost, 100 * mark.share) for mark in best)
+        style = "steps-pre" if chart.more_is_better else "steps-post"
+        plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
+
+
+def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
+    """Draw each mark with a name by which it is told apart; the first of a kind stands in the legend."""
+    for kind, (marker, colour, size) in chart.looks.items():
+        label = kind
+        for i, mark in enumerate(chart.marks):
+            if mark.kind == kind:
+                drawn: Any = {"color": colour, "markersize": size, "label": label, "gid": f"mark{i}"}
+                plot.plot(mark.cost, 100 * mark.share, marker, clip_on=False, **drawn)
+                label = "_nolegend_"
+
+
+def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
+    """Write the label of each mark (x, y, label) beside it, where no other label or mark is; none where there is no
+    room, or no label."""
+    figure = plot.get_figure(root=True)
+    assert figure is not None
+    # Where the marks are, in units of the drawing, is settled by the layout.
+    figure.draw_without_rendering()
+    unit = 72 / figure.dpi
+    at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]
+    left, bottom, right, top = (unit * end for end in plot.bbox.extents)
+    taken = [_make_box(x, y, 6.0, 6.0) for x, y in at]
+    for (across, high, label), (x, y) in zip(marks, at, strict=True):
+        width = _DIGIT * len(label) + 2
+        for step, (way_x, way_y) in product(_STEPS if label else (), _WAYS):
+            offset = step * way_x + way_x * (width - _DIGIT) / 2, step * way_y
+            box = _make_box(x + offset[0], y + offset[1], width, _LINE)
+            inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
+            if inside and all(
+                box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1] for other in taken
+            ):
+                taken.append(box)
+                place: Any = {"textcoords": "offset points", "ha": "center", "va": "center"}
+                plot.annotate(label, (across, high), offset, fontsize=10, color=INK, **place)
+                break
+
+
+def _make_box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2

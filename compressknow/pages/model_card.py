@@ -367,22 +367,12 @@ def _render_section(original: ModelFacts, comparison: Comparison) -> str:
         "model_card_report.md.j2",
         verdict=comparison.verdict,
         grades=[
-            {
-                "subject": grade.subject,
-                "known": count(grade.counts.known_before),
-                "kept": write_estimate(grade.kept),
-                "grade": grade.range or grade.grade,
-            }
+            (grade.subject, count(grade.counts.known_before), write_estimate(grade.kept), grade.range or grade.grade)
             for grade in comparison.grades
         ],
         probes=[
-            {
-                "name": probe.probe,
-                "facts": count(probe.counts.n),
-                "before": write_estimate(probe.accuracy_original),
-                "after": write_estimate(probe.accuracy_compressed),
-            }
-            for probe in comparison.probes
+            (p.probe, count(p.counts.n), write_estimate(p.accuracy_original), write_estimate(p.accuracy_compressed))
+            for p in comparison.probes
         ],
         original=original.name,
         sha256=original.sha256[:16],
@@ -432,10 +422,7 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
         version=record["versions"].get("compressknow", ""),
         llama_cpp=record["versions"].get("llama.cpp", ""),
         rows=[
-            {
-                **{"group": group, "type": kind, "tensors": count(counts["tensors"])},
-                **{"parameters": count(counts["parameters"]), "size": size(counts["bytes"])},
-            }
+            (group, kind, count(counts["tensors"]), count(counts["parameters"]), size(counts["bytes"]))
             for group, types in record["groups"].items()
             for kind, counts in types.items()
         ],

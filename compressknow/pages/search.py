@@ -13,7 +13,7 @@ from compressknow.comparison.clusters import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
-from compressknow.pages.drawing import INK, SERIES
+from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff, find_unbeaten
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
     BAR,
@@ -29,7 +29,6 @@ from compressknow.pages.parts import (
     show_run,
 )
 from compressknow.pages.records import ModelFacts, write_estimate
-from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99

@@ -1,4 +1,4 @@
-"""Make SVG as matplotlib writes it fit to stand inside an HTML page.
+"""SVG that is fit to stand inside an HTML page: made of what matplotlib writes, and heat maps.
 
 Colours become classes, so that a chart follows the page from light to dark; inline styles become attributes, so that
 the page's content security policy can forbid them; ids are prefixed, so that charts do not share them; metadata goes.
@@ -6,12 +6,16 @@ the page's content security policy can forbid them; ids are prefixed, so that ch
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from compressknow.base.format import plain, plain_lines
+from markupsafe import escape
+
+from compressknow.base.format import number, plain, plain_lines
 
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
@@ -194,3 +198,146 @@ def _unwrap(parent: ElementTree.Element) -> None:
             parent.remove(child)
             for offset, grandchild in enumerate(child):
                 parent.insert(place + offset, grandchild)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Figures by block (rows) and by module inside a block (columns); None where there is no such module or figure. A
+    row of one figure is as wide as all columns.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def figures(self) -> list[float]:
+        """Return the figures that are not 0."""
+        return [cell for row in self.cells for cell in row if cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Form of a map, in units of the drawing."""
+
+    width: int
+    widest: int  # of a column, at most
+    label: int  # room for the names of rows
+    row: int
+    upright: bool  # names of columns run upwards
+    most_figures: int  # columns that leave room for a figure in each cell; where there are more, a pointer is told it
+
+
+WIDE = Form(720, 110, 76, 19, upright=False, most_figures=10)
+NARROW = Form(328, 60, 66, 14, upright=True, most_figures=0)
+# Shades of one colour, faint to full. Up to the fifth, ink reads on them in light and in dark; then paper does.
+_SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
+_INK_UP_TO = 4
+_ORDERS = 4  # of magnitude that the shades span at most
+_TOP, _LETTER, _LONGEST = 26, 5.6, 16
+
+
+def draw_heat_map(
+    grid: Grid,
+    id: str,
+    title: str,
+    *,
+    bounds: Sequence[float] = (),
+    write: Callable[[float], str] = lambda figure: number(figure, 4),
+    form: Form = WIDE,
+) -> str | None:
+    """Return the map as an element for HTML, with its figures as `write` gives them; None where all are 0.
+
+    Nothing else on the page may have its `id` or begin with it. `bounds` are the scale, as `find_bounds` gives it; by
+    default the grid's own.
+    """
+    if not grid.figures:
+        return None
+    bounds = bounds or find_bounds(grid.figures)
+    width = min(form.widest, (form.width - form.label) / len(grid.columns))
+    top = 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER) if form.upright else _TOP
+    height = top + form.row * len(grid.rows) + 34
+    return "".join(
+        [
+            f'<svg class="chart heat" id="{id}" viewBox="0 0 {form.width} {height}" role="img" ',
+            f'aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{escape(title)}</title>',
+            f'<desc id="{id}-desc">{escape(_describe_grid(grid, write))}</desc>',
+            *_draw_heads(grid, width, top, form),
+            *(mark for i in range(len(grid.rows)) for mark in _draw_row(grid, i, width, top, bounds, write, form)),
+            *_draw_legend(bounds, top + form.row * len(grid.rows) + 12, write, form),
+            "</svg>",
+        ]
+    )
+
+
+def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
+    """Return figures that part the shades, in equal ratios between the least and the largest."""
+    high = max(figures)
+    low = max(min(figures), high / 10**_ORDERS)
+    steps = len(_SHADES)
+    return tuple(low * math.exp(math.log(high / low) * i / steps) for i in range(1, steps))
+
+
+def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
+    found = []
+    for row, cells in zip(grid.rows, grid.cells, strict=True):
+        columns = grid.columns if len(cells) == len(grid.columns) else ("",)
+        places = (", ".join(filter(None, (column, row))) for column in columns)
+        found += [(figure, place) for figure, place in zip(cells, places, strict=True) if figure]
+    largest, least = max(found), min(found)
+    return (
+        f"From {write(least[0])} ({least[1]}) to {write(largest[0])} ({largest[1]}). "
+        "The table after the map has every figure."
+    )
+
+
+def _draw_heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:
+    room = _LONGEST if form.upright else max(4, int(width / _LETTER))
+    for i, name in enumerate(grid.columns):
+        shown = name if len(name) <= room else f"…{name[1 - room :]}"
+        x = form.label + width * (i + 0.5) + 3.5 * form.upright
+        yield _draw_text(x, top - 8, shown, "f-muted", "start" if form.upright else "middle", upright=form.upright)
+
+
+def _draw_row(
+    grid: Grid, i: int, width: float, top: int, bounds: Sequence[float], write: Callable[[float], str], form: Form
+) -> Iterator[str]:
+    y, cells = top + form.row * i, grid.cells[i]
+    yield _draw_text(form.label - 8, y + form.row - 6 + (form.row < 16) * 3, grid.rows[i], "f-muted", "end")
+    wide = width if len(cells) == len(grid.columns) else width * len(grid.columns)
+    for j, figure in enumerate(cells):
+        if figure is None:
+            continue
+        step, x = sum(figure >= bound for bound in bounds), form.label + wide * j
+        colour = f'class="f-c1" opacity="{_SHADES[step]}"' if figure else 'class="f-rule" opacity="0.35"'
+        if len(grid.columns) <= form.most_figures:
+            yield _draw_box(x, y, wide - 1, form.row - 1, colour)
+            ink = "f-ink" if not figure or step <= _INK_UP_TO else "f-paper"
+            yield _draw_text(x + wide / 2, y + form.row - 6, write(figure), ink, "middle")
+        else:
+            yield _draw_box(x, y, wide - 1, form.row - 1, colour, write(figure))
+
+
+def _draw_legend(bounds: Sequence[float], y: float, write: Callable[[float], str], form: Form) -> Iterator[str]:
+    box = min(54, (form.width - form.label) / len(_SHADES))
+    for i, opacity in enumerate(_SHADES):
+        x = form.label + box * i
+        yield _draw_box(x, y, box - 1, 7, f'class="f-c1" opacity="{opacity}"')
+        if i:
+            yield _draw_text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
+
+
+def _draw_box(x: float, y: float, width: float, height: int, colour: str, told: str = "") -> str:
+    place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(width)}" height="{height}"'
+    end = f"><title>{escape(told)}</title></rect>" if told else "/>"
+    return f"<rect {colour} {place}{end}"
+
+
+def _draw_text(x: float, y: float, text: str, colour: str, anchor: str, *, upright: bool = False) -> str:
+    turned = f' transform="rotate(-90 {_write_number(x)} {_write_number(y)})"' if upright else ""
+    place = f'x="{_write_number(x)}" y="{_write_number(y)}" text-anchor="{anchor}"'
+    return f'<text class="{colour}" {place} font-size="10"{turned}>{escape(text)}</text>'
+
+
+def _write_number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -59,7 +59,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     one, other = names
     name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
     if ratio is None:
-        before, after = (_write_per_byte(side) for side in (figures.original, figures.compressed))
+        before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
     before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
     change = "unchanged" if ratio.value == 1 else f"{write_change(ratio)}, from {before}"
@@ -84,7 +84,7 @@ def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str
         p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
         yield f"  ratio {write_measured(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
     else:
-        before, after = (_write_per_byte(side) for side in (figures.original, figures.compressed))
+        before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; other tokens, so no KL"
 
 
@@ -129,16 +129,12 @@ def list_text_warnings(
 def _make_perplexity_table(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
     sides = (figures.original, figures.compressed)
     rows = tuple(
-        (who.capitalize(), write_measured(side.value, 2), _write_per_byte(side))
+        (who.capitalize(), write_measured(side.value, 2), write_measured(side.bits_per_byte, 3))
         for who, side in zip(names, sides, strict=True)
     )
     tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
     caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
     return Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
-
-
-def _write_per_byte(side: Perplexity) -> str:
-    return write_measured(side.bits_per_byte, 3) if side.bits_per_byte else NONE
 
 
 def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:

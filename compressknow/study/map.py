@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
 from compressknow.pages.diff.tables import short_names
-from compressknow.pages.drawing import INK, MUTED, SERIES
+from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     Beside,
@@ -35,7 +35,7 @@ from compressknow.pages.parts import (
     Text,
     draw_charts,
 )
-from compressknow.pages.tradeoff import NARROW, Grid, draw_heat_map, draw_labels, find_bounds
+from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds
 from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
 

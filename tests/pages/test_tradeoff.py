@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.comparison.records import Estimate
-from compressknow.pages.drawing import SERIES
-from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.drawing import SERIES, Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 

@@ -18,7 +18,7 @@ from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
 from compressknow.pages.card.warnings import describe_mark, find_rounding_kept, list_probes, mark_rounding
-from compressknow.pages.drawing import INK, SERIES, Line
+from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff, find_unbeaten
 from compressknow.pages.parts import (
     BAR,
     Charts,
@@ -43,7 +43,6 @@ from compressknow.pages.parts import (
 )
 from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
-from compressknow.pages.tradeoff import Mark, Tradeoff, draw_tradeoff, find_unbeaten
 
 _FEWEST = 3  # fewer models are told apart at a glance at the table
 _SHAPES = (("o", SERIES[0]), ("s", SERIES[1]), ("^", SERIES[2]), ("v", SERIES[3]))

@@ -34,8 +34,8 @@ from compressknow.pages.parts import (
     show_run,
 )
 from compressknow.pages.records import Checkpoint, comparison_to_json
+from compressknow.pages.svg import draw_heat_map
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
-from compressknow.pages.tradeoff import draw_heat_map
 
 _MAP_NOTE = (
     "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "

@@ -21,7 +21,7 @@ from compressknow.pages.card.sections.figures import write_movement, write_pair,
 from compressknow.pages.diff.make import AnswerPair, Behaviour
 from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
 from compressknow.pages.records import write_estimate
-from compressknow.pages.tradeoff import Grid
+from compressknow.pages.svg import Grid
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")

@@ -21,7 +21,7 @@ from compressknow.pages.diff.make import CheckpointComparison, list_warnings, wr
 from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
 from compressknow.pages.diff.tables import make_grid
 from compressknow.pages.records import Checkpoint
-from compressknow.pages.tradeoff import Grid, draw_heat_map
+from compressknow.pages.svg import Grid, draw_heat_map
 from tests.pages.diff.contrasts import comparison_of, identical, make_diff
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import Element, read
