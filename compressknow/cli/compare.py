@@ -108,8 +108,7 @@ SHOWN = 8
 
 
 def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
-    """Yield lines: the verdict, sizes, weights by group, the layers that differ most, structure, settings,
-    knowledge."""
+    """Yield lines: the verdict, sizes, weights, the layers that differ most, structure, settings, knowledge."""
     yield from wrap(comparison.verdict, indent="")
     yield ""
     yield from _sizes(comparison.a, comparison.b)

@@ -173,8 +173,7 @@ def output_files(about: str) -> Decorator:
 
 
 def recipe_option(name: str, **settings: Any) -> Decorator:
-    """Make the option of `convert` that a recipe's step declares; `settings` are what another command says else of
-    it."""
+    """Make the option of `convert` that a recipe's step declares, with `settings` of another command's own."""
     from compressknow.compress.recipe import OPTIONS, Recipe
     from compressknow.compress.steps import Calibration, Where
 
@@ -205,8 +204,7 @@ PROBE_NAMES, WIDTH = 20, 78
 
 
 def probes_help() -> str:
-    """Return the list of probes for the end of a help page, in click's form; those of other packages are imported for
-    it."""
+    """Return the list of probes for the end of a help page; those of other packages are imported for it."""
     from compressknow.evaluate.sources import list_usable
 
     sources = list(list_usable())
@@ -296,8 +294,7 @@ server_options = together(
 
 
 def calibration_options(tokens: str, **settings: Any) -> Decorator:
-    """Add the options of the text for methods that look at activations: how many tokens by default, and what else a
-    command says of it."""
+    """Add the options of the calibration text, whose `tokens` are the default; settings are as in `recipe_option`."""
     number = f"How many tokens of it.  [default: {tokens}]"
     return together(recipe_option("calibration", **settings), recipe_option("calibration_tokens", help=number))
 

@@ -55,8 +55,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve a command as click does, but list those that there are for an unknown one, and take defaults from a
-        project's file."""
+        """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
         if not ctx.resilient_parsing and args[0] not in self._help and not args[0].startswith("-"):
             near = did_you_mean(args[0], self._help)
             ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self._help)}.")

@@ -320,8 +320,7 @@ class _State:
 
 
 def announce(progress: Progress) -> str | None:
-    """Say about how long the whole run takes, from the time that is left of its first stage; None where it is not
-    long."""
+    """Say about how long a long run takes, from the time that is left of its first stage; None of a short one."""
     stage, done, total = progress.stage, progress.done, progress.total
     models = stage.of - stage.number + 1
     facts = max(stage.facts, total)

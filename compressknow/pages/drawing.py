@@ -79,9 +79,7 @@ def open_axes(
     width: int = WIDTH,
     hover: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Yield axes to draw on, and the function that gives the SVG once the block has ended; `hover` as in
-    `svg.make_inline`.
-    """
+    """Yield axes, and the function that gives the SVG once the block has ended; `hover` as in `svg.make_inline`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -199,9 +197,7 @@ def draw_bars(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw figures as bars from left to right, each with its name and interval, on an axis that reaches to `high` at
-    least; the rest is as in `draw_lines`.
-    """
+    """Draw figures as bars, each with its name and interval, up to `high` at least; the rest as in `draw_lines`."""
     description = ", ".join(
         f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
@@ -363,9 +359,7 @@ def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> lis
 
 
 def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
-    """Return the SVG element, for a narrow screen or, if `broad`, for the width of the page. A pointer over a mark is
-    told which model it is.
-    """
+    """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
     with open_axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
@@ -420,8 +414,7 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
 
 
 def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write the label of each mark (x, y, label) beside it, where no other label or mark is; none where there is no
-    room, or no label."""
+    """Write the label of each mark (x, y, label) beside it, where there is room among other labels and marks."""
     figure = plot.get_figure(root=True)
     assert figure is not None
     # Where the marks are, in units of the drawing, is settled by the layout.

@@ -55,9 +55,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
-    """Return the model card as Markdown with front matter for the Hub: a licence, a language and the like are carried
-    over from that of the source's own card.
-    """
+    """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's."""
     source, totals = manifest["source"], manifest["totals"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     schemes = _list_schemes(manifest)

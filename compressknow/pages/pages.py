@@ -186,9 +186,7 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
-    """Raise, before any work is done, where an output could not be written: none of the formats, file there already, or
-    one to overwrite that is no page.
-    """
+    """Raise, before any work, where an output has none of the formats, is there already, or would replace no page."""
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(

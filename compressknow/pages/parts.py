@@ -371,9 +371,7 @@ def make_fact_parts(
     shade: str = "",
     of: tuple[str, str] = ("report", "report.json"),
 ) -> Iterator[Part]:
-    """Yield facts as parts of a section, `shown` of them at once, and a note on the `left_out` ones; `of` is which page
-    this is, and which file has them all.
-    """
+    """Yield facts, `shown` of them at once, and a note that a file has the `left_out` ones: (page, file) is `of`."""
     if not rows:
         yield Text("None.")
         return

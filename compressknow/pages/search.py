@@ -208,9 +208,7 @@ def write_verdict(search: Search) -> str:
 
 
 def list_warnings(search: Search) -> tuple[str, ...]:
-    """Return what a reader must know beside the verdict: that rounding alone keeps less than is asked for, and what
-    counts as known where that is not the usual.
-    """
+    """Return that rounding alone keeps less than is asked for, and what counts as known, where that is to be said."""
     warnings = tuple(warn_of_known(search.known))
     if search.rounding is None or search.keep is None or search.rounding >= search.keep:
         return warnings

@@ -198,9 +198,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
 
 
 def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
-    """Return the gates as test cases, a suite for each compressed model: what is not met has failed, and what cannot be
-    told too, as ``undecided``.
-    """
+    """Return gates as test cases, a suite per model; one that is not met fails, and so does an ``undecided`` one."""
     suites = Element("testsuites", name="compressknow")
     for name, comparison in zip(name_models(card), card.comparisons, strict=True):
         suite = SubElement(suites, "testsuite", name=name, tests=str(len(gates)))
@@ -219,8 +217,7 @@ def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
 
 
 def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
-    """Return what a reviewer needs, as Markdown: the gates, the decision of several models or the domains and first
-    losses of one."""
+    """Return as Markdown the gates, then which of several models to take, or one's domains and first losses."""
     lines = [f"### What {escape_markdown(card.original.name)} kept", "", escape_markdown(card.verdict), ""]
     if card.decision:
         lines += [f"**{escape_markdown(card.decision.reason)}**", ""]

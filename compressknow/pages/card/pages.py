@@ -90,9 +90,7 @@ _COSTS = (
 
 
 def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
-    """Return knowledge kept by size and by speed, each where three compressed models or more, of these names, differ in
-    it.
-    """
+    """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
     return tuple(chart for cost in _COSTS if (chart := _chart_cost(card, names, cost)))
 
 

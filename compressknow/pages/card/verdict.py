@@ -249,9 +249,7 @@ def write_advice(comparison: Comparison, path: str | None = None) -> str:
 
 
 def estimate_facts_needed(comparison: Comparison, gate: float) -> int | None:
-    """Return about how many known facts it takes to tell on which side of the gate the share kept lies, if it stays as
-    it is; None where nobody evaluates so many.
-    """
+    """Return about how many known facts tell on which side of the gate this share lies; None for more than `MOST`."""
     needed = facts_to_decide(comparison.counts, gate, design_of_kept(comparison.clusters))
     return needed if needed is not None and needed <= MOST else None
 
@@ -308,9 +306,7 @@ Milder = tuple[str, Recipe]
 
 
 def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
-    """Yield recipes that do less than this one, the one to try first before the others; `groups` are those of layers,
-    with the `relative_error` that the manifest has.
-    """
+    """Yield recipes that do less, the one to try first before the others, by the `relative_error` of these groups."""
     yield from _halve(recipe, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
     yield from _halve(recipe, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
     yield from _halve(recipe, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)

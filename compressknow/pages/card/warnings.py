@@ -259,9 +259,7 @@ def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
 def warn_of_figures(
     counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
 ) -> Iterator[str]:
-    """Warn of too few facts, and of originals that know no more than guessing would; `name` is what the original is
-    called.
-    """
+    """Warn of too few facts, and of an original, of this `name`, that knows no more than guessing would."""
     if 0 < counts.known_before < FEW_FACTS:
         yield f"{name} knew only {count_facts(counts.known_before)}: with so few, the share kept is uncertain."
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
@@ -319,9 +317,7 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
 
 
 def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """Say what share of the answers is another one, and what rounding alone changes, and the runtime alone, over the
-    probes that tell; nothing where none does.
-    """
+    """Say what share of the answers differs, and what rounding and the runtime alone change, where that is known."""
     measured = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
     if not measured:
         return ""

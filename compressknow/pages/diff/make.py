@@ -237,9 +237,7 @@ def _count_kept(counts: Counts) -> str:
 
 
 def make_behaviour(answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
-    """Make the statistics in both directions; `known` is as for `make_card`. Raises CompressknowError where the two did
-    not answer the same facts.
-    """
+    """Make the statistics in both directions; parameters and errors are those of `make_card`."""
     answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
     there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)

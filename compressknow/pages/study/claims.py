@@ -127,9 +127,7 @@ def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
 
 
 def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
-    """Return all claims of a table with their p-values adjusted together (Holm), each comparison counted once. Those
-    per million parameters are a table of their own.
-    """
+    """Return all claims of a table with p-values adjusted together (Holm); rates per million parameters apart."""
     pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
     limits = {claim.key: _test_limits(claim.bounds) for claim in claims if claim.bounds}
     by_count = holm([*(each.p for each in pairs.values()), *limits.values()])

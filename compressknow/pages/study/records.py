@@ -252,9 +252,7 @@ Rest = frozenset[tuple[str, Setting]]
 def select_pruned(
     study: Study, scope: str, method: str = UNSTRUCTURED, scheme: str | None = None
 ) -> dict[float, StudyCell]:
-    """Return the cells of a scope that are pruned, and then quantized by the scheme where one is named, by amount in
-    percent, ascending.
-    """
+    """Return a scope's cells that are pruned, and quantized by the scheme, if any, by amount in percent, ascending."""
     cells = [c for c in _select_plain(study, scope) if (c.pruning, c.quantization) == (method, scheme)]
     return {cell.percent: cell for cell in sorted(cells, key=lambda cell: cell.percent)}
 
@@ -396,9 +394,7 @@ def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setti
 
 
 def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:
-    """Yield, for groups that have the same values, their cells by value in the same order; only those that knew
-    something.
-    """
+    """Yield, for groups that have the same values, their cells that knew something, by value in the same order."""
     alike: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
     for _, group in axis.groups:
         known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}

@@ -207,9 +207,7 @@ def write_headline(study: Study) -> str:
 
 
 def write_verdict(study: Study) -> str:
-    """Say which module and which method hurts least, and where the cliff is; of a study without pruned modules, name
-    the best and the worst cell.
-    """
+    """Say which module and method hurts least, and where the cliff is; or which cell is best, and which is worst."""
     orders, cliffs = rank_cells(study), find_cliffs(study)
     parts = [_summarize_modules(orders["modules"])] if orders["modules"] else []
     if cliffs:

@@ -322,9 +322,7 @@ def accuracy(cell: StudyCell, probe: str) -> float | None:
 
 
 def cells_table(study: Study) -> Table:
-    """Return every cell, the original on top: the settings that vary, what it keeps, its accuracy by probe, and what it
-    changes and weighs.
-    """
+    """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
     names, settings = name_cells(study), list_varying_settings(study)
     original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
     compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]

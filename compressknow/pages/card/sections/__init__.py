@@ -136,9 +136,7 @@ SECTIONS: Registry[Section] = Registry(
 
 
 def find_sections() -> tuple[dict[str, Section], tuple[str, ...]]:
-    """Return all sections that can be used, by name, in the order in which they stand; and why others cannot, in
-    sentences.
-    """
+    """Return the sections that can be used, by name, in their order; and why others cannot, in sentences."""
     found, unusable = SECTIONS.usable()
     reasons = [" ".join(f"{part.rstrip('.')}." for part in str(error).split("\n")) for error in unusable.values()]
     for name in [name for name in found if not SECTIONS.is_built_in(name)]:
@@ -217,9 +215,7 @@ def _measure(
 def show_sections(
     original: ModelFacts, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
 ) -> tuple[tuple[Shown, ...], tuple[str, ...]]:
-    """Return the sections of one comparison, as they stand on the page, and why others are left out; the ids of all
-    begin with `id`.
-    """
+    """Return the sections of one comparison, whose ids begin with `id`, and why others are left out."""
     shown, failures = [], []
     for name, section in _list_sections(comparison):
         context = Context(original, comparison, comparison.measured.get(name, {}), limits)

@@ -307,8 +307,7 @@ _COLUMNS = ("Model", "Timed in", "Device", "Facts a second", "Tokens a second", 
 
 
 class Layers(Section):
-    """Parameters, zeros and error of each group of layers, what was dropped, and the calibration text; left out for a
-    checkpoint without a manifest."""
+    """What was done to each group of layers, what was dropped, and on what the checkpoint was calibrated."""
 
     title = "By group of layers"
     order = 50
