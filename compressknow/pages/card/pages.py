@@ -6,8 +6,8 @@ All texts of models and facts go through `plain` here; the templates escape for 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compressknow.base.format import NONE, count, json_text, plain, plain_lines, share, size
@@ -62,63 +62,54 @@ def name_deployment(model: ModelFacts) -> str:
     return computed_in if computed_in.startswith(name) else ", ".join(filter(None, (name, computed_in)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """Cost of a model: how it is read, drawn (divided, in its unit) and written, and what tells models apart by it."""
-
-    name: str
-    unit: str
-    divisor: float
-    read: Callable[[ModelFacts], float | None]
-    write: Callable[[float], str]
-    run_in: Callable[[ModelFacts], str]
-    more_is_better: bool = False
-
-
-_COSTS = (
-    _Cost("size on disk", "MB", 1e6, lambda model: model.bytes, lambda amount: size(round(amount)), name_runtime),
-    _Cost(
-        "tokens a second",
-        "",
-        1,
-        lambda model: model.speed.tokens_per_second if model.speed else None,
-        "{:,.1f} tokens a second".format,
-        name_deployment,
-        more_is_better=True,
-    ),
-)
+# What a model costs: where it stands on the axis, that in words, and in what it runs.
+_Cost = tuple[float, str, str]
 
 
 def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
     """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
-    return tuple(chart for cost in _COSTS if (chart := _chart_cost(card, names, cost)))
+    models = [card.original, *(comparison.model for comparison in card.comparisons)]
+    sizes = [None if m.bytes is None else (m.bytes / 1e6, size(m.bytes), name_runtime(m)) for m in models]
+    rates = [model.speed.tokens_per_second if model.speed else None for model in models]
+    speeds = [
+        None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
+        for rate, model in zip(rates, models, strict=True)
+    ]
+    charts = (
+        _chart_cost(card, names, sizes, "size on disk", "size on disk, MB"),
+        _chart_cost(card, names, speeds, "tokens a second", "tokens a second", more_is_better=True),
+    )
+    return tuple(chart for chart in charts if chart)
 
 
-def _chart_cost(card: Card, names: Sequence[str], cost: _Cost) -> Tradeoff | None:
+def _chart_cost(
+    card: Card, names: Sequence[str], costs: Sequence[_Cost | None], title: str, axis: str, more_is_better: bool = False
+) -> Tradeoff | None:
+    """Chart costs, the original's first, where enough compressed models differ in them."""
     marks = []
-    for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
-        amount, kept = cost.read(comparison.model), comparison.kept
-        if amount is not None and kept.value is not None:
-            text = f"{name}: {write_estimate(kept)} kept, {cost.write(amount)}"
-            kind = f"in {cost.run_in(comparison.model)}"
-            marks.append(Mark(amount / cost.divisor, kept, kind, text, str(number)))
+    for number, (comparison, name, cost) in enumerate(zip(card.comparisons, names, costs[1:], strict=True), start=1):
+        if cost and comparison.kept.value is not None:
+            amount, written, runtime = cost
+            text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
+            marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
     if len({mark.cost for mark in marks}) < _FEWEST:
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
-    best = find_unbeaten(marks, more_is_better=cost.more_is_better)
-    if (before := cost.read(card.original)) is not None:
-        name = f"the original, in {cost.run_in(card.original)}"
-        marks.append(Mark(before / cost.divisor, Estimate(1), name, f"{name}, {cost.write(before)}"))
+    best = find_unbeaten(marks, more_is_better=more_is_better)
+    if costs[0]:
+        amount, written, runtime = costs[0]
+        name = f"the original, in {runtime}"
+        marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
         looks[name] = ("D", INK, 6.0)
     return Tradeoff(
-        f"Knowledge kept by {cost.name}",
-        ", ".join(filter(None, (cost.name, cost.unit))),
+        f"Knowledge kept by {title}",
+        axis,
         marks,
         looks,
         edge=kinds,
         told=f"The best: {'; '.join(mark.told for mark in best)}.",
-        more_is_better=cost.more_is_better,
+        more_is_better=more_is_better,
         rounding=find_rounding_kept(list_probes(card.comparisons)),
     )
 
