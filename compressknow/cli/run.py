@@ -119,7 +119,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         returned = command.main(args, prog_name="compressknow", standalone_mode=False)
         sys.stdout.flush()
     except CompressknowError as error:
-        _print_error(*error.of_options)
+        _report_failure(*error.of_options)
         return error.exit_code
     except click.ClickException as error:
         message = io.StringIO()
@@ -139,8 +139,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         if not lacks_memory(error):
             return _report_bug(error)
         hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
-        _print_error("There is not enough memory.", hint)
-        return FAILED
+        return _report_failure("There is not enough memory.", hint)
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -160,17 +159,15 @@ def _report_missing(error: ModuleNotFoundError) -> int:
     module = (error.name or "").partition(".")[0]
     if module in ("", "compressknow"):
         return _report_bug(error)
-    _print_error(not_installed(module).what)
-    return FAILED
+    return _report_failure(not_installed(module).what)
 
 
 def _report_bug(error: BaseException) -> int:
-    _print_error(
+    return _report_failure(
         f"unexpected {type(error).__name__}: {error}",
         "This is a bug in compressknow.",
         "Run it again as `compressknow --debug ...` and report the traceback.",
     )
-    return FAILED
 
 
 def _suggest(error: click.NoSuchOption) -> click.UsageError:
@@ -180,11 +177,12 @@ def _suggest(error: click.NoSuchOption) -> click.UsageError:
     return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
 
 
-def _print_error(what: str, *details: str | None) -> None:
+def _report_failure(what: str, *details: str | None) -> int:
     lines = [f"Error: {what}"]
     for detail in details:
         lines += [f"  {line}" for line in (detail or "").splitlines()]
     show("\n".join(lines), err=True)
+    return FAILED
 
 
 def _report_os_error(error: OSError) -> int:
@@ -195,8 +193,7 @@ def _report_os_error(error: OSError) -> int:
         # The reader has gone (`| head`).
         return FAILED
     where = f": {error.filename}" if error.filename is not None else ""
-    _print_error(f"{error.strerror or error}{where}")
-    return FAILED
+    return _report_failure(f"{error.strerror or error}{where}")
 
 
 def _exit_orderly_on_signals() -> None:
