@@ -24,7 +24,7 @@ SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
 PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_NONE: Mapping[str, float] = {}  # no lines across
+_NO_LEVELS: Mapping[str, float] = {}  # no lines across
 _APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
@@ -99,7 +99,7 @@ def draw_lines(
     title: str,
     *,
     start: float,
-    levels: Mapping[str, float] = _NONE,
+    levels: Mapping[str, float] = _NO_LEVELS,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
@@ -135,7 +135,7 @@ def draw_lines(
     return drawn()
 
 
-def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = _NONE) -> tuple[float, float]:
+def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = _NO_LEVELS) -> tuple[float, float]:
     """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
     ends = [100 * level for level in levels.values()]
     for each in plotted:
@@ -192,7 +192,7 @@ def draw_bars(
     id: str,
     title: str,
     *,
-    levels: Mapping[str, float] = _NONE,
+    levels: Mapping[str, float] = _NO_LEVELS,
     high: float = 100,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),

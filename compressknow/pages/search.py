@@ -60,49 +60,34 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Search(notebook.Tabular):
-    """Whole search. Its rows are the files that were evaluated.
-
-    Attributes
-    ----------
-    form : ``gguf`` or ``checkpoint``.
-    keep : share of knowledge that must be kept; None where `budget`, the bytes that a file may have, was asked for.
-    by : what decided the types, and how they are rounded.
-    winner : the smallest that keeps it on the held-out facts, or None; `closest` what came nearest then.
-    recipe : of the winner, as TOML.
-    searched, held_out, graded : numbers of facts; `known_searched`, `known_held_out`, `known_graded` those that the
-        original answers right.
-    level : of the intervals of facts that are not those that grade.
-    bytes : of the original's weights.
-    known : what counts as known: ``recognized`` or better, or only ``produced``.
-    templates : in how many wordings each fact was put; it is known then if more than half of them are.
-    rounding : share of what the original knows of the facts that grade that it still knows in another precision, by a
-        sample of them (0 to 1); None where that was not found.
-    """
+    """Whole search. Its rows are the files that were evaluated."""
 
     original: ModelFacts
-    form: str
-    keep: float | None
-    budget: int | None
-    by: str
+    form: str  # ``gguf`` or ``checkpoint``
+    keep: float | None  # share of knowledge that must be kept; None where `budget` was asked for
+    budget: int | None  # bytes that a file may have
+    by: str  # what decided the types, and how they are rounded
     probes: tuple[str, ...]
-    searched: int
+    searched: int  # numbers of facts, and of those that the original answers right
     held_out: int
     graded: int
     known_searched: int
     known_held_out: int
     known_graded: int
-    level: float
-    bytes: int
+    level: float  # of the intervals of facts that are not those that grade
+    bytes: int  # of the original's weights
     tried: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
-    winner: Trial | None
-    closest: Trial | None
-    recipe: str | None
+    winner: Trial | None  # the smallest that keeps it on the held-out facts
+    closest: Trial | None  # where there is no winner, what came nearest
+    recipe: str | None  # of the winner, as TOML
     seed: int
     versions: Mapping[str, str]
     command: str | None
-    known: str = RECOGNIZED
-    templates: int = 1
+    known: str = RECOGNIZED  # what counts as known: that or better, or only ``produced``
+    templates: int = 1  # in how many wordings each fact was put; known if more than half of them are
+    # Share of what the original knows of the facts that grade that it still knows in another precision, by a sample of
+    # them (0 to 1); None where that was not found.
     rounding: float | None = None
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -266,12 +266,9 @@ def decide(
     """Choose the smallest model that keeps enough; None where they were not evaluated on the same facts, or none knows
     any.
 
-    Parameters
-    ----------
-    gates : what is enough. Without them it is what rounding alone keeps, as far as the interval reaches; where that is
-        not known or none keeps it, what no test tells from the model that keeps most.
-    within : the most bytes that a model may have.
-    broken : places of models that compute no numbers.
+    The gates say what is enough. Without them it is what rounding alone keeps, as far as the interval reaches; where
+    that is not known or none keeps it, what no test tells from the model that keeps most. `within` are the most bytes
+    that a model may have, `broken` the places of those that compute no numbers.
     """
     probes = [{probe.probe for probe in c.probes} for c in comparisons]
     if any(each != probes[0] for each in probes) or not any(c.counts.known_before for c in comparisons):
