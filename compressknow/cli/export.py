@@ -15,13 +15,13 @@ from compressknow.cli.options import (
     FIT,
     HOW,
     RUNS,
-    TypeOf,
     calibration_options,
     checkpoint_options,
     command,
     fit_options,
     guide_option,
     option,
+    read_type_of,
 )
 from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.terminal import Lines, show, show_json
@@ -46,7 +46,7 @@ Types (--type), bits per weight with scales:
     "--type-of",
     group=HOW,
     multiple=True,
-    type=TypeOf(),
+    type=read_type_of,
     metavar="WHICH=TYPE",
     help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
     "one holds.",

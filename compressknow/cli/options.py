@@ -107,46 +107,31 @@ def together(*options: Decorator) -> Decorator:
     return add
 
 
-class Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
-    """Number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number in a text."""
-        text = str(value).strip()
-        number = text.removesuffix("%").rstrip()
-        try:
-            # 0.07 of "7%", where 7 * 0.01 would be 0.07000000000000001.
-            return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
-        except (InvalidOperation, OverflowError):
-            self.fail(f"{text!r} is not a number; write 0.2 or 20%.", param, ctx)
+def read_share(value: Any) -> float:
+    """Return a number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
+    text = str(value).strip()
+    number = text.removesuffix("%").rstrip()
+    try:
+        # 0.07 of "7%", where 7 * 0.01 would be 0.07000000000000001.
+        return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
+    except (InvalidOperation, OverflowError):
+        raise click.BadParameter(f"{text!r} is not a number; write 0.2 or 20%.") from None
 
 
-class Blocks(click.ParamType):  # type: ignore[type-arg]
-    """Number of blocks, or which: 4, or 20-23."""
-
-    name = "blocks"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:  # noqa: ARG002
-        """Return a number as one, all else as it stands: the recipe checks it."""
-        text = str(value).strip()
-        return int(text) if text.isdecimal() and text.isascii() else text
+def _read_blocks(value: Any) -> int | str:
+    """Return a number of blocks as one, and all else, such as 20-23, as it stands: the recipe checks it."""
+    text = str(value).strip()
+    return int(text) if text.isdecimal() and text.isascii() else text
 
 
-class TypeOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
-    """SCOPE=TYPE or REGEX=TYPE."""
-
-    name = "type_of"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """Split at the last equals sign."""
-        if isinstance(value, tuple):
-            return value
-        which, sign, chosen = str(value).rpartition("=")
-        if not sign or not which or not chosen:
-            self.fail(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.", param, ctx)
-        return which.strip(), chosen.strip()
+def read_type_of(value: Any) -> tuple[str, str]:
+    """Split SCOPE=TYPE or REGEX=TYPE at the last equals sign."""
+    if isinstance(value, tuple):
+        return value
+    which, sign, chosen = str(value).rpartition("=")
+    if not sign or not which or not chosen:
+        raise click.BadParameter(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.")
+    return which.strip(), chosen.strip()
 
 
 class OneOf(click.Choice[str]):
@@ -193,10 +178,10 @@ def _type_of(declared: DeclaredOption) -> Any:
     if declared.choices:
         return OneOf(list(declared.choices))
     if declared.share:
-        return Share()
+        return read_share
     if declared.least is not None:
         return click.IntRange(declared.least)
-    return Blocks() if declared.kind == int | str else declared.kind
+    return _read_blocks if declared.kind == int | str else declared.kind
 
 
 # Width of the column of names in the list of probes, and of the page.
@@ -311,7 +296,7 @@ fit_options = together(
         "--must",
         group=FIT,
         multiple=True,
-        type=TypeOf(),
+        type=read_type_of,
         metavar="WHICH=TYPE",
         help="Give these weights this type in any case: attention=q8_0; repeatable.",
     ),

@@ -13,7 +13,6 @@ from compressknow.cli.options import (
     EVALUATE,
     FIT,
     OneOf,
-    Share,
     calibration_options,
     command,
     fit_options,
@@ -24,6 +23,7 @@ from compressknow.cli.options import (
     output_folder,
     probe_options,
     probes_help,
+    read_share,
     revision_option,
     templates_option,
 )
@@ -41,7 +41,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @command(more=probes_help)
 @click.argument("model")
 @output_folder("Folder of the search; a stopped one resumes.")
-@option("--keep", group=FIT, type=Share(), metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
+@option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
 @option(
     "--to",
