@@ -345,8 +345,8 @@ def project_defaults(
             raise UsageError(
                 f"{file}: there is no command {key}.", hint=f"{did_you_mean(key, commands)}Rename the table."
             )
-    shared = {_to_parameter(key): value for key, value in values.items() if key not in tables}
-    own = {_to_parameter(key): value for key, value in tables.get(name, {}).items()}
+    shared = {key.replace("-", "_"): value for key, value in values.items() if key not in tables}
+    own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
     for key in [*shared, *own]:
         if key in _COMMAND_LINE_ALONE:
             raise UsageError(f"{file}: {key} is for the command line alone.", hint="Take it out of the file.")
@@ -385,10 +385,6 @@ def _read(file: Path) -> dict[str, Any]:
             # It is other tools' to complain of.
             return {}
         raise UsageError(f"{file} is no TOML.", why=str(error), hint="Mend it, or remove it.") from None
-
-
-def _to_parameter(key: str) -> str:
-    return key.replace("-", "_")
 
 
 def _resolve_paths(value: Any, option: click.Option, folder: Path) -> Any:
