@@ -163,12 +163,13 @@ def recipe_option(name: str, **settings: Any) -> Decorator:
     from compressknow.compress.steps import Calibration, Where
 
     declared = OPTIONS[name]
+    kind = _type_of(declared)
     said = {
         "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.of, HOW),
         "default": declared.default,
-        "type": _type_of(declared),
+        "type": kind,
         "multiple": declared.repeats,
-        "metavar": declared.metavar,
+        "metavar": declared.metavar or {read_share: "SHARE", _read_blocks: "BLOCKS"}.get(kind),
         "help": declared.help,
     }
     return option(declared.option, **said | settings)
