@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, count, percent, plain, size
@@ -180,7 +179,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
             for group in (*GROUPS, NOT_LINEAR)
             if any(row["group"] == group for row in (*rows, *left_out))
         },
-        "untied": [asdict(untied) for untied in plan.untied],
+        "untied": list(plan.untied),
         **({"unused": list(plan.unused)} if plan.unused else {}),
         **({"removed": removed} if removed else {}),
     }

@@ -35,28 +35,30 @@ class PlannedTensor:
 
     `transposed` says that the last axis of a weight is its output.
     `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
-    `prune` and `quantize` are the positions of its steps in the recipe; `created` marks one that the source holds only
-    under a tied name, `weight` one that the module tree has as a parameter (not as a buffer, nor not at all). `sharing`
-    names further modules that hold the same weight: a loader ties their weights to it, but gives each a scale of its
-    own.
+    `created` marks one that the source holds only under a tied name, `weight` one that the module tree has as a
+    parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a loader
+    ties their weights to it, but gives each a scale of its own.
     """
 
     name: str
     source: StoredTensor
     group: str
     module: str | None = None
-    prune: int | None = None
-    scheme: Scheme | None = None
+    prune: Prune | None = None
+    quantize: Quantize | None = None
     created: bool = False
     weight: bool = True
     transposed: bool = False
     sharing: tuple[str, ...] = ()
     parameter: str = ""
-    quantize: int | None = None
 
     @property
     def to_prune(self) -> Weights:
         return Weights(self.source, self.transposed)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return self.quantize.chosen if self.quantize else None
 
     @cached_property
     def stored(self) -> tuple[Stored, ...]:
@@ -85,7 +87,12 @@ class PlannedTensor:
 
     @property
     def in_scope(self) -> bool:
-        return self.prune is not None or self.scheme is not None
+        return self.prune is not None or self.quantize is not None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Tell whether what is done to it depends on its inputs on the calibration text."""
+        return any(step and step.calibrated for step in (self.prune, self.quantize))
 
     @property
     def bytes_before(self) -> int:
@@ -104,6 +111,7 @@ class Plan:
     ----------
     checkpoint, tree : what is converted, and its module tree on the meta device.
     targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay as they are.
+    untied : the weights that got values of their own: ``name``, ``tied_to``, and the ``bytes`` that this costs.
     config : the output's config.json without its quantization.
     unpacked : transformers turns packed weights into floats while it loads them, and not before it first computes.
     unused : stored tensors that the model has no place for, which are written as they are.
@@ -117,7 +125,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     targets: dict[Scheme, tuple[str, ...]]
     ignore: tuple[str, ...]
-    untied: tuple[Untied, ...]
+    untied: tuple[dict[str, Any], ...]
     config: dict[str, Any] = field(repr=False)
     sources: Sources = field(repr=False, compare=False)
     unpacked: bool = False
@@ -129,25 +137,11 @@ class Plan:
         """Return what sources that were fitted anew were before, by name."""
         return self.removal.unfitted if self.removal else {}
 
-    def prune_step(self, tensor: PlannedTensor) -> Prune | None:
-        """Return what prunes a tensor."""
-        step = None if tensor.prune is None else self.recipe.steps[tensor.prune]
-        return step if isinstance(step, Prune) else None
-
-    def quantize_step(self, tensor: PlannedTensor) -> Quantize | None:
-        """Return what quantizes a tensor."""
-        step = None if tensor.quantize is None else self.recipe.steps[tensor.quantize]
-        return step if isinstance(step, Quantize) else None
-
-    def is_calibrated(self, tensor: PlannedTensor) -> bool:
-        """Tell whether what is done to a tensor depends on its inputs on the calibration text."""
-        return any(step and step.calibrated for step in (self.prune_step(tensor), self.quantize_step(tensor)))
-
     def list_prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
         """Yield each prune step with the tensors that it acts on, in the order in which it breaks ties."""
-        for index, step in enumerate(self.recipe.steps):
+        for step in self.recipe.steps:
             if isinstance(step, Prune):
-                yield step, [tensor for tensor in self.tensors if tensor.prune == index]
+                yield step, [tensor for tensor in self.tensors if tensor.prune == step]
 
     def count_pruned(self) -> tuple[dict[str, int], int]:
         """Return how many weights will be pruned: by tensor name, where shapes alone tell it, and in all."""
@@ -160,12 +154,8 @@ class Plan:
         return known, total
 
 
-@dataclass(frozen=True)
-class _Action:
-    weight: LinearWeight
-    prune: int | None = None
-    scheme: Scheme | None = None
-    quantize: int | None = None
+# What prunes a weight, and what quantizes it.
+Steps = tuple[Prune | None, Quantize | None]
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
@@ -180,18 +170,19 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
-    actions = _collect_actions(structure, recipe)
-    _separate(actions, sources)
+    assigned = _assign_steps(structure, recipe)
+    _separate(assigned, sources)
+    schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
     shapes: dict[Scheme | None, set[tuple[int, ...]]] = {}
-    for action in actions.values():
-        shapes.setdefault(action.scheme, set()).add(action.weight.shape)
-    for action in actions.values():
-        sources.check(action.weight, action.scheme, shapes[action.scheme])
+    for weight, scheme in schemes.items():
+        shapes.setdefault(scheme, set()).add(weight.shape)
+    for weight, scheme in schemes.items():
+        sources.check(weight, scheme, shapes[scheme])
     # What is stored in one tensor is changed as one.
-    changed = list({t.name: t for action in actions.values() for t in _plan_changed(action, sources)}.values())
-    _check_methods_fit(changed, recipe)
-    shared = {action.weight.parameter: sources.find_tied_embedding(action.weight) for action in actions.values()}
-    shared_with = {parameter: embedding for parameter, embedding in shared.items() if embedding}
+    changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
+    _check_methods_fit(changed)
+    tied = ((weight.parameter, sources.find_tied_embedding(weight)) for weight in assigned)
+    shared_with = {parameter: embedding for parameter, embedding in tied if embedding}
     config = untie_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
     extra = _find_untied(model, config, set(sources.supply)) if shared_with else {}
     _check_sharing(changed, extra, structure)
@@ -199,12 +190,12 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     needed = [*extra.items(), *((embedding, parameter) for parameter, embedding in shared_with.items())]
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
     tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.sort_key(t.source, t.created, t.name)))
-    _check_reachable(tensors, recipe)
+    _check_reachable(tensors)
     targets = _collect_targets(changed)
     quantized = {module for modules in targets.values() for module in modules}
     ignore = tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized)
     untied = tuple(
-        Untied(tensor.name, shared_with[f"{tensor.module}.weight"], tensor.bytes_after)
+        {"name": tensor.name, "tied_to": shared_with[f"{tensor.module}.weight"], "bytes": tensor.bytes_after}
         for tensor in changed
         if f"{tensor.module}.weight" in shared_with
     )
@@ -220,40 +211,42 @@ def _fit_parameters(structure: Structure, step: Step) -> Step:
     none stays open. Raises UsageError where a scope, pattern or layer range matches nothing."""
     if not isinstance(step, Quantize) or None not in step.parameters.values():
         return step
-    where = step.where
-    weights = select(structure, where.scope, "quantize", where.include, where.exclude, where.layers)
+    weights = _select_weights(structure, step)
     with SCHEMES.explain_failures(step.scheme):
         return replace(step, parameters={**step.parameters, **(step.chosen.fit(w.shape for w in weights) or {})})
 
 
-def _collect_actions(structure: Structure, recipe: Recipe) -> dict[str, _Action]:
-    """Return what the steps do to each weight, by parameter."""
-    actions: dict[str, _Action] = {}
-    for index, step in enumerate(recipe.steps):
+def _select_weights(structure: Structure, step: Prune | Quantize) -> tuple[LinearWeight, ...]:
+    where, action = step.where, _name_action(step)
+    return select(structure, where.scope, action, where.include, where.exclude, where.layers)
+
+
+def _name_action(step: Prune | Quantize) -> Action:
+    return "prune" if isinstance(step, Prune) else "quantize"
+
+
+def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, Steps]:
+    """Return the steps that act on each weight."""
+    assigned: dict[LinearWeight, Steps] = {}
+    for step in recipe.steps:
         if not isinstance(step, Prune | Quantize):
             continue
-        kind: Action = "prune" if isinstance(step, Prune) else "quantize"
-        where = step.where
-        for weight in select(structure, where.scope, kind, where.include, where.exclude, where.layers):
-            before = actions.get(weight.parameter, _Action(weight))
-            if (before.prune if isinstance(step, Prune) else before.scheme) is not None:
+        for weight in _select_weights(structure, step):
+            prune, quantize = assigned.get(weight, (None, None))
+            if (prune if isinstance(step, Prune) else quantize) is not None:
                 raise UsageError(
-                    f"Two steps would {kind} {weight.module}.",
+                    f"Two steps would {_name_action(step)} {weight.module}.",
                     hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
-            if isinstance(step, Prune):
-                actions[weight.parameter] = _Action(weight, index)
-            else:
-                actions[weight.parameter] = _Action(weight, before.prune, step.chosen, index)
-    return actions
+            assigned[weight] = (step, quantize) if isinstance(step, Prune) else (prune, step)
+    return assigned
 
 
-def _check_methods_fit(changed: Iterable[PlannedTensor], recipe: Recipe) -> None:
+def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
     """Raise UnsupportedError where a tensor has not the shape that its pruning method needs."""
     misfits: dict[str, tuple[Prune, str]] = {}
     for tensor in changed:
-        step = recipe.steps[tensor.prune] if tensor.prune is not None else None
-        if isinstance(step, Prune):
+        if (step := tensor.prune) is not None:
             with METHODS.explain_failures(step.method):
                 why = step.chosen.misfit(tensor.to_prune)
             if why:
@@ -267,36 +260,32 @@ def _check_methods_fit(changed: Iterable[PlannedTensor], recipe: Recipe) -> None
         )
 
 
-def _separate(actions: Mapping[str, _Action], sources: Sources) -> None:
+def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
     """Give weights that are stored in one tensor a tensor each, where they are not all pruned by one step alone."""
-    for action in actions.values():
-        siblings = sources.find_siblings(action.weight)
-        others = [actions.get(parameter) for parameter in siblings]
-        alike = all(other and (other.prune, other.scheme) == (action.prune, None) for other in others)
-        if siblings and not alike and not sources.split(action.weight):
-            others_of = some_of(set(siblings) - {action.weight.parameter})
+    by_parameter = {weight.parameter: steps for weight, steps in assigned.items()}
+    for weight, (prune, _) in assigned.items():
+        siblings = sources.find_siblings(weight)
+        alike = all(by_parameter.get(parameter) == (prune, None) for parameter in siblings)
+        if siblings and not alike and not sources.split(weight):
             raise UnsupportedError(
-                f"{action.weight.parameter} is stored in one tensor with {others_of}.",
+                f"{weight.parameter} is stored in one tensor with {some_of(set(siblings) - {weight.parameter})}.",
                 why="transformers splits it on loading, and not between rows.",
                 hint="Prune all of them by one step, or none; and quantize none.",
             )
 
 
-def _plan_changed(action: _Action, sources: Sources) -> Iterator[PlannedTensor]:
-    weight = action.weight
+def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Iterator[PlannedTensor]:
     for stored in sources.of(weight):
         yield PlannedTensor(
             stored.name if sources.is_stored(weight.parameter) else weight.parameter,
             stored,
             weight.group or "other",
             weight.module,
-            action.prune,
-            action.scheme,
+            *steps,
             created=sources.is_borrowed(weight, stored),
             transposed=weight.transposed != sources.is_transposed_on_loading(stored),
             sharing=weight.sharing,
             parameter=weight.parameter,
-            quantize=action.quantize,
         )
 
 
@@ -331,11 +320,10 @@ def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
         )
 
 
-def _check_reachable(tensors: Iterable[PlannedTensor], recipe: Recipe) -> None:
+def _check_reachable(tensors: Iterable[PlannedTensor]) -> None:
     """Raise UnsupportedError where a step needs to see what no text reaches: the towers of multimodal models."""
     for tensor in tensors:
-        steps = [recipe.steps[index] for index in (tensor.prune, tensor.quantize) if index is not None]
-        if tensor.group == "vision" and any(step.calibrated for step in steps):
+        if tensor.group == "vision" and tensor.is_calibrated:
             raise UnsupportedError(
                 f"{tensor.module} cannot be calibrated: it reads no text.",
                 hint="Leave --scope vision to methods that look at weights alone.",
@@ -348,15 +336,6 @@ def _collect_targets(changed: Iterable[PlannedTensor]) -> dict[Scheme, tuple[str
         if tensor.scheme and tensor.module:
             targets.setdefault(tensor.scheme, []).extend((tensor.module, *tensor.sharing))
     return {scheme: tuple(modules) for scheme, modules in targets.items()}
-
-
-@dataclass(frozen=True)
-class Untied:
-    """Weight that got values of its own: its `name`, what it was `tied_to`, and the `bytes` that this costs."""
-
-    name: str
-    tied_to: str
-    bytes: int
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.steps import Quantize
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import select
 from compressknow.model.tensors import OpenFiles, read_header
@@ -71,7 +72,9 @@ def by_stream(weight: Tensor, size: int, folder: Path) -> dict[str, Tensor]:
     """The same as the conversion writes it, from file to file."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", scheme=of_groups(size))
+    planned = PlannedTensor(
+        "layer.weight", stored, "other", "layer", quantize=Quantize("int4", parameters={"group_size": size})
+    )
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:

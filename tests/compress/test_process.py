@@ -22,7 +22,6 @@ from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Work
 from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune, Quantize, Step, Where
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.long import one_in
@@ -196,8 +195,8 @@ def written_by(weight: Tensor, scheme: str | None, folder: Path, mask: EachBlock
     """What the conversion writes of one weight, and what it says of it."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    chosen = SCHEMES[scheme] if scheme else None
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", prune=0, scheme=chosen)
+    quantize = Quantize(scheme) if scheme else None
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", Prune(0.5), quantize)
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:

@@ -98,7 +98,7 @@ def by_stream(weight: Tensor, scheme: str, folder: Path) -> dict[str, Tensor]:
     """The same as the conversion writes it, from file to file."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", scheme=SCHEMES[scheme])
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", quantize=Quantize(scheme))
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:

@@ -43,7 +43,7 @@ from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import BlockMask, Mask, Pruned
 from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import Scheme, nearest
-from compressknow.compress.steps import Prune, Quantize, Step, prune_matrix
+from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 
@@ -97,7 +97,7 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     places = _group_by_block(plan.structure)
     targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     widths: list[list[int]] = []
-    if any(_needs_products(step) for step in plan.recipe.steps):
+    if any(map(_reads_products, plan.tensors)):
         for weights in places.values():
             # Layers side by side in a module as a rule read the same tensor.
             own = [weight for weight in weights if weight.parameter in targets]
@@ -111,10 +111,9 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     return Estimate(blocks, _count_bytes(places, tokens, squares, outside), operations / pace)
 
 
-def _needs_products(step: Step) -> bool:
-    if isinstance(step, Quantize):
-        return step.rounding == "gptq"
-    return isinstance(step, Prune) and step.chosen.needs == "products"
+def _reads_products(tensor: PlannedTensor) -> bool:
+    prune, quantize = tensor.prune, tensor.quantize
+    return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
 
 
 Places = Mapping[str, Sequence[LinearWeight]]
@@ -276,11 +275,10 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         self._result, self._waits = result, waits
 
     def make_sums(self, targets: Sequence[PlannedTensor]) -> Sums:
-        steps = [self._plan.quantize_step(tensor) for tensor in targets]
         return Sums(
             dict.fromkeys(tensor.parameter for tensor in targets),
-            products=any(map(self._needs_products, targets)),
-            peaks=any(step and step.smooth is not None for step in steps),
+            products=any(map(_reads_products, targets)),
+            peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
             check=self._work.pool.check,
         )
 
@@ -314,14 +312,10 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._streamed.replace(tensor.parameter, tensor.source, values)
         del self._sums[module]
 
-    def _needs_products(self, tensor: PlannedTensor) -> bool:
-        prune, quantize = self._plan.prune_step(tensor), self._plan.quantize_step(tensor)
-        return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
-
     def _smooth(self, module: str, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
         columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
-        alphas = find_alphas(self._plan, self._targets[module])
+        alphas = find_alphas(self._targets[module])
         if not alphas or module not in self._streamed.blocks:
             return {}
         model, sums = self._streamed.model, self.get_sums(module)
@@ -357,8 +351,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
     def compress(self, sums: AnySums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
         """Write one tensor, and return the values that were written, float32."""
-        is_calibrated = self._plan.is_calibrated(tensor)
-        statistics = self._read_statistics(tensor, sums) if is_calibrated else []
+        statistics = self._read_statistics(tensor, sums) if tensor.is_calibrated else []
         own_factors = factors.get(tensor.parameter)
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
@@ -368,15 +361,14 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         rounding = nearest
-        step = self._plan.quantize_step(tensor)
-        if step and step.rounding == "gptq":
+        if tensor.quantize and tensor.quantize.rounding == "gptq":
             seen = statistics[0] if own_factors is None else divide_statistics(statistics[0], own_factors)
 
             def rounding(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
                 return gptq(values, scales, scheme, seen, values == 0)
 
-        treatment = Treatment(rounding, whole=is_calibrated, factors=own_factors, see=see)
+        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=see)
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 
@@ -392,7 +384,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             statistics = sums.get(Key(tensor.parameter, matrix))
             if statistics is None or (is_expert and statistics.tokens < LEAST_TOKENS):
                 self._result.unseen.append(tensor.name if matrices == 1 else f"{tensor.name}[{matrix}]")
-                products = torch.eye(width) if self._needs_products(tensor) else None
+                products = torch.eye(width) if _reads_products(tensor) else None
                 name = tensor.module or tensor.name
                 statistics = InputStatistics(name, 0, torch.ones(width), torch.ones(width), products)
             known.append(statistics)
@@ -400,7 +392,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
     def _prune(self, tensor: PlannedTensor, statistics: Sequence[InputStatistics]) -> Mask | None:
         """Prune a tensor by a method that looks at activations; None if it is not pruned so."""
-        step = self._plan.prune_step(tensor)
+        step = tensor.prune
         if step is None or not step.calibrated:
             return None
         values = read_tensor(self._work.files, tensor.source)

@@ -206,10 +206,11 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
     )
 
 
-def find_alphas(plan: Plan, tensors: Iterable[PlannedTensor]) -> dict[str, float]:
+def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
     """Return alpha for each parameter to smooth."""
-    steps = {tensor.parameter: plan.quantize_step(tensor) for tensor in tensors}
-    return {name: step.smooth for name, step in steps.items() if step and step.smooth}
+    return {
+        tensor.parameter: tensor.quantize.smooth for tensor in tensors if tensor.quantize and tensor.quantize.smooth
+    }
 
 
 def raise_unsmoothable(module: str) -> NoReturn:
@@ -271,7 +272,7 @@ class _SmoothingTrial(Visitor):
     def __init__(self, plan: Plan, streamed: StreamedModel, pool: Pool) -> None:
         self._streamed, self._pool = streamed, pool
         targets = group_in_scope(plan, streamed, repeated=False)
-        wanted = {module: names for module, tensors in targets.items() if (names := list(find_alphas(plan, tensors)))}
+        wanted = {module: names for module, tensors in targets.items() if (names := list(find_alphas(tensors)))}
         self._blocks = {module: names for module, names in wanted.items() if module in streamed.blocks}
         if not self._blocks:
             raise_unsmoothable(next(iter(wanted)))
