@@ -5,7 +5,7 @@ from __future__ import annotations
 from _thread import start_new_thread
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -13,17 +13,6 @@ from compressknow.base.system import available_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Map(Protocol):
-    """Function that applies a task to items and returns the results in their order."""
-
-    def __call__(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]: ...
-
-
-def in_turn(task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-    """Apply a task to one item after the other, in the calling thread."""
-    return [task(item) for item in items]
 
 
 class Stopped(Exception):

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from compressknow.compress.blocks import (
 )
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pool import Pool
-from compressknow.compress.pruning import Mask, Pruned
+from compressknow.compress.pruning import METHODS, Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
@@ -97,7 +98,7 @@ class Work(Reader):
         before = self.unfitted.get(planned.source.name)
         silent = Reader(self.pool, self.files, lambda _: None)
         unfitted = None if before is None else silent.blocks(before, whole=treatment.whole)
-        tally = _Tally(planned.source, mask, unfitted)
+        tally = _Tally(planned, mask, unfitted)
         writer = self.writer(planned.names(planned.stored[0])[0])
         if planned.scheme is None:
             for block in self.blocks(planned.source, whole=treatment.whole):
@@ -126,7 +127,7 @@ class Work(Reader):
         """Compute the one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
         if scheme.scale_per != "tensor":
             return None
-        tally, largest = _Tally(planned.source, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
+        tally, largest = _Tally(planned, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
         with SCHEMES.explain_failures(scheme.name):
@@ -228,8 +229,11 @@ class _Coder:
 class _Tally:
     """Counts and energies (sums of squares) of a tensor, added up over its blocks in their order."""
 
-    def __init__(self, source: StoredTensor, mask: Mask | None, unfitted: Iterator[Block] | None = None) -> None:
-        self._source, self._mask, self._unfitted = source, mask.start() if mask else None, unfitted
+    def __init__(self, planned: PlannedTensor, mask: Mask | None, unfitted: Iterator[Block] | None = None) -> None:
+        self._source, self._unfitted = planned.source, unfitted
+        self._explain_failures = partial(METHODS.explain_failures, planned.prune.method if planned.prune else "")
+        with self._explain_failures():
+            self._mask = mask.start() if mask else None
         self.zeros_before = self.zeros = self.pruned = self.refilled = 0
         self.energy = self.error_energy = 0.0
         # Of a block that was given new values, those that it had: how far apart they are is no sum of single steps.
@@ -247,7 +251,8 @@ class _Tally:
         self.zeros_before += before.size - int(np.count_nonzero(before))
         self.energy += _sum_squares(values if self._original is None else self._original)
         if self._mask is not None:
-            chosen = self._mask(block)
+            with self._explain_failures():
+                chosen = self._mask(block)
             pruned = chosen.mask if isinstance(chosen, Pruned) else chosen
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(chosen, Pruned):

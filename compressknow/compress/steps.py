@@ -16,9 +16,9 @@ from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patt
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.compress.blocks import Block, Reader
+    from compressknow.compress.blocks import Reader
     from compressknow.compress.calibrate.gathering import InputStatistics
-    from compressknow.compress.pruning import BlockMask, BoolArray, Mask, Pruned
+    from compressknow.compress.pruning import Mask
 
 # Parameters that every prune step says, whatever its method has of them.
 SHARED = ("per_layer", "norm", "dim", "seed")
@@ -442,7 +442,7 @@ def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> lis
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
             raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
-    return [_ThirdPartyMask(step.method, mask) if METHODS.is_added(step.method) else mask for mask in masks]
+    return list(masks)
 
 
 def prune_matrix(
@@ -460,21 +460,3 @@ def prune_matrix(
                 f"{step.method} gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}."
             )
     return mask, values
-
-
-@dataclass(frozen=True)
-class _ThirdPartyMask:
-    """Mask of another package, which may fail in any way."""
-
-    method: str
-    mask: Mask
-
-    def start(self) -> BlockMask:
-        with METHODS.explain_failures(self.method):
-            mask_block = self.mask.start()
-
-        def mask_or_explain(block: Block) -> BoolArray | Pruned:
-            with METHODS.explain_failures(self.method):
-                return mask_block(block)
-
-        return mask_or_explain

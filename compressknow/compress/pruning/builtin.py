@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from compressknow.base.errors import CheckpointError
 from compressknow.compress.parameters import parameter
-from compressknow.compress.pruning import Calibrated, Mask, Needs, Pattern, Patterned, PruningMethod, Weights
+from compressknow.compress.pruning import Calibrated, Mask, Needs, Patterned, PruningMethod, Weights
 
 if TYPE_CHECKING:
     import torch
 
     from compressknow.compress.blocks import Block, Reader
-    from compressknow.compress.calibrate.compensation import Level
     from compressknow.compress.calibrate.gathering import InputStatistics
     from compressknow.compress.pruning.masks import KeyMaker, Keys
     from compressknow.model.tensors import StoredTensor
@@ -254,63 +253,36 @@ class SparseGPT(Patterned, Calibrated):
 
         Raises CompressknowError naming the layer if X^T X cannot be inverted.
         """
-        from compressknow.compress.calibrate.compensation import compensate, get_inverse
+        import torch
+
+        from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
+        from compressknow.compress.pruning.masks import make_score_keys, mask_smallest_of_rows
 
         factor, _ = get_inverse(inputs)
         columns = weight.T.contiguous().clone()
-        zero = columns == 0
-        choice = _Choice(zero, factor.diagonal().square(), amount, self.groups)
-        values = columns.clone()
+        values, zero, rows = columns.clone(), columns == 0, len(weight)
+        pruned = torch.zeros_like(zero)
+        divisors = factor.diagonal().square()
+
+        def choose(first: int, block: torch.Tensor) -> None:
+            """Choose what goes of a block of columns once all errors before it have reached it: of each group, or so
+            many that the amount is right up to here; ties go in the order of rows, then of columns."""
+            here = slice(first, first + len(block))
+            scores = block.square().div_(divisors[here, None])
+            keys = make_score_keys(scores.T.contiguous(), zero[here].T)
+            if self.groups:
+                chosen = mask_smallest_of_rows(keys, self.groups.pruned)
+            else:
+                count = round(amount * rows * here.stop) - round(amount * rows * first)
+                chosen = mask_smallest_of_rows(keys.reshape(1, -1), count).reshape(keys.shape)
+            pruned[here] = torch.from_numpy(chosen).T
 
         def settle(column: int, current: torch.Tensor) -> torch.Tensor:
-            return values[column].copy_(current).masked_fill_(choice.pruned[column] | zero[column], 0)
+            return values[column].copy_(current).masked_fill_(pruned[column] | zero[column], 0)
 
-        compensate(columns, factor, choice.build_levels(), settle)
-        return choice.pruned.T.contiguous(), values.T.contiguous()
-
-
-class _Choice:
-    """Choice of `pruned` weights, bool [in, out], for a block of columns once all errors before it have reached it."""
-
-    def __init__(self, zero: torch.Tensor, scale: torch.Tensor, amount: float, pattern: Pattern | None) -> None:
-        import torch
-
-        self.pruned = torch.zeros_like(zero)
-        self._zero, self._scale, self._amount, self._pattern = zero, scale, amount, pattern
-
-    def build_levels(self) -> list[Level]:
-        from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level
-
-        if self._pattern is None:
-            return [Level(BLOCK, self._choose_amount), Level(FINE)]
-        group = self._pattern.of
-        fine = group * max(1, FINE // group)
-        return [Level(fine * max(1, BLOCK // fine)), Level(fine), Level(group, self._choose_in_groups)]
-
-    def _choose_amount(self, first: int, block: torch.Tensor) -> None:
-        """Choose so many that the amount is right up to this block; ties go in the order of rows, then of columns."""
-        import torch
-
-        from compressknow.compress.pruning.masks import mask_smallest_of_rows
-
-        last, rows = first + len(block), block.shape[1]
-        count = round(self._amount * rows * last) - round(self._amount * rows * first)
-        pruned = mask_smallest_of_rows(self._make_keys(first, block).reshape(1, -1), count)
-        self.pruned[first:last] = torch.from_numpy(pruned).view(rows, -1).T
-
-    def _choose_in_groups(self, first: int, block: torch.Tensor) -> None:
-        import torch
-
-        from compressknow.compress.pruning.masks import mask_smallest_of_rows
-
-        assert self._pattern is not None
-        pruned = mask_smallest_of_rows(self._make_keys(first, block), self._pattern.pruned)
-        self.pruned[first : first + len(block)] = torch.from_numpy(pruned).T
-
-    def _make_keys(self, first: int, block: torch.Tensor) -> Keys:
-        """Return keys of the scores, [out, columns of the block]."""
-        from compressknow.compress.pruning.masks import make_score_keys
-
-        here = slice(first, first + len(block))
-        scores = block.square().div_(self._scale[here, None])
-        return make_score_keys(scores.T.contiguous(), self._zero[here].T)
+        levels = [Level(BLOCK, choose), Level(FINE)]
+        if self.groups:
+            fine = self.groups.of * max(1, FINE // self.groups.of)
+            levels = [Level(fine * max(1, BLOCK // fine)), Level(fine), Level(self.groups.of, choose)]
+        compensate(columns, factor, levels, settle)
+        return pruned.T.contiguous(), values.T.contiguous()

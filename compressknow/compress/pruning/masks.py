@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressknow.compress.blocks import BIT_LAYOUTS, Block, Reader, check_finite, magnitude_keys
-from compressknow.compress.pool import Map, in_turn
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.model.tensors import StoredTensor, torch_dtype
 
@@ -32,13 +32,15 @@ Keys = npt.NDArray[np.signedinteger]
 KeyReader = Callable[[int], Iterator[Keys]]
 
 
-def select_smallest(run: Map, count: int, amount: int, bits: int, keys: KeyReader) -> tuple[int, tuple[int, ...]]:
+def select_smallest(
+    run: Callable[..., list[Any]], count: int, amount: int, bits: int, keys: KeyReader
+) -> tuple[int, tuple[int, ...]]:
     """Find where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor and index order: weights
     with lower keys than the first result go, and in tensor i the first ``ties[i]`` of those with exactly this key.
 
     Parameters
     ----------
-    run : applies a function to each tensor's position (`Pool.map`, or `in_turn`).
+    run : applies a function to each tensor's position, as `Pool.map` does.
     bits : width of the keys, 15 or 31.
     keys : the tensors' keys; read one to three times.
     """
@@ -176,9 +178,12 @@ def smallest(
     if isinstance(amounts, int):
         key, ties = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
         return [KeyMask(key, each, maker) for each, maker in zip(ties, makers, strict=True)]
-    singles = reader.pool.map(
-        lambda i: select_smallest(in_turn, 1, amounts[i], bits, lambda _: keys(i)), range(len(tensors))
-    )
+
+    def select_alone(index: int) -> tuple[int, tuple[int, ...]]:
+        run_in_turn = lambda task, items: [task(item) for item in items]  # noqa: E731
+        return select_smallest(run_in_turn, 1, amounts[index], bits, lambda _: keys(index))
+
+    singles = reader.pool.map(select_alone, range(len(tensors)))
     return [KeyMask(key, ties, maker) for (key, (ties,)), maker in zip(singles, makers, strict=True)]
 
 
