@@ -9,7 +9,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -56,11 +57,8 @@ def check_gguf(path: Path) -> None:
     """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
     where its tensors do not lie as it says; OSError where it cannot be opened.
     """
-    with open_regular(path) as file:
-        try:
-            _Header(file).check()
-        except (struct.error, RecursionError):
-            raise CutShort("it is cut short") from None
+    with _open_header(path) as header:
+        header.check_places(header.read())
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
@@ -68,11 +66,23 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
+    with _open_header(path) as header:
+        tensors = [tensor for tensor in header.read() if tensor.kind in _PLAIN]
+        start, size = header.data_start, header.size
+    stored = [
+        StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
+        for t in tensors
+    ]
+    return [each for each in stored if each.offset + each.nbytes <= size]
+
+
+@contextmanager
+def _open_header(path: Path) -> Iterator[_Header]:
     with open_regular(path) as file:
         try:
-            return _Header(file).plain(path)
+            yield _Header(file)
         except (struct.error, RecursionError):
-            raise NotReadable("it is cut short") from None
+            raise CutShort("it is cut short") from None
 
 
 class _Tensor(NamedTuple):
@@ -84,24 +94,11 @@ class _Tensor(NamedTuple):
 
 class _Header:
     def __init__(self, file: BufferedReader) -> None:
-        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
         self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
 
-    def check(self) -> None:
-        self._check_places(self._read())
-
-    def plain(self, path: Path) -> list[StoredTensor]:
-        tensors = self._read()
-        start = self._aligned(self._file.tell())
-        stored = [
-            StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
-            for t in tensors
-            if t.kind in _PLAIN
-        ]
-        return [each for each in stored if each.offset + each.nbytes <= self._size]
-
-    def _read(self) -> list[_Tensor]:
+    def read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
             raise CutShort("it is no GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
@@ -156,12 +153,17 @@ class _Header:
         shape = tuple(self._number("Q") for _ in range(dimensions))
         return _Tensor(name, shape, self._number("I"), self._number("Q"))
 
-    def _check_places(self, tensors: list[_Tensor]) -> None:
+    @property
+    def data_start(self) -> int:
+        """Return where the tensors begin, once the header was read."""
+        return self._aligned(self._file.tell())
+
+    def check_places(self, tensors: list[_Tensor]) -> None:
         """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
-        start, end = self._aligned(self._file.tell()), 0
+        start, end = self.data_start, 0
         for tensor in tensors:
             if (found := _OF_A_BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
                 raise NotReadable(
@@ -173,7 +175,7 @@ class _Header:
                 raise NotReadable(f"a tensor in it lies at {tensor.offset:,}, and the one before it ends at {end:,}")
             values, nbytes = sizes[tensor.kind]
             end = tensor.offset + math.prod(tensor.shape) // values * nbytes
-        if tensors and start + end > self._size:
+        if tensors and start + end > self.size:
             raise CutShort("it is cut short")
 
     def _aligned(self, place: int) -> int:
@@ -191,7 +193,7 @@ class _Header:
         return self._file.read(length)
 
     def _skip(self, count: int) -> None:
-        if count > self._size - self._file.tell():
+        if count > self.size - self._file.tell():
             raise CutShort("it is cut short")
         self._file.seek(count, os.SEEK_CUR)
 
@@ -254,16 +256,16 @@ def tensors_of(reader: Any) -> dict[str, Tensor]:
 
 def groups_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the group of each tensor by its name; a tied embedding is the final layer too."""
-    tied = not any(name.startswith("output.") for name in tensors)
-    return {name: _group(tensor, tied) for name, tensor in tensors.items()}
+    is_tied = not any(name.startswith("output.") for name in tensors)
 
+    def find_group(tensor: Tensor) -> str:
+        if len(tensor.shape) < 2:
+            return NOT_LINEAR
+        if tensor.name.startswith("token_embd."):
+            return "final" if is_tied else EMBEDDING
+        return next((group for group, named in NAMED if named.match(tensor.name)), UNPLACED)
 
-def _group(tensor: Tensor, tied: bool) -> str:
-    if len(tensor.shape) < 2:
-        return NOT_LINEAR
-    if tensor.name.startswith("token_embd."):
-        return "final" if tied else EMBEDDING
-    return next((group for group, named in NAMED if named.match(tensor.name)), UNPLACED)
+    return {name: find_group(tensor) for name, tensor in tensors.items()}
 
 
 def value_of(reader: Any, key: str) -> Any:

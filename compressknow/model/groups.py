@@ -249,7 +249,7 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
     return min(rows, parameter.numel() // rows) * 8 >= max(width, 8)
 
 
-def uses_of(config: Any, module: str, layer: int | None, names: int = 1) -> int:
+def uses_of(config: Any, module: str, layer: int | None, names: int) -> int:
     """Count how often one forward pass applies a weight, at each of the `names` under which it hangs in the tree, by
     the config of the nearest module around it which has one."""
     if "_adapter_list." in module:

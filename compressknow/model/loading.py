@@ -126,12 +126,8 @@ def open_complete(
     checkpoint = open_checkpoint(model, revision)
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     # What is quantized already has other tensors than its module tree; it is refused for that.
-    if checkpoint.tensors and not checkpoint.config.get("quantization_config"):
-        _refuse_incomplete(checkpoint, tree)
-    return checkpoint, tree
-
-
-def _refuse_incomplete(checkpoint: Checkpoint, tree: PreTrainedModel) -> None:
+    if not checkpoint.tensors or checkpoint.config.get("quantization_config"):
+        return checkpoint, tree
     report = load_report(type(tree), tree.config, headers_of(checkpoint))
     if missing := _missing(report, checkpoint, tree):
         count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
@@ -154,6 +150,7 @@ def _refuse_incomplete(checkpoint: Checkpoint, tree: PreTrainedModel) -> None:
             f"{type(tree).__name__} of the tensors that are stored.",
             hint="The config and the weights do not match: download or save both again.",
         )
+    return checkpoint, tree
 
 
 Read = Literal["values", "dtype"]

@@ -89,10 +89,8 @@ def _remote_model(path: Path, raw: dict[str, Any], architecture: str, trust_remo
             "Read that code, then pass --trust-remote-code.",
         )
     config = _config(path, raw, trust_remote_code)
-    try:
+    with _explain_failures(f"The code of {architecture} cannot be loaded."):
         model_class = get_class_from_dynamic_module(_remote_classes(raw)[architecture], str(path.parent))
-    except Exception as error:  # Whatever the checkpoint's own code raises is a fault of the checkpoint.
-        raise CheckpointError(f"The code of {architecture} cannot be loaded.", _reason(error)) from error
     return _build(path, model_class, config)
 
 
@@ -106,25 +104,22 @@ def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrai
             f'{path} has model_type "{model_type}", which transformers {transformers.__version__} does not know.',
             hint="A newer transformers may, or the checkpoint brings its own code: --trust-remote-code.",
         )
-    try:
+    with _explain_failures(f"{path} is no valid config of a {model_type} model."):
         return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # Configs validate themselves with errors of every kind.
-        raise CheckpointError(f"{path} is no valid config of a {model_type} model.", _reason(error)) from error
 
 
 def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
     # A config may ask for a kernel that is not installed here; no layer depends on it.
     config._attn_implementation = "eager"
-    try:
-        with bounded_building(path), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
-            return model
-    except CheckpointError:
-        raise
-    except Exception as error:  # A wrong size may fail anywhere inside transformers.
-        what = f"{path} describes no {model_class.__name__} that can be built."
-        raise CheckpointError(what, _reason(error)) from error
+    with (
+        _explain_failures(f"{path} describes no {model_class.__name__} that can be built."),
+        bounded_building(path),
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
+        return model
 
 
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
@@ -133,10 +128,8 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
     Raises CheckpointError where no such model can be built.
     """
     with _quiet():
-        try:
+        with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
             config = config_from_dict(tree, copy.deepcopy(raw))
-        except Exception as error:  # Configs validate themselves with errors of every kind.
-            raise CheckpointError(f"{path} is no valid config of {type(tree).__name__}.", _reason(error)) from error
         return _build(path, type(tree), config)
 
 
@@ -202,9 +195,16 @@ def _head_is_stored(model: PreTrainedModel, names: set[str]) -> bool:
     return any(tensor is weight and name in names for name, tensor in model.state_dict(keep_vars=True).items())
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"
+@contextmanager
+def _explain_failures(what: str) -> Iterator[None]:
+    """Raise CheckpointError for whatever the checkpoint's own code raises, configs, which validate themselves with
+    errors of every kind, and wrong sizes, which may fail anywhere inside transformers."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(what, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
 
 
 @contextmanager

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from compressknow.model.checkpoint import Checkpoint
 
-Ties = dict[str, str]
-
 
 class Inspection(Shown, dict[str, Any]):
     """Summary of a checkpoint: the content of ``inspect --json``.
@@ -172,7 +170,9 @@ def _untie_head(config: dict[str, Any], structure: Structure) -> Structure:
     return replace(structure, tied={name: source for name, source in structure.tied.items() if name not in heads})
 
 
-def _stored_dtypes(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> tuple[dict[str, str], Ties]:
+def _stored_dtypes(
+    checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
     from compressknow.model.naming import Naming, find_suppliers, packed_weights
 

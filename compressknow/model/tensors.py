@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from compressknow.base.errors import CheckpointError
@@ -83,18 +82,6 @@ class StoredTensor:
         loaded = None if self.loaded is None else self.loaded[start:stop]
         return replace(self, name=name, shape=(len(rows), *self.shape[1:]), offset=self.offset + start, loaded=loaded)
 
-    def read_into(self, buffer: memoryview, start: int, descriptor: int | None) -> None:
-        """Fill `buffer` (bytes) from byte `start` of the tensor; `descriptor` is its file, open for reading.
-
-        Raises CheckpointError where the file ends before the buffer is full.
-        """
-        if self.loaded is not None:
-            buffer[:] = self.loaded[start : start + len(buffer)]
-            return
-        assert descriptor is not None
-        if read_at(descriptor, buffer, self.offset + start) < len(buffer):
-            raise CheckpointError(f"{self.file} ended while {self.name} was read: it changed under the conversion.")
-
 
 # The largest magnitude that is a number, of floats as integers without their sign.
 _LARGEST = {
@@ -127,16 +114,20 @@ class OpenFiles:
     def __enter__(self) -> OpenFiles:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
     def read_into(self, tensor: StoredTensor, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
-        tensor.read_into(buffer, start, None if tensor.loaded is not None else self.descriptor(tensor.file))
+        """Fill `buffer` with the tensor's bytes from `start` on.
+
+        Raises CheckpointError where the file ends before the buffer is full.
+        """
+        if tensor.loaded is not None:
+            buffer[:] = tensor.loaded[start : start + len(buffer)]
+        elif read_at(self._open(tensor.file), buffer, tensor.offset + start) < len(buffer):
+            raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read: it changed under the conversion.")
 
     def chunks(self, tensor: StoredTensor, size: int) -> Iterator[memoryview]:
         """Yield the tensor's bytes in pieces of at most `size`, each valid until the next is asked for."""
@@ -146,7 +137,7 @@ class OpenFiles:
             self.read_into(tensor, piece, start)
             yield piece
 
-    def descriptor(self, file: Path) -> int:
+    def _open(self, file: Path) -> int:
         if file not in self._descriptors:
             opened = open_to_read(file)
             # Two threads may open the same file at once; the first to register it wins.
@@ -230,7 +221,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from None
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_layout(path, tensors, data_start, path.stat().st_size)
+    position, size = data_start, path.stat().st_size
+    for tensor in tensors:
+        if tensor.offset != position:
+            raise _damaged(path, f"{tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
+        position += tensor.nbytes
+    if position != size:
+        raise _damaged(path, f"its tensors end at byte {position:,}, the file at {size:,}: it is truncated or padded")
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -282,16 +279,6 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
     if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
         raise ValueError(f"{name} has shape {shape} but {end - start} bytes")
     return StoredTensor(name, dtype, tuple(shape), path, data_start + start)
-
-
-def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
-    position = data_start
-    for tensor in tensors:
-        if tensor.offset != position:
-            raise _damaged(path, f"{tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
-        position += tensor.nbytes
-    if position != size:
-        raise _damaged(path, f"its tensors end at byte {position:,}, the file at {size:,}: it is truncated or padded")
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
@@ -371,18 +358,13 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
         state: Any = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # A damaged pickle may fail anywhere inside torch.
         raise _unreadable(path, error) from None
-    if not isinstance(state, dict) or not state or not all(_is_entry(*item) for item in state.items()):
+    tensors = list(state.values()) if isinstance(state, dict) and all(isinstance(name, str) for name in state) else []
+    if not tensors or not all(isinstance(each, torch.Tensor) and each.layout == torch.strided for each in tensors):
         raise CheckpointError(
             f"{path} holds no flat state dict (tensor by name).",
             hint="Save model.state_dict() with save_pretrained, without optimizer or trainer state around it.",
         )
     return state
-
-
-def _is_entry(name: Any, value: Any) -> bool:
-    import torch
-
-    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
