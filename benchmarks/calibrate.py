@@ -82,7 +82,7 @@ def prepare_floor(job: Job) -> Callable[[], None]:
     import torch
     from transformers import AutoModel
 
-    from compressknow.compress.pool import Pool
+    from compressknow.compress.blocks import Pool
 
     model = AutoModel.from_pretrained(job.source, dtype=torch.float32).eval()
     batches = torch.tensor(json.loads(job.rows.read_text())).split(BATCH)

@@ -34,7 +34,7 @@ import sys
 from pathlib import Path
 from compressknow.compress.output import Layout
 from compressknow.compress.output import OutputFiles
-from compressknow.compress.pool import Pool
+from compressknow.compress.blocks import Pool
 """,
         """
 with Pool(1) as pool:

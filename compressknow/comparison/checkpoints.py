@@ -25,8 +25,7 @@ from compressknow.comparison.weights import (
     renumber_blocks,
     sum_values,
 )
-from compressknow.compress.blocks import Reader
-from compressknow.compress.pool import Pool
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.proof import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located

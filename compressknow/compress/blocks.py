@@ -1,22 +1,25 @@
-"""Blocks of rows of a stored tensor, small, and read one at a time into one buffer.
+"""Threads that each work on a tensor of their own, with torch's own threads off, and read it in blocks of rows.
 
-The block size is fixed, so that sums over blocks do not depend on threads or memory; it fits a core's caches, where
-the many passes of pruning and quantizing cost a tenth of what they cost over a whole tensor.
+Blocks are small, and read one at a time into one buffer. Their size is fixed, so that sums over blocks do not depend on
+threads or memory; it fits a core's caches, where the many passes of pruning and quantizing cost a tenth of what they
+cost over a whole tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from _thread import start_new_thread
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import CheckpointError
-from compressknow.compress.pool import Pool
+from compressknow.base.system import available_cores
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, byte_view, torch_dtype
 
 BLOCK_ELEMENTS = 1 << 18
@@ -42,6 +45,85 @@ BIT_LAYOUTS = {
 }
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """End of a task whose result nobody waits for any more."""
+
+
+class Pool:
+    """Thread pool whose first error stops the rest: long tasks call `check` between two blocks.
+
+    A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
+    who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
+    thread touches no such lock, only a queue that is written in C.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or available_cores()
+        self._stopped = False
+        self._torch_threads = torch.get_num_threads()
+        self._started, self._ended = list[int](), list[bool]()
+        self._wake: SimpleQueue[None] = SimpleQueue()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # A second signal may have ended the wait of `map`.
+        self._stopped = True
+        try:
+            self._wait()
+        finally:
+            torch.set_num_threads(self._torch_threads)
+
+    def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
+        """Return results in the order of `items`; a task begins after those before it have begun.
+
+        Raises the first error, after the tasks under way have ended; then the pool is of no more use.
+        """
+        self.check()
+        jobs = list(items)
+        numbered, results = enumerate(jobs), dict[int, Result]()
+        errors = list[BaseException]()
+
+        def work() -> None:
+            try:
+                torch.set_num_threads(1)
+                for place, item in numbered:
+                    self.check()
+                    results[place] = task(item)
+            except BaseException as error:
+                errors.append(error)
+                self._stopped = True
+            self._ended.append(True)
+            self._wake.put(None)
+
+        threads = min(self.threads, len(jobs))
+        try:
+            # In one step, between whose halves no signal comes.
+            self._started.extend(map(start_new_thread, [work] * threads, [()] * threads))
+            self._wait()
+        except BaseException:
+            self._stopped = True
+            self._wait()
+            raise
+        if errors:
+            raise errors[0]
+        return [results[place] for place in range(len(jobs))]
+
+    def _wait(self) -> None:
+        while len(self._ended) < len(self._started):
+            self._wake.get()
+
+    def check(self) -> None:
+        """Raise Stopped where another task has failed or the user has interrupted."""
+        if self._stopped:
+            raise Stopped
+
+
 Progress = Callable[[int], None]
 
 
@@ -61,14 +143,9 @@ class Reader:
         columns: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
-        """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; ends with Stopped where
-        the pool was stopped.
-
-        Parameters
-        ----------
-        columns : blocks have as many rows as those of a tensor that is so wide.
-        rows : those of its rows alone, numbered anew.
-        """
+        """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
+        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide. Ends
+        with Stopped where the pool was stopped."""
         count, width = matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))
@@ -105,8 +182,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """View the bits of a block as integers, in the same memory. (On integers and masks numpy is several times
-    faster.)"""
+    """View the bits of a block as integers, in the same memory: numpy is several times faster on these."""
     return values.view(BIT_LAYOUTS[values.dtype].integer).numpy()
 
 
@@ -118,8 +194,7 @@ def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
 
 
 def raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
-    """Return an integer per element of `raw` bytes in a safetensors dtype: 0 where the element is zero, of either
-    sign."""
+    """Return an integer per element of `raw` bytes in a safetensors dtype, 0 where it is zero, of either sign."""
     size = DTYPE_SIZES[dtype]
     elements = np.frombuffer(raw, dtype=INTEGERS[size])
     return elements & INTEGERS[size]((1 << (8 * size - 1)) - 1) if dtype in FLOATS else elements

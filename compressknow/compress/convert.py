@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
@@ -173,8 +172,7 @@ def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
 def _write_tensors(
     work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, Measured], shards: tuple[str, ...]
 ) -> tuple[dict[str, str], dict[str, Measured]]:
-    """Write all tensors but those that are `done`, and hash the source's `shards` beside that: both keep every core
-    busy, largest task first."""
+    """Write all tensors but those `done`, and hash the `shards` beside that, largest first: both keep cores busy."""
     hashes: dict[str, str] = {}
     measured = dict(done)
 
@@ -214,13 +212,11 @@ class VariantMaker:
         self,
         model: str | Path,
         *,
-        revision: str | None = None,
         trust_remote_code: bool = False,
-        threads: int | None = None,
         texts: Path | None = None,
     ) -> None:
-        self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-        self._threads, self._trust_remote_code, self._folder_of_texts = threads, trust_remote_code, texts
+        self.checkpoint, self.tree = open_complete(model, trust_remote_code=trust_remote_code)
+        self._trust_remote_code, self._folder_of_texts = trust_remote_code, texts
         self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
         self._shared: dict[str, tuple[torch.Tensor, Measured]] = {}
@@ -241,13 +237,12 @@ class VariantMaker:
     def make(self, plan: Plan) -> Variant:
         """Return the converted checkpoint of a plan of this maker: the very tensors that `convert` would write.
 
-        Raises CheckpointError where a weight in scope is NaN or infinite, and what `make_text`, `decide` and
-        `calibrate` do.
+        Raises CheckpointError where a weight in scope is no number, and what `make_text`, `decide` and `calibrate` do.
         """
         from compressknow.engine.load import Variant
 
         memory = Memory(self._shared)
-        manifest = carry_out(plan, memory, self.text(plan), threads=self._threads)
+        manifest = carry_out(plan, memory, self.text(plan))
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
 

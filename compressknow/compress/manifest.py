@@ -116,7 +116,7 @@ def dry_run(plan: Plan) -> Manifest:
     if plan.recipe.calibration is not None:
         from compressknow.compress.calibrate.compression import estimate
 
-        summary["estimate"] = estimate(plan)._asdict()
+        summary["estimate"] = estimate(plan)
     return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})
 
 
@@ -212,7 +212,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         "neurons": [
             {
                 **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
-                "modules": [network.down.module for network in drop.networks],
+                "modules": [down.module for down in drop.networks],
                 # Nothing before the text has said which.
                 **({"dropped": _list_dropped(drop, removal)} if removal.selected else {}),
             }
@@ -224,7 +224,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
     """Return the neurons that went, of each network."""
-    remaining = [set(removal.selected[network.down.parameter]) for network in drop.networks]
+    remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
     return [ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 
 
@@ -245,8 +245,7 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
 
 
 def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return ||written - original|| / ||original|| of the weights of all rows together; None where a row lacks its
-    norm.
+    """Return ||written - original|| / ||original|| of the weights of all rows; None where a row lacks its norm.
 
     >>> pool_errors([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePath
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -22,9 +21,9 @@ from compressknow.base.errors import CheckpointError
 from compressknow.base.progress import Repeating
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import new_file, write_at
+from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import Manifest, serialize
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, TensorWriter
 from compressknow.compress.proof import build_config, prove_written
 from compressknow.compress.staging import Staging
@@ -62,7 +61,7 @@ class NewFolder(Staging):
     """
 
     # Tensors that are there already, with what was measured of them.
-    known: Mapping[str, Measured] = MappingProxyType({})
+    known: ClassVar[Mapping[str, Measured]] = {}
 
     def __init__(
         self, output: str | Path, source: Checkpoint, *, overwrite: bool = False, render_card: RenderCard | None = None
@@ -72,9 +71,7 @@ class NewFolder(Staging):
         self._weights: OutputFiles | None = None
         super().__init__(Path(output), overwrite=overwrite, source=source.folder)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if self._weights:
                 self._weights.close()
@@ -83,8 +80,7 @@ class NewFolder(Staging):
 
     def open(self, plan: Plan) -> None:
         """Make the weight files at their full size."""
-        layout = lay_out(plan.tensors, plan.checkpoint.shards)
-        self._weights = OutputFiles(self.folder, layout)
+        self._weights = OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def writer(self, tensor_name: str) -> TensorWriter:
         assert self._weights
@@ -178,8 +174,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Layout:
-    """Weight files: `headers` gives each file's first bytes, `sizes` its whole size, `places` the file and offset of
-    each tensor by name."""
+    """Weight files: the first bytes of each, the whole size of each, and the file and offset of each tensor by name."""
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
@@ -188,8 +183,7 @@ class Layout:
 
 
 def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
-    """Lay out one safetensors file for each of the source's weight files of which tensors are left, with an index where
-    there are several.
+    """Lay out a safetensors file for each of the source's of which tensors are left, and an index of several.
 
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
     each lies aligned without holes, which the format forbids.
@@ -320,14 +314,21 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
     modules = module_folders(folder)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+    for name in walk_visible(folder):
+        path = folder / name
         weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
-        if hidden or weights or str(name) in REPLACED:
+        if weights or str(name) in REPLACED:
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
         if path.is_file():
             check_inside(folder, path)
             yield name.as_posix()
+
+
+def walk_visible(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder, at any depth, by the path within it, in order, but what is hidden (as by Git)."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not any(part.startswith((".", "__pycache__")) for part in name.parts):
+            yield name

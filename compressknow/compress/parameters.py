@@ -87,7 +87,6 @@ class Option(Parameter):
     kind : bool, int, float, str, ``int | str`` or a Literal.
     of, field : the class and its attribute; `usual` is what that is by default.
     key : what a recipe and a grid call it.
-    choices : what it can be.
     metavar : what stands for its value on the help page.
     share : whether ``20%`` says it too.
     repeats : whether there may be several.
@@ -129,8 +128,7 @@ def list_options(step: type) -> tuple[Option, ...]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,))
 class Parametric:
-    """Base of what has a name and parameters, which are the fields of its class. Every subclass is a frozen
-    dataclass."""
+    """Base of what has a name and parameters, the fields of its class; every subclass is a frozen dataclass."""
 
     name = ""
     help = ""

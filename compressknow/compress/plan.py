@@ -62,8 +62,7 @@ class PlannedTensor:
 
     @cached_property
     def stored(self) -> tuple[Stored, ...]:
-        """List what the output holds for it, by suffix of its name: its values first; scales and what else its scheme
-        needs behind them."""
+        """List what the output holds for it, by suffix of its name: its values, then what else its scheme needs."""
         if self.scheme is None:
             return (Stored("", self.source.dtype, self.source.shape),)
         with SCHEMES.explain_failures(self.scheme.name):
@@ -161,12 +160,9 @@ Steps = tuple[Prune | None, Quantize | None]
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
     """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
 
-    Raises
-    ------
-    UsageError : a scope, pattern or layer range matches nothing, or two steps prune or quantize the same weight.
-    CheckpointError : a weight in scope is missing, or its shape disagrees with the config.
-    UnsupportedError : the input is quantized already, or a weight has no quantized form that loads and runs
-        right.
+    Raises UsageError where a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
+    weight, CheckpointError where a weight in scope is missing, or its shape disagrees with the config, UnsupportedError
+    where the input is quantized already, or a weight has no quantized form that loads and runs right.
     """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
@@ -339,12 +335,8 @@ def _collect_targets(changed: Iterable[PlannedTensor]) -> dict[Scheme, tuple[str
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the same model with its final layer untied.
-
-    Raises
-    ------
-    UnsupportedError : the model computes something else when its config says that nothing is tied.
-    """
+    """Return config.json of the same model with its final layer untied. Raises UnsupportedError where the model
+    computes something else when its config says that nothing is tied."""
     forward = inspect.unwrap(type(model).forward)
     if "tie_word_embeddings" in inspect.getsource(forward):
         raise UnsupportedError(
@@ -363,8 +355,7 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that the untied model no longer takes from the one that they were tied to, with that one's
-    name.
+    """Return the parameters that the untied model no longer takes from another, with the name of that one.
 
     BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
     """

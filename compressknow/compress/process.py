@@ -18,6 +18,7 @@ from compressknow.base.reading import open_regular
 from compressknow.compress.blocks import (
     FLOATS,
     Block,
+    Pool,
     Progress,
     Reader,
     check_finite,
@@ -26,9 +27,8 @@ from compressknow.compress.blocks import (
     view_bits,
 )
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Mask, Pruned
-from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest
+from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest, repeat_scales
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 COPY_BYTES = 1 << 20
@@ -77,12 +77,8 @@ class TensorWriter:
 
 @dataclass(frozen=True)
 class Work(Reader):
-    """Reader that writes what it makes of a tensor into the output.
-
-    Attributes
-    ----------
-    writer : opens the place of a tensor in the output, by its name.
-    unfitted : by the name of a source that was fitted anew, what it was before: its error is measured from there.
+    """Reader that writes what it makes of a tensor into the output, where `writer` opens its place, by its name.
+    `unfitted` is, by the name of a source that was fitted anew, what it was before: its error is measured from there.
     """
 
     writer: Callable[[str], TensorWriter]
@@ -294,7 +290,7 @@ class _Tally:
         error = _sum_squares(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
             # Of a weight near the largest float, the nearest step may lie beyond it.
-            spread = scheme.spread(scales, codes.shape[-1])
+            spread = repeat_scales(scales, codes.shape[-1])
             exact = codes.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error

@@ -34,8 +34,7 @@ _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
 def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
-    """Return patterns that match the named modules and none of the `others`, one for all that differ in their numbers
-    alone.
+    """Return patterns that match the named modules and none of the `others`, one for all that differ in numbers alone.
 
     Parameters
     ----------
@@ -63,8 +62,7 @@ def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[
 
 
 def count_targets(targets: Iterable[str]) -> int:
-    """Count the modules that targets name, as `build_target_patterns` writes them; a pattern of others, or a class,
-    counts as one.
+    """Count the modules that `build_target_patterns` names in targets; any other pattern, or a class, counts as one.
 
     >>> count_targets(["lm_head", *build_target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
     3

@@ -170,8 +170,7 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
 
 
 def _list_fields(step: type[Step], by: Literal["key", "name"]) -> dict[str, str]:
-    """Return the fields of a step by their keys in a recipe, or the names of their options; the first says what the
-    step does."""
+    """Return the fields of a step, first what it does, by their keys in a recipe, or the names of their options."""
     said = {each.field: getattr(each, by) for each in list_options(step)}
     names = [each.name for each in fields(step) if each.name not in ("where", "parameters")]
     return {said.get(name, name): name for name in names}
@@ -239,13 +238,9 @@ def list_parameters() -> dict[str, list[Parameter]]:
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
-    """Build the recipe of single options: at most one step of a kind, all in one place.
-
-    Parameters
-    ----------
-    parameters : of the method and of the scheme; each takes those that it has.
-    options : of `OPTIONS`, but those of `where`, and of `SHARED`; None is as if left out.
-    """
+    """Build the recipe of single options: at most one step of a kind, all in one place. The `options` are those of
+    `OPTIONS`, but not of `where`, and of `SHARED`; None is as if left out. Of `parameters`, the method and the scheme
+    each take those that they have."""
     if unknown := options.keys() - OPTIONS.keys() - set(SHARED):
         raise TypeError(f"There is no option {min(unknown)}.")
     given = {name: value for name, value in options.items() if value is not None}
@@ -264,23 +259,19 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     calibrates = text or any(step.calibrated for step in steps)
     parameters = parameters or {}
     _check_parameters(parameters, [step for step in steps if isinstance(step, Prune | Quantize)])
+    for place, step in enumerate(steps):
+        if isinstance(step, Prune | Quantize):
+            own = {each.name: parameters[each.name] for each in step.chosen.parameters() if each.name in parameters}
+            steps[place] = replace(step, parameters=own)
     return Recipe(
-        tuple(_with_parameters(step, parameters) for step in steps),
+        tuple(steps),
         given.get("module_map", Recipe.module_map),
         Calibration(**text, seed=given.get("seed", 0)) if calibrates else None,
     )
 
 
-def _with_parameters(step: Step, parameters: Mapping[str, Any]) -> Step:
-    if not isinstance(step, Prune | Quantize):
-        return step
-    own = {p.name: parameters[p.name] for p in step.chosen.parameters() if p.name in parameters}
-    return replace(step, parameters=own)
-
-
 def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UsageError where an option that a recipe says instead is not what it is when left out; several values may
-    come as any kind of sequence."""
+    """Raise UsageError where an option that a recipe says instead differs from its default, in any kind of sequence."""
     if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
         raise UsageError(f"--recipe cannot be combined with {flags}.")
@@ -322,8 +313,7 @@ def _get_options(part: Step | Where | Calibration | Recipe) -> dict[str, Any]:
 
 
 def _step_to_options(step: Step) -> dict[str, Any]:
-    """Return what says one step, by the names of `build_recipe`, with the parameters of its method or scheme among
-    them."""
+    """Return what says one step, by the names of `build_recipe`, parameters of its method or scheme included."""
     options = _get_options(step)
     if isinstance(step, Prune | Quantize):
         options |= step.chosen.changed()

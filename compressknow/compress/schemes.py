@@ -75,8 +75,7 @@ class Scheme(Parametric, abc.ABC):
         return None
 
     def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
-        """Find parameter values, as near to its own as possible, that can store weights of all these shapes; None if
-        there are none."""
+        """Find parameter values, as near to its own as possible, for weights of all these shapes; None without any."""
         return {} if all(self.misfit(shape) is None for shape in shapes) else None
 
     @abc.abstractmethod
@@ -99,24 +98,19 @@ class Scheme(Parametric, abc.ABC):
         """Express weights in units of their scales, unrounded: a new tensor, float32 [rows, columns]."""
         import torch
 
-        scaled = torch.div(values.to(torch.float32), self.spread(scales, values.shape[-1]).to(torch.float32))
+        scaled = torch.div(values.to(torch.float32), repeat_scales(scales, values.shape[-1]).to(torch.float32))
         # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
         return scaled if values.dtype == torch.float32 else scaled.to(values.dtype).to(torch.float32)
 
     def round(self, steps: torch.Tensor) -> torch.Tensor:
-        """Round what `steps` gives, perhaps in place, to codes: the grid's nearest values, ties to even. The code of 0
-        is 0."""
+        """Round what `steps` gives, perhaps in place, to codes: the nearest of the grid, ties to even; 0 to 0."""
         import torch
 
         return steps.clamp_(self.lowest, self.highest).round_().to(torch.int8)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the float32 values of codes."""
-        return dequantize(codes, self.spread(scales, codes.shape[-1]))
-
-    def spread(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return scales that broadcast over [rows, columns]."""
-        return repeat_scales(scales, columns)
+        return dequantize(codes, repeat_scales(scales, codes.shape[-1]))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the rows to store for rows of codes [rows, columns]."""

@@ -66,8 +66,7 @@ class Sources:
         return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
 
     def find_siblings(self, weight: LinearWeight) -> tuple[str, ...]:
-        """Return the parameters that are stored in one tensor with a weight and split off it on loading, its own
-        included."""
+        """Return the parameters that are split off one stored tensor on loading, a weight's own included."""
         stored = self._parts.get(weight.parameter, [])
         several = [binding.parameters for part in stored if len((binding := self.bound[part.name]).parameters) > 1]
         return several[0] if several else ()
@@ -136,8 +135,7 @@ class Sources:
         return min(tied, key=lambda p: not self.is_stored(p), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
-        """Yield the stored tensors, but of those that are one storage under several names the one that supplies the
-        others."""
+        """Yield the stored tensors; of one storage under several names, the one that supplies the others."""
         seen: dict[tuple[Any, ...], str] = {}
         for stored in self.supply.values():
             seen.setdefault(_locate(self._tensors[stored]), stored)
@@ -146,8 +144,7 @@ class Sources:
                 yield tensor
 
     def sort_key(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
-        """Return a key that sorts output tensors as their sources are stored, created ones behind what they were tied
-        to."""
+        """Return a key that sorts output tensors as sources are stored, created ones behind what they were tied to."""
         return self._position[source.name], created, name
 
     def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Iterable[tuple[int, ...]] = ()) -> None:
@@ -196,8 +193,7 @@ class Sources:
 
     @cached_property
     def _read(self) -> set[str]:
-        """Return the modules whose weight is taken for what it is; to cast to its dtype is no harm (see
-        `compressknow.load`)."""
+        """Return the modules whose weight is taken for what it is; a cast to its dtype is no harm."""
         return {module for module, read in find_direct_reads(self._model).items() if read == "values"}
 
 
@@ -213,8 +209,7 @@ def _check_dtype(part: StoredTensor) -> None:
 
 
 def _suggest_options(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
-    """Return the options by which weights of all these shapes can be stored; nothing where none are needed, or none
-    help."""
+    """Return the options by which weights of all these shapes can be stored, if some are needed and help."""
     with SCHEMES.explain_failures(scheme.name):
         fit = scheme.fit(shapes) or {}
     changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from compressknow.base.errors import OutputError
@@ -60,9 +59,7 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._remove()
         if isinstance(error, OSError) and is_full(error):
             raise OutputError(
@@ -136,8 +133,7 @@ class Staging:
 
 
 def check_overlap(output: Path, source: Path | None) -> None:
-    """Raise OutputError where an output is, lies in or holds its source. A source that is no folder here (a hub id) is
-    in nobody's way."""
+    """Raise OutputError where an output is, lies in or holds its source, if that is a folder here (no hub id)."""
     if source is not None and source.exists():
         here, there = output.resolve(), source.resolve()
         overlaps = {
@@ -150,8 +146,7 @@ def check_overlap(output: Path, source: Path | None) -> None:
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where writing `output` would lose something of the user's; `source` as for
-    `check_overlap`."""
+    """Raise OutputError where writing `output` would lose something of the user's, or as `check_overlap` does."""
     check_overlap(output, source)
     if not os.path.lexists(output):
         return
@@ -174,8 +169,7 @@ def _make_prefix(output: Path, kind: str) -> str:
 
 
 def _find_twin(output: Path, path: Path, kind: str) -> Path:
-    """Return the path of another kind that belongs to the same run: its lock, its new folder, or the old output moved
-    aside."""
+    """Return the path of another kind of the same run: its lock, its new folder, or the old output moved aside."""
     return output.with_name(_make_prefix(output, kind) + path.name.rpartition("-")[2])
 
 

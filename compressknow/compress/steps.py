@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.packages import Registry
 from compressknow.compress.parameters import option
 from compressknow.compress.pruning import METHODS, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
@@ -166,23 +167,17 @@ class DropNeurons:
     )
     multiple: int | None = None
     where: Where = Where()
+    # The calibration text decides which neurons go.
+    calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not _is_number(self.amount) or not 0 < self.amount < 1:
-            raise UsageError(
-                f"The amount of neurons to drop must be greater than 0 and less than 1: {self.amount!r}.",
-                hint=f"{_suggest_share(self.amount)}0.2 drops 20 % of the neurons of each feed-forward block.",
-            )
+        what, hint = "The amount of neurons to drop", "0.2 drops 20 % of the neurons of each feed-forward block."
+        _check_amount(self.amount, what, hint)
         if self.multiple is not None and (not _is_whole(self.multiple) or self.multiple < 1):
             raise UsageError(
                 f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
             )
         _check_sides(self.where, "drop_neurons")
-
-    @property
-    def calibrated(self) -> bool:
-        """Return True: the calibration text decides which neurons go."""
-        return True
 
     @property
     def label(self) -> str:
@@ -208,8 +203,7 @@ def _is_whole(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Prune:
-    """Step that zeroes `amount` (0-1, both excluded) of the weights, which `method` chooses: see
-    `compressknow.compress.pruning`.
+    """Step that zeroes `amount` (0-1, both excluded) of the weights: see `compressknow.compress.pruning` for `method`.
 
     `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
     `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
@@ -235,14 +229,9 @@ class Prune:
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not _is_number(self.amount) or not 0 < self.amount < 1:
-            raise UsageError(
-                f"The pruning amount must be greater than 0 and less than 1: {self.amount!r}.",
-                hint=f"{_suggest_share(self.amount)}0.2 prunes 20 % of the weights; leave pruning out to prune none.",
-            )
-        if self.method not in METHODS:
-            near = did_you_mean(str(self.method), METHODS)
-            raise UsageError(f"Unknown pruning method {self.method!r}.", hint=f"{near}There is {', '.join(METHODS)}.")
+        hint = "0.2 prunes 20 % of the weights; leave pruning out to prune none."
+        _check_amount(self.amount, "The pruning amount", hint)
+        _check_known("pruning method", self.method, METHODS)
         parameters = dict(self.parameters)
         built_in = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
         for each in (built_in[name] for name in SHARED):
@@ -306,24 +295,14 @@ class Quantize:
     )
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            hint = f"{did_you_mean(str(self.scheme), SCHEMES)}There is {', '.join(SCHEMES)}."
-            raise UsageError(f"Unknown scheme {self.scheme!r}.", hint=hint)
+        _check_known("scheme", self.scheme, SCHEMES)
         object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
-        self._check_rounding()
-        self._check_smooth()
-
-    def _check_rounding(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            near = did_you_mean(str(self.rounding), ROUNDINGS)
-            raise UsageError(f"Unknown rounding {self.rounding!r}.", hint=f"{near}There is {', '.join(ROUNDINGS)}.")
+        _check_known("rounding", self.rounding, ROUNDINGS)
         if self.rounding != "nearest" and self.chosen.rounds == "batch":
             raise UsageError(
                 f"{self.scheme} is rounded to nearest alone.",
                 hint="It is there to repeat the paper; use int8, int8-weights or int4 with gptq.",
             )
-
-    def _check_smooth(self) -> None:
         if self.smooth is None:
             return
         if not _is_number(self.smooth) or not 0 < self.smooth <= 1:
@@ -413,9 +392,18 @@ class Calibration:
 Step = DropBlocks | DropNeurons | Prune | Quantize
 
 
-def _suggest_share(amount: Any) -> str:
-    """Return a hint where a number was meant as percent."""
-    return f"Did you mean {amount:g}%, which is {amount / 100:g}? " if _is_number(amount) and 1 <= amount < 100 else ""
+def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> None:
+    if name not in known:
+        near = did_you_mean(str(name), known)
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{near}There is {', '.join(known)}.")
+
+
+def _check_amount(amount: Any, what: str, hint: str) -> None:
+    """Raise UsageError where an amount is not between 0 and 1, with a further hint where it was meant as percent."""
+    if not _is_number(amount) or not 0 < amount < 1:
+        is_percent = _is_number(amount) and 1 <= amount < 100
+        near = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
+        raise UsageError(f"{what} must be greater than 0 and less than 1: {amount!r}.", hint=near + hint)
 
 
 def _is_number(value: Any) -> bool:

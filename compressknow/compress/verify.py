@@ -15,10 +15,9 @@ from compressknow.base.format import count, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress
 from compressknow.base.reading import INDEX
-from compressknow.compress.blocks import raw_keys
+from compressknow.compress.blocks import Pool, raw_keys
 from compressknow.compress.manifest import count_weights
-from compressknow.compress.output import METADATA
-from compressknow.compress.pool import Pool
+from compressknow.compress.output import METADATA, walk_visible
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, hash_manifest, read_manifest
@@ -110,13 +109,10 @@ def compare_to_manifest(
 
 
 def _find_added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
-    """Yield the files that convert did not write, but the model card, and hidden ones (what a hub's download or Git
-    keeps)."""
+    """Yield the files that convert did not write, but the model card, and hidden ones."""
     known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-        if not path.is_dir() and not hidden and name.as_posix() not in known:
+    for name in walk_visible(folder):
+        if not (folder / name).is_dir() and name.as_posix() not in known:
             yield name.as_posix()
 
 

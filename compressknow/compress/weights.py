@@ -61,8 +61,7 @@ class Values:
         return self.stored.nbytes // max(matrix_shape(self.tensor.shape)[0], 1) * rows
 
     def blocks(self, reader: Reader, columns: int) -> Iterator[Block]:
-        """Yield blocks as `Reader.blocks` does, of what is compared: with as many rows in each as a tensor of so many
-        columns has."""
+        """Yield blocks of what is compared as `Reader.blocks` does, with the rows of a tensor of so many columns."""
         own = matrix_shape(self.tensor.shape)[1]
         for block in reader.blocks(self.stored, columns=columns, rows=self.rows):
             values = block.values if self.packed is None else _unpack(block.values, own, self.tensor.dtype)
@@ -114,8 +113,7 @@ def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class Side:
-    """Stored values of a checkpoint, by parameter; a tensor that is loaded to none, or fused with others, by its own
-    name.
+    """Stored values of a checkpoint, by parameter; by its own name a tensor loaded to none, or fused with others.
 
     Attributes
     ----------
@@ -161,8 +159,7 @@ class Side:
         return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
     def packed(self, key: str) -> str | None:
-        """Describe how a tensor is stored whose values cannot be read; None where they can, or where it is not
-        stored."""
+        """Describe how a tensor is stored whose values cannot be read; None where they can, or it is not stored."""
         if self.values(key) is not None:
             return None
         tensor, module = self.supply.get(key), key.removesuffix(".weight")

@@ -18,10 +18,9 @@ from compressknow.base.format import size
 from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import move
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
 from compressknow.compress.weights import Side, read_side

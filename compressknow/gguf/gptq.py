@@ -20,11 +20,11 @@ import numpy.typing as npt
 import torch
 
 from compressknow.base.progress import Begin
+from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse
 from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import BATCH_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
-from compressknow.compress.pool import Pool
 from compressknow.gguf.grids import Bytes, dequantize, quantize
 from compressknow.gguf.importance import LEAST_TOKENS
 from compressknow.gguf.tensors import Tensors

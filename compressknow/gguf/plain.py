@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output import lay_out_file, list_carried_files
-from compressknow.compress.pool import Pool
 from compressknow.compress.weights import Side, Values
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint

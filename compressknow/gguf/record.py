@@ -13,8 +13,8 @@ from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, quiet
 from compressknow.base.reading import MANIFEST, find_mismatch
+from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import read_versions
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import hash_file
 from compressknow.compress.verify import Difference, Verification
 from compressknow.gguf.place import check_recorded, get_record_path

@@ -151,8 +151,7 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all it
-    holds).
+    """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all).
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
 

@@ -43,8 +43,7 @@ class CutShort(NotReadable):
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError where a GGUF file is cut short, or is none. What only this reader does not know passes: the
-    runtime tells."""
+    """Raise CheckpointError where a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
     try:
         check_gguf(path)
     except CutShort as error:

@@ -54,8 +54,7 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """Return the transformer blocks of a model, outermost ones alone, in tree order; none in towers that read no
-    text."""
+    """Return the outermost transformer blocks of a model, in tree order, but those of towers that read no text."""
     tree = _Tree(model)
     return [name for name in tree.layers if not tree.in_tower(name)]
 
@@ -89,8 +88,7 @@ class _Tree:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
 
     def is_between(self, name: str) -> bool:
-        """Return whether a module lies between the towers and the language model, where both are models of their
-        own."""
+        """Return whether a module lies between the towers and the language model, both models of their own."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
         return has_language and not any(each in self.parts or each in self.towers for each in (name, *_parents(name)))
 
@@ -122,8 +120,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _towers(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the models within a multimodal model that read images, video or sound, or condense what such a model
-    gives."""
+    """Yield the parts of a multimodal model that read images, video or sound, or condense what such a part gives."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         # Idefics' vision model is a plain module with a config of its own.

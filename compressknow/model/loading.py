@@ -61,11 +61,7 @@ def load_report(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Header]
 ) -> LoadReport:
     """Load tensors, given as dtype (``F32``) and shape by name, as plain transformers does, without their values.
-
-    Parameters
-    ----------
-    config : that of the checkpoint, its quantization included; left as it is.
-    """
+    `config` is that of the checkpoint, its quantization included; it is left as it is."""
     # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
     require("accelerate")
     state = {

@@ -96,8 +96,7 @@ def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return by name what the weight files must hold: ``dtype``, ``shape`` and ``sha256`` (and ``zeros`` of a
-    weight)."""
+    """Return what the weight files must hold, by name: ``dtype``, ``shape``, ``sha256``, and ``zeros`` of a weight."""
     return {name: row for each in manifest["tensors"] for name, row in _stored(each)}
 
 
@@ -169,8 +168,7 @@ def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hash_manifest(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the manifest's entries, without the one for it, as JSON with sorted keys, without spaces,
-    in ASCII."""
+    """Return the SHA-256 of the manifest's other entries, as JSON with sorted keys, without spaces, in ASCII."""
     content = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -221,8 +219,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield sentences on what `calibration_of` gives: on which text, and how that went. None where nothing was
-    calibrated.
+    """Yield sentences on what `calibration_of` gives: on which text, and how that went; none where it is None.
 
     >>> text = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
     >>> list(calibrated_in_words({**text, "unseen": 4, "examples": ["a", "b", "c"]}))[1]

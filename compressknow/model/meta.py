@@ -144,8 +144,7 @@ def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedCo
 
 
 def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
-    """Return all settings of a config.json, defaults included: of a multimodal checkpoint, those of its other parts
-    too."""
+    """Return all settings of a config.json, defaults and the other parts of a multimodal checkpoint included."""
     is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
     config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
     # JSON has no infinity: transformers writes one as an object of its own.

@@ -50,8 +50,7 @@ class Naming:
         self._tree = dict(model.state_dict())
 
     def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
-        """Return the parameters that the stored tensors are loaded to, by stored name; none for a tensor that the
-        module tree has no place for."""
+        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place."""
         from transformers.core_model_loading import dot_natural_key
 
         bound: dict[str, Binding] = {}
@@ -122,8 +121,7 @@ class Naming:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what transformers makes a parameter of, from all the stored tensors (by name) that it is converted
-        from.
+        """Return what transformers makes a parameter of, from all the stored tensors (by name) it is converted from.
 
         Raises KeyError where its conversion does not give that parameter.
         """

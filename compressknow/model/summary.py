@@ -36,8 +36,7 @@ class Inspection(Shown, dict[str, Any]):
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """Return, by group of Linear layers, ``modules``, parameters ``stored`` and as ``used``, and its
-        ``weights``."""
+        """Return, by group of Linear layers, ``modules``, parameters ``stored`` and as ``used``, and ``weights``."""
         return dict(self["groups"])
 
     @property

@@ -91,8 +91,7 @@ _LARGEST = {
 
 
 def not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
-    """Return what is no number in a piece of a tensor's bytes, "NaN" or "an infinity"; None where all are, or no
-    floats."""
+    """Return what is no number in a piece of a tensor's bytes, "NaN" or "an infinity"; else, or of no floats, None."""
     import numpy as np
 
     if (largest := _LARGEST.get(tensor.dtype)) is None:
@@ -211,9 +210,7 @@ METADATA = "__metadata__"
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, in the order of their data.
 
-    Raises
-    ------
-    CheckpointError : the file is truncated, its header is not valid, or its tensors do not fill the data exactly.
+    Raises CheckpointError where it is truncated, its header is not valid, or its tensors do not fill the data exactly.
     """
     header, data_start = _load(path)
     try:
@@ -341,8 +338,7 @@ def _check_packed(path: Path) -> None:
 
 
 def _check_expanded(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Raise CheckpointError for tensors that would take far more memory, each written out, than the file has bytes
-    (strides of 0)."""
+    """Raise CheckpointError for tensors that take far more memory, written out, than the file has bytes."""
     copied = sum(t.numel() * t.element_size() for t in state.values() if not t.is_contiguous())
     if copied > EXPANSION * path.stat().st_size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
@@ -355,11 +351,14 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        state: Any = torch.load(path, map_location=map_location, weights_only=True)
+        state: dict[str, torch.Tensor] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # A damaged pickle may fail anywhere inside torch.
         raise _unreadable(path, error) from None
-    tensors = list(state.values()) if isinstance(state, dict) and all(isinstance(name, str) for name in state) else []
-    if not tensors or not all(isinstance(each, torch.Tensor) and each.layout == torch.strided for each in tensors):
+    is_flat = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in state.items()
+    )
+    if not is_flat or not state:
         raise CheckpointError(
             f"{path} holds no flat state dict (tensor by name).",
             hint="Save model.state_dict() with save_pretrained, without optimizer or trainer state around it.",

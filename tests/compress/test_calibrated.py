@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from compressknow.base.errors import CompressknowError
+from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse, gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
-from compressknow.compress.schemes import SCHEMES, Scheme, nearest
+from compressknow.compress.schemes import SCHEMES, Scheme, nearest, repeat_scales
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,
@@ -221,7 +221,7 @@ class TestGPTQ:
         found = gptq(weight, scales, scheme, statistics_of(inputs), fixed)
         bounds = (scheme.lowest, scheme.highest)
         assert found.dtype == torch.int8
-        assert torch.equal(found, gptq_by_formula(weight, inputs, scheme.spread(scales, channels), bounds, fixed))
+        assert torch.equal(found, gptq_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
         assert fixed is None or not bool(found[fixed].any())
 
     @every_scheme

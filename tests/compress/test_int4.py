@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForCo
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
+from compressknow.compress.blocks import Pool
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.runtimes import vllm_limit, vllm_obstacle

@@ -19,10 +19,9 @@ from torch import Tensor
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.cli import main
 from compressknow.compress import blocks
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.convert import convert
-from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.pruning.masks import mask_smallest_of_rows
 from compressknow.compress.recipe import Recipe, read_recipe

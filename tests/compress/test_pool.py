@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 
-from compressknow.compress.pool import Pool, Stopped
+from compressknow.compress.blocks import Pool, Stopped
 
 INTERRUPTED_OFTEN = """
 import signal, sys, time
 import torch
-from compressknow.compress.pool import Pool
+from compressknow.compress.blocks import Pool
 
 class Alarm(Exception):
     pass
@@ -42,7 +42,7 @@ print(ended)
 # Raises where a signal would leave a lock taken.
 INTERRUPTED_IN_LOCKS = """
 from threading import Condition, get_ident, main_thread
-from compressknow.compress.pool import Pool
+from compressknow.compress.blocks import Pool
 
 enter = Condition.__enter__
 
@@ -60,7 +60,7 @@ with Pool(2) as pool:
 
 INTERRUPTED_TWICE = """
 import signal, time
-from compressknow.compress.pool import Pool
+from compressknow.compress.blocks import Pool
 
 begun, ended, rings = [], [], []
 

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.blocks import Block
+from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.convert import convert
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Work
 from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe

@@ -26,10 +26,10 @@ from torch.ao.quantization import default_weight_observer
 from transformers import PreTrainedModel
 
 from compressknow.compress import blocks
+from compressknow.compress.blocks import Pool
 from compressknow.compress.convert import convert
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.recipe import Recipe

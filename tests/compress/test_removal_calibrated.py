@@ -26,8 +26,8 @@ from compressknow.compress.convert import VariantMaker, carry_out, prepare
 from compressknow.compress.manifest import Manifest, dry_run
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe, build_recipe
-from compressknow.compress.removal.blocks import choose_blocks
 from compressknow.compress.removal.neurons import choose_neurons, fit_down
+from compressknow.compress.removal.smaller import choose_blocks
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.model.checkpoint import open_checkpoint

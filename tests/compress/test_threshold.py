@@ -15,9 +15,8 @@ from torch import Tensor
 
 from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.convert import convert
-from compressknow.compress.pool import Pool
 from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, choose_masks

@@ -49,8 +49,7 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -
 
 
 def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `factor_inverse` does, and the order of its channels, int64 [in]; computed once for all that share
-    these statistics.
+    """Return what `factor_inverse` does, and the order of its channels, int64 [in]; computed once for these statistics.
 
     `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
     """

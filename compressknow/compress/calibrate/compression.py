@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from compressknow.base.format import size
 from compressknow.base.system import available_cores
+from compressknow.compress.blocks import Block, Pool
+from compressknow.compress.calibrate import smooth
 from compressknow.compress.calibrate.compensation import gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import (
@@ -23,24 +25,10 @@ from compressknow.compress.calibrate.model import (
     explain_missing_memory,
     read_tensor,
 )
-from compressknow.compress.calibrate.smooth import (
-    NOT_BLOCKWISE,
-    SHARED_WEIGHTS,
-    Norm,
-    check_no_smoothing,
-    compute_factors,
-    divide_statistics,
-    divide_stored,
-    find_alphas,
-    find_norms,
-    group_in_scope,
-    raise_unsmoothable,
-)
 from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, TargetVisitor, gather_whole, walk
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import Measured, Treatment, Work
-from compressknow.compress.pruning import BlockMask, Mask, Pruned
+from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import Scheme, nearest
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
@@ -48,7 +36,6 @@ from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 
 if TYPE_CHECKING:
-    from compressknow.compress.blocks import Block
     from compressknow.compress.calibrate.text import CalibrationText
 
 
@@ -57,25 +44,21 @@ TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4
 
 
-class Estimate(NamedTuple):
-    """Cost of calibration, without its text: the blocks (and single layers) that are compressed, bytes of memory at
-    most, and seconds at the pace of a bare product of matrices."""
-
-    blocks: int
-    bytes: int
-    seconds: float
+# Blocks (and single layers) that are compressed, bytes of memory at most, and seconds.
+Estimate = tuple[int, int, float]
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Estimate the cost of a plan whose recipe has a calibration."""
+def estimate(plan: Plan) -> dict[str, Any]:
+    """Estimate the cost of a plan whose recipe has a calibration, without its text: ``blocks`` (and single layers) that
+    are compressed, ``bytes`` of memory at most, and ``seconds`` at the pace of a bare product of matrices."""
     calibration = plan.recipe.calibration
     assert calibration is not None
     pace = _measure_pace()
     parts = list(_estimate_removal(plan.removal, calibration.tokens, pace)) if plan.removal else []
     if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
         parts.append(_estimate_compression(plan, calibration.tokens, pace))
-    blocks, most = max(part.blocks for part in parts), max(part.bytes for part in parts)
-    return Estimate(blocks, most, sum(part.seconds for part in parts))
+    blocks, memory, seconds = zip(*parts, strict=True)
+    return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(seconds)}
 
 
 def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Estimate]:
@@ -83,14 +66,14 @@ def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Es
     if any(not drop.is_decided for drop in removal.blocks):
         places = _group_by_block(structure_of(removal.original[1]))
         operations = 2 * tokens * _count_used(places)
-        yield Estimate(_count_blocks(places), _count_bytes(places, tokens, 0), operations / pace)
+        yield _count_blocks(places), _count_bytes(places, tokens, 0), operations / pace
     if removal.neurons and not removal.is_decided:
-        widths = [network.width for drop in removal.neurons for network in drop.networks]
+        widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
         places = _group_by_block(structure_of(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
         memory = _count_bytes(places, tokens, 5 * max(widths) ** 2)
         operations = 2 * 2 * tokens * _count_used(places) + _count_operations(widths, tokens)
-        yield Estimate(_count_blocks(places), memory, operations / pace)
+        yield _count_blocks(places), memory, operations / pace
 
 
 def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
@@ -108,7 +91,7 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     squares = max((sum(width**2 for width in own) for own in widths), default=0)
     inside = {weight.parameter for weights in places.values() for weight in weights if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return Estimate(blocks, _count_bytes(places, tokens, squares, outside), operations / pace)
+    return blocks, _count_bytes(places, tokens, squares, outside), operations / pace
 
 
 def _reads_products(tensor: PlannedTensor) -> bool:
@@ -195,22 +178,16 @@ def calibrate(
     on_progress: OnProgress = max,
 ) -> Calibrated:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
-    compressed.
+    compressed. `masks` are those of methods that look at weights alone, by tensor name; `on_progress` is called with
+    the blocks that are done, and with how many there are.
 
-    Parameters
-    ----------
-    masks : by tensor name, those of methods that look at weights alone.
-    on_progress : called with the blocks that are done, and with how many there are.
-
-    Raises
-    ------
-    CompressknowError : a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
+    Raises CompressknowError if a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
     """
     name = plan.structure.architecture
     try:
         # What fails stops its pool.
         with (
-            explain_missing_memory(name, lambda: f"That takes about {size(estimate(plan).bytes)}."),
+            explain_missing_memory(name, lambda: f"That takes about {size(estimate(plan)['bytes'])}."),
             Pool(work.pool.threads) as pool,
         ):
             return _compress_blockwise(plan, replace(work, pool=pool), masks, text.batches, on_progress)
@@ -224,9 +201,9 @@ def _compress_blockwise(
 ) -> Calibrated:
     """Compress block after block; what is used several times first, in a walk of its own, after all uses were seen."""
     streamed, result = StreamedModel(plan.tree, plan.sources, work.files), Calibrated()
-    repeated, once = (group_in_scope(plan, streamed, repeated=repeated) for repeated in (True, False))
+    repeated, once = (smooth.group_in_scope(plan, streamed, repeated=repeated) for repeated in (True, False))
     if repeated:
-        check_no_smoothing(plan, SHARED_WEIGHTS)
+        smooth.check_no_smoothing(plan, smooth.SHARED_WEIGHTS)
     done: set[str] = set()
 
     def report(module: str) -> None:
@@ -245,7 +222,7 @@ def _compress_whole(
     plan: Plan, work: Work, masks: Mapping[str, Mask], batches: Batches, on_progress: OnProgress
 ) -> Calibrated:
     """Run the whole model at once: every layer sees what the original gave it."""
-    check_no_smoothing(plan, NOT_BLOCKWISE)
+    smooth.check_no_smoothing(plan, smooth.NOT_BLOCKWISE)
     streamed, result = StreamedModel(plan.tree, plan.sources, work.files, whole=True), Calibrated(is_blockwise=False)
     tensors = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
     compressor = _Compressor(streamed, {}, plan, work, masks, result)
@@ -294,7 +271,6 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return not self._unvisited
 
     def finish(self) -> None:
-        """Compress what waited. Raises BlockwiseUnsupported if the model did not run a block as a module."""
         for module in self._unvisited:
             if self._waits:
                 with self._streamed.load(module):
@@ -315,33 +291,32 @@ class _Compressor(TargetVisitor[PlannedTensor]):
     def _smooth(self, module: str, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
         columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
-        alphas = find_alphas(self._targets[module])
+        alphas = smooth.find_alphas(self._targets[module])
         if not alphas or module not in self._streamed.blocks:
             return {}
         model, sums = self._streamed.model, self.get_sums(module)
         weights = {name: model.get_parameter(name) for name in alphas}
         factors: dict[str, torch.Tensor] = {}
-        for norm in find_norms(module, model.get_submodule(module), weights, rerun):
-            statistics = sums.get(Key(norm.readers[0]))
+        for norm, readers, offset in smooth.find_norms(module, model.get_submodule(module), weights, rerun):
+            statistics = sums.get(Key(readers[0]))
             assert statistics is not None
-            readers = [weights[name] for name in norm.readers]
-            wanted = compute_factors(statistics, readers, alphas[norm.readers[0]])
-            factors |= dict.fromkeys(norm.readers, self._divide(norm, wanted))
-            self._result.smoothed[norm.module] = list(norm.readers)
+            wanted = smooth.compute_factors(statistics, [weights[name] for name in readers], alphas[readers[0]])
+            factors |= dict.fromkeys(readers, self._divide(norm, offset, wanted))
+            self._result.smoothed[norm] = list(readers)
         if not factors:
-            raise_unsmoothable(module)
+            smooth.raise_unsmoothable(module)
         return factors
 
-    def _divide(self, norm: Norm, factors: torch.Tensor) -> torch.Tensor:
+    def _divide(self, norm: str, offset: float, factors: torch.Tensor) -> torch.Tensor:
         """Write a norm's weight and bias divided; return the factors that this comes to."""
         for leaf in ("weight", "bias"):
-            parameter = f"{norm.module}.{leaf}"
+            parameter = f"{norm}.{leaf}"
             if not self._plan.sources.is_supplied(parameter):
                 continue
             stored = self._plan.sources.tensor(parameter)
             values = read_tensor(self._work.files, stored)
             if leaf == "weight":
-                divided, factors = divide_stored(values, factors, norm.offset)
+                divided, factors = smooth.divide_stored(values, factors, offset)
             else:
                 divided = (values.to(torch.float32) / factors).to(values.dtype)
             planned = next(each for each in self._plan.tensors if each.source.name == stored.name and not each.in_scope)
@@ -362,7 +337,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         rounding = nearest
         if tensor.quantize and tensor.quantize.rounding == "gptq":
-            seen = statistics[0] if own_factors is None else divide_statistics(statistics[0], own_factors)
+            seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
 
             def rounding(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
@@ -373,8 +348,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return written
 
     def _read_statistics(self, tensor: PlannedTensor, sums: AnySums) -> list[InputStatistics]:
-        """Return the statistics of each matrix of a tensor. If nothing is known, all channels count alike: methods then
-        go by the weights alone."""
+        """Return the statistics of each matrix of a tensor; where nothing is known, all channels count alike."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)
         is_expert = len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
@@ -407,19 +381,10 @@ class _Compressor(TargetVisitor[PlannedTensor]):
                 matrices[place] = (new.T if tensor.transposed else new).to(values.dtype)
                 is_changed = True
         columns = values.shape[-1]
-        return _WholeMask(pruned.view(-1, columns).numpy(), values.view(-1, columns) if is_changed else None)
+        whole, new_values = pruned.view(-1, columns).numpy(), values.view(-1, columns)
 
-
-@dataclass(frozen=True)
-class _WholeMask:
-    """Mask of all of a tensor [rows, columns], and its new values if it has any."""
-
-    mask: np.ndarray[Any, np.dtype[np.bool_]]
-    values: torch.Tensor | None
-
-    def start(self) -> BlockMask:
         def mask_block(block: Block) -> Any:
-            mask = np.ascontiguousarray(self.mask[block.rows])
-            return mask if self.values is None else Pruned(mask, self.values[block.rows])
+            mask = np.ascontiguousarray(whole[block.rows])
+            return Pruned(mask, new_values[block.rows]) if is_changed else mask
 
-        return mask_block
+        return EachBlock(mask_block)

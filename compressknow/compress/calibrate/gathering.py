@@ -57,22 +57,13 @@ class Key(NamedTuple):
     matrix: int = 0
 
 
-class Seen(NamedTuple):
-    """Inputs [..., in] that a weight was multiplied with, and torch's `version` of them then."""
-
-    key: Key
-    inputs: torch.Tensor
-    version: int
+# Inputs [..., in] that a weight was multiplied with.
+Seen = tuple[Key, torch.Tensor]
 
 
 class Watch(TorchFunctionMode):
-    """Recorder of the inputs of some weights while it is entered, in its thread alone.
-
-    Parameters
-    ----------
-    weights : the parameters to watch, by name.
-    copies : keep copies of the inputs, for blocks that overwrite them after use.
-    """
+    """Recorder of the inputs of some weights, given by name, while it is entered, in its thread alone; with `copies`,
+    of copies of them, for blocks that overwrite them after use."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False) -> None:
         super().__init__()
@@ -84,6 +75,8 @@ class Watch(TorchFunctionMode):
             for name, tensor in weights.items()
         }
         self.seen: list[Seen] = []
+        # Torch's counts of changes of these inputs, from when they were seen.
+        self._versions: list[int] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,15 +97,15 @@ class Watch(TorchFunctionMode):
             inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
         if weight.dim() > 2:
             # A batch of products, one with each matrix.
-            self.seen += [Seen(Key(name, matrix), inputs[matrix], inputs._version) for matrix in range(len(weight))]
+            self.seen += [(Key(name, matrix), inputs[matrix]) for matrix in range(len(weight))]
         else:
-            matrix = weight.storage_offset() // self._sizes[name]
-            self.seen.append(Seen(Key(name, matrix), inputs, inputs._version))
+            self.seen.append((Key(name, weight.storage_offset() // self._sizes[name]), inputs))
+        self._versions += [inputs._version] * (len(self.seen) - len(self._versions))
 
     @property
     def overwritten(self) -> bool:
         """True if recorded inputs have changed since."""
-        return any(each.inputs._version != each.version for each in self.seen)
+        return any(inputs._version != then for (_, inputs), then in zip(self.seen, self._versions, strict=True))
 
 
 def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -122,8 +115,7 @@ def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
 class Sums:
     """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
 
-    Batches come from several threads; each is added after the one before it, so that the sums are the same bits for any
-    number of threads.
+    Batches come from several threads; each is added after the one before it, so that any number gives the same bits.
 
     Parameters
     ----------
@@ -173,7 +165,7 @@ class Sums:
         """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
         leaders, while all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
-        for key, inputs, _ in seen:
+        for key, inputs in seen:
             read.setdefault(key.parameter, {})[key.matrix, _identify(inputs)] = key, inputs
         first: dict[tuple[Any, ...], str] = {}
         distinct: list[tuple[Key, torch.Tensor]] = []
@@ -204,12 +196,8 @@ class Sums:
 
 class MixedSums:
     """Sums over several texts, of which none counts for more than another because it is longer or has larger inputs:
-    the sums of each are divided by its mean square before they are added.
-
-    Parameters
-    ----------
-    parts : of each text, its batches and its sums; batches are numbered through.
-    """
+    the sums of each are divided by its mean square before they are added. `parts` are the batches and the sums of each
+    text; batches are numbered through."""
 
     def __init__(self, parts: Sequence[tuple[int, Sums]]) -> None:
         self._parts = parts

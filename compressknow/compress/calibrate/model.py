@@ -33,12 +33,8 @@ class StreamedModel:
     """Checkpoint's model in float32, in evaluation mode, whose blocks hold weights only while they are loaded (`load`).
 
     Outside the blocks, embeddings and heads, which are large, are read when they run; the rest is there from the start.
-
-    Attributes
-    ----------
-    model : the module tree; it belongs to this object.
-    blocks : names of the transformer blocks in it, in tree order.
-    outside : names of the parameters and stored buffers in no block.
+    `model` is the module tree, which belongs to this object, `blocks` are the names of the transformer blocks in it, in
+    tree order, `outside` those of the parameters and stored buffers in no block.
     """
 
     def __init__(self, tree: PreTrainedModel, sources: Sources, files: OpenFiles, *, whole: bool = False) -> None:
@@ -64,8 +60,7 @@ class StreamedModel:
 
     @contextmanager
     def load(self, module: str) -> Iterator[None]:
-        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile; replaced ones as they are
-        now."""
+        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile, as they are now."""
         names = self._list_parameters(module)
         self._fill(names)
         try:
@@ -77,8 +72,7 @@ class StreamedModel:
         return [name for name in self._owners if name.startswith(f"{module}.")]
 
     def _hook_vocabulary(self) -> set[str]:
-        """Have embeddings and heads outside the blocks, which have a row per token, read when they run; return the
-        names of their parameters."""
+        """Have embeddings and heads, which have a row per token, read when they run; return their parameters' names."""
         rows = getattr(self.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
         late: set[str] = set()
         for name, module in self.model.named_modules(remove_duplicate=False):
@@ -245,14 +239,8 @@ class ForwardPass:
         self._started = self._over = False
 
     def advance(self, output: Any = None) -> Call | None:
-        """Go on to the next module to stop before, and return the call of it; None at the end.
-
-        Parameters
-        ----------
-        output : of the module before which the pass stands.
-
-        Raises BlockwiseUnsupported if the model fails, and whatever else it raises.
-        """
+        """Go on to the next module to stop before, with the output of the one before which the pass stands, and return
+        the call of it; None at the end. Raises BlockwiseUnsupported if the model fails, and whatever else it raises."""
         if self._started:
             self._answers.put(output)
         else:

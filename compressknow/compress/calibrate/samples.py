@@ -18,8 +18,8 @@ import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
+from compressknow.compress.blocks import Pool, Stopped
 from compressknow.compress.calibrate.sequences import Form, Span, blank_out
-from compressknow.compress.pool import Pool, Stopped
 from compressknow.engine.language_model import LanguageModel, decoder_start
 from compressknow.engine.load import reason_of
 
@@ -32,13 +32,8 @@ Pieces = list[list[int]]
 
 @dataclass
 class Writer(abc.ABC):
-    """Writer of texts in batches, each from one random generator.
-
-    Attributes
-    ----------
-    check : raises if the work is to stop.
-    wanted : tokens to write in all: a batch has no more.
-    on_written : called with the number of tokens that were written since the last call.
+    """Writer of texts in batches, each from one random generator, and of no more than the tokens `wanted` in all.
+    `check` raises if the work is to stop; `on_written` is called with the tokens that were written since the last call.
     """
 
     model: PreTrainedModel
@@ -211,8 +206,7 @@ class FillingWriter(Writer):
         return [[*ids, *self.form.separator] for ids in texts if ids]
 
     def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
-        """Have the model write after tokens of texts, no more than there are marks; return these, no longer than a
-        sequence."""
+        """Have the model write after tokens of texts, at most one per mark; return at most a sequence of each."""
         from transformers import GenerationConfig
 
         drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]

@@ -74,7 +74,10 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
     marks = _find_marks(tokenizer)
     without_head = "masked" if tokenizer.mask_token_id is not None else "plain"
     family = family_of(model) or ("seq2seq" if model.config.is_encoder_decoder else without_head)
-    prefix, suffix = _find_frame(tokenizer)
+    # The special tokens before and after a text; some tokenizers show them only by what they do to one.
+    alone, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((at for at in range(len(framed)) if framed[at : at + len(alone)] == alone), 0)
+    prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(alone) :])
     length = min(LENGTH, most_tokens(model, tokenizer) or LENGTH)
     if family == "seq2seq" and len(marks) > 1:
         # A sentinel for each span, and one that closes the last.
@@ -115,13 +118,6 @@ def _find_known(tokenizer: PreTrainedTokenizerBase, marks: tuple[int, ...], rows
     return tuple(
         sorted(number for token, number in tokens if number < rows and number not in special and "unused" not in token)
     )
-
-
-def _find_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Find the special tokens before and after a text; some tokenizers show them only by what they do to one."""
-    alone, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    place = next((at for at in range(len(framed)) if framed[at : at + len(alone)] == alone), 0)
-    return tuple(framed[:place]), tuple(framed[place + len(alone) :])
 
 
 def pack(pieces: Iterable[Ids], form: Form, most: int) -> tuple[torch.Tensor, int]:

@@ -8,21 +8,22 @@ weights multiplied with it. The norm that gives the activations takes the divisi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from compressknow.base.errors import UnsupportedError
+from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics, Sums
 from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
-from compressknow.compress.calibrate.walk import Visitor, find_tensors, walk
+from compressknow.compress.calibrate.walk import Visitor, find_tensors, group_by_block, walk
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.compress.pool import Pool
 from compressknow.engine.language_model import embedding_rows
 from compressknow.model.groups import structure_of
 from compressknow.model.tensors import OpenFiles
@@ -37,32 +38,15 @@ SHARED_WEIGHTS = "Its blocks share their weights, and each use wants other facto
 NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Norm whose outputs are read by some Linear weights and by nothing else.
-
-    Attributes
-    ----------
-    module : its name in the model.
-    readers : the parameters that multiply with its outputs.
-    offset : number added to its weight before it multiplies with it (1 in Gemma's, else 0).
-    """
-
-    module: str
-    readers: tuple[str, ...]
-    offset: float
-
-
 def find_norms(
     block: str, module: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], Any]
-) -> Iterator[Norm]:
-    """Find the norms in a block that can take the division for Linear weights that read them.
+) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Find the norms in a block that can take the division for Linear weights that read them, with nothing else reading
+    them: yield the name of each, the parameters that multiply with its outputs, and the number that is added to its
+    weight before it multiplies with it (1 in Gemma's, else 0).
 
-    Parameters
-    ----------
-    block : its name in the model; `module` is that block, with its weights.
-    weights : those that may be smoothed, by name.
-    run : runs the block on some text, and returns its output.
+    `block` is the name of `module`, which has its weights; `weights` may be smoothed, by name; `run` runs the block on
+    some text, and returns its output.
     """
     recorder = _Recorder(module, weights)
     with recorder:
@@ -73,7 +57,7 @@ def find_norms(
         if readers and not places & (leaving | recorder.elsewhere):
             offset = _find_offset(norm, recorder.inputs[name])
             if offset is not None:
-                yield Norm(f"{block}.{name}" if name else block, tuple(readers), offset)
+                yield f"{block}.{name}" if name else block, tuple(readers), offset
 
 
 def _find_places(values: Any) -> set[int]:
@@ -150,34 +134,17 @@ def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
         before = norm(inputs)
         factors = torch.linspace(0.5, 2, before.shape[-1])
         for offset in (0.0, 1.0):
-            with _divide(norm, factors, offset):
-                after = norm(inputs)
+            divided = {name: parameter / factors for name, parameter in norm.named_parameters(recurse=False)}
+            divided["weight"] = (norm.get_parameter("weight") + offset) / factors - offset
+            after = functional_call(norm, divided, (inputs,))
             if torch.allclose(after * factors, before, rtol=1e-3, atol=1e-5):
                 return offset
     return None
 
 
-@contextmanager
-def _divide(norm: nn.Module, factors: torch.Tensor, offset: float) -> Iterator[None]:
-    """Divide a norm's outputs by `factors` [channels] meanwhile."""
-    before = {name: parameter.data for name, parameter in norm.named_parameters(recurse=False)}
-    try:
-        for name, parameter in norm.named_parameters(recurse=False):
-            own = offset if name == "weight" else 0.0
-            parameter.data = (parameter.data + own) / factors - own
-        yield
-    finally:
-        for name, parameter in norm.named_parameters(recurse=False):
-            parameter.data = before[name]
-
-
 def compute_factors(statistics: InputStatistics, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
-    """Compute s [channels], float32, by equation 4; 1 where a channel is always zero.
-
-    Parameters
-    ----------
-    weights : all that read these inputs, float32 [out, channels].
-    """
+    """Compute s [channels], float32, by equation 4, for all `weights` that read these inputs, float32 [out, channels];
+    1 where a channel is always zero."""
     assert statistics.peaks is not None
     peaks = statistics.peaks
     largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
@@ -232,14 +199,9 @@ def check_no_smoothing(plan: Plan, why: str) -> None:
 
 def group_in_scope(plan: Plan, streamed: StreamedModel, *, repeated: bool) -> dict[str, list[PlannedTensor]]:
     """Return what is in scope by the block, or lone layer, that holds it: weights that are used repeatedly, or once."""
-    weights = {weight.parameter: weight for weight in plan.structure.linears}
-    groups: dict[str, list[PlannedTensor]] = {}
-    for tensor in plan.tensors:
-        if tensor.in_scope and tensor.group != "vision" and tensor.module is not None:
-            weight = weights[tensor.parameter]
-            if (weight.uses > 1 or bool(weight.sharing)) == repeated:
-                groups.setdefault(streamed.find_block(tensor.module), []).append(tensor)
-    return groups
+    repeats = {weight.parameter: weight.uses > 1 or bool(weight.sharing) for weight in plan.structure.linears}
+    targets = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
+    return group_by_block(streamed, [tensor for tensor in targets if repeats[tensor.parameter] == repeated])
 
 
 def check_smoothable(plan: Plan, tree: PreTrainedModel) -> None:

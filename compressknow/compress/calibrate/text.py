@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -68,10 +69,18 @@ def find_kind(source: str) -> Kind:
 def check_file(source: str) -> None:
     """Raise UsageError if the file that `source` names is not found, CompressknowError if it is no regular file."""
     path = Path(source).expanduser()
-    try:
+    with _explain_failures(path):
         check_regular(path)
+
+
+@contextmanager
+def _explain_failures(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise UsageError(f"There is no calibration text {path}.", hint=FORMS) from None
+    except UnicodeDecodeError:
+        raise CompressknowError(f"{path} is not UTF-8.", hint="Save it as UTF-8, and try again.") from None
     except NotReadable as error:
         raise CompressknowError(f"{path} cannot be read: {error}.") from None
     except OSError as error:
@@ -87,21 +96,14 @@ def read_passages(source: str) -> Iterator[tuple[str, bool]]:
     if source.startswith(HUB):
         yield from _read_rows(source.removeprefix(HUB))
         return
-    check_file(source)
     path = Path(source).expanduser()
-    try:
+    with _explain_failures(path):
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(read_lines(path), start=1):
                 if text := _parse_line(path, number, line):
                     yield text, True
         else:
             yield from _read_pieces(path)
-    except UnicodeDecodeError:
-        raise CompressknowError(f"{path} is not UTF-8.", hint="Save it as UTF-8, and try again.") from None
-    except NotReadable as error:
-        raise CompressknowError(f"{path} cannot be read: {error}.") from None
-    except OSError as error:
-        raise CompressknowError(f"{path} cannot be read.", error.strerror) from error
 
 
 def _read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
@@ -196,8 +198,7 @@ class CalibrationText:
 
 
 def check_text(text: str, tokens: int) -> None:
-    """Raise UsageError if a request can give no text, CompressknowError if its file is no regular one, without
-    importing anything large.
+    """Raise UsageError if a request can give no text, CompressknowError if its file is no regular one.
 
     >>> check_text("self", 0)
     Traceback (most recent call last):
@@ -281,15 +282,11 @@ def calibration_text(
 def reread_texts(
     folder: Path, calibration: Mapping[str, Any], *, trust_remote_code: bool = False
 ) -> tuple[str, ...] | None:
-    """Return the texts of the sequences that a converted checkpoint was calibrated on.
+    """Return the texts of the sequences that a converted checkpoint, which has the tokenizer, was calibrated on, by its
+    record (`compressknow.model.manifest.calibration_of`).
 
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
-
-    Parameters
-    ----------
-    folder : the converted checkpoint, which has the tokenizer.
-    calibration : its record, see `compressknow.model.manifest.calibration_of`.
     """
     if not _is_on_disk(calibration):
         return None

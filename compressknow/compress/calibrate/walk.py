@@ -17,6 +17,7 @@ from transformers import Cache
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import size
+from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
@@ -29,7 +30,6 @@ from compressknow.compress.calibrate.model import (
     translate_failures,
 )
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
@@ -47,13 +47,9 @@ Visit = Callable[[dict[Key, InputStatistics], Pool], object]
 
 
 class Visitor:
-    """Visitor of a walk; this one watches nothing, and changes nothing.
+    """Visitor of a walk; this one watches nothing, and changes nothing."""
 
-    Attributes
-    ----------
-    lone_layers : modules outside the blocks to stop before too: single Linear layers.
-    """
-
+    # Modules outside the blocks to stop before too: single Linear layers.
     lone_layers: Collection[str] = ()
 
     @property
@@ -76,17 +72,23 @@ class Visitor:
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Look at what a module makes of a batch, as the next one will see it."""
 
+    def finish(self) -> None:
+        """Act on what waited for the end. Raises BlockwiseUnsupported if the model does not run all blocks."""
+
 
 T = TypeVar("T", bound=LinearWeight | PlannedTensor)
 
 
-class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of the blocks and lone layers that hold targets, which sums up what each of them reads.
+def group_by_block(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, list[T]]:
+    """Return targets by the block that holds them, or by their own module if none does."""
+    groups: dict[str, list[T]] = {}
+    for target in targets:
+        groups.setdefault(streamed.find_block(target.module or ""), []).append(target)
+    return groups
 
-    Parameters
-    ----------
-    targets : by the block that holds them, or by their own module if none does.
-    """
+
+class TargetVisitor(Visitor, Generic[T]):
+    """Visitor of what holds targets (as `group_by_block` gives them), which sums up what each of them reads."""
 
     def __init__(self, streamed: StreamedModel, targets: Mapping[str, Sequence[T]]) -> None:
         self._streamed, self._targets = streamed, targets
@@ -125,16 +127,11 @@ def walk(
 
     Every batch is computed by one thread alone, so that results do not depend on how many there are.
 
-    Parameters
-    ----------
-    batches : keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
-        ``decoder_input_ids`` if it has a decoder.
-    on_module : called with the name of each block, or lone layer, that has run.
+    `batches` are keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
+    ``decoder_input_ids`` if it has a decoder. `on_module` is called with each block, or lone layer, that has run.
 
-    Raises
-    ------
-    CompressknowError : a block gives NaN or infinities, or there is no memory for it.
-    BlockwiseUnsupported : the model cannot be run so.
+    Raises CompressknowError if a block gives NaN or infinities, or there is no memory for it, BlockwiseUnsupported if
+    the model cannot be run so.
     """
     passes = [ForwardPass(streamed.model, batch) for batch in batches]
     with ExitStack() as stack:
@@ -306,10 +303,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         visit: Visit,
         on_progress: OnProgress,
     ) -> None:
-        targets: dict[str, list[LinearWeight]] = {}
-        for weight in weights:
-            targets.setdefault(streamed.find_block(weight.module), []).append(weight)
-        super().__init__(streamed, targets)
+        super().__init__(streamed, group_by_block(streamed, weights))
         self._pool, self._make, self._visit, self._on_progress = pool, make_sums, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
 
@@ -334,7 +328,6 @@ class _Observer(TargetVisitor[LinearWeight]):
         return not self._unvisited and not self._repeats
 
     def finish(self) -> None:
-        """Show what waited for further uses. Raises BlockwiseUnsupported if the model does not run all blocks."""
         for module in self._unvisited:
             self.check_run(module)
         for module in list(self._sums):

@@ -94,11 +94,9 @@ class PruningMethod(Parametric, abc.ABC):
     help : a line of `convert --help`.
     needs : what it looks at before a weight is written: ``nothing``, ``magnitudes`` (a pass over the weights), or, of
         a Linear's inputs X [tokens, in] on the calibration text, ``norms`` (of its columns) or ``products`` (X^T X).
-    structured : it takes whole channels, not single weights.
     """
 
     needs: ClassVar[Needs] = "nothing"
-    structured: ClassVar[bool] = False
 
     @property
     def over_scope(self) -> bool:

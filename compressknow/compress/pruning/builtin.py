@@ -42,8 +42,7 @@ class Unstructured(PruningMethod):
 
 
 class L1Unstructured(Patterned, Unstructured):
-    """Smallest magnitudes: one threshold over all of the step, ties in the order of tensors, then of index; with a
-    pattern, each group by itself."""
+    """Smallest magnitudes: one threshold over all, ties in the order of tensors, then of index; or by a pattern."""
 
     name = "l1-unstructured"
     help = "the smallest weights of all"
@@ -108,7 +107,6 @@ def _make_random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
 class Structured(PruningMethod):
     """Output channels (`dim` 0) or input channels (1) of the lowest scores, however a matrix is stored."""
 
-    structured = True
     dim: int = parameter(
         default=0,
         help="Channels to prune: 0 output, 1 input.",
@@ -203,8 +201,7 @@ class RandomStructured(Structured):
 
 
 class Wanda(Patterned, Calibrated):
-    """Wanda (Sun et al. 2023, arXiv 2306.11695, equation 1): a weight's score is |W_ij| * ||X_j||_2, compared within
-    each output, a row of W."""
+    """Wanda (Sun et al. 2023, arXiv 2306.11695, equation 1): scores |W_ij| * ||X_j||_2, compared within a row of W."""
 
     name = "wanda"
     help = "small weights on small inputs, per output"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.blocks import Reader
+from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.gathering import Key, Sums
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
@@ -21,28 +21,25 @@ from compressknow.compress.calibrate.model import (
     explain_missing_memory,
 )
 from compressknow.compress.calibrate.walk import (
+    AnySums,
     Batches,
     OnProgress,
+    TargetVisitor,
     Visitor,
     find_tensors,
     gather_whole,
+    group_by_block,
     walk,
 )
-from compressknow.compress.pool import Pool
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.neurons import (
-    FeedForward,
-    SelectedNeurons,
-    choose_neurons,
-    fit_down,
-    write_cuts,
-)
+from compressknow.compress.removal.neurons import SelectedNeurons, choose_neurons, fit_down, write_cuts
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import DropBlocks
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
+from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -74,10 +71,13 @@ def decide(
         removal = replace(
             removal,
             checkpoint=replace(removal.checkpoint, tensors=removal.checkpoint.tensors | cut),
-            selected={name: tuple(neurons.numbers.tolist()) for name, neurons in selected.items()},
+            selected={name: tuple(numbers.tolist()) for name, (numbers, _) in selected.items()},
             unfitted=unfitted,
         )
     return replace(removal, is_decided=True, is_blockwise=decision.is_blockwise)
+
+
+V = TypeVar("V", "_SimilarityVisitor", "_NeuronVisitor")
 
 
 class _Decision:
@@ -134,28 +134,11 @@ class _Decision:
         return sum(max(len(blocks) - fewer, 0) for fewer in self._later)
 
 
-class _DecidingVisitor(Visitor):
-    """Visitor of the blocks of a streamed model, or of the whole model at once, in memory."""
-
-    def __init__(self, streamed: StreamedModel, pool: Pool) -> None:
-        self._streamed, self._pool = streamed, pool
-
-    def run_whole(self, batches: Batches) -> None:
-        """Run a model that is in memory as a whole, in place of a walk."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Decide what waited for the end."""
-
-
-V = TypeVar("V", bound=_DecidingVisitor)
-
-
-class _SimilarityVisitor(_DecidingVisitor):
+class _SimilarityVisitor(Visitor):
     """Visitor that sums up, for each block, the cosines between a token's hidden states before and after it."""
 
-    def __init__(self, streamed: StreamedModel, pool: Pool) -> None:
-        super().__init__(streamed, pool)
+    def __init__(self, streamed: StreamedModel, _: Pool) -> None:
+        self._streamed = streamed
         self._cosines: dict[str, dict[int, tuple[float, int]]] = {}
 
     def average(self, module: str) -> float:
@@ -179,6 +162,7 @@ class _SimilarityVisitor(_DecidingVisitor):
         self._cosines.setdefault(module, {})[batch] = float(cosines.sum()), cosines.numel()
 
     def run_whole(self, batches: Batches) -> None:
+        """Run a model that is in memory as a whole, in place of a walk."""
         number = 0
 
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -194,77 +178,61 @@ class _SimilarityVisitor(_DecidingVisitor):
             hook.remove()
 
 
-class _NeuronVisitor(_DecidingVisitor):
+class _NeuronVisitor(TargetVisitor[LinearWeight]):
     """Visitor that selects the neurons of each block as soon as it has seen what they do, and lets the next block see
     what is left; those of a block that is used several times after all of its uses."""
 
     def __init__(self, removal: Removal, streamed: StreamedModel, pool: Pool) -> None:
-        super().__init__(streamed, pool)
+        self._downs = [down for drop in removal.neurons for down in drop.networks]
+        super().__init__(streamed, group_by_block(streamed, self._downs))
+        self._pool = pool
         self._stored = {cut.parameter: cut.source for cut in removal.cuts.values()}
-        self._after = {n.down.parameter: drop.after for drop in removal.neurons for n in drop.networks}
-        self._networks = [network for drop in removal.neurons for network in drop.networks]
-        self._sums: dict[str, Sums] = {}
+        self._after = {down: drop.after for drop in removal.neurons for down in drop.networks}
         self.selected: dict[str, SelectedNeurons] = {}
 
     @property
     def is_done(self) -> bool:
-        return len(self.selected) == len(self._networks)
+        return len(self.selected) == len(self._downs)
 
-    def list_watched(self, module: str) -> Collection[str]:
-        return [network.down.parameter for network in self._find_networks(module)]
-
-    def get_sums(self, module: str) -> Sums:
-        """Return the sums of a block, the same from one use of it to the next."""
-        if module not in self._sums:
-            self._sums[module] = self._make_sums(self.list_watched(module))
-        return self._sums[module]
-
-    def _make_sums(self, parameters: Collection[str]) -> Sums:
-        return Sums(parameters, products=True, peaks=False, check=self._pool.check)
+    def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
+        return Sums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
-        once = [network for network in self._find_networks(module) if network.down.uses == 1]
+        once = [down for down in self._targets[module] if down.uses == 1]
         self._pool.map(partial(self._select, self._sums[module]), once)
         if once:
             del self._sums[module]
 
     def run_whole(self, batches: Batches) -> None:
         """Run the whole model: every block sees what the original gave it."""
-        parameters = [network.down.parameter for network in self._networks]
-        sums = self._make_sums(parameters)
-        gather_whole(self._streamed, parameters, batches, sums)
-        self._pool.map(partial(self._select, sums), self._networks)
+        sums = self.make_sums(self._downs)
+        gather_whole(self._streamed, [down.parameter for down in self._downs], batches, sums)
+        self._pool.map(partial(self._select, sums), self._downs)
 
     def finish(self) -> None:
         for module in list(self._sums):
-            waiting = [
-                network for network in self._find_networks(module) if network.down.parameter not in self.selected
-            ]
+            waiting = [down for down in self._targets[module] if down.parameter not in self.selected]
             with self._streamed.load(module):
                 self._pool.map(partial(self._select, self._sums[module]), waiting)
-        if lacking := [n.down.module for n in self._networks if n.down.parameter not in self.selected]:
+        if lacking := [down.module for down in self._downs if down.parameter not in self.selected]:
             raise CompressknowError(
                 f"{lacking[0]} has read nothing on the calibration text, so its neurons cannot be chosen.",
                 hint="Prune instead: --scope feed-forward --prune 0.2.",
             )
 
-    def _find_networks(self, module: str) -> list[FeedForward]:
-        return [network for network in self._networks if f"{network.down.module}.".startswith(f"{module}.")]
-
-    def _select(self, sums: Sums, network: FeedForward) -> None:
-        parameter, transposed = network.down.parameter, network.down.transposed
-        if (seen := sums.get(Key(parameter))) is None:
+    def _select(self, sums: AnySums, down: LinearWeight) -> None:
+        if (seen := sums.get(Key(down.parameter))) is None:
             return
         assert seen.products is not None
-        weight = self._streamed.model.get_parameter(parameter).detach()
-        down = weight.T if transposed else weight
-        numbers = choose_neurons(down, seen.squares, self._after[parameter])
-        stored = self._stored[parameter]
+        parameter = self._streamed.model.get_parameter(down.parameter).detach()
+        weight = parameter.T if down.transposed else parameter
+        numbers = choose_neurons(weight, seen.squares, self._after[down])
+        stored = self._stored[down.parameter]
         # As it will be written.
-        fitted = fit_down(down, seen.products, numbers, seen.name).to(torch_dtype(stored.dtype)).to(torch.float32)
-        self.selected[parameter] = SelectedNeurons(numbers, fitted)
-        rest = torch.zeros(down.shape)
+        fitted = fit_down(weight, seen.products, numbers, seen.name).to(torch_dtype(stored.dtype)).to(torch.float32)
+        self.selected[down.parameter] = numbers, fitted
+        rest = torch.zeros(weight.shape)
         rest[:, numbers] = fitted
-        self._streamed.replace(parameter, stored, (rest.T if transposed else rest).contiguous())
+        self._streamed.replace(down.parameter, stored, (rest.T if down.transposed else rest).contiguous())
         # The block holds it as long as it is needed.
         self._streamed.forget([stored])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.compress.blocks import Block, Reader
+from compressknow.compress.blocks import Reader
 from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
-from compressknow.compress.steps import DropNeurons
+from compressknow.compress.steps import DropNeurons, Where
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Naming
@@ -31,14 +31,10 @@ FEWEST_STEPS = 8
 DAMPING = (0.01, 0.1)
 
 
-@dataclass(frozen=True)
-class FeedForward:
-    """Feed-forward network of `width` neurons: the Linear that reads them (`down`), and for each parameter with rows or
-    columns for them the axis, and how many it has per neuron."""
-
-    down: LinearWeight
-    width: int
-    cuts: Mapping[str, tuple[int, int]]
+# By parameter with rows or columns for the neurons of a feed-forward network: the axis, and how many it has per neuron.
+Cuts = Mapping[str, tuple[int, int]]
+# Feed-forward networks, each by the Linear that reads its neurons.
+Networks = Mapping[LinearWeight, Cuts]
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class DroppedNeurons:
 
     width: Width
     after: int
-    networks: tuple[FeedForward, ...]
+    networks: Networks
 
 
 def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
@@ -64,7 +60,9 @@ def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) 
         raise _explain(
             structure.architecture, "No setting of its config is the width of its feed-forward blocks alone."
         )
-    networks = [(width, tuple(_find_networks(width, linears, structure))) for width in widths]
+    networks: list[tuple[Width, Networks]] = [
+        (width, dict(_find_networks(width, linears, structure))) for width in widths
+    ]
     return tuple(
         DroppedNeurons(width, count_remaining(width.value, step), own)
         for width, own in _restrict_to_side(step, networks, structure)
@@ -102,7 +100,9 @@ def find_multiple(width: int) -> int:
     return multiple
 
 
-def _find_networks(width: Width, linears: Mapping[str, LinearWeight], structure: Structure) -> Iterator[FeedForward]:
+def _find_networks(
+    width: Width, linears: Mapping[str, LinearWeight], structure: Structure
+) -> Iterator[tuple[LinearWeight, Cuts]]:
     """Find the feed-forward networks that a setting is the width of, one per block."""
     blocks: dict[Any, dict[str, tuple[int, int]]] = {}
     for name, cut in width.cuts.items():
@@ -117,18 +117,18 @@ def _find_networks(width: Width, linears: Mapping[str, LinearWeight], structure:
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
             why = "It has several feed-forward networks in a block (a mixture of experts)."
             raise _explain(structure.architecture, why)
-        yield FeedForward(downs[0], width.value, cuts)
+        yield downs[0], cuts
 
 
 def _restrict_to_side(
-    step: DropNeurons, networks_of: Sequence[tuple[Width, tuple[FeedForward, ...]]], structure: Structure
-) -> list[tuple[Width, tuple[FeedForward, ...]]]:
+    step: DropNeurons, networks_of: list[tuple[Width, Networks]], structure: Structure
+) -> list[tuple[Width, Networks]]:
     """Return the settings within a step's scope."""
-    if step.where == type(step.where)():
-        return list(networks_of)
+    if step.where == Where():
+        return networks_of
     chosen = []
     for width, networks in networks_of:
-        inside = {network.down.stack in step.where.scope for network in networks}
+        inside = {down.stack in step.where.scope for down in networks}
         if inside == {True, False}:
             raise UsageError(
                 f"The encoder and the decoder of {structure.architecture} have one width, {width.keys[-1]}: neurons "
@@ -148,13 +148,15 @@ def _restrict_to_side(
 @dataclass(frozen=True)
 class Cut:
     """Stored tensor of which some rows or columns stay: `source` is as it is stored, for this `parameter`; `axis` of
-    its shape has `each` entries per neuron of `network`, of one projection after the other."""
+    its shape has `each` entries for each of `width` neurons, of one projection after the other; `down` is the Linear
+    that reads these."""
 
     source: StoredTensor
     parameter: str
     axis: int
     each: int
-    network: FeedForward
+    width: int
+    down: LinearWeight
 
 
 def drop_neurons(
@@ -170,30 +172,34 @@ def drop_neurons(
         whole = drop.width.cut(whole, drop.after)
     config = settings.update_raw(whole)
     tree = rebuild_model(settings.tree, config, settings.path)
-    after = {network.down.parameter: drop.after for drop in drops for network in drop.networks}
-    cuts = dict(_find_cuts(checkpoint, settings.tree, [network for drop in drops for network in drop.networks]))
+    after = {down: drop.after for drop in drops for down in drop.networks}
+    cuts = dict(_find_cuts(checkpoint, settings.tree, drops))
     tensors = dict(checkpoint.tensors)
     for name, cut in cuts.items():
         shape = list(cut.source.shape)
-        shape[cut.axis] = after[cut.network.down.parameter] * cut.each
+        shape[cut.axis] = after[cut.down] * cut.each
         tensors[name] = replace(cut.source, shape=tuple(shape))
     return replace(checkpoint, config=config, tensors=tensors), tree, cuts
 
 
 def _find_cuts(
-    checkpoint: Checkpoint, tree: PreTrainedModel, networks: Sequence[FeedForward]
+    checkpoint: Checkpoint, tree: PreTrainedModel, drops: Sequence[DroppedNeurons]
 ) -> Iterator[tuple[str, Cut]]:
-    shapes, wanted = read_shapes(tree), {name: network for network in networks for name in network.cuts}
-    seen = set()
+    shapes, seen = read_shapes(tree), set()
+    wanted = {
+        name: (*cut, drop.width.value, down)
+        for drop in drops
+        for down, cuts in drop.networks.items()
+        for name, cut in cuts.items()
+    }
     for stored, binding in Naming(tree).bind(checkpoint.tensors).items():
         for parameter in set(binding.parameters) & wanted.keys():
-            tensor, network = checkpoint.tensors[stored], wanted[parameter]
+            tensor = checkpoint.tensors[stored]
             if binding.reshaped or tensor.dtype not in FLOAT_DTYPES or tensor.shape != shapes[parameter]:
                 why = f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each."
                 raise _explain(type(tree).__name__, why)
-            axis, each = network.cuts[parameter]
             seen.add(parameter)
-            yield stored, Cut(tensor, parameter, axis, each, network)
+            yield stored, Cut(tensor, parameter, *wanted[parameter])
     if lacking := sorted(wanted.keys() - seen):
         raise CheckpointError(
             f"The checkpoint lacks {lacking[0]}, which its config says it has.", hint="Download or save it again."
@@ -229,9 +235,7 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     down : float [out, in]. products : float [in, in], H. selected : int64, ascending.
     name : of the module, for errors.
 
-    Raises
-    ------
-    CompressknowError : H[S, S] has no inverse even with a damping of 10 % of its mean diagonal.
+    Raises CompressknowError if H[S, S] has no inverse even with a damping of 10 % of its mean diagonal.
     """
     dropped = torch.ones(down.shape[1], dtype=torch.bool)
     dropped[selected] = False
@@ -252,13 +256,9 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     )
 
 
-@dataclass(frozen=True)
-class SelectedNeurons:
-    """Neurons of a feed-forward network that stay (`numbers`, int64, ascending), and new weights [out, numbers] of the
-    projection that reads them; None leaves it as it was."""
-
-    numbers: torch.Tensor
-    down: torch.Tensor | None = None
+# Neurons of a feed-forward network that stay (int64, ascending), and the new weights of the projection that reads them,
+# float32 [out, neurons].
+SelectedNeurons = tuple[torch.Tensor, torch.Tensor]
 
 
 def write_cuts(
@@ -282,34 +282,27 @@ def write_cuts(
             if path not in files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files[path] = stack.enter_context(path.open("xb"))
-            neurons = selected[cut.network.down.parameter]
-            versions = [(written, neurons)]
-            if neurons.down is not None and cut.parameter == cut.network.down.parameter:
-                versions.append((unfitted, replace(neurons, down=None)))
-            for tensors, version in versions:
+            numbers, fitted = selected[cut.down.parameter]
+            rows = _cut_rows(reader, cut, numbers)
+            versions: list[tuple[dict[str, StoredTensor], Iterable[torch.Tensor]]] = [(written, rows)]
+            if cut.parameter == cut.down.parameter:
+                values = fitted.T if cut.down.transposed else fitted
+                versions = [(written, [values.to(torch_dtype(cut.source.dtype))]), (unfitted, rows)]
+            for tensors, pieces in versions:
                 offset = files[path].tell()
                 tensors[name] = replace(checkpoint.tensors[name], file=path, offset=offset, loaded=None)
-                for rows in _cut_rows(reader, cut, version):
-                    files[path].write(byte_view(rows.contiguous()))
+                for piece in pieces:
+                    files[path].write(byte_view(piece.contiguous()))
     return written, unfitted
 
 
-def _cut_rows(reader: Reader, cut: Cut, neurons: SelectedNeurons) -> Iterator[torch.Tensor]:
+def _cut_rows(reader: Reader, cut: Cut, neurons: torch.Tensor) -> Iterator[torch.Tensor]:
     """Cut a tensor, in pieces, in its own dtype."""
-    down = cut.network.down
-    if neurons.down is not None and cut.parameter == down.parameter:
-        values = neurons.down.T if down.transposed else neurons.down
-        yield values.to(torch_dtype(cut.source.dtype))
-        return
-    numbers = torch.cat([neurons.numbers + cut.network.width * part for part in range(cut.each)])
+    numbers = torch.cat([neurons + cut.width * part for part in range(cut.each)])
     for block in reader.blocks(cut.source):
-        yield _cut_block(block, cut, numbers)
-
-
-def _cut_block(block: Block, cut: Cut, numbers: torch.Tensor) -> torch.Tensor:
-    """Return what stays of a block of rows; the last axis of a tensor is the columns of a block."""
-    if cut.axis == len(cut.source.shape) - 1:
-        return block.values[:, numbers]
-    rows = block.rows
-    inside = numbers[(numbers >= rows.start) & (numbers < rows.stop)]
-    return block.values[inside - rows.start]
+        # The last axis of a tensor is the columns of a block.
+        if cut.axis == len(cut.source.shape) - 1:
+            yield block.values[:, numbers]
+        else:
+            rows = block.rows
+            yield block.values[numbers[(numbers >= rows.start) & (numbers < rows.stop)] - rows.start]

@@ -149,7 +149,7 @@ def test_how_many_cores_write_changes_nothing(
     cores: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = made(folders["bert"], tokens=3200).sha256
-    monkeypatch.setattr("compressknow.compress.pool.available_cores", lambda: cores)
+    monkeypatch.setattr("compressknow.compress.blocks.available_cores", lambda: cores)
     assert made(folders["bert"], tokens=3200).sha256 == expected
 
 

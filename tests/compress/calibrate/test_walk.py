@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
-from compressknow.compress.calibrate.gathering import Key, Seen, Sums
+from compressknow.compress.blocks import Pool
+from compressknow.compress.calibrate.gathering import Key, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, walk
-from compressknow.compress.pool import Pool
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
@@ -133,7 +133,7 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
     key = Key("layer.weight")
     sums = Sums([key.parameter], products=True, peaks=False, check=lambda: None)
     for number, batch in enumerate(inputs):
-        sums.add(number, [Seen(key, batch, batch._version)])
+        sums.add(number, [(key, batch)])
         rows = torch.cat(inputs[: number + 1], dim=1)[0].double()
         statistics = sums.get(key)
         assert statistics is not None

@@ -11,10 +11,10 @@ import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import quiet
+from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compression import calibrate
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.plan import make_plan
-from compressknow.compress.pool import Pool
 from compressknow.compress.process import TensorWriter, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where
