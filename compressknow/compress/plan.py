@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import PreTrainedModel
+
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
@@ -24,8 +27,6 @@ from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Struc
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compressknow.compress.removal.smaller import Removal
 
 
@@ -359,8 +360,6 @@ def _find_untied(model: PreTrainedModel, config: dict[str, Any], supplied: set[s
 
     BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
     """
-    import torch
-
     with torch.device("meta"):
         untied = type(model)(type(model.config).from_dict(config))
     still_tied = untied.all_tied_weights_keys

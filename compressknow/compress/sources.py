@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
@@ -14,11 +18,6 @@ from compressknow.model.loading import find_direct_reads
 from compressknow.model.naming import Binding, Naming, find_suppliers
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
 
 # Why a weight has no quantized form that loads and runs right.
 NO_FORM = {
@@ -37,8 +36,6 @@ class Sources:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
-        from torch import nn
-
         _check_usable(checkpoint)
         self._tensors = dict(checkpoint.tensors)
         self._naming = Naming(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from compressknow.base.format import count, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress
 from compressknow.base.reading import INDEX
-from compressknow.compress.blocks import Pool, raw_keys
+from compressknow.compress.blocks import Pool, Reader, raw_keys
 from compressknow.compress.manifest import count_weights
 from compressknow.compress.output import METADATA, walk_visible
 from compressknow.compress.process import COPY_BYTES, hash_file
@@ -87,14 +87,13 @@ def compare_to_manifest(
     stored, differences = _read_stored(folder, places)
     rows = expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
-    report = count_progress(advance, total)
     with Pool(threads) as pool, OpenFiles() as files:
-        checks = pool.map(
-            lambda name: _compare_tensor(
-                pool, files, stored.get(name), name, places.get(name, SAFETENSORS), rows.get(name), report
-            ),
-            rows | stored,
-        )
+        reader = Reader(pool, files, count_progress(advance, total))
+
+        def compare(name: str) -> list[Difference]:
+            return _compare_tensor(reader, stored.get(name), name, places.get(name, SAFETENSORS), rows.get(name))
+
+        checks = pool.map(compare, rows | stored)
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
     # Tensors last: a file that is missing takes all of its own with it.
     differences += [difference for check in copied for difference in check]
@@ -146,13 +145,7 @@ def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, Sto
 
 
 def _compare_tensor(
-    pool: Pool,
-    files: OpenFiles,
-    tensor: StoredTensor | None,
-    name: str,
-    place: str,
-    expected: Mapping[str, Any] | None,
-    report: Callable[[int], None],
+    reader: Reader, tensor: StoredTensor | None, name: str, place: str, expected: Mapping[str, Any] | None
 ) -> list[Difference]:
     if tensor is None:
         return [Difference(place, name, "missing")]
@@ -162,12 +155,12 @@ def _compare_tensor(
         what = f"{tensor.dtype} {list(tensor.shape)}, expected {expected['dtype']} {expected['shape']}"
         return [Difference(tensor.file.name, name, what)]
     digest, zeros = hashlib.sha256(), 0
-    for piece in files.chunks(tensor, COPY_BYTES):
-        pool.check()
+    for piece in reader.files.chunks(tensor, COPY_BYTES):
+        reader.pool.check()
         digest.update(piece)
         keys = raw_keys(piece, tensor.dtype)
         zeros += keys.size - int(np.count_nonzero(keys))
-        report(len(piece))
+        reader.progress(len(piece))
     differences = []
     if zeros != expected.get("zeros", zeros):
         differences.append(f"{zeros:,} zeros, expected {expected['zeros']:,}")

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
@@ -28,9 +29,6 @@ from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
 from compressknow.model.naming import Naming
 from compressknow.model.tensors import torch_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
 Header = tuple[str, Shape]
@@ -197,8 +195,6 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
 def _read_code(kind: type[nn.Module]) -> str:
     """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
     weights are no code) and without what sets weights."""
-    from transformers import PreTrainedModel
-
     bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
     source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
     return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
@@ -252,8 +253,6 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
 @contextmanager
 def bounded_building(path: Path) -> Iterator[None]:
     """Raise CheckpointError as soon as the modules that are built from the config at `path` are too many."""
-    from torch.nn.modules.module import register_module_module_registration_hook
-
     start, made = time.monotonic(), 0
 
     def count(*_: Any) -> None:

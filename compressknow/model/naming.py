@@ -9,15 +9,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor, same_bytes
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,6 @@ class Naming:
     """Mapping of stored names for one module tree on the meta device."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -51,8 +56,6 @@ class Naming:
 
     def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
         """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place."""
-        from transformers.core_model_loading import dot_natural_key
-
         bound: dict[str, Binding] = {}
         converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
         # In the order of transformers: a renaming may wait for a name that comes before it.
@@ -75,8 +78,6 @@ class Naming:
         self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
     ) -> Binding:
         """Bind what a converter makes of its sources, found by letting it convert tensors that have no memory."""
-        import torch
-
         empty = [(pattern, torch.empty(tensors[stored].shape, device="meta")) for stored, pattern in parts]
         whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
@@ -97,8 +98,6 @@ class Naming:
     ) -> tuple[range, ...]:
         """Return which rows of one source each of several parameters gets: the numbers of its rows, put through a
         converter, come out as unbroken ranges where it does nothing but cut it."""
-        import torch
-
         shape = tensors[parts[0][0]].shape
         if len(parts) > 1 or len(parameters) < 2 or not shape:
             return ()
@@ -125,8 +124,6 @@ class Naming:
 
         Raises KeyError where its conversion does not give that parameter.
         """
-        from transformers.core_model_loading import dot_natural_key
-
         parts: list[tuple[str, torch.Tensor]] = []
         name = parameter
         for stored in sorted(sources, key=dot_natural_key):
@@ -143,8 +140,6 @@ class Naming:
         The names are those under which transformers saves the model: nothing is found of one that is stored in an older
         form.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
         try:
             names = set(revert_weight_conversion(self._model, self._tree))
         except Exception:  # As when it converts, an operation may fail anywhere.
@@ -158,8 +153,6 @@ class Naming:
 
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
         """Return whether a stored tensor has its last two axes swapped on the way to `parameter`."""
-        from transformers.core_model_loading import Transpose
-
         pattern = self._rename(stored, self._tree)[1]
         steps = (step for entry in self._converters if pattern in entry.source_patterns for step in entry.operations)
         swaps = [step for step in steps if isinstance(step, Transpose)]
@@ -172,8 +165,6 @@ class Naming:
         return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
 
     def _rename(self, stored: str, tree: Mapping[str, Any]) -> tuple[str, str | None]:
-        from transformers.core_model_loading import rename_source_key
-
         renamed: tuple[str, str | None] = rename_source_key(
             stored, self._renamings, self._converters, self._prefix, tree
         )

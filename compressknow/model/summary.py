@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import count, plain
 from compressknow.base.notebook import Shown, Summary
+from compressknow.model.checkpoint import Checkpoint, open_checkpoint
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, scope_parameters
+from compressknow.model.tensors import grid_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from compressknow.model.checkpoint import Checkpoint
 
 
 class Inspection(Shown, dict[str, Any]):
@@ -86,14 +86,11 @@ def inspect_checkpoint(
     Raises CheckpointError where the checkpoint is missing or damaged, or its config describes no model that can be
     built.
     """
-    from compressknow.model.checkpoint import open_checkpoint
-
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import structure_of
     from compressknow.model.loading import missing_weights
     from compressknow.model.meta import meta_model
-    from compressknow.model.tensors import grid_of
 
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from compressknow.compress.calibrate.model import (
     explain_missing_memory,
     read_tensor,
 )
+from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, TargetVisitor, gather_whole, walk
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
@@ -34,10 +35,6 @@ from compressknow.compress.schemes import Scheme, nearest
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
-
-if TYPE_CHECKING:
-    from compressknow.compress.calibrate.text import CalibrationText
-
 
 # A product of two matrices of this size is tried so many times to tell the pace.
 TRIAL, TRIALS = 512, 8

@@ -12,19 +12,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError, lacks_memory
 from compressknow.base.progress import quiet
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import block_names
 from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view, torch_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
 

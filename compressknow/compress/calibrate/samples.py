@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
@@ -22,10 +23,6 @@ from compressknow.compress.blocks import Pool, Stopped
 from compressknow.compress.calibrate.sequences import Form, Span, blank_out
 from compressknow.engine.language_model import LanguageModel, decoder_start
 from compressknow.engine.load import reason_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 Pieces = list[list[int]]
 
@@ -92,8 +89,6 @@ class Writer(abc.ABC):
 
         `passes` is the number of times that it runs for a text.
         """
-        from transformers import LogitsProcessorList
-
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config
         tokens = max(1, self.batch_tokens // config.max_new_tokens // passes)
@@ -136,8 +131,6 @@ class CausalWriter(Writer):
         return self.rows * self.tokens
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        from transformers import GenerationConfig
-
         begin = torch.tensor(self.form.prefix, dtype=torch.int64).expand(self.rows, -1)
         ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
@@ -207,8 +200,6 @@ class FillingWriter(Writer):
 
     def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
         """Have the model write after tokens of texts, at most one per mark; return at most a sequence of each."""
-        from transformers import GenerationConfig
-
         drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]
         gaps = [[(at, at) for at in places.tolist()] for places in drawn]
         form = self.form

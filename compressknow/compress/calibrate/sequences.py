@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.engine.language_model import decoder_start, embedding_rows, family_of, most_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LENGTH = 512
 # Share of the text that is hidden from a model that fills blanks, and mean length of a hidden span (Raffel et al. 2020,

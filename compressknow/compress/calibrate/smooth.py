@@ -11,12 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Pool
@@ -27,9 +28,6 @@ from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.engine.language_model import embedding_rows
 from compressknow.model.groups import structure_of
 from compressknow.model.tensors import OpenFiles
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SMALLEST = 1e-5
 # So many tokens show what a block's layers read.

@@ -14,20 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.files import write_whole
-from compressknow.base.reading import (
-    RECORD,
-    NotReadable,
-    check_regular,
-    find_lone_surrogate,
-    find_mismatch,
-    load_tables,
-    open_regular,
-    parse_json,
-    read_json,
-    read_lines,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +59,7 @@ def check_file(source: str) -> None:
     """Raise UsageError if the file that `source` names is not found, CompressknowError if it is no regular file."""
     path = Path(source).expanduser()
     with _explain_failures(path):
-        check_regular(path)
+        reading.check_regular(path)
 
 
 @contextmanager
@@ -81,7 +70,7 @@ def _explain_failures(path: Path) -> Iterator[None]:
         raise UsageError(f"There is no calibration text {path}.", hint=FORMS) from None
     except UnicodeDecodeError:
         raise CompressknowError(f"{path} is not UTF-8.", hint="Save it as UTF-8, and try again.") from None
-    except NotReadable as error:
+    except reading.NotReadable as error:
         raise CompressknowError(f"{path} cannot be read: {error}.") from None
     except OSError as error:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from None
@@ -99,7 +88,7 @@ def read_passages(source: str) -> Iterator[tuple[str, bool]]:
     path = Path(source).expanduser()
     with _explain_failures(path):
         if path.suffix.lower() == ".jsonl":
-            for number, line in enumerate(read_lines(path), start=1):
+            for number, line in enumerate(reading.read_lines(path), start=1):
                 if text := _parse_line(path, number, line):
                     yield text, True
         else:
@@ -108,7 +97,7 @@ def read_passages(source: str) -> Iterator[tuple[str, bool]]:
 
 def _read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
     """Read whole lines of about 64 K characters together, which are tokenized at once."""
-    with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
         begins = True
         while piece := file.read(_PIECE):
             yield piece + file.readline(_PIECE), begins
@@ -119,7 +108,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     if not line.strip():
         return ""
     try:
-        row = parse_json(line)
+        row = reading.parse_json(line)
     except UnicodeDecodeError:
         raise
     except ValueError:
@@ -127,13 +116,13 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
         raise CompressknowError(f'{path}, line {number}: no text under "{KEY}".', hint=f'Each is {{"{KEY}": "..."}}.')
     text: str = row[KEY]
-    if b"\\u" in line and (half := find_lone_surrogate(text)):
+    if b"\\u" in line and (half := reading.find_lone_surrogate(text)):
         raise CompressknowError(f"{path}, line {number}: {half} is half of a character.", hint="Save it as UTF-8.")
     return text if text.strip() else ""
 
 
 def _read_rows(dataset: str) -> Iterator[tuple[str, bool]]:
-    table = _choose_split(load_tables(dataset), dataset)
+    table = _choose_split(reading.load_tables(dataset), dataset)
     column = _choose_column(table, dataset)
     for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         yield from ((text, True) for text in batch.column(column).to_pylist() if text and text.strip())
@@ -436,8 +425,8 @@ def _load(path: Path) -> CalibrationText | None:
     import torch
 
     try:
-        record = read_json(path, RECORD)
-        if not isinstance(record, dict) or find_mismatch(record, _FORM):
+        record = reading.read_json(path, reading.RECORD)
+        if not isinstance(record, dict) or reading.find_mismatch(record, _FORM):
             return None
         batches = tuple({name: torch.tensor(ids) for name, ids in batch.items()} for batch in record["batches"])
     except (OSError, ValueError):

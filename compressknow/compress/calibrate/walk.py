@@ -10,10 +10,10 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import size
@@ -35,9 +35,6 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 AnySums = Sums | MixedSums

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
@@ -41,9 +42,6 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import torch_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 OUTSIDE_IN_MEMORY = "A block and all that lies outside the blocks is in memory, in float32, beside what is gathered."
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.blocks import Reader
@@ -19,9 +20,6 @@ from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Naming
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # By so many int4 and the kernels of all runtimes take columns.
 MOST_MULTIPLE = 128

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError
 from compressknow.model.meta import build_whole_config, rebuild_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
@@ -19,10 +22,6 @@ from compressknow.model.meta import rebuild_model
 from compressknow.model.naming import Binding, Naming
 from compressknow.model.structure import NOT_LINEAR, Structure
 from compressknow.model.tensors import StoredTensor
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
