@@ -283,7 +283,7 @@ def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[st
         "in_scope": tensor.in_scope,
         "scheme": tensor.scheme.name if tensor.scheme else None,
         **({"parameters": values} if tensor.scheme and (values := tensor.scheme.values()) else {}),
-        "bytes_before": before.nbytes if before else tensor.bytes_before,
+        "bytes_before": before.nbytes if before else 0 if tensor.created else tensor.source.nbytes,
         "bytes_after": tensor.bytes_after,
     }
 

@@ -95,10 +95,6 @@ class PlannedTensor:
         return any(step and step.calibrated for step in (self.prune, self.quantize))
 
     @property
-    def bytes_before(self) -> int:
-        return 0 if self.created else self.source.nbytes
-
-    @property
     def bytes_after(self) -> int:
         return sum(math.prod(part.shape) * DTYPE_SIZES[part.dtype] for _, part in self.written)
 
@@ -162,8 +158,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
 
     Raises UsageError where a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
-    weight, CheckpointError where a weight in scope is missing, or its shape disagrees with the config, UnsupportedError
-    where the input is quantized already, or a weight has no quantized form that loads and runs right.
+    weight, CheckpointError where a weight in scope is missing, UnsupportedError where the input is quantized already,
+    or a weight has no quantized form that loads and runs right.
     """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,10 +29,8 @@ NO_FORM = {
 
 
 class Sources:
-    """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved.
-
-    Raises CheckpointError where the folder has no weights, or a tensor has another shape than the config says,
-    UnsupportedError where they are quantized already.
+    """Stored tensors of a checkpoint, as `open_complete` opens it, by the parameters of its module tree, with ties
+    resolved. Raises CheckpointError where the folder has no weights, UnsupportedError where they are quantized already.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
@@ -45,9 +43,6 @@ class Sources:
         self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
         self.bound: dict[str, Binding] = self._naming.bind(checkpoint.tensors)
-        for name, binding in self.bound.items():
-            if binding.parameter in self.weights and not binding.reshaped:
-                self._check_shape(self._tensors[name], binding.parameter)
         self._model = model
         self._parts: dict[str, list[StoredTensor]] = {}
         for name, binding in self.bound.items():
@@ -153,12 +148,9 @@ class Sources:
                 f"The checkpoint lacks {weight.parameter}, which its config says it has.",
                 hint="Is it a base model without this head? Narrow --scope, or mend `architectures` in its config.",
             )
-        reshaped = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
         for part in parts:
             _check_dtype(part)
-            if not reshaped:
-                self._check_shape(part, weight.parameter)
-        if scheme and (reason := self._find_obstacle(weight, parts[0], reshaped, scheme)):
+        if scheme and (reason := self._find_obstacle(weight, parts, scheme)):
             word, others = scheme.word, _build_kind_pattern(weight.module)
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
@@ -167,20 +159,14 @@ class Sources:
                 f"--exclude '{others}'.",
             )
 
-    def _check_shape(self, stored: StoredTensor, parameter: str) -> None:
-        if stored.shape != self._shapes[parameter]:
-            raise CheckpointError(
-                f"{stored.name} has shape {list(stored.shape)}, config.json says {list(self._shapes[parameter])}.",
-                hint="The config and the weights do not match: download or save both again.",
-            )
-
-    def _find_obstacle(self, weight: LinearWeight, part: StoredTensor, reshaped: bool, scheme: Scheme) -> str | None:
+    def _find_obstacle(self, weight: LinearWeight, parts: Sequence[StoredTensor], scheme: Scheme) -> str | None:
+        part, bound = parts[0], [self.bound[part.name] for part in parts if part.name in self.bound]
         if weight.kind != "linear":
             return NO_FORM[weight.kind].format(word=scheme.word)
-        if reshaped:
+        if any(binding.reshaped for binding in bound):
             return NO_FORM["reshaped"]
-        if part.name in self.bound:
-            name = part.name if self.bound[part.name].parameter == weight.parameter else weight.parameter
+        if bound:
+            name = part.name if bound[0].parameter == weight.parameter else weight.parameter
             if not self._naming.scale_follows(name, weight.parameter):
                 return NO_FORM["reshaped"]
         if self._read & set(weight.modules):

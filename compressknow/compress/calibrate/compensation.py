@@ -99,31 +99,26 @@ class Level(NamedTuple):
     begin: Callable[[int, torch.Tensor], None] | None = None
 
 
-def compensate(columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle) -> None:
+def compensate(
+    columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle, first: int = 0
+) -> None:
     """Settle all columns in order.
 
     Parameters
     ----------
     columns : the weights, transposed: float32 [in, out], contiguous. They are overwritten by errors over U_ii.
     factor : U, float32 [in, in], see `factor_inverse`.
-    levels : blocks, the widest first, each of which holds whole blocks of the next.
-    settle : called for each column in order.
+    levels : blocks, the widest first, each of which holds whole blocks of the next; without any, single columns.
+    settle : called for each column in order; they are numbered from `first` on.
     """
-    _compensate_from(columns, factor, [*levels, Level(1)], settle, 0)
-
-
-def _compensate_from(
-    columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle, first: int
-) -> None:
-    """Settle the columns from `first` on; `factor` is their part of U."""
-    (width, begin), *finer = levels
+    width, begin = levels[0] if levels else Level(1)
     for start in range(0, len(columns), width):
         stop = min(start + width, len(columns))
         block, corner = columns[start:stop], factor[start:stop, start:stop]
         if begin is not None:
             begin(first + start, block)
-        if finer:
-            _compensate_from(block, corner, finer, settle, first + start)
+        if levels:
+            compensate(block, corner, levels[1:], settle, first + start)
         else:
             block.sub_(settle(first + start, block[0])).div_(corner)
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)

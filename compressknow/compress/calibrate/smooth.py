@@ -112,18 +112,16 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs or {})
         made = _find_places(result) if read else set()
         # A view is no use yet: what reads it will be seen.
-        for place in read - made if made else ():
-            self._note_reader(func, args, place)
-        return result
-
-    def _note_reader(self, func: Any, args: tuple[Any, ...], place: int) -> None:
+        used = read - made if made else set()
         operands = OPERANDS.get(func)
-        weight = args[operands[1]] if operands and len(args) > operands[1] else None
+        weight = args[operands[1]] if used and operands and len(args) > operands[1] else None
         name = None if weight is None else self._names.get(weight.untyped_storage().data_ptr())
         if name is None:
-            self.elsewhere.add(place)
+            self.elsewhere |= used
         else:
-            self.readers.setdefault(place, []).append(name)
+            for place in used:
+                self.readers.setdefault(place, []).append(name)
+        return result
 
 
 def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from compressknow.base.errors import CheckpointError
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
     from compressknow.compress.blocks import Block, Reader
     from compressknow.compress.calibrate.gathering import InputStatistics
-    from compressknow.compress.pruning.masks import KeyMaker, Keys
-    from compressknow.model.tensors import StoredTensor
+    from compressknow.compress.pruning.masks import Keys
 
 
 FLOAT_ONE_BITS = 0x3F800000
@@ -52,14 +52,11 @@ class L1Unstructured(Patterned, Unstructured):
         return f"L1-unstructured {self.pattern or ''}".strip()
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
-        from compressknow.compress.pruning.masks import find_common_dtype, make_magnitude_keys, mask_groups, smallest
+        from compressknow.compress.pruning.masks import mask_groups, smallest_magnitudes
 
         if (groups := self.groups) is not None:
             return reader.pool.map(lambda each: mask_groups(reader, each, groups.of, groups.pruned), weights)
-        common = find_common_dtype(weights)
-        tensors = [each.tensor for each in weights]
-        makers = [make_magnitude_keys(common)] * len(tensors)
-        return smallest(reader, tensors, makers, common, self.count_all(weights, amount), are_magnitudes=True)
+        return smallest_magnitudes(reader, weights, self.count_all(weights, amount))
 
 
 class RandomUnstructured(Unstructured):
@@ -81,27 +78,25 @@ class RandomUnstructured(Unstructured):
         from compressknow.compress.pruning.masks import smallest
 
         tensors = [each.tensor for each in weights]
-        makers = [_make_random_keys(self.seed, tensor) for tensor in tensors]
+        makers = [partial(_draw_keys, self.seed, tensor.name) for tensor in tensors]
         return smallest(reader, tensors, makers, torch.float32, self.count_all(weights, amount))
 
 
-def _make_random_keys(seed: int, tensor: StoredTensor) -> KeyMaker:
-    def start() -> Callable[[Block], Keys]:
-        import torch
+def _draw_keys(seed: int, name: str) -> Callable[[Block], Keys]:
+    """Return what gives the keys of each block of a tensor, in order."""
+    import torch
 
-        from compressknow.compress.pruning.masks import make_generator
+    from compressknow.compress.pruning.masks import make_generator
 
-        drawing = make_generator(seed, tensor.name)
+    drawing = make_generator(seed, name)
 
-        def keys(block: Block) -> Keys:
-            # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
-            # get the numbers that the whole tensor would.
-            drawn = torch.rand(block.values.numel(), generator=drawing).view(torch.int32).numpy()
-            return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
+    def keys(block: Block) -> Keys:
+        # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
+        # get the numbers that the whole tensor would.
+        drawn = torch.rand(block.values.numel(), generator=drawing).view(torch.int32).numpy()
+        return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
 
-        return keys
-
-    return start
+    return keys
 
 
 class Structured(PruningMethod):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.compress.blocks import BIT_LAYOUTS, Block, Reader, check_finite, magnitude_keys
+from compressknow.compress.blocks import Block, Reader, check_finite, magnitude_keys
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.model.tensors import StoredTensor, torch_dtype
 
@@ -138,17 +138,6 @@ class KeyMask:
         return mask
 
 
-def find_common_dtype(weights: Sequence[Weights]) -> torch.dtype:
-    """Return the dtype in which magnitudes of all tensors compare: that of all, or the widest."""
-    dtypes = {each.tensor.dtype for each in weights}
-    return torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
-
-
-def make_magnitude_keys(common: torch.dtype) -> KeyMaker:
-    """Make keys that order as the magnitudes in that dtype do."""
-    return lambda: lambda block: magnitude_keys(block.values.to(common))
-
-
 def smallest(
     reader: Reader,
     tensors: Sequence[StoredTensor],
@@ -174,7 +163,7 @@ def smallest(
             check_finite(int(sizes.max(initial=0)), common, tensors[index])
             yield found
 
-    bits = BIT_LAYOUTS[common].bits
+    bits = 8 * common.itemsize - 1
     if isinstance(amounts, int):
         key, ties = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
         return [KeyMask(key, each, maker) for each, maker in zip(ties, makers, strict=True)]
@@ -185,6 +174,19 @@ def smallest(
 
     singles = reader.pool.map(select_alone, range(len(tensors)))
     return [KeyMask(key, ties, maker) for (key, (ties,)), maker in zip(singles, makers, strict=True)]
+
+
+def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int | Sequence[int]) -> list[KeyMask]:
+    """Mask the weights with the smallest magnitudes, as `smallest` does. They compare in the dtype of all tensors, or
+    the widest."""
+    dtypes = {each.tensor.dtype for each in weights}
+    common = torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
+    tensors = [each.tensor for each in weights]
+
+    def start() -> Callable[[Block], Keys]:
+        return lambda block: magnitude_keys(block.values.to(common))
+
+    return smallest(reader, tensors, [start] * len(tensors), common, amounts, are_magnitudes=True)
 
 
 def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
