@@ -119,7 +119,7 @@ def convert(
         if dry_run:
             from compressknow.compress.calibrate.smooth import check_smoothable
 
-            check_smoothable(plan, plan.tree)
+            check_smoothable(plan)
             return Manifest({**preview(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
         if not wanted:

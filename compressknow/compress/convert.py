@@ -78,7 +78,7 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
     """
     if (calibration := plan.recipe.calibration) is None:
         return None
-    check_smoothable(plan, plan.tree)
+    check_smoothable(plan)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.original[1] if plan.removal else plan.tree
     folder, options = plan.checkpoint.folder, asdict(calibration)

@@ -115,7 +115,7 @@ def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
 class Sums:
     """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
 
-    Batches come from several threads; each is added after the one before it, so that any number gives the same bits.
+    Batches come from several threads; each is added after the one before it: the number of threads changes no bit.
 
     Parameters
     ----------

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Pool
@@ -200,7 +199,7 @@ def group_in_scope(plan: Plan, streamed: StreamedModel, *, repeated: bool) -> di
     return group_by_block(streamed, [tensor for tensor in targets if repeats[tensor.parameter] == repeated])
 
 
-def check_smoothable(plan: Plan, tree: PreTrainedModel) -> None:
+def check_smoothable(plan: Plan) -> None:
     """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed.
 
     A few tokens show it, before the model writes a text.
@@ -212,7 +211,7 @@ def check_smoothable(plan: Plan, tree: PreTrainedModel) -> None:
         checkpoint, tree = plan.removal.original
         plan = make_plan(checkpoint, tree, structure_of(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:
-        streamed = StreamedModel(tree, plan.sources, files)
+        streamed = StreamedModel(plan.tree, plan.sources, files)
         if group_in_scope(plan, streamed, repeated=True):
             check_no_smoothing(plan, SHARED_WEIGHTS)
         visitor = _SmoothingTrial(plan, streamed, pool)
