@@ -327,7 +327,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
 
 
 def walk_visible(folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder, at any depth, by the path within it, in order, but what is hidden (as by Git)."""
+    """Yield what lies in a folder, at any depth, by the path within it, in order; nothing hidden."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not any(part.startswith((".", "__pycache__")) for part in name.parts):

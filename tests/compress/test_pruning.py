@@ -19,7 +19,7 @@ from compressknow.compress import blocks
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.convert import convert
 from compressknow.compress.pruning import Weights
-from compressknow.compress.pruning.masks import derive_seed
+from compressknow.compress.pruning.masks import make_generator
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
@@ -81,7 +81,7 @@ def pruned_by_torch(weights: dict[str, Tensor], step: Prune) -> dict[str, Tensor
     else:
         for name, module in modules.items():
             with torch.random.fork_rng():
-                torch.manual_seed(derive_seed(step.seed, name))
+                torch.manual_seed(make_generator(step.seed, name).initial_seed())
                 prune_one(module, step)
     return {name: module.weight_mask == 0 for name, module in modules.items()}
 
@@ -105,7 +105,7 @@ def holder(weight: Tensor) -> torch.nn.Module:
 
 
 def draws(step: Prune, name: str, weight: Tensor) -> Tensor:
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(derive_seed(step.seed, name)))
+    return torch.rand(weight.shape, generator=make_generator(step.seed, name))
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -233,7 +233,7 @@ def test_each_of_stacked_matrices_is_pruned_by_itself(
     modules = [holder(expert) for expert in experts]
     with torch.random.fork_rng():
         # The matrices of a stack share its draws, one after the other.
-        torch.manual_seed(derive_seed(step.seed, "experts"))
+        torch.manual_seed(make_generator(step.seed, "experts").initial_seed())
         for module in modules:
             prune_one(module, step)
     expected = torch.stack([module.weight_mask == 0 for module in modules])

@@ -80,7 +80,12 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
         # A sentinel for each span, and one that closes the last.
         length = min(length, int((len(marks) - 1) * SPAN / HIDDEN) + 1)
     end = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    rows = embedding_rows(model)
+    rows, special = embedding_rows(model), {*tokenizer.all_special_ids, *marks}
+    known = sorted(
+        number
+        for token, number in tokenizer.get_vocab().items()
+        if number < rows and number not in special and "unused" not in token
+    )
     form = Form(
         family=family,
         length=length,
@@ -89,7 +94,7 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
         # A decoder has learned from texts that begin with a prefix, too.
         separator=(*end, *prefix) if family == "causal" else end,
         marks=marks if family in ("masked", "seq2seq") else (),
-        known=_find_known(tokenizer, marks, rows),
+        known=tuple(known),
         rows=rows,
     )
     if form.body < _SHORTEST:
@@ -107,14 +112,6 @@ def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if len(sentinels) > 1:
         return sentinels
     return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
-
-
-def _find_known(tokenizer: PreTrainedTokenizerBase, marks: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    special = {*tokenizer.all_special_ids, *marks}
-    tokens = tokenizer.get_vocab().items()
-    return tuple(
-        sorted(number for token, number in tokens if number < rows and number not in special and "unused" not in token)
-    )
 
 
 def pack(pieces: Iterable[Ids], form: Form, most: int) -> tuple[torch.Tensor, int]:

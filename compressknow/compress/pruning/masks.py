@@ -271,10 +271,6 @@ def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> 
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:
-    """Make the random generator of one tensor."""
-    return torch.Generator().manual_seed(derive_seed(seed, name))
-
-
-def derive_seed(seed: int, name: str) -> int:
-    """Derive the seed of one tensor: it depends on the tensor's name, not on what else is pruned."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+    """Make the random generator of one tensor: it depends on the tensor's name, not on what else is pruned."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
