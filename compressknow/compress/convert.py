@@ -115,7 +115,8 @@ def carry_out(
                 OpenFiles() as files,
             ):
                 progress = count_progress(None if blockwise else advance, _count_bytes(plan))
-                work = Work(pool, files, progress, output.writer, plan.unfitted)
+                unfitted = plan.removal.unfitted if plan.removal else {}
+                work = Work(pool, files, progress, output.writer, unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:

@@ -269,21 +269,21 @@ def _find_name_before(tensor: PlannedTensor, removal: Removal | None) -> str | N
 
 
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
-    before = removal.before(tensor.source.name) if removal else None
+    cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = _find_name_before(tensor, removal)
     return {
         "name": tensor.name,
         **({"name_before": name_before} if name_before else {}),
         "group": tensor.group,
         "shape": list(tensor.source.shape),
-        **({"shape_before": list(before.shape)} if before else {}),
+        **({"shape_before": list(cut.source.shape)} if cut else {}),
         "dtype_before": tensor.source.dtype,
         "dtype_after": tensor.dtype,
         "numel": tensor.source.numel,
         "in_scope": tensor.in_scope,
         "scheme": tensor.scheme.name if tensor.scheme else None,
         **({"parameters": values} if tensor.scheme and (values := tensor.scheme.values()) else {}),
-        "bytes_before": before.nbytes if before else 0 if tensor.created else tensor.source.nbytes,
+        "bytes_before": cut.source.nbytes if cut else (0 if tensor.created else tensor.source.nbytes),
         "bytes_after": tensor.bytes_after,
     }
 

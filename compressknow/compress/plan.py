@@ -128,11 +128,6 @@ class Plan:
     unused: tuple[str, ...] = ()
     removal: Removal | None = None
 
-    @property
-    def unfitted(self) -> dict[str, StoredTensor]:
-        """Return what sources that were fitted anew were before, by name."""
-        return self.removal.unfitted if self.removal else {}
-
     def list_prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
         """Yield each prune step with the tensors that it acts on, in the order in which it breaks ties."""
         for step in self.recipe.steps:

@@ -76,10 +76,6 @@ class Removal:
     is_decided: bool = True
     is_blockwise: bool = True
 
-    def before(self, stored: str) -> StoredTensor | None:
-        """Return a tensor as the original has it; None if it was not cut."""
-        return self.cuts[stored].source if stored in self.cuts else None
-
 
 def remove(
     checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe, similarities: Similarities | None = None
