@@ -290,7 +290,13 @@ def format_options(recipe: Recipe) -> list[str] | None:
     >>> format_options(Recipe((Prune(0.1, where=Where(("attention",))), Quantize("int8", Where(("attention",))))))
     ['--scope', 'attention', '--prune', '0.1', '--quantize', 'int8']
     """
-    options = {name: value for step in recipe.steps for name, value in _step_to_options(step).items()}
+    options: dict[str, Any] = {}
+    for step in recipe.steps:
+        options |= _get_options(step)
+        if isinstance(step, Prune | Quantize):
+            options |= step.chosen.changed()
+        if isinstance(step, Prune):
+            options |= {name: getattr(step, name) for name in SHARED}
     if recipe.calibration:
         options |= _get_options(recipe.calibration)
     parameters = {name: options.pop(name) for name in list(options) if name not in (*OPTIONS, *SHARED)}
@@ -310,14 +316,6 @@ def format_options(recipe: Recipe) -> list[str] | None:
 def _get_options(part: Step | Where | Calibration | Recipe) -> dict[str, Any]:
     """Return the options that say a part of a recipe, by name."""
     return {each.name: getattr(part, each.field) for each in list_options(type(part))}
-
-
-def _step_to_options(step: Step) -> dict[str, Any]:
-    """Return what says one step, by the names of `build_recipe`, parameters of its method or scheme included."""
-    options = _get_options(step)
-    if isinstance(step, Prune | Quantize):
-        options |= step.chosen.changed()
-    return options | ({name: getattr(step, name) for name in SHARED} if isinstance(step, Prune) else {})
 
 
 def _format_option(name: str, value: Any) -> list[str]:

@@ -291,7 +291,10 @@ def select(
         _check_unplaced(unplaced, (*includes, *excludes))
     for scope in scopes:
         if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
-            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=_list_scopes(structure))
+            counts = scope_parameters(structure).items()
+            there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
+            hint = f"There is {there}." if there else f"{structure.architecture} has no Linear layer at all."
+            raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
     chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
     chosen += [w for w in unplaced if _matches(w, includes)]
     chosen = [w for w in chosen if not _matches(w, excludes)]
@@ -305,13 +308,6 @@ def select(
 
 def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
     return any(pattern.search(weight.module) for pattern in patterns)
-
-
-def _list_scopes(structure: Structure) -> str:
-    counts = scope_parameters(structure)
-    if not counts:
-        return f"{structure.architecture} has no Linear layer at all."
-    return "There is " + ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts.items()) + "."
 
 
 def _compile(option: str, patterns: Sequence[str]) -> Patterns:

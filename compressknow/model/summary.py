@@ -95,7 +95,12 @@ def inspect_checkpoint(
     tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = structure_of(tree, module_map)
     if not checkpoint.tensors:
-        return summarize(_untie_head(checkpoint.config, structure), checkpoint.name, None)
+        # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
+        if checkpoint.config.get("tie_word_embeddings") is False:
+            heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
+            tied = {name: source for name, source in structure.tied.items() if name not in heads}
+            structure = replace(structure, tied=tied)
+        return summarize(structure, checkpoint.name, None)
     dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = grid_of(checkpoint.tensors.values())
@@ -156,14 +161,6 @@ def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str
         "cross": weight.cross,
         "uses": weight.uses,
     }
-
-
-def _untie_head(config: dict[str, Any], structure: Structure) -> Structure:
-    # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
-    if config.get("tie_word_embeddings") is not False:
-        return structure
-    heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
-    return replace(structure, tied={name: source for name, source in structure.tied.items() if name not in heads})
 
 
 def _stored_dtypes(
