@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.api.words import list_rules, verb
-from compressknow.base.errors import CheckpointError, OutputError, UsageError
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.files import check_links, write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, begin_stages, resolve_progress
-from compressknow.compress.calibrate.text import check_text
+from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.recipe import check_beside_recipe
 from compressknow.compress.staging import clean
 from compressknow.compress.steps import Calibration
@@ -25,11 +25,10 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.place import check_destination, finish, get_record_path
+from compressknow.gguf.place import check_beside, check_destination, finish, get_record_path
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
-from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts
-from compressknow.study.sensitivity import Guide
+from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
     from compressknow.gguf.export import Export
@@ -188,6 +187,7 @@ def _make_fit(
     job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
@@ -218,7 +218,10 @@ def _read_types(options: Mapping[str, Any]) -> Choice:
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
-        calibration = _make_calibration(text, tokens, options["seed"])
+        if text is None and tokens is not None:
+            raise UsageError("--calibration-tokens goes with --calibration.")
+        tokens = TOKENS if tokens is None else tokens
+        calibration = None if text is None else Calibration(text, tokens, options["seed"])
         matrix = None if options["imatrix"] is None else Path(options["imatrix"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
@@ -226,34 +229,19 @@ def _read_types(options: Mapping[str, Any]) -> Choice:
     return choice
 
 
-def _make_calibration(text: str | None, tokens: int | None, seed: int) -> Calibration | None:
-    """Return the text of an importance matrix; None where there is to be none."""
-    if text is None:
-        if tokens is not None:
-            raise UsageError("--calibration-tokens goes with --calibration.")
-        return None
-    return Calibration(text, seed=seed) if tokens is None else Calibration(text, tokens, seed)
-
-
 def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    if file.resolve() in (output.resolve(), get_record_path(output).resolve()):
-        raise UsageError("--imatrix-out and OUTPUT have one name.", hint="Give each a name of its own.")
-    check_links(file)
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise OutputError(f"{file} exists already.", hint="Choose another --imatrix-out, or pass --overwrite.")
-    if file.exists():
-        try:
-            read_importance(file)
-        except CheckpointError:
-            raise OutputError(
-                f"{file} is no importance matrix: not overwritten.",
-                hint="Remove it yourself, or choose another --imatrix-out.",
-            ) from None
-    if not file.parent.is_dir():
-        raise OutputError(f"{file.parent}: no such folder.", hint="Make it first, or choose another place.")
+    check_beside(file, output, "--imatrix-out", "importance matrix", _is_importance, overwrite=overwrite)
+
+
+def _is_importance(file: Path) -> bool:
+    try:
+        read_importance(file)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _check_places(

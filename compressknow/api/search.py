@@ -33,9 +33,8 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import ORIGINAL, SEARCH, NoiseFloor, StudyModel, check_study_folder, claim
+from compressknow.study.cells import ORIGINAL, PRECISION, NoiseFloor, StudyModel, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
-from compressknow.study.guides import FIT_TOKENS, check_has_candidates, measure_guides
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -49,14 +48,14 @@ from compressknow.study.search import (
     remove,
     split_facts,
 )
-from compressknow.study.sensitivity import Guide
+from compressknow.study.sensitivity import FIT_TOKENS, Guide, check_has_candidates
 
 # Files that are made for a search lie where what a stopped run keeps for itself does.
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 # Of the facts that grade: what running the original otherwise changes.
-NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: ("precision", "runtime"), CHECKPOINT: ("precision",)}
+NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: (*PRECISION, "runtime"), CHECKPOINT: PRECISION}
 
 
 @verb
@@ -147,17 +146,21 @@ def search(
         check_has_candidates(each for each in opened if each not in texts)
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
+    # It imports torch, which takes seconds: what is wrong with the arguments is said before.
+    from compressknow.study.guides import measure_guides
+
     begin = begin_stages(listener, model)
     with (
         closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
-        claim(folder, study_model.original, known, search=SEARCH),
+        claim(folder, study_model.original, known),
         open_form(study_model, request, folder, begin) as form,
     ):
         _check_winners_place(folder / form.place)
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
-            study_model.evaluate_original(texts, folder / GRADING / ORIGINAL, listener)
+            place = folder / GRADING / ORIGINAL
+            study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=PRECISION)
         guided = EvaluationSet(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
@@ -220,8 +223,7 @@ def _check_minimize(minimize: str) -> None:
 
 
 def _check_winners_place(place: Path) -> None:
-    """Raise OutputError where something stands in the winner's place that no search has put there: else it would be
-    found when all is evaluated."""
+    """Raise OutputError where something stands in the winner's place that no search has put there."""
     if os.path.lexists(place) and not is_made(place):
         raise OutputError(
             f"{place} exists already, and is no winner of a search.",

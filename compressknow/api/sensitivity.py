@@ -18,9 +18,8 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.pages.pages import check_outputs, require_for
-from compressknow.study.guides import FIT_TOKENS, measure_guides, open_facts
 from compressknow.study.map import FORMATS, Map, write_map
-from compressknow.study.sensitivity import Guide, Sensitivity, check_guide
+from compressknow.study.sensitivity import FIT_TOKENS, Guide, Sensitivity, check_guide, open_facts
 
 if TYPE_CHECKING:
     from compressknow.study.measuring import Roundings
@@ -80,6 +79,7 @@ def sensitivity(
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
     check_is_checkpoint(model)
+    from compressknow.study.guides import measure_guides
 
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)

@@ -22,6 +22,7 @@ from compressknow.study.cells import (
     CELLS,
     MODELS,
     ORIGINAL,
+    PRECISION,
     TEXTS,
     CellResult,
     StudyModel,
@@ -113,8 +114,9 @@ def sweep(
             calibration_tokens=calibration_tokens,
         )
         with claim(folder, study_model.original), open_runner(cluster, listener) as run:
-            original = study_model.evaluate_original(
-                opened, folder / ORIGINAL, relabel_progress(listener, of=len(cells) + 1)
+            watched = relabel_progress(listener, of=len(cells) + 1)
+            original = study_model.evaluate(
+                study_model.original, opened, folder / ORIGINAL, None, watched, noise_floors=PRECISION
             )
             before, by_cell = grade(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:

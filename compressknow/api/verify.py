@@ -53,13 +53,11 @@ def verify(
 
 
 def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Verification:
-
     if not path.exists():
         raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
-
     check_recorded(path)
     from compressknow.gguf.record import compare_to_record
 

@@ -181,13 +181,9 @@ def check_study_folder(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, original: ModelHandle, known: str | None = None, search: int | None = None) -> Iterator[None]:
-    """Take a folder for a study of this model: a new one, or one that holds such a study already.
-
-    Parameters
-    ----------
-    known : of a search, what counts as known: that decides what it tries.
-    search : of a search, `SEARCH`.
+def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iterator[None]:
+    """Take a folder for a study of this model: a new one, or one that holds such a study already. A search says what
+    counts as `known`: that decides what it tries.
 
     Raises OutputError where it is a file, holds something else, a study of another model or version, an older search or
     one by another reading of known, or is in use.
@@ -197,7 +193,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None, search:
     with claim_folder(folder, wait=False, worthless=(RECORD,)):
         values = {"schema": SCHEMA_VERSION, "version": __version__}
         values |= {"model": original.located.name, "sha256": original.sha256}
-        values |= {"known": known, "search": search} if search else {}
+        values |= {"known": known, "search": SEARCH} if known else {}
         if record.is_file():
             _check_record(record, values)
         else:
@@ -241,19 +237,14 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
 
 # What else the original is run in, to see what that alone changes.
 NoiseFloor = Literal["precision", "runtime"]
-_PRECISION: tuple[NoiseFloor, ...] = ("precision",)
+PRECISION: tuple[NoiseFloor, ...] = ("precision",)
 _NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
 
 
 class StudyModel:
-    """Original of a study, found and opened once: it, and every cell, is evaluated from here.
-
-    Parameters
-    ----------
-    keep_in : a folder on the disk that keeps the original's distributions for cells that are evaluated in this process;
-        None where there are none.
-    texts : a folder that keeps calibration texts, so that a study that resumes reads the same.
-    """
+    """Original of a study, found and opened once: it, and every cell, is evaluated from here. `keep_in`, a folder on
+    the disk, keeps its distributions for cells that are evaluated in this process; `texts` keeps calibration texts, so
+    that a study that resumes reads the same."""
 
     def __init__(
         self,
@@ -290,19 +281,6 @@ class StudyModel:
         if self._whole:
             self._whole.close()
 
-    def evaluate_original(
-        self,
-        probes: Sequence[Opened],
-        folder: Path,
-        on_progress: Listener | None = None,
-        *,
-        noise_floors: Collection[NoiseFloor] = _PRECISION,
-        whole: bool = True,
-    ) -> Answers:
-        """Return the original's answers, kept in `folder`, with these noise floors; `whole`, with its distributions
-        kept for what is compared with it."""
-        return self.evaluate(self.original, probes, folder, None, on_progress, noise_floors=noise_floors, whole=whole)
-
     def evaluate(
         self,
         handle: ModelHandle,
@@ -314,7 +292,8 @@ class StudyModel:
         noise_floors: Collection[NoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
-        """Return the answers of the original, or of a model that was made of it, kept in `folder`."""
+        """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
+        `folder`; `whole`, with the original's distributions kept for what is compared with it."""
         distributions = self._whole if whole else None
         context = Context(reference, whole=distributions)
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))
@@ -376,15 +355,8 @@ def name_folder(probe: str) -> str:
 
 
 class CellHandle(ModelHandle):
-    """Original of a study, converted by a cell's recipe.
-
-    Parameters
-    ----------
-    original : of the same settings.
-    maker : of the original's checkpoint, open.
-    tokenizer : gives the original's.
-    written : prompts that other cells were given, by probe: the same tokens, for one tokenizer and architecture.
-    """
+    """Original of a study, converted by a cell's recipe. `written` are the prompts that other cells were given, by
+    probe: the same tokens, for one tokenizer and architecture."""
 
     def __init__(
         self,

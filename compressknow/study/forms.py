@@ -23,7 +23,7 @@ from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
-from compressknow.model.structure import SCOPES, compile_pattern
+from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
     Allocation,
     Option,
@@ -41,7 +41,6 @@ from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_g
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
     from compressknow.gguf.export import Export
-    from compressknow.model.structure import LinearWeight
     from compressknow.study.cells import StudyModel
     from compressknow.study.measuring import Roundings
 
@@ -63,13 +62,8 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Request:
-    """Options of a search.
-
-    Attributes
-    ----------
-    keep : the share of knowledge to keep; or `size`, the bytes that the file may have.
-    to : ``gguf`` or ``checkpoint``; None for what suits the model.
-    guide, must, rounding, text : what decides the types, which are not to be chosen, and how weights are rounded.
+    """Options of a search: the share of knowledge to `keep`, or the `size` of the file in bytes, one of `FORMS` or None
+    for what suits the model, and what decides the types; `must` are those that are not to be chosen.
 
     Raises UsageError for what is none of these.
     """
@@ -118,12 +112,15 @@ class Form(ABC):
     overhead : bytes of a file beside these.
     together : weights that have one type.
     numel : by weight, how many parameters it has.
+    guide, rounded : what decides the types, and how weights are rounded.
     guidance, texts : of what `learn` was given.
     """
 
     name: ClassVar[str]
     place: ClassVar[str]
     roundings: Roundings
+    guide: Guide
+    rounded: str
     guidance: Guidance
     texts: tuple[Batches, ...]
 
@@ -162,9 +159,9 @@ class Form(ABC):
         ]
 
     @property
-    @abstractmethod
     def label(self) -> str:
         """Return what decided the types, and how weights are rounded."""
+        return f"{'facts and text' if self.guide == 'both' else self.guide}, rounded {self.rounded}"
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
@@ -216,14 +213,8 @@ class Form(ABC):
 
 
 class GgufForm(Form):
-    """Files for llama.cpp.
-
-    Parameters
-    ----------
-    job : an export of the model that has neither types nor a size, but the file in between.
-    tensors, overhead : of that file.
-    target : what is asked for beside the size.
-    """
+    """Files for llama.cpp, by an export of the model that has neither types nor a size, but the file in between, of
+    which `tensors` and `overhead` are."""
 
     name, place = GGUF, "model.gguf"
 
@@ -232,12 +223,9 @@ class GgufForm(Form):
 
         self.roundings = GgufRoundings()
         self._job, self._tensors, self._target = job, tensors, target
+        self.guide, self.rounded = target.guide, "by GPTQ" if target.rounding == "gptq" else "by llama.cpp"
         table = pin_types(build_table(None, tensors, target.guide), tensors, target.must)
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
-
-    @property
-    def label(self) -> str:
-        return _describe_rounding(self._target.guide, "by GPTQ" if self._target.rounding == "gptq" else "by llama.cpp")
 
     def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
         return pin_types(build_table(sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
@@ -271,11 +259,8 @@ class GgufForm(Form):
 class CheckpointForm(Form):
     """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are.
 
-    Parameters
-    ----------
-    must : rules, by scope or regular expression on modules, for weights that get this type in any case.
-
-    Raises UsageError for a rule that names nothing, or a type that there is not; and what planning a conversion does.
+    Raises UsageError for a rule of `must` that names nothing, or a type that there is not; and what planning a
+    conversion does.
     """
 
     name, place = CHECKPOINT, "model"
@@ -286,7 +271,8 @@ class CheckpointForm(Form):
         from compressknow.study.measuring import SchemeRoundings
 
         self.roundings = SchemeRoundings()
-        self._model, self._guide, self._is_uniform = model, guide, False
+        self.guide, self.rounded = guide, "to nearest"
+        self._model, self._is_uniform = model, False
         maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
@@ -344,12 +330,8 @@ class CheckpointForm(Form):
             for kind in kinds
         ]
 
-    @property
-    def label(self) -> str:
-        return _describe_rounding(self._guide, "to nearest")
-
     def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
-        rows = sensitivity.kl(self._guide)
+        rows = sensitivity.kl(self.guide)
         table = {}
         for module, options in self.table.items():
             # What nothing was measured of stays as it is.
@@ -367,10 +349,6 @@ class CheckpointForm(Form):
 
     def recipe(self, found: Allocation) -> str:
         return to_toml(_build_steps(found.types))
-
-
-def _describe_rounding(guide: Guide, rounding: str) -> str:
-    return f"{'facts and text' if guide == 'both' else guide}, rounded {rounding}"
 
 
 def _build_steps(types: Mapping[str, str]) -> dict[str, Any]:

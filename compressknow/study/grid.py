@@ -128,12 +128,9 @@ def list_cells(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
-    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
-
-    Parameters
-    ----------
-    module_map : of both built-in grids; `quantize` of the paper's; `calibration`, `calibration_tokens` of that of
-        methods. A grid file says all of it.
+    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed. Of
+    the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration of that of methods: a
+    grid file says all of it.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
     does of its calibration texts.
@@ -167,11 +164,8 @@ def build_paper_grid(
     pruned by 20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention
     (figure 8).
 
-    Parameters
-    ----------
-    structure : of the model: scopes that it has none of are left out.
-    module_map, scheme : by default those of the authors' code; the scheme is as near as can be to its defaults for all
-        layers.
+    Scopes that the model has none of are left out. By default, module map and scheme are those of the authors' code;
+    the scheme is as near as can be to its defaults for all layers.
     """
     quantized: dict[str, Any] = {"quantize": scheme, "parameters": fit_parameters(structure, scheme) or {}}
 
@@ -378,8 +372,7 @@ def _has_effect(point: Mapping[str, Any]) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, and "none" quantizes
-    none."""
+    """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, "none" quantizes none."""
     return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
 
 

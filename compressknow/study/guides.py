@@ -12,36 +12,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.files import cache_folder
-from compressknow.base.progress import Stage, report_progress
+from compressknow.base.progress import Listener, Stage, report_progress
+from compressknow.compress.calibrate.model import BlockwiseUnsupported
+from compressknow.compress.calibrate.text import CalibrationText, calibration_text, load_or_make_text
+from compressknow.compress.calibrate.walk import Batches
+from compressknow.compress.steps import Calibration
+from compressknow.engine.language_model import family_of, load_whole_tokenizer
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.gather import default_answers_folder
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.run import probe_model
+from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.gguf.gptq import batch_sequences
+from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.groups import structure_of
+from compressknow.model.loading import open_complete
+from compressknow.study.batches import ScoredFact, batch_facts, batch_text
+from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, Roundings, measure
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from compressknow.base.progress import Listener
-    from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.calibrate.walk import Batches
-    from compressknow.compress.steps import Calibration
-    from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.facts import Fact, Probe
-    from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.sources import Opened
-    from compressknow.model.checkpoint import Checkpoint
-    from compressknow.study.batches import ScoredFact
-    from compressknow.study.measuring import Roundings
 
 # Facts that guide, and the fewest that tell one weight from another.
 FACTS, FEWEST = 200, 30
 # Of four facts that are evaluated, a small model may know two: so many, that there are enough.
 ASKED = 400
-# Tokens of the text, unless more are asked for.
-FIT_TOKENS = 8_192
-# Of these, those that guide: more tell little more, and take as long as so many more facts.
+# Tokens of the text that guide: more tell little more, and take as long as so many more facts.
 TOKENS = 2_048
 
 
@@ -68,12 +70,6 @@ def measure_guides(
 
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
-    from compressknow.evaluate.distributions import Context
-    from compressknow.evaluate.gather import default_answers_folder
-    from compressknow.evaluate.run import probe_model
-    from compressknow.gguf.gptq import batch_sequences
-    from compressknow.model.loading import open_complete
-
     model, trusted = handle.located, handle.settings.trust_remote_code
     if answers is None:
         probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
@@ -95,29 +91,6 @@ def measure_guides(
     # Nothing is predicted after the last token of a fact's object.
     known = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
     return sensitivity, (*([batch_sequences(known)] if known else []), text.batches)
-
-
-def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
-    """Return the facts that guide, atlas where none are named.
-
-    Raises UsageError for probes whose facts have no candidates.
-    """
-    from compressknow.evaluate.facts import Probe
-    from compressknow.evaluate.gather import open_named
-
-    opened = open_named(names, None)
-    check_has_candidates(opened)
-    return [each for each in opened if isinstance(each, Probe)]
-
-
-def check_has_candidates(opened: Iterable[Opened]) -> None:
-    """Raise UsageError for what cannot guide: anything but facts with candidates."""
-    for each in opened:
-        if not any(fact.candidates for fact in getattr(each, "facts", ())):
-            raise UsageError(
-                f"{each.name}: what guides are facts with candidates to choose from.",
-                hint="Give atlas, bear or facts:FILE.jsonl with candidates.",
-            )
 
 
 def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
@@ -156,11 +129,6 @@ def _measure_sensitivity(
     on_progress: Listener | None,
 ) -> Sensitivity:
     """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
-    from compressknow.compress.calibrate.model import BlockwiseUnsupported
-    from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.study.batches import batch_facts, batch_text
-    from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, measure
-
     guidance = Guidance(
         roundings.form,
         roundings.types,
@@ -196,8 +164,6 @@ def _measure_sensitivity(
 
 def _count_weights(tree: PreTrainedModel) -> int:
     """Count the weights of a model, those that share their storage once."""
-    from compressknow.model.groups import structure_of
-
     structure = structure_of(tree)
     others = {*structure.tied, *structure.buffers}
     return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
@@ -212,10 +178,6 @@ def _score_facts(
     trusted: bool,
 ) -> list[ScoredFact]:
     """Return the facts as the model reads them, and what it answered."""
-    from compressknow.engine.language_model import family_of, load_whole_tokenizer
-    from compressknow.evaluate.scoring.families import make_scorer
-    from compressknow.study.batches import ScoredFact
-
     tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
     scored: list[ScoredFact] = []
     for probe in probes:
@@ -243,7 +205,6 @@ def _get_text(
     handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
 ) -> CalibrationText:
     """Return the text, which a model that writes its own writes once."""
-    from compressknow.compress.calibrate.text import calibration_text, load_or_make_text
 
     def make() -> CalibrationText:
         folder, trusted = handle.located.path, handle.settings.trust_remote_code

@@ -63,13 +63,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Map:
-    """Sensitivity of a model, by layer, module and domain.
-
-    Attributes
-    ----------
-    model : its name.
-    guide : what weights are ranked and types chosen by.
-    """
+    """Sensitivity of a model, by layer, module and domain; `guide` is what weights are ranked and types chosen by."""
 
     model: str
     sensitivity: Sensitivity
@@ -135,8 +129,8 @@ class Map:
 
     @cached_property
     def uniform(self) -> tuple[Size, ...]:
-        """Return all weights of one type each, the largest first: those types that all rows fit, or llama.cpp's
-        fallback of them does."""
+        """Return all weights of one type each, the largest first: types that all rows fit, llama.cpp's fallbacks
+        included."""
         sizes = []
         for type in self.sensitivity.guidance.types:
             chosen = [options.get(type) or options.get(_FALLBACKS.get(type, type)) for options in self.table.values()]
@@ -153,8 +147,7 @@ class Map:
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
-    """Return the KL of some weights for each MB that they save, all of them rounded to 4 bits; that of a domain's
-    facts."""
+    """Return the KL of some weights, or of a domain's facts, for each MB that they save when rounded to 4 bits."""
     kl = sum(
         row.by_type[row.compared].kl(guide) * (1.0 if domain is None else row.by_domain.get(domain, 1.0))
         for row in rows

@@ -11,22 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.base.files import write_whole
 from compressknow.base.progress import Listener, relabel_progress
+from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import RECORD, Answers
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.study.cells import CellResult, StudyModel, name_folder
 from compressknow.study.grid import Cell
-
-if TYPE_CHECKING:
-    from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.recipe import Recipe
-    from compressknow.compress.steps import Calibration
-
 
 LOST_WORKERS = 4
 SECONDS_TO_ANSWER = 10.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from compressknow._version import __version__
 from compressknow.base.errors import GateNotMet, UsageError
@@ -27,6 +27,7 @@ from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Loaded
 from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.gguf.place import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
@@ -37,23 +38,13 @@ from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, NoiseFloor, StudyModel, grade
 from compressknow.study.forms import GGUF, Form, Request
 
-if TYPE_CHECKING:
-    from compressknow.evaluate.runtimes import Loaded
-
-
 # Parts of the facts: to search with, to select by and to grade by.
 _THIRDS = 3
 
 
 class Parts(NamedTuple):
-    """Facts of a probe, each in one part.
-
-    Attributes
-    ----------
-    search : guide the search.
-    selection : held out from it, to choose the winner by.
-    grading : held out from that choice too: the share that the winner keeps of them is what it keeps of others.
-    """
+    """Facts of a probe, each in one part: those that guide the search, those held out from it to choose the winner by,
+    and those held out from that choice too. The share that the winner keeps of these is what it keeps of others."""
 
     search: Probe
     selection: Probe
@@ -111,18 +102,11 @@ def _get_id(fact: Fact) -> str:
 
 
 class EvaluationSet:
-    """One part of the facts, and what the original answers to them; making it evaluates the original.
+    """One part of the facts, with running texts that are read beside them, and what the original answers to them;
+    making it evaluates the original. `folder` keeps all answers. Facts that grade have noise floors of the original,
+    whose distributions are kept then.
 
-    Parameters
-    ----------
-    probes : the facts, and running texts that are read beside them.
-    folder : keeps all answers.
-    known : what counts as known.
-    noise_floors : of the original, if the facts grade; its distributions are kept then.
-
-    Attributes
-    ----------
-    reference : the original's answers as they were given, to each wording; `original` the same as they count.
+    `reference` are the original's answers as they were given, to each wording; `original` the same as they count.
     """
 
     def __init__(
@@ -136,8 +120,9 @@ class EvaluationSet:
         noise_floors: Collection[NoiseFloor] = (),
     ) -> None:
         self.probes, self.known_as, self._study_model, self._folder = probes, known, study_model, folder
-        self.reference = study_model.evaluate_original(
-            probes, folder / ORIGINAL, on_progress, noise_floors=noise_floors, whole=bool(noise_floors)
+        model, place, whole = study_model.original, folder / ORIGINAL, bool(noise_floors)
+        self.reference = study_model.evaluate(
+            model, probes, place, None, on_progress, noise_floors=noise_floors, whole=whole
         )
         self.original = grade(self.reference, known)
 
@@ -186,18 +171,11 @@ class Candidate:
 
 
 class SizeSearch:
-    """Trials of a search, and what comes of them. It reads and writes nothing.
+    """Trials of a search, and what comes of them. It reads and writes nothing: `choose` gives the types of a file of so
+    many bytes, `evaluate` makes a file and its trial, on the facts of the search; none is made twice.
 
-    Parameters
-    ----------
-    keep : the share of knowledge to be kept.
-    choose : gives the types of a file of so many bytes.
-    evaluate : makes a file and its trial, on the facts of the search; none is made twice.
-
-    Attributes
-    ----------
-    tried : in the order in which they were chosen.
-    confirmed : those that were put to the held-out facts, the smallest first.
+    `tried` are in the order in which they were chosen, `confirmed` those that were put to the held-out facts, the
+    smallest first.
     """
 
     def __init__(
@@ -337,13 +315,7 @@ BYTES, PLACED = "bytes", "placed"
 
 
 class Candidates:
-    """Files of a search, in a folder of its own.
-
-    Parameters
-    ----------
-    original : the model that they are made of.
-    begin : begins the stages of making one.
-    """
+    """Files of a search that are made of a model, in a folder of its own."""
 
     def __init__(self, original: ModelHandle, form: Form, folder: Path, begin: Begin) -> None:
         self.original, self.form, self.folder, self.begin = original, form, folder, begin

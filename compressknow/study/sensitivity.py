@@ -6,7 +6,7 @@ A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; si
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,10 +17,15 @@ from compressknow.base.errors import UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, number
 from compressknow.base.reading import RECORD, read_json
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.gather import open_named
+from compressknow.evaluate.sources import Opened
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 2
+# Tokens of the text that guides, unless more are asked for.
+FIT_TOKENS = 8_192
 # What weights are compared by: of each the first that its rows fit.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
@@ -198,6 +203,26 @@ def check_guide(guide: str) -> None:
     """Raise UsageError for what guides nothing."""
     if guide not in GUIDES:
         raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"There is {', '.join(GUIDES)}.")
+
+
+def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
+    """Return the facts that guide, atlas where none are named.
+
+    Raises UsageError for probes whose facts have no candidates.
+    """
+    opened = open_named(names, None)
+    check_has_candidates(opened)
+    return [each for each in opened if isinstance(each, Probe)]
+
+
+def check_has_candidates(opened: Iterable[Opened]) -> None:
+    """Raise UsageError for what cannot guide: anything but facts with candidates."""
+    for each in opened:
+        if not any(fact.candidates for fact in getattr(each, "facts", ())):
+            raise UsageError(
+                f"{each.name}: what guides are facts with candidates to choose from.",
+                hint="Give atlas, bear or facts:FILE.jsonl with candidates.",
+            )
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
