@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
-from compressknow.base.packages import require
+from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import PanicError, no_panics
 from compressknow.engine.identity import Located, describe
 from compressknow.engine.language_model import AUTO, CPU, load_language_model
@@ -90,9 +90,7 @@ class LlamaCpp(Runtime):
 
     def is_default(self, located: Located) -> bool:
         """Return whether the extra is installed; else transformers unpacks the files."""
-        from compressknow.gguf.llama_cpp import is_there
-
-        return self.reads(located) and is_there()
+        return self.reads(located) and is_installed("llama_cpp_py_sync")
 
     def resolve_settings(self, settings: Settings) -> Settings:
         """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""

@@ -32,12 +32,8 @@ def run(
     environment: Mapping[str, str],
     look: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a command to its end, and return its exit code.
-
-    Parameters
-    ----------
-    log : where all goes that it prints.
-    look : called now and then meanwhile.
+    """Run a command to its end, and return its exit code. What it prints goes into `log`; `look` is called now and then
+    meanwhile.
 
     It is killed where this run is interrupted.
     """

@@ -22,13 +22,7 @@ _TRIAL_CELLS = 8
 
 
 class Span(NamedTuple):
-    """Tokens that a sequence reads next.
-
-    Attributes
-    ----------
-    start : the position of the first one.
-    wanted : so many of the last ones are to be given logits.
-    """
+    """Tokens that a sequence reads next, from position `start` on; so many of the last ones are to be given logits."""
 
     sequence: int
     start: int
@@ -37,13 +31,7 @@ class Span(NamedTuple):
 
 
 class Context:
-    """Sequences of one model.
-
-    Parameters
-    ----------
-    cells : tokens that all sequences hold together; a beginning that several share counts once.
-    sequences : numbered from 0.
-    """
+    """Sequences of one model, numbered from 0, of so many tokens (`cells`) together; a shared beginning counts once."""
 
     def __init__(self, model: GgufModel, *, cells: int, sequences: int, threads: int) -> None:
         self._ffi, self._lib, _ = model.native
@@ -170,7 +158,7 @@ class GgufTokenizer:
         return bytes(self._ffi.buffer(text, count))
 
     def _fill(self, kind: str, size: int, fill: Callable[[Any, int], int]) -> tuple[Any, int]:
-        """Return a buffer that llama.cpp filled, and how far: where it is too small, it returns the size that it needs,
+        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size that it needs,
         negative."""
         while (count := fill(buffer := self._ffi.new(kind, size), size)) < 0:
             size = -count
@@ -207,14 +195,10 @@ def _optional_token(number: int) -> int | None:
 
 
 def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
-    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
+    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early. The file is taken
+    as sound: one that llama.cpp has just written.
 
-    The file is taken as sound: one that llama.cpp has just written.
-
-    Raises
-    ------
-    CheckpointError, UnsupportedError : see `GgufModel`.
-    CompressknowError : it computes no numbers, or fails.
+    Raises what `GgufModel` does, and CompressknowError where it computes no numbers, or fails.
     """
     model = GgufModel(path, trial=True)
     context = None

@@ -66,11 +66,8 @@ def find_converter(
     """Return the converter: at `place`, else where the environment says, else the one that was fetched; where there is
     none, it may be fetched now.
 
-    Raises
-    ------
-    NotInstalled : there is none, or it cannot be fetched.
-    OutputError : the folder that it is fetched into cannot be written.
-    CompressknowError : what it imports is not installed.
+    Raises NotInstalled where there is none, or it cannot be fetched, OutputError where the folder that it is fetched
+    into cannot be written, CompressknowError where what it imports is not installed.
     """
     require("sentencepiece")
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
@@ -169,12 +166,8 @@ def convert(
     expected: int = 0,
     advance: Advance | None = None,
 ) -> None:
-    """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``.
-
-    Parameters
-    ----------
-    name : what the model is called in it, where its card does not say; by default after the folder.
-    expected : about how many bytes the output will have.
+    """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
+    called `name` in it where its card does not say, by default after the folder.
 
     Raises CompressknowError where the converter fails: it does not know the tokenizer, for one.
     """
@@ -196,15 +189,8 @@ _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\
 
 @dataclass(frozen=True)
 class Request:
-    """Quantization of a file.
-
-    Attributes
-    ----------
-    source, output : GGUF files.
-    file_type : a name of `compressknow.gguf.choice.list_file_types`.
-    types : the type of single tensors, by name.
-    importance : a GGUF file with the importance matrix.
-    """
+    """Quantization of a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `types` are those of single
+    tensors, by name, and `importance` is a GGUF file with the importance matrix."""
 
     source: str
     output: str

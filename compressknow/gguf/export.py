@@ -48,22 +48,15 @@ from compressknow.gguf.importance import (
     write_importance,
 )
 from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
-from compressknow.gguf.plain import (
-    Plain,
-    choose_float_type,
-    find_same_channels,
-    is_plain,
-    list_plain_tensors,
-    write_plain,
-)
+from compressknow.gguf.plain import Plain, find_same_channels, is_plain, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
+    COUNTS,
     SCHEMA,
     ExportRecord,
     build_metadata,
     collect_versions,
     compare_to_record,
     read_record,
-    sum_groups,
     write_with_metadata,
 )
 from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
@@ -81,14 +74,9 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True)
 class Export:
-    """Export that headers show to be possible.
-
-    Attributes
-    ----------
-    exact : the type of the GGUF file in between, which holds every matrix exactly: ``f32``, ``f16`` or ``bf16``.
-    fit : how the file is brought to a size, instead of by the types of `choice`.
-    floats : the file in between, where it is made already: it stays.
-    """
+    """Export that headers show to be possible. The GGUF file in between holds every matrix exactly, in the type
+    `exact`: ``f32``, ``f16`` or ``bf16``; it is `floats` where it is made already, and stays then. `fit` says how the
+    file is brought to a size, instead of by the types of `choice`."""
 
     checkpoint: Checkpoint
     side: Side
@@ -159,11 +147,9 @@ def prepare(
 ) -> Export:
     """Open a checkpoint, and refuse what llama.cpp has no form for.
 
-    Raises
-    ------
-    CheckpointError : it cannot be opened, or lacks weights; the importance matrix is of another model.
-    UnsupportedError : it is no generating language model, the converter does not know it, or its weights are packed in
-        a way that is not known here.
+    Raises CheckpointError where it cannot be opened, or lacks weights, or the importance matrix is of another model;
+    UnsupportedError where it is no generating language model, the converter does not know it, or its weights are packed
+    in a way that is not known here.
     """
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     # What the converter may take something of is no link out of the checkpoint: looking for the small files refuses it.
@@ -174,7 +160,9 @@ def prepare(
     _check_family(side.structure.architecture)
     check_architecture(side.structure.architecture, list_architectures(converter))
     tensors = list_plain_tensors(side, checkpoint)
-    exact = "f32" if choice.type == "f32" else FLOATS[choose_float_type(tensors)]
+    # The smallest type that holds every matrix exactly.
+    dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOATS}
+    exact = FLOATS[dtypes.pop()] if len(dtypes) == 1 and choice.type != "f32" else "f32"
     export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
     if choice.importance is not None:
         check_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
@@ -286,10 +274,7 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
     """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
     output, but something to run. It has neither a record nor more metadata than the converter's own.
 
-    Raises
-    ------
-    OutputError : the disk has no room for it.
-    CompressknowError : the converter fails.
+    Raises OutputError where the disk has no room for it, CompressknowError where the converter fails.
     """
     file, export = folder / "floats.gguf", replace(export, exact=kind)
     check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
@@ -356,8 +341,7 @@ def _choose_types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, d
 
 
 def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
-    """Return the type that readers take for that of the whole file. It is none of floats: llama.cpp would round
-    nothing."""
+    """Return what readers take for the type of the whole file: none of floats, or llama.cpp would round nothing."""
     sizes = Counter[str]()
     for name, kind in types.items():
         sizes[kind] += tensors.tensors[name].numel
@@ -434,4 +418,6 @@ def _build_record(
     export: Export, made: Path, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
 ) -> ExportRecord:
     groups = count_by_group(read_tensors(made, export.side), types)
-    return ExportRecord({**_describe_export(export), **entries, "groups": groups, "totals": sum_groups(groups)})
+    every = [counts for by_type in groups.values() for counts in by_type.values()]
+    totals = {key: sum(counts[key] for counts in every) for key in COUNTS}
+    return ExportRecord({**_describe_export(export), **entries, "groups": groups, "totals": totals})

@@ -10,14 +10,14 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.reading import open_regular
-from compressknow.model.gguf_file import check_gguf
+from compressknow.model.gguf_file import check_gguf, value_of
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Begin
@@ -102,12 +102,8 @@ def gather_inputs(
 def build_importance(
     tensors: Tensors, statistics: Statistics, text: CalibrationText, same_channels: Iterable[str]
 ) -> Importance:
-    """Return the importance matrix of a GGUF file.
-
-    Parameters
-    ----------
-    same_channels : the tensors whose input channels are those of the checkpoint, in its order.
-    """
+    """Return the importance matrix of a GGUF file; `same_channels` are the tensors whose input channels are those of
+    the checkpoint, in its order."""
     from compressknow.compress.calibrate.gathering import Key
 
     sums, counts = {}, {}
@@ -174,13 +170,8 @@ def _read_gguf(path: Path) -> Importance:
         raise ValueError(f"it holds no tensor *{SUMS}")
     counts = {name: np.array(stored[name + COUNTS], np.float32).reshape(-1) for name in names}
     sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
-
-    def get(key: str, default: Any) -> Any:
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
-
-    datasets, models = (tuple(map(str, get(key, ()))) for key in ("imatrix.datasets", _MODELS))
-    chunks, chunk = (int(get(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size"))
+    datasets, models = (tuple(map(str, value_of(reader, key) or ())) for key in ("imatrix.datasets", _MODELS))
+    chunks, chunk = (int(value_of(reader, f"imatrix.{key}") or 0) for key in ("chunk_count", "chunk_size"))
     return Importance(sums, counts, datasets, chunks, chunk, models)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.base.packages import OPTIONAL, is_installed, require
+from compressknow.base.packages import OPTIONAL, require
 from compressknow.gguf.children import join_packages
 from compressknow.model.gguf_file import NAMED, PART, gguf_parts
 
@@ -39,11 +39,6 @@ class Native(NamedTuple):
 # What it logged as errors since `collect_errors` began, and the callback, which must live as long as the library.
 _errors: list[str] = []
 _kept: list[Any] = []
-
-
-def is_there() -> bool:
-    """Return whether the extra is installed, without importing anything."""
-    return is_installed(MODULE)
 
 
 @cache
@@ -130,12 +125,8 @@ size_t ggml_type_size(int type);
 
 
 def count_types(path: Path) -> dict[str, dict[str, int]]:
-    """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first.
-
-    Parameters
-    ----------
-    path : a GGUF file that llama.cpp has opened, or the first part of one.
-    """
+    """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first, of a GGUF file
+    that llama.cpp has opened, or of all parts of one by the first."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
     for part in gguf_parts(path):
         for name, kind, parameters in _list_tensors(part):
@@ -201,16 +192,11 @@ _META_BYTES = 1 << 10
 
 
 class GgufModel:
-    """Decoder of text with its vocabulary.
+    """Decoder of text with its vocabulary. Before the file is loaded, a trial tells whether it crashes llama.cpp;
+    `trial` is this trial.
 
-    Parameters
-    ----------
-    trial : this is the trial whether it crashes llama.cpp; otherwise there is one before the file is loaded.
-
-    Raises
-    ------
-    CheckpointError : llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a part lacks.
-    UnsupportedError : it holds no decoder-only language model, or one that llama.cpp does not know.
+    Raises CheckpointError where llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a
+    part lacks; UnsupportedError where it holds no decoder-only language model, or one that llama.cpp does not know.
     """
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:

@@ -12,9 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import check_links
 from compressknow.engine.load import load_tokenizer
+from compressknow.gguf.place import check_beside
 from compressknow.model.checkpoint import read_json
 
 # What stands for the three in a chat: no template has a character of the private use area.
@@ -26,27 +25,14 @@ _SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
 def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> None:
     """Raise UsageError or OutputError, before any work, where a Modelfile of this text cannot be written there. One
     that has it already may stay."""
-    if path.resolve() in (output.resolve(), output.with_name(f"{output.name}.json").resolve()):
-        raise UsageError("--modelfile and OUTPUT have one name.", hint="Give each a name of its own.")
-    check_links(path)
-    there = path.read_text("utf-8", "replace") if path.is_file() else None
-    if path.is_dir() or (there not in (None, text) and not overwrite):
-        raise OutputError(f"{path} exists already.", hint="Choose another --modelfile, or pass --overwrite.")
-    if there is not None and not there.startswith(_FROM):
-        raise OutputError(
-            f"{path} is no Modelfile: not overwritten.", hint="Remove it yourself, or choose another --modelfile."
-        )
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+    there = path.read_text("utf-8", "replace") if path.is_file() else ""
+    is_ours, is_same = there.startswith(_FROM), there == text
+    check_beside(path, output, "--modelfile", "Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)
 
 
 def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
-    """Return the text of a Modelfile.
-
-    Parameters
-    ----------
-    checkpoint : the folder with tokenizer and generation config.
-    file : the GGUF file, and `place` where the Modelfile is to lie.
+    """Return the text of a Modelfile at `place` for a GGUF file, of the tokenizer and the generation config in a
+    checkpoint's folder.
 
     Raises CheckpointError where the checkpoint has no tokenizer.
     """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
-from compressknow.base.files import open_whole, write_whole
+from compressknow.base.files import check_links, open_whole, write_whole
 from compressknow.base.format import size
 from compressknow.base.system import move, sync_folder, uninterrupted
 from compressknow.compress.staging import Staging, check_overlap
@@ -34,13 +34,8 @@ def check_recorded(output: Path) -> None:
 
 
 class Place(Staging):
-    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, and its record, out of it
-    to their places.
-
-    Parameters
-    ----------
-    importance : where the importance matrix goes too.
-    """
+    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and, if it has
+    a place, the importance matrix out of it to their places."""
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
         self._importance = importance
@@ -84,8 +79,7 @@ class Place(Staging):
 
 @contextmanager
 def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
-    """Put the folder's importance matrix at its place once the context ends without an error: its bytes are on the disk
-    before."""
+    """Put the importance matrix, on the disk already, at its place once the context ends without an error."""
     if place is None:
         yield
         return
@@ -128,6 +122,24 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
             f"{output} was not written by compressknow (it has no {record.name} beside it): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
+
+
+def check_beside(
+    path: Path, output: Path, option: str, what: str, is_ours: Callable[[Path], bool], *, overwrite: bool
+) -> None:
+    """Raise UsageError or OutputError, before any work, where what goes with a GGUF file, a ``Modelfile`` say, cannot
+    be written at the path that an option names. `is_ours` tells whether what is there already is one."""
+    if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
+        raise UsageError(f"{option} and OUTPUT have one name.", hint="Give each a name of its own.")
+    check_links(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
+    if path.exists() and not is_ours(path):
+        raise OutputError(
+            f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 
 def check_room(output: Path, needed: int) -> None:

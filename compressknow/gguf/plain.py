@@ -77,8 +77,7 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
 
 
 def is_plain(checkpoint: Checkpoint) -> bool:
-    """Return whether the converter reads a folder as it is: floats in safetensors, all of which belong to the
-    checkpoint."""
+    """Return whether the converter reads a folder as it is: floats in safetensors, all of them the checkpoint's."""
     files = {path.name for path in checkpoint.folder.glob("model*.safetensors")}
     return (
         checkpoint.revision is None
@@ -86,12 +85,6 @@ def is_plain(checkpoint: Checkpoint) -> bool:
         and "quantization_config" not in checkpoint.config
         and all(tensor.dtype in (*FLOAT_DTYPES, *_INTEGERS) for tensor in checkpoint.tensors.values())
     )
-
-
-def choose_float_type(tensors: list[Plain]) -> str:
-    """Return the smallest of ``F16``, ``BF16`` and ``F32`` that holds every matrix exactly."""
-    dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOAT_DTYPES}
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, folder: Path) -> None:
@@ -120,15 +113,11 @@ def _read_pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:
 
 
 def find_same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
-    """Return the names of tensors whose input channels are those of the checkpoint, in its order.
+    """Return the names of tensors of a GGUF file in 32 or 16 bits whose input channels are those of the checkpoint, in
+    its order.
 
     The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
     channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
-
-    Parameters
-    ----------
-    exact : the GGUF file, in 32 or 16 bits.
-    plain : the weights of the checkpoint.
     """
     import gguf
 
@@ -164,16 +153,13 @@ def _sum_tensor_squares(tensor: Any) -> Energies:
     import gguf
 
     data, width = tensor.data, int(tensor.shape[0])
-    rows = data.reshape(-1, data.shape[-1])
-    matrices = data.shape[0] if data.ndim > 2 else 1
-    energies = np.zeros((matrices, width))
-    height = len(rows) // matrices
+    matrices = data if data.ndim > 2 else data.reshape(1, -1, data.shape[-1])
+    energies = np.zeros((len(matrices), width))
     step = max(_BLOCK // width, 1)
-    for matrix in range(matrices):
-        for start in range(0, height, step):
-            first = matrix * height + start
-            piece = rows[first : min(first + step, (matrix + 1) * height)]
-            energies[matrix] += np.square(gguf.dequantize(piece, tensor.tensor_type).astype(np.float64)).sum(axis=0)
+    for own, rows in zip(energies, matrices, strict=True):
+        for start in range(0, len(rows), step):
+            piece = gguf.dequantize(rows[start : start + step], tensor.tensor_type)
+            own += np.square(piece.astype(np.float64)).sum(axis=0)
     return energies
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.format import count, plain, size
@@ -17,23 +17,20 @@ from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import read_versions
 from compressknow.compress.process import hash_file
 from compressknow.compress.verify import Difference, Verification
+from compressknow.gguf.choice import Choice
 from compressknow.gguf.place import check_recorded, get_record_path
 from compressknow.model.checkpoint import read_json
 from compressknow.model.gguf_file import check_gguf
-
-if TYPE_CHECKING:
-    from compressknow.gguf.choice import Choice
-
 
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
 PREFIX = "compressknow"
 # What both say of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
 SOURCE = ("name", "revision", "sha256", "original_sha256")
-_COUNTS = {"tensors": int, "parameters": int, "bytes": int}
+COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
-    **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: _COUNTS}}},
-    **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": _COUNTS},
+    **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: COUNTS}}},
+    **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
 
@@ -85,12 +82,6 @@ def collect_versions(converter: str) -> dict[str, str]:
         "gguf": importlib.metadata.version("gguf"),
         "llama.cpp": __llama_cpp_tag__,
     }
-
-
-def sum_groups(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
-    """Sum the counts over all groups and types."""
-    every = [counts for types in groups.values() for counts in types.values()]
-    return {key: sum(counts[key] for counts in every) for key in _COUNTS}
 
 
 def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:

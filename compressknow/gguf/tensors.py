@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
-from compressknow.model.structure import SCOPES, compile_pattern, scope_names, select
+from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern, scope_names, select
 
 if TYPE_CHECKING:
     from compressknow.compress.weights import Side
-    from compressknow.model.structure import LinearWeight
 
 # Experts that are stored one by one are one tensor in GGUF.
 _EXPERT = re.compile(r"experts\.\d+\.")
@@ -27,13 +26,8 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Tensors:
-    """Content of a GGUF file, and the weights of the checkpoint that it was made of.
-
-    Attributes
-    ----------
-    weights : by the name of a tensor of the file, the Linear weights that it is, or is made of.
-    stored : by the same, the names under which the checkpoint stores these.
-    """
+    """Content of a GGUF file, and of the checkpoint that it was made of: by the name of a tensor the Linear weights
+    that it is, or is made of, and the names under which the checkpoint stores these."""
 
     side: Side
     tensors: Mapping[str, Tensor]
