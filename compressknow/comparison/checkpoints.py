@@ -93,17 +93,11 @@ def diff_checkpoints(
     threads: int | None = None,
     advance: Advance | None = None,
 ) -> CheckpointDiff:
-    """Compare what two checkpoints hold, in the memory of one block per thread.
+    """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
+    of threads.
 
-    Parameters
-    ----------
-    threads : tensors worked on at a time, by default one per core; the figures do not depend on it.
-    advance : called with the bytes read so far, and in all.
-
-    Raises
-    ------
-    CheckpointError : one of them has no weights, or its config describes no model that can be built.
-    CompressknowError : they are of different architectures.
+    Raises CheckpointError where one of them has no weights, or its config describes no model that can be built;
+    CompressknowError where they are of different architectures.
     """
     side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
@@ -262,10 +256,7 @@ def diff_gguf(
 ) -> CheckpointDiff:
     """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
 
-    Raises
-    ------
-    CheckpointError : one of them is damaged.
-    CompressknowError : they are of different architectures.
+    Raises CheckpointError where one of them is damaged, CompressknowError where they are of different architectures.
     """
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
     architecture, other = (str(value_of(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
@@ -322,9 +313,7 @@ def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) 
 
 
 def _diff_gguf_values(a: Any, b: Any) -> tuple[Sums, bool]:
-    """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are stored alike to the
-    bit.
-    """
+    """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are alike to the bit."""
     rows_a, rows_b = (each.data.reshape(-1, each.data.shape[-1]) for each in (a, b))
     same = a.tensor_type == b.tensor_type and np.array_equal(rows_a.view(np.uint8), rows_b.view(np.uint8))
     sums, step = Sums(), max(_VALUES // int(a.shape[0]), 1)

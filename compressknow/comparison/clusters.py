@@ -38,12 +38,8 @@ def clusters_of(relations: Sequence[Counts]) -> list[Counts]:
 
 
 def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Return the number of each fact's cluster, from 0: its relation or, in a probe of one relation, itself.
-
-    Parameters
-    ----------
-    facts : the probe and the relation of each.
-    """
+    """Return the number of each fact's cluster, from 0, where facts are given by probe and relation: its relation or,
+    in a probe of one relation, itself."""
     relations = Counter(probe for probe, _ in set(facts))
     names = [fact if relations[fact[0]] > 1 else place for place, fact in enumerate(facts)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -51,11 +47,8 @@ def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Counts]:
-    """Count facts by which of two models answers them right, the first taken as the original, in each cluster.
-
-    Parameters
-    ----------
-    first, second, cluster : by fact, whether each is right (bool), and the number of its cluster, from 0.
+    """Count facts by which of two models answers them right, the first taken as the original, in each cluster, by the
+    number of each fact's cluster, from 0.
 
     >>> tally(np.array([True, True, True, False]), np.array([True, False, False, True]), np.array([0, 0, 1, 1]))
     [Counts(both=1, lost=1, gained=0, neither=0), Counts(both=0, lost=1, gained=1, neither=0)]
@@ -175,17 +168,14 @@ def kept_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate
 
 
 def share_by_cluster(parts: Sequence[int], wholes: Sequence[int], level: float = 0.95) -> Estimate:
-    """Return the sum of parts / the sum of wholes over clusters, with its interval.
+    """Return the sum of parts / the sum of wholes over clusters, with its interval; clusters whose whole is 0 are left
+    out.
 
     Wilson's interval of as many independent facts as tell as much (facts / design effect), with Student's t in place of
     the normal quantile, since the effect is estimated: Korn and Graubard 1998 ("Confidence intervals for proportions
     with small expected number of positive counts estimated from survey data", Survey Methodology 24, 193-201) for
     Wilson's, which Franco et al. 2019 (Journal of Survey Statistics and Methodology 7, 334-364) found to cover best.
     There is none below `FEWEST` clusters, nor where each is one fact: the simple one is as good.
-
-    Parameters
-    ----------
-    parts, wholes : by cluster; clusters whose whole is 0 are left out.
 
     >>> share_by_cluster([9], [10])
     Estimate(value=0.9, low=None, high=None)
@@ -278,14 +268,8 @@ class Standing:
 def rank_models(
     original: Sequence[Answer], models: Sequence[Sequence[Answer]], sizes: Sequence[int | None]
 ) -> list[Standing]:
-    """Compare each model with each other on what the original knows: paired by fact, by relation, Holm over all pairs,
-    since which are compared in the end is not known beforehand.
-
-    Parameters
-    ----------
-    original, models : answers to the same facts.
-    sizes : of the models, in bytes.
-    """
+    """Compare each model, of so many bytes, with each other on what the original knows: paired by fact, by relation,
+    Holm over all pairs, since which are compared in the end is not known beforehand."""
     facts = [answer for answer in original if answer.correct]
     right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
     keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
@@ -306,7 +290,6 @@ def rank_models(
 
 
 def find_smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
-    """Return the place of the smallest of these models, of equal ones that which keeps most; None where no size is
-    known."""
+    """Return the place of the smallest of these models, of equal ones the best; None where no size is known."""
     sized = [(size, -standing[place].keeps, place) for place in places if (size := sizes[place]) is not None]
     return min(sized)[2] if sized else None

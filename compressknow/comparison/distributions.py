@@ -221,13 +221,8 @@ def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
 
 
 def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
-    """Return knowledge kept by thirds of the original's confidence, the most confident first; facts of one confidence
-    stay together. Nothing where that leaves a third with too few facts.
-
-    Parameters
-    ----------
-    sure, kept : of each fact that the original knew, its confidence, and whether the compressed model knows it too.
-    """
+    """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
+    original knew; facts of one confidence stay together. Nothing where that leaves a third with too few facts."""
     chosen = _split_evenly(sure, len(THIRDS), FEWEST)
     if chosen is None:
         return ()
@@ -240,9 +235,7 @@ def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
 
 
 def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
-    """Return the share of right answers by confidence, in the bins of the calibration error (Guo et al. 2017, section
-    2): of equal width, from 0 to 1.
-    """
+    """Return the share of right answers by confidence, in bins of equal width (Guo et al. 2017, section 2)."""
     bins = _bin_confidence(sure)
     facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
     total = np.bincount(bins, weights=sure, minlength=CALIBRATION_BINS)
@@ -253,9 +246,7 @@ def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ..
 
 
 def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
-    """Count facts by the grades of both models; None where some answer has none (lm-eval's tasks, answers of older
-    versions).
-    """
+    """Count facts by the grades of both models; None where some answer has none (tasks, answers of older versions)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)

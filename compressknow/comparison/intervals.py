@@ -163,16 +163,14 @@ def above_chance(kept: Estimate, chance: float | None) -> Estimate:
 
 
 def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
-    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations.
+    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations;
+    those without facts are left out.
 
     Intervals by a stratified paired bootstrap of `RESAMPLES` samples, percentiles 2.5 and 97.5 (Efron and Tibshirani
     1993, chapter 13). To draw a relation's facts anew, pairs kept together, is to draw its four counts from a
-    multinomial distribution: so that is what is drawn, and the facts themselves are not needed. Where no resample
-    differs from another (one fact a relation, say), nothing is known of the spread: there is no interval.
-
-    Parameters
-    ----------
-    relations : counts by relation; those without facts are left out. Their order matters for the drawing only.
+    multinomial distribution: so that is what is drawn, and the facts themselves are not needed. The order of relations
+    matters for the drawing only. Where no resample differs from another (one fact a relation, say), nothing is known of
+    the spread: there is no interval.
     """
     table = np.array([[c.both, c.lost, c.gained, c.neither] for c in relations if c.n], dtype=np.int64).reshape(-1, 4)
     if not len(table):

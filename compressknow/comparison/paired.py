@@ -53,18 +53,10 @@ def compare_probe(
     probe: str | None = None,
     ran_in: str = "",
 ) -> ProbeFigures:
-    """Return all figures of one probe.
+    """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
+    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model.
 
-    Parameters
-    ----------
-    original, compressed : both models' answers to the probe, in any order.
-    entry_original, entry_compressed : the probe's entries in each ``probe.json``.
-    probe : its name, where there may be no answer to take it from.
-    ran_in : runtime and build of the compressed model, for the noise floor of these.
-
-    Raises
-    ------
-    CompressknowError : the two sides were evaluated on different prompts.
+    Raises CompressknowError where the two sides were evaluated on different prompts.
     """
     name = probe or (original[0].probe if original else "the probe")
     pairs = pair_answers(name, original, compressed, entry_original, entry_compressed)
@@ -226,9 +218,7 @@ def _share_changed(pairs: Sequence[Pair]) -> float | None:
 
 
 def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
-    """Return the paper's figures: how far the probe's headline accuracy drops, in points of 1 and
-    relative to before.
-    """
+    """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before."""
     if not total.n:
         return None, None
     if macros is None:

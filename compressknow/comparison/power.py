@@ -204,14 +204,11 @@ def make_decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlySt
 
 def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
     """Return logarithms of what both players have after each fact, [..., facts]: of the one that bets on a share above
-    the gate, and of the one that bets on a share below. Each begins with 1.
+    the gate, and of the one that bets on a share below. Each begins with 1. `known` and `both` are in the order of
+    drawing (bool), [..., facts].
 
     What a fact adds is kept - gate where it is known, else nothing: over all facts this comes to nothing if the share
     is the gate. So the mean of what is left is known before each draw, and a bet on a higher one is fair.
-
-    Parameters
-    ----------
-    known, both : in the order of drawing (bool), [..., facts].
     """
     # The gate as a fraction, everything as whole numbers: sums of floats leave a residue, by which a share exactly on
     # the gate could seem impossible one fact before the end.

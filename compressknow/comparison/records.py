@@ -76,9 +76,6 @@ class PairedTest:
     unit: str
 
 
-NO_TEST = PairedTest(None, "fact")
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """Facts of one relation, domain or popularity bin.
@@ -107,10 +104,8 @@ class Group:
 class Movement:
     """Movement of the distribution at the answer's first position (nats), over the `n` facts that have one.
 
-    Attributes
-    ----------
-    rest : mean probability, before and after, of the tokens that are taken together as one: what moves among them is
-        not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
+    `rest` is the mean probability, before and after, of the tokens that are taken together as one: what moves among
+    them is not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
     """
 
     n: int
@@ -139,7 +134,7 @@ class Certainty:
     facts_for_two : how many known facts, of these relations, show a net loss of 2 points; None where no number does.
     """
 
-    test: PairedTest = NO_TEST
+    test: PairedTest = PairedTest(None, "fact")
     relations: int = 0
     kept: Estimate = Estimate(None)
     difference: Estimate = Estimate(None)
@@ -242,13 +237,8 @@ class Knowing:
 
 @dataclass(frozen=True, slots=True)
 class Wordings:
-    """Facts put in several wordings.
-
-    Attributes
-    ----------
-    by_template : by number of the wording, from 1, its facts and knowledge kept.
-    consistency : of the original and of the compressed model: the share of pairs of wordings that are answered alike.
-    """
+    """Facts put in several wordings: by number of the wording, from 1, its facts and knowledge kept; and of the
+    original and of the compressed model the share of pairs of wordings that are answered alike."""
 
     by_template: Mapping[int, tuple[Counts, Estimate]]
     consistency: tuple[float | None, float | None]
@@ -302,13 +292,9 @@ class ProbeFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChangedFact:
-    """Fact that was lost or gained, with what both models said.
-
-    Attributes
-    ----------
-    grade_before, grade_after : of knowing; None where there are none.
-    with_example : whether the compressed model produces it after one solved example; None where that was not tried.
-    """
+    """Fact that was lost or gained, with what both models said; its grades are of knowing, if there are any.
+    `with_example` says whether the compressed model produces it after one solved example; None where that was not
+    tried."""
 
     probe: str
     relation: str
@@ -385,14 +371,8 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Perplexity: exp of the mean negative log-likelihood per token.
-
-    Attributes
-    ----------
-    tokens : scored.
-    bits_per_byte : the same in bits per byte of the text, which models of different tokens have in common; None where
-        the tokenizer does not tell.
-    """
+    """Perplexity: exp of the mean negative log-likelihood per token, over so many tokens; and the same in bits per byte
+    of the text, which models of different tokens have in common, None where the tokenizer does not tell."""
 
     value: Measured
     tokens: int
