@@ -146,9 +146,6 @@ def search(
         check_has_candidates(each for each in opened if each not in texts)
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
-    # It imports torch, which takes seconds: what is wrong with the arguments is said before.
-    from compressknow.study.guides import measure_guides
-
     begin = begin_stages(listener, model)
     with (
         closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
@@ -171,6 +168,9 @@ def search(
         grading = EvaluationSet(
             study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
         )
+        # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
+        from compressknow.study.guides import measure_guides
+
         answers = guided.reference
         form.learn(
             *measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)

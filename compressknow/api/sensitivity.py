@@ -79,9 +79,9 @@ def sensitivity(
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
     probes = open_facts(facts or None)
     check_is_checkpoint(model)
+    handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     from compressknow.study.guides import measure_guides
 
-    handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
     result, _ = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress))
     if files:

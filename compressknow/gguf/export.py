@@ -48,7 +48,7 @@ from compressknow.gguf.importance import (
     write_importance,
 )
 from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
-from compressknow.gguf.plain import Plain, find_same_channels, is_plain, list_plain_tensors, write_plain
+from compressknow.gguf.plain import PLAIN_DTYPES, Plain, find_same_channels, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
     SCHEMA,
@@ -90,8 +90,15 @@ class Export:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return whether the converter reads the checkpoint as it is."""
-        return is_plain(self.checkpoint)
+        """Return whether the converter reads the folder as it is: floats in safetensors, all of them the
+        checkpoint's."""
+        files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
+        return (
+            self.checkpoint.revision is None
+            and files == set(self.checkpoint.shards)
+            and "quantization_config" not in self.checkpoint.config
+            and all(tensor.dtype in PLAIN_DTYPES for tensor in self.checkpoint.tensors.values())
+        )
 
     @cached_property
     def sources(self) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, byte_view
 
-_INTEGERS = ("I64", "I32", "I16", "U8", "BOOL")
+# What the converter reads as it is.
+PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
 # Energies of input channels: float64 [matrices, in].
 Energies = npt.NDArray[np.float64]
 _TOLERANCE = 1e-6
@@ -61,7 +62,7 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
     plain: dict[str, Plain] = {}
     for key, tensor in side.own.items():
         values = side.values(key)
-        if values is None or not (values.scale or values.tensor.dtype in (*FLOAT_DTYPES, *_INTEGERS)):
+        if values is None or not (values.scale or values.tensor.dtype in PLAIN_DTYPES):
             raise UnsupportedError(
                 f"{tensor.name} is stored as {side.packed(key) or tensor.dtype}, which cannot be unpacked here.",
                 hint="Export the original, or what `compressknow convert` wrote.",
@@ -74,17 +75,6 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
         )
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
     return sorted(plain.values(), key=lambda each: place.get(each.values.stored.name, len(place)))
-
-
-def is_plain(checkpoint: Checkpoint) -> bool:
-    """Return whether the converter reads a folder as it is: floats in safetensors, all of them the checkpoint's."""
-    files = {path.name for path in checkpoint.folder.glob("model*.safetensors")}
-    return (
-        checkpoint.revision is None
-        and files == set(checkpoint.shards)
-        and "quantization_config" not in checkpoint.config
-        and all(tensor.dtype in (*FLOAT_DTYPES, *_INTEGERS) for tensor in checkpoint.tensors.values())
-    )
 
 
 def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, folder: Path) -> None:

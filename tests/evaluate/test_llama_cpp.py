@@ -257,7 +257,7 @@ def test_answers_of_one_runtime_are_not_taken_for_those_of_another(place: Path, 
 
 @needs_gguf
 def test_without_the_extra_a_file_is_unpacked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressknow.gguf.llama_cpp.is_installed", lambda _: False)
+    monkeypatch.setattr("compressknow.evaluate.handle.is_installed", lambda _: False)
     ask(place / "F16.gguf", tmp_path / "answers", place / "facts.jsonl")
     model = read_answers(tmp_path / "answers").record.model
     assert model.runtime is None
