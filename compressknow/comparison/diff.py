@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 Kind = Literal["added", "missing", "retyped", "reshaped", "tied", "untied", "packed"]
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,9 @@ def sum_tensors(tensors: Iterable[TensorDiff]) -> Sums:
     return sum((tensor.sums for tensor in tensors), Sums())
 
 
-def group_tensors(
-    tensors: Iterable[TensorDiff], key: Callable[[TensorDiff], Key | None]
-) -> dict[Key, tuple[TensorDiff, ...]]:
+def group_tensors(tensors: Iterable[Item], key: Callable[[Item], Key | None]) -> dict[Key, tuple[Item, ...]]:
     """Return tensors by a key, in the order in which it first comes; those without one are left out."""
-    groups: dict[Key, list[TensorDiff]] = {}
+    groups: dict[Key, list[Item]] = {}
     for tensor in tensors:
         if (value := key(tensor)) is not None:
             groups.setdefault(value, []).append(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
+from compressknow.comparison.diff import group_tensors
 from compressknow.pages.diff.tables import short_names
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
@@ -83,13 +84,13 @@ class Map:
             key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0),
         )
 
-    def by_layer(self) -> dict[str, Weights]:
+    def by_layer(self) -> Mapping[str, Weights]:
         """Return the weights of each layer, and of each group outside the layers."""
-        return _group(self._placed, lambda row: row.place)
+        return group_tensors(self._placed, lambda row: row.place)
 
-    def by_module(self) -> dict[str, Weights]:
+    def by_module(self) -> Mapping[str, Weights]:
         """Return the weights of each kind of module."""
-        return _group(self._placed, lambda row: row.group if row.layer is None else row.module)
+        return group_tensors(self._placed, lambda row: row.group if row.layer is None else row.module)
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
         """Return a figure of the weights of each layer and module; a weight outside the layers has a row of its own."""
@@ -170,13 +171,6 @@ def format_millinats(kl: float) -> str:
     """
     value = 1000 * kl
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def _group(rows: Iterable[TensorSensitivity], key: Callable[[TensorSensitivity], str]) -> dict[str, Weights]:
-    groups: dict[str, list[TensorSensitivity]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return dict(groups)
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
