@@ -33,7 +33,7 @@ import numpy as np
 import compressknow
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import p_value
-from compressknow.comparison.clusters import number_clusters, paired_test, tally
+from compressknow.comparison.intervals import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 from compressknow.comparison.text import perplexity
 from compressknow.evaluate.answers import Answer

@@ -19,7 +19,7 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import p_value
-from compressknow.comparison.clusters import number_clusters, paired_test, tally
+from compressknow.comparison.intervals import number_clusters, paired_test, tally
 from compressknow.comparison.records import Counts
 
 HERE = Path(__file__).resolve().parent

@@ -30,8 +30,7 @@ from scipy.stats import bootstrap, norm, ttest_1samp, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compressknow.comparison.clusters import paired_test, share_by_cluster
-from compressknow.comparison.intervals import SIGNIFICANT, mcnemar, proportion
+from compressknow.comparison.intervals import SIGNIFICANT, mcnemar, paired_test, proportion, share_by_cluster
 from compressknow.comparison.power import LEVEL, capitals
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.claims import CANNOT_TELL

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
-from compressknow.comparison.clusters import (
-    clusters_of,
-    design_of_change,
-    difference_by_cluster,
-    kept_by_cluster,
-    paired_test,
-)
 from compressknow.comparison.distributions import (
     POPULARITY_BINS,
     bin_names,
@@ -33,7 +27,21 @@ from compressknow.comparison.distributions import (
     precision_at,
     rest_of,
 )
-from compressknow.comparison.intervals import above_chance, holm, macro, paired_difference, proportion
+from compressknow.comparison.intervals import (
+    SIGNIFICANT,
+    above_chance,
+    clusters_of,
+    design_of_change,
+    difference_by_cluster,
+    holm,
+    kept_by_cluster,
+    macro,
+    number_clusters,
+    paired_difference,
+    paired_test,
+    proportion,
+    tally,
+)
 from compressknow.comparison.power import facts_for, smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
@@ -368,3 +376,45 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
         why="Most often their tokenizers differ, so that different facts were left out, or one run was cut short.",
         hint="Compare models of one vocabulary, and probe both again with the same options.",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Standing of a model among the others: how many of the original's facts it keeps; the place of a model of no more
+    bytes that keeps more, None where there is none and of a model whose size is not known, and whether a test tells
+    that one from it; and the places of the models that no test tells from it, those that keep more first."""
+
+    keeps: int
+    beaten_by: int | None
+    is_surely_beaten: bool
+    alike: tuple[int, ...]
+
+
+def rank_models(
+    original: Sequence[Answer], models: Sequence[Sequence[Answer]], sizes: Sequence[int | None]
+) -> list[Standing]:
+    """Compare each model, of so many bytes, with each other on what the original knows: paired by fact, by relation,
+    Holm over all pairs, since which are compared in the end is not known beforehand."""
+    facts = [answer for answer in original if answer.correct]
+    right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
+    keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
+    cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
+    pairs = list(combinations(range(len(models)), 2))
+    adjusted = holm([paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
+    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
+    known = [int(each.sum()) for each in keeps]
+    order = sorted(range(len(models)), key=lambda place: -known[place])
+    found = []
+    for place, size in enumerate(sizes):
+        better = [other for other in order if known[other] > known[place] and size is not None]
+        better = [other for other in better if (sizes[other] or 0) <= (size or 0) and sizes[other] is not None]
+        sure = [other for other in better if tuple(sorted((place, other))) in apart]
+        alike = tuple(each for each in order if each != place and tuple(sorted((place, each))) not in apart)
+        found.append(Standing(known[place], next(iter(sure or better), None), bool(sure), alike))
+    return found
+
+
+def find_smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
+    """Return the place of the smallest of these models, of equal ones the best; None where no size is known."""
+    sized = [(size, -standing[place].keeps, place) for place in places if (size := sizes[place]) is not None]
+    return min(sized)[2] if sized else None

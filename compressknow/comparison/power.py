@@ -11,8 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from compressknow.comparison.clusters import INDEPENDENT, Design
-from compressknow.comparison.intervals import normal_quantile, wilson
+from compressknow.comparison.intervals import INDEPENDENT, Design, normal_quantile, wilson
 from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
 POWER, LEVEL = 0.8, 0.05

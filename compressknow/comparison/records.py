@@ -190,15 +190,11 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """Gate that was decided by the first facts of a random order.
+    """Gate that was decided by the first `facts` of a random order of so many, of which the original knew `known`;
+    `level` is the chance of a wrong answer that was allowed.
 
-    Attributes
-    ----------
-    gate, level : the least share to be kept, and the chance of a wrong answer that was allowed.
-    facts, known : how many it took, and how many of these the original knew.
-    of : facts that there were to draw from.
-    kept : of these known ones, with its confidence sequence, which holds at every look.
-    met : the share of all facts lies at the gate or above.
+    `kept` is of these known ones, with its confidence sequence, which holds at every look. `met` says whether the share
+    of all facts lies at the gate or above.
     """
 
     gate: float
@@ -217,15 +213,9 @@ class EarlyStop:
 
 @dataclass(frozen=True, slots=True)
 class Knowing:
-    """Facts by grade of knowing, from `compressknow.evaluate.grades.GRADES`.
-
-    Attributes
-    ----------
-    original, compressed : grade -> facts.
-    moved : (the original's grade, the compressed model's) -> facts.
-    written : whether each model writes text; without, it produces nothing.
-    shown : facts lost that were evaluated once more after a solved example; `back` of them were said then.
-    """
+    """Facts by grade of knowing, from `compressknow.evaluate.grades.GRADES`: by that of each model, and as they moved
+    from one to the other. A model that has not `written` text produces nothing. `shown` are facts lost that were
+    evaluated once more after a solved example; `back` of them were said then."""
 
     original: Mapping[str, int]
     compressed: Mapping[str, int]
@@ -321,14 +311,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Divergent:
-    """Divergence of the greedy continuations of two models: how soon they differ.
-
-    Attributes
-    ----------
-    n, tokens : so many continuations were written, each of so many tokens.
-    same : continuations that do not differ.
-    first : of each of the others, its first token that differs, from 1, ascending.
-    """
+    """Divergence of the greedy continuations of two models, `n` of so many tokens each: how many are the same, and of
+    each of the others its first token that differs, from 1, ascending."""
 
     n: int
     tokens: int

@@ -54,7 +54,7 @@ def kept_to_json(counts: Counts) -> dict[str, Any]:
 
 def clusters_to_json(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
-    from compressknow.comparison.clusters import kept_by_cluster
+    from compressknow.comparison.intervals import kept_by_cluster
 
     by_cluster = interval_to_json(kept_by_cluster(relations))
     return {**counts_to_json(counts), **kept_to_json(counts), "kept_cluster_interval": by_cluster}

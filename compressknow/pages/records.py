@@ -33,7 +33,7 @@ from compressknow.pages.as_json import (
 
 if TYPE_CHECKING:
     # Whoever only writes a model card need not import numpy.
-    from compressknow.comparison.clusters import Standing
+    from compressknow.comparison.intervals import Standing
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # of a name that a sentence can carry
@@ -147,14 +147,13 @@ class Comparison(Shown):
     def clusters(self) -> list[Counts]:
         """Return what the facts are drawn in, over all probes."""
         # Whoever only writes a model card need not import numpy.
-        from compressknow.comparison.clusters import clusters_of
+        from compressknow.comparison.intervals import clusters_of
 
         return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        from compressknow.comparison.clusters import kept_by_cluster
-        from compressknow.comparison.intervals import proportion
+        from compressknow.comparison.intervals import kept_by_cluster, proportion
 
         simple = proportion(self.counts.both, self.counts.known_before, level)
         return simple.or_wider(kept_by_cluster(self.clusters, level))

@@ -9,7 +9,7 @@ from typing import Any
 
 from compressknow.base import notebook
 from compressknow.base.format import count, json_text, number, plain, plain_lines, share, size, smaller
-from compressknow.comparison.clusters import FEWEST_SIGNS
+from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known

@@ -18,8 +18,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import count, share
 from compressknow.base.progress import Begin, Listener
 from compressknow.base.system import move
-from compressknow.comparison.clusters import FEWEST_SIGNS
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import FEWEST_SIGNS, proportion
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
 from compressknow.engine.identity import Located, describe

@@ -10,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from compressknow.comparison.clusters import (
+from compressknow.comparison.intervals import (
     FEWEST,
     FEWEST_SIGNS,
     clusters_of,
     difference_by_cluster,
     kept_by_cluster,
+    mcnemar,
     number_clusters,
     paired_test,
+    proportion,
     share_by_cluster,
     tally,
 )
-from compressknow.comparison.intervals import mcnemar, proportion
 from compressknow.comparison.paired import measure_certainty
 from compressknow.comparison.records import Counts, Estimate, PairedTest
 

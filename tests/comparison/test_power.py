@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from compressknow.comparison.clusters import design_of_change, paired_test
-from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.intervals import design_of_change, mcnemar, paired_test, proportion
 from compressknow.comparison.power import POWER, facts_for, facts_to_decide, power, smallest_loss
 from compressknow.comparison.records import Counts
 

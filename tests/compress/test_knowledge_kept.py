@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import compressknow
-from compressknow.comparison.clusters import tally
-from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.intervals import mcnemar, tally
 from compressknow.evaluate.sources import Options
 from tests.knowing import facts_file, knowing
 from tests.long import long

@@ -16,7 +16,7 @@ from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
 from compressknow.cli import main
-from compressknow.comparison.clusters import FEWEST_SIGNS
+from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
 from compressknow.evaluate.answers import read_answers
 from compressknow.evaluate.facts import strip_wording

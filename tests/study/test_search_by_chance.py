@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from compressknow.comparison.clusters import share_by_cluster
+from compressknow.comparison.intervals import share_by_cluster
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial

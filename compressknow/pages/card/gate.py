@@ -9,8 +9,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
 from compressknow.base.format import count, percent, share, size
-from compressknow.comparison.clusters import find_smallest, kept_by_cluster, rank_models
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import kept_by_cluster, proportion
+from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up

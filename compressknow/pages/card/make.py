@@ -9,9 +9,8 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import count, plain
-from compressknow.comparison.clusters import FEWEST, FEWEST_SIGNS
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
-from compressknow.comparison.intervals import RESAMPLES, SEED, proportion
+from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, proportion
 from compressknow.comparison.paired import Pair, compare_probe, list_changed_facts, measure_certainty, pair_answers
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.comparison.text import text_figures

@@ -10,8 +10,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import count, p_value, percent, plain, share
-from compressknow.comparison.clusters import design_of_kept, kept_by_cluster
-from compressknow.comparison.intervals import SIGNIFICANT, proportion
+from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, kept_by_cluster, proportion
 from compressknow.comparison.paired import domain_order
 from compressknow.comparison.power import SMALL, facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import count, estimate, percent, plain, share
-from compressknow.comparison.clusters import FEWEST
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import FEWEST, proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers

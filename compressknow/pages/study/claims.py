@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compressknow.comparison.clusters import (
+from compressknow.comparison.intervals import (
+    SIGNIFICANT,
     difference_by_cluster,
+    holm,
     number_clusters,
+    paired_difference,
     paired_test,
+    proportion,
     rate_difference,
     share_by_cluster,
     tally,
 )
-from compressknow.comparison.intervals import SIGNIFICANT, holm, paired_difference, proportion
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe
 

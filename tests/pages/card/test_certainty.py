@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from compressknow.comparison.clusters import design_of_change, kept_by_cluster, paired_test
-from compressknow.comparison.intervals import mcnemar, proportion
+from compressknow.comparison.intervals import design_of_change, kept_by_cluster, mcnemar, paired_test, proportion
 from compressknow.comparison.power import facts_for, smallest_loss
 from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
 from compressknow.pages.card.make import make_card

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.comparison.clusters import rank_models
+from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Counts
 from compressknow.pages.card.make import make_card, read_model_facts
 from compressknow.pages.records import Card, Speed

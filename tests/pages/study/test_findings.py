@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from compressknow.comparison.clusters import rate_difference
-from compressknow.comparison.intervals import mean
+from compressknow.comparison.intervals import mean, rate_difference
 from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict

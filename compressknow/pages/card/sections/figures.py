@@ -18,8 +18,7 @@ from compressknow.base.format import (
     share,
     size,
 )
-from compressknow.comparison.clusters import FEWEST
-from compressknow.comparison.intervals import mcnemar, paired_difference, proportion
+from compressknow.comparison.intervals import FEWEST, mcnemar, paired_difference, proportion
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
