@@ -33,7 +33,7 @@ from compressknow.pages.as_json import (
 
 if TYPE_CHECKING:
     # Whoever only writes a model card need not import numpy.
-    from compressknow.comparison.intervals import Standing
+    from compressknow.comparison.paired import Standing
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # of a name that a sentence can carry
