@@ -218,7 +218,8 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     if unused := manifest.get("unused", []):
         tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
         yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
-    if rows := [row for row in manifest["tensors"] if row.get("refilled", 0) >= _REFILLED_SHARE * row["numel"]]:
+    refilled = [row for row in manifest["tensors"] if row.get("refilled")]
+    if rows := [row for row in refilled if row["refilled"] >= _REFILLED_SHARE * row["numel"]]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
         yield (
             f"The source is pruned, and {again} of {zeros} zeros have values again in "

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SPREAD = 4
 # Of a row of text: tokens, positions that are scored, and draws for each. More rows tell more than more positions.
 TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 4
+# Rows of text in a batch: what a head gives of so many lies in memory at a time, for each draw.
+TEXT_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,10 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
             positions = _draw_positions(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
         if family != "causal":
             inputs = {"attention_mask": torch.ones_like(ids), **inputs}
-        text_batches.append(Batch(inputs, TEXT_DRAWS, positions, partial(_sketch, generator)))
+        for start in range(0, len(ids), TEXT_ROWS):
+            rows = slice(start, start + TEXT_ROWS)
+            own = {name: each[rows] for name, each in inputs.items()}
+            text_batches.append(Batch(own, TEXT_DRAWS, positions[rows], partial(_sketch, generator)))
     return text_batches
 
 

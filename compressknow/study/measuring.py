@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.comparison.checkpoints import module_in_block
-from compressknow.compress.calibrate.backward import Product, compute_gradients
+from compressknow.compress.calibrate.backward import GRADIENTS, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
 from compressknow.compress.sources import Sources
@@ -297,7 +297,6 @@ class _Measurer:
         self._text: dict[tuple[str, str], torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
         self._errors: dict[tuple[str, str], float] = {}
-        self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
@@ -328,22 +327,25 @@ class _Measurer:
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
-        squares = [each.gradients.float().square().sum(1).flatten(0, 1) for each in products]
-        of_rows = self._sum_halves(products, [each.sum(0) for each in squares])
-        columns = zip(products, squares, strict=True)
-        of_columns = self._sum_halves(
-            products, [own.sum(1) @ each.inputs.flatten(0, 1).float().square() for each, own in columns]
-        )
+        by_row, by_column = [], []
+        for product in products:
+            # One direction at a time: of a head, all in float32 are as much as everything else in memory.
+            squares = torch.zeros(())
+            for gradients in product.gradients.unbind(1):
+                squares = squares + gradients.float().flatten(0, 1).square()
+            by_row.append(squares.sum(0))
+            by_column.append(squares.sum(1) @ product.inputs.flatten(0, 1).float().square())
+        of_rows, of_columns = self._sum_halves(products, by_row), self._sum_halves(products, by_column)
         self._add_errors(name, weight, importance, of_rows, of_columns)
         types = self._roundings.list_measured(weight.shape)
-        inputs = [each.inputs.to(self._dtype) for each in products]
+        inputs = [each.inputs.to(GRADIENTS) for each in products]
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
             rounded = torch.stack([self._roundings.roundtrip(band, type, importance) for type in types], 1)
             # Types change fastest: what one product of all of them gives lies as the next one reads it.
-            change = (rounded - band[:, None]).to(self._dtype).flatten(0, 1)
+            change = (rounded - band[:, None]).to(GRADIENTS).flatten(0, 1)
             for product, x in zip(products, inputs, strict=True):
-                seen = product.gradients[..., start : start + BAND].to(self._dtype)
+                seen = product.gradients[..., start : start + BAND]
                 self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
@@ -376,15 +378,13 @@ class _Measurer:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
         types = self._roundings.list_measured(weight.shape)
         rounded = torch.stack([self._roundings.roundtrip(rows, type, importance) for type in types], 2)
-        change = ((rounded - rows[:, :, None]) * scale).to(self._dtype)
+        change = ((rounded - rows[:, :, None]) * scale).to(GRADIENTS)
         start = 0
         for product in products:
             own = change[places[start : start + product.inputs.numel()]]
             start += product.inputs.numel()
             of_rows = own.reshape(*product.inputs.shape, -1)
-            self._add_changes(
-                name, types, product.batch, _contract(product.gradients.to(self._dtype), of_rows, len(types))
-            )
+            self._add_changes(name, types, product.batch, _contract(product.gradients, of_rows, len(types)))
 
     def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""

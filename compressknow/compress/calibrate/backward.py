@@ -11,8 +11,8 @@ each; inside a block the copies run as one, and only the gradients are as many a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +34,10 @@ from compressknow.model.structure import LinearWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What gradients are computed and kept in. Scores, on the way forward, are computed in float32.
+GRADIENTS = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Product(NamedTuple):
     ----------
     batch : its number.
     inputs : float32 [rows, tokens, in]; of an embedding its ids, int64 [rows, tokens].
-    gradients : float32 [rows, directions, tokens, out].
+    gradients : [rows, directions, tokens, out], of the dtype `GRADIENTS`.
     """
 
     batch: int
@@ -129,7 +133,7 @@ def _run(
                 answers = {number: passes[number].run_forward(forwards[module], waiting[number]) for number in group}
         else:
             streamed.release()
-            with streamed.load(module):
+            with streamed.load(module), _multiply_in(GRADIENTS):
                 parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
                 products: dict[str, list[Product]] = {name: [] for name in parameters}
                 answers = {
@@ -143,6 +147,17 @@ def _run(
                 del waiting[number]
             else:
                 waiting[number] = call
+
+
+@contextmanager
+def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
+    """Round the factors of products of float32 to a dtype; sums stay in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 _TENSOR = object()
@@ -240,7 +255,7 @@ class GradientPass(ForwardPass):
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = work.gradients
             if gradient is not None:
-                lookup = Product(self.number, work.inputs[0], self._split_directions(gradient))
+                lookup = Product(self.number, work.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
                 products.setdefault(f"{call.module}.weight", []).append(lookup)
             return [None] * len(work.inputs)
         leaves = [
@@ -268,7 +283,7 @@ class GradientPass(ForwardPass):
             )
             by_direction.append(own[: len(sources)])
             for (_, _, output), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
-                each.append(torch.zeros_like(output) if gradient is None else gradient)
+                each.append((torch.zeros_like(output) if gradient is None else gradient).to(GRADIENTS))
         for (name, inputs, _), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (inputs, *each)]
