@@ -18,15 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compressknow.base.errors import OutputError
-from compressknow.base.system import (
-    create,
-    is_full,
-    lock,
-    lock_opened,
-    move,
-    remove_lock,
-    uninterrupted,
-)
+from compressknow.base.system import create, is_full, lock, lock_opened, move, remove_lock, uninterrupted
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
@@ -161,11 +153,16 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
 
     Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
     """
-    _remove_dead(_temporaries(path))
-    with _explain_errors(path), _open_temporary(path) as (temporary, file):
-        yield file
-        _finish(file)
-        move(temporary, path)
+    _remove_dead(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
+    try:
+        with _open_temporary(path) as (temporary, file):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            move(temporary, path)
+    except OSError as error:
+        raise explain_write_error(path, error) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -209,14 +206,6 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
 
 
 @contextlib.contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explain_write_error(path, error) from error
-
-
-@contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Create a file beside `path`, removed at the end unless it was renamed, and meanwhile another that is its lock."""
     locked = None
@@ -236,21 +225,11 @@ def _content_path(locked: Path) -> Path:
     return locked.with_name(f"{locked.name}.new")
 
 
-def _finish(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
 def _prefix(path: Path) -> str:
     """Return what the names of temporary files of a file begin with. A name has at most 255 bytes, and they are
     longer."""
     beginning = path.name.encode("utf-8", "surrogateescape")
     return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
-
-
-def _temporaries(path: Path) -> list[Path]:
-    return list(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -55,21 +55,18 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
-        try:
-            return as_line(self._summary())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return super().__repr__()
+        return self._show(as_line) or super().__repr__()
 
     def __str__(self) -> str:
-        try:
-            return as_text(self._summary())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return super().__repr__()
+        return self._show(as_text) or super().__repr__()
 
     def _repr_html_(self) -> str | None:
+        return self._show(as_html)
+
+    def _show(self, write: Callable[[Summary], str]) -> str | None:
+        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
         try:
-            return as_html(self._summary())
+            return write(self._summary())
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return None
 

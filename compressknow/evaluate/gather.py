@@ -227,7 +227,7 @@ def _evaluate(
     folder = choose_folder(evaluation.keep_in, handle, context)
     answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
     if context.reference is None:
-        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, whole=context.whole)
+        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, context.whole)
     return finish_answers(answers, handle, context.reference, on_progress, timed=evaluation.timed)
 
 
@@ -362,7 +362,7 @@ def evaluate_both(
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
         folder = choose_folder(keep_in, a, Context())
-        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole=whole_a)
+        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole_a)
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

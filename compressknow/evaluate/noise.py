@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
-from compressknow.base.progress import Listener, Stage, report_progress
+from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
@@ -66,13 +66,13 @@ def add_noise_floor(
     if other is None:
         return answers
     try:
-        found = measure_noise(original, other, "noise", lacking, answers, folder, on_progress, whole=whole)
+        found = _measure_noise(original, other, "noise", lacking, answers, folder, on_progress, whole)
     except (CheckpointError, UnsupportedError):
         return answers
-    return store_found(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
+    return _store_found(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
 
 
-def measure_noise(
+def _measure_noise(
     original: ModelHandle,
     other: ModelHandle,
     work: Literal["noise", "runtime"],
@@ -80,8 +80,7 @@ def measure_noise(
     answers: Answers,
     folder: Path,
     on_progress: Listener | None,
-    *,
-    whole: Distributions | None = None,
+    whole: Distributions | None,
 ) -> dict[str, NoiseFloor]:
     """Measure the noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's
     facts.
@@ -91,11 +90,24 @@ def measure_noise(
     from compressknow.evaluate.distributions import Distributions
 
     samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
+    facts = sum(len(sample.facts) for sample, _ in samples.values())
+    rows, found = {}, {}
     try:
         with Distributions(original, folder) as own:
-            rows = {probe.name: _find_rows(probe, *samples[probe.name], whole, own, on_progress) for probe in probes}
+            for probe in probes:
+                sample, known = samples[probe.name]
+                kept = whole.find_rows(probe) if whole else None
+                if kept is None or not kept.holds(answer.fact_id for answer in known.answers):
+                    own.complete([sample], known, on_progress)
+                    kept = own.find_rows(sample)
+                rows[probe.name] = kept
             original.release()
-            return _answer_samples(other, work, samples, rows, on_progress)
+            for name, (sample, known) in samples.items():
+                stage = Stage(work, other.located.name, name, facts, other.settings.device)
+                with report_progress(on_progress, stage) as advance:
+                    again = _answer_again(other, sample, known, rows[name], advance)
+                found[name] = _count_noise(known, again, other.loaded.computed_in)
+            return found
     finally:
         other.release()
 
@@ -113,49 +125,21 @@ def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
     return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
-def _find_rows(
-    probe: Probe,
-    sample: Probe,
-    answers: Answers,
-    whole: Distributions | None,
-    own: Distributions,
-    on_progress: Listener | None,
-) -> Rows:
-    """Return the original's distributions of a sample, kept by this run or computed now."""
-    rows = whole.find_rows(probe) if whole else None
-    if rows is not None and rows.holds(answer.fact_id for answer in answers.answers):
-        return rows
-    own.complete([sample], answers, on_progress)
-    return own.find_rows(sample)
+def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows, advance: Advance | None) -> Answers:
+    prompts = other.make_prompts(sample)
+    # What it would write is of no use where the original writes nothing.
+    prompts.scorer.says = all(answer.produced is not None for answer in known.answers)
+    alike = has_same_tokens(known, other.loaded)
+    batches = evaluate(
+        prompts,
+        reference=find_first_ids(known, sample, prompts) if alike else None,
+        whole=rows.measure if alike else None,
+        advance=advance,
+    )
+    return replace(known, answers=tuple(answer for batch in batches for answer in batch))
 
 
-def _answer_samples(
-    other: ModelHandle,
-    work: Literal["noise", "runtime"],
-    samples: Mapping[str, tuple[Probe, Answers]],
-    rows: Mapping[str, Rows],
-    on_progress: Listener | None,
-) -> dict[str, NoiseFloor]:
-    facts, found = sum(len(sample.facts) for sample, _ in samples.values()), {}
-    for name, (sample, own) in samples.items():
-        stage = Stage(work, other.located.name, name, facts, other.settings.device)
-        with report_progress(on_progress, stage) as advance:
-            prompts = other.make_prompts(sample)
-            # What it would write is of no use where the original writes nothing.
-            prompts.scorer.says = all(answer.produced is not None for answer in own.answers)
-            alike = has_same_tokens(own, other.loaded)
-            batches = evaluate(
-                prompts,
-                reference=find_first_ids(own, sample, prompts) if alike else None,
-                whole=rows[name].measure if alike else None,
-                advance=advance,
-            )
-            again = replace(own, answers=tuple(answer for batch in batches for answer in batch))
-        found[name] = count_noise(own, again, other.loaded.computed_in)
-    return found
-
-
-def count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
+def _count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
     floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
     if any(answer.produced is None for each in (before, after) for answer in each.answers):
@@ -180,7 +164,7 @@ def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     )
 
 
-def store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
+def _store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
     """Store what was found in the folder's record, and return the answers with it: by probe, fields of its entry."""
 
     def add_found(record: Record) -> Record:
@@ -201,9 +185,8 @@ def add_noise_floors(
     probes: Sequence[Opened],
     answers: Answers,
     folder: Path,
-    on_progress: Listener | None = None,
-    *,
-    whole: Distributions | None = None,
+    on_progress: Listener | None,
+    whole: Distributions | None,
 ) -> Answers:
     """Add the noise floor of another precision and, where llama.cpp runs one of the others, that of llama.cpp."""
     answers = add_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
@@ -242,7 +225,7 @@ def add_runtime_noise_floor(
         if not lacking:
             return answers
         with _open_in_llama_cpp(original, answers, folder, on_progress) as other:
-            found = measure_noise(original, other, "runtime", lacking, answers, folder, on_progress, whole=whole)
+            found = _measure_noise(original, other, "runtime", lacking, answers, folder, on_progress, whole)
     except NotInstalled as error:
         return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
     except OutputError:
@@ -252,7 +235,7 @@ def add_runtime_noise_floor(
     except CompressknowError as error:
         return mark_unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
     by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
-    return store_found(answers, folder, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
+    return _store_found(answers, folder, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
 
 
 def mark_unmeasured(answers: Answers, why: str) -> Answers:

@@ -11,7 +11,6 @@ import copy
 import difflib
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import random
@@ -409,16 +408,11 @@ def _seed_random(loaded: LanguageModel, seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
-    import datasets
-
-    bars, disabled = datasets.is_progress_bar_enabled(), logging.root.manager.disable
-    datasets.disable_progress_bars()
+    disabled = logging.root.manager.disable
     logging.disable()
     try:
-        with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        if bars:
-            datasets.enable_progress_bars()
