@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
 from compressknow.base.packages import require
@@ -77,25 +77,20 @@ def _check(status: os.stat_result, most: int | None) -> None:
         raise NotReadable(f"it has {status.st_size:,} bytes, and such a file has at most {most:,}")
 
 
-class FileState(NamedTuple):
-    """State by which a file is told from another one in its place, and from itself with other bytes."""
+# Device, inode, bytes and time of the last change tell a file from another one in its place, or with other bytes.
+FileState = tuple[int, int, int, int]
 
-    device: int
-    inode: int
-    bytes: int
-    written_ns: int
 
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileState:
-        """Return the state in what the system says of a file."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def state_of(status: os.stat_result) -> FileState:
+    """Return the state in what the system says of a file."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
         try:
-            is_same = FileState.of(path.stat()) == state
+            is_same = state_of(path.stat()) == state
         except OSError:
             is_same = False
         if not is_same:
@@ -144,7 +139,8 @@ def parse_json(
     Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
     JSON.
     """
-    if count_values(content) > most_values:
+    # Each value but the first follows one of these.
+    if sum(content.count(mark) for mark in (b",", b":", b"[", b"{")) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
@@ -164,11 +160,6 @@ def find_lone_surrogate(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def count_values(content: bytes) -> int:
-    """Count at least the values in a JSON text: each but the first follows a comma, a colon or a bracket."""
-    return sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
 from compressknow.base.files import name_of
 from compressknow.base.packages import is_installed
 from compressknow.base.reading import (
-    MANIFEST as MANIFEST_BYTES,
-)
-from compressknow.base.reading import (
+    MANIFEST,
     FileState,
     NotReadable,
     check_regular,
@@ -27,17 +25,21 @@ from compressknow.base.reading import (
     find_mismatch,
     open_regular,
     read_json,
+    state_of,
 )
+from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
 from compressknow.model.gguf_file import check_whole, gguf_parts, plain_tensors
-from compressknow.model.manifest import SEAL, calibration_of, expected_tensors, hash_manifest, read_manifest
+from compressknow.model.manifest import (
+    MANIFEST_NAME,
+    SEAL,
+    calibration_of,
+    expected_tensors,
+    hash_manifest,
+    read_manifest,
+)
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, grid_of, not_finite, read_header, read_torch_file
 
-if TYPE_CHECKING:
-    from compressknow.engine.load import Variant
-
-
-MANIFEST = "compressknow.json"
 _EXPORTED = {
     "sha256": str,
     "source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str},
@@ -174,7 +176,7 @@ def describe(located: Located) -> dict[str, Any]:
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
         "quantization": quantization_in_words(checkpoint.config),
-        **(_facts_of(read_manifest(located.path)) if (located.path / MANIFEST).is_file() else {}),
+        **(_facts_of(read_manifest(located.path)) if (located.path / MANIFEST_NAME).is_file() else {}),
     }
 
 
@@ -182,7 +184,7 @@ def record_beside(path: Path) -> dict[str, Any]:
     """Return the "sha256" and "source" of the record that an export writes beside a GGUF file; nothing where there is
     no such record."""
     try:
-        record = read_json(path.with_name(f"{path.name}.json"), MANIFEST_BYTES)
+        record = read_json(path.with_name(f"{path.name}.json"), MANIFEST)
     except (OSError, ValueError):
         return {}
     return {} if find_mismatch(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
@@ -381,7 +383,7 @@ def _read_file(
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
-    return digest.hexdigest(), FileState.of(status), flaws, small
+    return digest.hexdigest(), state_of(status), flaws, small
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
@@ -424,7 +426,7 @@ def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str,
     if located.path.suffix == ".gguf":
         recorded = record_beside(located.path).get("sha256")
         return recorded is not None and len(hashes) == 1 and recorded not in hashes.values()
-    if located.url is not None or not (located.path / MANIFEST).is_file():
+    if located.url is not None or not (located.path / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(located.path)
     stored, expected = open_checkpoint(located.path).tensors, dict(expected_tensors(manifest))

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
-from compressknow.engine.load import family_of_class, load, load_tokenizer, load_variant
+from compressknow.engine.load import Variant, family_of_class, load, load_tokenizer, load_variant
 from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from compressknow.engine.load import Variant
 
 
 AUTO, CPU = "auto", "cpu"

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import DamagedAnswers, OutputError
-from compressknow.base.files import LOCK, claim_folder, is_no_folder, open_whole, write_whole
+from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count, percent, plain
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
-from compressknow.base.reading import check_parquet, find_mismatch, read_json, sha256_of
+from compressknow.base.reading import find_mismatch, read_json, sha256_of
 from compressknow.evaluate.records import FILES as TEXTS
 from compressknow.evaluate.records import FORM as TEXT_FORM
-from compressknow.evaluate.records import Chunk, Record, read_texts
+from compressknow.evaluate.records import Chunk, Record, open_rows, read_texts, write_rows
 from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
 
 if TYPE_CHECKING:
@@ -204,33 +204,17 @@ def make_schema() -> pa.Schema:
 
 def write_table(path: Path, answers: Sequence[Answer]) -> None:
     """Write answers as Parquet; the file appears under its name only when it is whole."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {name: [getattr(answer, name) for answer in answers] for name in make_schema().names}
-    with open_whole(path) as file:
-        pq.write_table(pa.table(columns, schema=make_schema()), file, compression="zstd")
+    write_rows(path, answers, make_schema())
 
 
 def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        check_parquet(path)
-        # Not pq.read_table: it imports pandas, where that is installed.
-        with pq.ParquetFile(path) as file:
-            table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
+    hint = "An answers folder is written by `compressknow probe`; write it anew."
+    with open_rows(path, "answers", hint) as file:
+        table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
         _check_columns(table)
         columns = [_read_column(table, name) for name in make_schema().names]
         answers = [Answer(*row) for row in zip(*columns, strict=True)]
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise DamagedAnswers(
-            f"{path} cannot be read as answers.",
-            why=(str(error).splitlines() or [type(error).__name__])[0],
-            hint="An answers folder is written by `compressknow probe`; write it anew.",
-        ) from error
     produced, _, demoted, _ = GRADES
     # Older versions called produced what was said and not right.
     return [
@@ -382,11 +366,6 @@ def read_stored(folder: Path) -> list[Answer]:
 def find_parts(folder: Path, key: str) -> Path:
     """Return the folder of the answers to one probe until all of them are there."""
     return folder / PARTS / key[:16]
-
-
-def write_part(parts: Path, answers: Sequence[Answer]) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
-    write_table(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", answers)
 
 
 def read_parts(parts: Path) -> list[Answer]:

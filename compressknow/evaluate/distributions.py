@@ -21,13 +21,13 @@ from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.evaluate.answers import LOGP_FLOOR, Answers
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText, choose_context, cut_chunks, list_keys, read_chunk
 
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.scoring.scorer import Whole
 
 # What must stay free on the disk: the answers are to find room.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,9 +31,7 @@ from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import mark_unmeasured
 from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.sources import Opened
+from compressknow.evaluate.sources import Opened
 
 T = TypeVar("T")
 # Of the facts drawn so far, in their order: whether the original knows each, and the compressed model; and how many

@@ -17,13 +17,11 @@ from compressknow.base.progress import Advance, Pace
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.grades import grade_answer
-from compressknow.evaluate.runtimes import BATCH_SIZE
-from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.runtimes import BATCH_SIZE, Runtime
 from compressknow.evaluate.sources import Opened, Task
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.runtimes import Loaded
-    from compressknow.evaluate.scoring.scorer import Query, Scorer, Whole
+    from compressknow.evaluate.scoring.scorer import Ids, Query, Scorer, Whole
 
 
 _ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
@@ -179,7 +177,7 @@ def check_facts(reference: Answers, probe: Opened) -> None:
         )
 
 
-def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
+def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original."""
     before = reference.record.model
     keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
@@ -201,7 +199,7 @@ def check_model(reference: Answers, name: str, loaded: Loaded) -> None:
         )
 
 
-def has_same_tokens(reference: Answers, loaded: Loaded) -> bool:
+def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
     """Return whether a model can be scored on the original's most likely tokens: not where its own are others."""
     known = reference.record.model.vocabulary
     return None in (known, loaded.vocabulary) or known == loaded.vocabulary

@@ -1,4 +1,4 @@
-"""Facts, the domains of their relations, and probes: sets of facts with the protocol by which they are evaluated."""
+"""Facts, their prompts, the domains of their relations, and probes: facts with the protocol of their evaluation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from compressknow.base.errors import UsageError
 
 # Where the object goes in a prompt, as LAMA writes it; each model's own mask or sentinel takes its place.
 BLANK = "[MASK]"
+
+# Where subject and object go in a template.
+SUBJECT, OBJECT = "[X]", "[Y]"
+# What a word follows without a space.
+OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡")
 
 # The domains of the report card's grades.
 DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
@@ -148,6 +153,78 @@ class Probe:
         chosen = _draw_stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)
+
+
+def fill(template: str, subject: str) -> str:
+    """Put the subject and the blank for the object into the template.
+
+    >>> fill("[X] was born in [Y] .", "Allan Peiper")
+    'Allan Peiper was born in [MASK] .'
+    """
+    # In one pass: a subject may itself hold "[Y]".
+    return re.sub(r"\[X\]|\[Y\]", lambda match: subject if match[0] == SUBJECT else BLANK, template)
+
+
+def capitalize(text: str) -> str:
+    """Return the text with its first letter in upper case, the others as they are.
+
+    >>> capitalize("the North Sea")
+    'The North Sea'
+    """
+    return text[:1].upper() + text[1:]
+
+
+def pick(templates: Sequence[str], number: int, where: str) -> str:
+    """Return the template of that number, counted from 1. Raise UsageError where there is none."""
+    if not 1 <= number <= len(templates):
+        there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
+        raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
+    return templates[number - 1]
+
+
+def is_open(prompt: str) -> bool:
+    """Return whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in
+    a word or a comma, and marks no other place.
+
+    >>> [is_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
+    [True, False, False]
+    """
+    marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
+    return marked is None and not prompt.rstrip().endswith((".", "!", "?", ";"))
+
+
+def add_blank(prompt: str) -> str:
+    """Return the prompt with a blank at its end.
+
+    >>> add_blank("The capital of France is"), add_blank('France calls its capital "')
+    ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
+    """
+    prompt = prompt.rstrip()
+    follows = prompt.endswith(OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
+    return f"{prompt}{'' if follows else ' '}{BLANK}"
+
+
+def check_blanks(prompt: str) -> str | None:
+    """Return why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
+    count = prompt.count(BLANK)
+    return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
+
+
+class UniqueIds:
+    """Ids that differ, by a number behind those that were there already.
+
+    >>> unique = UniqueIds()
+    >>> unique("a"), unique("b"), unique("a")
+    ('a', 'b', 'a#2')
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def __call__(self, identifier: str) -> str:
+        self._seen[identifier] += 1
+        count = self._seen[identifier]
+        return identifier if count == 1 else self(f"{identifier}#{count}")
 
 
 def strip_wording(identifier: str) -> str:

@@ -11,19 +11,25 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import cache_folder
+from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
+from compressknow.compress.calibrate.text import count_facts, reread_texts
+from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answers, is_answers_folder, read_answers
+from compressknow.evaluate.distributions import Context, Distributions
+from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.handle import ModelHandle, make_handles
+from compressknow.evaluate.noise import add_noise_floors
 from compressknow.evaluate.records import FactsInText
-
-if TYPE_CHECKING:
-    from compressknow.base.progress import Listener
-    from compressknow.evaluate.distributions import Context, Distributions
-    from compressknow.evaluate.handle import ModelHandle
-    from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Opened, Options
+from compressknow.evaluate.run import check_unique, probe_model
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import DEFAULT, Opened, Options, Task, normalize_name, open_all
+from compressknow.evaluate.speed import measure
+from compressknow.evaluate.text import RunningText
+from compressknow.model.checkpoint import build_server_error, is_address
 
 
 def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
@@ -34,8 +40,6 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     ----------
     known_by : what the model that it is compared with answered to the same facts; None for the original.
     """
-    from compressknow.compress.calibrate.text import reread_texts
-
     calibration, found = model.describe().get("calibration"), None
     if calibration and known_by:
         trusted = model.settings.trust_remote_code
@@ -47,8 +51,6 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
-    from compressknow.compress.calibrate.text import count_facts
-
     pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for answer in known_by.answers:
         if answer.sub_label.strip() and answer.gold.strip():
@@ -70,9 +72,6 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
 
     Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
     """
-    from compressknow.evaluate.run import check_unique
-    from compressknow.evaluate.sources import DEFAULT, Options, open_all
-
     opened = open_all(list_names(probes) or DEFAULT, options or Options())
     check_unique(opened)
     _check_known(opened, known)
@@ -81,8 +80,6 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
 
 def check_has_facts(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
-    from compressknow.evaluate.text import RunningText
-
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
             f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
@@ -91,9 +88,6 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
 
 def _check_known(opened: Sequence[Opened], known: str) -> None:
     """Raise UsageError where only what is ``produced`` counts, and a task does not tell what a model says."""
-    from compressknow.evaluate.grades import PRODUCED
-    from compressknow.evaluate.sources import Task
-
     for task in opened:
         if known == PRODUCED and isinstance(task, Task):
             raise UsageError(
@@ -156,9 +150,6 @@ def gather(
 
     Raises CompressknowError where a model cannot be found, loaded or evaluated.
     """
-    from compressknow.base.progress import relabel_progress
-    from compressknow.evaluate.distributions import Context, Distributions
-
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
     if all(answers is not None for answers in stored):
@@ -200,9 +191,6 @@ def open_models(
     Before the first is evaluated: a wrong name is told at once. Raise what `make_handles` does, and CheckpointError
     where a weight is no number.
     """
-    from compressknow.engine.identity import locate
-    from compressknow.evaluate.handle import make_handles
-
     revisions = [revision, *(None for _ in models[1:])]
     missing = [pair for pair, answers in zip(zip(models, revisions, strict=True), stored, strict=True) if not answers]
     located = [locate(model, of) for model, of in missing]
@@ -221,9 +209,6 @@ def _evaluate(
     evaluation: Evaluation,
     on_progress: Listener | None,
 ) -> Answers:
-    from compressknow.evaluate.noise import add_noise_floors
-    from compressknow.evaluate.run import probe_model
-
     folder = choose_folder(evaluation.keep_in, handle, context)
     answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
     if context.reference is None:
@@ -240,9 +225,6 @@ def finish_answers(
     timed: bool,
 ) -> Answers:
     """Add to the answers of a model at hand which facts stand in its calibration text and, if `timed`, its speed."""
-    from compressknow.base.progress import Stage, report_progress
-    from compressknow.evaluate.speed import measure
-
     if handle is None:
         return answers
     handle.release()
@@ -256,8 +238,6 @@ def finish_answers(
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
     """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas."""
-    from compressknow.evaluate.sources import DEFAULT, open_all
-
     names, options = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT)), evaluation.options
     entry = next(iter(known.record.probes.values()), None) if known else None
     if entry is not None and options.limit is None:
@@ -279,8 +259,6 @@ def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
     """Return the answers to these probes alone, or to all if none is named."""
     if not probes:
         return answers
-    from compressknow.evaluate.sources import normalize_name
-
     probes = [probe if probe in answers.probes else normalize_name(probe) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise CompressknowError(
@@ -301,11 +279,6 @@ def find_both(
 
     Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
     """
-    from compressknow.base.progress import Stage, count_progress, report_progress
-    from compressknow.engine.identity import locate, read_contents
-    from compressknow.evaluate.handle import make_handles
-    from compressknow.model.checkpoint import build_server_error, is_address
-
     for model, _ in (a, b):
         if is_address(model):
             raise build_server_error(model)
@@ -341,10 +314,6 @@ def evaluate_both(
 
     Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
     """
-    from compressknow.base.progress import relabel_progress
-    from compressknow.evaluate.distributions import Context, Distributions
-    from compressknow.evaluate.noise import add_noise_floors
-    from compressknow.evaluate.run import probe_model
 
     def evaluate(
         model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None

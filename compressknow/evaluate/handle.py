@@ -2,75 +2,65 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
+from compressknow.base.format import plain
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import PanicError, no_panics
-from compressknow.engine.identity import Located, describe
-from compressknow.engine.language_model import AUTO, CPU, load_language_model
+from compressknow.base.reading import find_mismatch
+from compressknow.engine.identity import Contents, Located, describe, read_contents
+from compressknow.engine.language_model import AUTO, CPU, LanguageModel, load_language_model
 from compressknow.engine.load import reason_of
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
-from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Loaded, LoadedInTransformers, Settings
+from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import check_family
+from compressknow.evaluate.text import TextReader, check_family
+from compressknow.gguf.llama_cpp import GgufModel, count_types, load_native
 
 if TYPE_CHECKING:
-    from compressknow.engine.identity import Contents
-    from compressknow.evaluate.runtimes.server import LoadedFromServer
-    from compressknow.evaluate.scoring.llama_cpp import LoadedInLlamaCpp
-    from compressknow.evaluate.scoring.reading import TextReader
+    from compressknow.evaluate.runtimes.server import ServedScorer
+    from compressknow.evaluate.scoring.llama_cpp import GgufReader, LlamaCppScorer
+    from compressknow.evaluate.scoring.scorer import Scorer
 
 
+# What a model on a server writes to these tells it from others behind the same name.
+PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
+WRITTEN_TOKENS = 8
 # On servers a part of the key of stored answers, and nothing else: facts are answered one by one.
 SERVER_BATCH_SIZE = 32
-
-
-class Runtime(abc.ABC):
-    """Something that runs models; `name` is what the user calls it with ``--runtime``."""
-
-    name: ClassVar[str]
-
-    @abc.abstractmethod
-    def reads(self, located: Located) -> bool:
-        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
-
-    def is_default(self, located: Located) -> bool:
-        """Return whether it runs a model that it reads where the user names no runtime."""
-        return self.reads(located)
-
-    @abc.abstractmethod
-    def resolve_settings(self, settings: Settings) -> Settings:
-        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
-
-    def key(self) -> tuple[str, ...]:
-        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
-        return ()
-
-    @abc.abstractmethod
-    def open(self, located: Located, settings: Settings) -> Loaded:
-        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
 
 
 class Transformers(Runtime):
     """transformers, with the engine's layers: checkpoint folders, Hub ids, and GGUF files unpacked to floats."""
 
     name = TRANSFORMERS
+    language_model: LanguageModel
 
-    def reads(self, located: Located) -> bool:
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self.family = language_model.family
+        self.architecture = type(language_model.model).__name__
+        self.computed_in = language_model.dtype
+
+    @classmethod
+    def reads(cls, located: Located) -> bool:
         return located.url is None
 
-    def resolve_settings(self, settings: Settings) -> Settings:
+    @classmethod
+    def resolve_settings(cls, settings: Settings) -> Settings:
         return settings.here()
 
-    def open(self, located: Located, settings: Settings) -> LoadedInTransformers:
-        return LoadedInTransformers(
+    @classmethod
+    def open(cls, located: Located, settings: Settings) -> Transformers:
+        return cls(
             load_language_model(
                 located.path,
                 device=settings.device,
@@ -79,20 +69,50 @@ class Transformers(Runtime):
             )
         )
 
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        """Return the hash of all tokens, which takes a while to compute."""
+        return self.language_model.vocabulary
+
+    @property
+    def parameters(self) -> int:  # type: ignore[override]
+        return self.language_model.parameters
+
+    def make_scorer(self, probe: Probe) -> Scorer:
+        from compressknow.evaluate.scoring.families import make_scorer
+
+        return make_scorer(self.language_model.model, self.language_model.tokenizer, self.family, probe)
+
+    def make_reader(self) -> TextReader:
+        from compressknow.evaluate.scoring.decoding import TransformersReader
+
+        return TransformersReader(self.language_model)
+
 
 class LlamaCpp(Runtime):
-    """llama.cpp: GGUF files as they are deployed, in its own kernels, on this machine's processor."""
+    """llama.cpp: GGUF files as they are deployed, in its own kernels, on as many threads as torch uses."""
 
     name = LLAMA_CPP
+    family = "causal"
 
-    def reads(self, located: Located) -> bool:
+    def __init__(self, located: Located, settings: Settings) -> None:  # noqa: ARG002
+        self._model = GgufModel(located.path)
+        self._readers: list[LlamaCppScorer | GgufReader] = []
+        self.architecture = self._model.architecture
+        self.computed_in = f"llama.cpp {self._model.native.build}"
+        self.parameters = self._model.parameters
+
+    @classmethod
+    def reads(cls, located: Located) -> bool:
         return located.url is None and located.path.suffix == ".gguf"
 
-    def is_default(self, located: Located) -> bool:
+    @classmethod
+    def is_default(cls, located: Located) -> bool:
         """Return whether the extra is installed; else transformers unpacks the files."""
-        return self.reads(located) and is_installed("llama_cpp_py_sync")
+        return cls.reads(located) and is_installed("llama_cpp_py_sync")
 
-    def resolve_settings(self, settings: Settings) -> Settings:
+    @classmethod
+    def resolve_settings(cls, settings: Settings) -> Settings:
         """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""
         if settings.device not in (AUTO, CPU):
             raise UsageError(
@@ -101,43 +121,124 @@ class LlamaCpp(Runtime):
             )
         return replace(settings, device=CPU, dtype=None)
 
-    def key(self) -> tuple[str, ...]:
+    @classmethod
+    def key(cls) -> tuple[str, ...]:
         """Return name and build: another build may compute otherwise."""
-        from compressknow.gguf.llama_cpp import load_native
+        return cls.name, load_native().build
 
-        return self.name, load_native().build
+    @property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        return self._model.vocabulary
 
-    def open(self, located: Located, settings: Settings) -> LoadedInLlamaCpp:  # noqa: ARG002
-        from compressknow.evaluate.scoring.llama_cpp import LoadedInLlamaCpp
+    def make_scorer(self, probe: Probe) -> LlamaCppScorer:
+        from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
 
-        return LoadedInLlamaCpp(located)
+        scorer = LlamaCppScorer(self._model, probe)
+        self._readers.append(scorer)
+        return scorer
+
+    def make_reader(self) -> GgufReader:
+        from compressknow.evaluate.scoring.llama_cpp import GgufReader
+
+        reader = GgufReader(self._model)
+        self._readers.append(reader)
+        return reader
+
+    @cached_property
+    def _types(self) -> dict[str, dict[str, int]]:
+        return count_types(self._model.path)
+
+    def make_record(self) -> Mapping[str, Any]:
+        """Return name, build, and how each group of layers is stored."""
+        return {"name": LLAMA_CPP, "build": self._model.native.build, "types": self._types}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return how most weights are stored, and what an export of compressknow says that it was made from."""
+        from compressknow.gguf.record import PREFIX, SOURCE
+
+        values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
+        source = {key: value for key, value in values.items() if value}
+        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
+
+    def release(self) -> None:
+        """Close the contexts first, which read the model."""
+        for reader in self._readers:
+            reader.release()
+        self._model.close()
 
 
 class Server(Runtime):
     """OpenAI-compatible server, by its address: http://HOST:PORT."""
 
     name = SERVER
+    family = "causal"
 
-    def reads(self, located: Located) -> bool:
-        return located.url is not None
-
-    def resolve_settings(self, settings: Settings) -> Settings:
-        """Return the settings; device, dtype and batches are the server's own business."""
-        return replace(settings, batch_size=SERVER_BATCH_SIZE)
-
-    def open(self, located: Located, settings: Settings) -> LoadedFromServer:
+    def __init__(self, located: Located, settings: Settings) -> None:
         require("requests", "urllib3")
         from compressknow.evaluate.runtimes.server import connect
 
         assert located.url is not None
-        return connect(located.url, settings)
+        self._served, self._parallel = connect(located.url, settings), settings.parallel
+        served = self._served
+        self.architecture = served.name
+        self.computed_in = self._type or "its own precision"
+        self.parameters = self._find_about("n_params", int)
+        self.gives_scores = served.scores
+        # In place of files, which a server does not show: its address, the model's name, the build, the model's size
+        # there, and what it writes greedily to a few prompts.
+        identity = [served.client.url, served.model, served.name, served.build]
+        identity += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
+        identity += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
+        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @classmethod
+    def reads(cls, located: Located) -> bool:
+        return located.url is not None
+
+    @classmethod
+    def resolve_settings(cls, settings: Settings) -> Settings:
+        """Return the settings; device, dtype and batches are the server's own business."""
+        return replace(settings, batch_size=SERVER_BATCH_SIZE)
+
+    def make_scorer(self, probe: Probe) -> ServedScorer:
+        from compressknow.evaluate.runtimes.server import ServedScorer
+
+        return ServedScorer(self._served, probe, self._parallel)
+
+    def make_record(self) -> Mapping[str, Any]:
+        """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
+        (log-probabilities of candidates) and ``distribution`` (of the first token).
+        """
+        served = self._served
+        build = " ".join(filter(None, (served.name, served.build)))
+        where = {"url": served.client.url, "model": served.model}
+        return {"name": "server", "build": build, **where, "scores": served.scores, "distribution": served.tokens}
+
+    def describe(self) -> Mapping[str, Any]:
+        known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
+        name = self._served.model.rpartition("/")[2] or self._served.model
+        return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
+
+    def release(self) -> None:
+        """Close the connections."""
+        self._served.client.close()
+
+    @property
+    def _type(self) -> str | None:
+        """Return the type of most weights, as llama.cpp names it, or guesses where the file does not say so."""
+        kind = self._find_about("ftype", str)
+        return kind and str(kind).removeprefix("(guessed) ")
+
+    def _find_about(self, key: str, kind: type) -> Any:
+        value = self._served.about.get(key)
+        return None if find_mismatch(value, kind) else value
 
 
 # The last one that reads a model, and is meant for it, runs it.
-_RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (Transformers(), LlamaCpp(), Server())}
+_RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Transformers, LlamaCpp, Server)}
 
 
-def choose_runtime(located: Located, named: str | None = None) -> Runtime:
+def choose_runtime(located: Located, named: str | None) -> type[Runtime]:
     """Return the runtime of that name, or the one meant for such a model. Raise UsageError where it cannot run it."""
     if named is None:
         return next(runtime for runtime in reversed(_RUNTIMES.values()) if runtime.is_default(located))
@@ -158,7 +259,7 @@ class ModelHandle:
         self.located, self._settings = located, settings
 
     @cached_property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> type[Runtime]:
         """Return what runs it. Raise UsageError where the settings name a runtime that does not."""
         return choose_runtime(self.located, self._settings.runtime)
 
@@ -170,8 +271,6 @@ class ModelHandle:
     @cached_property
     def contents(self) -> Contents:
         """Return what its files hold, which are read and hashed once; of a model on a server, what it answers."""
-        from compressknow.engine.identity import Contents, read_contents
-
         if self.located.url is not None:
             return Contents(str(self.loaded.sha256))
         return read_contents(self.located)
@@ -181,7 +280,7 @@ class ModelHandle:
         return self.contents.sha256
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> Runtime:
         loaded = self.runtime.open(self.located, self.settings)
         try:
             self.check_unchanged()

@@ -14,24 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
+from compressknow.evaluate.distributions import Distributions, Rows
 from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import LlamaCpp, ModelHandle
 from compressknow.evaluate.records import NoiseFloor, Record
 from compressknow.evaluate.runtimes import LLAMA_CPP, TRANSFORMERS
-
-if TYPE_CHECKING:
-    from compressknow.evaluate.distributions import Distributions, Rows
-    from compressknow.evaluate.sources import Opened
-
+from compressknow.evaluate.sources import Opened
 
 # Facts of a probe evaluated again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it
 # from 3 %.
@@ -87,8 +84,6 @@ def _measure_noise(
 
     Both are released. Parameters are those of `add_noise_floor`; the stages are of that `work`.
     """
-    from compressknow.evaluate.distributions import Distributions
-
     samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
     facts = sum(len(sample.facts) for sample, _ in samples.values())
     rows, found = {}, {}
@@ -219,7 +214,7 @@ def add_runtime_noise_floor(
         return mark_unmeasured(answers, "it is measured on facts.")
     try:
         # Another build may compute otherwise.
-        runtime = " ".join(LlamaCpp().key())
+        runtime = " ".join(LlamaCpp.key())
         entries = answers.record.probes
         lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
         if not lacking:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +16,7 @@ from compressknow.base.reading import check_parquet, sha256_of
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,33 +307,43 @@ def text_file_name(name: str) -> str:
     return f"{FILES}{hashlib.sha256(name.encode()).hexdigest()[:12]}.parquet"
 
 
-def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
-    """Write chunks as Parquet; the file appears under its name only when it is whole."""
+def write_rows(path: Path, rows: Sequence[object], schema: pa.Schema) -> None:
+    """Write records as Parquet, a field a column; the file appears under its name only when it is whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     # pyarrow takes numpy's arrays for lists.
-    columns = {name: [getattr(chunk, name) for chunk in chunks] for name in _make_schema().names}
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     with open_whole(path) as file:
-        pq.write_table(pa.table(columns, schema=_make_schema()), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
 
 
-def read_chunks(path: Path) -> tuple[Chunk, ...]:
-    """Read the chunks of a file, in their order. Raise DamagedAnswers where it is none, or damaged."""
+@contextlib.contextmanager
+def open_rows(path: Path, what: str, hint: str) -> Iterator[pq.ParquetFile]:
+    """Open what `write_rows` wrote. Raise DamagedAnswers where it is none, or where the context finds it damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         check_parquet(path)
+        # Not pq.read_table: it imports pandas, where that is installed.
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=_make_schema().names).cast(_make_schema()).to_pylist()
-        return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
+            yield file
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise DamagedAnswers(
-            f"{path} cannot be read as the tokens of a text.",
-            why=(str(error).splitlines() or [type(error).__name__])[0],
-            hint="Probe the model again, into another folder.",
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedAnswers(f"{path} cannot be read as {what}.", why, hint) from error
+
+
+def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
+    """Write chunks as Parquet; the file appears under its name only when it is whole."""
+    write_rows(path, chunks, _make_schema())
+
+
+def read_chunks(path: Path) -> tuple[Chunk, ...]:
+    """Read the chunks of a file, in their order. Raise DamagedAnswers where it is none, or damaged."""
+    with open_rows(path, "the tokens of a text", "Probe the model again, into another folder.") as file:
+        rows = file.read(columns=_make_schema().names).cast(_make_schema()).to_pylist()
+        return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,6 @@ from compressknow.evaluate.answers import (
     read_parts,
     read_record,
     read_stored,
-    write_part,
     write_record,
     write_table,
 )
@@ -249,11 +249,7 @@ class _Run:
             whole=whole,
             advance=advance,
         )
-        for part in _gather_parts([chunk] for chunk in fresh):
-            self._handle.check_unchanged()
-            parts.mkdir(parents=True, exist_ok=True)
-            write_chunks(parts / f"{len(read):08}.parquet", part)
-            read |= {chunk.number: chunk for chunk in part}
+        read |= {chunk.number: chunk for chunk in self._keep(([chunk] for chunk in fresh), parts, write_chunks)}
         all_read = tuple(read[number] for number in sorted(read))
         gave_up = context.whole.find_rows(text).gave_up if context.whole else None
         compared = describe_divergence(
@@ -281,14 +277,36 @@ class _Run:
             whole=context.choose_callback(probe),
             advance=advance,
         )
-        for part in _gather_parts(batches):
-            self._handle.check_unchanged()
-            write_part(parts, part)
-            answers += part
+        answers += self._keep(batches, parts, write_table)
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
         answers = add_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
         return answers, make_facts_entry(probe, answers, prompts.dropped)
+
+    def _keep(
+        self, batches: Iterable[list[_Part]], parts: Path, write: Callable[[Path, Sequence[_Part]], None]
+    ) -> list[_Part]:
+        """Return what the batches hold, put on disk as it comes; also what came before an error or an interruption."""
+        found: list[_Part] = []
+        written, since = 0, time.monotonic()
+
+        def write_new() -> None:
+            nonlocal written
+            new, written = found[written:], len(found)
+            if new:
+                self._handle.check_unchanged()
+                parts.mkdir(parents=True, exist_ok=True)
+                write(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", new)
+
+        try:
+            for batch in batches:
+                found += batch
+                if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
+                    write_new()
+                    since = time.monotonic()
+        finally:
+            write_new()
+        return found
 
     def _store(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
@@ -345,22 +363,6 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _gather_parts(batches: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
-    """Gather batches to what is worth a file; also those before an error, or before the user interrupts."""
-    part: list[_Part] = []
-    since = time.monotonic()
-    try:
-        for batch in batches:
-            part += batch
-            if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
-                ready, part = part, []
-                yield ready
-                since = time.monotonic()
-    finally:
-        if part:
-            yield part
-
-
 def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
     """Read the answers to these probes alone; the folder may hold those to others.
 
@@ -398,7 +400,5 @@ def _open_record(folder: Path, handle: ModelHandle) -> Record:
 
 
 def _list_versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"compressknow": __version__} | libraries

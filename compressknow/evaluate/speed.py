@@ -24,9 +24,11 @@ from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.system import peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
+from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import Speed
 from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources import DEFAULT, Options, open_probe
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
@@ -54,9 +56,6 @@ def measure(located: Located, settings: Settings) -> Speed:
 
 def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
-
-    from compressknow.evaluate.evaluate import evaluate
-    from compressknow.evaluate.sources import DEFAULT, Options, open_probe
 
     _import_libraries(path)
     libraries = peak_memory()

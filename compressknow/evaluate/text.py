@@ -11,21 +11,22 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.base.format import count
+from compressknow.base.progress import Advance
 from compressknow.base.reading import NotReadable, open_regular
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, OTHER_TOKENS, Chunk, ProbeEntry
 
 if TYPE_CHECKING:
-    from compressknow.base.progress import Advance
-    from compressknow.evaluate.scoring.reading import TextReader
+    import torch
+
     from compressknow.evaluate.scoring.scorer import Whole
 
 
@@ -34,6 +35,41 @@ PROTOCOL = "text/1"
 CONTEXT, CHUNKS = 512, 64
 # No more of a file is read than these bytes per token, which no text has.
 _BYTES_PER_TOKEN = 64
+
+
+class TextReader(Protocol):
+    """Causal model as a runtime gives it for running text.
+
+    Attributes
+    ----------
+    bos : the token that takes the place of each chunk's first, where the vocabulary wants one; else None.
+    most : positions that the model has, or None where nothing bounds them.
+    rows : tokens that the model reads.
+    """
+
+    most: int | None
+    rows: int
+
+    @property
+    def bos(self) -> int | None: ...
+
+    def encode(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Return ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where
+        the tokenizer does not tell.
+        """
+
+    def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+        """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
+        first, vocabulary].
+        """
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
+        whatever follows the end of the text is the end again, and takes no time.
+        """
+
+    def ends(self, token: int) -> bool:
+        """Return whether a text ends with this token."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +154,10 @@ class Chunks:
     ----------
     ids : int32 [chunks, context], BOS in its place.
     bytes : of the text that the scored tokens of each chunk stand for; None where the tokenizer does not tell.
-    tokens : of the text, as far as it was read.
     """
 
     ids: np.ndarray
     bytes: tuple[int, ...] | None
-    tokens: int
 
     @property
     def context(self) -> int:
@@ -168,7 +202,7 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
         first = find_first_scored(context)
         starts = range(0, number * context, context)
         lengths = tuple(ends[start + context - 1] - ends[start + first] for start in starts)
-    return Chunks(cut, lengths, len(ids))
+    return Chunks(cut, lengths)
 
 
 def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, nearest
 from compressknow.base.files import name_of
-from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged
+from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, state_of
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
 MODULES = "modules.json"
@@ -309,7 +309,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
             ) from None
         # Not what people write meanwhile: notes, logs, a model card.
         if path.suffix in _WATCHED:
-            states[path] = FileState.of(status)
+            states[path] = state_of(status)
     return states
 
 

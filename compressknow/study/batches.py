@@ -17,7 +17,7 @@ import torch
 
 from compressknow.compress.calibrate.backward import Batch
 from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer
-from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.scorer import Ids
 
 if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answer

@@ -29,10 +29,10 @@ from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
-from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.handle import ModelHandle, Transformers
 from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
 from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
-from compressknow.evaluate.runtimes import LoadedInTransformers, Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error
@@ -379,11 +379,11 @@ class CellHandle(ModelHandle):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
-    def loaded(self) -> LoadedInTransformers:
+    def loaded(self) -> Transformers:
         variant = self._maker.make(self._maker.plan(self._cell.recipe))
         self._described = describe_variant(self._cell.key, variant)
         settings = self.settings
-        return LoadedInTransformers(
+        return Transformers(
             language_model_of(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
         )
 

@@ -26,7 +26,6 @@ from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.runtimes import Loaded
 from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.gguf.place import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
@@ -375,7 +374,7 @@ class CandidateHandle(ModelHandle):
         return self.made
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> Runtime:
         """Return it, made and in memory."""
         self.make()
         return super().loaded

@@ -21,7 +21,7 @@ import compressknow
 from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
 from compressknow.evaluate.answers import RECORD
-from compressknow.evaluate.sources.custom import read_facts_file
+from tests.evaluate.layouts import read_facts_file
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]

@@ -10,7 +10,8 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import CheckpointError
-from compressknow.engine.identity import MANIFEST, describe, locate, read_contents
+from compressknow.engine.identity import describe, locate, read_contents
+from compressknow.model.manifest import MANIFEST_NAME
 from tests.knowing import knowing
 
 
@@ -69,7 +70,7 @@ def test_an_original_is_told_by_its_files(place: Path) -> None:
 
 
 def test_a_conversion_is_told_by_its_manifest_too(place: Path) -> None:
-    manifest = json.loads((place / "converted" / MANIFEST).read_text())
+    manifest = json.loads((place / "converted" / MANIFEST_NAME).read_text())
     told = describe(locate(place / "converted"))
     assert told["setup"] == manifest["setup"] == "Att_GPQ 30%"
     assert told["recipe"] == manifest["recipe"]
@@ -86,13 +87,13 @@ def test_a_conversion_is_told_by_its_manifest_too(place: Path) -> None:
     ["", "[]", "{}", '{"tensors": [1]}', '{"tensors": [], "setup": "x", "recipe": {}, "source": null}', "[" * 100_000],
 )
 def test_a_damaged_manifest_is_an_error_that_names_it(converted: Path, content: str) -> None:
-    (converted / MANIFEST).write_text(content)
-    with pytest.raises(CheckpointError, match=MANIFEST):
+    (converted / MANIFEST_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=MANIFEST_NAME):
         describe(locate(converted))
 
 
 def test_a_conversion_without_its_manifest_is_told_as_any_other(converted: Path) -> None:
-    (converted / MANIFEST).unlink()
+    (converted / MANIFEST_NAME).unlink()
     told = describe(locate(converted))
     assert "setup" not in told
     assert told["quantization"] == "compressed-tensors, 8-bit weights (channel), 8-bit activations"

@@ -9,6 +9,13 @@ from typing import Any
 
 import pytest
 
+from compressknow.base.files import name_of
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.sources import Options
+from compressknow.evaluate.sources.custom import Hub, OwnFacts
+from compressknow.evaluate.sources.sets import Bear, Lama
+from compressknow.evaluate.sources.tasks import LmEval, LmEvalTask
+
 DATA = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of shared data is not here")
 
@@ -18,6 +25,29 @@ RELATIONS = [
     {"relation": "P166", "template": "[X] was awarded the [Y] .", "type": "N-M"},
 ]
 WORDS = "Paris Rome New York London gold blue fly 1941 1953".split()
+
+
+def read_lama(folder: Path, part: str, protocol: str = "lama") -> Probe:
+    return Lama().open(f"lama:{part}", part, Options(data=folder, protocol=protocol))
+
+
+def read_bear(folder: Path, template: int = 1) -> Probe:
+    return Bear().open("bear", "", Options(data=folder, template=template))
+
+
+def read_facts_file(path: Path) -> Probe:
+    return OwnFacts().open(f"facts:{name_of(path)}", str(path), Options())
+
+
+def read_hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
+    return Hub().open(f"hf:{dataset}", dataset, Options(columns=columns or {}, split=split))
+
+
+def open_task(
+    name: str, *, data: Path | None = None, include: Path | None = None, limit: int | None = None, seed: int = 0
+) -> LmEvalTask:
+    options = Options(data=data, tasks=include, limit=limit, seed=seed)
+    return LmEval().open(name, name.removeprefix("lm-eval:"), options)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -21,8 +21,8 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
-from compressknow.evaluate.sources.sets import METADATA, read_bear
-from tests.evaluate.layouts import DATA, real_data, write_jsonl
+from compressknow.evaluate.sources.sets import METADATA
+from tests.evaluate.layouts import DATA, read_bear, real_data, write_jsonl
 from tests.evaluate.references import answers_to
 from tests.evaluate.trained import byte_level, metaspace, word_piece
 from tests.models import tiny

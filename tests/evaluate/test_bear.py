@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources.sets import read_bear
-from tests.evaluate.layouts import DATA, bear_folder, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, bear_folder, read_bear, real_data, write_jsonl
 
 
 @pytest.fixture

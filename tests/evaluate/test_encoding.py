@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.scoring.prompts import Encoder
-from compressknow.evaluate.scoring.scorer import NO_TOKENS
+from compressknow.evaluate.scoring.scorer import NO_TOKENS, Encoder
 from tests.evaluate.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
 from tests.evaluate.references import rewritten as rewritten_by_bart
 from tests.evaluate.trained import byte_level, metaspace, word_piece

@@ -31,7 +31,7 @@ from compressknow.evaluate.grades import (
 )
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.scoring.prompts import Encoder
+from compressknow.evaluate.scoring.scorer import Encoder
 from tests.evaluate.references import as_probe, causal, filled, known_facts, masked
 from tests.evaluate.trained import word_piece
 from tests.knowing import knowing

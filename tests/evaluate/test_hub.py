@@ -15,8 +15,7 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.evaluate.sources import Options, open_probe
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
-from compressknow.evaluate.sources.custom import read_hub_facts
-from tests.evaluate.layouts import write_jsonl
+from tests.evaluate.layouts import read_hub_facts, write_jsonl
 
 MINE = [
     {"person": "Ada Lovelace", "city": "London", "about": "birthplace"},

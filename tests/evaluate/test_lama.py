@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources.sets import read_lama
-from tests.evaluate.layouts import DATA, lama_folder, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, write_jsonl
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_conceptnet_has_relations_and_is_common_sense(folder: Path) -> None:
 def test_facts_of_a_relation_without_a_template_are_counted(folder: Path) -> None:
     write_jsonl(folder / "TREx" / "P50.jsonl", [{"sub_label": "Emma", "obj_label": "London", "uuid": "x"}])
     for protocol in ("lama", "paper"):
-        probe = read_lama(folder, "trex", protocol)  # type: ignore[arg-type]
+        probe = read_lama(folder, "trex", protocol)
         assert probe.dropped["no template for its relation in relations.jsonl"] == 1
 
 
@@ -177,7 +176,7 @@ def test_real_google_re_has_the_number_of_facts_of_which_the_papers_scores_are_f
 @real_data
 @pytest.mark.parametrize("protocol", ["lama", "paper"])
 def test_real_squad_loses_its_three_sentences_of_two_blanks(protocol: str) -> None:
-    probe = read_lama(DATA / "lama", "squad", protocol)  # type: ignore[arg-type]
+    probe = read_lama(DATA / "lama", "squad", protocol)
     assert (len(probe.facts), probe.dropped) == (302, {"several blanks in the sentence": 3})
 
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
-from compressknow.evaluate.sources.custom import read_facts_file
-from tests.evaluate.layouts import write_jsonl
+from tests.evaluate.layouts import read_facts_file, write_jsonl
 from tests.knowing import KNOWN_FACTS, facts_file
 
 PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}

@@ -10,7 +10,7 @@ from compressknow.engine.language_model import load_language_model, most_tokens
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import TOO_LONG
-from compressknow.evaluate.sources.custom import read_facts_file
+from tests.evaluate.layouts import read_facts_file
 from tests.knowing import facts_file, knowing
 from tests.models import tiny
 

@@ -25,10 +25,10 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.answers import Answer, read_table, write_table
 from compressknow.evaluate.facts import GENERAL
 from compressknow.evaluate.records import ProbeEntry
-from compressknow.evaluate.sources import tasks
+from compressknow.evaluate.sources import Options, open_all, tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
-from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask, open_task
-from tests.evaluate.layouts import DATA, real_data, write_jsonl
+from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask
+from tests.evaluate.layouts import DATA, open_task, real_data, write_jsonl
 from tests.knowing import KNOWN_FACTS, candidates, knowing
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
@@ -360,7 +360,6 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
         "lm-eval:clozes": "Did you mean cloze",
         "lm-eval:boolqq": "Did you mean boolq",
-        "lm-eval:": "names no task",
         "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it beside 0.yaml",
     }.items():
         with pytest.raises(UsageError, match=re.escape(why)):
@@ -371,7 +370,9 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"no folder .*nowhere.\nIt was given as the task folder"):
         open_task("lm-eval:boolq", include=tmp_path / "nowhere")
     with pytest.raises(UsageError, match="at least 1"):
-        open_task("lm-eval:boolq", limit=0)
+        open_all(["lm-eval:boolq"], Options(limit=0))
+    with pytest.raises(UsageError, match="Unknown probe 'lm-eval:'"):
+        open_all(["lm-eval:"], Options())
 
 
 def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.reading import check_parquet
 from compressknow.evaluate.answers import make_schema, read_table
-from compressknow.evaluate.sources.custom import read_hub_facts
+from tests.evaluate.layouts import read_hub_facts
 from tests.hostile.bounded import bounded
 
 

@@ -1,18 +1,19 @@
-"""Settings of how a model is run, and what a model is that a runtime has opened."""
+"""Settings of how a model is run, and what runs it."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_device, device_of
+from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.text import TextReader
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.facts import Probe
-    from compressknow.evaluate.scoring.reading import TextReader
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
@@ -62,21 +63,23 @@ class Settings:
         return self.dtype or ("float32" if self.device == CPU else "auto")
 
 
-class Loaded(abc.ABC):
-    """Model that a runtime has opened.
+class Runtime(abc.ABC):
+    """Something that runs models; an instance has one of them open.
 
     Attributes
     ----------
+    name : what the user calls it with ``--runtime``.
     family : ``masked``, ``causal`` or ``seq2seq``.
-    architecture : its name for it: a class of transformers, say.
-    computed_in : what it is run in, such as ``float32``.
-    vocabulary : a short hash of its tokens and their ids; None where they are not known.
-    parameters : how many it has; None where that is not known.
+    architecture : its name for that of the model: a class of transformers, say.
+    computed_in : what the model is run in, such as ``float32``.
+    vocabulary : a short hash of the model's tokens and their ids; None where they are not known.
+    parameters : how many the model has; None where that is not known.
     language_model : the model as transformers has it, for what only that can run; None where another runtime runs it.
     gives_scores : whether it chooses among candidates by log-probabilities; else answers are what it writes.
     sha256 : of a model on a server, which shows no files, by what it answers; None of others.
     """
 
+    name: ClassVar[str]
     family: str
     architecture: str
     computed_in: str
@@ -85,6 +88,35 @@ class Loaded(abc.ABC):
     language_model: LanguageModel | None = None
     gives_scores: bool = True
     sha256: str | None = None
+
+    @abc.abstractmethod
+    def __init__(self, located: Located, settings: Settings) -> None:
+        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
+
+    @classmethod
+    @abc.abstractmethod
+    def reads(cls, located: Located) -> bool:
+        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+
+    @classmethod
+    def is_default(cls, located: Located) -> bool:
+        """Return whether it runs a model that it reads where the user names no runtime."""
+        return cls.reads(located)
+
+    @classmethod
+    @abc.abstractmethod
+    def resolve_settings(cls, settings: Settings) -> Settings:
+        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
+
+    @classmethod
+    def key(cls) -> tuple[str, ...]:
+        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
+        return ()
+
+    @classmethod
+    def open(cls, located: Located, settings: Settings) -> Self:
+        """Return it with that model."""
+        return cls(located, settings)
 
     @abc.abstractmethod
     def make_scorer(self, probe: Probe) -> Scorer:
@@ -106,39 +138,8 @@ class Loaded(abc.ABC):
         return None
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what it says of itself, for the "model" entry, in addition to what the model's files say."""
+        """Return what it says of the model, for the "model" entry, in addition to what the model's files say."""
         return {}
 
     def release(self) -> None:  # noqa: B027
         """Let go of what garbage collection alone does not free."""
-
-
-class LoadedInTransformers(Loaded):
-    """Model of transformers."""
-
-    language_model: LanguageModel
-
-    def __init__(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
-        self.family = language_model.family
-        self.architecture = type(language_model.model).__name__
-        self.computed_in = language_model.dtype
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        """Return the hash of all tokens, which takes a while to compute."""
-        return self.language_model.vocabulary
-
-    @property
-    def parameters(self) -> int:  # type: ignore[override]
-        return self.language_model.parameters
-
-    def make_scorer(self, probe: Probe) -> Scorer:
-        from compressknow.evaluate.scoring.families import make_scorer
-
-        return make_scorer(self.language_model.model, self.language_model.tokenizer, self.family, probe)
-
-    def make_reader(self) -> TextReader:
-        from compressknow.evaluate.scoring.reading import TransformersReader
-
-        return TransformersReader(self.language_model)

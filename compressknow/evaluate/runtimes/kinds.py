@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.answers import SERVER_TOKENS
 from compressknow.evaluate.runtimes.client import Client, Refused
-from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.scorer import Ids
 
 # Likeliest tokens that llama-server is asked for: most candidates begin with one of them.
 LLAMA_TOKENS = 1024

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,18 +13,16 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
 from compressknow.base.format import plain
-from compressknow.base.reading import find_mismatch
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import add_grade, find_choice, list_choices
-from compressknow.evaluate.runtimes import Loaded, Settings
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.client import Client, Refused
 from compressknow.evaluate.runtimes.kinds import First, Served, detect_server
 from compressknow.evaluate.scoring.decoding import judge
 from compressknow.evaluate.scoring.families import CausalScorer
-from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
-from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Query, Whole
+from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, Query, Whole
 
 T = TypeVar("T")
 
@@ -194,71 +190,16 @@ def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
     return replace(answer, first_ids=np.array(ids, dtype=np.int32), first_logp=values, first_kl=None)
 
 
-# What a model writes to these tells it from others behind the same name.
-PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
-WRITTEN_TOKENS = 8
 # Models of a server that a message names.
 SHOWN = 8
 # The form of a list of models.
 MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), "max_model_len?": (int, None)}]}
 
 
-def connect(url: str, settings: Settings) -> LoadedFromServer:
+def connect(url: str, settings: Settings) -> Served:
     """Find out which model a server has, and what it tells of it. Raises what `Server.open` does."""
     client = Client(url, timeout=settings.timeout, parallel=settings.parallel)
-    model, listed = choose_model(client, settings.model)
-    return LoadedFromServer(detect_server(client, model, listed), settings.parallel)
-
-
-class LoadedFromServer(Loaded):
-    """Model on a server."""
-
-    family = "causal"
-
-    def __init__(self, served: Served, parallel: int) -> None:
-        self._served, self._parallel = served, parallel
-        self.architecture = served.name
-        self.computed_in = self._type or "its own precision"
-        self.parameters = self._find_about("n_params", int)
-        self.gives_scores = served.scores
-        # In place of files, which a server does not show: its address, the model's name, the build, the model's size
-        # there, and what it writes greedily to a few prompts.
-        identity = [served.client.url, served.model, served.name, served.build]
-        identity += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
-        identity += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
-        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    def make_scorer(self, probe: Probe) -> ServedScorer:
-
-        return ServedScorer(self._served, probe, self._parallel)
-
-    def make_record(self) -> Mapping[str, Any]:
-        """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
-        (log-probabilities of candidates) and ``distribution`` (of the first token).
-        """
-        served = self._served
-        build = " ".join(filter(None, (served.name, served.build)))
-        where = {"url": served.client.url, "model": served.model}
-        return {"name": "server", "build": build, **where, "scores": served.scores, "distribution": served.tokens}
-
-    def describe(self) -> Mapping[str, Any]:
-        known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
-        name = self._served.model.rpartition("/")[2] or self._served.model
-        return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
-
-    def release(self) -> None:
-        """Close the connections."""
-        self._served.client.close()
-
-    @property
-    def _type(self) -> str | None:
-        """Return the type of most weights, as llama.cpp names it, or guesses where the file does not say so."""
-        kind = self._find_about("ftype", str)
-        return kind and str(kind).removeprefix("(guessed) ")
-
-    def _find_about(self, key: str, kind: type) -> Any:
-        value = self._served.about.get(key)
-        return None if find_mismatch(value, kind) else value
+    return detect_server(client, *choose_model(client, settings.model))
 
 
 def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:

@@ -1,5 +1,5 @@
-"""Scoring by causal models and decoders: candidates go on from the key-value cache of what comes before them, where it
-can be trusted.
+"""Causal models and decoders: candidates go on from the key-value cache of what comes before them, where it can be
+trusted, and running text is read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compressknow.base.errors import UnsupportedError
+from compressknow.engine.language_model import LanguageModel, embedding_rows, most_tokens
 from compressknow.engine.layers import disable_rounding, rounds_activations
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.grades import cut, find_end, find_opening
-from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores, find_best, find_rank, make_answer
-from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Query, Scorer
+from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Ids, Query, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,26 +31,9 @@ if TYPE_CHECKING:
 LOGITS = 1 << 26
 # Tokens that one pass scores in about the time of one.
 FEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Batch of texts that an encoder has read.
-
-    Attributes
-    ----------
-    ids : [batch, encoder tokens].
-    output : the encoder's own, whose `last_hidden_state` is [batch, encoder tokens, hidden].
-    """
-
-    ids: torch.Tensor
-    output: Any
-
-    def rows(self, rows: Any) -> Encoded:
-        """Return these rows alone; the output is of its own class, with no other field: decoders look for some that
-        others have not.
-        """
-        return Encoded(self.ids[rows], type(self.output)(last_hidden_state=self.output.last_hidden_state[rows]))
+# By the names of a forward pass: ids and mask [batch, encoder tokens], and the encoder's own output, whose
+# `last_hidden_state` is [batch, encoder tokens, hidden].
+Encoded = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Prefix:
     ----------
     ids : [batch, tokens].
     cache : keys and values of these tokens, or None where the architecture keeps none that can be split by rows.
-    encoder : what the encoder has read, or None.
+    encoder : what a forward pass takes of the encoder (see `select_encoded`), or None.
     """
 
     ids: torch.Tensor
@@ -155,7 +139,7 @@ class DecodingScorer(Scorer):
                 )
             last = torch.tensor([written[row] for row in rows], device=state.ids.device)
             read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
-            logits, cache = self.forward(read, cache, state.encoder and state.encoder.rows(rows), 1)
+            logits, cache = self.forward(read, cache, select_encoded(state.encoder, rows), 1)
             cache = self._keep_splittable(cache)
             for row, token in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
                 written[row].append(token)
@@ -188,7 +172,7 @@ class DecodingScorer(Scorer):
     ) -> tuple[torch.Tensor, Prefix]:
         """Read the prefixes of a batch: log-probabilities of the next token, [batch, vocabulary], and what is left."""
         if self.reads_ahead is None:
-            self._try_reading(batch[:2], ids[:2], encoder.rows(slice(2)) if encoder else None)
+            self._try_reading(batch[:2], ids[:2], select_encoded(encoder, slice(2)))
         logits, cache = self.forward(ids, None, encoder, 1)
         return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
 
@@ -214,7 +198,7 @@ class DecodingScorer(Scorer):
 
         def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
             self._caches = cached
-            encoded = encoder.rows(torch.arange(len(ids), device=ids.device) % len(prefix)) if encoder else None
+            encoded = select_encoded(encoder, torch.arange(len(ids), device=ids.device) % len(prefix))
             return self.forward(ids, cache, encoded, keep)
 
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
@@ -241,7 +225,7 @@ class DecodingScorer(Scorer):
         read = ids[:, known - 1 : -1]
         if cache is None:
             read = torch.cat([prefix.ids[queries], ids[:, :-1]], dim=1)
-        logits, after = self.forward(read, cache, prefix.encoder and prefix.encoder.rows(queries), width)
+        logits, after = self.forward(read, cache, select_encoded(prefix.encoder, queries), width)
         logits = logits.float()
         log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
@@ -322,6 +306,17 @@ def check_splittable(cache: Any) -> Any:
     return cache if plain else None
 
 
+def select_encoded(encoder: Encoded | None, rows: Any) -> Encoded | None:
+    """Return these rows of what an encoder has read. Its output is of its own class, with no other field: decoders look
+    for some that others have not.
+    """
+    if encoder is None:
+        return None
+    output = encoder["encoder_outputs"]
+    chosen = {name: encoder[name][rows] for name in ("input_ids", "attention_mask")}
+    return {**chosen, "encoder_outputs": type(output)(last_hidden_state=output.last_hidden_state[rows])}
+
+
 def select_rows(cache: Any, rows: torch.Tensor) -> Any:
     """Return a new cache of these rows; the old one keeps its own."""
     from transformers.cache_utils import EncoderDecoderCache
@@ -337,3 +332,113 @@ def select_rows(cache: Any, rows: torch.Tensor) -> Any:
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(rows)
     return selected
+
+
+# Texts that are continued at once.
+_TOGETHER = 8
+
+
+class TransformersReader:
+    """Causal model of transformers as a `compressknow.evaluate.text.TextReader`."""
+
+    def __init__(self, loaded: LanguageModel) -> None:
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self.rows = embedding_rows(self._model)
+        self.most = most_tokens(self._model, self._tokenizer)
+        self._checked = False
+
+    @cached_property
+    def bos(self) -> int | None:
+        """Find it by what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
+        bos = self._tokenizer.bos_token_id
+        first = self._tokenizer("a", verbose=False)["input_ids"][:1]
+        return int(bos) if bos is not None and first == [bos] else None
+
+    def encode(self, text: str) -> tuple[list[int], list[int] | None]:
+        fast = bool(getattr(self._tokenizer, "is_fast", False))
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            # Names of special tokens are text like any other, as in llama.cpp.
+            split_special_tokens=True,
+            return_offsets_mapping=fast,
+            verbose=False,
+        )
+        ids = list(map(int, encoded["input_ids"]))
+        return ids, _count_bytes(text, [end for _, end in encoded["offset_mapping"]]) if fast else None
+
+    @torch.inference_mode()
+    def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
+        if not self._checked:
+            self._check_causal(ids)
+            self._checked = True
+        return self._compute_logits(ids, len(ids) - first)[0, :-1].float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        together = _TOGETHER if self._cuts_logits else 1
+        groups = (prompts[start : start + together] for start in range(0, len(prompts), together))
+        return [row for group in groups for row in self._continue(torch.tensor(group), tokens)]
+
+    def _continue(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
+        ids = ids.to(self._model.device)
+        fed, cache, written = ids, None, []
+        end = -1 if self._end is None else self._end
+        ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        for _ in range(tokens):
+            output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._list_arguments(1))
+            written.append(output.logits[:, -1].argmax(-1, keepdim=True))
+            ended |= written[-1] == end
+            if ended.all():
+                break
+            cache = getattr(output, self._cache, None)
+            # Without keys and values of what is read, all of it is read again.
+            fed = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
+        rows = [list(takewhile(lambda token: token != end, row)) for row in torch.cat(written, dim=1).tolist()]
+        return [row + [end] * (tokens - len(row)) for row in rows]
+
+    def ends(self, token: int) -> bool:
+        return token == self._end
+
+    @property
+    def _end(self) -> int | None:
+        end: int | None = self._tokenizer.eos_token_id
+        return end
+
+    def _check_causal(self, ids: Sequence[int]) -> None:
+        """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
+        known = max(2, len(ids) // 2)
+        with disable_rounding(self._model):
+            whole, part = (self._compute_logits(some, len(some)) for some in (ids, ids[:known]))
+        if not is_same(part, whole[:, :known]):
+            name = type(self._model).__name__
+            raise UnsupportedError(
+                f"{name} sees the tokens after the one that it predicts: it has no perplexity.",
+                hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
+            )
+
+    def _compute_logits(self, ids: Sequence[int], keep: int) -> torch.Tensor:
+        row = torch.tensor([ids], device=self._model.device)
+        logits: torch.Tensor = self._model(input_ids=row, use_cache=False, **self._list_arguments(keep)).logits
+        return logits[:, -keep:]
+
+    def _list_arguments(self, keep: int) -> dict[str, Any]:
+        return {"logits_to_keep": keep} if self._cuts_logits else {}
+
+    @cached_property
+    def _cache(self) -> str:
+        return find_cache_name(self._model)
+
+    @cached_property
+    def _cuts_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self._model.forward).parameters
+
+
+def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:
+    """Return how many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character
+    ends where the character does.
+    """
+    points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
+    widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+    until = np.concatenate([[0], np.cumsum(widths)])
+    return [int(number) for number in until[np.asarray(ends, dtype=np.int64)]]

@@ -13,10 +13,9 @@ import torch
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import decoder_start, embedding_rows
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded
-from compressknow.evaluate.scoring.prompts import Ids
+from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
-from compressknow.evaluate.scoring.scorer import ROWS, Query, Scorer, group_by_length
+from compressknow.evaluate.scoring.scorer import ROWS, Ids, Query, Scorer, group_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -279,20 +278,14 @@ class Seq2SeqScorer(DecodingScorer):
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         device = self.model.device
         ids = torch.tensor([query.prompt for query in batch], device=device)
-        encoder = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        # FSMT masks what follows only where it is given these too.
+        encoder = {**read, "encoder_outputs": self.model.get_encoder()(**read)}
         beginnings = torch.tensor([self.begin(query.fact) for query in batch], device=device)
-        return self.read(batch, beginnings, Encoded(ids, encoder).rows(slice(None)))
+        return self.read(batch, beginnings, select_encoded(encoder, slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        assert encoder is not None
-        output = self.model(
-            # FSMT masks what follows only where it is given these too.
-            input_ids=encoder.ids,
-            encoder_outputs=encoder.output,
-            attention_mask=torch.ones_like(encoder.ids),
-            decoder_input_ids=ids,
-            **self.list_cache_arguments(cache),
-        )
+        output = self.model(decoder_input_ids=ids, **(encoder or {}), **self.list_cache_arguments(cache))
         return output.logits[:, -keep:], self.find_cache(output)
 
     def ends(self, token: int) -> bool:

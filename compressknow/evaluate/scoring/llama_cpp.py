@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from compressknow.engine.identity import Located
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.runtimes import LLAMA_CPP, Loaded
 from compressknow.evaluate.scoring.families import CausalScorer
-from compressknow.evaluate.scoring.prompts import Ids
 from compressknow.evaluate.scoring.ranking import Scores
-from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Query
+from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Ids, Query
 from compressknow.gguf.context import Context, GgufTokenizer, Span
-from compressknow.gguf.llama_cpp import GgufModel, count_types
-from compressknow.gguf.record import PREFIX, SOURCE
+from compressknow.gguf.llama_cpp import GgufModel
 
 # Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
 PROMPTS, PROMPT_TOKENS = 64, 512
@@ -30,69 +26,40 @@ CANDIDATE_TOKENS = 1536
 WIDE = 64
 
 
-class LoadedInLlamaCpp(Loaded):
-    """GGUF file, memory-mapped, read on as many threads as torch uses."""
+class Memory:
+    """Memory of what a model has read: as large as was needed so far, read on as many threads as torch uses."""
 
-    family = "causal"
+    def __init__(self, model: GgufModel, sequences: int) -> None:
+        self._model, self._sequences = model, sequences
+        self._held: Context | None = None
 
-    def __init__(self, located: Located) -> None:
-        self._model = GgufModel(located.path)
-        self._readers: list[LlamaCppScorer | GgufReader] = []
-        self.architecture = self._model.architecture
-        self.computed_in = f"llama.cpp {self._model.native.build}"
-        self.parameters = self._model.parameters
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        return self._model.vocabulary
-
-    def make_scorer(self, probe: Probe) -> LlamaCppScorer:
-        scorer = LlamaCppScorer(self._model, probe, torch.get_num_threads())
-        self._readers.append(scorer)
-        return scorer
-
-    def make_reader(self) -> GgufReader:
-        reader = GgufReader(self._model, torch.get_num_threads())
-        self._readers.append(reader)
-        return reader
-
-    def make_record(self) -> Mapping[str, Any]:
-        """Return name, build, and how each group of layers is stored."""
-        return self._record
-
-    @cached_property
-    def _record(self) -> Mapping[str, Any]:
-        types = count_types(self._model.path)
-        return {"name": LLAMA_CPP, "build": self._model.native.build, "types": types}
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return how most weights are stored, and what an export of compressknow says that it was made from."""
-        values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
-        source = {key: value for key, value in values.items() if value}
-        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
+    def reserve(self, cells: int) -> Context:
+        """Return a context with room for so many tokens; what was in a smaller one is gone."""
+        if self._held is None or self._held.cells < cells:
+            self.release()
+            cells = -(-cells // 256) * 256
+            threads = torch.get_num_threads()
+            self._held = Context(self._model, cells=cells, sequences=self._sequences, threads=threads)
+        return self._held
 
     def release(self) -> None:
-        """Close the contexts first, which read the model."""
-        for reader in self._readers:
-            reader.release()
-        self._model.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
 
 class LlamaCppScorer(CausalScorer):
     """Scores a GGUF file on the facts of one probe: each prompt is a sequence, which its candidates go on from."""
 
-    def __init__(self, model: GgufModel, probe: Probe, threads: int) -> None:
+    def __init__(self, model: GgufModel, probe: Probe) -> None:
         tokenizer: Any = GgufTokenizer(model)
         anything: Any = model
         super().__init__(anything, tokenizer, probe)
-        self._gguf, self._threads = model, threads
-        self._held: Context | None = None
+        self._gguf, self._memory = model, Memory(model, SEQUENCES)
 
     def release(self) -> None:
         """Let go of what was read, and of the model."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self._memory.release()
         super().release()
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
@@ -102,7 +69,7 @@ class LlamaCppScorer(CausalScorer):
 
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Read the prompts; the batch itself is the state from which scoring goes on."""
-        context = self._get_memory(batch)
+        context = self._reserve(batch)
         context.clear()
         logits = context.read([Span(number, 0, query.prompt, 1) for number, query in enumerate(batch)])
         return torch.from_numpy(logits).log_softmax(-1), batch
@@ -111,7 +78,7 @@ class LlamaCppScorer(CausalScorer):
         self, prefix: Any, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
     ) -> None:
         batch: Sequence[Query] = prefix
-        context, free = self._get_memory(batch), SEQUENCES - len(batch)
+        context, free = self._reserve(batch), SEQUENCES - len(batch)
         room = context.cells - sum(len(query.prompt) for query in batch)
         while walking:
             together = max(1, min(free, room // (len(rows[walking[0]][1]) - 1)))
@@ -140,7 +107,7 @@ class LlamaCppScorer(CausalScorer):
         for sequence, _, query, ids in rows:
             read = ids[known - 1 : known - 1 + width][: len(ids) - known]
             spans.append(Span(sequence, len(batch[query].prompt) + known - 1, read, len(read)))
-        logits = torch.from_numpy(self._get_memory(batch).read(spans))
+        logits = torch.from_numpy(self._reserve(batch).read(spans))
         wanted = torch.tensor([token for *_, ids in rows for token in ids[known : known + width]])
         values = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
         owners = torch.repeat_interleave(torch.tensor([len(span.tokens) for span in spans]))
@@ -150,7 +117,7 @@ class LlamaCppScorer(CausalScorer):
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:  # noqa: ARG002
         """Continue each text in a sequence of its own, so that candidates still find the prompts."""
-        context = self._get_memory(batch)
+        context = self._reserve(batch)
         written = [[int(token)] for token in log_probs.argmax(-1)]
         for number in range(len(batch)):
             context.fork(number, len(batch) + number)
@@ -184,33 +151,25 @@ class LlamaCppScorer(CausalScorer):
     def _most(self) -> int | None:
         return self._gguf.most_tokens
 
-    def _get_memory(self, batch: Sequence[Query]) -> Context:
+    def _reserve(self, batch: Sequence[Query]) -> Context:
         """Return a context with room for a batch and what follows its prompts."""
         longest = max(max(map(len, query.options), default=len(query.gold)) for query in batch) + SLACK_TOKENS
         prompts = sum(len(query.prompt) for query in batch)
         needed = prompts + max(CANDIDATE_TOKENS, longest * len(batch))
-        if self._held is None or self._held.cells < needed:
-            if self._held is not None:
-                self._held.close()
-            cells = -(-max(needed, PROMPT_TOKENS + CANDIDATE_TOKENS) // 256) * 256
-            self._held = Context(self._gguf, cells=cells, sequences=SEQUENCES, threads=self._threads)
-        return self._held
+        return self._memory.reserve(max(needed, PROMPT_TOKENS + CANDIDATE_TOKENS))
 
 
 class GgufReader:
-    """See `compressknow.evaluate.scoring.reading.TextReader`."""
+    """See `compressknow.evaluate.text.TextReader`."""
 
-    def __init__(self, model: GgufModel, threads: int) -> None:
-        self._model, self._threads, self._tokenizer = model, threads, GgufTokenizer(model)
+    def __init__(self, model: GgufModel) -> None:
+        self._memory, self._tokenizer = Memory(model, 1), GgufTokenizer(model)
         self.rows = model.rows
         self.most: int | None = model.most_tokens
-        self._held: Context | None = None
 
     def release(self) -> None:
         """Let go of what was read."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self._memory.release()
 
     @cached_property
     def bos(self) -> int | None:
@@ -225,7 +184,7 @@ class GgufReader:
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        context = self._get_memory(len(ids))
+        context = self._memory.reserve(len(ids))
         context.clear()
         logits = torch.from_numpy(context.read([Span(0, 0, ids, len(ids) - first)]))
         return logits[:-1].log_softmax(-1)
@@ -237,7 +196,7 @@ class GgufReader:
         return self._tokenizer.is_end(token)
 
     def _continue(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        context = self._get_memory(len(prompt) + tokens)
+        context = self._memory.reserve(len(prompt) + tokens)
         context.clear()
         written: list[int] = []
         fed, place = list(prompt), 0
@@ -247,9 +206,3 @@ class GgufReader:
                 return written + written[-1:] * (tokens - len(written))
             fed, place = written[-1:], place + len(fed)
         return written
-
-    def _get_memory(self, tokens: int) -> Context:
-        if self._held is None or self._held.cells < tokens:
-            self.release()
-            self._held = Context(self._model, cells=-(-tokens // 256) * 256, sequences=1, threads=self._threads)
-        return self._held

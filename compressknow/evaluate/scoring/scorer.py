@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -17,9 +17,8 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
-from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.facts import Fact, Probe, capitalize
 from compressknow.evaluate.grades import add_grade, find_choice, list_choices
-from compressknow.evaluate.scoring.prompts import Encoder, Ids
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
     Scores,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+Ids = tuple[int, ...]
 # Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
 # vocabulary] -> the divergence of each from the original's, or None.
 Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
@@ -52,6 +52,57 @@ NO_TOKENS = "an answer has no tokens in this model's vocabulary"
 SAME_TOKENS = "the object and another candidate are the same tokens for this model"
 TOO_LONG = "the prompt is longer than this model reads"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
+
+
+class Encoder:
+    """Token ids of texts, each distinct text tokenized once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids = cache(self._tokenize)
+        self.continuation = cache(self._tokenize_after)
+        self.spelled = cache(self._respell)
+
+    def _tokenize(self, text: str, special: bool = False) -> Ids:
+        """Return ids of `text`, with the tokenizer's special tokens around it if `special`."""
+        return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _tokenize_after(self, context: str, text: str) -> Ids:
+        """Return ids of `text` where it follows `context`: those of both together without those of the context.
+
+        Where the boundary is not kept (a token reaches over it), `text` is tokenized by itself.
+        """
+        alone, together = self.ids(context), self.ids(context + text)
+        if together[: len(alone)] == alone and len(together) > len(alone):
+            return together[len(alone) :]
+        return self.ids(text)
+
+    def answer(self, context: str, text: str, gap: str = " ") -> Ids:
+        """Return ids of an answer in running text after `context` and `gap`, or capitalized where that is empty."""
+        if not context:
+            return self.ids(capitalize(text))
+        return self.continuation(context.rpartition(" ")[2], gap + text)
+
+    def _respell(self, text: str) -> str:
+        """Return the text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
+
+        An uncased one gives "são tomé" back as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
+        """
+        ids = self.ids(text)
+        return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
+
+    def decode(self, ids: Ids | list[int] | Any) -> str:
+        """Return the text of `ids`, special tokens left out, spaces at its ends removed."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def find_single(self, words: tuple[str, ...]) -> dict[int, str]:
+        """Map ids to words, of those words that are one token in running text (the first word of an id)."""
+        found: dict[int, str] = {}
+        for word in words:
+            ids = self.answer("is", word)
+            if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
+                found.setdefault(ids[0], word)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

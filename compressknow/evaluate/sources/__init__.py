@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.packages import Registry
+from compressknow.engine.language_model import LanguageModel
+from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import Probe, join_wordings
+from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.text import RunningText
-
-if TYPE_CHECKING:
-    from compressknow.engine.language_model import LanguageModel
-    from compressknow.evaluate.answers import Answer
-    from compressknow.evaluate.records import ProbeEntry
 
 
 @dataclass(frozen=True)

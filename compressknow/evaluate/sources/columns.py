@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ from typing import Any
 
 from compressknow.base.errors import UsageError, did_you_mean
 from compressknow.base.reading import NotReadable, find_lone_surrogate, parse_json, read_lines, sha256_of
-from compressknow.evaluate.facts import ARTS, GEOGRAPHY, PEOPLE, map_relations
-from compressknow.evaluate.scoring.prompts import OBJECT
+from compressknow.evaluate.facts import ARTS, GEOGRAPHY, OBJECT, PEOPLE, map_relations
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -37,8 +37,6 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Raises UsageError where the file cannot be read.
     """
-    import csv
-
     number = 0
 
     def read_content() -> Iterator[str]:

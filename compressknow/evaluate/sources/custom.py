@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,20 @@ from typing import Any
 from compressknow.base.errors import UsageError
 from compressknow.base.files import as_text, name_of
 from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, load_tables, parse_json, sha256_of
-from compressknow.evaluate.facts import BLANK, GENERAL, Fact, Probe, find_domain
-from compressknow.evaluate.scoring.prompts import OBJECT, SUBJECT, UniqueIds, add_blank, check_blanks, fill, is_open
+from compressknow.evaluate.facts import (
+    BLANK,
+    GENERAL,
+    OBJECT,
+    SUBJECT,
+    Fact,
+    Probe,
+    UniqueIds,
+    add_blank,
+    check_blanks,
+    fill,
+    find_domain,
+    is_open,
+)
 from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
 from compressknow.evaluate.sources.sets import CONCEPTNET, LAMA
@@ -61,50 +73,42 @@ candidates as Paris|Rome|Madrid."""
         return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
+        """Read the facts of a file: JSON lines, or CSV with the same keys as columns; `_KEYS` are those of a line.
+
+        Without `relation` it is the name of the file, without `id` the relation and the number of the line. Raises
+        UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
+        """
         path = Path(part).expanduser()
         if not path.exists():
             raise UsageError(
                 f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
             )
-        return read_facts_file(path)
-
-
-def read_facts_file(path: Path) -> Probe:
-    """Read the facts of a file: JSON lines, or CSV with the same keys as columns.
-
-    A line has `prompt` or, in its place, `template` and `sub_label`; `obj_label`; and may have `candidates`, `relation`
-    (by default the name of the file), `subject` (the domain), `sub_label`, `popularity` and `id` (by default the
-    relation and the number of the line).
-
-    Raises UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
-    """
-    name = f"facts:{name_of(path)}"
-    facts: dict[str, Fact] = {}
-    lines: dict[str, int] = {}
-    problems: list[str] = []
-    # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
-        found = [row] if isinstance(row, str) else _find_problems(row)
-        if not found and isinstance(row, dict):
-            fact = _make_fact(row, number, name, as_text(path.stem), shared)
-            if fact.id in facts:
-                found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
-            facts[fact.id], lines[fact.id] = fact, number
-        problems += [f"line {number}, {problem}" for problem in found]
-    if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        listed = "\n".join(f"  {line}" for line in problems[:_SHOWN] + more)
-        raise UsageError(f"{path} cannot be read as facts:", listed, _HINT)
-    if not facts:
-        raise UsageError(f"{path} holds no facts.", hint=_HINT)
-    return Probe(
-        name=name,
-        protocol=FACTS_PROTOCOL,
-        facts=tuple(facts.values()),
-        vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
-        source={"files": {name_of(path): sha256_of(path)}},
-    )
+        facts: dict[str, Fact] = {}
+        lines: dict[str, int] = {}
+        problems: list[str] = []
+        # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
+        shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
+            found = [row] if isinstance(row, str) else _find_problems(row)
+            if not found and isinstance(row, dict):
+                fact = _make_fact(row, number, name, as_text(path.stem), shared)
+                if fact.id in facts:
+                    found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
+                facts[fact.id], lines[fact.id] = fact, number
+            problems += [f"line {number}, {problem}" for problem in found]
+        if problems:
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+            listed = "\n".join(f"  {line}" for line in problems[:_SHOWN] + more)
+            raise UsageError(f"{path} cannot be read as facts:", listed, _HINT)
+        if not facts:
+            raise UsageError(f"{path} holds no facts.", hint=_HINT)
+        return Probe(
+            name=name,
+            protocol=FACTS_PROTOCOL,
+            facts=tuple(facts.values()),
+            vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
+            source={"files": {name_of(path): sha256_of(path)}},
+        )
 
 
 def _find_problems(row: dict[str, Any]) -> list[str]:
@@ -200,31 +204,21 @@ class Hub(ProbeSource):
         tables = set(SUFFIXES) - {".jsonl"}
         return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
 
-    def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        return read_hub_facts(part, options.columns, options.split)
-
-
-def read_hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:
-    """Read all facts of one split of a data set; rows that make no fact are counted in `dropped`.
-
-    `columns` is {one of `compressknow.evaluate.sources.columns.KEYS`: name of a column}; "template" may also be a
-    template itself.
-    Raises UsageError where the set, the split or a column is not there, CompressknowError where the hub is not reached
-    or the data cannot be read.
-    """
-    splits = load_tables(dataset)
-    chosen = _choose_split(list(splits), split, dataset)
-    table = splits[chosen]
-    named = choose_columns(table.column_names, columns or {}, f"hf:{dataset}")
-    facts, dropped = _select_facts(f"hf:{dataset}", _read_rows(table, named), named)
-    return Probe(
-        name=f"hf:{dataset}",
-        protocol=HUB_PROTOCOL,
-        facts=facts,
-        dropped=dropped,
-        vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
-        source={"dataset": dataset, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
-    )
+    def open(self, name: str, part: str, options: Options) -> Probe:
+        """Read all facts of one split; rows that make no fact are counted in `dropped`."""
+        splits = load_tables(part)
+        chosen = _choose_split(list(splits), options.split, part)
+        table = splits[chosen]
+        named = choose_columns(table.column_names, options.columns, name)
+        facts, dropped = _select_facts(name, _read_rows(table, named), named)
+        return Probe(
+            name=name,
+            protocol=HUB_PROTOCOL,
+            facts=facts,
+            dropped=dropped,
+            vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
+            source={"dataset": part, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
+        )
 
 
 def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:

@@ -30,12 +30,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from compressknow.base.errors import UsageError
 from compressknow.base.reading import INDEX, TOKENIZER, read_json, read_text
-from compressknow.evaluate.facts import COMMON_SENSE, GENERAL, PEOPLE, WIKIDATA, Fact, Probe, find_domain, map_relations
-from compressknow.evaluate.scoring.prompts import OBJECT, UniqueIds, capitalize, check_blanks, fill, pick
+from compressknow.evaluate.facts import (
+    COMMON_SENSE,
+    GENERAL,
+    OBJECT,
+    PEOPLE,
+    WIKIDATA,
+    Fact,
+    Probe,
+    UniqueIds,
+    capitalize,
+    check_blanks,
+    fill,
+    find_domain,
+    map_relations,
+    pick,
+)
 from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import hash_files, read_rows
 
@@ -133,33 +147,30 @@ class Bear(ProbeSource):
         return (folder / METADATA).is_file()
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        return read_bear(self.find(name, part, options.data), options.template)
-
-
-def read_bear(folder: Path, template: int = 1) -> Probe:
-    """Read all facts of the folder; `template` chooses one of each relation's templates, counted from 1.
-
-    Raises UsageError where a file is missing or damaged, and where there is no template of that number.
-    """
-    try:
-        relations: dict[str, dict[str, Any]] = read_json(folder / METADATA, INDEX)
-        for metadata in relations.values():
-            if not (metadata["templates"] and metadata["answer_space_labels"]):
-                raise ValueError("a relation without templates or labels")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{folder / METADATA} cannot be read as BEAR's list of relations: {error}.", hint=_HINT
-        ) from error
-    paths = [folder / f"{relation}.jsonl" for relation in relations]
-    facts = tuple(
-        fact
-        for path, (relation, metadata) in zip(paths, relations.items(), strict=True)
-        for fact in _read_bear_facts(path, relation, metadata, template)
-    )
-    hashes = hash_files([folder / METADATA, *paths], folder)
-    return Probe(
-        "bear", "bear/1", facts, score_rest=True, source={"from": BEAR_FROM, "template": template, "files": hashes}
-    )
+        folder = self.find(name, part, options.data)
+        try:
+            relations: dict[str, dict[str, Any]] = read_json(folder / METADATA, INDEX)
+            for metadata in relations.values():
+                if not (metadata["templates"] and metadata["answer_space_labels"]):
+                    raise ValueError("a relation without templates or labels")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{folder / METADATA} cannot be read as BEAR's list of relations: {error}.", hint=_HINT
+            ) from error
+        paths = [folder / f"{relation}.jsonl" for relation in relations]
+        facts = tuple(
+            fact
+            for path, (relation, metadata) in zip(paths, relations.items(), strict=True)
+            for fact in _read_bear_facts(path, relation, metadata, options.template)
+        )
+        hashes = hash_files([folder / METADATA, *paths], folder)
+        return Probe(
+            name,
+            "bear/1",
+            facts,
+            score_rest=True,
+            source={"from": BEAR_FROM, "template": options.template, "files": hashes},
+        )
 
 
 def _read_bear_facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
@@ -191,7 +202,22 @@ def _read_bear_facts(path: Path, relation: str, metadata: dict[str, Any], number
 
 
 class Lama(ProbeSource):
-    """``lama:SET``, by one of two protocols."""
+    """``lama:SET``: one of LAMA's sets, by one of two protocols.
+
+    `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
+    - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
+      by the scorers, those whose object is not one token of the model.
+    - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
+    - With a template, each pair of subject and object counts once in a relation; without one, duplicates stay, and
+      sentences of more than 100 words are dropped.
+    - The score of T-REx and of Google-RE is the unweighted mean over relations; the other sets are one relation.
+
+    `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
+    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once in a set, nothing else is
+    dropped, and all facts count alike. Table 3 of the paper tells how: its scores are fractions of 5,510 for
+    Google-RE, the number of distinct sentences that the templates make of it (the set's own first sentences hold 5,262
+    blanks), and of 308 for SQuAD, whose 305 sentences hold 308 blanks.
+    """
 
     help = "LAMA's trex, google-re, squad or conceptnet (--data DIR)"
     form = "SET"
@@ -206,7 +232,28 @@ class Lama(ProbeSource):
 
     def open(self, name: str, part: str, options: Options) -> Probe:
         folder = self.find(name, part, options.data)
-        return read_lama(folder, part, cast(Literal["lama", "paper"], options.protocol))
+        official, by_template = options.protocol == "lama", part in ("trex", "google-re")
+        paths, rows = _read_lama_rows(folder, part)
+        words = _read_vocabulary(folder / VOCABULARY) if official else ()
+        facts, dropped = _select_facts(part, rows, frozenset(words) if official else None)
+        extra = [folder / VOCABULARY] if official else []
+        templates = [folder / RELATIONS] if part == "trex" else []
+        return Probe(
+            name=name,
+            protocol=PROTOCOLS[options.protocol],
+            facts=facts,
+            dropped=dropped,
+            vocabulary="words" if official else "full",
+            words=words,
+            fold_case=not official,
+            keep_unanswerable=not official,
+            average="macro" if official and by_template else "micro",
+            source={
+                "from": f"{LAMA_FROM} (CC BY-NC 4.0)",
+                "asked by": "template" if by_template else "the first of masked_sentences",
+                "files": hash_files([*extra, *templates, *paths], folder),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -234,49 +281,6 @@ class _Row:
             return fill(self.template.strip(), self.sub_label.strip())
         sentences = self.values.get("masked_sentences") or [""]
         return sentences if isinstance(sentences, str) else str(sentences[0])
-
-
-def read_lama(folder: Path, name: str, protocol: Literal["lama", "paper"] = "lama") -> Probe:
-    """Read one of LAMA's sets, by one of two protocols.
-
-    `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
-    - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
-      by the scorers, those whose object is not one token of the model.
-    - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
-    - With a template, each pair of subject and object counts once in a relation; without one, duplicates stay, and
-      sentences of more than 100 words are dropped.
-    - The score of T-REx and of Google-RE is the unweighted mean over relations; the other sets are one relation.
-
-    `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
-    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once in a set, nothing else is
-    dropped, and all facts count alike. Table 3 of the paper tells how: its scores are fractions of 5,510 for
-    Google-RE, the number of distinct sentences that the templates make of it (the set's own first sentences hold 5,262
-    blanks), and of 308 for SQuAD, whose 305 sentences hold 308 blanks.
-
-    Raises UsageError where a file is missing or damaged.
-    """
-    official, by_template = protocol == "lama", name in ("trex", "google-re")
-    paths, rows = _read_lama_rows(folder, name)
-    words = _read_vocabulary(folder / VOCABULARY) if official else ()
-    facts, dropped = _select_facts(name, rows, frozenset(words) if official else None)
-    extra = [folder / VOCABULARY] if official else []
-    templates = [folder / RELATIONS] if name == "trex" else []
-    return Probe(
-        name=f"lama:{name}",
-        protocol=PROTOCOLS[protocol],
-        facts=facts,
-        dropped=dropped,
-        vocabulary="words" if official else "full",
-        words=words,
-        fold_case=not official,
-        keep_unanswerable=not official,
-        average="macro" if official and by_template else "micro",
-        source={
-            "from": f"{LAMA_FROM} (CC BY-NC 4.0)",
-            "asked by": "template" if by_template else "the first of masked_sentences",
-            "files": hash_files([*extra, *templates, *paths], folder),
-        },
-    )
 
 
 def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:

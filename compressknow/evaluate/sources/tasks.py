@@ -22,20 +22,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.base.files import as_text
 from compressknow.base.packages import require
 from compressknow.base.progress import quiet
 from compressknow.base.reading import sha256_of
+from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import compute_chance
 from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, ProbeSource, Task
-
-if TYPE_CHECKING:
-    from compressknow.engine.language_model import LanguageModel
+from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated
 
 # How samples become answers.
 PROTOCOL = "lm-eval"
@@ -63,8 +62,35 @@ class LmEval(ProbeSource):
     def meant(self, text: str) -> bool:
         return text.lower() in COLUMNS
 
-    def open(self, name: str, part: str, options: Options) -> LmEvalTask:  # noqa: ARG002
-        return open_task(name, data=options.data, include=options.tasks, limit=options.limit, seed=options.seed)
+    def open(self, name: str, part: str, options: Options) -> LmEvalTask:
+        """Open one of lm-eval's tasks or one of a task folder; nothing is downloaded yet.
+
+        `options.data` holds the local files, itself or in its folder ``tasks/``. With BoolQ's, PIQA's or WinoGrande's
+        there (``boolq.jsonl``, ...), these are run; otherwise lm-eval's own task loads its set from the Hugging Face
+        hub. The task folder is searched first. Relative `data_files` in its YAML are looked for in `options.data`, then
+        beside the YAML. Its Python files are run, as lm-eval does.
+        """
+        require("datasets", "lm_eval")
+        task, data, include = part, options.data, options.tasks
+        limit, seed = options.limit, options.seed
+        for folder, option in ((data, "--data"), (include, "the task folder")):
+            if folder is not None and not folder.is_dir():
+                raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
+        places = [data, data / "tasks"] if data else []
+        if include and (entry := find_entry(include, task)):
+            return LmEvalTask(name, task, include, _find_data(name, entry, places), limit, seed)
+        if task in COLUMNS:
+            place = next((place for place in places if (place / f"{task}.jsonl").is_file()), None)
+            return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
+        others = list_names_without(task)
+        if others is None and task not in read_own_tasks().all_tasks:
+            others = read_own_tasks().all_tasks
+        if others is not None:
+            names = [*(_read_index(include).all_tasks if include else []), *COLUMNS, *others]
+            near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
+            suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
+        return LmEvalTask(name, task, None, None, limit, seed)
 
 
 @dataclass(frozen=True)
@@ -123,49 +149,6 @@ class LmEvalTask(Task):
             )
         with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
             return _evaluate(loaded, self, build(self, Path(folder)))
-
-
-def open_task(
-    name: str, *, data: Path | None = None, include: Path | None = None, limit: int | None = None, seed: int = 0
-) -> LmEvalTask:
-    """Open the task ``lm-eval:TASK``, one of lm-eval's or of a task folder; nothing is downloaded yet.
-
-    Parameters
-    ----------
-    data : holds the local files, itself or in its folder ``tasks/``. With BoolQ's, PIQA's or WinoGrande's there
-        (``boolq.jsonl``, ...), these are run; otherwise lm-eval's own task loads its set from the Hugging Face hub.
-    include : an lm-eval task folder, searched first. Relative `data_files` in its YAML are looked for in `data`, then
-        beside the YAML. Its Python files are run, as lm-eval does.
-    limit : the first so many items of each task, not a sample.
-
-    Raises
-    ------
-    UsageError : unknown task, no such folder, a missing file of data, or a limit below 1.
-    """
-    require("datasets", "lm_eval")
-    task = name.partition(":")[2]
-    for folder, option in ((data, "--data"), (include, "the task folder")):
-        if folder is not None and not folder.is_dir():
-            raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1: {limit}.")
-    places = [data, data / "tasks"] if data else []
-    if include and (entry := find_entry(include, task)):
-        return LmEvalTask(name, task, include, _find_data(name, entry, places), limit, seed)
-    if task in COLUMNS:
-        place = next((place for place in places if (place / f"{task}.jsonl").is_file()), None)
-        return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
-    if not task:
-        raise UsageError(f"{name} names no task.", hint="lm-eval: is followed by a task of lm-eval: lm-eval:boolq.")
-    others = list_names_without(task)
-    if others is None and task not in read_own_tasks().all_tasks:
-        others = read_own_tasks().all_tasks
-    if others is not None:
-        names = [*(_read_index(include).all_tasks if include else []), *COLUMNS, *others]
-        near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
-        suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
-    return LmEvalTask(name, task, None, None, limit, seed)
 
 
 def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
@@ -307,8 +290,6 @@ def _explain(task: LmEvalTask, error: Exception) -> CompressknowError:
 
 
 def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any]) -> tuple[list[Answer], ProbeEntry]:
-    from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated
-
     lm = _wrap(loaded, built)
     results = _run_lm_eval(lm, task, built)
     answers, dropped, metrics, golds = collect_answers(task.name, built["tasks"], results["samples"])
