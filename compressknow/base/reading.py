@@ -33,7 +33,6 @@ FACTS, LINE = 1024 * MIB, MIB
 MOST_VALUES = 8_000_000
 # Of whole numbers in records: whoever divides or multiplies these gets floats, which larger ones would not fit.
 LARGEST = 1 << 256
-_PIECE = MIB
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -173,11 +172,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
-    digest = hashlib.sha256()
     with open_regular(path) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}

@@ -69,11 +69,6 @@ def kinds_on(device: str | torch.device) -> list[LayerKind]:
     return [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
 
 
-def layer_of(module: nn.Module, kinds: list[LayerKind]) -> EngineLinear | None:
-    """Return the layer of the first kind that has one for a module."""
-    return next((layer for kind in kinds if (layer := kind.layer_of(module))), None)
-
-
 class Int8Linear(EngineLinear):
     """Linear layer with int8 weights whose activations are quantized as they come: the schemes ``int8``,
     ``int8-paper``.

@@ -283,7 +283,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.layers import kinds_on, layer_of
+    from compressknow.engine.layers import kinds_on
     from compressknow.model.loading import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -299,8 +299,8 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
-            layer = layer_of(module, kinds) if module not in in_floats else None
-            if layer:
+            found = filter(None, (kind.layer_of(module) for kind in kinds if module not in in_floats))
+            if layer := next(found, None):
                 layers[module] = layer
             else:
                 decompress_module(module)

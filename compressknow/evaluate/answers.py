@@ -368,10 +368,6 @@ def find_parts(folder: Path, key: str) -> Path:
     return folder / PARTS / key[:16]
 
 
-def read_parts(parts: Path) -> list[Answer]:
-    return [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
-
-
 def _is_foreign(folder: Path) -> bool:
     """Return whether a folder holds anything besides answers or what an interrupted run leaves."""
     try:

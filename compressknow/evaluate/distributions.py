@@ -205,7 +205,7 @@ class Rows:
         try:
             for start in range(0, len(facts), step):
                 chosen = slice(start, start + step)
-                original = self._read_text(facts[chosen]).to(device)
+                original = self._read(facts[chosen]).to(device)
                 found += compute_divergence(original, log_probs[chosen].to(device)).tolist()
         except OSError:
             self.give_up()
@@ -239,7 +239,7 @@ class Rows:
         self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
         self._written += len(facts)
 
-    def _read_text(self, facts: Sequence[str]) -> torch.Tensor:
+    def _read(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
         rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)

@@ -106,6 +106,18 @@ def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str]
     return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
 
 
+def judge(text: str, gold: str) -> tuple[str, bool]:
+    """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
+    their case and the article or quotes before it.
+
+    >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
+    (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
+    """
+    text = text.strip()
+    after = find_end(text, gold)
+    return cut(text, after or 0), after is not None
+
+
 def grade_answer(answer: Answer) -> str:
     """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
     being among the best five says nothing.

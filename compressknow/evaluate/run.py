@@ -29,9 +29,9 @@ from compressknow.evaluate.answers import (
     gather_answers,
     is_answers_folder,
     lock_folder,
-    read_parts,
     read_record,
     read_stored,
+    read_table,
     write_record,
     write_table,
 )
@@ -187,19 +187,19 @@ class _Run:
     """Run of one model: each probe's answers and its entry go into the folder, the answers first."""
 
     def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
-        self._handle, self._folder, self._beside, self._on_progress = handle, folder, context, on_progress
+        self._handle, self._folder, self._context, self._on_progress = handle, folder, context, on_progress
         self._record = _open_record(folder, handle)
 
     def add(self, probe: Opened, facts: int) -> None:
         """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
         start = time.monotonic()
-        handle, reference = self._handle, self._beside.reference
+        handle, reference = self._handle, self._context.reference
         if reference:
             check_facts(reference, probe)
             if not isinstance(probe, RunningText):
                 check_model(reference, handle.located.name, handle.loaded)
         alike = reference is None or has_same_tokens(reference, handle.loaded)
-        key = _compute_key(handle, probe, self._beside)
+        key = _compute_key(handle, probe, self._context)
         known = self._find_known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
         stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
@@ -207,7 +207,7 @@ class _Run:
         answers: list[Answer] = []
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
-                context = self._beside if alike else Context()
+                context = self._context if alike else Context()
                 answers, entry = self._evaluate_facts(probe, find_parts(self._folder, key), known, context, advance)
             elif isinstance(probe, RunningText):
                 chunks, entry = self._read_text(probe, find_parts(self._folder, key), known, advance)
@@ -218,20 +218,20 @@ class _Run:
                 assert handle.loaded.language_model is not None
                 answers, entry = probe.run(handle.loaded.language_model)
         seconds = round(time.monotonic() - start, 1)
-        of = (self._beside.sha256 if alike or chunks else None) or handle.sha256
+        of = (self._context.sha256 if alike or chunks else None) or handle.sha256
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def _find_known(self, name: str, key: str) -> Answers | None:
         """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
-            return self._beside.known
+            return self._context.known
         return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
     def _read_text(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
-        reader, context = self._handle.make_reader(), self._beside
+        reader, context = self._handle.make_reader(), self._context
         original = context.reference.record if context.reference else None
         chunks = cut_chunks(
             reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
@@ -268,7 +268,8 @@ class _Run:
                 reasons,
                 "Choose another probe or protocol.",
             )
-        answers, reference = read_parts(parts), context.reference
+        answers = [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
+        reference = context.reference
         batches = evaluate(
             prompts,
             reference=find_first_ids(reference, probe, prompts) if reference else None,

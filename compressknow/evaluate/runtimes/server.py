@@ -15,11 +15,10 @@ from compressknow.base.errors import CompressknowError, UnsupportedError, UsageE
 from compressknow.base.format import plain
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.grades import add_grade, find_choice, list_choices
+from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes.client import Client, Refused
 from compressknow.evaluate.runtimes.kinds import First, Served, detect_server
-from compressknow.evaluate.scoring.decoding import judge
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, Query, Whole

@@ -19,9 +19,8 @@ import torch
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, embedding_rows, most_tokens
 from compressknow.engine.layers import disable_rounding, rounds_activations
-from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.grades import cut, find_end, find_opening
-from compressknow.evaluate.scoring.ranking import Scores, find_best, find_rank, make_answer
+from compressknow.evaluate.grades import find_opening
+from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Ids, Query, Scorer
 
 if TYPE_CHECKING:
@@ -64,7 +63,9 @@ class DecodingScorer(Scorer):
 
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards."""
+        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards, if it can be
+        split by rows.
+        """
 
     @abstractmethod
     def ends(self, token: int) -> bool:
@@ -101,27 +102,6 @@ class DecodingScorer(Scorer):
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
             walking = [walking[place] for place in places]
 
-    def answer_freely(
-        self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
-    ) -> list[Answer]:
-        chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
-        if not chosen:
-            return []
-        zeros = np.zeros(len(chosen))
-        rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
-        answers = []
-        for index, more in zip(chosen, rest, strict=True):
-            query, scores = batch[index], log_probs[index].double().cpu().numpy()
-            first = query.gold[0]
-            rank = find_rank(first, scores)
-            text, correct = judge(texts[index] or "", query.fact.obj_label)
-            known = correct and rank is not None
-            best = find_best(scores)
-            tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
-            logp = float(scores[first] + more)
-            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
-        return answers
-
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
         written = self.generate(batch, log_probs, state)
         return [self.encoder.decode(list(takewhile(lambda token: not self.ends(token), ids))) for ids in written]
@@ -140,7 +120,6 @@ class DecodingScorer(Scorer):
             last = torch.tensor([written[row] for row in rows], device=state.ids.device)
             read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
             logits, cache = self.forward(read, cache, select_encoded(state.encoder, rows), 1)
-            cache = self._keep_splittable(cache)
             for row, token in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
                 written[row].append(token)
         return written
@@ -174,11 +153,14 @@ class DecodingScorer(Scorer):
         if self.reads_ahead is None:
             self._try_reading(batch[:2], ids[:2], select_encoded(encoder, slice(2)))
         logits, cache = self.forward(ids, None, encoder, 1)
-        return logits[:, -1].float().log_softmax(-1), Prefix(ids, self._keep_splittable(cache), encoder)
+        return logits[:, -1].float().log_softmax(-1), Prefix(ids, cache, encoder)
 
-    def list_cache_arguments(self, cache: Any) -> dict[str, Any]:
-        """Return the arguments of a forward pass that goes on from a cache, or begins one; or of one without."""
-        return {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
+    def run(self, cache: Any, keep: int, **inputs: Any) -> tuple[Any, Any]:
+        """Run the model from a cache, or without, where it has none of use; gives what `forward` does."""
+        more = {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
+        output = self.model(**inputs, **more)
+        after = check_splittable(getattr(output, self._cache_name, None)) if self._caches else None
+        return output.logits[:, -keep:], after
 
     @cached_property
     def _is_rounding(self) -> bool:
@@ -186,9 +168,6 @@ class DecodingScorer(Scorer):
         in another order than over one, so each pass takes one.
         """
         return rounds_activations(self.model)
-
-    def _keep_splittable(self, cache: Any) -> Any:
-        return check_splittable(cache) if self._caches else None
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
         """Find out by two queries how this model may read."""
@@ -204,9 +183,6 @@ class DecodingScorer(Scorer):
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
         with disable_rounding(self.model):
             self._caches, self.reads_ahead = find_reading(forward, prefix, more)
-
-    def find_cache(self, output: Any) -> Any:
-        return getattr(output, self._cache_name, None)
 
     @cached_property
     def _cache_name(self) -> str:
@@ -237,18 +213,6 @@ def find_cache_name(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def judge(text: str, gold: str) -> tuple[str, bool]:
-    """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
-    their case and the article or quotes before it.
-
-    >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
-    (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
-    """
-    text = text.strip()
-    after = find_end(text, gold)
-    return cut(text, after or 0), after is not None
-
-
 # Tokens by which a model is tried.
 TRIED = 3
 # Ids [batch, tokens], a cache or None, the number of positions, and whether caches are used -> logits of the last
@@ -274,7 +238,7 @@ def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> 
 def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
     rows = torch.arange(len(prefix), device=prefix.device)
-    cache = check_splittable(forward(prefix, None, 1, True)[1])
+    _, cache = forward(prefix, None, 1, True)
     if cache is None:
         return False
     # What another text does with the cache must leave no trace.

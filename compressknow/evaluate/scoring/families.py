@@ -15,7 +15,7 @@ from compressknow.engine.language_model import decoder_start, embedding_rows
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
-from compressknow.evaluate.scoring.scorer import ROWS, Ids, Query, Scorer, group_by_length
+from compressknow.evaluate.scoring.scorer import ROWS, Ids, Query, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class MaskedScorer(Scorer):
 
     def bound_options(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         scores = [np.empty(len(query.options)) for query in batch]
-        groups = [group_by_length(query.options) for query in batch]
+        groups = [_group_by_length(query.options) for query in batch]
         for length in sorted({length for group in groups for length in group}):
             chosen = [index for index, group in enumerate(groups) if length in group]
             masked = (
@@ -225,9 +225,7 @@ class CausalScorer(DecodingScorer):
         return read
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:  # noqa: ARG002
-        more = {"logits_to_keep": keep} if self._cuts_logits else {}
-        output = self.model(input_ids=ids, **self.list_cache_arguments(cache), **more)
-        return output.logits[:, -keep:], self.find_cache(output)
+        return self.run(cache, keep, input_ids=ids, **({"logits_to_keep": keep} if self._cuts_logits else {}))
 
     def ends(self, token: int) -> bool:
         return bool(token == self.tokenizer.eos_token_id)
@@ -285,8 +283,7 @@ class Seq2SeqScorer(DecodingScorer):
         return self.read(batch, beginnings, select_encoded(encoder, slice(None)))
 
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        output = self.model(decoder_input_ids=ids, **(encoder or {}), **self.list_cache_arguments(cache))
-        return output.logits[:, -keep:], self.find_cache(output)
+        return self.run(cache, keep, decoder_input_ids=ids, **(encoder or {}))
 
     def ends(self, token: int) -> bool:
         return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._find_id(NEXT_SENTINEL))
@@ -317,6 +314,14 @@ class Seq2SeqScorer(DecodingScorer):
 
     def _find_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def _group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
+    """Group indices of the options by their number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for index, ids in enumerate(options):
+        groups.setdefault(len(ids), []).append(index)
+    return groups
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:

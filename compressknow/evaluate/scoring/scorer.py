@@ -18,7 +18,7 @@ from compressknow.engine.language_model import embedding_rows, most_tokens
 from compressknow.engine.load import reason_of
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe, capitalize
-from compressknow.evaluate.grades import add_grade, find_choice, list_choices
+from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
     Scores,
@@ -176,16 +176,6 @@ class Scorer(ABC):
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
         """Return what the model says to each query, decoded greedily; None where it cannot write."""
 
-    def answer_freely(
-        self,
-        batch: Sequence[Query],  # noqa: ARG002
-        log_probs: torch.Tensor,  # noqa: ARG002
-        state: Any,  # noqa: ARG002
-        texts: Sequence[str | None],  # noqa: ARG002
-    ) -> list[Answer]:
-        """Answer the queries where any text may be answered; families that only choose have none."""
-        return []
-
     def find_obstacle(self, fact: Fact) -> str | None:
         """Return why this family cannot be evaluated on such a fact, or None."""
         last = fact.before and not re.search(r"\w", fact.after)
@@ -248,7 +238,7 @@ class Scorer(ABC):
             found = [
                 *self._answer_closed(batch, log_probs, state),
                 *self._answer_by_word(batch, log_probs),
-                *self.answer_freely(batch, log_probs, state, texts),
+                *self._answer_freely(batch, log_probs, state, texts),
             ]
             by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
             found = [add_grade(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in found]
@@ -431,10 +421,23 @@ class Scorer(ABC):
         total = sum_logs(scores)
         return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
-
-def group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    """Group indices of the options by their number of tokens."""
-    groups: dict[int, list[int]] = {}
-    for index, ids in enumerate(options):
-        groups.setdefault(len(ids), []).append(index)
-    return groups
+    def _answer_freely(
+        self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
+    ) -> list[Answer]:
+        chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
+        if not chosen:
+            return []
+        zeros = np.zeros(len(chosen))
+        rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
+        answers = []
+        for index, more in zip(chosen, rest, strict=True):
+            query, scores = batch[index], log_probs[index].double().cpu().numpy()
+            first = query.gold[0]
+            rank = find_rank(first, scores)
+            text, correct = judge(texts[index] or "", query.fact.obj_label)
+            known = correct and rank is not None
+            best = find_best(scores)
+            tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
+            logp = float(scores[first] + more)
+            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
+        return answers
