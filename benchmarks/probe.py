@@ -67,13 +67,13 @@ Answers = dict[str, Any]
 
 
 def probe_of(part: str, options: Namespace) -> Any:
-    from compressknow.evaluate.sources import Options, open_probe
+    from compressknow.evaluate.sources import Options, open_all
 
     if part in ("paper", "int8"):
-        return open_probe("lama:trex", Options(data=options.data, protocol="paper", limit=options.facts))
+        return open_all(["lama:trex"], Options(data=options.data, protocol="paper", limit=options.facts))[0]
     if part == "grades":
-        return open_probe("atlas", Options(limit=options.grades_facts))
-    return open_probe("bear", Options(data=options.data, limit=options.bear_facts))
+        return open_all(["atlas"], Options(limit=options.grades_facts))[0]
+    return open_all(["bear"], Options(data=options.data, limit=options.bear_facts))[0]
 
 
 def bert_base(options: Namespace) -> tuple[Any, Any]:

@@ -34,10 +34,10 @@ def measured(model: str, facts: int, threads: int) -> dict[str, float]:
     from compressknow.evaluate.evaluate import evaluate
     from compressknow.evaluate.handle import ModelHandle
     from compressknow.evaluate.runtimes import Settings
-    from compressknow.evaluate.sources import Options, open_probe
+    from compressknow.evaluate.sources import Options, open_all
 
     torch.set_num_threads(threads)
-    probe = open_probe("atlas", Options(limit=facts))
+    (probe,) = open_all(["atlas"], Options(limit=facts))
     handle = ModelHandle(locate(model), Settings(device="cpu"))
     prompts = handle.make_prompts(probe)
     prompts.scorer.answer(prompts.batches[0][:2], None)

@@ -276,12 +276,12 @@ def report_answers(cells: Sequence[Cell], study: Path, theirs: Theirs) -> None:
 
 def missing(options: Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
-    from compressknow.evaluate.sources import Options, open_probe
+    from compressknow.evaluate.sources import Options, open_all
 
     if not (options.masked_model / "tokenizer.json").is_file():
         return f"there is no model in {options.masked_model}"
     try:
-        open_probe(PROBE, Options(data=options.data, protocol="paper", limit=options.facts))
+        open_all([PROBE], Options(data=options.data, protocol="paper", limit=options.facts))
     except CompressknowError as error:
         return str(error)
     return None

@@ -31,10 +31,11 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune
 from compressknow.engine.layers import LAYERS
 from compressknow.evaluate.answers import TABLE, write_record, write_table
-from compressknow.evaluate.sources import PROBES, Options, open_probe
+from compressknow.evaluate.sources import PROBES, Options
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import add_report
+from tests.evaluate.layouts import open_probe
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.long import long

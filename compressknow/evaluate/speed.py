@@ -25,10 +25,11 @@ from compressknow.base.system import peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
 from compressknow.evaluate.evaluate import evaluate
+from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import Speed
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import DEFAULT, Options, open_probe
+from compressknow.evaluate.sources import DEFAULT, Options, open_all
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
@@ -61,7 +62,8 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     libraries = peak_memory()
     handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
     computed_in = handle.loaded.computed_in
-    probe = open_probe(DEFAULT[0], Options(limit=FACTS))
+    (probe,) = open_all(DEFAULT, Options(limit=FACTS))
+    assert isinstance(probe, Probe)
     prompts = handle.make_prompts(probe)
     on_gpu = settings.device.startswith("cuda")
 

@@ -11,7 +11,7 @@ import pytest
 
 from compressknow.base.files import name_of
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.sources import Options
+from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.sources.custom import Hub, OwnFacts
 from compressknow.evaluate.sources.sets import Bear, Lama
 from compressknow.evaluate.sources.tasks import LmEval, LmEvalTask
@@ -25,6 +25,12 @@ RELATIONS = [
     {"relation": "P166", "template": "[X] was awarded the [Y] .", "type": "N-M"},
 ]
 WORDS = "Paris Rome New York London gold blue fly 1941 1953".split()
+
+
+def open_probe(name: str, options: Options | None = None) -> Probe:
+    (probe,) = open_all([name], options or Options())
+    assert isinstance(probe, Probe)
+    return probe
 
 
 def read_lama(folder: Path, part: str, protocol: str = "lama") -> Probe:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent
-from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources import Options
+from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file
 
 

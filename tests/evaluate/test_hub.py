@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources import Options
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
-from tests.evaluate.layouts import read_hub_facts, write_jsonl
+from tests.evaluate.layouts import open_probe, read_hub_facts, write_jsonl
 
 MINE = [
     {"person": "Ada Lovelace", "city": "London", "about": "birthplace"},

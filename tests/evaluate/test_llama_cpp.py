@@ -21,8 +21,9 @@ import compressknow
 from compressknow import Settings
 from compressknow.base.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, read_answers
-from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources import Options
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
+from tests.evaluate.layouts import open_probe
 from tests.gguf.making import checkpoint, needs_converter
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.long import long, one_in

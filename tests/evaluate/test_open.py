@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.sources import Options, list_usable, normalize_name, open_all, open_probe
-from tests.evaluate.layouts import DATA, bear_folder, lama_folder, real_data, write_jsonl
+from compressknow.evaluate.sources import Options, list_usable, normalize_name, open_all
+from tests.evaluate.layouts import DATA, bear_folder, lama_folder, open_probe, real_data, write_jsonl
 from tests.shown import ROOT
 
 FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
@@ -19,7 +19,7 @@ FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
 
 def message(name: str, **settings: object) -> str:
     with pytest.raises(UsageError) as caught:
-        open_probe(name, Options(**settings))  # type: ignore[arg-type]
+        open_all([name], Options(**settings))  # type: ignore[arg-type]
     return str(caught.value)
 
 
@@ -78,18 +78,16 @@ def test_names_of_nothing_are_unknown(name: str) -> None:
     assert "Unknown probe" in message(name)
 
 
-def test_lm_eval_is_not_read_here() -> None:
-    assert "lm-eval:boolq is a task" in message("LM-Eval:boolq")
-
-
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert f"There is no file {tmp_path / 'no.jsonl'}" in message(f"facts:{tmp_path / 'no.jsonl'}")
 
 
 def test_only_some_probes_have_several_templates(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "mine.jsonl", [FACT])
-    assert "has no template 2" in message(f"facts:{path}", template=2)
-    assert "has no template 2" in message("lama:trex", template=2)
+    assert open_probe(f"facts:{path}", Options(template=2)) == open_probe(f"facts:{path}")
+    lama_folder(tmp_path)
+    trex = [open_probe("lama:trex", Options(data=tmp_path, template=number)) for number in (1, 2)]
+    assert trex[0] == trex[1]
     assert "There are 3 templates" in message("atlas", template=4)
 
 
@@ -122,7 +120,7 @@ def test_a_limit_draws_from_every_relation_and_by_seed() -> None:
 
 def test_reading_facts_needs_no_torch_and_no_datasets() -> None:
     code = (
-        "import sys; from compressknow.evaluate.sources import open_probe; open_probe('atlas'); "
+        "import sys; from compressknow.evaluate.sources import Options, open_all; open_all(['atlas'], Options()); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,7 +17,8 @@ from compressknow.comparison.distributions import compare_wordings, consistency
 from compressknow.evaluate.evaluate import put_after_example
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import merge_wordings
-from compressknow.evaluate.sources import open_all, open_probe
+from compressknow.evaluate.sources import open_all
+from tests.evaluate.layouts import open_probe
 from tests.knowing import in_wordings, knowing
 from tests.pages.answering import answer, answers, entry
 

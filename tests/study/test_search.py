@@ -21,11 +21,12 @@ from compressknow.compress.recipe import read_recipe
 from compressknow.evaluate.answers import read_answers
 from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources import Options
 from compressknow.pages.search import Trial
 from compressknow.study.cells import RECORD
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import split_facts
+from tests.evaluate.layouts import open_probe
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 from tests.long import long, one_in

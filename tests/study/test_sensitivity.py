@@ -19,7 +19,6 @@ from compressknow.compress.calibrate.backward import Batch
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.sources import open_probe
 from compressknow.model.loading import open_complete
 from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
 from compressknow.study.measuring import (
@@ -38,6 +37,7 @@ from compressknow.study.sensitivity import (
     read_sensitivity,
     write_sensitivity,
 )
+from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file, knowing
 from tests.long import long
 

@@ -179,22 +179,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
         if options.protocol not in known:
             near = did_you_mean(options.protocol, known)
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
-    return [_open_by_name(name, options, only_taken=True) for name in names]
-
-
-def open_probe(name: str, options: Options | None = None) -> Probe:
-    """Open the probe of facts of that name; the case of letters does not matter, but in names of files.
-
-    Raises UsageError where the name is unknown or that of a task, where the set is not there or damaged, where an
-    option is given that its source does not take or know, and where no fact is left.
-    """
-    opened = _open_by_name(name, options or Options(), only_taken=False)
-    if not isinstance(opened, Probe):
-        raise UsageError(
-            f"{opened.name} is a {'task' if isinstance(opened, Task) else 'text'}.",
-            hint="It holds no facts that could be read one by one.",
-        )
-    return opened
+    return [_open_by_name(name, options) for name in names]
 
 
 def find_source(name: str) -> ProbeSource | None:
@@ -227,7 +212,7 @@ def list_usable() -> Iterator[tuple[str, ProbeSource]]:
             yield kind, source
 
 
-def _open_by_name(name: str, options: Options, *, only_taken: bool) -> Opened:
+def _open_by_name(name: str, options: Options) -> Opened:
     kind, part = _split_name(name)
     if kind not in PROBES:
         raise _make_unknown_error(name)
@@ -238,9 +223,7 @@ def _open_by_name(name: str, options: Options, *, only_taken: bool) -> Opened:
     full = _join_name(kind, source.named(part))
     if options.templates > 1:
         return _open_in_wordings(full, name, source, options)
-    opened = _check_opened(
-        kind, full, _open_source(kind, source, full, part, _select_options(full, source, options, only_taken))
-    )
+    opened = _check_opened(kind, full, _open_source(kind, source, full, part, _select_options(source, options)))
     return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened
 
 
@@ -258,10 +241,7 @@ def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Option
             hint="Leave one of them out.",
         )
     single = replace(options, templates=1)
-    opened = [
-        _open_by_name(name, replace(single, template=number), only_taken=True)
-        for number in range(1, options.templates + 1)
-    ]
+    opened = [_open_by_name(name, replace(single, template=number)) for number in range(1, options.templates + 1)]
     return join_wordings([probe for probe in opened if isinstance(probe, Probe)])
 
 
@@ -279,23 +259,14 @@ def _normalize_part(source: ProbeSource, part: str) -> str:
     return part.lower().replace("_", "-") if source.parts else part
 
 
-def _select_options(name: str, source: ProbeSource, options: Options, only_taken: bool) -> Options:
-    """Return the options that a source takes; of others it gets the defaults, or they are refused."""
+def _select_options(source: ProbeSource, options: Options) -> Options:
+    """Return the options that a source takes, and the defaults in place of others."""
     takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
-    refused = [option for option in options.list_changed() if option not in takes]
-    if refused and not only_taken:
-        kinds = [kind for kind, source in list_usable() if refused[0] in source.takes]
-        raise UsageError(
-            f"{name} has no {refused[0]} {getattr(options, refused[0])}.",
-            hint=f"Only {' and '.join(kinds)} can be given one.",
-        )
     default = Options()
-    remaining = replace(options, **{option: getattr(default, option) for option in refused})
-    if not source.protocols or options.protocol in source.protocols:
-        return remaining
-    if not only_taken and "protocol" in options.list_changed():
-        raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"There is {' and '.join(source.protocols)}.")
-    return replace(remaining, protocol=source.protocols[0])
+    others = {name: getattr(default, name) for name in options.list_changed() if name not in takes}
+    if source.protocols and options.protocol not in source.protocols:
+        others["protocol"] = source.protocols[0]
+    return replace(options, **others)
 
 
 def _open_source(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:

@@ -29,7 +29,8 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.scoring.ranking import TAIL
-from compressknow.evaluate.sources import Options, open_probe
+from compressknow.evaluate.sources import Options
+from tests.evaluate.layouts import open_probe
 from tests.evaluate.references import answers_to, as_probe, known_facts
 from tests.evaluate.serving.model_server import NAME, ModelServer, serving
 from tests.knowing import facts_file, knowing
