@@ -33,8 +33,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def lock_dead(path: Path) -> Iterator[bool]:
-    """Take the lock of a file whose run has ended, and remove the file when the context ends; False where the run
-    lives."""
+    """Take the lock of a file whose run has ended, and remove the file in the end; False where the run lives."""
     try:
         descriptor = lock(path, wait=False, make=False)
     except OSError:
@@ -226,8 +225,7 @@ def _content_path(locked: Path) -> Path:
 
 
 def _prefix(path: Path) -> str:
-    """Return what the names of temporary files of a file begin with. A name has at most 255 bytes, and they are
-    longer."""
+    """Return how names of temporary files of a file begin: they are longer, and a name has at most 255 bytes."""
     beginning = path.name.encode("utf-8", "surrogateescape")
     return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
 

@@ -66,8 +66,7 @@ def parse_size(text: str | int, option: str = "--size") -> int:
 
 
 def size(number: int | None) -> str:
-    """Write bytes in decimal units, as disks and the Hub count them: 1 MB is 10^6 bytes (MiB would be 2^20). A dash
-    where it is not known.
+    """Write bytes in decimal units, as disks and the Hub count them (1 MB is 10^6 bytes); a dash for None.
 
     >>> size(269_060_552), size(1_500_000_000), size(999), size(None)
     ('269.1 MB', '1.50 GB', '999 bytes', '-')
@@ -218,8 +217,7 @@ def plain_lines(text: str) -> str:
 
 
 def json_text(values: Any) -> str:
-    """Write `values` as a JSON file: NaN is an error; half a surrogate pair, which a folder's name may hold, an
-    escape."""
+    """Write `values` as a JSON file: NaN is an error; half a surrogate pair (of a folder's name) an escape."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

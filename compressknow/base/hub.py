@@ -225,8 +225,7 @@ def _first_line(message: object) -> str:
 
 
 def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
-    """Yield lines for a dry run: what an upload of these files would be. Bytes by name; None where they are not known
-    yet."""
+    """Yield lines for a dry run of an upload: `files` has bytes by name, None where they are not known yet."""
     seen = "private" if private else "public, unless the organization's default is private"
     yield f"Would upload to {address(repo)} (if it is new: {seen}):"
     width = max(map(len, files), default=0)

@@ -22,8 +22,7 @@ from compressknow.base.format import plain
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, the load report and all that is printed, be it by Rust: what matters in it is checked and
-    raised."""
+    """Silence progress bars, the load report and all that is printed, by Rust too: what matters is raised."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -47,8 +46,7 @@ class PanicError(Exception):
 
 @contextlib.contextmanager
 def no_panics() -> Iterator[None]:
-    """Raise a panic of tokenizers, which is no Exception, as PanicError; the pages that Rust prints of it are not
-    seen."""
+    """Raise a panic of tokenizers, which is no Exception, as PanicError; what Rust prints of it is not seen."""
     try:
         with _silence(2):
             yield
@@ -81,8 +79,7 @@ def _silence(descriptor: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disable_bars() -> Iterator[None]:
-    """Disable the bars of tqdm. Those of compressed-tensors have no switch of their own, and tqdm has none for a
-    stretch of code."""
+    """Disable the bars of tqdm: those of compressed-tensors have no switch of their own."""
     from tqdm import tqdm
 
     init = tqdm.__init__
@@ -186,8 +183,7 @@ OnProgress = Listener | Literal["bar"]
 
 
 def resolve_progress(on_progress: OnProgress | None) -> Listener | None:
-    """Return the function that is called with each `Progress`. Raises UsageError where it is neither one nor
-    ``"bar"``."""
+    """Return the function that is called with each `Progress`. Raises UsageError for what cannot give one."""
     if isinstance(on_progress, str) and on_progress == "bar":
         return Bars()
     if on_progress is None or callable(on_progress):
@@ -234,8 +230,7 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance | None]:
-    """Report that a stage begins and, whatever becomes of it, ends; gives the function that reports how far it is, or
-    None."""
+    """Report that a stage begins and, whatever becomes of it, ends; gives what reports how far it is, or None."""
     if listener is None:
         yield None
         return

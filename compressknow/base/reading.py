@@ -114,8 +114,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a facts file, without their ends. Raises NotReadable or OSError; a line has at most `LINE`
-    bytes."""
+    """Yield the lines of a facts file, without their ends, of at most `LINE` bytes. Raises NotReadable or OSError."""
     with open_regular(path, FACTS) as file:
         number = 0
         while line := file.readline(LINE + 2):
@@ -162,8 +161,7 @@ def find_lone_surrogate(text: str) -> str | None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return what a TOML file of options holds. Raises NotReadable, tomllib.TOMLDecodeError (a ValueError too) or
-    OSError."""
+    """Return what a TOML file of options holds. Raises NotReadable, OSError or another ValueError."""
     try:
         return tomllib.loads(read_text(path, TABLE_OF_OPTIONS))
     except RecursionError:
@@ -282,8 +280,7 @@ def _check_tables(path: Path) -> None:
 
 
 def _names_a_path(dataset: str) -> bool:
-    """Return whether this cannot be a name on the hub: those are NAME or OWNER/NAME, with a colon and a
-    configuration."""
+    """Return whether this cannot be a name on the hub: NAME or OWNER/NAME, with a colon and a configuration."""
     name = dataset.partition(":")[0]
     return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
 

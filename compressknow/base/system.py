@@ -64,8 +64,7 @@ _seeking = threading.Lock()
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
-    """Take the lock that a file stands for, as a descriptor that lets it go when it is closed; `make` the file if
-    missing.
+    """Take the lock that a file stands for, as a descriptor to be closed; `make` the file if it is missing.
 
     Raises BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock.
     """
@@ -238,8 +237,7 @@ def available_cores() -> int:
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; its size now, where the system keeps no record
-    of it."""
+    """Return the largest resident size of this process so far, in bytes; its size now, if no system records it."""
     # Better than getrusage, by which a new process starts at the size of the one that has started it.
     with contextlib.suppress(OSError):
         if match := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):

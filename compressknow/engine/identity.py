@@ -181,8 +181,7 @@ def describe(located: Located) -> dict[str, Any]:
 
 
 def record_beside(path: Path) -> dict[str, Any]:
-    """Return the "sha256" and "source" of the record that an export writes beside a GGUF file; nothing where there is
-    no such record."""
+    """Return "sha256" and "source" of the record that an export writes beside a GGUF file; nothing without one."""
     try:
         record = read_json(path.with_name(f"{path.name}.json"), MANIFEST)
     except (OSError, ValueError):
@@ -387,8 +386,7 @@ def _read_file(
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
-    """Cut a file at the ends of its tensors, from its first byte to its last; bytes that two of them share belong to
-    one."""
+    """Cut a whole file at the ends of its tensors; bytes that two of them share belong to one."""
     position = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         if position < tensor.offset:

@@ -179,8 +179,7 @@ def _make_batch_invariant(model: PreTrainedModel) -> None:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Return the number of tokens that a model reads. Raises UnsupportedError where it reads something else than
-    tokens."""
+    """Return the number of tokens that a model reads. Raises UnsupportedError where it reads no tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     # Perceiver's is a part of what prepares its inputs.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
@@ -197,8 +196,7 @@ _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence
 
 
 def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the number of tokens that a model has positions for, or None where nothing bounds it (T5, ALiBi,
-    Mamba)."""
+    """Return the number of positions that a model has; None where nothing bounds it (T5, ALiBi, Mamba)."""
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     bounds = [length - _reserved(model) for length in stated]
@@ -217,8 +215,7 @@ def _reserved(model: PreTrainedModel) -> int:
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError where none is
-    named."""
+    """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
     config, generation = model.config, model.generation_config
     named = (
         (config, "decoder_start_token_id"),

@@ -398,8 +398,7 @@ def make_batch_invariant(model: nn.Module) -> None:
 
 
 def undo_batch_invariant(model: nn.Module) -> None:
-    """Undo `make_batch_invariant`, since a product of `ROWS` takes a single row many times as long. How experts are run
-    stays."""
+    """Undo `make_batch_invariant`, with which single rows take many times as long; how experts are run stays."""
     for module in model.modules():
         if type(module) is BatchInvariantLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -194,20 +194,17 @@ def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tupl
     that transformers has (or one without a head, if `language_model`), the Auto class with a head."""
     import transformers
 
-    architecture = (config.architectures or [None])[0]
-    named = getattr(transformers, architecture or "", None)
-    is_class = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    if is_class and (not language_model or family_of_class(str(architecture))):
-        return str(architecture), named
-    if is_class:
-        auto = _auto_with_head(config)
-        return str(architecture), auto._model_mapping[type(config)] if auto else named
-    return str(architecture), _auto_class(config, architecture, trust_remote_code)
+    architecture = str((config.architectures or [None])[0])
+    named = getattr(transformers, architecture, None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        return architecture, _auto_class(config, architecture, trust_remote_code)
+    headless = language_model and not family_of_class(architecture)
+    auto = _auto_with_head(config) if headless else None
+    return architecture, auto._model_mapping[type(config)] if auto else named
 
 
 def family_of_class(architecture: str) -> str | None:
-    """Return what language model a transformers class is, ``seq2seq``, ``masked`` or ``causal``, or None where it is
-    none.
+    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None where it is none.
 
     >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
     ['masked', 'seq2seq', None]
@@ -232,7 +229,7 @@ def _auto_with_head(config: Any) -> Any:
     return next((auto for auto in kinds if type(config) in auto._model_mapping), None)
 
 
-def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) -> Any:
+def _auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     auto_map = getattr(config, "auto_map", None) or {}
@@ -244,8 +241,7 @@ def _auto_class(config: Any, architecture: str | None, trust_remote_code: bool) 
 
 
 def _check_shapes(path: Path, report: dict[str, Any]) -> None:
-    """Raise CheckpointError for weights of other shapes than the config says: transformers has filled these in at
-    random."""
+    """Raise CheckpointError for weights of other shapes than the config's: transformers made these up at random."""
     mismatched = sorted(report["mismatched_keys"])
     if not mismatched:
         return
@@ -258,8 +254,7 @@ def _check_shapes(path: Path, report: dict[str, Any]) -> None:
 
 
 def _check_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
-    """Raise CheckpointError for what cannot be loaded whole; `headless` names the class without a head that the config
-    asks for."""
+    """Raise CheckpointError for missing weights; `headless` names the class without a head in the config."""
     missing = sorted(report["missing_keys"])
     if not missing:
         return

@@ -182,9 +182,7 @@ class Rows:
         return not self.gave_up and all(fact in self._places for fact in facts)
 
     def keep(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
-        """Keep the original's, [facts, vocabulary]; without room nothing is kept of the probe. No fact has a divergence
-        from itself: gives None for each.
-        """
+        """Keep the original's, [facts, vocabulary], as far as there is room. None has a divergence from itself."""
         if not self.gave_up:
             try:
                 self._append(facts, log_probs.float().cpu().contiguous().numpy())
@@ -272,8 +270,7 @@ def lengthen(stored: np.ndarray) -> np.ndarray:
 
 
 def compute_divergence(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """Compute KL(original || compressed) in nats of log-probabilities over all tokens, [facts, tokens]: float64,
-    [facts].
+    """Compute KL(original || compressed) in nats of log-probabilities [facts, tokens]: float64, [facts].
 
     As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
     from the last digits by which float32 does not add up to 1.

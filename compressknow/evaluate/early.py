@@ -98,9 +98,7 @@ def _evaluate_until(
     evaluation: Evaluation,
     on_progress: Listener | None,
 ) -> tuple[T | None, list[Probe]]:
-    """Evaluate chunk by chunk until `decide` knows enough, or all facts are done; return what it knows, and the probes
-    with the facts that are done.
-    """
+    """Evaluate until `decide` knows enough, or all is done; return what it knows, and probes of what is done."""
     keep_in, seed = evaluation.keep_in, evaluation.options.seed
     listed = [(probe.name, fact.id) for probe in probes for fact in probe.facts]
     order = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed))]

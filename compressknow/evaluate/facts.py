@@ -310,8 +310,7 @@ def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 def compute_chance(choices: Iterable[int | None]) -> float | None:
-    """Return the expected accuracy of guessing: the mean of 1 / number of possible answers; None where any text may be
-    given.
+    """Return the accuracy of guessing: the mean of 1 / possible answers; None where any text may be given.
 
     >>> compute_chance([2, 4]), compute_chance([2, None]), compute_chance([])
     (0.375, None, None)

@@ -79,8 +79,7 @@ def _measure_noise(
     on_progress: Listener | None,
     whole: Distributions | None,
 ) -> dict[str, NoiseFloor]:
-    """Measure the noise floor by probe: `other` is the same model, run otherwise, and answers a sample of each probe's
-    facts.
+    """Measure the noise floor by probe: `other` is the same model, run otherwise, on a sample of its facts.
 
     Both are released. Parameters are those of `add_noise_floor`; the stages are of that `work`.
     """

@@ -39,8 +39,7 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 
 def measure(located: Located, settings: Settings) -> Speed:
-    """Measure facts and tokens per second (medians of some rounds), and peak memory beyond what the libraries take, in
-    bytes.
+    """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take.
 
     Raises CompressknowError where the measuring process fails.
     """

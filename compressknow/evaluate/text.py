@@ -54,9 +54,7 @@ class TextReader(Protocol):
     def bos(self) -> int | None: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Return ids of the text, without special tokens, and how many bytes of it (UTF-8) end with each; None where
-        the tokenizer does not tell.
-        """
+        """Return ids, none of them special, and how many bytes (UTF-8) end with each; None if that is not told."""
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
@@ -108,8 +106,7 @@ class RunningText:
         ).hexdigest()
 
     def read(self, context: int) -> str:
-        """Read as much of the text as the chunks can take, without the line end of its last line, as llama.cpp reads
-        it.
+        """Read as much as the chunks can take, without the line end of the last line, as llama.cpp reads it.
 
         Raises UsageError where the file is not UTF-8, or cannot be read any more.
         """

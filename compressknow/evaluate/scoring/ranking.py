@@ -57,9 +57,7 @@ class Ranking:
         return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
     def find_wanted(self) -> NDArray[np.intp]:
-        """Return candidates that must be scored further: the object and the leaders; then all that reach the bar. Empty
-        when all of this is certain.
-        """
+        """Return candidates to score further: the object and the leaders, then all that reach the bar; none at last."""
         if (bar := self.compute_bar()) is not None:
             return np.flatnonzero(~self.finished & (self.scores >= bar))
         leaders = np.zeros(len(self.scores), dtype=bool)

@@ -141,9 +141,7 @@ class Scorer(ABC):
         self.encoder = Encoder(tokenizer)
 
     def release(self) -> None:
-        """Let go of the model, and of what was found out by its weights; `model` may be set to another one of the same
-        architecture then.
-        """
+        """Let go of the model and what its weights told; `model` may be set to another of the same architecture."""
         for name in ("model", *self.by_weights):
             self.__dict__.pop(name, None)
 

@@ -194,8 +194,7 @@ def check_key(key: str) -> None:
 
 
 def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) -> Columns:
-    """Choose the columns of a table that has those `there`: as for a table that is known, but what is `wanted` comes
-    first.
+    """Choose from the columns `there`: as for a table that is known, but what is `wanted` comes first.
 
     Raises UsageError, which lists the columns there are, where one is not there or too few are named to make facts.
     """

@@ -166,8 +166,7 @@ def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
 
 
 def list_names_without(task: str) -> list[str] | None:
-    """Return names of lm-eval's own tasks where none of their files holds the name `task`, so that none has it; else
-    None.
+    """Return names of lm-eval's own tasks where no file of these holds the name `task`; else None.
 
     It reads the files as they are: a second, where the index takes most of a minute.
     """
