@@ -148,8 +148,6 @@ class Probe:
         """
         if limit is None or limit >= len(self.facts):
             return self
-        if limit < 1:
-            raise UsageError(f"--limit must be at least 1: {limit}.")
         chosen = _draw_stratified(self.facts, limit, seed)
         facts = tuple(fact for fact in self.facts if fact.id in chosen)
         return replace(self, facts=facts, limit=limit, seed=seed)

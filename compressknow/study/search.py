@@ -26,6 +26,7 @@ from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.gguf.place import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
