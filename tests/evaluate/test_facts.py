@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent
-from compressknow.evaluate.sources import Options
+from compressknow.evaluate.sources import Options, open_all
 from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file
 
@@ -146,7 +146,7 @@ def test_a_sample_says_so_and_a_limit_that_limits_nothing_does_not() -> None:
     assert probe.sample(None) is probe
     for limit in (0, -1):
         with pytest.raises(UsageError, match="--limit"):
-            probe.sample(limit)
+            open_all(["atlas"], Options(limit=limit))
 
 
 def test_a_fact_is_split_at_its_blank() -> None:
