@@ -117,7 +117,6 @@ class Guidance:
     types : the candidates, the largest first.
     facts : how many facts, each known to the model; `fingerprint` is a hash of their ids, prompts and candidates.
     tokens : how many tokens of text predicted another; `text` is a hash of them.
-    importance : a hash of the importance matrix that types were rounded with; None without one.
     """
 
     form: Literal["gguf", "checkpoint"]
@@ -126,7 +125,6 @@ class Guidance:
     fingerprint: str | None = None
     tokens: int = 0
     text: str | None = None
-    importance: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
