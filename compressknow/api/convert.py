@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from compressknow.api.words import verb
 from compressknow.base.files import check_links
 from compressknow.base.progress import OnProgress, Stage, begin_stages, report_progress, resolve_progress
-from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.recipe import (
     OPTIONS,
     Recipe,
@@ -107,6 +106,8 @@ def convert(
     chosen = _choose_recipe(locals())
     _check_places(model, Path(output), overwrite=overwrite, writes=not dry_run)
     if chosen.calibration is not None:
+        from compressknow.compress.calibrate.text import check_text
+
         check_text(chosen.calibration.text, chosen.calibration.tokens)
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest

@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ForwardRef, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
 from compressknow.base.errors import CompressknowError, did_you_mean
-from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import Options
-from compressknow.evaluate.sources.columns import parse_columns
+
+if TYPE_CHECKING:
+    from compressknow.evaluate.runtimes import Settings
+    from compressknow.evaluate.sources import Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +65,10 @@ def build_records(
     words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
     """Return the records of some words, which come before what `options` and `settings` say."""
+    from compressknow.evaluate.runtimes import Settings
+    from compressknow.evaluate.sources import Options
+    from compressknow.evaluate.sources.columns import parse_columns
+
     named = {_RENAMED.get(name, name): value for name, value in words.items()}
     if "no_noise_floor" in named:
         named["noise_floor"] = not named.pop("no_noise_floor")
@@ -121,6 +126,9 @@ def _spell_out(signature: inspect.Signature) -> inspect.Signature:
 
 def _list_defaults() -> dict[str, Any]:
     """Return what each word is when it is left out, as the records have it."""
+    from compressknow.evaluate.runtimes import Settings
+    from compressknow.evaluate.sources import Options
+
     values = vars(Options()) | vars(Settings())
     names = {record: word for word, record in _RENAMED.items()}
     return {names.get(name, name): value for name, value in values.items()} | {

@@ -7,15 +7,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.calibrate.compression import calibrate
-from compressknow.compress.calibrate.smooth import check_smoothable
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text, choose_name, load_or_make_text
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
@@ -23,14 +21,19 @@ from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.calibrated import decide
-from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.engine.load import Variant
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.smaller import Removal
+    from compressknow.engine.load import Variant
+    from compressknow.model.checkpoint import Checkpoint
 
 
 def convert(
@@ -58,8 +61,14 @@ def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, t
     `open_complete`, `remove`, `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     if recipe.removals:
-        return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+        return _plan_removal(checkpoint, tree, recipe)
     return prove(make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe))
+
+
+def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
+    from compressknow.compress.removal.smaller import remove
+
+    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
 
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
@@ -78,6 +87,9 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
     """
     if (calibration := plan.recipe.calibration) is None:
         return None
+    from compressknow.compress.calibrate.smooth import check_smoothable
+    from compressknow.compress.calibrate.text import calibration_text
+
     check_smoothable(plan)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.original[1] if plan.removal else plan.tree
@@ -120,6 +132,8 @@ def carry_out(
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:
+                    from compressknow.compress.calibrate.compression import calibrate
+
                     assert text is not None
                     calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
                 done = {**output.known, **(calibrated.measured if calibrated else {})}
@@ -138,6 +152,8 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     `folder`, which must stay until they are read. Raises what `decide` does."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
+    from compressknow.compress.removal.calibrated import decide
+
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
@@ -215,7 +231,7 @@ class VariantMaker:
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
+            return _plan_removal(self.checkpoint, self.tree, recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
@@ -225,6 +241,8 @@ class VariantMaker:
 
         Raises CheckpointError where a weight in scope is no number, and what `make_text`, `decide` and `calibrate` do.
         """
+        from compressknow.engine.load import Variant
+
         memory = Memory(self._shared)
         manifest = carry_out(plan, memory, self.text(plan))
         config = build_config(memory.plan)
@@ -235,6 +253,8 @@ class VariantMaker:
         `make_text` does."""
         if (calibration := plan.recipe.calibration) is None:
             return None
+
+        from compressknow.compress.calibrate.text import choose_name, load_or_make_text
 
         def make() -> CalibrationText:
             text = make_text(plan, trust_remote_code=self._trust_remote_code)

@@ -6,22 +6,24 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base.format import NONE, count, percent, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.compress.calibrate.compression import Calibrated, estimate
-from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.neurons import DroppedNeurons
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.runtimes import runtimes
 from compressknow.compress.schemes import SCALE, Stored
 from compressknow.model.manifest import COUNTS, SCHEMA, ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
+
+if TYPE_CHECKING:
+    from compressknow.compress.calibrate.compression import Calibrated
+    from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.neurons import DroppedNeurons
+    from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
@@ -111,6 +113,8 @@ def dry_run(plan: Plan) -> Manifest:
             counts["pruned"] = None
     summary["totals"]["pruned"] = total
     if plan.recipe.calibration is not None:
+        from compressknow.compress.calibrate.compression import estimate
+
         summary["estimate"] = estimate(plan)
     return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})
 

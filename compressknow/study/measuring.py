@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.comparison.checkpoints import module_in_block
-from compressknow.compress.calibrate.backward import GRADIENTS, Product, compute_gradients
+from compressknow.compress.calibrate.backward import FACTORS, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
 from compressknow.compress.sources import Sources
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from compressknow.model.checkpoint import Checkpoint
 
 
-# Types that ggml rounds to at once: coarse and fine ones.
-_AT_ONCE = ("q8_0", "q6_k", "q5_0", "q4_0", "q3_k")
+# Types that ggml rounds to at once, and whose blocks of 32 fit almost all rows: fine and coarse ones.
+_AT_ONCE = ("q8_0", "q5_0", "q4_0")
 
 
 class Roundings(ABC):
@@ -338,12 +338,12 @@ class _Measurer:
         of_rows, of_columns = self._sum_halves(products, by_row), self._sum_halves(products, by_column)
         self._add_errors(name, weight, importance, of_rows, of_columns)
         types = self._roundings.list_measured(weight.shape)
-        inputs = [each.inputs.to(GRADIENTS) for each in products]
+        inputs = [each.inputs.to(FACTORS) for each in products]
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
             rounded = torch.stack([self._roundings.roundtrip(band, type, importance) for type in types], 1)
             # Types change fastest: what one product of all of them gives lies as the next one reads it.
-            change = (rounded - band[:, None]).to(GRADIENTS).flatten(0, 1)
+            change = (rounded - band[:, None]).to(FACTORS).flatten(0, 1)
             for product, x in zip(products, inputs, strict=True):
                 seen = product.gradients[..., start : start + BAND]
                 self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
@@ -378,7 +378,7 @@ class _Measurer:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
         types = self._roundings.list_measured(weight.shape)
         rounded = torch.stack([self._roundings.roundtrip(rows, type, importance) for type in types], 2)
-        change = ((rounded - rows[:, :, None]) * scale).to(GRADIENTS)
+        change = ((rounded - rows[:, :, None]) * scale).to(FACTORS)
         start = 0
         for product in products:
             own = change[places[start : start + product.inputs.numel()]]
@@ -423,4 +423,4 @@ class _Measurer:
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
     """Sum g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
     directions, types]."""
-    return torch.bmm(gradients.flatten(2), products.reshape(len(products), -1, types)).float()
+    return torch.bmm(gradients.flatten(2).to(products.dtype), products.reshape(len(products), -1, types)).float()

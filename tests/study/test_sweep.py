@@ -303,7 +303,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
         made.append(options)
         return calibration_text(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("compressknow.compress.convert.calibration_text", counted)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", counted)
     seen = []
 
     class Stop(BaseException):
