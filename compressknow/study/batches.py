@@ -190,9 +190,9 @@ def _sketch(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
     random sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for
     their signs are independent, and divided so that squares are means over positions."""
     with torch.no_grad():
-        p = logits.detach().softmax(3)
-        signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
-        weights = p.sqrt().mul_(signs.mul_(2).sub_(1))
+        # The copies of a row are alike.
+        p = logits[:, :1].softmax(3)
+        signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
+        weights = signs.mul_(2).sub_(1) * p.sqrt()
         weights -= weights.sum(3, keepdim=True) * p
-    scores: torch.Tensor = (weights * logits).sum((2, 3)) / logits.shape[2] ** 0.5
-    return scores
+    return torch.einsum("rdpv,rdpv->rd", weights, logits) / logits.shape[2] ** 0.5

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, T
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import Scheme, nearest
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 # A product of two matrices of this size is tried so many times to tell the pace.
 TRIAL, TRIALS = 512, 8
