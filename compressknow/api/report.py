@@ -10,8 +10,6 @@ from compressknow.api.words import ServingWords, build_records, list_files, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.base.progress import OnProgress, resolve_progress
-from compressknow.comparison.power import make_decider
-from compressknow.evaluate.early import gather_early
 from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, list_names
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
@@ -109,6 +107,9 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision, on_progress=listener)
         stop = None
     else:
+        from compressknow.comparison.power import make_decider
+        from compressknow.evaluate.early import gather_early
+
         before, only, stop = gather_early(
             original, models[0], evaluation, make_decider(gates[0].least), revision=revision, on_progress=listener
         )

@@ -1,11 +1,31 @@
-"""Command line: options, printing and exit codes. The work is done elsewhere."""
+"""Command line: which commands there are, and how one is run. It alone is imported; errors become one message and an
+exit code, and its output is uploaded. The work is done elsewhere."""
 
 from __future__ import annotations
+
+import errno
+import importlib
+import io
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import click
 
 from compressknow._version import __version__
-from compressknow.cli.run import LazyGroup, run
+from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
+from compressknow.base.format import count
+from compressknow.base.packages import not_installed
+from compressknow.cli.options import option, project_defaults, together
+from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show, wrap_whole
 
 # By name, in the order in which one needs them: each is the function of that name in the module of that name.
 COMMANDS = {
@@ -20,6 +40,257 @@ COMMANDS = {
     "sensitivity": "Show which weights hold a model's knowledge.",
     "search": "Find the smallest file that keeps a share of knowledge.",
 }
+
+
+class LazyGroup(click.Group):
+    """Group whose commands are imported when they are called, so that `--help` is there at once.
+
+    `help_by_command` is in the order of the help page. A command has the name of its module in this package.
+    """
+
+    def __init__(self, *args: Any, help_by_command: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._help = help_by_command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return names in the order given: the order in which one needs them."""
+        return list(self._help)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import the command of that name; None where there is none."""
+        if cmd_name not in self._help:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"compressknow.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self._help.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
+        if not ctx.resilient_parsing and args[0] not in self._help and not args[0].startswith("-"):
+            near = did_you_mean(args[0], self._help)
+            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self._help)}.")
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None and not ctx.resilient_parsing:
+            open_command = partial(self.get_command, ctx)
+            ctx.default_map = {name: project_defaults(name, command, self._help, open_command)}
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; with `--debug`, print the traceback of what goes wrong before it is reported."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            if ctx.params.get("debug"):
+                show(traceback.format_exc(), err=True)
+            raise
+
+
+FAILED = 1
+INTERRUPTED = 130
+RESUMES = "The answers so far are saved. Repeat the command to resume."
+NOTHING_WRITTEN = "Nothing was written."
+
+
+class _Stopped(SystemExit):
+    """Request of a signal that this process end."""
+
+
+@contextmanager
+def if_interrupted(note: str) -> Iterator[None]:
+    """Let the message of an interrupted command say what has become of its work."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Stopped) as stop:
+        stop.add_note(note)
+        raise
+
+
+@contextmanager
+def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
+    """Show what a gate was held to before its error is."""
+    try:
+        yield
+    except (GateNotMet, GateUndecided) as unmet:
+        show_result(unmet.result)
+        raise
+
+
+def run(command: click.Command, args: list[str] | None = None) -> int:
+    """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
+    _exit_orderly_on_signals()
+    with fit_streams(), _repeat_dropped_signals():
+        return _run(command, args)
+
+
+def _run(command: click.Command, args: list[str] | None) -> int:
+    try:
+        returned = command.main(args, prog_name="compressknow", standalone_mode=False)
+        sys.stdout.flush()
+    except CompressknowError as error:
+        _report_failure(*error.of_options)
+        return error.exit_code
+    except click.ClickException as error:
+        message = io.StringIO()
+        (_suggest(error) if isinstance(error, click.NoSuchOption) else error).show(file=message)
+        show(message.getvalue().rstrip("\n"), err=True)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click raises its Abort from what stopped it.
+        return _report_interrupt(stop.__cause__ or stop, INTERRUPTED)
+    except _Stopped as stop:
+        return _report_interrupt(stop, int(str(stop.code)))
+    except OSError as error:
+        return _report_os_error(error)
+    except ModuleNotFoundError as error:
+        return _report_missing(error)
+    except Exception as error:
+        if not lacks_memory(error):
+            return _report_bug(error)
+        hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
+        return _report_failure("There is not enough memory.", hint)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return _report_bug(error)
+    return returned if isinstance(returned, int) else 0
+
+
+def _report_interrupt(stop: BaseException, code: int) -> int:
+    """Print the first note, which is that of who knew best."""
+    notes = getattr(stop, "__notes__", ())
+    show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
+    return code
+
+
+def _report_missing(error: ModuleNotFoundError) -> int:
+    """Name a library that every command needs, or one that another library needs."""
+    module = (error.name or "").partition(".")[0]
+    if module in ("", "compressknow"):
+        return _report_bug(error)
+    return _report_failure(not_installed(module).what)
+
+
+def _report_bug(error: BaseException) -> int:
+    return _report_failure(
+        f"unexpected {type(error).__name__}: {error}",
+        "This is a bug in compressknow.",
+        "Run it again as `compressknow --debug ...` and report the traceback.",
+    )
+
+
+def _suggest(error: click.NoSuchOption) -> click.UsageError:
+    """Return the error with the one option that was probably meant, in place of click's list."""
+    options = [name for option in error.ctx.command.params for name in option.opts] if error.ctx else []
+    near = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
+    return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
+
+
+def _report_failure(what: str, *details: str | None) -> int:
+    lines = [f"Error: {what}"]
+    for detail in details:
+        lines += [f"  {line}" for line in (detail or "").splitlines()]
+    show("\n".join(lines), err=True)
+    return FAILED
+
+
+def _report_os_error(error: OSError) -> int:
+    if error.errno == errno.EPIPE or error.filename == STANDARD_OUTPUT:
+        # It is flushed once more at exit: let that go nowhere.
+        drop_output()
+    if error.errno == errno.EPIPE:
+        # The reader has gone (`| head`).
+        return FAILED
+    where = f": {error.filename}" if error.filename is not None else ""
+    return _report_failure(f"{error.strerror or error}{where}")
+
+
+def _exit_orderly_on_signals() -> None:
+    """Turn a request to end into SystemExit, so that temporary folders are removed on the way out."""
+
+    def exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise _Stopped(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        # A signal that the caller has chosen to ignore (nohup) stays ignored.
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, exit_orderly)
+
+
+@contextmanager
+def _repeat_dropped_signals() -> Iterator[None]:
+    """Raise a signal once more that Python drops, with a traceback, because it comes while an object is removed."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        stop = dropped.exc_value
+        if isinstance(stop, (KeyboardInterrupt, _Stopped)):
+            number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
+            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
+        else:
+            before(dropped)
+
+    def again(number: int, thread: int) -> None:
+        # Not while this hook runs: the signal would be dropped in it.
+        while any(
+            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
+        ):
+            time.sleep(0.01)
+        signal.raise_signal(number)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+push_options = together(
+    option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete."),
+    option("--private", is_flag=True, help="Make REPO private if it is new."),
+)
+
+
+# Uploads an output and says so or, of a dry run, says what it would upload: bytes by name of file. `err` prints it on
+# standard error.
+Uploads = Callable[[Path, Mapping[str, int | None] | None, bool], None]
+
+
+def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
+    """Return what uploads to `repo`, None where nothing is to be. What is wrong with its name or the login is raised
+    here, before any work."""
+    if repo is None:
+        if private:
+            raise click.UsageError("--private goes with --push REPO.")
+        return None
+    from compressknow.api.push import check_push, push
+    from compressknow.base.hub import describe_upload
+
+    check_push(repo, dry_run=dry_run)
+
+    def uploads(output: Path, files: Mapping[str, int | None] | None, err: bool) -> None:
+        if dry_run:
+            show("\n" + "\n".join(describe_upload(files or {}, repo, private)), err=err)
+            return
+        done = push(output, repo, private=private or None, bars=True)
+        show(f"\nUploaded to {done.url}", err=err)
+        if names := done.others:
+            more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
+            warning = (
+                f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
+                "Some loaders read all weight files that they find: delete those there if they are of an older upload."
+            )
+            show("\n".join(wrap_whole(warning)), err=True)
+
+    return uploads
 
 
 @click.group(

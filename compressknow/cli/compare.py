@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import plain, size, smaller
+from compressknow.cli import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.options import (
     RUNS,
     answers_option,
@@ -25,7 +26,6 @@ from compressknow.cli.options import (
     threads_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.run import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
 from compressknow.pages.diff.tables import (

@@ -12,6 +12,7 @@ import click
 from compressknow.base.errors import UsageError
 from compressknow.base.format import count, percent, size
 from compressknow.base.packages import Registry
+from compressknow.cli import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.options import (
     HOW,
     Decorator,
@@ -22,7 +23,6 @@ from compressknow.cli.options import (
     threads_option,
     together,
 )
-from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS

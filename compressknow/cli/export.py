@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.format import count, plain, size
+from compressknow.cli import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.options import (
     CALIBRATION,
     FIT,
@@ -23,7 +24,6 @@ from compressknow.cli.options import (
     option,
     read_type_of,
 )
-from compressknow.cli.run import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
 from compressknow.cli.terminal import Lines, show, show_json
 
 EPILOG = """\b

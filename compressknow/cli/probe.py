@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import count, percent, plain, share
+from compressknow.cli import RESUMES, if_interrupted
 from compressknow.cli.options import (
     EVALUATE,
     command,
@@ -23,7 +24,6 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.report import grades_line
-from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json, wrap
 from compressknow.comparison.text import perplexity
 from compressknow.pages.as_json import perplexity_to_json

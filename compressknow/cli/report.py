@@ -11,6 +11,7 @@ import click
 
 from compressknow.base.files import as_text
 from compressknow.base.format import at_least, count, p_value, plain, share, size
+from compressknow.cli import RESUMES, if_interrupted, shown_first
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
@@ -27,7 +28,6 @@ from compressknow.cli.options import (
     strict_option,
     templates_option,
 )
-from compressknow.cli.run import RESUMES, if_interrupted, shown_first
 from compressknow.cli.terminal import Lines, show, show_json, show_written, wrap, wrap_whole
 from compressknow.pages.records import Card, Comparison, write_estimate
 from compressknow.pages.texts import summarize_text

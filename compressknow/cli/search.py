@@ -9,6 +9,7 @@ import click
 
 from compressknow.base.errors import GateNotMet
 from compressknow.base.format import plain, size
+from compressknow.cli import RESUMES, if_interrupted
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
@@ -28,7 +29,6 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 

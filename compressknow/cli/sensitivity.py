@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import count, plain, share
+from compressknow.cli import RESUMES, if_interrupted
 from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
@@ -22,7 +23,6 @@ from compressknow.cli.options import (
     option,
     output_files,
 )
-from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import WIDTH, Lines, show, show_written, wrap
 
 if TYPE_CHECKING:

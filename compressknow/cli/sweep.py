@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import count, percent, plain, size
+from compressknow.cli import RESUMES, if_interrupted
 from compressknow.cli.options import (
     HOW,
     command,
@@ -23,7 +24,6 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.run import RESUMES, if_interrupted
 from compressknow.cli.terminal import Lines, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 

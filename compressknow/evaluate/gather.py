@@ -16,7 +16,6 @@ from typing import NamedTuple
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
-from compressknow.compress.calibrate.text import count_facts, reread_texts
 from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answers, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
@@ -42,6 +41,8 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     """
     calibration, found = model.describe().get("calibration"), None
     if calibration and known_by:
+        from compressknow.compress.calibrate.text import reread_texts
+
         trusted = model.settings.trust_remote_code
         texts = reread_texts(model.located.folder, calibration, trust_remote_code=trusted)
         found = count_facts_in_text(texts, known_by) if texts else None
@@ -58,6 +59,8 @@ def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText 
     known, others = pairs[True], pairs[False]
     if not known and not others:
         return None
+    from compressknow.compress.calibrate.text import count_facts
+
     found = count_facts(texts, known)
     return FactsInText(len(known) + len(others), found + count_facts(texts, others), len(known), found)
 

@@ -23,7 +23,6 @@ from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import TextReader, check_family
-from compressknow.gguf.llama_cpp import GgufModel, count_types, load_native
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes.server import ServedScorer
@@ -96,6 +95,8 @@ class LlamaCpp(Runtime):
     family = "causal"
 
     def __init__(self, located: Located, settings: Settings) -> None:  # noqa: ARG002
+        from compressknow.gguf.llama_cpp import GgufModel
+
         self._model = GgufModel(located.path)
         self._readers: list[LlamaCppScorer | GgufReader] = []
         self.architecture = self._model.architecture
@@ -124,6 +125,8 @@ class LlamaCpp(Runtime):
     @classmethod
     def key(cls) -> tuple[str, ...]:
         """Return name and build: another build may compute otherwise."""
+        from compressknow.gguf.llama_cpp import load_native
+
         return cls.name, load_native().build
 
     @property
@@ -146,6 +149,8 @@ class LlamaCpp(Runtime):
 
     @cached_property
     def _types(self) -> dict[str, dict[str, int]]:
+        from compressknow.gguf.llama_cpp import count_types
+
         return count_types(self._model.path)
 
     def make_record(self) -> Mapping[str, Any]:

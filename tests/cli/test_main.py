@@ -17,9 +17,8 @@ import pytest
 
 from compressknow import __version__
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
-from compressknow.cli import COMMANDS, cli, main
+from compressknow.cli import COMMANDS, LazyGroup, cli, if_interrupted, main, run
 from compressknow.cli.options import GROUPS
-from compressknow.cli.run import LazyGroup, if_interrupted, run
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -173,7 +172,7 @@ def test_an_interrupted_command_says_what_became_of_its_work(
 def test_request_to_end_lets_temporary_folders_be_removed(number: signal.Signals, tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import sys, tempfile, time, click
-        from compressknow.cli.run import run
+        from compressknow.cli import run
 
         def work():
             with tempfile.TemporaryDirectory(dir=sys.argv[1]):

@@ -72,7 +72,7 @@ SHOWN = {"latin-1": "Zürich... \\ud83d\\ude00", "cp1252": "Zürich… \\ud83d\\
 def test_no_encoding_refuses_a_character(encoding: str) -> None:
     script = """
 import sys, click
-from compressknow.cli.run import run
+from compressknow.cli import run
 text = "Z\u00fcrich\u2026 \U0001f600"
 sys.exit(run(click.Command("say", callback=lambda: [click.echo(text), click.echo(text, err=True)]), []))
 """
@@ -85,7 +85,7 @@ def test_a_windows_console_gets_its_code_page() -> None:
     # A stand-in for the console: on Windows alone has Python its class and its code page.
     script = """
 import io, os, sys, click
-from compressknow.cli.run import run
+from compressknow.cli import run
 class Console(io.FileIO):
     pass
 io._WindowsConsoleIO, os.device_encoding = Console, {1: "cp850"}.get
@@ -109,7 +109,7 @@ def test_what_is_printed_behind_pythons_back_is_no_result() -> None:
     script = textwrap.dedent("""
         import os, sys, click
         from tokenizers import AddedToken
-        from compressknow.cli.run import run
+        from compressknow.cli import run
 
         def work():
             AddedToken("x", unknown=1)  # Rust says so on standard output

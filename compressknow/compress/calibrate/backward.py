@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What gradients are kept in: they are most of what lies in memory.
+# What gradients are kept in, and what blocks read until they run again: that is most of what lies in memory.
 GRADIENTS = torch.bfloat16
 
 
@@ -47,7 +47,7 @@ def choose_factors() -> torch.dtype:
     """
     own = torch.cpu.get_capabilities()
     # AVX512-FP16 tells Intel's from AMD's.
-    fast = own.get("amx_bf16") or own.get("avx512_bf16") and not own.get("avx512_fp16")
+    fast = own.get("amx_bf16") or (own.get("avx512_bf16") and not own.get("avx512_fp16"))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -118,7 +118,7 @@ def compute_gradients(
     with intercept(streamed.model, list(modules)) as forwards:
         passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
         try:
-            _run(streamed, passes, forwards, watched, visit)
+            _run(streamed, passes, forwards, watched, visit, head)
         finally:
             for each in passes:
                 each.close()
@@ -131,8 +131,10 @@ def _run(
     forwards: Mapping[str, Callable[..., Any]],
     watched: Mapping[str, Sequence[str]],
     visit: Visit,
+    head: str,
 ) -> None:
-    """Advance all passes together, from block to block, and back."""
+    """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
+    gradients there are as large as a vocabulary."""
     waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
@@ -142,26 +144,23 @@ def _run(
             for number, call in waiting.items()
             if call.module == module and (call.args[0].gradients is not None) == is_back
         ]
-        if not is_back:
-            # A forward pass itself reads what lies outside the blocks when it comes to it.
-            with streamed.load(module) if module in streamed.blocks else nullcontext():
-                answers = {number: passes[number].run_forward(forwards[module], waiting[number]) for number in group}
-        else:
+        turns = is_back or module == head
+        if turns:
             streamed.release()
-            with streamed.load(module), _multiply_in(FACTORS):
-                parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
-                products: dict[str, list[Product]] = {name: [] for name in parameters}
-                answers = {
-                    number: passes[number].run_backward(forwards[module], waiting[number], parameters, products)
-                    for number in group
-                }
+        # A forward pass itself reads what else lies outside the blocks when it comes to it.
+        with streamed.load(module) if turns or module in streamed.blocks else nullcontext():
+            parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
+            products: dict[str, list[Product]] = {name: [] for name in parameters}
+            for number in group:
+                own, call = passes[number], waiting.pop(number)
+                after = None if is_back else own.advance(own.run_forward(forwards[module], call))
+                if turns:
+                    with _multiply_in(FACTORS):
+                        after = own.advance(own.run_backward(forwards[module], after or call, parameters, products))
+                if after is not None:
+                    waiting[number] = after
+            if turns:
                 visit(module, products)
-        for number in group:
-            call = passes[number].advance(answers.pop(number))
-            if call is None:
-                del waiting[number]
-            else:
-                waiting[number] = call
 
 
 @contextmanager
@@ -274,7 +273,7 @@ class GradientPass(ForwardPass):
                 products.setdefault(f"{call.module}.weight", []).append(lookup)
             return [None] * len(work.inputs)
         leaves = [
-            value.detach().requires_grad_() if needed else value
+            value.float().requires_grad_() if needed else value
             for value, needed in zip(work.inputs, work.needed, strict=True)
         ]
         args, kwargs = work.form.fill(leaves)
@@ -336,9 +335,12 @@ class _Stop(torch.autograd.Function):
         ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
-        ctx.inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
+        inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
+        ctx.inputs = [value.to(GRADIENTS) if wanted else value for value, wanted in zip(inputs, needed, strict=True)]
         ctx.own, ctx.module, ctx.form = own, module, form
-        outer, outputs = _Form.split(own.hand_over(module, _Work(ctx.inputs, form)))
+        work = _Work(inputs, form)
+        del inputs
+        outer, outputs = _Form.split(own.hand_over(module, work))
         returned.append(outer)
         spread = [own.spread(value) for value in outputs]
         alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
