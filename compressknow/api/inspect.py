@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressknow.api.words import verb
-from compressknow.model.gguf_file import gguf_parts, inspect_gguf
+from compressknow.model.gguf_file import gguf_parts
 from compressknow.model.structure import ModuleMap
-from compressknow.model.summary import Inspection, inspect_checkpoint
+from compressknow.model.summary import Inspection, inspect_checkpoint, inspect_gguf
 
 
 @verb

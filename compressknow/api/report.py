@@ -18,7 +18,6 @@ from compressknow.model.checkpoint import can_be_converted
 from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
-from compressknow.pages.model_card import check_model_cards, write_into_model_cards
 from compressknow.pages.pages import FORMATS, check_outputs, require_for
 from compressknow.pages.records import Card
 
@@ -94,6 +93,8 @@ def report(
     if not gates and (of_gates := next((file for file in files if file.suffix.lower() == ".xml"), None)):
         raise UsageError(f"{of_gates}: its test cases are gates.", hint="Add --fail-under SHARE, or leave out this -o.")
     if into_model_card:
+        from compressknow.pages.model_card import check_model_cards, write_into_model_cards
+
         check_model_cards(models)
     evaluation = Evaluation(
         list_names(probe),

@@ -29,7 +29,6 @@ from compressknow.base.reading import (
 )
 from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
-from compressknow.model.gguf_file import check_whole, gguf_parts, plain_tensors
 from compressknow.model.manifest import (
     MANIFEST_NAME,
     SEAL,
@@ -70,6 +69,8 @@ class Located:
         if self.url is not None:
             return []
         if self.path.suffix == ".gguf":
+            from compressknow.model.gguf_file import gguf_parts
+
             return gguf_parts(self.path)
         # Modelling code too: it is run where the user trusts it.
         code = sorted(path.name for path in self.path.glob("*.py"))
@@ -95,6 +96,8 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         except (OSError, NotReadable) as error:
             raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
         if is_installed("gguf"):
+            from compressknow.model.gguf_file import check_whole, gguf_parts
+
             # A minute's work on the original may come before this file is opened.
             for part in gguf_parts(path):
                 check_whole(part)
@@ -351,6 +354,8 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
     if path.suffix == ".bin":
         return list(read_torch_file(path).values())
     if path.suffix == ".gguf":
+        from compressknow.model.gguf_file import plain_tensors
+
         try:
             return plain_tensors(path)
         except NotReadable:

@@ -16,7 +16,6 @@ from compressknow.base.files import as_text
 from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
-from compressknow.model.gguf_file import check_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +176,8 @@ def _checkpoint_path(folder: str | Path) -> Path:
 def _check_gguf(path: Path) -> None:
     """Raise CheckpointError where transformers would take for ever over a GGUF file, or read other weights of it."""
     if path.suffix == ".gguf":
+        from compressknow.model.gguf_file import check_gguf
+
         try:
             check_gguf(path)
         except NotReadable as error:

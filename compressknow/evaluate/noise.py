@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
-from compressknow.compress.staging import scratch
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
 from compressknow.evaluate.distributions import Distributions, Rows
@@ -244,6 +243,7 @@ def _open_in_llama_cpp(
 
     Raises CompressknowError where the converter is missing, or does not take it.
     """
+    from compressknow.compress.staging import scratch
     from compressknow.gguf.choice import Choice
     from compressknow.gguf.converter import find_converter
     from compressknow.gguf.export import prepare, write_floats

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -20,7 +20,6 @@ from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
 from compressknow.base.reading import NotReadable, open_regular
 from compressknow.model.structure import MOST_BLOCKS
-from compressknow.model.summary import Inspection
 from compressknow.model.tensors import StoredTensor
 
 MAGIC = b"GGUF"
@@ -271,55 +270,6 @@ def value_of(reader: Any, key: str) -> Any:
     """Return what a file says of itself under a key; None where it says nothing."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
-
-
-def inspect_gguf(parts: Sequence[Path]) -> Inspection:
-    """Summarize what a GGUF file is made of, in one part or several; no weights are read.
-
-    Raises CheckpointError where it is damaged.
-    """
-    readers = [open_gguf(part) for part in parts]
-    tensors = {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
-    groups = groups_of(tensors)
-    stored = sum(tensor.numel for tensor in tensors.values())
-    architecture = str(value_of(readers[0], "general.architecture"))
-    made = {key: value_of(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
-    return Inspection(
-        {
-            "model": parts[0].name,
-            "architecture": architecture,
-            "model_type": architecture,
-            "bytes": sum(part.stat().st_size for part in parts),
-            **({"made_of": {key: value for key, value in made.items() if value}} if any(made.values()) else {}),
-            "groups": {
-                group: _summary([tensor for name, tensor in tensors.items() if groups[name] == group])
-                for group in ORDER
-                if group in groups.values()
-            },
-            "scopes": {},
-            "parameters": {"stored": stored, "used": stored},
-            "tied": [],
-            "unplaced": [],
-            "opaque": {},
-        }
-    )
-
-
-def _summary(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    stored = sum(tensor.numel for tensor in tensors)
-    types: dict[str, dict[str, int]] = {}
-    for tensor in tensors:
-        counts = types.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
-        counts["tensors"] += 1
-        counts["parameters"] += tensor.numel
-        counts["bytes"] += tensor.nbytes
-    return {
-        **{"modules": len(tensors), "stored": stored, "used": stored, "types": types},
-        "weights": [
-            {"name": each.name, "shape": list(each.shape[::-1]), "dtype": each.type, "layer": each.layer}
-            for each in tensors
-        ],
-    }
 
 
 # ``model-00002-of-00005.gguf``, as llama.cpp's gguf-split names parts.

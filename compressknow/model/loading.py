@@ -27,7 +27,6 @@ from compressknow.base.packages import require
 from compressknow.base.progress import quiet
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
-from compressknow.model.naming import Naming
 from compressknow.model.tensors import torch_dtype
 
 Shape = tuple[int, ...]
@@ -104,6 +103,8 @@ def _missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) 
         pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
         missing -= pooler if pooler <= missing else set()
     if report.mismatched or report.conversion_failed:
+        from compressknow.model.naming import Naming
+
         # A stack of fewer matrices than there are experts has another shape.
         missing.update(Naming(tree).missing_parts(checkpoint.tensors))
     return tuple(sorted(missing))

@@ -1,8 +1,8 @@
-"""Summarize a checkpoint for `inspect`: counts by group and scope, as plain records."""
+"""Summarize a checkpoint or a GGUF file for `inspect`: counts by group and scope, as plain records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.format import count, plain
 from compressknow.base.notebook import Shown, Summary
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint
+from compressknow.model.gguf_file import ORDER, Tensor, groups_of, open_gguf, tensors_of, value_of
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, scope_parameters
 from compressknow.model.tensors import grid_of
 
@@ -179,3 +180,52 @@ def _stored_dtypes(
     dtypes |= {parameter: values.dtype for parameter, (_, values) in packed.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
     return dtypes, ties
+
+
+def inspect_gguf(parts: Sequence[Path]) -> Inspection:
+    """Summarize what a GGUF file is made of, in one part or several; no weights are read.
+
+    Raises CheckpointError where it is damaged.
+    """
+    readers = [open_gguf(part) for part in parts]
+    tensors = {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
+    groups = groups_of(tensors)
+    stored = sum(tensor.numel for tensor in tensors.values())
+    architecture = str(value_of(readers[0], "general.architecture"))
+    made = {key: value_of(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
+    return Inspection(
+        {
+            "model": parts[0].name,
+            "architecture": architecture,
+            "model_type": architecture,
+            "bytes": sum(part.stat().st_size for part in parts),
+            **({"made_of": {key: value for key, value in made.items() if value}} if any(made.values()) else {}),
+            "groups": {
+                group: _type_group([tensor for name, tensor in tensors.items() if groups[name] == group])
+                for group in ORDER
+                if group in groups.values()
+            },
+            "scopes": {},
+            "parameters": {"stored": stored, "used": stored},
+            "tied": [],
+            "unplaced": [],
+            "opaque": {},
+        }
+    )
+
+
+def _type_group(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    stored = sum(tensor.numel for tensor in tensors)
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        counts = types.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["parameters"] += tensor.numel
+        counts["bytes"] += tensor.nbytes
+    return {
+        **{"modules": len(tensors), "stored": stored, "used": stored, "types": types},
+        "weights": [
+            {"name": each.name, "shape": list(each.shape[::-1]), "dtype": each.type, "layer": each.layer}
+            for each in tensors
+        ],
+    }

@@ -195,4 +195,5 @@ def _sketch(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
         signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
         weights = signs.mul_(2).sub_(1) * p.sqrt()
         weights -= weights.sum(3, keepdim=True) * p
-    return torch.einsum("rdpv,rdpv->rd", weights, logits) / logits.shape[2] ** 0.5
+    scores: torch.Tensor = torch.einsum("rdpv,rdpv->rd", weights, logits) / logits.shape[2] ** 0.5
+    return scores
