@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from compressknow.base.system import trim_heap
 from compressknow.compress.calibrate.gathering import OPERANDS
 from compressknow.compress.calibrate.model import (
     BlockwiseUnsupported,
@@ -79,7 +80,7 @@ class Product(NamedTuple):
     Attributes
     ----------
     batch : its number.
-    inputs : float32 [rows, tokens, in]; of an embedding its ids, int64 [rows, tokens].
+    inputs : [rows, tokens, in], of the dtype `GRADIENTS`; of an embedding its ids, int64 [rows, tokens].
     gradients : [rows, directions, tokens, out], of the dtype `GRADIENTS`.
     """
 
@@ -145,6 +146,7 @@ def _run(
             if call.module == module and (call.args[0].gradients is not None) == is_back
         ]
         turns = is_back or module == head
+        trim_heap()
         if turns:
             streamed.release()
         # A forward pass itself reads what else lies outside the blocks when it comes to it.
@@ -298,9 +300,11 @@ class GradientPass(ForwardPass):
             by_direction.append(own[: len(sources)])
             for (_, _, output), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
                 each.append((torch.zeros_like(output) if gradient is None else gradient).to(GRADIENTS))
+        # Several weights read the same inputs.
+        kept = {id(inputs): inputs.to(GRADIENTS) for _, inputs, _ in watch.seen}
         for (name, inputs, _), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
-            tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (inputs, *each)]
+            tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
             products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
         return [next(joined) if needed else None for needed in work.needed]
