@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from scipy.stats import spearmanr
 
-from compressknow.compress.calibrate.backward import Batch
+from compressknow.compress.calibrate.backward import Batch, choose_factors
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
@@ -108,11 +108,37 @@ def test_scores_are_those_of_the_evaluation(family: str, known_by: Callable[[str
     torch.testing.assert_close(measured.scores, known.logp, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("roundings", [SCHEMES, GGUF], ids=["checkpoint", "gguf"])
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_changes_are_those_of_a_rounded_weight(
-    family: str, roundings: Roundings, known_by: Callable[[str], Known]
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16"}, torch.bfloat16),
+        ({"avx512_bf16", "avx512_fp16"}, torch.float32),
+        ({"avx512_bf16", "avx512_fp16", "amx_bf16"}, torch.bfloat16),
+    ],
+    ids=["older", "AMD's", "Intel's without AMX", "Intel's"],
+)
+def test_factors_are_rounded_where_the_processor_multiplies_them_faster(
+    features: set[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict.fromkeys(features, True))
+    assert choose_factors() == dtype
+
+
+@pytest.mark.parametrize("roundings", [SCHEMES, GGUF], ids=["checkpoint", "gguf"])
+@pytest.mark.parametrize(
+    ("family", "factors"),
+    [("llama", torch.bfloat16), ("llama", torch.float32), ("bert", torch.float32), ("t5", torch.bfloat16)],
+)
+def test_changes_are_those_of_a_rounded_weight(
+    family: str,
+    factors: torch.dtype,
+    roundings: Roundings,
+    known_by: Callable[[str], Known],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("compress.calibrate.backward", "study.measuring"):
+        monkeypatch.setattr(f"compressknow.{module}.FACTORS", factors)
     known = known_by(family)
     measured = measure(*open_complete(known.folder), roundings, known.questions)
     ratios, cosines = [], []
