@@ -201,7 +201,7 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
             "bytes": sum(part.stat().st_size for part in parts),
             **({"made_of": {key: value for key, value in made.items() if value}} if any(made.values()) else {}),
             "groups": {
-                group: _type_group([tensor for name, tensor in tensors.items() if groups[name] == group])
+                group: _count_by_type([tensor for name, tensor in tensors.items() if groups[name] == group])
                 for group in ORDER
                 if group in groups.values()
             },
@@ -214,7 +214,7 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     )
 
 
-def _type_group(tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _count_by_type(tensors: Sequence[Tensor]) -> dict[str, Any]:
     stored = sum(tensor.numel for tensor in tensors)
     types: dict[str, dict[str, int]] = {}
     for tensor in tensors:
