@@ -1,5 +1,5 @@
-"""Command line: which commands there are, and how one is run. It alone is imported; errors become one message and an
-exit code, and its output is uploaded. The work is done elsewhere."""
+"""Command line: which commands there are, and how one is run. Only the one that is called is imported; errors become
+one message and an exit code, and its output is uploaded. The work is done elsewhere."""
 
 from __future__ import annotations
 
