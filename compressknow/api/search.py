@@ -48,7 +48,7 @@ from compressknow.study.search import (
     remove,
     split_facts,
 )
-from compressknow.study.sensitivity import FIT_TOKENS, Guide, check_has_candidates
+from compressknow.study.sensitivity import FIT_TOKENS, Guide
 
 # Files that are made for a search lie where what a stopped run keeps for itself does.
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
@@ -142,8 +142,6 @@ def search(
     opened = open_named([*list_names(probe), *list_names(facts)], options, known)
     check_has_facts(opened, "A search")
     texts = [each for each in opened if isinstance(each, RunningText)]
-    if guide != "text":
-        check_has_candidates(each for each in opened if each not in texts)
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
 
     begin = begin_stages(listener, model)

@@ -36,6 +36,7 @@ def sensitivity(
     to: Form | None = None,
     guide: Guide = "both",
     facts: str | Sequence[str] | None = None,
+    data: str | Path | None = None,
     calibration: str = "self",
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -52,7 +53,8 @@ def sensitivity(
     output : files to write: a page (``.html``, ``.md``), all figures (``.json``), a row per weight and type (``.csv``).
     to : the types: of a ``gguf`` file, the default for causal models, or the schemes of a ``checkpoint``.
     guide : what weights are ranked by: ``facts``, ``text`` or ``both``.
-    facts : probes, ``atlas`` by default; of these about 200 facts count that the model knows.
+    facts : probes, ``atlas`` by default; of these about 200 facts count that the model knows. LAMA and BEAR lie in the
+        folder `data`.
     calibration : the text: ``self`` (the model's own samples), the path of a ``.txt`` or ``.jsonl`` file, or
         ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default, drawn by `seed`.
     revision : branch, tag or commit of a hub id.
@@ -77,7 +79,7 @@ def sensitivity(
     files = list_files(output)
     require_for(files, *(["llama_cpp_py_sync"] if to == "gguf" else []), "pyarrow")
     check_outputs(files, overwrite=overwrite, formats=FORMATS)
-    probes = open_facts(facts or None)
+    probes = open_facts(facts or None, data)
     check_is_checkpoint(model)
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     from compressknow.study.guides import measure_guides

@@ -19,6 +19,7 @@ from compressknow.cli.options import (
     calibration_options,
     checkpoint_options,
     command,
+    data_option,
     fit_options,
     guide_option,
     option,
@@ -55,6 +56,7 @@ Types (--type), bits per weight with scales:
 @option("--bits", group=FIT, type=float, metavar="B", help="The same, as bits per weight, the whole file counted.")
 @guide_option(group=FIT)
 @option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
+@data_option(FIT)
 @fit_options
 @calibration_options(
     tokens="32768; of --size 8192",

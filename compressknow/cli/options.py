@@ -237,9 +237,16 @@ known_option = _facts(
     show_default=True,
     help="What counts as known: recognized or produced.",
 )
+
+
+def data_option(group: str) -> Decorator:
+    """Add the option of the folder of downloaded sets."""
+    return option("--data", group=group, type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
+
+
 probe_options = together(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
-    _facts("--data", type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/."),
+    data_option(EVALUATE),
     _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
     _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
     _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from compressknow.cli.options import (
     calibration_options,
     checkpoint_options,
     command,
+    data_option,
     guide_option,
     option,
     output_files,
@@ -45,6 +46,7 @@ _BITS = 5.0
 )
 @guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
+@data_option(EVALUATE)
 @calibration_options(tokens="8192", default="self")
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @checkpoint_options
@@ -64,12 +66,13 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
 
     with if_interrupted(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
-    show("\n".join(page(result, model, options["guide"])))
+    show("\n".join(page(result, options["guide"])))
+    show(f"\nNext: compressknow {shlex.join(_propose(result, model, options))}")
     show_written(output)
 
 
-def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
-    """Yield lines that say which weights matter most and least, and what to do next."""
+def page(found: Sensitivity, guide: Any) -> Iterator[str]:
+    """Yield lines that say which weights matter most and least."""
     guidance, ranked = found.guidance, found.ranked(guide)
     by = {"facts": "facts", "text": "text"}.get(guide, "facts and text")
     yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
@@ -83,7 +86,6 @@ def page(found: Sensitivity, model: str, guide: Any) -> Iterator[str]:
     kinds = " or ".join(sorted({row.compared for row in ranked}))
     yield ""
     yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", indent="")
-    yield from _next(found, model)
 
 
 def _row(row: TensorSensitivity, guide: Any) -> str:
@@ -93,13 +95,17 @@ def _row(row: TensorSensitivity, guide: Any) -> str:
     return f"{row.place:<16}{plain(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
 
 
-def _next(found: Sensitivity, model: str) -> Iterator[str]:
-    where = shlex.quote(model)
+def _propose(found: Sensitivity, model: str, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of the command that uses what was found."""
     if found.guidance.form == "gguf":
         weights = found.others + sum(prod(row.shape) for row in found.rows)
-        yield f"\nNext: compressknow export {where} small.gguf --size {_round_size(weights * _BITS / 8)}"
+        yield from ("export", model, "small.gguf", "--size", _round_size(weights * _BITS / 8))
     else:
-        yield f"\nNext: compressknow search {where} -o found --keep 0.95"
+        yield from ("search", model, "-o", "found", "--keep", "0.95", "--to", "checkpoint")
+    for name in options["facts"]:
+        yield from ("--facts" if found.guidance.form == "gguf" else "-p", name)
+    if options["data"]:
+        yield from ("--data", str(options["data"]))
 
 
 def _round_size(nbytes: float) -> str:

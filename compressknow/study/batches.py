@@ -1,9 +1,10 @@
 """Facts and text as batches of rows whose scores have gradients (`compressknow.compress.calibrate.backward`).
 
-A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. A
-candidate's tokens may lie in several rows (masked models), and a row may serve several candidates. Text has random
-scores, whose changes have squares that are twice the KL divergence of the next token's distribution in the mean, to
-second order: draws of random signs (Hutchinson's estimator of a trace) over all of the vocabulary.
+A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. Where
+any answer is allowed, the candidates are the likeliest tokens that an answer begins with. A candidate's tokens may lie
+in several rows (masked models), and a row may serve several candidates. Text has random scores, whose changes have
+squares that are twice the KL divergence of the next token's distribution in the mean, to second order: draws of random
+signs (Hutchinson's estimator of a trace) over all of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # Rows of decoders whose lengths differ by less than so many tokens are filled up at their ends, which nothing sees.
 SPREAD = 4
 # Of a row of text: tokens, positions that are scored, and draws for each. More rows tell more than more positions.
-TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 4
+TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 2
 # Rows of text in a batch: what a head gives of so many lies in memory at a time, for each draw.
 TEXT_ROWS = 8
 
@@ -64,7 +65,7 @@ class FactBatches:
 
 
 class ScoredFact(NamedTuple):
-    """Fact with candidates, as a model reads it, and what it answered: its best candidates are scored."""
+    """Fact as a model reads it, and what it answered: its best candidates are scored."""
 
     scorer: Scorer
     query: Query
@@ -76,14 +77,21 @@ def batch_facts(scored: Sequence[ScoredFact]) -> FactBatches:
     rows: list[Row] = []
     facts: list[int] = []
     for number, (scorer, query, answer) in enumerate(scored):
-        assert query.fact.candidates is not None
-        options = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
+        options = _list_best(scorer, query, answer)
         rows += _build_rows(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
     family = scored[0].scorer.family
     groups = _group_rows(rows, fills=family != "masked")
     batches, owners = zip(*(_build_batch(group, family) for group in groups), strict=True)
     return FactBatches(batches, owners, torch.tensor(facts))
+
+
+def _list_best(scorer: Scorer, query: Query, answer: Answer) -> list[Ids]:
+    """Return the ids of the best answers to a fact, what was answered first."""
+    if query.fact.candidates:
+        return [query.options[query.fact.candidates.index(text)] for text in answer.top5]
+    allowed = [int(token) for token in answer.first_ids if scorer.allowed is None or int(token) in scorer.words]
+    return [(token,) for token in allowed[: len(answer.top5)]]
 
 
 def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterator[Row]:

@@ -64,7 +64,7 @@ def measure_guides(
     Parameters
     ----------
     handle : of a checkpoint of floats.
-    probes : of facts with candidates. They are measured, and GPTQ runs over them, even where text guides alone.
+    probes : of facts. They are measured, and GPTQ runs over them, even where text guides alone.
     calibration : the text; its first `TOKENS` guide.
     answers : what the model answered to all of the probes; by default it is evaluated on some facts of each.
 
@@ -94,13 +94,13 @@ def measure_guides(
 
 
 def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
-    """Return facts with candidates that a model answered right, by probe: evenly over relations, the first of each in
-    the probe's order; at most so many in all."""
+    """Return facts that a model answered right, by probe: evenly over relations, the first of each in the order of the
+    probe; at most so many in all."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
     by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
         for fact in probe.facts:
-            if fact.candidates and (probe.name, fact.id) in right:
+            if (probe.name, fact.id) in right:
                 by_relation.setdefault((probe.name, fact.relation), []).append(fact)
     selected: dict[str, list[Fact]] = {}
     depth = max(map(len, by_relation.values()), default=0)

@@ -451,8 +451,8 @@ def _describe_method(map: Map) -> tuple[str, ...]:
     guidance = map.sensitivity.guidance
     facts = (
         f"{count(guidance.facts)} facts that the model knows, evenly over relations, and the five best candidates of "
-        "each: KL is that of the distribution over them, in the mean over facts, to second order in the changes of "
-        "their log-probabilities.",
+        "each, or the five likeliest first tokens where any answer is allowed: KL is that of the distribution over "
+        "them, in the mean over facts, to second order in the changes of their log-probabilities.",
         "A fact is at risk by the probability that its object falls below the best other candidate, where the change "
         "of their margin is normal with the mean square that was measured. A domain has a map where 5 of its facts are "
         "known or more.",

@@ -6,7 +6,7 @@ A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; si
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from compressknow.base.format import count, number
 from compressknow.base.reading import RECORD, read_json
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import open_named
-from compressknow.evaluate.sources import Opened
+from compressknow.evaluate.sources import Options
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
@@ -203,24 +203,17 @@ def check_guide(guide: str) -> None:
         raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"There is {', '.join(GUIDES)}.")
 
 
-def open_facts(names: str | Sequence[str] | None) -> list[Probe]:
-    """Return the facts that guide, atlas where none are named.
+def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:
+    """Return the facts that guide, atlas where none are named; `data` is where downloaded sets lie.
 
-    Raises UsageError for probes whose facts have no candidates.
+    Raises UsageError for what has none: texts and tasks.
     """
-    opened = open_named(names, None)
-    check_has_candidates(opened)
-    return [each for each in opened if isinstance(each, Probe)]
-
-
-def check_has_candidates(opened: Iterable[Opened]) -> None:
-    """Raise UsageError for what cannot guide: anything but facts with candidates."""
-    for each in opened:
-        if not any(fact.candidates for fact in getattr(each, "facts", ())):
-            raise UsageError(
-                f"{each.name}: what guides are facts with candidates to choose from.",
-                hint="Give atlas, bear or facts:FILE.jsonl with candidates.",
-            )
+    probes = []
+    for each in open_named(names, Options(data=None if data is None else Path(data))):
+        if not isinstance(each, Probe):
+            raise UsageError(f"{each.name}: facts guide, and it has none.", hint="Give atlas or facts:FILE.jsonl.")
+        probes.append(each)
+    return probes
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:

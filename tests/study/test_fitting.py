@@ -122,7 +122,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"guide": "facts"}, "`guide` goes with `size` or `bits`"),
         ({"size": "90MB", "guide": "taste"}, "`guide` taste: there is facts, text, both"),
         ({"size": "90MB", "facts": "nowhere"}, "nowhere"),
-        ({"size": "90MB", "facts": "text:README.md"}, "facts with candidates"),
+        ({"size": "90MB", "facts": "text:README.md"}, "facts guide, and it has none"),
     ],
 )
 def test_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:

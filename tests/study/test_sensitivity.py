@@ -54,23 +54,27 @@ class Known(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]:
+def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Known]:
     folder = tmp_path_factory.mktemp("sensitivity")
-    made: dict[str, Known] = {}
+    made: dict[tuple[str, str], Known] = {}
 
-    def of(family: str) -> Known:
-        if family not in made:
+    def of(family: str, answers_are: str = "candidates") -> Known:
+        if (family, answers_are) not in made:
             path = knowing(family, folder / family)
             loaded = load_language_model(path)
             probe = open_probe(f"facts:{facts_file(folder / 'facts.jsonl')}")
+            if answers_are != "candidates":
+                facts = tuple(replace(fact, candidates=None) for fact in probe.facts)
+                words = tuple(sorted({fact.obj_label for fact in facts})) if answers_are == "words" else ()
+                probe = replace(probe, facts=facts, vocabulary=answers_are, words=words)
             scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, probe)
             prompts = make_prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             asked = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
             logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
             domains = [each.query.fact.subject for each in asked]
-            made[family] = Known(path, loaded.model, batch_facts(asked), logp, domains)
-        return made[family]
+            made[family, answers_are] = Known(path, loaded.model, batch_facts(asked), logp, domains)
+        return made[family, answers_are]
 
     return of
 
@@ -101,9 +105,20 @@ def rounded(known: Known, measured: ScoreChanges, roundings: Roundings, name: st
         weight.data = before
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_scores_are_those_of_the_evaluation(family: str, known_by: Callable[[str], Known]) -> None:
-    known = known_by(family)
+@pytest.mark.parametrize(
+    ("family", "answers_are"),
+    [
+        ("llama", "candidates"),
+        ("bert", "candidates"),
+        ("t5", "candidates"),
+        ("llama", "open"),
+        ("bert", "full"),
+        ("bert", "words"),
+        ("t5", "open"),
+    ],
+)
+def test_scores_are_those_of_the_evaluation(family: str, answers_are: str, known_by: Callable[..., Known]) -> None:
+    known = known_by(family, answers_are)
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     torch.testing.assert_close(measured.scores, known.logp, atol=1e-4, rtol=1e-4)
 
@@ -127,19 +142,27 @@ def test_factors_are_rounded_where_the_processor_multiplies_them_faster(
 
 @pytest.mark.parametrize("roundings", [SCHEMES, GGUF], ids=["checkpoint", "gguf"])
 @pytest.mark.parametrize(
-    ("family", "factors"),
-    [("llama", torch.bfloat16), ("llama", torch.float32), ("bert", torch.float32), ("t5", torch.bfloat16)],
+    ("family", "answers_are", "factors"),
+    [
+        ("llama", "candidates", torch.bfloat16),
+        ("llama", "candidates", torch.float32),
+        ("bert", "candidates", torch.float32),
+        ("bert", "words", torch.float32),
+        ("t5", "candidates", torch.bfloat16),
+        ("t5", "open", torch.float32),
+    ],
 )
 def test_changes_are_those_of_a_rounded_weight(
     family: str,
+    answers_are: str,
     factors: torch.dtype,
     roundings: Roundings,
-    known_by: Callable[[str], Known],
+    known_by: Callable[..., Known],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in ("compress.calibrate.backward", "study.measuring"):
         monkeypatch.setattr(f"compressknow.{module}.FACTORS", factors)
-    known = known_by(family)
+    known = known_by(family, answers_are)
     measured = measure(*open_complete(known.folder), roundings, known.questions)
     ratios, cosines = [], []
     for (name, type), estimate in list(measured.facts.items())[::2]:
@@ -152,7 +175,7 @@ def test_changes_are_those_of_a_rounded_weight(
     assert median(cosines) > 0.95, sorted(cosines)
 
 
-def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_by: Callable[[str], Known]) -> None:
+def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_by: Callable[..., Known]) -> None:
     known, generator = known_by("llama"), torch.Generator().manual_seed(0)
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     parameters, before = dict(known.model.named_parameters()), scores_of(known)
@@ -184,7 +207,7 @@ def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Te
     return torch.stack(values)
 
 
-def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], Known]) -> None:
+def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[..., Known]) -> None:
     known = known_by("llama")
     measured = measure(*open_complete(known.folder), GGUF, known.questions)
     # The model is sure of what it knows: with margins as small as these, rounding one weight changes answers.
@@ -209,7 +232,7 @@ def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[[str], 
     assert all(row.by_type["q8_0"].at_risk < row.by_type["q4_0"].at_risk for row in rows.values())  # type: ignore[operator]
 
 
-def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[[str], Known]) -> None:
+def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[..., Known]) -> None:
     known = known_by("llama")
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     rows = {row.name: row for row in measured.build_rows(SCHEMES, known.domains)}
@@ -239,7 +262,7 @@ def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, known_by: Callable[[str], Known]) -> None:
+def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, known_by: Callable[..., Known]) -> None:
     known = known_by(family)
     texts = text_of(known, family)
     measured = measure(*open_complete(known.folder), SCHEMES, None, texts)

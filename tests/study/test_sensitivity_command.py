@@ -89,7 +89,8 @@ def test_the_command_prints_and_writes_the_map_and_measures_once(
 def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "bert", *WORDS, "--guide", "facts", "-o", str(at_home / "map.json")]) == 0
     printed = capsys.readouterr().out
-    assert "Next: compressknow search bert -o found --keep 0.95" in printed
+    proposed = "compressknow search bert -o found --keep 0.95 --to checkpoint -p facts:facts.jsonl"
+    assert f"Next: {proposed}\n" in printed
     found = json.loads((at_home / "map.json").read_text())
     assert found["guidance"]["form"] == "checkpoint"
     assert next(iter(found["rows"][0]["by_type"])) == "int8-weights"
@@ -112,7 +113,7 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("bert --to gguf", "there is no GGUF file of it"),
         ("llama --to onnx", "'onnx' is not one of"),
         ("llama --guide fact", "'fact' is not known. Did you mean"),
-        ("llama --facts text:text.txt", "what guides are facts with candidates"),
+        ("llama --facts text:text.txt", "text.txt: facts guide, and it has none"),
         ("llama --facts atlass", "Did you mean atlas?"),
         ("llama --calibration nowhere.txt", "There is no calibration text"),
         ("llama --calibration-tokens 0", "0 is not in the range"),
