@@ -13,7 +13,7 @@ import yaml
 
 from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
-from compressknow.base.format import count, number, percent, size
+from compressknow.base.format import count, percent, size
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
 from compressknow.compress.recipe import to_toml
@@ -56,7 +56,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
     """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's."""
-    source, totals = manifest["source"], manifest["totals"]
+    source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
@@ -64,21 +64,11 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
     return render(
         "model_card.md.j2",
         metadata=_make_metadata(manifest, source_card_metadata, schemes),
-        name=source["name"],
-        revision=source.get("revision"),
-        architecture=architecture,
-        setup=manifest["setup"],
-        version=manifest["versions"]["compressknow"],
+        manifest=manifest,
+        groups={**manifest["groups"], "whole model": manifest["totals"]},
         deeds=_list_deeds(manifest, schemes),
-        size_before=size(totals["bytes_before"]),
-        size_after=size(totals["bytes_after"]),
-        zeros_before=count(totals["zeros_before"]),
-        zeros_after=count(totals["zeros_after"]),
-        rows=_make_rows(manifest),
         removed=" ".join(removed_in_words(manifest.get("removed"))),
-        pruned=totals["pruned"] > 0,
         quantized=bool(schemes),
-        untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
         transformers_code=_write_transformers_code(architecture, model_type),
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
@@ -137,24 +127,6 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
         nouns = " and ".join(sorted({scheme.noun for scheme in find_schemes(schemes)})) or "low-bit values"
         deeds.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
     return deeds or ["nothing changed"]
-
-
-def _make_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    groups = {**manifest["groups"], "whole model": manifest["totals"]}
-    return [
-        {
-            "group": group,
-            "parameters": count(figures["parameters"]),
-            "pruned": count(figures["pruned"]),
-            "zeros": percent(figures["zeros_after"], figures["parameters"]),
-            "quantized": percent(figures["quantized"], figures["parameters"]),
-            "error": number(figures.get("relative_error"), 4),
-            "before": size(figures["bytes_before"]),
-            "after": size(figures["bytes_after"]),
-        }
-        for group, figures in groups.items()
-        if figures["parameters"]
-    ]
 
 
 def _write_transformers_code(architecture: str, model_type: str) -> str:
@@ -362,23 +334,7 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
 def _render_section(original: ModelFacts, comparison: Comparison) -> str:
     from compressknow.pages.records import write_estimate
 
-    return render(
-        "model_card_report.md.j2",
-        verdict=comparison.verdict,
-        grades=[
-            (grade.subject, count(grade.counts.known_before), write_estimate(grade.kept), grade.range or grade.grade)
-            for grade in comparison.grades
-        ],
-        probes=[
-            (p.probe, count(p.counts.n), write_estimate(p.accuracy_original), write_estimate(p.accuracy_compressed))
-            for p in comparison.probes
-        ],
-        original=original.name,
-        sha256=original.sha256[:16],
-        size_before=size(original.bytes),
-        size_after=size(comparison.model.bytes),
-        warnings=comparison.warnings,
-    )
+    return render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -414,17 +370,7 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
     return render(
         "gguf_card.md.j2",
         metadata={**base, "tags": ["compressknow", "gguf"]},
-        name=source["name"],
-        revision=source.get("revision"),
-        architecture=str(source.get("architecture", "")),
-        setup=record["setup"],
-        version=record["versions"].get("compressknow", ""),
-        llama_cpp=record["versions"].get("llama.cpp", ""),
-        rows=[
-            (group, kind, count(counts["tensors"]), count(counts["parameters"]), size(counts["bytes"]))
-            for group, types in record["groups"].items()
-            for kind, counts in types.items()
-        ],
-        file=shlex.quote(file),
-        record=f"{file}.json",
+        record=record,
+        file=file,
+        quoted=shlex.quote(file),
     )

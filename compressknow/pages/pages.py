@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import check_links, open_whole
-from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
+from compressknow.base.format import RIGHT_TO_LEFT, count, number, percent, plain_lines, size, smaller
 from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
 from compressknow.base.system import uninterrupted
@@ -143,7 +143,8 @@ def _make_environment() -> Environment:
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
     environment.filters.update(isolated=isolate, unbroken=keep_unbroken)
-    environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count, size=size, smaller=smaller)
+    environment.filters.update(sentence=to_markdown, cell=to_markdown)
+    environment.filters.update(count=count, number=number, percent=percent, size=size, smaller=smaller)
     return environment
 
 
