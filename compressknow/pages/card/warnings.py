@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import count, estimate, percent, plain, share
@@ -337,7 +337,7 @@ def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
     return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
 
 
-def list_probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
     """Return one probe of each name: what is the original's alone is the same in all."""
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
@@ -370,6 +370,8 @@ def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
         return ""
     floors = [probe.noise_floor for probe in probes if probe.noise_floor]
     known = sum(floor.known for floor in floors)
-    facts = "1 fact that the original knew" if known == 1 else f"{count(known)} facts that the original knew"
     again = plain(floors[0].computed_in, 40)
-    return f"{name} shows what rounding alone keeps: {share(kept)}, by {facts} and answered once more in {again}."
+    return (
+        f"{name} shows what rounding alone keeps: {share(kept)}, by {count_facts(known)} that the original knew and "
+        f"answered once more in {again}."
+    )
