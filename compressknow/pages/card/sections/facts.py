@@ -131,11 +131,10 @@ class Relations(Section):
 def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
     """Tabulate all relations, or the `limit` that lost most."""
     caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
-    if limit is None or len(groups) <= limit:
-        return make_groups_table(groups, "Relation", caption)
-    most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
-    others = count(len(groups) - limit)
-    return make_groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
+    if limit is not None and len(groups) > limit:
+        caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
+        groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
+    return make_groups_table(groups, "Relation", caption)
 
 
 class Popularity(Section):

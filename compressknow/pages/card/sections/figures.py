@@ -6,18 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressknow.base.format import (
-    NONE,
-    at_least,
-    count,
-    number,
-    p_value,
-    percent,
-    plain,
-    points,
-    share,
-    size,
-)
+from compressknow.base.format import NONE, at_least, count, number, p_value, percent, plain, points, share, size
 from compressknow.comparison.intervals import FEWEST, mcnemar, paired_difference, proportion
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
@@ -117,10 +106,10 @@ def write_movement(moved: Movement | None, get: Callable[[Movement], float], dig
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
     """Write what the changes between two percentiles lie between, or the median."""
-    change = probe.logp_change
-    if not change or low not in change or high not in change:
+    if not probe.logp_change:
         return NONE
-    return number(change[low], 2) if low == high else f"{number(change[low], 2)} to {number(change[high], 2)}"
+    ends = (number(probe.logp_change[end], 2) for end in dict.fromkeys((low, high)))
+    return " to ".join(ends)
 
 
 def _write_facts(probe: ProbeFigures) -> str:
@@ -341,14 +330,13 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     def part(key: str) -> str:
         return percent(int(group[key]), parameters) if group.get(key) is not None else NONE
 
-    error = group.get("relative_error")
     return (
         plain(name, 60),
         count(parameters),
         part("zeros_after"),
         part("pruned"),
         part("quantized"),
-        number(float(error), 4) if error is not None else NONE,
+        number(group.get("relative_error"), 4),
     )
 
 
@@ -366,7 +354,7 @@ class Speed(Section):
                 plain(model.speed.device, 60),
                 f"{model.speed.facts_per_second:,.1f}",
                 f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
-                size(model.speed.peak_bytes) if model.speed.peak_bytes is not None else NONE,
+                size(model.speed.peak_bytes),
             )
             for who, model in (("original", context.original), ("compressed", context.comparison.model))
             if model.speed
