@@ -190,9 +190,7 @@ def compare(
         texts=texts,
         source_matches=warnings.check_source(before, model),
         warnings=(
-            *warnings.warn_of_source(before, model),
-            *warnings.warn_of_changes(before, model),
-            *warnings.warn_of_order(before, model),
+            *warnings.warn_of_provenance(before, model),
             *warnings.warn_of_models(before, model),
             *warnings.warn_of_runs(original, compressed, probes),
             *warnings.warn_of_figures(counts, graded, figures),

@@ -63,8 +63,10 @@ def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """Warn that the compressed model was made from other files than the original's."""
+def warn_of_provenance(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """Warn that the compressed model was made from other files than the original's, that files changed since, or that
+    the model taken for the original was made from the other one.
+    """
     if check_source(original, model) is False:
         source = model.source or {}
         other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
@@ -72,6 +74,12 @@ def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
             f"{plain(model.name, 80)} was not made from {plain(original.name, 80)}: its record names "
             f"{plain(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
             "not be the compression's doing. Give the original that it was made from."
+        )
+    yield from warn_of_changes(original, model)
+    if is_made_from(original, model):
+        yield (
+            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
+            f"{plain(model.name, 80)}, as it says itself. Give the original first."
         )
 
 
@@ -99,15 +107,6 @@ def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
                 f"{plain(model.name, 80)} changed since it was converted: run `compressknow verify` on it to see what, "
                 "and convert it again."
             )
-
-
-def warn_of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """Warn that the model taken for the original was made from the other one."""
-    if is_made_from(original, model):
-        yield (
-            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
-            f"{plain(model.name, 80)}, as it says itself. Give the original first."
-        )
 
 
 def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
