@@ -24,7 +24,6 @@ SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
 PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_NO_LEVELS: Mapping[str, float] = {}  # no lines across
 _APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
@@ -71,13 +70,7 @@ class Bar:
 
 @contextmanager
 def open_axes(
-    height: int,
-    id: str,
-    title: str,
-    description: str,
-    *,
-    width: int = WIDTH,
-    hover: Mapping[str, str] | None = None,
+    height: int, id: str, title: str, description: str, *, width: int = WIDTH, hover: Mapping[str, str] = {}
 ) -> Iterator[tuple[Axes, Callable[[], str]]]:
     """Yield axes, and the function that gives the SVG once the block has ended; `hover` as in `svg.make_inline`."""
     import matplotlib
@@ -99,7 +92,7 @@ def draw_lines(
     title: str,
     *,
     start: float,
-    levels: Mapping[str, float] = _NO_LEVELS,
+    levels: Mapping[str, float] = {},
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
@@ -135,7 +128,7 @@ def draw_lines(
     return drawn()
 
 
-def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = _NO_LEVELS) -> tuple[float, float]:
+def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = {}) -> tuple[float, float]:
     """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
     ends = [100 * level for level in levels.values()]
     for each in plotted:
@@ -192,7 +185,7 @@ def draw_bars(
     id: str,
     title: str,
     *,
-    levels: Mapping[str, float] = _NO_LEVELS,
+    levels: Mapping[str, float] = {},
     high: float = 100,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),

@@ -6,7 +6,7 @@ All texts of models and facts go through `plain` here; the templates escape for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,27 +68,34 @@ _Cost = tuple[float, str, str]
 
 def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
     """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
-    models = [card.original, *(comparison.model for comparison in card.comparisons)]
-    sizes = [None if m.bytes is None else (m.bytes / 1e6, size(m.bytes), name_runtime(m)) for m in models]
-    rates = [model.speed.tokens_per_second if model.speed else None for model in models]
-    speeds = [
-        None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
-        for rate, model in zip(rates, models, strict=True)
-    ]
     charts = (
-        _chart_cost(card, names, sizes, "size on disk", "size on disk, MB"),
-        _chart_cost(card, names, speeds, "tokens a second", "tokens a second", more_is_better=True),
+        _chart_cost(card, names, _get_size, "size on disk", "size on disk, MB"),
+        _chart_cost(card, names, _get_speed, "tokens a second", "tokens a second", more_is_better=True),
     )
     return tuple(chart for chart in charts if chart)
 
 
+def _get_size(model: ModelFacts) -> _Cost | None:
+    return None if model.bytes is None else (model.bytes / 1e6, size(model.bytes), name_runtime(model))
+
+
+def _get_speed(model: ModelFacts) -> _Cost | None:
+    rate = model.speed.tokens_per_second if model.speed else None
+    return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
+
+
 def _chart_cost(
-    card: Card, names: Sequence[str], costs: Sequence[_Cost | None], title: str, axis: str, more_is_better: bool = False
+    card: Card,
+    names: Sequence[str],
+    get_cost: Callable[[ModelFacts], _Cost | None],
+    title: str,
+    axis: str,
+    more_is_better: bool = False,
 ) -> Tradeoff | None:
-    """Chart costs, the original's first, where enough compressed models differ in them."""
+    """Chart costs where enough compressed models differ in them."""
     marks = []
-    for number, (comparison, name, cost) in enumerate(zip(card.comparisons, names, costs[1:], strict=True), start=1):
-        if cost and comparison.kept.value is not None:
+    for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
+        if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
             amount, written, runtime = cost
             text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
             marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
@@ -97,8 +104,8 @@ def _chart_cost(
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
     best = find_unbeaten(marks, more_is_better=more_is_better)
-    if costs[0]:
-        amount, written, runtime = costs[0]
+    if cost := get_cost(card.original):
+        amount, written, runtime = cost
         name = f"the original, in {runtime}"
         marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
         looks[name] = ("D", INK, 6.0)
