@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from compressknow.comparison.intervals import holm, kept_by_cluster, mcnemar, proportion
 from compressknow.comparison.records import (
     Certainty,
     Confidence,
@@ -26,8 +27,6 @@ from compressknow.comparison.records import (
     Wordings,
 )
 from compressknow.evaluate.records import NoiseFloor
-
-# numpy is imported by the first figure that needs it: whoever only writes a model card does not.
 
 
 def counts_to_json(counts: Counts) -> dict[str, int]:
@@ -47,15 +46,11 @@ def interval_to_json(estimate: Estimate) -> list[float] | None:
 
 def kept_to_json(counts: Counts) -> dict[str, Any]:
     """Return knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
-    from compressknow.comparison.intervals import mcnemar, proportion
-
     return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
 
 def clusters_to_json(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
-    from compressknow.comparison.intervals import kept_by_cluster
-
     by_cluster = interval_to_json(kept_by_cluster(relations))
     return {**counts_to_json(counts), **kept_to_json(counts), "kept_cluster_interval": by_cluster}
 
@@ -83,8 +78,6 @@ def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
 
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each group by its name."""
-    from compressknow.comparison.intervals import holm, mcnemar
-
     exact = holm([mcnemar(group.counts) for group in groups])
     return {
         group.name: {

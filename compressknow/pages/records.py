@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import count, estimate, plain, share, size
 from compressknow.base.notebook import Shown, Summary, Tabular
-from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.intervals import clusters_of, kept_by_cluster, mcnemar, proportion
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -32,7 +32,6 @@ from compressknow.pages.as_json import (
 )
 
 if TYPE_CHECKING:
-    # Whoever only writes a model card need not import numpy.
     from compressknow.comparison.paired import Standing
 
 SCHEMA = 1  # of report.json
@@ -146,15 +145,10 @@ class Comparison(Shown):
     @property
     def clusters(self) -> list[Counts]:
         """Return what the facts are drawn in, over all probes."""
-        # Whoever only writes a model card need not import numpy.
-        from compressknow.comparison.intervals import clusters_of
-
         return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        from compressknow.comparison.intervals import kept_by_cluster, proportion
-
         simple = proportion(self.counts.both, self.counts.known_before, level)
         return simple.or_wider(kept_by_cluster(self.clusters, level))
 
