@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, count, ordinal, percent, plain, share
@@ -69,8 +70,6 @@ class Lost(Section):
 
 
 class Gained(Lost):
-    """Facts that only the compressed model knows."""
-
     title = "Facts gained"
     order = 20
     which = "gained"
@@ -92,8 +91,6 @@ def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
 
 
 class Dropped(Section):
-    """Table of one row per reason and probe."""
-
     title = "Dropped facts"
     order = 80
 
@@ -109,8 +106,6 @@ class Dropped(Section):
 
 
 class Relations(Section):
-    """Table per probe, with one row per relation."""
-
     title = "By relation"
     order = 30
 
@@ -129,7 +124,6 @@ class Relations(Section):
 
 
 def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
-    """Tabulate all relations, or the `limit` that lost most."""
     caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
     if limit is not None and len(groups) > limit:
         caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
@@ -138,8 +132,6 @@ def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
 
 
 class Popularity(Section):
-    """Table per probe, with one row per popularity bin, and its chart."""
-
     title = "By popularity"
     order = 40
 
@@ -176,8 +168,6 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
 
 
 class Grades(Section):
-    """Table per probe: the original's grades by the compressed model's."""
-
     title = "Grades of knowing"
     order = 25
     glossary = (
@@ -230,8 +220,6 @@ def _describe_grades(knowing: Knowing) -> Iterator[str]:
 
 
 class Text(Section):
-    """Two tables and a chart per text; left out where there is none."""
-
     title = "Running text"
     order = 55
 
@@ -250,8 +238,6 @@ _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "
 
 
 class ByWording(Section):
-    """Table per probe, with one row per wording and one of the majority."""
-
     title = "By wording"
     order = 45
 
@@ -288,8 +274,6 @@ _CALIBRATION = (
 
 
 class Confident(Section):
-    """Table, note and two charts for each probe that gives probabilities of answers."""
-
     title = "Confidence"
     order = 48
     glossary = (
@@ -387,9 +371,6 @@ def _tabulate_bins(name: str, original: Sequence[ReliabilityBin], compressed: Se
     for place, (before, after) in enumerate(zip(original, compressed, strict=True)):
         if before.facts or after.facts:
             ends = (100 * edge / CALIBRATION_BINS for edge in (place, place + 1))
-            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *_make_cells(before), *_make_cells(after)))
+            cells = ((count(side.facts), percent(side.right, side.facts)) for side in (before, after))
+            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *chain(*cells)))
     return Table(f"Calibration of both models, {name}", _BINS, tuple(rows))
-
-
-def _make_cells(told: ReliabilityBin) -> tuple[str, str]:
-    return count(told.facts), percent(told.right, told.facts) if told.facts else NONE

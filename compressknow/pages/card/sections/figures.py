@@ -21,8 +21,6 @@ _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}
 
 
 class Figures(Section):
-    """Table of one row per figure and one column per probe."""
-
     title = "All figures"
     order = 60
     glossary = (
@@ -125,15 +123,15 @@ def _write_suppressed(probe: ProbeFigures) -> str:
 
 
 def _write_changes(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or not floor.n else f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts"
+    return f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts" if floor and floor.n else NONE
 
 
 def _write_flips(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or not floor.n else percent(floor.lost + floor.gained, floor.n)
+    return percent(floor.lost + floor.gained, floor.n) if floor else NONE
 
 
 def _write_moves(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or floor.kl_mean is None else number(floor.kl_mean)
+    return number(floor.kl_mean) if floor else NONE
 
 
 def _write_lost(probe: ProbeFigures) -> str:
@@ -219,8 +217,6 @@ _FIGURES = (
 
 
 class HowSure(Section):
-    """Table of one row per figure and one column per probe, and one of all where there are several."""
-
     title = "How sure the figures are"
     order = 57
     glossary = (
@@ -295,8 +291,6 @@ _COLUMNS = ("Model", "Timed in", "Device", "Facts a second", "Tokens a second", 
 
 
 class Layers(Section):
-    """What was done to each group of layers, what was dropped, and on what the checkpoint was calibrated."""
-
     title = "By group of layers"
     order = 50
 
@@ -341,8 +335,6 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Speed(Section):
-    """Facts and tokens a second and peak memory, of both models or of the one that was measured."""
-
     title = "Speed and memory"
     order = 70
 
