@@ -334,25 +334,25 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
     """Yield the parts with their charts drawn and ids given; without charts and bars in tables where not `charts`."""
     for number, part in enumerate(parts, start=1):
         place = f"{id}-{number}"
-        if isinstance(part, Chart | Charts) and not charts:
-            continue
-        if isinstance(part, Chart):
-            yield part.draw_svg(place)
-        elif isinstance(part, Charts):
-            each = enumerate(part.charts, start=1)
-            drawn = (chart.draw_svg(f"{place}-{i}") if isinstance(chart, Chart) else chart for i, chart in each)
-            yield replace(part, charts=tuple(drawn))
-        elif isinstance(part, Beside):
-            chart = part.chart.draw_svg(place) if charts and isinstance(part.chart, Chart) else None
-            yield replace(part, chart=chart, table=_drop_bars(part.table, charts))
-        elif isinstance(part, Folded):
-            yield replace(part, parts=tuple(draw_charts(part.parts, place, charts)))
-        else:
-            yield _drop_bars(part, charts) if isinstance(part, Table) else part
-
-
-def _drop_bars(table: Table, bars: bool) -> Table:
-    return table if bars else replace(table, bars=())
+        match part:
+            case Folded():
+                yield replace(part, parts=tuple(draw_charts(part.parts, place, charts)))
+            case Chart() | Charts() if not charts:
+                continue
+            case Table() if not charts:
+                yield replace(part, bars=())
+            case Beside() if not charts:
+                yield replace(part, chart=None, table=replace(part.table, bars=()))
+            case Chart():
+                yield part.draw_svg(place)
+            case Charts():
+                each = enumerate(part.charts, start=1)
+                drawn = (chart.draw_svg(f"{place}-{i}") if isinstance(chart, Chart) else chart for i, chart in each)
+                yield replace(part, charts=tuple(drawn))
+            case Beside(chart=Chart() as chart):
+                yield replace(part, chart=chart.draw_svg(place))
+            case _:
+                yield part
 
 
 BLANK = "[MASK]"
