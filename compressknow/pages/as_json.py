@@ -187,20 +187,19 @@ def _wordings(wordings: Wordings | None) -> dict[str, Any]:
 
 def _confidence(confidence: Confidence | None) -> dict[str, Any]:
     values = asdict(confidence) if confidence else {}
-    sides = ("original", "compressed")
-    keys = ["confidence_median", *(f"{key}_{side}" for key in ("wrong", "confidently_wrong") for side in sides)]
-    thirds = {
-        third.name: {
-            "confidence": [third.low, third.high],
-            **{"n": third.counts.n, "both": third.counts.both, "lost": third.counts.lost},
-            **estimate_to_json("kept", third.kept),
-        }
-        for third in (confidence.thirds if confidence else ())
-    }
+    wrong = ("wrong_original", "wrong_compressed", "confidently_wrong_original", "confidently_wrong_compressed")
     return {
-        **{key: values.get(key.removeprefix("confidence_")) for key in keys},
-        "by_confidence": thirds,
-        **{f"reliability_{side}": list(values.get(f"reliability_{side}", ())) for side in sides},
+        "confidence_median": values.get("median"),
+        **{key: values.get(key) for key in wrong},
+        "by_confidence": {
+            third.name: {
+                "confidence": [third.low, third.high],
+                **{"n": third.counts.n, "both": third.counts.both, "lost": third.counts.lost},
+                **estimate_to_json("kept", third.kept),
+            }
+            for third in (confidence.thirds if confidence else ())
+        },
+        **{key: list(values.get(key, ())) for key in ("reliability_original", "reliability_compressed")},
     }
 
 

@@ -319,8 +319,11 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
 
     Raises OutputError where the card's metadata cannot be read: writing would lose it.
     """
+    from compressknow.pages.records import write_estimate
+
+    report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)
     # The marks must not come from a name: it would cut the section short when it is replaced.
-    inner = _render_section(original, comparison).replace("<!--", "<\u200b!--")
+    inner = report.replace("<!--", "<\u200b!--")
     section = f"{BEGIN}\n{inner}{END}"
     head, body = _split(text)
     body = body.lstrip("\n").replace(_NOT_MEASURED, "")
@@ -329,12 +332,6 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
     else:
         body = f"{body.rstrip()}\n\n{section}\n" if body.strip() else f"{section}\n"
     return f"---\n{add_results(head, comparison)}---\n\n{body}"
-
-
-def _render_section(original: ModelFacts, comparison: Comparison) -> str:
-    from compressknow.pages.records import write_estimate
-
-    return render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)
 
 
 def _split(text: str) -> tuple[str, str]:

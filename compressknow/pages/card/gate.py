@@ -16,7 +16,7 @@ from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
-from compressknow.pages.records import Card, Comparison, Decision, Grade, label_models, name_models, write_estimate
+from compressknow.pages.records import Card, Comparison, Decision, label_models, name_models, write_estimate
 
 SUMMARY = "summary.md"
 _FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
@@ -230,7 +230,8 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
         for gate in gates
     ]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
-    worst = sorted(single.grades, key=_get_kept)[:_DOMAINS] if single else []
+    grades = single.grades if single else ()
+    worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
     domains = [
         f"{escape_markdown(grade.subject)} {percent(grade.counts.both, grade.counts.known_before)}"
         for grade in worst
@@ -238,10 +239,6 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
     ]
     lost = single.lost[:_FACTS] if single and card.show_facts else ()
     return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
-
-
-def _get_kept(grade: Grade) -> float:
-    return 1.0 if grade.kept.value is None else grade.kept.value
 
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:

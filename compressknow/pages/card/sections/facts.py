@@ -297,17 +297,15 @@ class Confident(Section):
         if context.limits.relations is not None:
             return
         for probe in context.comparison.probes:
-            if probe.confidence:
-                yield from _list_parts(plain(probe.probe, 60), probe.confidence)
-
-
-def _list_parts(name: str, confidence: Confidence) -> Iterator[Part]:
-    if confidence.thirds:
-        yield _tabulate_thirds(name, confidence.thirds)
-    yield Note(_describe_wrong(name, confidence), _CALIBRATION)
-    sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
-    yield Charts(tuple(_chart_calibration(name, side, bins) for side, bins in sides.items()), f"Calibration, {name}")
-    yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
+            if confidence := probe.confidence:
+                name = plain(probe.probe, 60)
+                if confidence.thirds:
+                    yield _tabulate_thirds(name, confidence.thirds)
+                yield Note(_describe_wrong(name, confidence), _CALIBRATION)
+                sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
+                charts = tuple(_chart_calibration(name, side, bins) for side, bins in sides.items())
+                yield Charts(charts, f"Calibration, {name}")
+                yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
 
 
 def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
