@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import count, estimate, plain, share, size
+from compressknow.base.format import NONE, count, plain, share, size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.intervals import clusters_of, kept_by_cluster, mcnemar, proportion
 from compressknow.comparison.records import (
@@ -246,17 +246,28 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
 
 
 def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> str:
-    """Write a figure with its interval."""
-    return estimate(figure.value, figure.low, figure.high, write)
+    """Write a figure with its interval, its unit said once where that reads well.
+
+    >>> [write_estimate(Estimate(*ends)) for ends in ((0.951, 0.94, 0.961), (1.0, 0.93, 1.0), (0.5,), (None,))]
+    ['95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-']
+    >>> from compressknow.base.format import points
+    >>> write_estimate(Estimate(-0.02, -0.03, 0.0), points)
+    '−2.0 points (−3.0 to 0)'
+    """
+    if figure.value is None:
+        return NONE
+    if figure.low is None or figure.high is None:
+        return write(figure.value)
+    return f"{write(figure.value)} ({write_range(figure.low, figure.high, write).replace(' points', '')})"
 
 
-def write_range(low: float, high: float) -> str:
+def write_range(low: float, high: float, write: Callable[[float], str] = share) -> str:
     """Write two shares as the ends of a range.
 
     >>> write_range(0.914, 0.953)
     '91.4 to 95.3 %'
     """
-    return f"{share(low).removesuffix(' %')} to {share(high)}"
+    return f"{write(low).removesuffix(' %')} to {write(high)}"
 
 
 def label_models(comparisons: Sequence[Comparison]) -> list[str]:

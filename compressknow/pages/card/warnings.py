@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import count, estimate, percent, plain, share
+from compressknow.base.format import count, percent, plain, share
 from compressknow.comparison.intervals import FEWEST, proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
@@ -15,7 +15,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
 from compressknow.pages.card.verdict import count_facts
-from compressknow.pages.records import Grade, ModelFacts
+from compressknow.pages.records import Grade, ModelFacts, write_estimate
 
 if TYPE_CHECKING:
     from compressknow.pages.records import Checkpoint, Comparison
@@ -327,7 +327,7 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
         if floors:
             alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts
-            parts.append(f"{name} alone changes {estimate(alone.value, alone.low, alone.high)}")
+            parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
