@@ -315,13 +315,13 @@ class Shown:
 class Page:
     """Page of sections, one below the other; or what a page holds of one of several models."""
 
-    kind: str  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
-    title: str
-    models: str  # which models it is about
     headline: str
-    verdict: str
-    warnings: tuple[str, ...]
     sections: tuple[Shown, ...]
+    kind: str = ""  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
+    title: str = ""
+    models: str = ""  # which models it is about
+    verdict: str = ""
+    warnings: tuple[str, ...] = ()
     unlisted: int = 0  # so many sections stand before the table of contents, which does not list them
     next: tuple[str, ...] = ()  # sentences on what to do
     counts: Counts | None = None  # facts by which models know them

@@ -199,7 +199,7 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
             Shown("models", "Each compressed model", (Models(tuple(models)),)),
             *about,
         )
-        page = Page("", "", "", _write_joint_headline(card.comparisons), "", (), sections, unlisted=3)
+        page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
     decision = (plain(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
@@ -252,8 +252,6 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
         *((Folded("Recipe", (recipe,)),) if recipe else ()),
     )
     return Page(
-        kind="",
-        title="",
         models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {size(model.bytes)}",
         headline=_write_headline(comparison) if is_single else name,
         verdict=plain(comparison.verdict, 1000),
@@ -349,11 +347,11 @@ def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[
 
 def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:
     """Yield accuracy by probe, grade by domain and perplexity by text, of the original and of each other."""
-    probes = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
-    for name in dict.fromkeys(name for of_model in probes for name in of_model):
-        before = next(of_model[name][0] for of_model in probes if name in of_model)
-        after = [of_model[name][1].value if name in of_model else None for of_model in probes]
-        yield f"Accuracy, {plain(name, 40)}", [share(before.value), *map(share, after)]
+    accuracies = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
+    for probe in list_probes(comparisons):
+        before, _ = get_headline_accuracy(probe)
+        after = [of_model[probe.probe][1].value if probe.probe in of_model else None for of_model in accuracies]
+        yield f"Accuracy, {plain(probe.probe, 40)}", [share(before.value), *map(share, after)]
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]
