@@ -274,11 +274,10 @@ def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
-    models = [comparison.model for comparison in comparisons]
-    setups = [plain(model.setup or model.name, NAME_CHARACTERS) for model in models]
-    named = [f"{setup} ({plain(model.name, NAME_CHARACTERS)})" for setup, model in zip(setups, models, strict=True)]
+    names = [plain(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [plain(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
-    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
+    labels = [f"{setup} ({name})" if repeated[setup] > 1 else setup for setup, name in zip(setups, names, strict=True)]
     repeated = Counter(labels)
     return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 

@@ -57,15 +57,15 @@ def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Ite
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
     """Write one text as a sentence of the verdict; `names` are what it calls the two models."""
     one, other = names
-    name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
-    if ratio is None:
+    name, moved = plain(figures.text, 60), figures.moved
+    if moved is None:
         before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
     before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
-    change = "unchanged" if ratio.value == 1 else f"{write_change(ratio)}, from {before}"
+    change = "unchanged" if moved.ratio.value == 1 else f"{write_change(moved.ratio)}, from {before}"
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
-    same = figures.moved.same_top.value if figures.moved else None
-    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {share(same)} of places."
+    same = share(moved.same_top.value)
+    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {same} of places."
 
 
 def write_text_headline(figures: TextFigures) -> str:

@@ -160,9 +160,7 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
     if counts.kept is None or not strict:
         return counts.kept is not None and counts.kept >= gate.least
     low, high = interval.low or 0.0, interval.high or 0.0
-    if low < gate.least <= high:
-        return None
-    return low >= gate.least
+    return None if low < gate.least <= high else low >= gate.least
 
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
