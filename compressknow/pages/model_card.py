@@ -225,19 +225,17 @@ def add_results(front_matter: str, comparison: Comparison) -> str:
     """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
     added = to_yaml({_KEY: _merge_results(metadata.get(_KEY) or [], comparison)})
-    others = _cut_index(front_matter)
-    if others is None:
-        others = to_yaml({key: value for key, value in metadata.items() if key != _KEY})
+    others = _cut_index(front_matter, metadata)
     return f"{others.rstrip()}\n{added}" if others.strip() else added
 
 
-def _cut_index(front_matter: str) -> str | None:
-    """Return the text less its results: what the user wrote stays, comments too. None where it is in braces."""
+def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
+    """Return the text less its results: what the user wrote stays, comments too, but where it is in braces."""
     node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return front_matter
     if node.flow_style:
-        return None
+        return to_yaml({key: value for key, value in metadata.items() if key != _KEY})
     keys = [key for key, _ in node.value]
     at = next((number for number, key in enumerate(keys) if key.value == _KEY), None)
     if at is None:
@@ -302,7 +300,8 @@ def check_model_cards(models: Sequence[str | Path]) -> None:
                 hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
             )
         with _name_errors(folder / CARD):
-            _split(_read(folder / CARD))
+            head, _ = _split(_read(folder / CARD))
+            check_metadata(head)
 
 
 def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
@@ -337,9 +336,7 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
 def _split(text: str) -> tuple[str, str]:
     """Return the card's front matter, without its fences, and the rest."""
     match = _FRONT_MATTER.match(text)
-    head = match.group(1) if match else ""
-    check_metadata(head)
-    return head, text[match.end() :] if match else text
+    return (match.group(1), text[match.end() :]) if match else ("", text)
 
 
 @contextmanager

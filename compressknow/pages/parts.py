@@ -384,6 +384,6 @@ def make_fact_parts(
         yield make_rest_note(left_out, *of)
 
 
-def make_rest_note(left_out: int, page: str = "report", file: str = "report.json") -> Note:
+def make_rest_note(left_out: int, page: str, file: str) -> Note:
     """Return the note on what only the JSON has of the above."""
     return Note(f"{count(left_out)} more are in the JSON of this {page}, which -o {file} writes.")
