@@ -102,17 +102,6 @@ def probe_to_json(probe: ProbeFigures) -> dict[str, Any]:
         **_wordings(probe.wordings),
         **_confidence(probe.confidence),
         **certainty_to_json(probe.certainty),
-        **_figures(probe),
-        "facts_read": probe.facts_read,
-        "dropped": dict(probe.dropped),
-        "limit": probe.limit,
-        "seed": probe.seed,
-    }
-    return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
-
-
-def _figures(probe: ProbeFigures) -> dict[str, Any]:
-    return {
         "protocol": probe.protocol,
         "average": probe.average,
         **counts_to_json(probe.counts),
@@ -140,7 +129,12 @@ def _figures(probe: ProbeFigures) -> dict[str, Any]:
         "drop_absolute": probe.drop_absolute,
         "drop_relative": probe.drop_relative,
         "by_subject": groups_to_json(probe.by_subject),
+        "facts_read": probe.facts_read,
+        "dropped": dict(probe.dropped),
+        "limit": probe.limit,
+        "seed": probe.seed,
     }
+    return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
 
 
 def _both(name: str, pair: tuple[float | None, float | None] | None) -> dict[str, float | None]:

@@ -194,7 +194,8 @@ def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     sizes = [value for _, value in values]
     # Powers of ten around the values; the figures stand to the right of their bars, so that room is left there.
-    low, high = (10.0 ** math.floor(math.log10(min(sizes))), 10.0 ** math.ceil(math.log10(max(sizes))))
+    first, last = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
+    low, high = 10.0**first, 10.0**last
     plot.set_xscale("log")
     plot.set_xlim(low, high * (high / low) ** 0.25)
     places = range(len(values))
@@ -206,8 +207,7 @@ def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
         )  # fmt: skip
     plot.set_ylim(len(values) - 0.5, -0.5)
     plot.set_yticks(places, [label for label, _ in values])
-    step = max(1, math.ceil(math.log10(high / low) / 4))
-    ticks = [low * 10.0**power for power in range(0, round(math.log10(high / low)) + 1, step)]
+    ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
     plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
     plot.set_xlabel("KL by token, nats", fontsize=11, loc="left")
