@@ -124,17 +124,16 @@ def _chart_cost(
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
     """Return charts of what several models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split_setups(comparisons)
-    title = "Knowledge kept by how much was pruned"
     levels = mark_rounding(find_rounding_kept(list_probes(comparisons)))
-    charts = [drawing.draw_lines(lines, f"{id}-lines", title, start=1, levels=levels)] if lines else []
+    charts = []
+    if lines:
+        title = "Knowledge kept by how much was pruned"
+        charts.append(drawing.draw_lines(lines, f"{id}-lines", title, start=1, levels=levels))
+    bars = [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
     # Many bars would repeat the overview's, one below the other.
-    bars = (
-        []
-        if len(others) > _MOST_BARS
-        else [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
-    )
-    title = "Knowledge kept by compressed model"
-    return (*charts, *([drawing.draw_bars(bars, f"{id}-bars", title, levels=levels)] if bars else []))
+    if bars and len(others) <= _MOST_BARS:
+        charts.append(drawing.draw_bars(bars, f"{id}-bars", "Knowledge kept by compressed model", levels=levels))
+    return tuple(charts)
 
 
 def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
