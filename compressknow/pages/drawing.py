@@ -381,7 +381,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
         plot.set_xlim(left=left)
         plot.set_xlabel(f"{chart.cost}\n(not from zero: {', '.join(cut)})" if cut else chart.cost)
-        set_percent_axis(plot, bottom, unit=PERCENT)
+        set_percent_axis(plot, bottom)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
 

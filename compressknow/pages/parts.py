@@ -62,15 +62,15 @@ def make_name_entry(label: str, name: object, revision: object) -> Entry:
     return Entry(label, plain(name, 120) + (f"@{plain(revision, 60)}" if revision else ""), code=True)
 
 
-def make_hash_entry(label: str, sha256: str) -> Entry:
+def make_hash_entry(sha256: str) -> Entry:
     """Return a hash, shortened to the digits that tell any two apart."""
     hash = plain(sha256, 80)
-    return Entry(label, hash[:12], code=True, full=hash)
+    return Entry("SHA-256", hash[:12], code=True, full=hash)
 
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
-    entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry("SHA-256", model.sha256)]
+    entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry(model.sha256)]
     if source := model.source:
         entries.append(make_name_entry("Made from", source.get("name", ""), source.get("revision")))
     if model.setup:

@@ -44,7 +44,6 @@ METHOD = (
 
 def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
     """Yield tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
-    names = plain(names[0], 40), plain(names[1], 40)
     for figures in texts:
         name = plain(figures.text, 60)
         yield _make_perplexity_table(figures, name, names)
