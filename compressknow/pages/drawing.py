@@ -117,13 +117,13 @@ def draw_lines(
         places = move_apart([y for _, y, *_ in ends], _APART * (top - bottom), bottom)
         for (x, y, label, colour), place in zip(ends, places, strict=True):
             plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
-            plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
+            plot.text(largest * 1.08, place, label, va="center", color=colour)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
         amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
         plot.set_xlim(-largest * 0.03, largest * 1.45)
         plot.set_xticks(_space_out(amounts, 0.18 * largest))
         plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
-        plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
+        plot.set_xlabel("weights pruned in the scope", loc="left")
         set_percent_axis(plot, bottom, top, unit)
     return drawn()
 
@@ -209,13 +209,13 @@ def draw_bars(
             plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
             plot.plot([lowest, highest], [y, y], color=INK, linewidth=1.4)
             edge = max(value, highest, 0) + 0.02 * (right - left)
-            plot.text(edge, y, write_value(bar.value.value, unit), va="center", fontsize=11)
+            plot.text(edge, y, write_value(bar.value.value, unit), va="center")
         for group, bars in groupby(zip(places, drawn_bars, strict=True), lambda each: each[1].group):
             if group:
                 # From the edge, above the names of its bars, where there is room for most of them.
                 place = 0.01, next(bars)[0] - 0.85
                 at: Any = {"xycoords": ("figure fraction", "data"), "va": "center"}
-                plot.annotate(_shorten(group, 48), place, fontsize=11, color=MUTED, **at)
+                plot.annotate(_shorten(group, 48), place, color=MUTED, **at)
         for i, (name, level) in enumerate(levels.items()):
             x = 100 * level
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)

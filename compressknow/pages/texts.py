@@ -200,16 +200,14 @@ def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     places = range(len(values))
     plot.barh(places, [value - low for value in sizes], left=low, height=0.5, color=drawing.SERIES[0])
     for place, (_, value) in enumerate(values):
-        plot.annotate(
-            number(value, 4) if value < 10 else number(value, 1),
-            (value, place), (5, 0), textcoords="offset points", va="center", fontsize=11,
-        )  # fmt: skip
+        label = number(value, 4) if value < 10 else number(value, 1)
+        plot.annotate(label, (value, place), (5, 0), textcoords="offset points", va="center")
     plot.set_ylim(len(values) - 0.5, -0.5)
     plot.set_yticks(places, [label for label, _ in values])
     ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
     plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
-    plot.set_xlabel("KL by token, nats", fontsize=11, loc="left")
+    plot.set_xlabel("KL by token, nats", loc="left")
     plot.grid(axis="x")
     plot.set_axisbelow(True)
     plot.spines["bottom"].set_visible(False)

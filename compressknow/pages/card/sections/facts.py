@@ -158,7 +158,7 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         value, low, high = to_percents(kept)
         plot.plot([x, x], [low, high], color=drawing.SERIES[0], linewidth=2, solid_capstyle="round")
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
-        plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
+        plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center")
     plot.set_xlim(-0.4, len(bins) - 0.3)
     # Short, or the fifth touches the fourth.
     ticks = [label.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in label else label for label, _ in bins]
@@ -360,7 +360,7 @@ def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:
         plot.plot([x], [y], "o", color=inside, markersize=7, markeredgecolor=drawing.SERIES[0])
     plot.set_xlim(-2, 102)
     plot.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
-    plot.set_xlabel("confidence; right answers upwards", fontsize=11, loc="left")
+    plot.set_xlabel("confidence; right answers upwards", loc="left")
     drawing.set_percent_axis(plot, 0)
 
 
