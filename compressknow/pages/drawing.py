@@ -330,7 +330,7 @@ class Tradeoff:
     marks: Sequence[Mark]
     looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
     edge: Sequence[str]  # kinds whose marks can be on the edge
-    told: str
+    told: str  # what the marks on the edge are, in words before those of each
     more_is_better: bool = False  # of a cost that is none, such as a speed
     keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
     rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
@@ -355,8 +355,15 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
     """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
-    with open_axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
-        _draw_edge(plot, chart)
+    able = [mark for mark in chart.marks if mark.kind in chart.edge]
+    best = find_unbeaten(able, more_is_better=chart.more_is_better)
+    told = f"{chart.told}: {'; '.join(mark.told for mark in best)}."
+    with open_axes(height, id, chart.title, told, width=width, hover=hover) as (plot, drawn):
+        if best:
+            # It is kept at every cost from there on; at every speed up to there.
+            style = "steps-pre" if chart.more_is_better else "steps-post"
+            places = sorted((mark.cost, 100 * mark.share) for mark in best)
+            plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
         for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
             if across is not None:
                 plot.axhline(100 * across, color=MUTED, linewidth=0.9, linestyle=(0, dashes))
@@ -384,15 +391,6 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         set_percent_axis(plot, bottom)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
-
-
-def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
-    """Draw what nothing beats: it is kept at every cost from there on; at every speed up to there."""
-    able = [mark for mark in chart.marks if mark.kind in chart.edge]
-    if best := find_unbeaten(able, more_is_better=chart.more_is_better):
-        places = sorted((mark.cost, 100 * mark.share) for mark in best)
-        style = "steps-pre" if chart.more_is_better else "steps-post"
-        plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
 
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:

@@ -13,7 +13,7 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
-from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
     BAR,
@@ -277,7 +277,6 @@ def _make_tradeoff(search: Search) -> Tradeoff:
         for each in search.tried
         if each.kept.value is not None
     ]
-    best = find_unbeaten(marks)
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
     return Tradeoff(
@@ -286,7 +285,7 @@ def _make_tradeoff(search: Search) -> Tradeoff:
         marks,
         _LOOKS,
         edge=(_TRIED,),
-        told=f"The best at each size: {'; '.join(mark.told for mark in best)}.",
+        told="The best at each size",
         keep=search.keep,
         rounding=search.rounding,
     )

@@ -18,7 +18,7 @@ from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
 from compressknow.pages.card.warnings import describe_mark, find_rounding_kept, list_probes, mark_rounding
-from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.parts import (
     BAR,
     Charts,
@@ -103,7 +103,6 @@ def _chart_cost(
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
-    best = find_unbeaten(marks, more_is_better=more_is_better)
     if cost := get_cost(card.original):
         amount, written, runtime = cost
         name = f"the original, in {runtime}"
@@ -115,7 +114,7 @@ def _chart_cost(
         marks,
         looks,
         edge=kinds,
-        told=f"The best: {'; '.join(mark.told for mark in best)}.",
+        told="The best",
         more_is_better=more_is_better,
         rounding=find_rounding_kept(list_probes(card.comparisons)),
     )
