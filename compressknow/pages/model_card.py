@@ -72,7 +72,6 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         transformers_code=_write_transformers_code(architecture, model_type),
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
-        load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
         vllm=vllm_obstacle(manifest) is None,
@@ -144,7 +143,6 @@ _TEXT_ENCODER_DECODERS = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
 )
-_BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
 
 
 def find_auto_class(architecture: str, model_type: str) -> str:
@@ -155,9 +153,10 @@ def find_auto_class(architecture: str, model_type: str) -> str:
     """
     if is_encoder_decoder(architecture, model_type):
         return "AutoModelForSeq2SeqLM"
-    if architecture.endswith("LMHeadModel") and not architecture.endswith("WithLMHeadModel"):
-        return "AutoModelForCausalLM"
-    return next((auto for ending, auto in _BY_ENDING if architecture.endswith(ending)), architecture)
+    if architecture.endswith("ForMaskedLM"):
+        return "AutoModelForMaskedLM"
+    is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel")) and not architecture.endswith("WithLMHeadModel")
+    return "AutoModelForCausalLM" if is_causal else architecture
 
 
 def is_encoder_decoder(architecture: str, model_type: str) -> bool:
