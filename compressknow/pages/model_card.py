@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-_FOLDER = "PATH/TO/THIS/FOLDER"
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
 # Of so many zeros that have values again, a warning.
@@ -58,6 +57,9 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
     """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's."""
     source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
+    # The name comes from a config that anyone may have written, and goes into code that people paste.
+    name = find_auto_class(architecture, model_type)
+    auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
     command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision]
@@ -69,7 +71,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         deeds=_list_deeds(manifest, schemes),
         removed=" ".join(removed_in_words(manifest.get("removed"))),
         quantized=bool(schemes),
-        transformers_code=_write_transformers_code(architecture, model_type),
+        auto_class=auto_class,
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         warnings=list(list_warnings(manifest)),
@@ -126,17 +128,6 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
         nouns = " and ".join(sorted({scheme.noun for scheme in find_schemes(schemes)})) or "low-bit values"
         deeds.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
     return deeds or ["nothing changed"]
-
-
-def _write_transformers_code(architecture: str, model_type: str) -> str:
-    # The name comes from a config that anyone may have written, and goes into code that people paste.
-    name = find_auto_class(architecture, model_type)
-    name = name if name.isidentifier() and name.isascii() else "AutoModel"
-    return (
-        f"from transformers import {', '.join(sorted([name, 'AutoTokenizer']))}\n\n"
-        f'model = {name}.from_pretrained("{_FOLDER}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{_FOLDER}")'
-    )
 
 
 _TEXT_ENCODER_DECODERS = frozenset(
