@@ -22,32 +22,17 @@ from packaging.version import Version
 import compressknow
 from compressknow.base.packages import GGUF_TRANSFORMERS, OPTIONAL
 from tests.long import long
+from tests.pages.model_card.manifests import manifest
 
 ROOT = Path(__file__).parent.parent
 RENDER = """
 import sys
 sys.path.insert(0, {site!r})
 import compressknow
-from compressknow.pages import pages as templates
+from compressknow.pages.model_card import render_model_card
 assert compressknow.__file__.startswith({site!r}), compressknow.__file__
-print(templates.render("model_card.md.j2", **{values!r}))
+print(render_model_card({manifest!r}, source_card_metadata={{"license": "mit"}}))
 """
-VALUES = {
-    **dict.fromkeys(["name", "setup", "version", "architecture", "size_before", "size_after"], "x"),
-    **dict.fromkeys(
-        ["zeros_before", "zeros_after", "transformers_code", "load_code", "recipe", "command", "runs"], "x"
-    ),
-    **dict.fromkeys(["revision", "pruned", "quantized", "generate_needs_load", "vllm"], False),
-    **{
-        "metadata": {"license": "mit"},
-        "deeds": [],
-        "rows": [],
-        "untied": [],
-        "warnings": [],
-        "removed": "",
-        "calibrated": [],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +58,10 @@ def test_installed_wheel_renders_templates_outside_the_repository(wheel: Path, t
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
-    code = RENDER.format(site=str(site), values=VALUES)
+    code = RENDER.format(site=str(site), manifest=manifest())
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("---\nlicense: mit\n---\n")
+    assert done.stdout.startswith("---\nlicense: mit\n")
 
 
 @long

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from compressknow.base.errors import UsageError
@@ -116,22 +115,6 @@ def points(value: float | None) -> str:
         return "0 points"
     digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
     return f"{_signed(100 * value, digits)} points"
-
-
-def estimate(value: float | None, low: float | None, high: float | None, write: Callable[[float], str] = share) -> str:
-    """Write a figure with its interval, its unit said once where that reads well.
-
-    >>> estimate(0.951, 0.94, 0.961), estimate(1.0, 0.93, 1.0), estimate(0.5, None, None), estimate(None, None, None)
-    ('95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-')
-    >>> estimate(-0.02, -0.03, 0.0, points)
-    '−2.0 points (−3.0 to 0)'
-    """
-    if value is None:
-        return NONE
-    if low is None or high is None:
-        return write(value)
-    bounds = f"{write(low).removesuffix(' %')} to {write(high)}".replace(" points", "")
-    return f"{write(value)} ({bounds})"
 
 
 def p_value(p: float | None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from compressknow.comparison.intervals import holm, kept_by_cluster, mcnemar, proportion
 from compressknow.comparison.records import (
     Certainty,
     Confidence,
@@ -26,8 +27,6 @@ from compressknow.comparison.records import (
     Wordings,
 )
 from compressknow.evaluate.records import NoiseFloor
-
-# numpy is imported by the first figure that needs it: whoever only writes a model card does not.
 
 
 def counts_to_json(counts: Counts) -> dict[str, int]:
@@ -47,15 +46,11 @@ def interval_to_json(estimate: Estimate) -> list[float] | None:
 
 def kept_to_json(counts: Counts) -> dict[str, Any]:
     """Return knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
-    from compressknow.comparison.intervals import mcnemar, proportion
-
     return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
 
 
 def clusters_to_json(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
-    from compressknow.comparison.intervals import kept_by_cluster
-
     by_cluster = interval_to_json(kept_by_cluster(relations))
     return {**counts_to_json(counts), **kept_to_json(counts), "kept_cluster_interval": by_cluster}
 
@@ -83,8 +78,6 @@ def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
 
 def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each group by its name."""
-    from compressknow.comparison.intervals import holm, mcnemar
-
     exact = holm([mcnemar(group.counts) for group in groups])
     return {
         group.name: {
@@ -109,17 +102,6 @@ def probe_to_json(probe: ProbeFigures) -> dict[str, Any]:
         **_wordings(probe.wordings),
         **_confidence(probe.confidence),
         **certainty_to_json(probe.certainty),
-        **_figures(probe),
-        "facts_read": probe.facts_read,
-        "dropped": dict(probe.dropped),
-        "limit": probe.limit,
-        "seed": probe.seed,
-    }
-    return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
-
-
-def _figures(probe: ProbeFigures) -> dict[str, Any]:
-    return {
         "protocol": probe.protocol,
         "average": probe.average,
         **counts_to_json(probe.counts),
@@ -147,7 +129,12 @@ def _figures(probe: ProbeFigures) -> dict[str, Any]:
         "drop_absolute": probe.drop_absolute,
         "drop_relative": probe.drop_relative,
         "by_subject": groups_to_json(probe.by_subject),
+        "facts_read": probe.facts_read,
+        "dropped": dict(probe.dropped),
+        "limit": probe.limit,
+        "seed": probe.seed,
     }
+    return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
 
 
 def _both(name: str, pair: tuple[float | None, float | None] | None) -> dict[str, float | None]:
@@ -194,20 +181,19 @@ def _wordings(wordings: Wordings | None) -> dict[str, Any]:
 
 def _confidence(confidence: Confidence | None) -> dict[str, Any]:
     values = asdict(confidence) if confidence else {}
-    sides = ("original", "compressed")
-    keys = ["confidence_median", *(f"{key}_{side}" for key in ("wrong", "confidently_wrong") for side in sides)]
-    thirds = {
-        third.name: {
-            "confidence": [third.low, third.high],
-            **{"n": third.counts.n, "both": third.counts.both, "lost": third.counts.lost},
-            **estimate_to_json("kept", third.kept),
-        }
-        for third in (confidence.thirds if confidence else ())
-    }
+    wrong = ("wrong_original", "wrong_compressed", "confidently_wrong_original", "confidently_wrong_compressed")
     return {
-        **{key: values.get(key.removeprefix("confidence_")) for key in keys},
-        "by_confidence": thirds,
-        **{f"reliability_{side}": list(values.get(f"reliability_{side}", ())) for side in sides},
+        "confidence_median": values.get("median"),
+        **{key: values.get(key) for key in wrong},
+        "by_confidence": {
+            third.name: {
+                "confidence": [third.low, third.high],
+                **{"n": third.counts.n, "both": third.counts.both, "lost": third.counts.lost},
+                **estimate_to_json("kept", third.kept),
+            }
+            for third in (confidence.thirds if confidence else ())
+        },
+        **{key: list(values.get(key, ())) for key in ("reliability_original", "reliability_compressed")},
     }
 
 

@@ -24,7 +24,6 @@ SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
 PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
 # Lines differ in marker and dashes too: colour alone tells some people nothing.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_NO_LEVELS: Mapping[str, float] = {}  # no lines across
 _APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
@@ -71,13 +70,7 @@ class Bar:
 
 @contextmanager
 def open_axes(
-    height: int,
-    id: str,
-    title: str,
-    description: str,
-    *,
-    width: int = WIDTH,
-    hover: Mapping[str, str] | None = None,
+    height: int, id: str, title: str, description: str, *, width: int = WIDTH, hover: Mapping[str, str] = {}
 ) -> Iterator[tuple[Axes, Callable[[], str]]]:
     """Yield axes, and the function that gives the SVG once the block has ended; `hover` as in `svg.make_inline`."""
     import matplotlib
@@ -99,7 +92,7 @@ def draw_lines(
     title: str,
     *,
     start: float,
-    levels: Mapping[str, float] = _NO_LEVELS,
+    levels: Mapping[str, float] = {},
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
@@ -124,18 +117,18 @@ def draw_lines(
         places = move_apart([y for _, y, *_ in ends], _APART * (top - bottom), bottom)
         for (x, y, label, colour), place in zip(ends, places, strict=True):
             plot.plot([x + largest * 0.02, largest * 1.06], [y, place], color=RULE, linewidth=0.8)
-            plot.text(largest * 1.08, place, label, va="center", fontsize=11, color=colour)
+            plot.text(largest * 1.08, place, label, va="center", color=colour)
         _draw_levels(plot, levels, largest, (bottom, top), 100 * start)
         amounts = sorted({amount for line in drawn_lines for amount, _ in line.points} | {0.0})
         plot.set_xlim(-largest * 0.03, largest * 1.45)
         plot.set_xticks(_space_out(amounts, 0.18 * largest))
         plot.xaxis.set_major_formatter(lambda amount, _: f"{amount:g} %")
-        plot.set_xlabel("weights pruned in the scope", fontsize=11, loc="left")
+        plot.set_xlabel("weights pruned in the scope", loc="left")
         set_percent_axis(plot, bottom, top, unit)
     return drawn()
 
 
-def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = _NO_LEVELS) -> tuple[float, float]:
+def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = {}) -> tuple[float, float]:
     """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
     ends = [100 * level for level in levels.values()]
     for each in plotted:
@@ -192,7 +185,7 @@ def draw_bars(
     id: str,
     title: str,
     *,
-    levels: Mapping[str, float] = _NO_LEVELS,
+    levels: Mapping[str, float] = {},
     high: float = 100,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
@@ -216,13 +209,13 @@ def draw_bars(
             plot.barh([y], [value], height=0.5, color=SERIES[bar.series])
             plot.plot([lowest, highest], [y, y], color=INK, linewidth=1.4)
             edge = max(value, highest, 0) + 0.02 * (right - left)
-            plot.text(edge, y, write_value(bar.value.value, unit), va="center", fontsize=11)
+            plot.text(edge, y, write_value(bar.value.value, unit), va="center")
         for group, bars in groupby(zip(places, drawn_bars, strict=True), lambda each: each[1].group):
             if group:
                 # From the edge, above the names of its bars, where there is room for most of them.
                 place = 0.01, next(bars)[0] - 0.85
                 at: Any = {"xycoords": ("figure fraction", "data"), "va": "center"}
-                plot.annotate(_shorten(group, 48), place, fontsize=11, color=MUTED, **at)
+                plot.annotate(_shorten(group, 48), place, color=MUTED, **at)
         for i, (name, level) in enumerate(levels.items()):
             x = 100 * level
             plot.plot([x, x], [-0.7 - 0.9 * i, last + 0.5], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
@@ -337,7 +330,7 @@ class Tradeoff:
     marks: Sequence[Mark]
     looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
     edge: Sequence[str]  # kinds whose marks can be on the edge
-    told: str
+    told: str  # what the marks on the edge are, in words before those of each
     more_is_better: bool = False  # of a cost that is none, such as a speed
     keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
     rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
@@ -362,8 +355,15 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
     """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
-    with open_axes(height, id, chart.title, chart.told, width=width, hover=hover) as (plot, drawn):
-        _draw_edge(plot, chart)
+    able = [mark for mark in chart.marks if mark.kind in chart.edge]
+    best = find_unbeaten(able, more_is_better=chart.more_is_better)
+    told = f"{chart.told}: {'; '.join(mark.told for mark in best)}."
+    with open_axes(height, id, chart.title, told, width=width, hover=hover) as (plot, drawn):
+        if best:
+            # It is kept at every cost from there on; at every speed up to there.
+            style = "steps-pre" if chart.more_is_better else "steps-post"
+            places = sorted((mark.cost, 100 * mark.share) for mark in best)
+            plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
         for across, dashes in ((chart.keep, (4, 3)), (chart.rounding, (1, 2))):
             if across is not None:
                 plot.axhline(100 * across, color=MUTED, linewidth=0.9, linestyle=(0, dashes))
@@ -388,18 +388,9 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []
         plot.set_xlim(left=left)
         plot.set_xlabel(f"{chart.cost}\n(not from zero: {', '.join(cut)})" if cut else chart.cost)
-        set_percent_axis(plot, bottom, unit=PERCENT)
+        set_percent_axis(plot, bottom)
         draw_labels(plot, [(mark.cost, 100 * mark.share, mark.label) for mark in chart.marks])
     return drawn()
-
-
-def _draw_edge(plot: Axes, chart: Tradeoff) -> None:
-    """Draw what nothing beats: it is kept at every cost from there on; at every speed up to there."""
-    able = [mark for mark in chart.marks if mark.kind in chart.edge]
-    if best := find_unbeaten(able, more_is_better=chart.more_is_better):
-        places = sorted((mark.cost, 100 * mark.share) for mark in best)
-        style = "steps-pre" if chart.more_is_better else "steps-post"
-        plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
 
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:

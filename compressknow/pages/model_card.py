@@ -13,7 +13,7 @@ import yaml
 
 from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
-from compressknow.base.format import count, number, percent, size
+from compressknow.base.format import count, percent, size
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
 from compressknow.compress.recipe import to_toml
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # What stays true of a model when it is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-_FOLDER = "PATH/TO/THIS/FOLDER"
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
 # Of so many zeros that have values again, a warning.
@@ -56,33 +55,25 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
     """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's."""
-    source, totals = manifest["source"], manifest["totals"]
+    source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
+    # The name comes from a config that anyone may have written, and goes into code that people paste.
+    name = find_auto_class(architecture, model_type)
+    auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
     command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision]
     return render(
         "model_card.md.j2",
         metadata=_make_metadata(manifest, source_card_metadata, schemes),
-        name=source["name"],
-        revision=source.get("revision"),
-        architecture=architecture,
-        setup=manifest["setup"],
-        version=manifest["versions"]["compressknow"],
+        manifest=manifest,
+        groups={**manifest["groups"], "whole model": manifest["totals"]},
         deeds=_list_deeds(manifest, schemes),
-        size_before=size(totals["bytes_before"]),
-        size_after=size(totals["bytes_after"]),
-        zeros_before=count(totals["zeros_before"]),
-        zeros_after=count(totals["zeros_after"]),
-        rows=_make_rows(manifest),
         removed=" ".join(removed_in_words(manifest.get("removed"))),
-        pruned=totals["pruned"] > 0,
         quantized=bool(schemes),
-        untied=[tie | {"size": size(tie["bytes"])} for tie in manifest.get("untied", [])],
-        transformers_code=_write_transformers_code(architecture, model_type),
+        auto_class=auto_class,
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
-        load_code=f'import compressknow\n\nmodel = compressknow.load("{_FOLDER}")',
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
         vllm=vllm_obstacle(manifest) is None,
@@ -139,40 +130,10 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
     return deeds or ["nothing changed"]
 
 
-def _make_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    groups = {**manifest["groups"], "whole model": manifest["totals"]}
-    return [
-        {
-            "group": group,
-            "parameters": count(figures["parameters"]),
-            "pruned": count(figures["pruned"]),
-            "zeros": percent(figures["zeros_after"], figures["parameters"]),
-            "quantized": percent(figures["quantized"], figures["parameters"]),
-            "error": number(figures.get("relative_error"), 4),
-            "before": size(figures["bytes_before"]),
-            "after": size(figures["bytes_after"]),
-        }
-        for group, figures in groups.items()
-        if figures["parameters"]
-    ]
-
-
-def _write_transformers_code(architecture: str, model_type: str) -> str:
-    # The name comes from a config that anyone may have written, and goes into code that people paste.
-    name = find_auto_class(architecture, model_type)
-    name = name if name.isidentifier() and name.isascii() else "AutoModel"
-    return (
-        f"from transformers import {', '.join(sorted([name, 'AutoTokenizer']))}\n\n"
-        f'model = {name}.from_pretrained("{_FOLDER}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{_FOLDER}")'
-    )
-
-
 _TEXT_ENCODER_DECODERS = frozenset(
     """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
     pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5""".split()
 )
-_BY_ENDING = (("ForMaskedLM", "AutoModelForMaskedLM"), ("ForCausalLM", "AutoModelForCausalLM"))
 
 
 def find_auto_class(architecture: str, model_type: str) -> str:
@@ -183,9 +144,10 @@ def find_auto_class(architecture: str, model_type: str) -> str:
     """
     if is_encoder_decoder(architecture, model_type):
         return "AutoModelForSeq2SeqLM"
-    if architecture.endswith("LMHeadModel") and not architecture.endswith("WithLMHeadModel"):
-        return "AutoModelForCausalLM"
-    return next((auto for ending, auto in _BY_ENDING if architecture.endswith(ending)), architecture)
+    if architecture.endswith("ForMaskedLM"):
+        return "AutoModelForMaskedLM"
+    is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel")) and not architecture.endswith("WithLMHeadModel")
+    return "AutoModelForCausalLM" if is_causal else architecture
 
 
 def is_encoder_decoder(architecture: str, model_type: str) -> bool:
@@ -253,19 +215,17 @@ def add_results(front_matter: str, comparison: Comparison) -> str:
     """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
     added = to_yaml({_KEY: _merge_results(metadata.get(_KEY) or [], comparison)})
-    others = _cut_index(front_matter)
-    if others is None:
-        others = to_yaml({key: value for key, value in metadata.items() if key != _KEY})
+    others = _cut_index(front_matter, metadata)
     return f"{others.rstrip()}\n{added}" if others.strip() else added
 
 
-def _cut_index(front_matter: str) -> str | None:
-    """Return the text less its results: what the user wrote stays, comments too. None where it is in braces."""
+def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
+    """Return the text less its results: what the user wrote stays, comments too, but where it is in braces."""
     node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return front_matter
     if node.flow_style:
-        return None
+        return to_yaml({key: value for key, value in metadata.items() if key != _KEY})
     keys = [key for key, _ in node.value]
     at = next((number for number, key in enumerate(keys) if key.value == _KEY), None)
     if at is None:
@@ -330,7 +290,8 @@ def check_model_cards(models: Sequence[str | Path]) -> None:
                 hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
             )
         with _name_errors(folder / CARD):
-            _split(_read(folder / CARD))
+            head, _ = _split(_read(folder / CARD))
+            check_metadata(head)
 
 
 def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
@@ -347,8 +308,11 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
 
     Raises OutputError where the card's metadata cannot be read: writing would lose it.
     """
+    from compressknow.pages.records import write_estimate
+
+    report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)
     # The marks must not come from a name: it would cut the section short when it is replaced.
-    inner = _render_section(original, comparison).replace("<!--", "<\u200b!--")
+    inner = report.replace("<!--", "<\u200b!--")
     section = f"{BEGIN}\n{inner}{END}"
     head, body = _split(text)
     body = body.lstrip("\n").replace(_NOT_MEASURED, "")
@@ -359,34 +323,10 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
     return f"---\n{add_results(head, comparison)}---\n\n{body}"
 
 
-def _render_section(original: ModelFacts, comparison: Comparison) -> str:
-    from compressknow.pages.records import write_estimate
-
-    return render(
-        "model_card_report.md.j2",
-        verdict=comparison.verdict,
-        grades=[
-            (grade.subject, count(grade.counts.known_before), write_estimate(grade.kept), grade.range or grade.grade)
-            for grade in comparison.grades
-        ],
-        probes=[
-            (p.probe, count(p.counts.n), write_estimate(p.accuracy_original), write_estimate(p.accuracy_compressed))
-            for p in comparison.probes
-        ],
-        original=original.name,
-        sha256=original.sha256[:16],
-        size_before=size(original.bytes),
-        size_after=size(comparison.model.bytes),
-        warnings=comparison.warnings,
-    )
-
-
 def _split(text: str) -> tuple[str, str]:
     """Return the card's front matter, without its fences, and the rest."""
     match = _FRONT_MATTER.match(text)
-    head = match.group(1) if match else ""
-    check_metadata(head)
-    return head, text[match.end() :] if match else text
+    return (match.group(1), text[match.end() :]) if match else ("", text)
 
 
 @contextmanager
@@ -414,17 +354,7 @@ def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
     return render(
         "gguf_card.md.j2",
         metadata={**base, "tags": ["compressknow", "gguf"]},
-        name=source["name"],
-        revision=source.get("revision"),
-        architecture=str(source.get("architecture", "")),
-        setup=record["setup"],
-        version=record["versions"].get("compressknow", ""),
-        llama_cpp=record["versions"].get("llama.cpp", ""),
-        rows=[
-            (group, kind, count(counts["tensors"]), count(counts["parameters"]), size(counts["bytes"]))
-            for group, types in record["groups"].items()
-            for kind, counts in types.items()
-        ],
-        file=shlex.quote(file),
-        record=f"{file}.json",
+        record=record,
+        file=file,
+        quoted=shlex.quote(file),
     )

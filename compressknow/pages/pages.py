@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import check_links, open_whole
-from compressknow.base.format import RIGHT_TO_LEFT, count, plain_lines, size, smaller
+from compressknow.base.format import RIGHT_TO_LEFT, count, number, percent, plain_lines, size, smaller
 from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
 from compressknow.base.system import uninterrupted
@@ -86,13 +86,10 @@ def _make_fence(text: str, least: int) -> str:
 def to_yaml(values: dict[str, Any]) -> str:
     """Return `values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
 
-    def dumped(unicode: bool) -> str:
-        # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
-        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=unicode, width=float("inf"))
-        return text
-
-    text = dumped(unicode=True)
-    return text if text == plain_lines(text) else dumped(unicode=False)
+    # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
+    dump: Callable[..., str] = partial(yaml.safe_dump, values, sort_keys=False, width=float("inf"))
+    text = dump(allow_unicode=True)
+    return text if text == plain_lines(text) else dump(allow_unicode=False)
 
 
 def isolate(sentence: object) -> Markup:
@@ -142,8 +139,8 @@ def _make_environment() -> Environment:
         finalize=_finish,
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
-    environment.filters.update(isolated=isolate, unbroken=keep_unbroken)
-    environment.filters.update(sentence=to_markdown, cell=to_markdown, count=count, size=size, smaller=smaller)
+    environment.filters.update(isolated=isolate, unbroken=keep_unbroken, sentence=to_markdown)
+    environment.filters.update(count=count, number=number, percent=percent, size=size, smaller=smaller)
     return environment
 
 

@@ -62,15 +62,15 @@ def make_name_entry(label: str, name: object, revision: object) -> Entry:
     return Entry(label, plain(name, 120) + (f"@{plain(revision, 60)}" if revision else ""), code=True)
 
 
-def make_hash_entry(label: str, sha256: str) -> Entry:
+def make_hash_entry(sha256: str) -> Entry:
     """Return a hash, shortened to the digits that tell any two apart."""
     hash = plain(sha256, 80)
-    return Entry(label, hash[:12], code=True, full=hash)
+    return Entry("SHA-256", hash[:12], code=True, full=hash)
 
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
-    entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry("SHA-256", model.sha256)]
+    entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry(model.sha256)]
     if source := model.source:
         entries.append(make_name_entry("Made from", source.get("name", ""), source.get("revision")))
     if model.setup:
@@ -315,13 +315,13 @@ class Shown:
 class Page:
     """Page of sections, one below the other; or what a page holds of one of several models."""
 
-    kind: str  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
-    title: str
-    models: str  # which models it is about
     headline: str
-    verdict: str
-    warnings: tuple[str, ...]
     sections: tuple[Shown, ...]
+    kind: str = ""  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
+    title: str = ""
+    models: str = ""  # which models it is about
+    verdict: str = ""
+    warnings: tuple[str, ...] = ()
     unlisted: int = 0  # so many sections stand before the table of contents, which does not list them
     next: tuple[str, ...] = ()  # sentences on what to do
     counts: Counts | None = None  # facts by which models know them
@@ -334,25 +334,25 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
     """Yield the parts with their charts drawn and ids given; without charts and bars in tables where not `charts`."""
     for number, part in enumerate(parts, start=1):
         place = f"{id}-{number}"
-        if isinstance(part, Chart | Charts) and not charts:
-            continue
-        if isinstance(part, Chart):
-            yield part.draw_svg(place)
-        elif isinstance(part, Charts):
-            each = enumerate(part.charts, start=1)
-            drawn = (chart.draw_svg(f"{place}-{i}") if isinstance(chart, Chart) else chart for i, chart in each)
-            yield replace(part, charts=tuple(drawn))
-        elif isinstance(part, Beside):
-            chart = part.chart.draw_svg(place) if charts and isinstance(part.chart, Chart) else None
-            yield replace(part, chart=chart, table=_drop_bars(part.table, charts))
-        elif isinstance(part, Folded):
-            yield replace(part, parts=tuple(draw_charts(part.parts, place, charts)))
-        else:
-            yield _drop_bars(part, charts) if isinstance(part, Table) else part
-
-
-def _drop_bars(table: Table, bars: bool) -> Table:
-    return table if bars else replace(table, bars=())
+        match part:
+            case Folded():
+                yield replace(part, parts=tuple(draw_charts(part.parts, place, charts)))
+            case Chart() | Charts() if not charts:
+                continue
+            case Table() if not charts:
+                yield replace(part, bars=())
+            case Beside() if not charts:
+                yield replace(part, chart=None, table=replace(part.table, bars=()))
+            case Chart():
+                yield part.draw_svg(place)
+            case Charts():
+                each = enumerate(part.charts, start=1)
+                drawn = (chart.draw_svg(f"{place}-{i}") if isinstance(chart, Chart) else chart for i, chart in each)
+                yield replace(part, charts=tuple(drawn))
+            case Beside(chart=Chart() as chart):
+                yield replace(part, chart=chart.draw_svg(place))
+            case _:
+                yield part
 
 
 BLANK = "[MASK]"
@@ -384,6 +384,6 @@ def make_fact_parts(
         yield make_rest_note(left_out, *of)
 
 
-def make_rest_note(left_out: int, page: str = "report", file: str = "report.json") -> Note:
+def make_rest_note(left_out: int, page: str, file: str) -> Note:
     """Return the note on what only the JSON has of the above."""
     return Note(f"{count(left_out)} more are in the JSON of this {page}, which -o {file} writes.")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import count, estimate, plain, share, size
+from compressknow.base.format import NONE, count, plain, share, size
 from compressknow.base.notebook import Shown, Summary, Tabular
-from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.intervals import clusters_of, kept_by_cluster, mcnemar, proportion
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -32,7 +32,6 @@ from compressknow.pages.as_json import (
 )
 
 if TYPE_CHECKING:
-    # Whoever only writes a model card need not import numpy.
     from compressknow.comparison.paired import Standing
 
 SCHEMA = 1  # of report.json
@@ -146,15 +145,10 @@ class Comparison(Shown):
     @property
     def clusters(self) -> list[Counts]:
         """Return what the facts are drawn in, over all probes."""
-        # Whoever only writes a model card need not import numpy.
-        from compressknow.comparison.intervals import clusters_of
-
         return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        from compressknow.comparison.intervals import kept_by_cluster, proportion
-
         simple = proportion(self.counts.both, self.counts.known_before, level)
         return simple.or_wider(kept_by_cluster(self.clusters, level))
 
@@ -252,28 +246,38 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
 
 
 def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> str:
-    """Write a figure with its interval."""
-    return estimate(figure.value, figure.low, figure.high, write)
+    """Write a figure with its interval, its unit said once where that reads well.
+
+    >>> [write_estimate(Estimate(*ends)) for ends in ((0.951, 0.94, 0.961), (1.0, 0.93, 1.0), (0.5,), (None,))]
+    ['95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-']
+    >>> from compressknow.base.format import points
+    >>> write_estimate(Estimate(-0.02, -0.03, 0.0), points)
+    '−2.0 points (−3.0 to 0)'
+    """
+    if figure.value is None:
+        return NONE
+    if figure.low is None or figure.high is None:
+        return write(figure.value)
+    return f"{write(figure.value)} ({write_range(figure.low, figure.high, write).replace(' points', '')})"
 
 
-def write_range(low: float, high: float) -> str:
+def write_range(low: float, high: float, write: Callable[[float], str] = share) -> str:
     """Write two shares as the ends of a range.
 
     >>> write_range(0.914, 0.953)
     '91.4 to 95.3 %'
     """
-    return f"{share(low).removesuffix(' %')} to {share(high)}"
+    return f"{write(low).removesuffix(' %')} to {write(high)}"
 
 
 def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
-    models = [comparison.model for comparison in comparisons]
-    setups = [plain(model.setup or model.name, NAME_CHARACTERS) for model in models]
-    named = [f"{setup} ({plain(model.name, NAME_CHARACTERS)})" for setup, model in zip(setups, models, strict=True)]
+    names = [plain(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [plain(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
-    labels = [name if repeated[setup] > 1 else setup for setup, name in zip(setups, named, strict=True)]
+    labels = [f"{setup} ({name})" if repeated[setup] > 1 else setup for setup, name in zip(setups, names, strict=True)]
     repeated = Counter(labels)
     return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 

@@ -13,7 +13,7 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
-from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
     BAR,
@@ -130,23 +130,26 @@ def make_search_page(search: Search) -> Page:
         headline=write_headline(search),
         verdict=write_verdict(search),
         warnings=list_warnings(search),
-        sections=tuple(section for section in _make_sections(search) if section.parts),
+        sections=tuple(_make_sections(search)),
         unlisted=_ALL,
     )
 
 
 def _make_sections(search: Search) -> Iterator[Shown]:
-    entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
-    recipe = plain_lines(search.recipe) if search.recipe else None
-    confirmed, tried = (_files_table(search, trials) for trials in (search.confirmed, search.tried))
     if search.tried:
         chart = _make_tradeoff(search)
         narrow = Drawn(draw_tradeoff(chart, "pareto-chart"), look="narrow")
         broad = Drawn(draw_tradeoff(chart, "broad-pareto", broad=True), look="broad")
         yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
-    yield Shown("winner", "The types of its weights", (Code(recipe, "toml"),) if recipe else ())
-    yield Shown("held-out", "On the facts held out to select by", confirmed, look="wide")
-    yield Shown("tried", "All files", (*tried, Note("", drawn=BAR)) if tried else (), look="wide")
+    if search.recipe:
+        yield Shown("winner", "The types of its weights", (Code(plain_lines(search.recipe), "toml"),))
+    if search.confirmed:
+        table = _tabulate_files(search.confirmed, held_out=True)
+        yield Shown("held-out", "On the facts held out to select by", (table,), look="wide")
+    if search.tried:
+        table = _tabulate_files(search.tried, held_out=False)
+        yield Shown("tried", "All files", (table, Note("", drawn=BAR)), look="wide")
+    entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
     yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
     yield Shown("run", "The run", show_run(search.command, search.versions, entries), look="text")
 
@@ -208,14 +211,10 @@ def _write_kept(kept: Estimate | None) -> str:
     return write_estimate(kept or Estimate(None))
 
 
-def _files_table(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
-    """Files, the smallest first."""
-    if not trials:
-        return ()
+def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
     rows = sorted(trials, key=lambda each: each.bytes)
-    held_out = trials is search.confirmed
     columns = ("Weights", "Size", "Predicted KL, nats", "Kept, facts of the search")
-    table = Table(
+    return Table(
         "Files evaluated on the facts held out to select by" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(
@@ -227,7 +226,6 @@ def _files_table(search: Search, trials: Sequence[Trial]) -> tuple[Table, ...]:
         bars_after=4,
         sortable=len(rows) > 1,
     )
-    return (table,)
 
 
 def _describe_method(search: Search) -> Iterator[str]:
@@ -279,7 +277,6 @@ def _make_tradeoff(search: Search) -> Tradeoff:
         for each in search.tried
         if each.kept.value is not None
     ]
-    best = find_unbeaten(marks)
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
     return Tradeoff(
@@ -288,7 +285,7 @@ def _make_tradeoff(search: Search) -> Tradeoff:
         marks,
         _LOOKS,
         edge=(_TRIED,),
-        told=f"The best at each size: {'; '.join(mark.told for mark in best)}.",
+        told="The best at each size",
         keep=search.keep,
         rounding=search.rounding,
     )

@@ -31,7 +31,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
-def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] | None = None) -> str:
+def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] = {}) -> str:
     """Return `raw` as an element for HTML, named and described for those who cannot see it.
 
     Nothing else on the page may have its `id` or begin with it. Title and description are plain text, escaped here;
@@ -40,11 +40,13 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
     for element in root.iter():
         element.tag = _strip_namespace(element.tag)
-    _drop(root, {"metadata", "style"})
+    for parent in list(root.iter()):
+        for child in [each for each in parent if each.tag in ("metadata", "style")]:
+            parent.remove(child)
     marks = [
-        (mark, hover[group.get("id", "")])
+        (mark, hover[name])
         for group in root.iter("g")
-        if hover and group.get("id") in hover
+        if (name := group.get("id", "")) in hover
         for mark in group.iter("use")
     ]
     referenced = {name for element in root.iter() for name in _list_references(element)}
@@ -129,14 +131,6 @@ def _strip_namespace(name: str) -> str:
     return name.rpartition("}")[2]
 
 
-def _drop(parent: ElementTree.Element, tags: set[str]) -> None:
-    for child in list(parent):
-        if child.tag in tags:
-            parent.remove(child)
-        else:
-            _drop(child, tags)
-
-
 def _list_references(element: ElementTree.Element) -> Iterator[str]:
     for name, value in element.attrib.items():
         if _strip_namespace(name) == "href":
@@ -185,7 +179,7 @@ def _read_style(style: str) -> dict[str, str]:
 
 
 def _shorten(value: str) -> str:
-    rounded = _DECIMALS.sub(lambda match: f"{float(match.group()):.1f}".removesuffix(".0"), value)
+    rounded = _DECIMALS.sub(lambda match: _write_number(float(match.group())), value)
     return " ".join(rounded.split()).replace("-0 ", "0 ")
 
 

@@ -44,7 +44,6 @@ METHOD = (
 
 def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
     """Yield tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
-    names = plain(names[0], 40), plain(names[1], 40)
     for figures in texts:
         name = plain(figures.text, 60)
         yield _make_perplexity_table(figures, name, names)
@@ -57,15 +56,15 @@ def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Ite
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
     """Write one text as a sentence of the verdict; `names` are what it calls the two models."""
     one, other = names
-    name, ratio = plain(figures.text, 60), figures.moved.ratio if figures.moved else None
-    if ratio is None:
+    name, moved = plain(figures.text, 60), figures.moved
+    if moved is None:
         before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
     before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
-    change = "unchanged" if ratio.value == 1 else f"{write_change(ratio)}, from {before}"
+    change = "unchanged" if moved.ratio.value == 1 else f"{write_change(moved.ratio)}, from {before}"
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
-    same = figures.moved.same_top.value if figures.moved else None
-    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {share(same)} of places."
+    same = share(moved.same_top.value)
+    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {same} of places."
 
 
 def write_text_headline(figures: TextFigures) -> str:
@@ -194,23 +193,21 @@ def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     sizes = [value for _, value in values]
     # Powers of ten around the values; the figures stand to the right of their bars, so that room is left there.
-    low, high = (10.0 ** math.floor(math.log10(min(sizes))), 10.0 ** math.ceil(math.log10(max(sizes))))
+    first, last = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
+    low, high = 10.0**first, 10.0**last
     plot.set_xscale("log")
     plot.set_xlim(low, high * (high / low) ** 0.25)
     places = range(len(values))
     plot.barh(places, [value - low for value in sizes], left=low, height=0.5, color=drawing.SERIES[0])
     for place, (_, value) in enumerate(values):
-        plot.annotate(
-            number(value, 4) if value < 10 else number(value, 1),
-            (value, place), (5, 0), textcoords="offset points", va="center", fontsize=11,
-        )  # fmt: skip
+        label = number(value, 4) if value < 10 else number(value, 1)
+        plot.annotate(label, (value, place), (5, 0), textcoords="offset points", va="center")
     plot.set_ylim(len(values) - 0.5, -0.5)
     plot.set_yticks(places, [label for label, _ in values])
-    step = max(1, math.ceil(math.log10(high / low) / 4))
-    ticks = [low * 10.0**power for power in range(0, round(math.log10(high / low)) + 1, step)]
+    ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
     plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
-    plot.set_xlabel("KL by token, nats", fontsize=11, loc="left")
+    plot.set_xlabel("KL by token, nats", loc="left")
     plot.grid(axis="x")
     plot.set_axisbelow(True)
     plot.spines["bottom"].set_visible(False)

@@ -15,7 +15,7 @@ from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes
-from compressknow.pages.pages import escape_markdown
+from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.records import Card, Comparison, Decision, label_models, name_models, write_estimate
 
 SUMMARY = "summary.md"
@@ -160,9 +160,7 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
     if counts.kept is None or not strict:
         return counts.kept is not None and counts.kept >= gate.least
     low, high = interval.low or 0.0, interval.high or 0.0
-    if low < gate.least <= high:
-        return None
-    return low >= gate.least
+    return None if low < gate.least <= high else low >= gate.least
 
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
@@ -218,34 +216,27 @@ def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
 
 def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
     """Return as Markdown the gates, then which of several models to take, or one's domains and first losses."""
-    lines = [f"### What {escape_markdown(card.original.name)} kept", "", escape_markdown(card.verdict), ""]
-    if card.decision:
-        lines += [f"**{escape_markdown(card.decision.reason)}**", ""]
-    if gates:
-        lines += ["| model | size | gate | kept (95 % interval) | |", "| --- | ---: | --- | --- | --- |"]
-        for name, comparison in zip(name_models(card), card.comparisons, strict=True):
-            for gate in gates:
-                met = _RESULTS[is_met(comparison, gate, strict=strict)]
-                cells = (name, size(comparison.model.bytes), gate.in_words, _write_kept(comparison, gate), met)
-                lines.append(f"| {' | '.join(map(escape_markdown, cells))} |")
-        lines.append("")
-    if len(card.comparisons) == 1:
-        lines += _summarize_domains(card.comparisons[0], show_facts=card.show_facts)
-    return "\n".join([*lines, f"- Versions: compressknow {card.versions.get('compressknow', '')}", ""])
-
-
-def _summarize_domains(comparison: Comparison, *, show_facts: bool) -> list[str]:
-    worst = sorted(comparison.grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)
-    parts = [
+    results = [
+        (
+            name,
+            size(each.model.bytes),
+            gate.in_words,
+            _write_kept(each, gate),
+            _RESULTS[is_met(each, gate, strict=strict)],
+        )
+        for name, each in zip(name_models(card), card.comparisons, strict=True)
+        for gate in gates
+    ]
+    single = card.comparisons[0] if len(card.comparisons) == 1 else None
+    grades = single.grades if single else ()
+    worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
+    domains = [
         f"{escape_markdown(grade.subject)} {percent(grade.counts.both, grade.counts.known_before)}"
-        for grade in worst[:_DOMAINS]
+        for grade in worst
         if grade.counts.known_before
     ]
-    lines = [f"By domain, the worst first: {', '.join(parts)}.", ""] if parts else []
-    if show_facts and comparison.lost:
-        lost = (f"{fact.prompt} ({fact.gold}, now {fact.after})" for fact in comparison.lost[:_FACTS])
-        lines += ["Forgotten, among others:", "", *(f"- {escape_markdown(fact)}" for fact in lost), ""]
-    return lines
+    lost = single.lost[:_FACTS] if single and card.show_facts else ()
+    return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
 
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:

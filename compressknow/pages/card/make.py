@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import count, plain
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
 from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, proportion
-from compressknow.comparison.paired import Pair, compare_probe, list_changed_facts, measure_certainty, pair_answers
+from compressknow.comparison.paired import compare_probe, list_changed_facts, measure_certainty, pair_answers
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.comparison.text import text_figures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer, Answers
@@ -20,7 +19,7 @@ from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_o
 from compressknow.evaluate.sources import find_source
 from compressknow.pages.card import warnings
 from compressknow.pages.card.gate import Gate, decide
-from compressknow.pages.card.sections import ProbeAnswers, add_sections, list_explained, list_failures
+from compressknow.pages.card.sections import add_sections, list_explained, list_failures
 from compressknow.pages.card.verdict import (
     LOWEST,
     SCALE,
@@ -93,18 +92,19 @@ def make_card(
             for p in compared.probes
         )
         compared = replace(compared, probes=tuple(probes))
-        comparisons.append(_add_sections(model, compared, (original, answers), show_facts=show_facts))
+        comparisons.append(add_sections(model, compared, (original, answers), show_facts=show_facts))
     # What holds for all of several models is said once, of the whole card.
     common = comparisons[0].warnings if len(comparisons) > 1 else ()
     common = tuple(warning for warning in common if all(warning in each.warnings for each in comparisons))
     of_sections = (text for section in list_explained(comparisons) for text in section.method)
     broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
-    asked: Any = {"gates": gates, "strict": strict, "within": within, "broken": broken}
-    decision = decide(original, compressed, comparisons, **asked) if len(comparisons) > 1 else None
+    if len(comparisons) == 1:
+        verdict, decision = comparisons[0].verdict, None
+    else:
+        decision = decide(original, compressed, comparisons, gates=gates, strict=strict, within=within, broken=broken)
+        verdict = _write_joint_verdict(original, comparisons, decision)
     return Card(
-        verdict=comparisons[0].verdict
-        if len(comparisons) == 1
-        else _write_joint_verdict(original, comparisons, decision),
+        verdict=verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(*warnings.warn_of_known(known), *common, *list_failures(comparisons)),
@@ -137,19 +137,6 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     return " ".join(sentences)
 
 
-def _add_sections(
-    model: ModelFacts, comparison: Comparison, both: tuple[Answers, Answers], *, show_facts: bool
-) -> Comparison:
-    @cache
-    def answers() -> tuple[ProbeAnswers, ...]:
-        evaluated = {probe.probe: _get_evaluated(*both, probe.probe) for probe in comparison.probes}
-        return tuple(
-            ProbeAnswers(probe, tuple(pair_answers(probe, *each)), *each[2:]) for probe, each in evaluated.items()
-        )
-
-    return add_sections(model, comparison, answers, show_facts=show_facts)
-
-
 def read_model_facts(record: ModelRecord) -> ModelFacts:
     """Return the "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
@@ -177,14 +164,14 @@ def compare(
     common = [probe for probe in original.probes if probe in compressed.probes]
     probes = [probe for probe in common if not original.record.probes[probe].text]
     texts = tuple(_compare_text(original, compressed, name) for name in common if name not in probes)
-    evaluated = {probe: _get_evaluated(original, compressed, probe) for probe in probes}
-    ran_in = compressed.record.model.ran_in
-    figures = tuple(compare_probe(*evaluated[probe], probe=probe, ran_in=ran_in) for probe in probes)
-    counts = sum((probe.counts for probe in figures), Counts())
-    pairs: list[Pair] = (
-        [pair for probe in probes for pair in pair_answers(probe, *evaluated[probe])] if show_facts else []
-    )
+    figures, pairs = [], []
+    for probe in probes:
+        sides = original.of(probe), compressed.of(probe)
+        entries = original.record.probes[probe], compressed.record.probes[probe]
+        figures.append(compare_probe(*sides, *entries, probe=probe, ran_in=compressed.record.model.ran_in))
+        pairs += pair_answers(probe, *sides, *entries) if show_facts else []
     lost, gained = list_changed_facts(pairs)
+    counts = sum((probe.counts for probe in figures), Counts())
     graded = grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
@@ -195,7 +182,7 @@ def compare(
         kept=kept,
         counts=counts,
         grades=graded,
-        probes=figures,
+        probes=tuple(figures),
         certainty=sure,
         early=early,
         lost=lost,
@@ -203,9 +190,7 @@ def compare(
         texts=texts,
         source_matches=warnings.check_source(before, model),
         warnings=(
-            *warnings.warn_of_source(before, model),
-            *warnings.warn_of_changes(before, model),
-            *warnings.warn_of_order(before, model),
+            *warnings.warn_of_provenance(before, model),
             *warnings.warn_of_models(before, model),
             *warnings.warn_of_runs(original, compressed, probes),
             *warnings.warn_of_figures(counts, graded, figures),
@@ -233,22 +218,19 @@ def describe_method(
     original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Say how the probes were run and judged, how sections compute what they alone show, and the limits of that."""
-    probes: dict[str, ProbeFigures] = {}
-    for comparison in comparisons:
-        for figures in comparison.probes:
-            probes.setdefault(figures.probe, figures)
+    probes = warnings.list_probes(comparisons)
     of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
     if not probes and of_texts:
         return (*of_texts, *of_sections)
-    scored_here = any(_describe_source(name) is None for name in probes)
+    scored_here = any(_describe_source(figures.probe) is None for figures in probes)
     family = original.record.model.family or ""
     return (
         *([_SCORING[family]] if scored_here and family in _SCORING else []),
-        *(_describe_probe(p, original.record.probes[name], original.of(name)) for name, p in probes.items()),
+        *(_describe_probe(p, original.record.probes[p.probe], original.of(p.probe)) for p in probes),
         *_describe_figures(),
         *of_texts,
         *of_sections,
-        *_describe_limits(probes.values()),
+        *_describe_limits(probes),
     )
 
 
@@ -321,12 +303,6 @@ def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
             "Where a model chooses among given answers, some right ones are guesses; a model that writes freely knows "
             "less than these figures say."
         )
-
-
-def _get_evaluated(original: Answers, compressed: Answers, probe: str) -> tuple[Any, ...]:
-    """Return both models' answers to a probe, and its entries in both records."""
-    both = (original, compressed)
-    return (*(side.of(probe) for side in both), *(side.record.probes[probe] for side in both))
 
 
 def _check_comparable(original: Answers, compressed: Answers) -> None:

@@ -6,7 +6,7 @@ All texts of models and facts go through `plain` here; the templates escape for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
 from compressknow.pages.card.warnings import describe_mark, find_rounding_kept, list_probes, mark_rounding
-from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff, find_unbeaten
+from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.parts import (
     BAR,
     Charts,
@@ -68,27 +68,34 @@ _Cost = tuple[float, str, str]
 
 def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
     """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
-    models = [card.original, *(comparison.model for comparison in card.comparisons)]
-    sizes = [None if m.bytes is None else (m.bytes / 1e6, size(m.bytes), name_runtime(m)) for m in models]
-    rates = [model.speed.tokens_per_second if model.speed else None for model in models]
-    speeds = [
-        None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
-        for rate, model in zip(rates, models, strict=True)
-    ]
     charts = (
-        _chart_cost(card, names, sizes, "size on disk", "size on disk, MB"),
-        _chart_cost(card, names, speeds, "tokens a second", "tokens a second", more_is_better=True),
+        _chart_cost(card, names, _get_size, "size on disk", "size on disk, MB"),
+        _chart_cost(card, names, _get_speed, "tokens a second", "tokens a second", more_is_better=True),
     )
     return tuple(chart for chart in charts if chart)
 
 
+def _get_size(model: ModelFacts) -> _Cost | None:
+    return None if model.bytes is None else (model.bytes / 1e6, size(model.bytes), name_runtime(model))
+
+
+def _get_speed(model: ModelFacts) -> _Cost | None:
+    rate = model.speed.tokens_per_second if model.speed else None
+    return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
+
+
 def _chart_cost(
-    card: Card, names: Sequence[str], costs: Sequence[_Cost | None], title: str, axis: str, more_is_better: bool = False
+    card: Card,
+    names: Sequence[str],
+    get_cost: Callable[[ModelFacts], _Cost | None],
+    title: str,
+    axis: str,
+    more_is_better: bool = False,
 ) -> Tradeoff | None:
-    """Chart costs, the original's first, where enough compressed models differ in them."""
+    """Chart costs where enough compressed models differ in them."""
     marks = []
-    for number, (comparison, name, cost) in enumerate(zip(card.comparisons, names, costs[1:], strict=True), start=1):
-        if cost and comparison.kept.value is not None:
+    for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
+        if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
             amount, written, runtime = cost
             text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
             marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
@@ -96,9 +103,8 @@ def _chart_cost(
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
-    best = find_unbeaten(marks, more_is_better=more_is_better)
-    if costs[0]:
-        amount, written, runtime = costs[0]
+    if cost := get_cost(card.original):
+        amount, written, runtime = cost
         name = f"the original, in {runtime}"
         marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
         looks[name] = ("D", INK, 6.0)
@@ -108,7 +114,7 @@ def _chart_cost(
         marks,
         looks,
         edge=kinds,
-        told=f"The best: {'; '.join(mark.told for mark in best)}.",
+        told="The best",
         more_is_better=more_is_better,
         rounding=find_rounding_kept(list_probes(card.comparisons)),
     )
@@ -117,17 +123,16 @@ def _chart_cost(
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
     """Return charts of what several models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split_setups(comparisons)
-    title = "Knowledge kept by how much was pruned"
     levels = mark_rounding(find_rounding_kept(list_probes(comparisons)))
-    charts = [drawing.draw_lines(lines, f"{id}-lines", title, start=1, levels=levels)] if lines else []
+    charts = []
+    if lines:
+        title = "Knowledge kept by how much was pruned"
+        charts.append(drawing.draw_lines(lines, f"{id}-lines", title, start=1, levels=levels))
+    bars = [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
     # Many bars would repeat the overview's, one below the other.
-    bars = (
-        []
-        if len(others) > _MOST_BARS
-        else [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
-    )
-    title = "Knowledge kept by compressed model"
-    return (*charts, *([drawing.draw_bars(bars, f"{id}-bars", title, levels=levels)] if bars else []))
+    if bars and len(others) <= _MOST_BARS:
+        charts.append(drawing.draw_bars(bars, f"{id}-bars", "Knowledge kept by compressed model", levels=levels))
+    return tuple(charts)
 
 
 def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
@@ -192,7 +197,7 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
             Shown("models", "Each compressed model", (Models(tuple(models)),)),
             *about,
         )
-        page = Page("", "", "", _write_joint_headline(card.comparisons), "", (), sections, unlisted=3)
+        page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
     decision = (plain(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
@@ -245,8 +250,6 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
         *((Folded("Recipe", (recipe,)),) if recipe else ()),
     )
     return Page(
-        kind="",
-        title="",
         models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {size(model.bytes)}",
         headline=_write_headline(comparison) if is_single else name,
         verdict=plain(comparison.verdict, 1000),
@@ -342,11 +345,11 @@ def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[
 
 def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:
     """Yield accuracy by probe, grade by domain and perplexity by text, of the original and of each other."""
-    probes = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
-    for name in dict.fromkeys(name for of_model in probes for name in of_model):
-        before = next(of_model[name][0] for of_model in probes if name in of_model)
-        after = [of_model[name][1].value if name in of_model else None for of_model in probes]
-        yield f"Accuracy, {plain(name, 40)}", [share(before.value), *map(share, after)]
+    accuracies = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
+    for probe in list_probes(comparisons):
+        before, _ = get_headline_accuracy(probe)
+        after = [of_model[probe.probe][1].value if probe.probe in of_model else None for of_model in accuracies]
+        yield f"Accuracy, {plain(probe.probe, 40)}", [share(before.value), *map(share, after)]
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]

@@ -300,25 +300,33 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     return f"Next: {reason}; {change}{command}"
 
 
-# In words what a recipe does other than the one that was used, and that recipe.
-Milder = tuple[str, Recipe]
+def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Recipe]]:
+    """Yield in words what a recipe that does less does otherwise, and that recipe; the one to try first before the
+    others, by the `relative_error` of these groups.
+    """
+    for change, steps in _list_changes(recipe.steps, groups):
+        if steps:
+            calibration = recipe.calibration if any(step.calibrated for step in steps) else None
+            yield change, replace(recipe, steps=tuple(steps), calibration=calibration)
 
 
-def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
-    """Yield recipes that do less, the one to try first before the others, by the `relative_error` of these groups."""
-    yield from _halve(recipe, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
-    yield from _halve(recipe, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
-    yield from _halve(recipe, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
+# In words what is done otherwise, and the steps that do it.
+_Change = tuple[str, Sequence[Step]]
+
+
+def _list_changes(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[_Change]:
+    yield from _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
+    yield from _halve(steps, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
+    yield from _halve(steps, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
     for kind, change in ((Prune, "do not prune"), (DropNeurons, "drop no neurons"), (DropBlocks, "drop no blocks")):
-        if any(isinstance(step, kind) for step in recipe.steps):
-            yield from _change_steps(recipe, [step for step in recipe.steps if not isinstance(step, kind)], change)
-    yield from _round_finer(recipe)
-    yield from _spare_worst(recipe, groups)
+        if any(isinstance(step, kind) for step in steps):
+            yield change, [step for step in steps if not isinstance(step, kind)]
+    yield from _round_finer(steps)
+    yield from _spare_worst(steps, groups)
 
 
-def _halve(recipe: Recipe, kind: type[Step], name: str, change: str, least: float) -> Iterator[Milder]:
-    """Halve what the steps of a kind take away."""
-    amounts = [getattr(step, name) for step in recipe.steps if isinstance(step, kind)]
+def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, least: float) -> Iterator[_Change]:
+    amounts = [getattr(step, name) for step in steps if isinstance(step, kind)]
     # Blocks that are named cannot be halved.
     if not amounts or any(isinstance(amount, str) or amount / 2 < least for amount in amounts):
         return
@@ -330,31 +338,30 @@ def _halve(recipe: Recipe, kind: type[Step], name: str, change: str, least: floa
         return str(amount) if isinstance(amount, int) else f"{100 * amount:.3g} %"
 
     try:
-        steps = [
+        halved = [
             replace(step, **{name: halve(getattr(step, name))}) if isinstance(step, kind) else step  # type: ignore[arg-type]
-            for step in recipe.steps
+            for step in steps
         ]
     except UsageError:
         # A pattern such as 2:4 has one amount.
         return
     most = max(amounts)
-    yield from _change_steps(recipe, steps, change.format(half=write(halve(most)), most=write(most)))
+    yield change.format(half=write(halve(most)), most=write(most)), halved
 
 
-def _round_finer(recipe: Recipe) -> Iterator[Milder]:
+def _round_finer(steps: Sequence[Step]) -> Iterator[_Change]:
     """Quantize with less error: by GPTQ, then to 8 bits, then the weights alone."""
-    for place, step in enumerate(recipe.steps):
+    for place, step in enumerate(steps):
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
-        before, after = recipe.steps[:place], recipe.steps[place + 1 :]
+        before, after = steps[:place], steps[place + 1 :]
         if step.chosen.bits < PAPER_BITS and step.rounding == ROUNDINGS[0]:
-            finer = (*before, replace(step, rounding="gptq"), *after)
-            yield from _change_steps(recipe, finer, "round by GPTQ in place of to nearest")
-        change = f"quantize to {FINEST} in place of {step.scheme}"
-        yield from _change_steps(recipe, (*before, Quantize(FINEST, step.where), *after), change)
+            yield "round by GPTQ in place of to nearest", (*before, replace(step, rounding="gptq"), *after)
+        finest = Quantize(FINEST, step.where)
+        yield f"quantize to {FINEST} in place of {step.scheme}", (*before, finest, *after)
 
 
-def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Milder]:
+def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[_Change]:
     """Spare the group of layers whose weights changed most, where several changed and each has a scope."""
     errors = {name: group.get("relative_error") or 0.0 for name, group in groups.items()}
     changed = sorted((name for name, error in errors.items() if error > 0), key=lambda name: errors[name])
@@ -366,13 +373,7 @@ def _spare_worst(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Ite
         return
     *rest, worst = changed
     where = Where(tuple(rest))
-    if {step.where for step in recipe.steps if isinstance(step, Prune | Quantize)} <= {where}:
+    if {step.where for step in steps if isinstance(step, Prune | Quantize)} <= {where}:
         return
-    steps = [replace(step, where=where) if isinstance(step, Prune | Quantize) else step for step in recipe.steps]
-    yield from _change_steps(recipe, steps, f"leave {worst} as it is, whose weights changed most")
-
-
-def _change_steps(recipe: Recipe, steps: Sequence[Step], change: str) -> Iterator[Milder]:
-    if steps:
-        calibration = recipe.calibration if any(step.calibrated for step in steps) else None
-        yield change, replace(recipe, steps=tuple(steps), calibration=calibration)
+    spared = [replace(step, where=where) if isinstance(step, Prune | Quantize) else step for step in steps]
+    yield f"leave {worst} as it is, whose weights changed most", spared

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import count, estimate, percent, plain, share
+from compressknow.base.format import count, percent, plain, share
 from compressknow.comparison.intervals import FEWEST, proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
@@ -15,7 +15,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
 from compressknow.pages.card.verdict import count_facts
-from compressknow.pages.records import Grade, ModelFacts
+from compressknow.pages.records import Grade, ModelFacts, write_estimate
 
 if TYPE_CHECKING:
     from compressknow.pages.records import Checkpoint, Comparison
@@ -63,8 +63,10 @@ def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """Warn that the compressed model was made from other files than the original's."""
+def warn_of_provenance(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+    """Warn that the compressed model was made from other files than the original's, that files changed since, or that
+    the model taken for the original was made from the other one.
+    """
     if check_source(original, model) is False:
         source = model.source or {}
         other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
@@ -72,6 +74,12 @@ def warn_of_source(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
             f"{plain(model.name, 80)} was not made from {plain(original.name, 80)}: its record names "
             f"{plain(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
             "not be the compression's doing. Give the original that it was made from."
+        )
+    yield from warn_of_changes(original, model)
+    if is_made_from(original, model):
+        yield (
+            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
+            f"{plain(model.name, 80)}, as it says itself. Give the original first."
         )
 
 
@@ -99,15 +107,6 @@ def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
                 f"{plain(model.name, 80)} changed since it was converted: run `compressknow verify` on it to see what, "
                 "and convert it again."
             )
-
-
-def warn_of_order(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
-    """Warn that the model taken for the original was made from the other one."""
-    if is_made_from(original, model):
-        yield (
-            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
-            f"{plain(model.name, 80)}, as it says itself. Give the original first."
-        )
 
 
 def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
@@ -328,7 +327,7 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
         if floors:
             alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts
-            parts.append(f"{name} alone changes {estimate(alone.value, alone.low, alone.high)}")
+            parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
@@ -337,7 +336,7 @@ def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
     return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
 
 
-def list_probes(comparisons: Iterable[Comparison]) -> Iterable[ProbeFigures]:
+def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
     """Return one probe of each name: what is the original's alone is the same in all."""
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
@@ -370,6 +369,8 @@ def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
         return ""
     floors = [probe.noise_floor for probe in probes if probe.noise_floor]
     known = sum(floor.known for floor in floors)
-    facts = "1 fact that the original knew" if known == 1 else f"{count(known)} facts that the original knew"
     again = plain(floors[0].computed_in, 40)
-    return f"{name} shows what rounding alone keeps: {share(kept)}, by {facts} and answered once more in {again}."
+    return (
+        f"{name} shows what rounding alone keeps: {share(kept)}, by {count_facts(known)} that the original knew and "
+        f"answered once more in {again}."
+    )

@@ -112,7 +112,7 @@ def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     source = (side.source or {}).get("name") or ""
     entries = (
         make_name_entry("Name", side.name, side.revision),
-        make_hash_entry("SHA-256", side.sha256),
+        make_hash_entry(side.sha256),
         make_name_entry("Made from", source, None) if plain(source) else None,
         Entry("Setup", plain(side.setup, 80)) if side.setup else None,
         Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import plain
 from compressknow.base.packages import Registry
+from compressknow.comparison.paired import pair_answers
 from compressknow.comparison.records import Estimate
 from compressknow.pages.as_json import probe_to_json
 from compressknow.pages.parts import (
@@ -34,6 +35,7 @@ from compressknow.pages.records import Comparison, ModelFacts
 
 if TYPE_CHECKING:
     from compressknow.comparison.paired import Pair
+    from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.records import ProbeEntry
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
@@ -167,15 +169,9 @@ def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
 
 
 def add_sections(
-    original: ModelFacts,
-    comparison: Comparison,
-    answers: Callable[[], Sequence[ProbeAnswers]],
-    *,
-    show_facts: bool,
+    original: ModelFacts, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
 ) -> Comparison:
-    """Return the comparison with what its sections measure, and their warnings; `answers` are what both models answered
-    to each probe, called for where a section needs them.
-    """
+    """Return the comparison with what its sections measure, of both models' `answers`, and their warnings."""
     warnings = [*comparison.warnings]
     failed: dict[str, str] = {}
     measured: dict[str, Mapping[str, Any]] = {}
@@ -196,7 +192,7 @@ def add_sections(
 
 
 def _measure(
-    name: str, section: Section, comparison: Comparison, answers: Callable[[], Sequence[ProbeAnswers]]
+    name: str, section: Section, comparison: Comparison, answers: tuple[Answers, Answers]
 ) -> Mapping[str, Any]:
     """Return what a section measures, by probe.
 
@@ -204,12 +200,17 @@ def _measure(
     """
     if type(section).measure is Section.measure:
         return {}
-    figures = {each.probe: section.measure(each) for each in answers()}
+    figures = {probe.probe: section.measure(_pair_answers(probe.probe, *answers)) for probe in comparison.probes}
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")
     # As they will be read back: keys are text, tuples are lists.
     values: dict[str, Any] = json.loads(json.dumps(figures, allow_nan=False))
     return {probe: value for probe, value in values.items() if value is not None}
+
+
+def _pair_answers(probe: str, original: Answers, compressed: Answers) -> ProbeAnswers:
+    entries = original.record.probes[probe], compressed.record.probes[probe]
+    return ProbeAnswers(probe, tuple(pair_answers(probe, original.of(probe), compressed.of(probe), *entries)), *entries)
 
 
 def show_sections(

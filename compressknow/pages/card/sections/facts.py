@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, count, ordinal, percent, plain, share
@@ -69,8 +70,6 @@ class Lost(Section):
 
 
 class Gained(Lost):
-    """Facts that only the compressed model knows."""
-
     title = "Facts gained"
     order = 20
     which = "gained"
@@ -92,8 +91,6 @@ def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
 
 
 class Dropped(Section):
-    """Table of one row per reason and probe."""
-
     title = "Dropped facts"
     order = 80
 
@@ -109,8 +106,6 @@ class Dropped(Section):
 
 
 class Relations(Section):
-    """Table per probe, with one row per relation."""
-
     title = "By relation"
     order = 30
 
@@ -129,18 +124,14 @@ class Relations(Section):
 
 
 def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
-    """Tabulate all relations, or the `limit` that lost most."""
     caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
-    if limit is None or len(groups) <= limit:
-        return make_groups_table(groups, "Relation", caption)
-    most = sorted(groups, key=lambda group: -group.counts.lost)[:limit]
-    others = count(len(groups) - limit)
-    return make_groups_table(tuple(most), "Relation", f"{caption}, largest losses first; {others} more are in the JSON")
+    if limit is not None and len(groups) > limit:
+        caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
+        groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
+    return make_groups_table(groups, "Relation", caption)
 
 
 class Popularity(Section):
-    """Table per probe, with one row per popularity bin, and its chart."""
-
     title = "By popularity"
     order = 40
 
@@ -167,7 +158,7 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         value, low, high = to_percents(kept)
         plot.plot([x, x], [low, high], color=drawing.SERIES[0], linewidth=2, solid_capstyle="round")
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
-        plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center", fontsize=11)
+        plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center")
     plot.set_xlim(-0.4, len(bins) - 0.3)
     # Short, or the fifth touches the fourth.
     ticks = [label.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in label else label for label, _ in bins]
@@ -177,8 +168,6 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
 
 
 class Grades(Section):
-    """Table per probe: the original's grades by the compressed model's."""
-
     title = "Grades of knowing"
     order = 25
     glossary = (
@@ -231,8 +220,6 @@ def _describe_grades(knowing: Knowing) -> Iterator[str]:
 
 
 class Text(Section):
-    """Two tables and a chart per text; left out where there is none."""
-
     title = "Running text"
     order = 55
 
@@ -251,8 +238,6 @@ _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "
 
 
 class ByWording(Section):
-    """Table per probe, with one row per wording and one of the majority."""
-
     title = "By wording"
     order = 45
 
@@ -289,8 +274,6 @@ _CALIBRATION = (
 
 
 class Confident(Section):
-    """Table, note and two charts for each probe that gives probabilities of answers."""
-
     title = "Confidence"
     order = 48
     glossary = (
@@ -314,17 +297,15 @@ class Confident(Section):
         if context.limits.relations is not None:
             return
         for probe in context.comparison.probes:
-            if probe.confidence:
-                yield from _list_parts(plain(probe.probe, 60), probe.confidence)
-
-
-def _list_parts(name: str, confidence: Confidence) -> Iterator[Part]:
-    if confidence.thirds:
-        yield _tabulate_thirds(name, confidence.thirds)
-    yield Note(_describe_wrong(name, confidence), _CALIBRATION)
-    sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
-    yield Charts(tuple(_chart_calibration(name, side, bins) for side, bins in sides.items()), f"Calibration, {name}")
-    yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
+            if confidence := probe.confidence:
+                name = plain(probe.probe, 60)
+                if confidence.thirds:
+                    yield _tabulate_thirds(name, confidence.thirds)
+                yield Note(_describe_wrong(name, confidence), _CALIBRATION)
+                sides = {"Original": confidence.reliability_original, "Compressed": confidence.reliability_compressed}
+                charts = tuple(_chart_calibration(name, side, bins) for side, bins in sides.items())
+                yield Charts(charts, f"Calibration, {name}")
+                yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
 
 
 def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
@@ -379,7 +360,7 @@ def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:
         plot.plot([x], [y], "o", color=inside, markersize=7, markeredgecolor=drawing.SERIES[0])
     plot.set_xlim(-2, 102)
     plot.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
-    plot.set_xlabel("confidence; right answers upwards", fontsize=11, loc="left")
+    plot.set_xlabel("confidence; right answers upwards", loc="left")
     drawing.set_percent_axis(plot, 0)
 
 
@@ -388,9 +369,6 @@ def _tabulate_bins(name: str, original: Sequence[ReliabilityBin], compressed: Se
     for place, (before, after) in enumerate(zip(original, compressed, strict=True)):
         if before.facts or after.facts:
             ends = (100 * edge / CALIBRATION_BINS for edge in (place, place + 1))
-            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *_make_cells(before), *_make_cells(after)))
+            cells = ((count(side.facts), percent(side.right, side.facts)) for side in (before, after))
+            rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *chain(*cells)))
     return Table(f"Calibration of both models, {name}", _BINS, tuple(rows))
-
-
-def _make_cells(told: ReliabilityBin) -> tuple[str, str]:
-    return count(told.facts), percent(told.right, told.facts) if told.facts else NONE

@@ -6,18 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressknow.base.format import (
-    NONE,
-    at_least,
-    count,
-    number,
-    p_value,
-    percent,
-    plain,
-    points,
-    share,
-    size,
-)
+from compressknow.base.format import NONE, at_least, count, number, p_value, percent, plain, points, share, size
 from compressknow.comparison.intervals import FEWEST, mcnemar, paired_difference, proportion
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
@@ -32,8 +21,6 @@ _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}
 
 
 class Figures(Section):
-    """Table of one row per figure and one column per probe."""
-
     title = "All figures"
     order = 60
     glossary = (
@@ -117,10 +104,10 @@ def write_movement(moved: Movement | None, get: Callable[[Movement], float], dig
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
     """Write what the changes between two percentiles lie between, or the median."""
-    change = probe.logp_change
-    if not change or low not in change or high not in change:
+    if not probe.logp_change:
         return NONE
-    return number(change[low], 2) if low == high else f"{number(change[low], 2)} to {number(change[high], 2)}"
+    ends = (number(probe.logp_change[end], 2) for end in dict.fromkeys((low, high)))
+    return " to ".join(ends)
 
 
 def _write_facts(probe: ProbeFigures) -> str:
@@ -136,15 +123,15 @@ def _write_suppressed(probe: ProbeFigures) -> str:
 
 
 def _write_changes(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or not floor.n else f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts"
+    return f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts" if floor and floor.n else NONE
 
 
 def _write_flips(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or not floor.n else percent(floor.lost + floor.gained, floor.n)
+    return percent(floor.lost + floor.gained, floor.n) if floor else NONE
 
 
 def _write_moves(floor: NoiseFloor | None) -> str:
-    return NONE if floor is None or floor.kl_mean is None else number(floor.kl_mean)
+    return number(floor.kl_mean) if floor else NONE
 
 
 def _write_lost(probe: ProbeFigures) -> str:
@@ -230,8 +217,6 @@ _FIGURES = (
 
 
 class HowSure(Section):
-    """Table of one row per figure and one column per probe, and one of all where there are several."""
-
     title = "How sure the figures are"
     order = 57
     glossary = (
@@ -306,8 +291,6 @@ _COLUMNS = ("Model", "Timed in", "Device", "Facts a second", "Tokens a second", 
 
 
 class Layers(Section):
-    """What was done to each group of layers, what was dropped, and on what the checkpoint was calibrated."""
-
     title = "By group of layers"
     order = 50
 
@@ -341,20 +324,17 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     def part(key: str) -> str:
         return percent(int(group[key]), parameters) if group.get(key) is not None else NONE
 
-    error = group.get("relative_error")
     return (
         plain(name, 60),
         count(parameters),
         part("zeros_after"),
         part("pruned"),
         part("quantized"),
-        number(float(error), 4) if error is not None else NONE,
+        number(group.get("relative_error"), 4),
     )
 
 
 class Speed(Section):
-    """Facts and tokens a second and peak memory, of both models or of the one that was measured."""
-
     title = "Speed and memory"
     order = 70
 
@@ -366,7 +346,7 @@ class Speed(Section):
                 plain(model.speed.device, 60),
                 f"{model.speed.facts_per_second:,.1f}",
                 f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
-                size(model.speed.peak_bytes) if model.speed.peak_bytes is not None else NONE,
+                size(model.speed.peak_bytes),
             )
             for who, model in (("original", context.original), ("compressed", context.comparison.model))
             if model.speed
