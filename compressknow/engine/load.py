@@ -210,16 +210,9 @@ def family_of_class(architecture: str) -> str | None:
     >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
     ['masked', 'seq2seq', None]
     """
-    from transformers.models.auto import modeling_auto
+    from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
 
-    for family, mapping in (
-        ("seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-        ("masked", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ):
-        if architecture in mapping.values():
-            return family
-    return None
+    return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)
 
 
 def _auto_with_head(config: Any) -> Any:

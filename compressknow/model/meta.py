@@ -24,11 +24,12 @@ from compressknow.base.errors import CheckpointError
 from compressknow.model.checkpoint import read_json
 from compressknow.model.structure import MOST_BLOCKS
 
-LANGUAGE_MODEL_CLASSES = (
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+# By family, the name of the class for each type of model.
+LANGUAGE_MODEL_CLASSES = {
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
 def meta_model(
@@ -185,7 +186,7 @@ def _best_match(
 
 
 def _candidates(model_type: Any) -> list[str]:
-    names = [mapping[model_type] for mapping in LANGUAGE_MODEL_CLASSES if model_type in mapping]
+    names = [classes[model_type] for classes in LANGUAGE_MODEL_CLASSES.values() if model_type in classes]
     return list(dict.fromkeys(names))
 
 
