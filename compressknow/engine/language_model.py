@@ -129,13 +129,7 @@ def load_language_model(
     UnsupportedError : it is no language model of text.
     """
     tokenizer = load_whole_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load(
-        path,
-        device=device,
-        dtype=None if dtype == "auto" else dtype,
-        trust_remote_code=trust_remote_code,
-        language_model=True,
-    )
+    model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
     _check_head(path, model)
     _make_batch_invariant(model)
     family = family_of(model)
@@ -164,7 +158,7 @@ def language_model_of(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
     """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
-    model = load_variant(variant, device=device, dtype=None if dtype == "auto" else dtype)
+    model = load_variant(variant, device=device, dtype=dtype)
     _make_batch_invariant(model)
     return LanguageModel(model, tokenizer, family_of(model) or "")
 

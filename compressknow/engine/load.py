@@ -16,6 +16,7 @@ from compressknow.base.files import as_text
 from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
+from compressknow.model.checkpoint import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,11 +82,8 @@ def load(
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
-        model, report = model_class.from_pretrained(
-            **source, **unpack, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        _check_shapes(path, report)
-        _check_missing(path, report, named if named != model_class.__name__ and language_model else None)
+        headless = named if named != model_class.__name__ and language_model else None
+        model = _load_whole(model_class, path, headless, **source, **unpack, dtype=dtype or "auto")
         _unpack(model, device)
     return model.to(device).eval()
 
@@ -99,16 +97,14 @@ def load_variant(
         _, named = _classes(tree.config, False, True)
         # An Auto class is a way to code that lies in the folder: the tree is already built of that.
         model_class = named if hasattr(named, "config_class") else type(tree)
-        model, report = model_class.from_pretrained(
-            None,
+        model = _load_whole(
+            model_class,
+            path,
+            pretrained_model_name_or_path=None,
             config=type(tree.config).from_dict(variant.config),
             state_dict=dict(variant.tensors),
             dtype=dtype or "auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
         )
-        _check_shapes(path, report)
-        _check_missing(path, report, None)
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         _unpack(model, device)
@@ -234,37 +230,31 @@ def _auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
     return _auto_with_head(config) or AutoModel
 
 
-def _check_shapes(path: Path, report: dict[str, Any]) -> None:
-    """Raise CheckpointError for weights of other shapes than the config's: transformers made these up at random."""
-    mismatched = sorted(report["mismatched_keys"])
-    if not mismatched:
-        return
-    name, stored, needed = mismatched[0]
-    more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
-    raise CheckpointError(
-        f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
-        hint="Put the config.json that the weights were saved with beside them, or download both again.",
-    )
-
-
-def _check_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
-    """Raise CheckpointError for missing weights; `headless` names the class without a head in the config."""
-    missing = sorted(report["missing_keys"])
-    if not missing:
-        return
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    lacks = f"{', '.join(missing[:3])}{more}"
-    if headless:
+def _load_whole(model_class: Any, path: Path, headless: str | None = None, **source: Any) -> Any:
+    """Load a model; `headless` names the class without a head in its config. Raises CheckpointError for weights that
+    transformers made up at random: those of other shapes than the config's, and those that are missing."""
+    model, report = model_class.from_pretrained(**source, output_loading_info=True, ignore_mismatched_sizes=True)
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, needed = mismatched[0]
+        more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
         raise CheckpointError(
-            f"{path} has no language-modelling head: its config names {headless}, and it lacks {lacks}.",
+            f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
+            hint="Put the config.json that the weights were saved with beside them, or download both again.",
+        )
+    missing = report["missing_keys"]
+    if missing and headless:
+        raise CheckpointError(
+            f"{path} has no language-modelling head: its config names {headless}, and it lacks {some_of(missing)}.",
             why="A head filled with random numbers would answer at random.",
             hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
         )
-    raise CheckpointError(
-        f"{path} lacks weights that its model needs: {lacks}.",
-        why="transformers would fill them with random numbers, and every answer would be noise.",
-        hint="See that `architectures` in config.json names the class that the weights were saved from.",
-    )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks weights that its model needs: {some_of(missing)}.",
+            why="transformers would fill them with random numbers, and every answer would be noise.",
+            hint="See that `architectures` in config.json names the class that the weights were saved from.",
+        )
+    return model
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
