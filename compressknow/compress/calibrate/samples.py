@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.blocks import Pool, Stopped
 from compressknow.compress.calibrate.sequences import Form, Span, blank_out
-from compressknow.engine.language_model import LanguageModel, decoder_start
+from compressknow.engine.language_model import decoder_start, load_language_model
 from compressknow.engine.load import reason_of
 
 Pieces = list[list[int]]
@@ -262,40 +262,25 @@ WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWrit
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
-def choose_dtype() -> str:
-    """Return the dtype to write texts in: bfloat16, which is faster, if the CPU has instructions for it."""
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-
-
-def check_writes(folder: Path, form: Form) -> None:
-    """Raise UnsupportedError if a model of this form writes no text by itself, before it is loaded."""
-    if form.family not in WRITERS:
-        why = "It has no language-modelling head."
-    elif form.family != "causal" and not form.marks:
-        why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
-    else:
-        return
-    raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
-
-
-def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, advance: Advance | None) -> Pieces:
-    """Return token ids of texts that the model writes, `tokens` or more in all, without special tokens around them.
+def write_samples(
+    folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance | None
+) -> Pieces:
+    """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
+    around them.
 
     They are the same on one machine whatever the number of threads: each batch of texts is written by one thread, from
     numbers that the seed and the batch's place alone determine. `advance` is called with the tokens done and in all, by
     one thread at a time, not always the same.
 
-    Raises UnsupportedError if the model cannot write, CompressknowError if it gives NaN.
+    Raises UnsupportedError if the model cannot write, CheckpointError if it lacks its head, CompressknowError if it
+    gives NaN.
     """
-    name = type(language_model.model).__name__
-    if language_model.family != form.family:
-        raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
+    model = _load_model(folder, form, trust_remote_code)
+    name = type(model).__name__
     written: Pieces = []
     try:
         with Pool() as pool:
-            writer = WRITERS[form.family](
-                language_model.model, form, tokens, pool.check, count_progress(advance, tokens)
-            )
+            writer = WRITERS[form.family](model, form, tokens, pool.check, count_progress(advance, tokens))
             batches = 0
             while (missing := tokens - sum(map(len, written))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
@@ -310,3 +295,23 @@ def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: 
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", reason_of(error), HINT) from error
     return written
+
+
+def _load_model(folder: Path, form: Form, trust_remote_code: bool) -> PreTrainedModel:
+    why = None
+    if form.family not in WRITERS:
+        why = "It has no language-modelling head."
+    elif form.family != "causal" and not form.marks:
+        why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
+    if why:
+        raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
+    # The faster one, if the CPU has instructions for it.
+    dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    try:
+        loaded = load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(error.what, error.why, HINT) from error
+    if loaded.family != form.family:
+        name = type(loaded.model).__name__
+        raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
+    return loaded.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,20 +112,6 @@ def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if len(sentinels) > 1:
         return sentinels
     return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
-
-
-def pack(pieces: Iterable[Ids], form: Form, most: int) -> tuple[torch.Tensor, int]:
-    """Pack pieces into bodies of sequences, int64 [at most `most`, form.body]; return how many tokens there were, too.
-
-    No more pieces are taken than needed; the rest of the last is dropped.
-    """
-    ids: list[int] = []
-    for piece in pieces:
-        ids.extend(piece)
-        if len(ids) >= most * form.body:
-            break
-    rows = min(most, len(ids) // form.body)
-    return torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body), len(ids)
 
 
 def check_ids(bodies: torch.Tensor, form: Form, unknown: int | None, source: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base import reading
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import write_whole
 
 if TYPE_CHECKING:
@@ -53,13 +53,6 @@ def find_kind(source: str) -> Kind:
     if Path(source).suffix.lower() in (".txt", ".jsonl"):
         return "file"
     raise UsageError(f"There is no calibration text {source!r}.", hint=FORMS)
-
-
-def check_file(source: str) -> None:
-    """Raise UsageError if the file that `source` names is not found, CompressknowError if it is no regular file."""
-    path = Path(source).expanduser()
-    with _explain_failures(path):
-        reading.check_regular(path)
 
 
 @contextmanager
@@ -187,7 +180,8 @@ class CalibrationText:
 
 
 def check_text(text: str, tokens: int) -> None:
-    """Raise UsageError if a request can give no text, CompressknowError if its file is no regular one.
+    """Raise UsageError if a request can give no text or its file is not found, CompressknowError if that is no regular
+    one.
 
     >>> check_text("self", 0)
     Traceback (most recent call last):
@@ -197,7 +191,9 @@ def check_text(text: str, tokens: int) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
     if find_kind(text) == "file":
-        check_file(text)
+        path = Path(text).expanduser()
+        with _explain_failures(path):
+            reading.check_regular(path)
 
 
 def calibration_text(
@@ -247,7 +243,10 @@ def calibration_text(
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
         if text == SELF:
-            pieces: Iterable[Sequence[int]] = _write(folder, form, sequences, seed, trust_remote_code, advance)
+            from compressknow.compress.calibrate.samples import write_samples
+
+            own = sequences * form.body
+            pieces: Iterable[Sequence[int]] = write_samples(folder, form, own, seed, trust_remote_code, advance)
         else:
             pieces = _read(text, tokenizer, form)
         bodies = _pack(pieces, form, sequences, text, tokenizer)
@@ -308,20 +307,6 @@ def _is_on_disk(calibration: Mapping[str, Any]) -> bool:
     return kind == calibration["kind"] and kind != SELF and exists
 
 
-def _write(
-    folder: Path, form: Form, sequences: int, seed: int, trust_remote_code: bool, advance: Advance | None
-) -> list[list[int]]:
-    from compressknow.compress.calibrate.samples import HINT, check_writes, choose_dtype, write_samples
-    from compressknow.engine.language_model import load_language_model
-
-    check_writes(folder, form)
-    try:
-        model = load_language_model(folder, dtype=choose_dtype(), trust_remote_code=trust_remote_code)
-    except (CheckpointError, UnsupportedError) as error:
-        raise type(error)(error.what, error.why, HINT) from error
-    return write_samples(model, form, sequences * form.body, seed, advance)
-
-
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
     """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
     for number, (passage, begins) in enumerate(read_passages(text)):
@@ -332,16 +317,26 @@ def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator
 def _pack(
     pieces: Iterable[Sequence[int]], form: Form, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter."""
-    from compressknow.compress.calibrate.sequences import check_ids, pack
+    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter.
 
-    bodies, tokens = pack(pieces, form, sequences)
-    fewest = min(-(-FEWEST_TOKENS // form.length), sequences)
-    if len(bodies) < fewest:
+    No more pieces are taken than needed; the rest of the last is dropped.
+    """
+    import torch
+
+    from compressknow.compress.calibrate.sequences import check_ids
+
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(piece)
+        if len(ids) >= sequences * form.body:
+            break
+    rows, fewest = min(sequences, len(ids) // form.body), min(-(-FEWEST_TOKENS // form.length), sequences)
+    if rows < fewest:
         raise CompressknowError(
-            f"{text} has {tokens:,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
+            f"{text} has {len(ids):,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
             hint=f"Give a longer text; {TOKENS:,} tokens are usual.",
         )
+    bodies = torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body)
     check_ids(bodies, form, tokenizer.unk_token_id, text)
     return bodies
 
