@@ -199,8 +199,7 @@ def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mappi
 
 
 # What values of so many bits are called: as safetensors calls integers of 8 bits.
-INT4 = "I4"
-PACKED_DTYPES = {4: INT4, 8: "I8"}
+PACKED_DTYPES = {4: "I4", 8: "I8"}
 _PACKED, _WORD = "_packed", 32
 
 
