@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
 from compressknow.base.reading import NotReadable, open_regular
-from compressknow.model.structure import MOST_BLOCKS
+from compressknow.model.structure import MOST_BLOCKS, NOT_LINEAR
 from compressknow.model.tensors import StoredTensor
 
 MAGIC = b"GGUF"
@@ -27,8 +27,8 @@ MAGIC = b"GGUF"
 MOST_VALUES, MOST_TENSORS = 2_000_000, 200_000
 # Of what a model is built of, as in `compressknow.model.meta`.
 MOST = {"block_count": MOST_BLOCKS, "expert_count": 10_000}
-_ALIGNMENT = b"general.alignment"
-_OF_A_BLOCK = re.compile(rb"blk\.(\d+)\.")
+_ALIGNMENT = "general.alignment"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _TEXT, _LIST = 8, 9
 # By the number of a type of values: struct's letter.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -67,10 +67,7 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
     with _open_header(path) as header:
         tensors = [tensor for tensor in header.read() if tensor.kind in _PLAIN]
         start, size = header.data_start, header.size
-    stored = [
-        StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
-        for t in tensors
-    ]
+    stored = [StoredTensor(t.name, _PLAIN[t.kind], t.shape[::-1], path, start + t.offset) for t in tensors]
     return [each for each in stored if each.offset + each.nbytes <= size]
 
 
@@ -84,7 +81,7 @@ def _open_header(path: Path) -> Iterator[_Header]:
 
 
 class _Tensor(NamedTuple):
-    name: bytes
+    name: str
     shape: tuple[int, ...]
     kind: int
     offset: int
@@ -113,7 +110,7 @@ class _Header:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise NotReadable(f"its tensors are aligned to {value}, which is no power of two")
             self._alignment = value
-        name = key.rpartition(b".")[2].decode("ascii", "replace")
+        name = key.rpartition(".")[2]
         if name in MOST and isinstance(value, int):
             if value > MOST[name]:
                 raise NotReadable(f"its {name} is {value:,}, and a model has at most {MOST[name]:,}")
@@ -163,7 +160,7 @@ class _Header:
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
         start, end = self.data_start, 0
         for tensor in tensors:
-            if (found := _OF_A_BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
+            if (found := _BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
                 raise NotReadable(
                     f"it has a tensor of block {int(found[1][:9]):,}, and says that it has {self._blocks}"
                 )
@@ -184,11 +181,11 @@ class _Header:
         form = f"<{letter}"
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
 
-    def _text(self) -> bytes:
+    def _text(self) -> str:
         length = self._number("Q")
         if length > _MOST_BYTES_OF_A_NAME:
             raise NotReadable(f"a name in it has {length:,} bytes")
-        return self._file.read(length)
+        return self._file.read(length).decode("utf-8", "replace")
 
     def _skip(self, count: int) -> None:
         if count > self.size - self._file.tell():
@@ -196,7 +193,7 @@ class _Header:
         self._file.seek(count, os.SEEK_CUR)
 
 
-EMBEDDING, NOT_LINEAR, UNPLACED = "embedding", "not-linear", "other"
+EMBEDDING, UNPLACED = "embedding", "other"
 ORDER = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
 # By the names that llama.cpp gives to tensors (llama-arch.cpp).
 NAMED = (
@@ -204,7 +201,6 @@ NAMED = (
     ("feed-forward", re.compile(r"blk\.\d+\.ffn_(?!norm|.*_norm)")),
     ("final", re.compile(r"output\.(?:weight|bias)")),
 )
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
