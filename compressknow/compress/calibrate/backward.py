@@ -25,7 +25,6 @@ from compressknow.base.system import trim_heap
 from compressknow.compress.calibrate.gathering import OPERANDS
 from compressknow.compress.calibrate.model import (
     BlockwiseUnsupported,
-    Call,
     ForwardPass,
     StreamedModel,
     intercept,
@@ -139,12 +138,8 @@ def _run(
     waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
-        module, is_back = first.module, first.args[0].gradients is not None
-        group = [
-            number
-            for number, call in waiting.items()
-            if call.module == module and (call.args[0].gradients is not None) == is_back
-        ]
+        module, is_back = first.module, first.is_back
+        group = [number for number, call in waiting.items() if (call.module, call.is_back) == (module, is_back)]
         turns = is_back or module == head
         trim_heap()
         if turns:
@@ -176,37 +171,36 @@ def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+# Puts tensors in the places of those that arguments or outputs of a module had.
+_Fill = Callable[[Sequence[torch.Tensor]], Any]
 _TENSOR = object()
 
 
-class _Form(NamedTuple):
-    """Form of the arguments or outputs of a module, with `_TENSOR` in the places of its tensors."""
+def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
+    """Split values into what fills their form anew, which does not hold their tensors, and these in order."""
+    flat, spec = pytree.tree_flatten(nested)
+    values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
 
-    values: Sequence[Any]
-    spec: Any
-
-    @classmethod
-    def split(cls, nested: Any) -> tuple[_Form, list[torch.Tensor]]:
-        """Split values into their form, and their tensors in order."""
-        flat, spec = pytree.tree_flatten(nested)
-        values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
-        return cls(values, spec), [value for value in flat if isinstance(value, torch.Tensor)]
-
-    def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the values that were split, with these tensors in them."""
+    def fill(tensors: Sequence[torch.Tensor]) -> Any:
         remaining = iter(tensors)
-        flat = [next(remaining) if value is _TENSOR else value for value in self.values]
-        return pytree.tree_unflatten(flat, self.spec)
+        return pytree.tree_unflatten([next(remaining) if value is _TENSOR else value for value in values], spec)
+
+    return fill, [value for value in flat if isinstance(value, torch.Tensor)]
 
 
-class _Work(NamedTuple):
+class _Call(NamedTuple):
     """Call of a module on the way forward, with one copy of each row; on the way back, with the `gradients` at the
     outputs, and which of the inputs need some."""
 
+    module: str
     inputs: Sequence[torch.Tensor]
-    form: _Form
+    fill: _Fill
     needed: Sequence[bool] = ()
     gradients: Sequence[torch.Tensor | None] | None = None
+
+    @property
+    def is_back(self) -> bool:
+        return self.gradients is not None
 
 
 class GradientPass(ForwardPass):
@@ -241,52 +235,47 @@ class GradientPass(ForwardPass):
         if module == self._head:
             places = self._batch.positions.repeat_interleave(self._copies, 0)
             args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
-        form, tensors = _Form.split((args, kwargs))
-        returned: list[_Form] = []
-        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
-        return returned[0].fill(outputs)
+        fill, tensors = _split((args, kwargs))
+        returned: list[_Fill] = []
+        outputs = _Stop.apply(self, module, fill, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
+        return returned[0](outputs)
 
-    def hand_over(self, module: str, work: _Work) -> Any:
-        """Stop until the module's output or gradients are there; in the pass's own thread."""
-        return super().stop_before(module, (work,), {})
-
-    def run_forward(self, run: Callable[..., Any], call: Call) -> Any:
+    def run_forward(self, run: Callable[..., Any], call: _Call) -> Any:
         """Run a module without gradients, for one copy of each row."""
-        (work,) = call.args
-        args, kwargs = work.form.fill(work.inputs)
+        args, kwargs = call.fill(call.inputs)
         with torch.no_grad():
             return run(*args, **kwargs)
 
     def run_backward(
         self,
         run: Callable[..., Any],
-        call: Call,
+        call: _Call,
         parameters: Mapping[str, torch.Tensor],
         products: dict[str, list[Product]],
     ) -> list[torch.Tensor | None]:
         """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""
-        (work,) = call.args
-        if not any(work.needed):
+        assert call.gradients is not None
+        if not any(call.needed):
             # An embedding: its weight was not multiplied with anything.
-            (gradient,) = work.gradients
+            (gradient,) = call.gradients
             if gradient is not None:
-                lookup = Product(self.number, work.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
+                lookup = Product(self.number, call.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
                 products.setdefault(f"{call.module}.weight", []).append(lookup)
-            return [None] * len(work.inputs)
+            return [None] * len(call.inputs)
         leaves = [
             value.float().requires_grad_() if needed else value
-            for value, needed in zip(work.inputs, work.needed, strict=True)
+            for value, needed in zip(call.inputs, call.needed, strict=True)
         ]
-        args, kwargs = work.form.fill(leaves)
+        args, kwargs = call.fill(leaves)
         with torch.enable_grad(), _GradientWatch(parameters) as watch, translate_failures():
-            _, outputs = _Form.split(run(*args, **kwargs))
+            _, outputs = _split(run(*args, **kwargs))
         pairs = [
             (output, self._split_directions(gradient))
-            for output, gradient in zip(outputs, work.gradients, strict=True)
+            for output, gradient in zip(outputs, call.gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
-        sources = [leaf for leaf, needed in zip(leaves, work.needed, strict=True) if needed]
+        sources = [leaf for leaf, needed in zip(leaves, call.needed, strict=True) if needed]
         by_direction = []
         gradients: list[list[torch.Tensor]] = [[] for _ in watch.seen]
         for direction in range(self._copies):
@@ -307,7 +296,7 @@ class GradientPass(ForwardPass):
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
             products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
-        return [next(joined) if needed else None for needed in work.needed]
+        return [next(joined) if needed else None for needed in call.needed]
 
     def _split_directions(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.reshape(self._rows, self._copies, *gradient.shape[1:])
@@ -336,15 +325,15 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], _: Any, *tensors: torch.Tensor
+        ctx: Any, own: GradientPass, module: str, fill: _Fill, returned: list[_Fill], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
         inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
         ctx.inputs = [value.to(GRADIENTS) if wanted else value for value, wanted in zip(inputs, needed, strict=True)]
-        ctx.own, ctx.module, ctx.form = own, module, form
-        work = _Work(inputs, form)
+        ctx.own, ctx.module, ctx.fill = own, module, fill
+        call = _Call(module, inputs, fill)
         del inputs
-        outer, outputs = _Form.split(own.hand_over(module, work))
+        outer, outputs = _split(own.hand_over(call))
         returned.append(outer)
         spread = [own.spread(value) for value in outputs]
         alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
@@ -354,9 +343,9 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        work = _Work(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
+        call = _Call(ctx.module, ctx.inputs, ctx.fill, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
-        return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
+        return (None,) * 5 + tuple(ctx.own.hand_over(call))
 
 
 def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

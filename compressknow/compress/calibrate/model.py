@@ -231,12 +231,12 @@ class ForwardPass:
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
         self._model, self._inputs = model, inputs
-        self._calls: SimpleQueue[Call | BaseException | None] = SimpleQueue()
+        self._calls: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._started = self._over = False
 
-    def advance(self, output: Any = None) -> Call | None:
+    def advance(self, output: Any = None) -> Any:
         """Go on to the next module to stop before, with the output of the one before which the pass stands, and return
         the call of it; None at the end. Raises BlockwiseUnsupported if the model fails, and whatever else it raises."""
         if self._started:
@@ -245,7 +245,7 @@ class ForwardPass:
             self._started = True
             self._thread.start()
         call = self._calls.get()
-        if not isinstance(call, Call):
+        if call is None or isinstance(call, BaseException):
             self._over = True
             self._thread.join()
         if isinstance(call, BaseException):
@@ -261,8 +261,12 @@ class ForwardPass:
             self._thread.join()
 
     def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output of a module that another thread runs; in the pass's own thread."""
+        return self.hand_over(Call(module, args, kwargs))
+
+    def hand_over(self, call: Any) -> Any:
         """Hand a call over, and wait for its output; in the pass's own thread."""
-        self._calls.put(Call(module, args, kwargs))
+        self._calls.put(call)
         answer = self._answers.get()
         if answer is _Ended:
             raise _Ended

@@ -196,7 +196,7 @@ def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, number
     sums.add(number, watch.seen)
 
 
-def _advance(run: Run, visitor: Visitor, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
+def _advance(run: Run, visitor: Visitor, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Any:
     """Run a module on one batch, and take its pass to the next one."""
     number, (forward_pass, call) = numbered
     output = run(call)
