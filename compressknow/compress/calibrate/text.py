@@ -276,35 +276,27 @@ def reread_texts(
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
     """
-    if not _is_on_disk(calibration):
-        return None
     from compressknow.model.checkpoint import open_checkpoint
     from compressknow.model.meta import meta_model
 
-    names = open_checkpoint(folder).tensors
+    source = calibration["source"]
     try:
+        is_on_disk = Path(source.removeprefix(HUB)).expanduser().exists()
+        if source == SELF or find_kind(source) != calibration["kind"] or not is_on_disk:
+            return None
+        names = open_checkpoint(folder).tensors
         again = calibration_text(
             folder,
             meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
-            text=calibration["source"],
+            text=source,
             tokens=calibration["tokens"],
             seed=calibration["seed"],
             trust_remote_code=trust_remote_code,
         )
-    except (CompressknowError, RuntimeError, ValueError):
+    except (CompressknowError, OSError, RuntimeError, ValueError):
         # The manifest may be anyone's: it may name anything that gives no text.
         return None
     return again.texts if again.sha256 == calibration["sha256"] else None
-
-
-def _is_on_disk(calibration: Mapping[str, Any]) -> bool:
-    """Return True if a calibration names a file, or a data set on disk, that is there."""
-    try:
-        kind = find_kind(calibration["source"])
-        exists = Path(calibration["source"].removeprefix(HUB)).expanduser().exists()
-    except (UsageError, OSError, ValueError, RuntimeError):
-        return False
-    return kind == calibration["kind"] and kind != SELF and exists
 
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
