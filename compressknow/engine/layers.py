@@ -64,11 +64,6 @@ LAYERS: Registry[LayerKind] = Registry(
 )
 
 
-def kinds_on(device: str | torch.device) -> list[LayerKind]:
-    """Return the kinds that run there. Raises CompressknowError where one of another package cannot be used."""
-    return [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
-
-
 class Int8Linear(EngineLinear):
     """Linear layer with int8 weights whose activations are quantized as they come: the schemes ``int8``,
     ``int8-paper``.
@@ -88,7 +83,7 @@ class Int8Linear(EngineLinear):
     """
 
     word = "int8"
-    weight_sums: torch.Tensor | None
+    weight_sums: torch.Tensor
 
     def __init__(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, bits: int, per_token: bool
@@ -101,9 +96,9 @@ class Int8Linear(EngineLinear):
         self.per_token = per_token
         self.rounds = True
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        # A zero point of 1 adds these to a token's sums.
-        sums = None if per_token else weight.sum(1, dtype=torch.int32)
-        self.register_buffer("weight_sums", sums, persistent=False)
+        if not per_token:
+            # A zero point of 1 adds these to a token's sums.
+            self.register_buffer("weight_sums", weight.sum(1, dtype=torch.int32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
@@ -121,7 +116,7 @@ class Int8Linear(EngineLinear):
             integers = integers.add_(zero)
         integers = integers.clamp_(self.lowest, self.highest).round_().to(torch.int8)
         sums = torch._int_mm(integers, self.weight.t())
-        if self.weight_sums is not None and zero is not None:
+        if zero is not None:
             sums = sums.sub_(self.weight_sums * zero.to(torch.int32))
         # Converted first: torch multiplies int32 by float32 many times more slowly than float32 by float32.
         values = sums.float().mul_(scale.float())

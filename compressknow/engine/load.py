@@ -262,7 +262,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.layers import kinds_on
+    from compressknow.engine.layers import LAYERS
     from compressknow.model.loading import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -273,7 +273,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
-    kinds = kinds_on(device)
+    kinds = [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
     in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
