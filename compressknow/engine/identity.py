@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -356,11 +357,9 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
     if path.suffix == ".gguf":
         from compressknow.model.gguf_file import plain_tensors
 
-        try:
+        # Its runtime says what is wrong with it.
+        with suppress(NotReadable):
             return plain_tensors(path)
-        except NotReadable:
-            # Its runtime says what is wrong with it.
-            return []
     return []
 
 
