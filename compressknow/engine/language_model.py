@@ -40,9 +40,9 @@ def device_of(name: str) -> str:
 
     check_device(name)
     if name == AUTO:
-        return next((kind for kind in ("cuda", "mps") if _count(kind)), CPU)
+        return next((kind for kind in ("cuda", "mps") if torch.get_device_module(kind).device_count()), CPU)
     kind, _, number = name.partition(":")
-    count = 1 if kind == CPU else _count(kind)
+    count = torch.get_device_module(kind).device_count()
     if int(number or 0) < count:
         return name
     if count:
@@ -54,16 +54,6 @@ def device_of(name: str) -> str:
         "or torch was built without support for it.",
         hint="Leave out --device to use the best available device, or pass --device cpu.",
     )
-
-
-def _count(kind: str) -> int:
-    """Count the devices of a kind that torch can use."""
-    import torch
-
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    module = getattr(torch, kind)
-    return int(module.device_count()) if module.is_available() else 0
 
 
 # Names that compressed-tensors gives to what it keeps in a quantized layer.
