@@ -257,35 +257,20 @@ def observe(
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
     batches = [batch for text in texts for batch in text]
-
-    def make_sums(weights: Iterable[LinearWeight], pool: Pool) -> AnySums:
-        names = dict.fromkeys(weight.parameter for weight in weights)
-        parts = [(len(text), Sums(names, products=products, peaks=False, check=pool.check)) for text in texts]
-        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
-
-    with OpenFiles() as files, Pool(threads) as pool:
+    with OpenFiles() as files:
         try:
-            # What fails stops its pool.
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as walking:
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files)
-                visitor = _Observer(streamed, weights, walking, make_sums, visit, on_progress)
-                walk(streamed, batches, visitor, walking, visitor.report)
-                visitor.finish()
+                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                walk(streamed, batches, observer, pool, observer.report)
+                observer.finish()
         except BlockwiseUnsupported:
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY):
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files, whole=True)
-                sums = make_sums(weights, pool)
+                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                sums = observer.make_sums(weights)
                 gather_whole(streamed, [weight.parameter for weight in weights], batches, sums, on_progress)
-                visit(_collect(weights, sums), pool)
-
-
-def _collect(weights: Iterable[LinearWeight], sums: AnySums) -> dict[Key, InputStatistics]:
-    keys = [
-        Key(weight.parameter, matrix)
-        for weight in weights
-        for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
-    ]
-    return {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
+                observer.show(weights, sums)
 
 
 class _Observer(TargetVisitor[LinearWeight]):
@@ -295,25 +280,36 @@ class _Observer(TargetVisitor[LinearWeight]):
         self,
         streamed: StreamedModel,
         weights: Sequence[LinearWeight],
+        texts: Sequence[Batches],
+        products: bool,
         pool: Pool,
-        make_sums: Callable[[Iterable[LinearWeight], Pool], AnySums],
         visit: Visit,
         on_progress: OnProgress,
     ) -> None:
         super().__init__(streamed, group_by_block(streamed, weights))
-        self._pool, self._make, self._visit, self._on_progress = pool, make_sums, visit, on_progress
+        self._texts, self._products = texts, products
+        self._pool, self._visit, self._on_progress = pool, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
-        return self._make(targets, self._pool)
+        names = dict.fromkeys(weight.parameter for weight in targets)
+        check = self._pool.check
+        parts = [(len(text), Sums(names, products=self._products, peaks=False, check=check)) for text in self._texts]
+        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self._unvisited.pop(module, None)
         if not self._repeats:
-            self._show(module)
+            self.show(self._targets[module], self._sums.pop(module))
 
-    def _show(self, module: str) -> None:
-        self._visit(_collect(self._targets[module], self._sums.pop(module)), self._pool)
+    def show(self, weights: Sequence[LinearWeight], sums: AnySums) -> None:
+        """Show what was seen of weights, but for those that the text does not reach."""
+        keys = [
+            Key(weight.parameter, matrix)
+            for weight in weights
+            for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
+        ]
+        self._visit({key: seen for key in keys if (seen := sums.get(key)) is not None}, self._pool)
 
     def report(self, module: str) -> None:
         """Report a block that has run."""
@@ -327,5 +323,5 @@ class _Observer(TargetVisitor[LinearWeight]):
     def finish(self) -> None:
         for module in self._unvisited:
             self.check_run(module)
-        for module in list(self._sums):
-            self._show(module)
+        for module, sums in self._sums.items():
+            self.show(self._targets[module], sums)
