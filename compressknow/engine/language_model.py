@@ -57,12 +57,9 @@ def device_of(name: str) -> str:
 
 
 # Names that compressed-tensors gives to what it keeps in a quantized layer.
-_BESIDE_WEIGHTS = frozenset(
-    (
-        *(f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")),
-        *("weight_g_idx", "weight_shape"),
-    )
-)
+_BESIDE_WEIGHTS = {"weight_g_idx", "weight_shape"} | {
+    f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")
+}
 
 
 @dataclass(frozen=True)
