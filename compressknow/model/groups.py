@@ -5,25 +5,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.structure import (
-    Group,
-    LinearWeight,
-    ModuleMap,
-    Step,
-    Structure,
-    is_cross,
-    is_further_head,
-    place,
-)
+from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structure
 
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
@@ -31,6 +22,52 @@ BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
 TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
 Kind = Literal["linear", "conv1d", "experts"]
+
+
+def _ends(*names: str) -> re.Pattern[str]:
+    # Only the end of a class name says what it is: its start is the model's name (FalconMambaMLP is an MLP).
+    return re.compile(f"(?:{'|'.join(names)})$")
+
+
+def _is(*names: str) -> re.Pattern[str]:
+    return re.compile(f"^(?:{'|'.join(names)})$")
+
+
+Rules = tuple[tuple[Group, re.Pattern[str]], ...]
+# Nearest module first, class before attribute. Linear attention (gated delta nets, lightning attention) is attention,
+# as its authors and its configs call it; state-space and other recurrent mixers, RWKV's included, are `other`.
+CLASS_RULES: Rules = (
+    ("other", _ends("Router(?:MLP)?", "TopKGating", "MessageGate")),
+    ("other", _ends("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
+    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
+    ("attention", _ends("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
+    ("feed-forward", _ends("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
+    ("feed-forward", _ends("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
+)
+# Names that mean this only inside a block: a head has an `output`, a projector an `mlp`, of its own.
+BLOCK_CLASS_RULES: Rules = (("feed-forward", _ends("Intermediate", "Output")),)
+BLOCK_ATTRIBUTE_RULES: Rules = (
+    ("attention", re.compile(r"(?:^|_)(?:attn|att|attention)s?$|Attention$|^crossattention$|_attn_layers$")),
+    ("feed-forward", _is("mlps?", "ffns?", "ff", "feed_?forward", "DenseReluDense", "(?:shared_)?experts?")),
+    ("feed-forward", _is("intermediate", "output")),
+)
+# The weight's own attribute, where no module around it says what it is (BART's and OPT's layers hold fc1 and fc2).
+LEAF_RULES: Rules = (
+    ("other", _is("per_layer_(?:input_gate|projection)")),
+    ("attention", _is("[qkvo]_proj", "query", "key", "value", "qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv")),
+    ("feed-forward", _is("fc_?(?:1|2|in|out)", "ffn", "ffn_output", "(?:gate|up|down|gate_up)_proj", "w[123io]")),
+    ("feed-forward", _is("wi_[01]", "lin(?:ear)?[12]", "c_fc", "dense_h_to_4h", "dense_4h_to_h")),
+)
+ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
+# A norm may hold a small MLP that sets its scale. DBRX's attention and SqueezeBERT's matrices lie in classes that end
+# alike.
+NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
+CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
+CROSS_CLASS = _ends("CrossAttention")
+# Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
+# columns that MobileBERT keeps apart and joins to its decoder; and FSMT's, which names its embedding instead.
+FURTHER_HEADS = _ends(r"(?:^|\.)lm_head", r"predictions\.decoder")
+FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.output_projection")
 
 
 def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
@@ -59,6 +96,13 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return [name for name in tree.layers if not tree.in_tower(name)]
 
 
+class _Step(NamedTuple):
+    """Module on the way from the root to a weight: the attribute that holds it, and its class."""
+
+    attribute: str
+    class_name: str
+
+
 class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -76,13 +120,13 @@ class _Tree:
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
-    def place(self, name: str) -> tuple[tuple[Step, ...], int | None]:
+    def place(self, name: str) -> tuple[tuple[_Step, ...], int | None]:
         """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
         parts = name.split(".")
         prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-        steps = tuple(Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
+        steps = tuple(_Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
         layer = next((self.layers[prefix] for prefix in [*prefixes, name] if prefix in self.layers), None)
-        return (Step("", self.classes[""]), *steps), layer
+        return (_Step("", self.classes[""]), *steps), layer
 
     def in_tower(self, name: str) -> bool:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
@@ -171,25 +215,58 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         group=group,
         layer=layer,
         stack=None if group == "vision" else _stack(tree.model, module),
-        cross=group == "attention" and is_cross(steps),
+        # It reads the other stack's states.
+        cross=group == "attention"
+        and any(CROSS.search(step.attribute) or CROSS_CLASS.search(step.class_name) for step in steps),
         uses=1 if group == "final" else uses_of(config, module, layer, tree.names[id(parameter)]),
         transposed=is_transposed,
         sharing=tuple(sharing),
     )
 
 
-def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: tuple[Step, ...], in_block: bool) -> Group | None:
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: Sequence[_Step], in_block: bool) -> Group | None:
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
     if id(parameter) in tree.heads:
         return "final"
-    if not in_block and is_further_head(steps, module, leaf):
+    leaf_of_class = f"{steps[-1].class_name}.{leaf}"
+    if not in_block and (FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(leaf_of_class)):
         return "final"
     if not in_block and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
         return "other"
-    return place(steps, leaf, in_block)
+    return _place(steps, leaf, in_block)
+
+
+def _place(steps: Sequence[_Step], leaf: str, in_block: bool) -> Group | None:
+    """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
+    above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
+    group = _by_modules(steps, in_block)
+    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(steps[-1].attribute)):
+        return "other"
+    if group is not None:
+        return group
+    if not in_block:
+        return "other"
+    if leaf == "linear" and steps[-1].class_name.endswith("HybridLayer"):
+        return "other"
+    return next((group for group, rule in LEAF_RULES if rule.search(leaf)), None)
+
+
+def _by_modules(steps: Sequence[_Step], in_block: bool) -> Group | None:
+    class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
+    attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
+    if any(NORM_CLASS.search(step.class_name) for step in steps):
+        return "other"
+    for step in reversed(steps):
+        for group, rule in class_rules:
+            if rule.search(step.class_name):
+                return group
+        for group, rule in attribute_rules:
+            if rule.search(step.attribute):
+                return group
+    return None
 
 
 def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
@@ -231,7 +308,7 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
             if not _is_matrix(module, name, parameter, width):
                 continue
             steps, layer = tree.place(f"{module_name}.{name}")
-            group = place(steps, name, layer is not None)
+            group = _place(steps, name, layer is not None)
             if group in ("attention", "feed-forward"):
                 yield f"{module_name}.{name}", "vision" if tree.in_tower(module_name) else group
 
