@@ -115,7 +115,7 @@ def load_language_model(
     CheckpointError : it lacks a language-modelling head, weights or a tokenizer: none is ever made up at random.
     UnsupportedError : it is no language model of text.
     """
-    tokenizer = load_whole_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
     _check_head(path, model)
     _make_batch_invariant(model)
@@ -126,19 +126,6 @@ def load_language_model(
             hint="Give a checkpoint whose `architectures` names a language model.",
         )
     return LanguageModel(model, tokenizer, family)
-
-
-def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint. Raises CheckpointError where there is none, or one without words."""
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        raise CheckpointError(
-            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
-            why="transformers would create one with only special tokens, and every word would be unknown.",
-            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
-            "as the weights.",
-        )
-    return tokenizer
 
 
 def language_model_of(

@@ -114,11 +114,13 @@ def load_variant(
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or GGUF file.
 
-    Raises CheckpointError where there is none, UnsupportedError as `load` does.
+    Raises CheckpointError where there is none, or one without words, UnsupportedError as `load` does.
     """
     from transformers import AutoTokenizer
 
     path = _checkpoint_path(folder)
+    files = "tokenizer.json, tokenizer_config.json, ..."
+    hint = f"Put the model's tokenizer files ({files}) in the same folder as the weights."
     with quiet():
         try:
             _check_gguf(path)
@@ -129,16 +131,17 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
-            return tokenizer
         except CompressknowError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"{path} has no tokenizer that loads.",
-                why=reason_of(error),
-                hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
-                "as the weights.",
-            ) from error
+            raise CheckpointError(f"{path} has no tokenizer that loads.", reason_of(error), hint) from error
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise CheckpointError(
+            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
+            "transformers would create one with only special tokens, and every word would be unknown.",
+            hint,
+        )
+    return tokenizer
 
 
 def _checkpoint_path(folder: str | Path) -> Path:

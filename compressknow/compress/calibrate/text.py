@@ -232,9 +232,9 @@ def calibration_text(
 
     from compressknow.base.progress import quiet
     from compressknow.compress.calibrate.sequences import build_inputs, find_form
-    from compressknow.engine.language_model import load_whole_tokenizer
+    from compressknow.engine.load import load_tokenizer
 
-    tokenizer = load_whole_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with quiet():
         form = find_form(tree, tokenizer)
         if not (sequences := tokens // form.length):
