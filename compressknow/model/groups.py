@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -329,34 +329,23 @@ def uses_of(config: Any, module: str, layer: int | None, names: int) -> int:
     if "_adapter_list." in module:
         # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
         return 1
-    rule = RULES.get(getattr(config, "model_type", ""))
-    return names * (rule(config, module, layer) if rule is not None and layer is not None else 1)
+    return names if layer is None else names * _count_loops(config, module, layer)
 
 
-def _albert(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    layers_per_group = config.num_hidden_layers / config.num_hidden_groups
-    return [int(index / layers_per_group) for index in range(config.num_hidden_layers)].count(layer)
-
-
-def _funnel(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    block = re.search(r"encoder\.blocks\.(\d+)\.", module)
-    return int(config.block_repeats[int(block.group(1))]) if block else 1
-
-
-def _loop(first: int, stop: int, times: int, layer: int) -> int:
-    return times if first <= layer < stop else 1
-
-
-# Blocks reached by several names are counted from the tree itself; these loop over a block that has one name.
-RULES: dict[str, Callable[[Any, str, int], int]] = {
-    "albert": _albert,
-    "perceiver": lambda config, module, _: config.num_blocks if ".self_attends." in module else 1,
-    "funnel": _funnel,
-    "dory": lambda config, _, layer: _loop(
-        config.n_input_layers, config.n_input_layers + config.n_recurrent_layers, config.n_recurrent_loops, layer
-    ),
-    "hrm_text": lambda config, module, _: config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1),
-    "inkling2_loop_text": lambda config, _, layer: _loop(
-        config.loop_layer_index_start, config.loop_layer_index_end, config.loop_num_passes, layer
-    ),
-}
+def _count_loops(config: Any, module: str, layer: int) -> int:
+    """Count how often a pass comes to a block under one name: some architectures loop over blocks."""
+    match getattr(config, "model_type", ""):
+        case "albert":
+            layers_per_group = config.num_hidden_layers / config.num_hidden_groups
+            return [int(index / layers_per_group) for index in range(config.num_hidden_layers)].count(layer)
+        case "perceiver" if ".self_attends." in module:
+            return int(config.num_blocks)
+        case "funnel" if block := re.search(r"encoder\.blocks\.(\d+)\.", module):
+            return int(config.block_repeats[int(block.group(1))])
+        case "dory" if 0 <= layer - config.n_input_layers < config.n_recurrent_layers:
+            return int(config.n_recurrent_loops)
+        case "hrm_text":
+            return int(config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1))
+        case "inkling2_loop_text" if config.loop_layer_index_start <= layer < config.loop_layer_index_end:
+            return int(config.loop_num_passes)
+    return 1
