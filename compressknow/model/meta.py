@@ -48,12 +48,21 @@ def meta_model(
         raw = read_json(path)
         check_numbers(path, raw)
         architecture = _architecture(path, raw)
-        if architecture in _remote_classes(raw) and not _is_builtin(architecture):
-            return _remote_model(path, raw, architecture, trust_remote_code)
+        remote_class = None if _is_builtin(architecture) else _remote_classes(raw).get(architecture)
+        if remote_class and not trust_remote_code:
+            raise CheckpointError(
+                f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
+                f"Building it would run the code that {path} refers to in `auto_map`.",
+                "Read that code, then pass --trust-remote-code.",
+            )
         config = _config(path, raw, trust_remote_code)
-        if not _is_builtin(architecture):
-            return _best_match(path, config, architecture, tensor_names)
-        return _build(path, getattr(transformers, architecture), config)
+        if remote_class:
+            with _explain_failures(f"The code of {architecture} cannot be loaded."):
+                model_class = get_class_from_dynamic_module(remote_class, str(path.parent))
+            return _build(path, model_class, config)
+        if _is_builtin(architecture):
+            return _build(path, getattr(transformers, architecture), config)
+        return _best_match(path, config, architecture, tensor_names)
 
 
 def _architecture(path: Path, raw: dict[str, Any]) -> str:
@@ -81,19 +90,6 @@ def _is_builtin(architecture: str) -> bool:
     # The bases that hold no layers of their own (BertPreTrainedModel) are no architecture.
     is_base = architecture.endswith("PreTrainedModel")
     return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
-
-
-def _remote_model(path: Path, raw: dict[str, Any], architecture: str, trust_remote_code: bool) -> PreTrainedModel:
-    if not trust_remote_code:
-        raise CheckpointError(
-            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
-            f"Building it would run the code that {path} refers to in `auto_map`.",
-            "Read that code, then pass --trust-remote-code.",
-        )
-    config = _config(path, raw, trust_remote_code)
-    with _explain_failures(f"The code of {architecture} cannot be loaded."):
-        model_class = get_class_from_dynamic_module(_remote_classes(raw)[architecture], str(path.parent))
-    return _build(path, model_class, config)
 
 
 def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:

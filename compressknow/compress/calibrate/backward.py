@@ -100,7 +100,10 @@ def compute_gradients(
 
     Raises BlockwiseUnsupported if the model does not run block by block.
     """
-    head = _find_head(streamed.model)
+    output = streamed.model.get_output_embeddings()
+    head = next((name for name, module in streamed.model.named_modules() if module is output), None)
+    if head is None:
+        raise BlockwiseUnsupported(f"{type(streamed.model).__name__} has no head")
     rows = streamed.model.get_input_embeddings().weight.shape[0]
     embeddings = [
         name
@@ -377,11 +380,3 @@ class _GradientWatch(TorchFunctionMode):
             if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
                 self.seen.append((name, inputs.detach(), output))
         return output
-
-
-def _find_head(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return str(name)
-    raise BlockwiseUnsupported(f"{type(model).__name__} has no head")
