@@ -122,13 +122,14 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
         del groups["vision"]
+    dtypes = stored_dtypes or {}
     return Inspection(
         {
             "model": source_name,
             "architecture": structure.architecture,
             "model_type": structure.model_type,
             "module_map": structure.module_map,
-            "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
+            "groups": {group: _group(weights, structure, dtypes) for group, weights in groups.items()},
             "scopes": scope_parameters(structure),
             "parameters": {"stored": stored, "used": stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),
@@ -138,7 +139,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     )
 
 
-def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str]) -> dict[str, Any]:
     return {
         "modules": len({weight.module for weight in weights}),
         "stored": sum(weight.stored for weight in weights),
@@ -147,15 +148,12 @@ def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[st
     }
 
 
-def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
-    dtype = None
-    if dtypes is not None:
-        # A checkpoint may hold a tied weight under its other name alone.
-        dtype = dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, ""))
+def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": weight.parameter,
         "shape": list(weight.shape),
-        "dtype": dtype,
+        # A checkpoint may hold a tied weight under its other name alone.
+        "dtype": dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, "")),
         "kind": weight.kind,
         "layer": weight.layer,
         "stack": weight.stack,
