@@ -9,8 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -53,10 +52,8 @@ def check_whole(path: Path) -> None:
 
 def check_gguf(path: Path) -> None:
     """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
-    where its tensors do not lie as it says; OSError where it cannot be opened.
-    """
-    with _open_header(path) as header:
-        header.check_places(header.read())
+    where its tensors do not lie as it says; OSError where it cannot be opened."""
+    _read_header(path).check_places()
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
@@ -64,18 +61,19 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
-    with _open_header(path) as header:
-        tensors = [tensor for tensor in header.read() if tensor.kind in _PLAIN]
-        start, size = header.data_start, header.size
-    stored = [StoredTensor(t.name, _PLAIN[t.kind], t.shape[::-1], path, start + t.offset) for t in tensors]
-    return [each for each in stored if each.offset + each.nbytes <= size]
+    header = _read_header(path)
+    stored = [
+        StoredTensor(tensor.name, _PLAIN[tensor.kind], tensor.shape[::-1], path, header.data_start + tensor.offset)
+        for tensor in header.tensors
+        if tensor.kind in _PLAIN
+    ]
+    return [each for each in stored if each.offset + each.nbytes <= header.size]
 
 
-@contextmanager
-def _open_header(path: Path) -> Iterator[_Header]:
+def _read_header(path: Path) -> _Header:
     with open_regular(path) as file:
         try:
-            yield _Header(file)
+            return _Header(file)
         except (struct.error, RecursionError):
             raise CutShort("it is cut short") from None
 
@@ -92,8 +90,6 @@ class _Header:
         self._file, self.size = file, os.fstat(file.fileno()).st_size
         self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
-
-    def read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
             raise CutShort("it is no GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
@@ -101,7 +97,8 @@ class _Header:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
         for _ in range(entries):
             self._entry()
-        return [self._tensor() for _ in range(tensors)]
+        self.tensors = [self._tensor() for _ in range(tensors)]
+        self.data_start = self._aligned(self._file.tell())
 
     def _entry(self) -> None:
         key = self._text()
@@ -148,18 +145,13 @@ class _Header:
         shape = tuple(self._number("Q") for _ in range(dimensions))
         return _Tensor(name, shape, self._number("I"), self._number("Q"))
 
-    @property
-    def data_start(self) -> int:
-        """Return where the tensors begin, once the header was read."""
-        return self._aligned(self._file.tell())
-
-    def check_places(self, tensors: list[_Tensor]) -> None:
+    def check_places(self) -> None:
         """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
-        start, end = self.data_start, 0
-        for tensor in tensors:
+        end = 0
+        for tensor in self.tensors:
             if (found := _BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
                 raise NotReadable(
                     f"it has a tensor of block {int(found[1][:9]):,}, and says that it has {self._blocks}"
@@ -170,7 +162,7 @@ class _Header:
                 raise NotReadable(f"a tensor in it lies at {tensor.offset:,}, and the one before it ends at {end:,}")
             values, nbytes = sizes[tensor.kind]
             end = tensor.offset + math.prod(tensor.shape) // values * nbytes
-        if tensors and start + end > self.size:
+        if self.tensors and self.data_start + end > self.size:
             raise CutShort("it is cut short")
 
     def _aligned(self, place: int) -> int:
