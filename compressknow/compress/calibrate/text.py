@@ -69,9 +69,9 @@ def _explain_failures(path: Path) -> Iterator[None]:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from None
 
 
-def read_passages(source: str) -> Iterator[tuple[str, bool]]:
-    """Read the texts of a ``.txt`` file (one text), a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row),
-    but for blank ones: pieces of text, and whether each begins another one.
+def _read_passages(source: str) -> Iterator[str]:
+    """Read the texts of a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row), but for blank ones, or the
+    pieces of a ``.txt`` file.
 
     Raises UsageError if the file or set is not found, CompressknowError if it cannot be read.
     """
@@ -83,18 +83,12 @@ def read_passages(source: str) -> Iterator[tuple[str, bool]]:
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(reading.read_lines(path), start=1):
                 if text := _parse_line(path, number, line):
-                    yield text, True
-        else:
-            yield from _read_pieces(path)
-
-
-def _read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Read whole lines of about 64 K characters together, which are tokenized at once."""
-    with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
-        begins = True
-        while piece := file.read(_PIECE):
-            yield piece + file.readline(_PIECE), begins
-            begins = False
+                    yield text
+            return
+        with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
+            # Whole lines of about 64 K characters, which are tokenized at once.
+            while piece := file.read(_PIECE):
+                yield piece + file.readline(_PIECE)
 
 
 def _parse_line(path: Path, number: int, line: bytes) -> str:
@@ -114,11 +108,11 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     return text if text.strip() else ""
 
 
-def _read_rows(dataset: str) -> Iterator[tuple[str, bool]]:
+def _read_rows(dataset: str) -> Iterator[str]:
     table = _choose_split(reading.load_tables(dataset), dataset)
     column = _choose_column(table, dataset)
     for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        yield from ((text, True) for text in batch.column(column).to_pylist() if text and text.strip())
+        yield from (text for text in batch.column(column).to_pylist() if text and text.strip())
 
 
 def _choose_split(splits: dict[str, Any], dataset: str) -> Any:
@@ -301,9 +295,10 @@ def reread_texts(
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
     """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
-    for number, (passage, begins) in enumerate(read_passages(text)):
+    is_one_text = not text.startswith(HUB) and Path(text).suffix.lower() == ".txt"
+    for number, passage in enumerate(_read_passages(text)):
         ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
-        yield [*form.separator, *ids] if begins and number else list(ids)
+        yield list(ids) if is_one_text or not number else [*form.separator, *ids]
 
 
 def _pack(
