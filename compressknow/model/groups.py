@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -96,11 +96,8 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return [name for name in tree.layers if not tree.in_tower(name)]
 
 
-class _Step(NamedTuple):
-    """Module on the way from the root to a weight: the attribute that holds it, and its class."""
-
-    attribute: str
-    class_name: str
+# Modules on the way from the root to a weight: the attribute that holds each, and its class.
+_Steps = Sequence[tuple[str, str]]
 
 
 class _Tree:
@@ -120,13 +117,13 @@ class _Tree:
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
-    def place(self, name: str) -> tuple[tuple[_Step, ...], int | None]:
+    def place(self, name: str) -> tuple[_Steps, int | None]:
         """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
         parts = name.split(".")
         prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-        steps = tuple(_Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
+        steps = [(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes]
         layer = next((self.layers[prefix] for prefix in [*prefixes, name] if prefix in self.layers), None)
-        return (_Step("", self.classes[""]), *steps), layer
+        return [("", self.classes[""]), *steps], layer
 
     def in_tower(self, name: str) -> bool:
         return name in self.towers or any(parent in self.towers for parent in _parents(name))
@@ -217,21 +214,21 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         stack=None if group == "vision" else _stack(tree.model, module),
         # It reads the other stack's states.
         cross=group == "attention"
-        and any(CROSS.search(step.attribute) or CROSS_CLASS.search(step.class_name) for step in steps),
+        and any(CROSS.search(attribute) or CROSS_CLASS.search(class_name) for attribute, class_name in steps),
         uses=1 if group == "final" else uses_of(config, module, layer, tree.names[id(parameter)]),
         transposed=is_transposed,
         sharing=tuple(sharing),
     )
 
 
-def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: Sequence[_Step], in_block: bool) -> Group | None:
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_block: bool) -> Group | None:
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
     if id(parameter) in tree.heads:
         return "final"
-    leaf_of_class = f"{steps[-1].class_name}.{leaf}"
-    if not in_block and (FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(leaf_of_class)):
+    _, parent_class = steps[-1]
+    if not in_block and (FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(f"{parent_class}.{leaf}")):
         return "final"
     if not in_block and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
@@ -239,32 +236,31 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: Sequence[_S
     return _place(steps, leaf, in_block)
 
 
-def _place(steps: Sequence[_Step], leaf: str, in_block: bool) -> Group | None:
+def _place(steps: _Steps, leaf: str, in_block: bool) -> Group | None:
     """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
     above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
     group = _by_modules(steps, in_block)
-    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(steps[-1].attribute)):
+    parent, parent_class = steps[-1]
+    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(parent)):
         return "other"
     if group is not None:
         return group
-    if not in_block:
-        return "other"
-    if leaf == "linear" and steps[-1].class_name.endswith("HybridLayer"):
+    if not in_block or (leaf == "linear" and parent_class.endswith("HybridLayer")):
         return "other"
     return next((group for group, rule in LEAF_RULES if rule.search(leaf)), None)
 
 
-def _by_modules(steps: Sequence[_Step], in_block: bool) -> Group | None:
+def _by_modules(steps: _Steps, in_block: bool) -> Group | None:
     class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
     attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
-    if any(NORM_CLASS.search(step.class_name) for step in steps):
+    if any(NORM_CLASS.search(class_name) for _, class_name in steps):
         return "other"
-    for step in reversed(steps):
+    for attribute, class_name in reversed(steps):
         for group, rule in class_rules:
-            if rule.search(step.class_name):
+            if rule.search(class_name):
                 return group
         for group, rule in attribute_rules:
-            if rule.search(step.attribute):
+            if rule.search(attribute):
                 return group
     return None
 
