@@ -323,10 +323,6 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         own_factors = factors.get(tensor.parameter)
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
-
-        def see(place: slice, values: torch.Tensor) -> None:
-            rows[place] = values
-
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         rounding = nearest
         if tensor.quantize and tensor.quantize.rounding == "gptq":
@@ -336,7 +332,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
                 return gptq(values, scales, scheme, seen, values == 0)
 
-        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=see)
+        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 
