@@ -130,10 +130,9 @@ class StreamedModel:
 
     def _initialise(self, names: list[str]) -> None:
         """Have the model compute values that no file holds (sinusoidal positions), as it does when it is loaded."""
-        modules = {id(self._owners[name][0]): self._owners[name][0] for name in names}
         for name in names:
             self._set(name, torch.zeros(self._get(name).shape))
-        for module in modules.values():
+        for module in dict.fromkeys(self._owners[name][0] for name in names):
             self.model._init_weights(module)
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
@@ -182,18 +181,19 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
 
     config = copy.deepcopy(tree.config)
     config.use_cache = False
+
+    def build(attention: str) -> PreTrainedModel:
+        config._attn_implementation = attention
+        # Experts one after the other: so each multiplies with a weight of its own.
+        config._experts_implementation = "eager"
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return type(tree)(config).eval()
+
     with quiet(), torch.random.fork_rng(devices=[]):
-        for attention in ("sdpa", "eager"):
-            config._attn_implementation = attention
-            # Experts one after the other: so each multiplies with a weight of its own.
-            config._experts_implementation = "eager"
-            try:
-                with init_empty_weights(include_buffers=False), no_init_weights():
-                    return type(tree)(config).eval()
-            except (ValueError, ImportError):
-                if attention == "eager":
-                    raise
-    raise AssertionError
+        try:
+            return build("sdpa")
+        except (ValueError, ImportError):
+            return build("eager")
 
 
 class Call(NamedTuple):
@@ -304,7 +304,7 @@ def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[
     try:
         yield forwards
     finally:
-        for module in {id(module): module for module in modules.values()}.values():
+        for module in set(modules.values()):
             del module.forward
 
 
