@@ -215,10 +215,9 @@ class GradientPass(ForwardPass):
     """
 
     def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
-        super().__init__(
-            model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
-        )
-        self._batch, self.number, self._head = batch, number, head
+        inputs = {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
+        super().__init__(model, inputs, number)
+        self._batch, self._head = batch, head
         self._rows, self._copies = len(batch.positions), batch.directions
         self.scores = torch.empty(0)
         # An input with a gradient, so that all outputs have one.

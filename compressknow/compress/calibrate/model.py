@@ -227,10 +227,10 @@ _here = threading.local()
 
 
 class ForwardPass:
-    """Forward pass of one batch, which stops before blocks."""
+    """Forward pass of one batch, which has a number, that stops before blocks."""
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
-        self._model, self._inputs = model, inputs
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], number: int) -> None:
+        self._model, self._inputs, self.number = model, inputs, number
         self._calls: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -130,7 +130,7 @@ def walk(
     Raises CompressknowError if a block gives NaN or infinities, or there is no memory for it, BlockwiseUnsupported if
     the model cannot be run so.
     """
-    passes = [ForwardPass(streamed.model, batch) for batch in batches]
+    passes = [ForwardPass(streamed.model, batch, number) for number, batch in enumerate(batches)]
     with ExitStack() as stack:
         forwards = stack.enter_context(intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers]))
         for each in passes:
@@ -141,16 +141,16 @@ def walk(
             module = here[0].module
             if any(call is None or call.module != module for call in calls):
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
-            run = partial(_run, forwards[module], pool)
+            run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
             with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
                 if names := visitor.list_watched(module):
                     weights = {name: streamed.model.get_parameter(name) for name in names}
                     sums = visitor.get_sums(module)
                     sums.begin()
-                    pool.map(partial(_gather, run, weights, sums), list(enumerate(here)))
+                    pool.map(partial(_gather, run, weights, sums), stops)
                     visitor.visit(module, partial(_run_copy, run, here[0]))
                 if not visitor.is_done:
-                    calls = pool.map(partial(_advance, run, visitor), list(enumerate(zip(passes, here, strict=True))))
+                    calls = pool.map(partial(_advance, run, visitor), stops)
             streamed.release()
             on_module(module)
             if visitor.is_done:
@@ -185,22 +185,22 @@ def _run_copy(run: Run, call: Call) -> Any:
     return run(Call(call.module, args, kwargs))
 
 
-def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, numbered: tuple[int, Call]) -> None:
+def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, stop: tuple[ForwardPass, Call]) -> None:
     """Add what a module's weights read of one batch."""
-    number, call = numbered
+    forward_pass, call = stop
     with Watch(weights) as watch:
         _run_copy(run, call)
     if watch.overwritten:
         with Watch(weights, copies=True) as watch:
             _run_copy(run, call)
-    sums.add(number, watch.seen)
+    sums.add(forward_pass.number, watch.seen)
 
 
-def _advance(run: Run, visitor: Visitor, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Any:
+def _advance(run: Run, visitor: Visitor, stop: tuple[ForwardPass, Call]) -> Any:
     """Run a module on one batch, and take its pass to the next one."""
-    number, (forward_pass, call) = numbered
+    forward_pass, call = stop
     output = run(call)
-    visitor.receive_output(call.module, number, call, output)
+    visitor.receive_output(call.module, forward_pass.number, call, output)
     return forward_pass.advance(output)
 
 
