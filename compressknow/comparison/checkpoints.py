@@ -31,8 +31,8 @@ from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
 from compressknow.model.gguf_file import EMBEDDING, Tensor, groups_of, open_gguf, tensors_of, value_of
+from compressknow.model.loading import config_groups
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
-from compressknow.model.naming import config_groups
 from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor
 

@@ -407,8 +407,8 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
     """Return whether a model computes with a stored tensor, as its module tree on the meta device says."""
     if located.path.suffix == ".gguf":
         return True
+    from compressknow.model.loading import Naming
     from compressknow.model.meta import meta_model
-    from compressknow.model.naming import Naming
 
     try:
         checkpoint = open_checkpoint(located.path)

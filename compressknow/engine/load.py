@@ -266,7 +266,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
     from compressknow.engine.layers import LAYERS
-    from compressknow.model.loading import find_direct_reads
+    from compressknow.model.meta import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:

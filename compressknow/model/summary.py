@@ -166,7 +166,7 @@ def _stored_dtypes(
     checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
-    from compressknow.model.naming import Naming, find_suppliers, packed_weights
+    from compressknow.model.loading import Naming, find_suppliers, packed_weights
 
     naming = Naming(model)
     bindings = naming.bind(checkpoint.tensors)
