@@ -104,7 +104,6 @@ class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.towers = set(_towers(model))
         # Models of their own within a composite one.
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
@@ -119,14 +118,13 @@ class _Tree:
 
     def place(self, name: str) -> tuple[_Steps, int | None]:
         """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
-        parts = name.split(".")
-        prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-        steps = [(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes]
-        layer = next((self.layers[prefix] for prefix in [*prefixes, name] if prefix in self.layers), None)
-        return [("", self.classes[""]), *steps], layer
+        above = [*_parents(name), ""][::-1]
+        steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in above]
+        layer = next((self.layers[each] for each in (*above, name) if each in self.layers), None)
+        return steps, layer
 
     def in_tower(self, name: str) -> bool:
-        return name in self.towers or any(parent in self.towers for parent in _parents(name))
+        return any(each in self.towers for each in (name, *_parents(name)))
 
     def is_between(self, name: str) -> bool:
         """Return whether a module lies between the towers and the language model, both models of their own."""
