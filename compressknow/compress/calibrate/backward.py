@@ -369,9 +369,7 @@ class _GradientWatch(TorchFunctionMode):
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
             inputs, weight = (args[place] for place in places)

@@ -78,9 +78,7 @@ class Watch(TorchFunctionMode):
         # Torch's counts of changes of these inputs, from when they were seen.
         self._versions: list[int] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
             left, right = (args[place] for place in places)
             self._note(left, right)

@@ -103,9 +103,7 @@ class _Recorder(TorchFunctionMode):
             self._outputs.append(output)
             self.places[name].add(output.untyped_storage().data_ptr())
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {place for places in self.places.values() for place in places}
         read = known & _find_places([*args, *(kwargs or {}).values()])
         result = func(*args, **kwargs or {})
