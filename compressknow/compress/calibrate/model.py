@@ -234,19 +234,16 @@ class ForwardPass:
         self._calls: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._started = self._over = False
 
     def advance(self, output: Any = None) -> Any:
         """Go on to the next module to stop before, with the output of the one before which the pass stands, and return
         the call of it; None at the end. Raises BlockwiseUnsupported if the model fails, and whatever else it raises."""
-        if self._started:
+        if self._thread.is_alive():
             self._answers.put(output)
         else:
-            self._started = True
             self._thread.start()
         call = self._calls.get()
         if call is None or isinstance(call, BaseException):
-            self._over = True
             self._thread.join()
         if isinstance(call, BaseException):
             with translate_failures():
@@ -255,8 +252,7 @@ class ForwardPass:
 
     def close(self) -> None:
         """End the pass where it stands."""
-        if self._started and not self._over:
-            self._over = True
+        if self._thread.is_alive():
             self._answers.put(_Ended)
             self._thread.join()
 
@@ -276,11 +272,7 @@ class ForwardPass:
         """Run the model, for what happens before its blocks; in the pass's own thread."""
         torch.set_num_threads(1)
         with torch.no_grad():
-            self.run_model()
-
-    def run_model(self) -> Any:
-        """Return the model's output."""
-        return run_without_cache(self._model, self._inputs)
+            run_without_cache(self._model, self._inputs)
 
     def _run(self) -> None:
         _here.forward_pass = self
