@@ -75,8 +75,8 @@ class Watch(TorchFunctionMode):
             for name, tensor in weights.items()
         }
         self.seen: list[Seen] = []
-        # Torch's counts of changes of these inputs, from when they were seen.
-        self._versions: list[int] = []
+        # These inputs, with torch's counts of their changes from when they were seen.
+        self._versions: list[tuple[torch.Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
@@ -93,17 +93,17 @@ class Watch(TorchFunctionMode):
             return
         if self._copies is not None:
             inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
+        self._versions.append((inputs, inputs._version))
         if weight.dim() > 2:
             # A batch of products, one with each matrix.
             self.seen += [(Key(name, matrix), inputs[matrix]) for matrix in range(len(weight))]
         else:
             self.seen.append((Key(name, weight.storage_offset() // self._sizes[name]), inputs))
-        self._versions += [inputs._version] * (len(self.seen) - len(self._versions))
 
     @property
     def overwritten(self) -> bool:
         """True if recorded inputs have changed since."""
-        return any(inputs._version != then for (_, inputs), then in zip(self.seen, self._versions, strict=True))
+        return any(inputs._version != then for inputs, then in self._versions)
 
 
 def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
