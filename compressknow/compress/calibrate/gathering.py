@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,10 +71,7 @@ class Watch(TorchFunctionMode):
         self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.
-        self._sizes = {
-            name: tensor.shape[-1] * tensor.shape[-2] if tensor.dim() > 1 else max(tensor.numel(), 1)
-            for name, tensor in weights.items()
-        }
+        self._sizes = {name: max(math.prod(tensor.shape[-2:]), 1) for name, tensor in weights.items()}
         self.seen: list[Seen] = []
         # These inputs, with torch's counts of their changes from when they were seen.
         self._versions: list[tuple[torch.Tensor, int]] = []
