@@ -347,17 +347,16 @@ def open_complete(
             hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
             "weights were saved from.",
         )
+    hint = "The config and the weights do not match: download or save both again."
     weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     for name, (stored, needed) in report.mismatched.items():
         if name in weights:
-            raise CheckpointError(
-                f"{name} has shape {list(stored)}, config.json says {list(needed)}.",
-                hint="The config and the weights do not match: download or save both again.",
-            )
+            what = f"{name} has shape {list(stored)}, config.json says {list(needed)}."
+            raise CheckpointError(what, hint=hint)
     if report.conversion_failed:
         raise CheckpointError(
             f"{checkpoint.folder} does not fit its config.json: transformers cannot make all weights of "
             f"{type(tree).__name__} of the tensors that are stored.",
-            hint="The config and the weights do not match: download or save both again.",
+            hint=hint,
         )
     return checkpoint, tree

@@ -140,9 +140,8 @@ class OpenFiles:
         if file not in self._descriptors:
             opened = open_to_read(file)
             # Two threads may open the same file at once; the first to register it wins.
-            if (kept := self._descriptors.setdefault(file, opened)) != opened:
+            if self._descriptors.setdefault(file, opened) != opened:
                 os.close(opened)
-            return kept
         return self._descriptors[file]
 
 
