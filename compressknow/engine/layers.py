@@ -82,7 +82,7 @@ class Int8Linear(EngineLinear):
     of an input [tokens, in].
     """
 
-    word = "int8"
+    word, rounds = "int8", True
     weight_sums: torch.Tensor
 
     def __init__(
@@ -94,7 +94,6 @@ class Int8Linear(EngineLinear):
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.per_token = per_token
-        self.rounds = True
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         if not per_token:
             # A zero point of 1 adds these to a token's sums.
@@ -222,7 +221,7 @@ class Int4Linear(EngineLinear):
     Takes [..., in] and gives [..., out] of the same float dtype.
     """
 
-    word = "int4"
+    word, rounds = "int4", True
     packed: torch.Tensor
     scales_and_zeros: torch.Tensor
 
@@ -232,7 +231,6 @@ class Int4Linear(EngineLinear):
         self.group_size = self.in_features // weight_scale.shape[1]
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.rounds = True
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # In an order of the kernel's own: no parameter that anyone could read.
         self.register_buffer("packed", packed, persistent=False)
