@@ -39,6 +39,20 @@ LANGUAGE_MODEL_CLASSES = {
 }
 
 
+@contextmanager
+def _ignore_warnings() -> Iterator[None]:
+    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@_ignore_warnings()
 def meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
@@ -51,25 +65,24 @@ def meta_model(
     built.
     """
     path = Path(config_folder) / "config.json"
-    with _ignore_warnings():
-        raw = read_json(path)
-        check_numbers(path, raw)
-        architecture = _architecture(path, raw)
-        remote_class = None if _is_builtin(architecture) else _remote_classes(raw).get(architecture)
-        if remote_class and not trust_remote_code:
-            raise CheckpointError(
-                f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
-                f"Building it would run the code that {path} refers to in `auto_map`.",
-                "Read that code, then pass --trust-remote-code.",
-            )
-        config = _config(path, raw, trust_remote_code)
-        if remote_class:
-            with _explain_failures(f"The code of {architecture} cannot be loaded."):
-                model_class = get_class_from_dynamic_module(remote_class, str(path.parent))
-            return _build(path, model_class, config)
-        if _is_builtin(architecture):
-            return _build(path, getattr(transformers, architecture), config)
-        return _best_match(path, config, architecture, tensor_names)
+    raw = read_json(path)
+    check_numbers(path, raw)
+    architecture = _architecture(path, raw)
+    remote_class = None if _is_builtin(architecture) else _remote_classes(raw).get(architecture)
+    if remote_class and not trust_remote_code:
+        raise CheckpointError(
+            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
+            f"Building it would run the code that {path} refers to in `auto_map`.",
+            "Read that code, then pass --trust-remote-code.",
+        )
+    config = _config(path, raw, trust_remote_code)
+    if remote_class:
+        with _explain_failures(f"The code of {architecture} cannot be loaded."):
+            model_class = get_class_from_dynamic_module(remote_class, str(path.parent))
+        return _build(path, model_class, config)
+    if _is_builtin(architecture):
+        return _build(path, getattr(transformers, architecture), config)
+    return _best_match(path, config, architecture, tensor_names)
 
 
 def _architecture(path: Path, raw: dict[str, Any]) -> str:
@@ -127,15 +140,15 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
         return model
 
 
+@_ignore_warnings()
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
     """Build a module tree of the same class with another content of its config.json, which lies at `path`.
 
     Raises CheckpointError where no such model can be built.
     """
-    with _ignore_warnings():
-        with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
-            config = config_from_dict(tree, copy.deepcopy(raw))
-        return _build(path, type(tree), config)
+    with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
+        config = config_from_dict(tree, copy.deepcopy(raw))
+    return _build(path, type(tree), config)
 
 
 def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -209,19 +222,6 @@ def _explain_failures(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(what, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
-
-
-@contextmanager
-def _ignore_warnings() -> Iterator[None]:
-    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 # What a config may count most of: each is an object, or several.
