@@ -139,11 +139,11 @@ def _run(
 ) -> None:
     """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
     gradients there are as large as a vocabulary."""
-    waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
+    waiting = {each: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
         module, is_back = first.module, first.is_back
-        group = [number for number, call in waiting.items() if (call.module, call.is_back) == (module, is_back)]
+        group = [each for each, call in waiting.items() if (call.module, call.is_back) == (module, is_back)]
         turns = is_back or module == head
         trim_heap()
         if turns:
@@ -152,14 +152,14 @@ def _run(
         with streamed.load(module) if turns or module in streamed.blocks else nullcontext():
             parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
             products: dict[str, list[Product]] = {name: [] for name in parameters}
-            for number in group:
-                own, call = passes[number], waiting.pop(number)
-                after = None if is_back else own.advance(own.run_forward(forwards[module], call))
+            for each in group:
+                call = waiting.pop(each)
+                after = None if is_back else each.advance(each.run_forward(forwards[module], call))
                 if turns:
                     with _multiply_in(FACTORS):
-                        after = own.advance(own.run_backward(forwards[module], after or call, parameters, products))
+                        after = each.advance(each.run_backward(forwards[module], after or call, parameters, products))
                 if after is not None:
-                    waiting[number] = after
+                    waiting[each] = after
             if turns:
                 visit(module, products)
 
