@@ -119,13 +119,9 @@ def compute_gradients(
         ]
         for module in modules
     }
-    with intercept(streamed.model, list(modules)) as forwards:
-        passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
-        try:
-            _run(streamed, passes, forwards, watched, visit, head)
-        finally:
-            for each in passes:
-                each.close()
+    passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
+    with intercept(streamed.model, modules, passes) as forwards:
+        _run(streamed, passes, forwards, watched, visit, head)
     return [each.scores for each in passes]
 
 

@@ -287,8 +287,11 @@ class ForwardPass:
 
 
 @contextmanager
-def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[str, Callable[..., Any]]]:
-    """Make passes of a model stop before these modules meanwhile; give the modules' own forward functions, by name."""
+def intercept(
+    model: PreTrainedModel, names: Iterable[str], passes: Iterable[ForwardPass]
+) -> Iterator[Mapping[str, Callable[..., Any]]]:
+    """Make passes of a model stop before these modules meanwhile, and end them; give the modules' own forward
+    functions, by name."""
     modules = {name: model.get_submodule(name) for name in names}
     forwards = {name: module.forward for name, module in modules.items()}
     for name, module in modules.items():
@@ -296,6 +299,8 @@ def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[
     try:
         yield forwards
     finally:
+        for each in passes:
+            each.close()
         for module in set(modules.values()):
             del module.forward
 

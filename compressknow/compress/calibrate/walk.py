@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -131,10 +130,7 @@ def walk(
     the model cannot be run so.
     """
     passes = [ForwardPass(streamed.model, batch, number) for number, batch in enumerate(batches)]
-    with ExitStack() as stack:
-        forwards = stack.enter_context(intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers]))
-        for each in passes:
-            stack.callback(each.close)
+    with intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers], passes) as forwards:
         calls = pool.map(ForwardPass.advance, passes)
         streamed.release()
         while here := [call for call in calls if call]:
