@@ -31,16 +31,12 @@ class EngineLinear(nn.Module):
     ----------
     word : what it multiplies in, such as ``int8``.
     rounds : whether it rounds what comes in; None where it never does.
-    unlisted : weights that it holds in another form than a parameter.
+    unlisted : number of weights that it holds in another form than a parameter.
     """
 
     word: ClassVar[str]
     rounds: bool | None = None
-
-    @property
-    def unlisted(self) -> int:
-        """Return the number of those weights."""
-        return 0
+    unlisted = 0
 
 
 class LayerKind(abc.ABC):
@@ -228,17 +224,13 @@ class Int4Linear(EngineLinear):
     def __init__(self, integers: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = integers.shape
-        self.group_size = self.in_features // weight_scale.shape[1]
+        self.group_size, self.unlisted = self.in_features // weight_scale.shape[1], integers.numel()
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # In an order of the kernel's own: no parameter that anyone could read.
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales_and_zeros", _with_zeros(weight_scale.t()), persistent=False)
-
-    @property
-    def unlisted(self) -> int:
-        return self.out_features * self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
