@@ -37,6 +37,9 @@ from compressknow.model.meta import meta_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor, same_bytes, torch_dtype
 
+Shape = tuple[int, ...]
+Header = tuple[str, Shape]
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -76,7 +79,8 @@ class Naming:
             elif pattern is not None and name in self._tree:
                 converted.setdefault((name, self._converter_of(pattern)), []).append((stored, pattern))
         for (name, converter), parts in converted.items():
-            binding = self._bind_converted(name, self._converters[converter], parts, tensors)
+            sources = [(pattern, tensors[stored].shape) for stored, pattern in parts]
+            binding = self._bind_converted(name, self._converters[converter], sources)
             bound |= {stored: binding for stored, _ in parts}
         return {stored: bound[stored] for stored in tensors if stored in bound}
 
@@ -84,11 +88,10 @@ class Naming:
         # The last that has the pattern, as transformers takes it.
         return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
 
-    def _bind_converted(
-        self, name: str, converter: Any, parts: list[tuple[str, str]], tensors: Mapping[str, StoredTensor]
-    ) -> Binding:
-        """Bind what a converter makes of its sources, found by letting it convert tensors that have no memory."""
-        empty = [(pattern, torch.empty(tensors[stored].shape, device="meta")) for stored, pattern in parts]
+    def _bind_converted(self, name: str, converter: Any, sources: list[tuple[str, Shape]]) -> Binding:
+        """Bind what a converter makes of its sources, each a pattern and a shape, found by letting it convert tensors
+        that have no memory."""
+        empty = [(pattern, torch.empty(shape, device="meta")) for pattern, shape in sources]
         whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
         if not parameters:
@@ -96,23 +99,18 @@ class Naming:
             first = converter.target_patterns[0]
             names = (name.replace(first, target) for target in converter.target_patterns)
             return Binding(tuple(target for target in names if target in self._tree) or (name,), reshaped=True)
-        return Binding(parameters, reshaped=True, rows=self._rows(name, converter, parts, tensors, parameters))
+        return Binding(parameters, reshaped=True, rows=self._rows(name, converter, sources, parameters))
 
     def _rows(
-        self,
-        name: str,
-        converter: Any,
-        parts: list[tuple[str, str]],
-        tensors: Mapping[str, StoredTensor],
-        parameters: tuple[str, ...],
+        self, name: str, converter: Any, sources: list[tuple[str, Shape]], parameters: tuple[str, ...]
     ) -> tuple[range, ...]:
         """Return which rows of one source each of several parameters gets: the numbers of its rows, put through a
         converter, come out as unbroken ranges where it does nothing but cut it."""
-        shape = tensors[parts[0][0]].shape
-        if len(parts) > 1 or len(parameters) < 2 or not shape:
+        pattern, shape = sources[0]
+        if len(sources) > 1 or len(parameters) < 2 or not shape:
             return ()
         numbers = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-        made = self._convert(name, converter, [(parts[0][1], numbers)])
+        made = self._convert(name, converter, [(pattern, numbers)])
         rows = [made.get(parameter, numbers[:0]).flatten().tolist() for parameter in parameters]
         ranges = tuple(range(part[0], part[-1] + 1) if part else range(0) for part in rows)
         cut = all(part == list(span) for part, span in zip(rows, ranges, strict=True))
@@ -246,8 +244,6 @@ def config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-Shape = tuple[int, ...]
-Header = tuple[str, Shape]
 # What transformers says where it cannot make a weight of the tensors that are stored for it; the table that it goes on
 # to refer to is not shown.
 CONVERSION_FAILED = "issues during automatic conversion of the weights"
