@@ -113,15 +113,9 @@ def compute_gradients(
     ]
     layers = [weight.module for weight in weights if streamed.find_block(weight.module) == weight.module]
     modules = dict.fromkeys([*streamed.blocks, *layers, head, *embeddings])
-    watched = {
-        module: [
-            weight.parameter for weight in weights if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
-        ]
-        for module in modules
-    }
     passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
     with intercept(streamed.model, modules, passes) as forwards:
-        _run(streamed, passes, forwards, watched, visit, head)
+        _run(streamed, passes, forwards, weights, visit, head)
     return [each.scores for each in passes]
 
 
@@ -129,7 +123,7 @@ def _run(
     streamed: StreamedModel,
     passes: Sequence[GradientPass],
     forwards: Mapping[str, Callable[..., Any]],
-    watched: Mapping[str, Sequence[str]],
+    weights: Sequence[LinearWeight],
     visit: Visit,
     head: str,
 ) -> None:
@@ -146,7 +140,11 @@ def _run(
             streamed.release()
         # A forward pass itself reads what else lies outside the blocks when it comes to it.
         with streamed.load(module) if turns or module in streamed.blocks else nullcontext():
-            parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
+            parameters = {
+                weight.parameter: streamed.model.get_parameter(weight.parameter)
+                for weight in weights
+                if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
+            }
             products: dict[str, list[Product]] = {name: [] for name in parameters}
             for each in group:
                 call = waiting.pop(each)
