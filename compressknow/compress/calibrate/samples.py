@@ -83,20 +83,17 @@ class Writer(abc.ABC):
         return torch.searchsorted(sums, points, right=True)
 
     def generate(
-        self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, passes: int = 1
+        self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, tokens: int
     ) -> torch.Tensor:
-        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token.
-
-        `passes` is the number of times that it runs for a text.
-        """
+        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token,
+        to write about so many `tokens`."""
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config
-        tokens = max(1, self.batch_tokens // config.max_new_tokens // passes)
 
         def leave_one(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             """Leave one drawn token per row, which a greedy search then takes."""
             drawn = self.draw(scores, generator)
-            self.on_written(tokens)
+            self.on_written(max(1, tokens // config.max_new_tokens))
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
         written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([leave_one]))
@@ -135,7 +132,7 @@ class CausalWriter(Writer):
         ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        written = self.generate(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
+        written = self.generate(inputs, config, generator, self.batch_tokens)[:, begin.shape[1] :][:, : self.tokens]
         return [[*row, *self.form.separator] for row in written.tolist()]
 
 
@@ -219,7 +216,7 @@ class FillingWriter(Writer):
             eos_token_id=form.suffix[-1] if form.suffix else None,
             pad_token_id=0,
         )
-        written = self.generate(inputs, config, generator, self.PASSES)[:, 1:].tolist()
+        written = self.generate(inputs, config, generator, self.rows * self.blanks)[:, 1:].tolist()
         if form.has_sentinels:
             rows = [self._insert_fills(*row) for row in zip(texts, gaps, written, strict=True)]
         else:
