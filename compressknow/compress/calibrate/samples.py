@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.blocks import Pool, Stopped
-from compressknow.compress.calibrate.sequences import Form, Span, blank_out
+from compressknow.compress.calibrate.sequences import Form, blank_out
 from compressknow.engine.language_model import decoder_start, load_language_model
 from compressknow.engine.load import reason_of
 
@@ -40,10 +41,11 @@ class Writer(abc.ABC):
     on_written: Callable[[int], None]
 
     def write(self, seed: int, batch: int) -> Pieces:
-        """Write a batch of texts, as token ids."""
+        """Write a batch of texts, as token ids, a separator behind each."""
         digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
         with torch.inference_mode():
-            return self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+            texts = self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        return [[*ids, *self.form.separator] for ids in texts if ids]
 
     @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces: ...
@@ -133,7 +135,7 @@ class CausalWriter(Writer):
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         written = self.generate(inputs, config, generator, self.batch_tokens)[:, begin.shape[1] :][:, : self.tokens]
-        return [[*row, *self.form.separator] for row in written.tolist()]
+        return written.tolist()
 
 
 class MaskedWriter(Writer):
@@ -164,7 +166,7 @@ class MaskedWriter(Writer):
             logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
             body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
             self.on_written(self.batch_tokens // (self.STRETCH - 1))
-        return [[*row, *self.form.separator] for row in body.tolist()]
+        return body.tolist()
 
 
 class FillingWriter(Writer):
@@ -193,22 +195,23 @@ class FillingWriter(Writer):
         texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
             texts = self._fill(texts, generator)
-        return [[*ids, *self.form.separator] for ids in texts if ids]
+        return texts
 
     def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
         """Have the model write after tokens of texts, at most one per mark; return at most a sequence of each."""
         drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]
-        gaps = [[(at, at) for at in places.tolist()] for places in drawn]
-        form = self.form
-        room = form.body - self.blanks
-        blanked = [form.frame(blank_out(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
-        width = max(map(len, blanked))
+        gaps = [places.tolist() for places in drawn]
+        form, room = self.form, self.form.body - self.blanks
+        blanked = [
+            torch.tensor(form.frame(blank_out(ids[:room], [(at, at) for at in places], form.marks)))
+            for ids, places in zip(texts, gaps, strict=True)
+        ]
         inputs = {
             # What pads is not seen: any token will do.
-            "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in blanked]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in blanked]),
+            "input_ids": pad_sequence(blanked, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in blanked], batch_first=True),
         }
-        repeated = self.blanks if form.has_sentinels else width
+        repeated = self.blanks if form.has_sentinels else max(map(len, blanked))
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(form.length - 1, repeated + self.blanks * self.PER_BLANK),
@@ -223,7 +226,7 @@ class FillingWriter(Writer):
             rows = [self._cut_at_end(row) for row in written]
         return [row[: form.body] for row in rows]
 
-    def _insert_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
+    def _insert_fills(self, ids: list[int], gaps: list[int], written: list[int]) -> list[int]:
         """Put what was written after each sentinel into its place in a text."""
         fills: list[list[int]] = [[] for _ in self.form.marks]
         places = {mark: place for place, mark in enumerate(self.form.marks)}
@@ -233,9 +236,9 @@ class FillingWriter(Writer):
             if token not in places:
                 fills[at].append(token)
         text, end = [], 0
-        for fill, (first, after) in zip(fills, spans, strict=False):
-            text += [*ids[end:first], *fill]
-            end = after
+        for fill, gap in zip(fills, gaps, strict=False):
+            text += [*ids[end:gap], *fill]
+            end = gap
         return [*text, *ids[end:]]
 
     def _cut_at_end(self, written: list[int], marks: Sequence[int] = ()) -> list[int]:
