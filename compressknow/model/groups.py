@@ -237,30 +237,22 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_
 def _place(steps: _Steps, leaf: str, in_block: bool) -> Group | None:
     """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
     above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
-    group = _by_modules(steps, in_block)
-    parent, parent_class = steps[-1]
-    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(parent)):
-        return "other"
-    if group is not None:
-        return group
-    if not in_block or (leaf == "linear" and parent_class.endswith("HybridLayer")):
-        return "other"
-    return next((group for group, rule in LEAF_RULES if rule.search(leaf)), None)
-
-
-def _by_modules(steps: _Steps, in_block: bool) -> Group | None:
-    class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
-    attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
     if any(NORM_CLASS.search(class_name) for _, class_name in steps):
         return "other"
+    class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
+    attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
+    parent, parent_class = steps[-1]
     for attribute, class_name in reversed(steps):
-        for group, rule in class_rules:
-            if rule.search(class_name):
-                return group
-        for group, rule in attribute_rules:
-            if rule.search(attribute):
-                return group
-    return None
+        if group := _find(class_rules, class_name) or _find(attribute_rules, attribute):
+            is_router = group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(parent))
+            return "other" if is_router else group
+    if not in_block or (leaf == "linear" and parent_class.endswith("HybridLayer")):
+        return "other"
+    return _find(LEAF_RULES, leaf)
+
+
+def _find(rules: Rules, name: str) -> Group | None:
+    return next((group for group, rule in rules if rule.search(name)), None)
 
 
 def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
