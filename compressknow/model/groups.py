@@ -136,13 +136,11 @@ class _Tree:
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
-            if not self._is_block(name) or any(parent in layers for parent in _parents(name)):
-                continue
-            if self.is_between(name):
-                continue
-            stack = re.split(r"\.\d+(?:\.|$)", name)[0]
-            layers[name] = counts[stack]
-            counts[stack] += 1
+            is_outermost = self._is_block(name) and not any(parent in layers for parent in _parents(name))
+            if is_outermost and not self.is_between(name):
+                stack = re.split(r"\.\d+(?:\.|$)", name)[0]
+                layers[name] = counts[stack]
+                counts[stack] += 1
         return layers
 
     def _is_block(self, name: str) -> bool:
