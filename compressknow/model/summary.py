@@ -144,21 +144,20 @@ def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[st
         "modules": len({weight.module for weight in weights}),
         "stored": sum(weight.stored for weight in weights),
         "used": sum(weight.used for weight in weights),
-        "weights": [_weight(weight, structure, dtypes) for weight in weights],
-    }
-
-
-def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "name": weight.parameter,
-        "shape": list(weight.shape),
-        # A checkpoint may hold a tied weight under its other name alone.
-        "dtype": dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, "")),
-        "kind": weight.kind,
-        "layer": weight.layer,
-        "stack": weight.stack,
-        "cross": weight.cross,
-        "uses": weight.uses,
+        "weights": [
+            {
+                "name": weight.parameter,
+                "shape": list(weight.shape),
+                # A checkpoint may hold a tied weight under its other name alone.
+                "dtype": dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, "")),
+                "kind": weight.kind,
+                "layer": weight.layer,
+                "stack": weight.stack,
+                "cross": weight.cross,
+                "uses": weight.uses,
+            }
+            for weight in weights
+        ],
     }
 
 
