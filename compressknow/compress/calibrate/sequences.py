@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import decoder_start, embedding_rows, family_of, most_tokens
 
 LENGTH = 512
@@ -112,21 +112,6 @@ def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if len(sentinels) > 1:
         return sentinels
     return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
-
-
-def check_ids(bodies: torch.Tensor, form: Form, unknown: int | None, source: str) -> None:
-    """Raise CompressknowError if a text has tokens that the model has no row for, or is mostly unknown tokens."""
-    if (largest := int(bodies.max())) >= form.rows:
-        raise CompressknowError(
-            f"The tokenizer gives token {largest} for {source}, and the model's embedding has {form.rows:,} rows.",
-            hint="Put the tokenizer that the model was trained with in its folder.",
-        )
-    share = float((bodies == unknown).double().mean()) if unknown is not None else 0.0
-    if share > 0.5:
-        raise CompressknowError(
-            f"The tokenizer does not know {share:.0%} of the tokens of {source}.",
-            hint="Give a text in the language that the model was trained on.",
-        )
 
 
 def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:

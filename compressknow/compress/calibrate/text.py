@@ -306,11 +306,10 @@ def _pack(
 ) -> torch.Tensor:
     """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter.
 
-    No more pieces are taken than needed; the rest of the last is dropped.
+    No more pieces are taken than needed; the rest of the last is dropped. Raises CompressknowError if the text is too
+    short, has tokens that the model has no row for, or is mostly unknown tokens.
     """
     import torch
-
-    from compressknow.compress.calibrate.sequences import check_ids
 
     ids: list[int] = []
     for piece in pieces:
@@ -324,7 +323,18 @@ def _pack(
             hint=f"Give a longer text; {TOKENS:,} tokens are usual.",
         )
     bodies = torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body)
-    check_ids(bodies, form, tokenizer.unk_token_id, text)
+    if (largest := int(bodies.max())) >= form.rows:
+        raise CompressknowError(
+            f"The tokenizer gives token {largest} for {text}, and the model's embedding has {form.rows:,} rows.",
+            hint="Put the tokenizer that the model was trained with in its folder.",
+        )
+    unknown = tokenizer.unk_token_id
+    share = float((bodies == unknown).double().mean()) if unknown is not None else 0.0
+    if share > 0.5:
+        raise CompressknowError(
+            f"The tokenizer does not know {share:.0%} of the tokens of {text}.",
+            hint="Give a text in the language that the model was trained on.",
+        )
     return bodies
 
 
