@@ -170,8 +170,9 @@ class Sums:
                 raise BlockwiseUnsupported(
                     f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"
                 )
-            for key, inputs in tensors.values() if leader == parameter else ():
-                distinct.setdefault(key, []).append(inputs)
+            if leader == parameter:
+                for key, inputs in tensors.values():
+                    distinct.setdefault(key, []).append(inputs)
         return distinct
 
     def _locate(self, key: Key, *, after: bool = False) -> tuple[float, float]:
