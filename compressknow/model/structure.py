@@ -203,9 +203,9 @@ def select(
             there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
             hint = f"There is {there}." if there else f"{structure.architecture} has no Linear layer at all."
             raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
-    chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
-    chosen += [w for w in unplaced if _matches(w, includes)]
-    chosen = [w for w in chosen if not _matches(w, excludes)]
+    chosen = [w for w in in_scope if not narrowing or _matches(w.module, narrowing)]
+    chosen += [w for w in unplaced if _matches(w.module, includes)]
+    chosen = [w for w in chosen if not _matches(w.module, excludes)]
     if layers is not None:
         chosen = _select_layers(structure, chosen, layers)
     if not chosen:
@@ -214,8 +214,8 @@ def select(
     return tuple(weight for weight in structure.linears if weight.parameter in names)
 
 
-def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
-    return any(pattern.search(weight.module) for pattern in patterns)
+def _matches(name: str, patterns: Patterns) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
 
 
 def _compile(option: str, patterns: Sequence[str]) -> Patterns:
@@ -243,8 +243,8 @@ def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
 
 
 def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
-    wanted = [name for name in opaque if not narrowing or any(pattern.search(name) for pattern in narrowing)]
-    left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
+    wanted = [name for name in opaque if not narrowing or _matches(name, narrowing)]
+    left = [name for name in wanted if not _matches(name, excludes)]
     if left:
         raise UnsupportedError(
             f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _listed(left),
@@ -253,7 +253,7 @@ def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) ->
 
 
 def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
-    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w, resolved)))
+    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w.module, resolved)))
     if left:
         raise UnsupportedError(
             f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),
