@@ -226,8 +226,8 @@ def open_gguf(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Download it again.") from None
 
 
-def tensors_of(reader: Any) -> dict[str, Tensor]:
-    """Return the tensors of a file by name; their values are not read."""
+def tensors_of(*readers: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, all its parts together; their values are not read."""
     return {
         each.name: Tensor(
             each.name,
@@ -236,6 +236,7 @@ def tensors_of(reader: Any) -> dict[str, Tensor]:
             int(each.n_elements),
             int(each.n_bytes),
         )
+        for reader in readers
         for each in reader.tensors
     }
 

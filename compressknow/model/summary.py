@@ -185,7 +185,7 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     Raises CheckpointError where it is damaged.
     """
     readers = [open_gguf(part) for part in parts]
-    tensors = {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
+    tensors = tensors_of(*readers)
     groups = groups_of(tensors)
     stored = sum(tensor.numel for tensor in tensors.values())
     architecture = str(value_of(readers[0], "general.architecture"))
