@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.structure import Group, LinearWeight, ModuleMap, Structure
+from compressknow.model.structure import Group, Kind, LinearWeight, ModuleMap, Structure
 
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
 TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
-Kind = Literal["linear", "conv1d", "experts"]
 
 
 def _ends(*names: str) -> re.Pattern[str]:

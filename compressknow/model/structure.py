@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 
 Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
-GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other", "vision")
+GROUPS: tuple[Group, ...] = get_args(Group)
+Kind = Literal["linear", "conv1d", "experts"]
 # The group of every tensor that is not a Linear weight: embeddings, norms, biases.
 NOT_LINEAR = "not-linear"
 
@@ -34,7 +35,7 @@ class LinearWeight:
 
     parameter: str
     module: str
-    kind: Literal["linear", "conv1d", "experts"]
+    kind: Kind
     shape: tuple[int, ...]
     group: Group | None
     layer: int | None = None
