@@ -78,7 +78,7 @@ def load(
         from transformers import AutoConfig, GgufConfig
 
         _check_gguf(path)
-        source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
+        source = _source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
@@ -125,9 +125,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         try:
             _check_gguf(path)
             with no_panics():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
-                )
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, trust_remote_code))
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
@@ -183,10 +181,11 @@ def _check_gguf(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
 
 
-def _source(path: Path) -> dict[str, Any]:
+def _source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": path}
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
+    return {"pretrained_model_name_or_path": path, **options}
 
 
 def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
