@@ -30,9 +30,10 @@ from compressknow.compress.proof import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
-from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, Tensor, groups_of, open_gguf, tensors_of, value_of
+from compressknow.model.gguf_file import EMBEDDING, Tensor, groups_of, open_gguf, tensors_of, value_of
+from compressknow.model.loading import config_groups
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
-from compressknow.model.naming import config_groups
+from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor
 
 # Who wrote the file, with what, and how a caller likes its results. The dtype is told by the tensors themselves.
@@ -261,10 +262,7 @@ def diff_gguf(
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
     architecture, other = (str(value_of(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
     _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")
-    tensors_a, tensors_b = (
-        {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
-        for readers in (readers_a, readers_b)
-    )
+    tensors_a, tensors_b = tensors_of(*readers_a), tensors_of(*readers_b)
     stored = [{each.name: each for reader in readers for each in reader.tensors} for readers in (readers_a, readers_b)]
     names = [name for name, t in tensors_a.items() if name in tensors_b and tensors_b[name].shape == t.shape]
     groups = groups_of(tensors_a)

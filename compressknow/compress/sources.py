@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.loading import find_direct_reads
-from compressknow.model.naming import Binding, Naming, find_suppliers
+from compressknow.model.loading import Binding, Naming, find_suppliers
+from compressknow.model.meta import find_direct_reads
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
 

@@ -12,8 +12,8 @@ from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
 from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import structure_of
+from compressknow.model.loading import PACKED_DTYPES, Naming, find_suppliers, packed_weights
 from compressknow.model.meta import meta_model
-from compressknow.model.naming import PACKED_DTYPES, Naming, find_suppliers, packed_weights
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -356,11 +357,9 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
     if path.suffix == ".gguf":
         from compressknow.model.gguf_file import plain_tensors
 
-        try:
+        # Its runtime says what is wrong with it.
+        with suppress(NotReadable):
             return plain_tensors(path)
-        except NotReadable:
-            # Its runtime says what is wrong with it.
-            return []
     return []
 
 
@@ -408,8 +407,8 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
     """Return whether a model computes with a stored tensor, as its module tree on the meta device says."""
     if located.path.suffix == ".gguf":
         return True
+    from compressknow.model.loading import Naming
     from compressknow.model.meta import meta_model
-    from compressknow.model.naming import Naming
 
     try:
         checkpoint = open_checkpoint(located.path)

@@ -40,9 +40,9 @@ def device_of(name: str) -> str:
 
     check_device(name)
     if name == AUTO:
-        return next((kind for kind in ("cuda", "mps") if _count(kind)), CPU)
+        return next((kind for kind in ("cuda", "mps") if torch.get_device_module(kind).device_count()), CPU)
     kind, _, number = name.partition(":")
-    count = 1 if kind == CPU else _count(kind)
+    count = torch.get_device_module(kind).device_count()
     if int(number or 0) < count:
         return name
     if count:
@@ -56,23 +56,10 @@ def device_of(name: str) -> str:
     )
 
 
-def _count(kind: str) -> int:
-    """Count the devices of a kind that torch can use."""
-    import torch
-
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    module = getattr(torch, kind)
-    return int(module.device_count()) if module.is_available() else 0
-
-
 # Names that compressed-tensors gives to what it keeps in a quantized layer.
-_BESIDE_WEIGHTS = frozenset(
-    (
-        *(f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")),
-        *("weight_g_idx", "weight_shape"),
-    )
-)
+_BESIDE_WEIGHTS = {"weight_g_idx", "weight_shape"} | {
+    f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")
+}
 
 
 @dataclass(frozen=True)
@@ -128,14 +115,8 @@ def load_language_model(
     CheckpointError : it lacks a language-modelling head, weights or a tokenizer: none is ever made up at random.
     UnsupportedError : it is no language model of text.
     """
-    tokenizer = load_whole_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load(
-        path,
-        device=device,
-        dtype=None if dtype == "auto" else dtype,
-        trust_remote_code=trust_remote_code,
-        language_model=True,
-    )
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
     _check_head(path, model)
     _make_batch_invariant(model)
     family = family_of(model)
@@ -147,24 +128,11 @@ def load_language_model(
     return LanguageModel(model, tokenizer, family)
 
 
-def load_whole_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint. Raises CheckpointError where there is none, or one without words."""
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        raise CheckpointError(
-            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
-            why="transformers would create one with only special tokens, and every word would be unknown.",
-            hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
-            "as the weights.",
-        )
-    return tokenizer
-
-
 def language_model_of(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
     """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
-    model = load_variant(variant, device=device, dtype=None if dtype == "auto" else dtype)
+    model = load_variant(variant, device=device, dtype=dtype)
     _make_batch_invariant(model)
     return LanguageModel(model, tokenizer, family_of(model) or "")
 

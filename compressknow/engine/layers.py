@@ -31,16 +31,12 @@ class EngineLinear(nn.Module):
     ----------
     word : what it multiplies in, such as ``int8``.
     rounds : whether it rounds what comes in; None where it never does.
-    unlisted : weights that it holds in another form than a parameter.
+    unlisted : number of weights that it holds in another form than a parameter.
     """
 
     word: ClassVar[str]
     rounds: bool | None = None
-
-    @property
-    def unlisted(self) -> int:
-        """Return the number of those weights."""
-        return 0
+    unlisted = 0
 
 
 class LayerKind(abc.ABC):
@@ -64,11 +60,6 @@ LAYERS: Registry[LayerKind] = Registry(
 )
 
 
-def kinds_on(device: str | torch.device) -> list[LayerKind]:
-    """Return the kinds that run there. Raises CompressknowError where one of another package cannot be used."""
-    return [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
-
-
 class Int8Linear(EngineLinear):
     """Linear layer with int8 weights whose activations are quantized as they come: the schemes ``int8``,
     ``int8-paper``.
@@ -87,8 +78,8 @@ class Int8Linear(EngineLinear):
     of an input [tokens, in].
     """
 
-    word = "int8"
-    weight_sums: torch.Tensor | None
+    word, rounds = "int8", True
+    weight_sums: torch.Tensor
 
     def __init__(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, bits: int, per_token: bool
@@ -99,11 +90,10 @@ class Int8Linear(EngineLinear):
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.per_token = per_token
-        self.rounds = True
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        # A zero point of 1 adds these to a token's sums.
-        sums = None if per_token else weight.sum(1, dtype=torch.int32)
-        self.register_buffer("weight_sums", sums, persistent=False)
+        if not per_token:
+            # A zero point of 1 adds these to a token's sums.
+            self.register_buffer("weight_sums", weight.sum(1, dtype=torch.int32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
@@ -121,7 +111,7 @@ class Int8Linear(EngineLinear):
             integers = integers.add_(zero)
         integers = integers.clamp_(self.lowest, self.highest).round_().to(torch.int8)
         sums = torch._int_mm(integers, self.weight.t())
-        if self.weight_sums is not None and zero is not None:
+        if zero is not None:
             sums = sums.sub_(self.weight_sums * zero.to(torch.int32))
         # Converted first: torch multiplies int32 by float32 many times more slowly than float32 by float32.
         values = sums.float().mul_(scale.float())
@@ -227,25 +217,20 @@ class Int4Linear(EngineLinear):
     Takes [..., in] and gives [..., out] of the same float dtype.
     """
 
-    word = "int4"
+    word, rounds = "int4", True
     packed: torch.Tensor
     scales_and_zeros: torch.Tensor
 
     def __init__(self, integers: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = integers.shape
-        self.group_size = self.in_features // weight_scale.shape[1]
+        self.group_size, self.unlisted = self.in_features // weight_scale.shape[1], integers.numel()
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.rounds = True
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # In an order of the kernel's own: no parameter that anyone could read.
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales_and_zeros", _with_zeros(weight_scale.t()), persistent=False)
-
-    @property
-    def unlisted(self) -> int:
-        return self.out_features * self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:

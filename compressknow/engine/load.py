@@ -16,6 +16,7 @@ from compressknow.base.files import as_text
 from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
 from compressknow.base.progress import no_panics, quiet
 from compressknow.base.reading import NotReadable
+from compressknow.model.checkpoint import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +78,12 @@ def load(
         from transformers import AutoConfig, GgufConfig
 
         _check_gguf(path)
-        source = {**_source(path), "trust_remote_code": trust_remote_code, "local_files_only": True}
+        source = _source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _classes(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
-        model, report = model_class.from_pretrained(
-            **source, **unpack, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        _check_shapes(path, report)
-        _check_missing(path, report, named if named != model_class.__name__ and language_model else None)
+        headless = named if named != model_class.__name__ and language_model else None
+        model = _load_whole(model_class, path, headless, **source, **unpack, dtype=dtype or "auto")
         _unpack(model, device)
     return model.to(device).eval()
 
@@ -99,16 +97,14 @@ def load_variant(
         _, named = _classes(tree.config, False, True)
         # An Auto class is a way to code that lies in the folder: the tree is already built of that.
         model_class = named if hasattr(named, "config_class") else type(tree)
-        model, report = model_class.from_pretrained(
-            None,
+        model = _load_whole(
+            model_class,
+            path,
+            pretrained_model_name_or_path=None,
             config=type(tree.config).from_dict(variant.config),
             state_dict=dict(variant.tensors),
             dtype=dtype or "auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
         )
-        _check_shapes(path, report)
-        _check_missing(path, report, None)
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         _unpack(model, device)
@@ -118,31 +114,32 @@ def load_variant(
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or GGUF file.
 
-    Raises CheckpointError where there is none, UnsupportedError as `load` does.
+    Raises CheckpointError where there is none, or one without words, UnsupportedError as `load` does.
     """
     from transformers import AutoTokenizer
 
     path = _checkpoint_path(folder)
+    files = "tokenizer.json, tokenizer_config.json, ..."
+    hint = f"Put the model's tokenizer files ({files}) in the same folder as the weights."
     with quiet():
         try:
             _check_gguf(path)
             with no_panics():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    **_source(path), trust_remote_code=trust_remote_code, local_files_only=True
-                )
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, trust_remote_code))
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
-            return tokenizer
         except CompressknowError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"{path} has no tokenizer that loads.",
-                why=reason_of(error),
-                hint="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) in the same folder "
-                "as the weights.",
-            ) from error
+            raise CheckpointError(f"{path} has no tokenizer that loads.", reason_of(error), hint) from error
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise CheckpointError(
+            f"{path} has no tokenizer: it lacks the file of its vocabulary.",
+            "transformers would create one with only special tokens, and every word would be unknown.",
+            hint,
+        )
+    return tokenizer
 
 
 def _checkpoint_path(folder: str | Path) -> Path:
@@ -184,10 +181,11 @@ def _check_gguf(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
 
 
-def _source(path: Path) -> dict[str, Any]:
+def _source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": path}
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
+    return {"pretrained_model_name_or_path": path, **options}
 
 
 def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
@@ -210,16 +208,9 @@ def family_of_class(architecture: str) -> str | None:
     >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
     ['masked', 'seq2seq', None]
     """
-    from transformers.models.auto import modeling_auto
+    from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
 
-    for family, mapping in (
-        ("seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-        ("masked", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ):
-        if architecture in mapping.values():
-            return family
-    return None
+    return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)
 
 
 def _auto_with_head(config: Any) -> Any:
@@ -241,37 +232,31 @@ def _auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
     return _auto_with_head(config) or AutoModel
 
 
-def _check_shapes(path: Path, report: dict[str, Any]) -> None:
-    """Raise CheckpointError for weights of other shapes than the config's: transformers made these up at random."""
-    mismatched = sorted(report["mismatched_keys"])
-    if not mismatched:
-        return
-    name, stored, needed = mismatched[0]
-    more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
-    raise CheckpointError(
-        f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
-        hint="Put the config.json that the weights were saved with beside them, or download both again.",
-    )
-
-
-def _check_missing(path: Path, report: dict[str, Any], headless: str | None) -> None:
-    """Raise CheckpointError for missing weights; `headless` names the class without a head in the config."""
-    missing = sorted(report["missing_keys"])
-    if not missing:
-        return
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    lacks = f"{', '.join(missing[:3])}{more}"
-    if headless:
+def _load_whole(model_class: Any, path: Path, headless: str | None = None, **source: Any) -> Any:
+    """Load a model; `headless` names the class without a head in its config. Raises CheckpointError for weights that
+    transformers made up at random: those of other shapes than the config's, and those that are missing."""
+    model, report = model_class.from_pretrained(**source, output_loading_info=True, ignore_mismatched_sizes=True)
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, needed = mismatched[0]
+        more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
         raise CheckpointError(
-            f"{path} has no language-modelling head: its config names {headless}, and it lacks {lacks}.",
+            f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
+            hint="Put the config.json that the weights were saved with beside them, or download both again.",
+        )
+    missing = report["missing_keys"]
+    if missing and headless:
+        raise CheckpointError(
+            f"{path} has no language-modelling head: its config names {headless}, and it lacks {some_of(missing)}.",
             why="A head filled with random numbers would answer at random.",
             hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
         )
-    raise CheckpointError(
-        f"{path} lacks weights that its model needs: {lacks}.",
-        why="transformers would fill them with random numbers, and every answer would be noise.",
-        hint="See that `architectures` in config.json names the class that the weights were saved from.",
-    )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks weights that its model needs: {some_of(missing)}.",
+            why="transformers would fill them with random numbers, and every answer would be noise.",
+            hint="See that `architectures` in config.json names the class that the weights were saved from.",
+        )
+    return model
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
@@ -279,8 +264,8 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
     device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
     """
-    from compressknow.engine.layers import kinds_on
-    from compressknow.model.loading import find_direct_reads
+    from compressknow.engine.layers import LAYERS
+    from compressknow.model.meta import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is None:
@@ -290,7 +275,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
-    kinds = kinds_on(device)
+    kinds = [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
     in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():

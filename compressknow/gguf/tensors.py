@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.model.gguf_file import EMBEDDING, NOT_LINEAR, ORDER, UNPLACED, Tensor, tensors_of
-from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern, scope_names, select
+from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, tensors_of
+from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, scope_names, select
 
 if TYPE_CHECKING:
     from compressknow.compress.weights import Side

@@ -150,7 +150,7 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> dict[str, set[str] | None]:
+def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all).
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
@@ -165,11 +165,11 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     return {}
 
 
-def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
+def _read_index(folder: Path, index: Path) -> dict[str, set[str]]:
     weight_map = read_json(index, reading.INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", hint=DOWNLOAD_AGAIN)
-    files: dict[str, set[str] | None] = {}
+    files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or is_outside(file):
             raise CheckpointError(
@@ -177,9 +177,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str] | None]:
             )
         if not os.path.isfile(folder / file):  # noqa: PTH113  # False, not an error, of a name that no file could have
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
-        wanted = files.setdefault(file, set())
-        assert wanted is not None
-        wanted.add(name)
+        files.setdefault(file, set()).add(name)
     return dict(sorted(files.items()))
 
 

@@ -9,8 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
 from compressknow.base.reading import NotReadable, open_regular
-from compressknow.model.structure import MOST_BLOCKS
+from compressknow.model.structure import MOST_BLOCKS, NOT_LINEAR
 from compressknow.model.tensors import StoredTensor
 
 MAGIC = b"GGUF"
@@ -27,8 +26,8 @@ MAGIC = b"GGUF"
 MOST_VALUES, MOST_TENSORS = 2_000_000, 200_000
 # Of what a model is built of, as in `compressknow.model.meta`.
 MOST = {"block_count": MOST_BLOCKS, "expert_count": 10_000}
-_ALIGNMENT = b"general.alignment"
-_OF_A_BLOCK = re.compile(rb"blk\.(\d+)\.")
+_ALIGNMENT = "general.alignment"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _TEXT, _LIST = 8, 9
 # By the number of a type of values: struct's letter.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -53,10 +52,8 @@ def check_whole(path: Path) -> None:
 
 def check_gguf(path: Path) -> None:
     """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
-    where its tensors do not lie as it says; OSError where it cannot be opened.
-    """
-    with _open_header(path) as header:
-        header.check_places(header.read())
+    where its tensors do not lie as it says; OSError where it cannot be opened."""
+    _read_header(path).check_places()
 
 
 def plain_tensors(path: Path) -> list[StoredTensor]:
@@ -64,27 +61,25 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
-    with _open_header(path) as header:
-        tensors = [tensor for tensor in header.read() if tensor.kind in _PLAIN]
-        start, size = header.data_start, header.size
+    header = _read_header(path)
     stored = [
-        StoredTensor(str(t.name, "utf-8", "replace"), _PLAIN[t.kind], t.shape[::-1], path, start + t.offset)
-        for t in tensors
+        StoredTensor(tensor.name, _PLAIN[tensor.kind], tensor.shape[::-1], path, header.data_start + tensor.offset)
+        for tensor in header.tensors
+        if tensor.kind in _PLAIN
     ]
-    return [each for each in stored if each.offset + each.nbytes <= size]
+    return [each for each in stored if each.offset + each.nbytes <= header.size]
 
 
-@contextmanager
-def _open_header(path: Path) -> Iterator[_Header]:
+def _read_header(path: Path) -> _Header:
     with open_regular(path) as file:
         try:
-            yield _Header(file)
+            return _Header(file)
         except (struct.error, RecursionError):
             raise CutShort("it is cut short") from None
 
 
 class _Tensor(NamedTuple):
-    name: bytes
+    name: str
     shape: tuple[int, ...]
     kind: int
     offset: int
@@ -95,8 +90,6 @@ class _Header:
         self._file, self.size = file, os.fstat(file.fileno()).st_size
         self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
-
-    def read(self) -> list[_Tensor]:
         if self._file.read(4) != MAGIC:
             raise CutShort("it is no GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
@@ -104,7 +97,8 @@ class _Header:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
         for _ in range(entries):
             self._entry()
-        return [self._tensor() for _ in range(tensors)]
+        self.tensors = [self._tensor() for _ in range(tensors)]
+        self.data_start = self._aligned(self._file.tell())
 
     def _entry(self) -> None:
         key = self._text()
@@ -113,7 +107,7 @@ class _Header:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise NotReadable(f"its tensors are aligned to {value}, which is no power of two")
             self._alignment = value
-        name = key.rpartition(b".")[2].decode("ascii", "replace")
+        name = key.rpartition(".")[2]
         if name in MOST and isinstance(value, int):
             if value > MOST[name]:
                 raise NotReadable(f"its {name} is {value:,}, and a model has at most {MOST[name]:,}")
@@ -151,19 +145,14 @@ class _Header:
         shape = tuple(self._number("Q") for _ in range(dimensions))
         return _Tensor(name, shape, self._number("I"), self._number("Q"))
 
-    @property
-    def data_start(self) -> int:
-        """Return where the tensors begin, once the header was read."""
-        return self._aligned(self._file.tell())
-
-    def check_places(self, tensors: list[_Tensor]) -> None:
+    def check_places(self) -> None:
         """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
-        start, end = self.data_start, 0
-        for tensor in tensors:
-            if (found := _OF_A_BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
+        end = 0
+        for tensor in self.tensors:
+            if (found := _BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
                 raise NotReadable(
                     f"it has a tensor of block {int(found[1][:9]):,}, and says that it has {self._blocks}"
                 )
@@ -173,7 +162,7 @@ class _Header:
                 raise NotReadable(f"a tensor in it lies at {tensor.offset:,}, and the one before it ends at {end:,}")
             values, nbytes = sizes[tensor.kind]
             end = tensor.offset + math.prod(tensor.shape) // values * nbytes
-        if tensors and start + end > self.size:
+        if self.tensors and self.data_start + end > self.size:
             raise CutShort("it is cut short")
 
     def _aligned(self, place: int) -> int:
@@ -184,11 +173,11 @@ class _Header:
         form = f"<{letter}"
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
 
-    def _text(self) -> bytes:
+    def _text(self) -> str:
         length = self._number("Q")
         if length > _MOST_BYTES_OF_A_NAME:
             raise NotReadable(f"a name in it has {length:,} bytes")
-        return self._file.read(length)
+        return self._file.read(length).decode("utf-8", "replace")
 
     def _skip(self, count: int) -> None:
         if count > self.size - self._file.tell():
@@ -196,7 +185,7 @@ class _Header:
         self._file.seek(count, os.SEEK_CUR)
 
 
-EMBEDDING, NOT_LINEAR, UNPLACED = "embedding", "not-linear", "other"
+EMBEDDING, UNPLACED = "embedding", "other"
 ORDER = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
 # By the names that llama.cpp gives to tensors (llama-arch.cpp).
 NAMED = (
@@ -204,7 +193,6 @@ NAMED = (
     ("feed-forward", re.compile(r"blk\.\d+\.ffn_(?!norm|.*_norm)")),
     ("final", re.compile(r"output\.(?:weight|bias)")),
 )
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -238,8 +226,8 @@ def open_gguf(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Download it again.") from None
 
 
-def tensors_of(reader: Any) -> dict[str, Tensor]:
-    """Return the tensors of a file by name; their values are not read."""
+def tensors_of(*readers: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, all its parts together; their values are not read."""
     return {
         each.name: Tensor(
             each.name,
@@ -248,6 +236,7 @@ def tensors_of(reader: Any) -> dict[str, Tensor]:
             int(each.n_elements),
             int(each.n_bytes),
         )
+        for reader in readers
         for each in reader.tensors
     }
 

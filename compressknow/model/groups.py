@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,23 +14,59 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.structure import (
-    Group,
-    LinearWeight,
-    ModuleMap,
-    Step,
-    Structure,
-    is_cross,
-    is_further_head,
-    place,
-)
+from compressknow.model.structure import Group, Kind, LinearWeight, ModuleMap, Structure
 
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
 TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
-Kind = Literal["linear", "conv1d", "experts"]
+
+
+def _ends(*names: str) -> re.Pattern[str]:
+    # Only the end of a class name says what it is: its start is the model's name (FalconMambaMLP is an MLP).
+    return re.compile(f"(?:{'|'.join(names)})$")
+
+
+def _is(*names: str) -> re.Pattern[str]:
+    return re.compile(f"^(?:{'|'.join(names)})$")
+
+
+Rules = tuple[tuple[Group, re.Pattern[str]], ...]
+# Nearest module first, class before attribute. Linear attention (gated delta nets, lightning attention) is attention,
+# as its authors and its configs call it; state-space and other recurrent mixers, RWKV's included, are `other`.
+CLASS_RULES: Rules = (
+    ("other", _ends("Router(?:MLP)?", "TopKGating", "MessageGate")),
+    ("other", _ends("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
+    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
+    ("attention", _ends("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
+    ("feed-forward", _ends("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
+    ("feed-forward", _ends("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
+)
+# Names that mean this only inside a block: a head has an `output`, a projector an `mlp`, of its own.
+BLOCK_CLASS_RULES: Rules = (("feed-forward", _ends("Intermediate", "Output")),)
+BLOCK_ATTRIBUTE_RULES: Rules = (
+    ("attention", re.compile(r"(?:^|_)(?:attn|att|attention)s?$|Attention$|^crossattention$|_attn_layers$")),
+    ("feed-forward", _is("mlps?", "ffns?", "ff", "feed_?forward", "DenseReluDense", "(?:shared_)?experts?")),
+    ("feed-forward", _is("intermediate", "output")),
+)
+# The weight's own attribute, where no module around it says what it is (BART's and OPT's layers hold fc1 and fc2).
+LEAF_RULES: Rules = (
+    ("other", _is("per_layer_(?:input_gate|projection)")),
+    ("attention", _is("[qkvo]_proj", "query", "key", "value", "qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv")),
+    ("feed-forward", _is("fc_?(?:1|2|in|out)", "ffn", "ffn_output", "(?:gate|up|down|gate_up)_proj", "w[123io]")),
+    ("feed-forward", _is("wi_[01]", "lin(?:ear)?[12]", "c_fc", "dense_h_to_4h", "dense_4h_to_h")),
+)
+ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
+# A norm may hold a small MLP that sets its scale. DBRX's attention and SqueezeBERT's matrices lie in classes that end
+# alike.
+NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
+CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
+CROSS_CLASS = _ends("CrossAttention")
+# Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
+# columns that MobileBERT keeps apart and joins to its decoder; and FSMT's, which names its embedding instead.
+FURTHER_HEADS = _ends(r"(?:^|\.)lm_head", r"predictions\.decoder")
+FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.output_projection")
 
 
 def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
@@ -59,11 +95,14 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return [name for name in tree.layers if not tree.in_tower(name)]
 
 
+# Modules on the way from the root to a weight: the attribute that holds each, and its class.
+_Steps = Sequence[tuple[str, str]]
+
+
 class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.towers = set(_towers(model))
         # Models of their own within a composite one.
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
@@ -76,16 +115,15 @@ class _Tree:
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
-    def place(self, name: str) -> tuple[tuple[Step, ...], int | None]:
+    def place(self, name: str) -> tuple[_Steps, int | None]:
         """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
-        parts = name.split(".")
-        prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-        steps = tuple(Step(prefix.rpartition(".")[2], self.classes[prefix]) for prefix in prefixes)
-        layer = next((self.layers[prefix] for prefix in [*prefixes, name] if prefix in self.layers), None)
-        return (Step("", self.classes[""]), *steps), layer
+        above = [*_parents(name), ""][::-1]
+        steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in above]
+        layer = next((self.layers[each] for each in (*above, name) if each in self.layers), None)
+        return steps, layer
 
     def in_tower(self, name: str) -> bool:
-        return name in self.towers or any(parent in self.towers for parent in _parents(name))
+        return any(each in self.towers for each in (name, *_parents(name)))
 
     def is_between(self, name: str) -> bool:
         """Return whether a module lies between the towers and the language model, both models of their own."""
@@ -97,13 +135,11 @@ class _Tree:
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
-            if not self._is_block(name) or any(parent in layers for parent in _parents(name)):
-                continue
-            if self.is_between(name):
-                continue
-            stack = re.split(r"\.\d+(?:\.|$)", name)[0]
-            layers[name] = counts[stack]
-            counts[stack] += 1
+            is_outermost = self._is_block(name) and not any(parent in layers for parent in _parents(name))
+            if is_outermost and not self.is_between(name):
+                stack = re.split(r"\.\d+(?:\.|$)", name)[0]
+                layers[name] = counts[stack]
+                counts[stack] += 1
         return layers
 
     def _is_block(self, name: str) -> bool:
@@ -171,25 +207,49 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         group=group,
         layer=layer,
         stack=None if group == "vision" else _stack(tree.model, module),
-        cross=group == "attention" and is_cross(steps),
+        # It reads the other stack's states.
+        cross=group == "attention"
+        and any(CROSS.search(attribute) or CROSS_CLASS.search(class_name) for attribute, class_name in steps),
         uses=1 if group == "final" else uses_of(config, module, layer, tree.names[id(parameter)]),
         transposed=is_transposed,
         sharing=tuple(sharing),
     )
 
 
-def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: tuple[Step, ...], in_block: bool) -> Group | None:
+def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_block: bool) -> Group | None:
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
     if id(parameter) in tree.heads:
         return "final"
-    if not in_block and is_further_head(steps, module, leaf):
+    _, parent_class = steps[-1]
+    if not in_block and (FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(f"{parent_class}.{leaf}")):
         return "final"
     if not in_block and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
         return "other"
-    return place(steps, leaf, in_block)
+    return _place(steps, leaf, in_block)
+
+
+def _place(steps: _Steps, leaf: str, in_block: bool) -> Group | None:
+    """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
+    above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
+    if any(NORM_CLASS.search(class_name) for _, class_name in steps):
+        return "other"
+    class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
+    attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
+    parent, parent_class = steps[-1]
+    for attribute, class_name in reversed(steps):
+        if group := _find(class_rules, class_name) or _find(attribute_rules, attribute):
+            is_router = group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(parent))
+            return "other" if is_router else group
+    if not in_block or (leaf == "linear" and parent_class.endswith("HybridLayer")):
+        return "other"
+    return _find(LEAF_RULES, leaf)
+
+
+def _find(rules: Rules, name: str) -> Group | None:
+    return next((group for group, rule in rules if rule.search(name)), None)
 
 
 def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
@@ -231,7 +291,7 @@ def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
             if not _is_matrix(module, name, parameter, width):
                 continue
             steps, layer = tree.place(f"{module_name}.{name}")
-            group = place(steps, name, layer is not None)
+            group = _place(steps, name, layer is not None)
             if group in ("attention", "feed-forward"):
                 yield f"{module_name}.{name}", "vision" if tree.in_tower(module_name) else group
 
@@ -252,34 +312,23 @@ def uses_of(config: Any, module: str, layer: int | None, names: int) -> int:
     if "_adapter_list." in module:
         # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
         return 1
-    rule = RULES.get(getattr(config, "model_type", ""))
-    return names * (rule(config, module, layer) if rule is not None and layer is not None else 1)
+    return names if layer is None else names * _count_loops(config, module, layer)
 
 
-def _albert(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    layers_per_group = config.num_hidden_layers / config.num_hidden_groups
-    return [int(index / layers_per_group) for index in range(config.num_hidden_layers)].count(layer)
-
-
-def _funnel(config: Any, module: str, layer: int) -> int:  # noqa: ARG001
-    block = re.search(r"encoder\.blocks\.(\d+)\.", module)
-    return int(config.block_repeats[int(block.group(1))]) if block else 1
-
-
-def _loop(first: int, stop: int, times: int, layer: int) -> int:
-    return times if first <= layer < stop else 1
-
-
-# Blocks reached by several names are counted from the tree itself; these loop over a block that has one name.
-RULES: dict[str, Callable[[Any, str, int], int]] = {
-    "albert": _albert,
-    "perceiver": lambda config, module, _: config.num_blocks if ".self_attends." in module else 1,
-    "funnel": _funnel,
-    "dory": lambda config, _, layer: _loop(
-        config.n_input_layers, config.n_input_layers + config.n_recurrent_layers, config.n_recurrent_loops, layer
-    ),
-    "hrm_text": lambda config, module, _: config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1),
-    "inkling2_loop_text": lambda config, _, layer: _loop(
-        config.loop_layer_index_start, config.loop_layer_index_end, config.loop_num_passes, layer
-    ),
-}
+def _count_loops(config: Any, module: str, layer: int) -> int:
+    """Count how often a pass comes to a block under one name: some architectures loop over blocks."""
+    match getattr(config, "model_type", ""):
+        case "albert":
+            layers_per_group = config.num_hidden_layers / config.num_hidden_groups
+            return [int(index / layers_per_group) for index in range(config.num_hidden_layers)].count(layer)
+        case "perceiver" if ".self_attends." in module:
+            return int(config.num_blocks)
+        case "funnel" if block := re.search(r"encoder\.blocks\.(\d+)\.", module):
+            return int(config.block_repeats[int(block.group(1))])
+        case "dory" if 0 <= layer - config.n_input_layers < config.n_recurrent_layers:
+            return int(config.n_recurrent_loops)
+        case "hrm_text":
+            return int(config.H_cycles * (config.L_cycles if ".L_module." in f".{module}" else 1))
+        case "inkling2_loop_text" if config.loop_layer_index_start <= layer < config.loop_layer_index_end:
+            return int(config.loop_num_passes)
+    return 1

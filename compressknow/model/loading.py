@@ -1,36 +1,249 @@
-"""Find what transformers does with a checkpoint when it loads and runs it, on the meta device, from names and shapes.
+"""Find what transformers makes of a checkpoint's tensors when it loads them: which parameter each becomes, and what
+does not fit.
 
-`from_pretrained` itself does the loading: it renames, splits, fuses, ties and (by the quantizer that the config names)
-prepares layers as it always does, on tensors that have no memory. No weight is read.
+Names in files differ from those in the module tree where an architecture was refactored since (GPT-NeoX: ``embed_out``
+is now ``lm_head``; Mixtral: one tensor an expert is now one stack), where a base model's checkpoint lacks its prefix,
+and where weights are tied. To see what does not fit, `from_pretrained` itself does the loading: it renames, splits,
+fuses, ties and (by the quantizer that the config names) prepares layers as it always does, on tensors that have no
+memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
 from compressknow.base.progress import quiet
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
 from compressknow.model.meta import meta_model
-from compressknow.model.tensors import torch_dtype
+from compressknow.model.structure import Structure
+from compressknow.model.tensors import StoredTensor, same_bytes, torch_dtype
 
 Shape = tuple[int, ...]
 Header = tuple[str, Shape]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Destination of a stored tensor: the `parameters` of the module tree that get values of it, several where it is
+    split on the way; `reshaped` where it is fused, split or transposed, so that it is not stored in the form that a
+    module holds. `rows` of it are what each of several parameters gets, where these are whole rows."""
+
+    parameters: tuple[str, ...]
+    reshaped: bool = False
+    rows: tuple[range, ...] = ()
+
+    @property
+    def parameter(self) -> str:
+        return self.parameters[0]
+
+
+class Naming:
+    """Mapping of stored names for one module tree on the meta device."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._model = model
+        self._tree = dict(model.state_dict())
+
+    def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
+        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place."""
+        bound: dict[str, Binding] = {}
+        converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
+        # In the order of transformers: a renaming may wait for a name that comes before it.
+        for stored in sorted(tensors, key=dot_natural_key):
+            name, pattern = self._rename(stored, self._tree)
+            if pattern is None and name in self._tree:
+                bound[stored] = Binding((name,))
+            elif pattern is not None and name in self._tree:
+                converted.setdefault((name, self._converter_of(pattern)), []).append((stored, pattern))
+        for (name, converter), parts in converted.items():
+            sources = [(pattern, tensors[stored].shape) for stored, pattern in parts]
+            binding = self._bind_converted(name, self._converters[converter], sources)
+            bound |= {stored: binding for stored, _ in parts}
+        return {stored: bound[stored] for stored in tensors if stored in bound}
+
+    def _converter_of(self, pattern: str) -> int:
+        # The last that has the pattern, as transformers takes it.
+        return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
+
+    def _bind_converted(self, name: str, converter: Any, sources: list[tuple[str, Shape]]) -> Binding:
+        """Bind what a converter makes of its sources, each a pattern and a shape, found by letting it convert tensors
+        that have no memory."""
+        empty = [(pattern, torch.empty(shape, device="meta")) for pattern, shape in sources]
+        whole = self._convert(name, converter, empty)
+        parameters = tuple(parameter for parameter in whole if parameter in self._tree)
+        if not parameters:
+            # It did not run on these: what it is for is told by its patterns.
+            first = converter.target_patterns[0]
+            names = (name.replace(first, target) for target in converter.target_patterns)
+            return Binding(tuple(target for target in names if target in self._tree) or (name,), reshaped=True)
+        return Binding(parameters, reshaped=True, rows=self._rows(name, converter, sources, parameters))
+
+    def _rows(
+        self, name: str, converter: Any, sources: list[tuple[str, Shape]], parameters: tuple[str, ...]
+    ) -> tuple[range, ...]:
+        """Return which rows of one source each of several parameters gets: the numbers of its rows, put through a
+        converter, come out as unbroken ranges where it does nothing but cut it."""
+        pattern, shape = sources[0]
+        if len(sources) > 1 or len(parameters) < 2 or not shape:
+            return ()
+        numbers = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        made = self._convert(name, converter, [(pattern, numbers)])
+        rows = [made.get(parameter, numbers[:0]).flatten().tolist() for parameter in parameters]
+        ranges = tuple(range(part[0], part[-1] + 1) if part else range(0) for part in rows)
+        cut = all(part == list(span) for part, span in zip(rows, ranges, strict=True))
+        fits = all(self._tree[p].shape == (len(r), *shape[1:]) for p, r in zip(parameters, ranges, strict=True))
+        return ranges if cut and fits and sum(map(len, ranges)) == shape[0] else ()
+
+    def _convert(self, name: str, converter: Any, sources: list[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(converter)
+        for pattern, tensor in sources:
+            converter.add_tensor(name, name, pattern, lambda tensor=tensor: tensor)
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except Exception:  # An operation on tensors that it was not made for may fail anywhere.
+            return {}
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what transformers makes a parameter of, from all the stored tensors (by name) it is converted from.
+
+        Raises KeyError where its conversion does not give that parameter.
+        """
+        parts: list[tuple[str, torch.Tensor]] = []
+        name = parameter
+        for stored in sorted(sources, key=dot_natural_key):
+            name, pattern = self._rename(stored, self._tree)
+            assert pattern is not None  # Else it would be stored as the module holds it.
+            parts.append((pattern, sources[stored]))
+        converter = self._converters[self._converter_of(parts[-1][0])]
+        return self._convert(name, converter, parts)[parameter]
+
+    def missing_parts(self, stored: Collection[str]) -> list[str]:
+        """Return, of parameters that are converted from several tensors, the names that are not `stored`, though others
+        of the same parameter are.
+
+        The names are those under which transformers saves the model: nothing is found of one that is stored in an older
+        form.
+        """
+        try:
+            names = set(revert_weight_conversion(self._model, self._tree))
+        except Exception:  # As when it converts, an operation may fail anywhere.
+            return []
+        expected: dict[str, set[str]] = {}
+        for name in names:
+            parameter, pattern = self._rename(name, self._tree)
+            if pattern is not None:
+                expected.setdefault(parameter, set()).add(name)
+        return [name for parts in expected.values() if parts & set(stored) for name in parts.difference(stored)]
+
+    def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
+        """Return whether a stored tensor has its last two axes swapped on the way to `parameter`."""
+        pattern = self._rename(stored, self._tree)[1]
+        steps = (step for entry in self._converters if pattern in entry.source_patterns for step in entry.operations)
+        swaps = [step for step in steps if isinstance(step, Transpose)]
+        # Some are only made where the shapes call for them.
+        return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
+
+    def scale_follows(self, stored: str, parameter: str) -> bool:
+        """Return whether a scale stored beside `stored` would be loaded beside `parameter`."""
+        tree = {**self._tree, parameter + "_scale": self._tree[parameter]}
+        return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
+
+    def _rename(self, stored: str, tree: Mapping[str, Any]) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            stored, self._renamings, self._converters, self._prefix, tree
+        )
+        if renamed[0] not in tree and stored in tree:
+            # As transformers does: a name that the tree has already is not renamed.
+            renamed = rename_source_key(stored, [], [], self._prefix, tree)
+        return renamed
+
+
+def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
+    """Return which stored tensor gives each parameter its values, ties resolved against what the files hold.
+
+    `bound` maps stored names to parameters, `tied` a parameter to the one whose storage it shares by the model's
+    class and config. Two that are both stored with different values are not tied, whatever the config says:
+    transformers loads them so (Flan-T5 is such a model).
+    """
+    supply = {parameter: stored for stored, parameter in bound.items()}
+    for target, source in tied.items():
+        if target in supply and source in supply:
+            if same_bytes(checkpoint.tensors[supply[target]], checkpoint.tensors[supply[source]]):
+                supply[target] = supply[source]
+        elif source in supply:
+            supply[target] = supply[source]
+    # A checkpoint may hold the target of a tie alone: then the source, and all else tied to it, takes its values.
+    for target, source in tied.items():
+        if source not in supply and target in supply:
+            supply[source] = supply[target]
+    for target, source in tied.items():
+        if target not in supply and source in supply:
+            supply[target] = supply[source]
+    return supply
+
+
+# What values of so many bits are called: as safetensors calls integers of 8 bits.
+PACKED_DTYPES = {4: "I4", 8: "I8"}
+_PACKED, _WORD = "_packed", 32
+
+
+def packed_weights(
+    checkpoint: Checkpoint, naming: Naming, structure: Structure
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
+    by parameter; none where its config has a group of other bits.
+
+    Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
+    name that they would have, with their shape and dtype, ``I4`` or ``I8``.
+    """
+    weights = (group.get("weights") for group in config_groups(checkpoint.config.get("quantization_config")))
+    bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
+    if not bits or not bits <= PACKED_DTYPES.keys():
+        return {}
+    stored = {name.removesuffix(_PACKED): t for name, t in checkpoint.tensors.items() if name.endswith(_PACKED)}
+    shapes = {weight.parameter: weight.shape for weight in structure.linears if weight.kind == "linear"}
+    found = {}
+    for name, binding in naming.bind(stored).items():
+        tensor, (rows, columns) = stored[name], shapes.get(binding.parameter, (0, 0))
+        widths = {-(-columns * number // _WORD): number for number in bits}
+        if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
+            values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
+            found[binding.parameter] = tensor, values
+    return found
+
+
+def config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the groups of layers of a `quantization_config`, each with the settings of its weights."""
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping):
+            yield group
+
+
 # What transformers says where it cannot make a weight of the tensors that are stored for it; the table that it goes on
 # to refer to is not shown.
 CONVERSION_FAILED = "issues during automatic conversion of the weights"
@@ -103,8 +316,6 @@ def _missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) 
         pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
         missing -= pooler if pooler <= missing else set()
     if report.mismatched or report.conversion_failed:
-        from compressknow.model.naming import Naming
-
         # A stack of fewer matrices than there are experts has another shape.
         missing.update(Naming(tree).missing_parts(checkpoint.tensors))
     return tuple(sorted(missing))
@@ -132,144 +343,16 @@ def open_complete(
             hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
             "weights were saved from.",
         )
+    hint = "The config and the weights do not match: download or save both again."
     weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     for name, (stored, needed) in report.mismatched.items():
         if name in weights:
-            raise CheckpointError(
-                f"{name} has shape {list(stored)}, config.json says {list(needed)}.",
-                hint="The config and the weights do not match: download or save both again.",
-            )
+            what = f"{name} has shape {list(stored)}, config.json says {list(needed)}."
+            raise CheckpointError(what, hint=hint)
     if report.conversion_failed:
         raise CheckpointError(
             f"{checkpoint.folder} does not fit its config.json: transformers cannot make all weights of "
             f"{type(tree).__name__} of the tensors that are stored.",
-            hint="The config and the weights do not match: download or save both again.",
+            hint=hint,
         )
     return checkpoint, tree
-
-
-Read = Literal["values", "dtype"]
-# What is asked of a weight without looking at its values.
-_ASIDE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
-_ASIDE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
-
-
-def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
-    """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
-    to cast something to it. An int8 layer computes with its scale; whoever takes its weight gets bare integers.
-
-    A forward pass of a few tokens shows it. Where that stops midway, a layer that it has not reached is taken to be
-    read if the code of the model's classes names its weight. Of the towers of a multimodal model, which read no text,
-    torch's own attention is known to.
-    """
-    if model.device.type != "meta":
-        with torch.device("meta"):
-            model = type(model)(copy.deepcopy(model.config)).eval()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    ids = torch.ones((1, 16), dtype=torch.long, device="meta")
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    uses, is_whole = _Uses(), False
-    with contextlib.ExitStack() as watches, contextlib.suppress(Exception):  # Code may not suit tensors without values.
-        for name, module in linears.items():
-            watches.enter_context(_watch(name, module, uses))
-        with torch.no_grad(), quiet(), _Valueless(), uses:  # type: ignore[no-untyped-call]
-            model(**inputs)
-        is_whole = True
-    if not is_whole:
-        # One block runs as the next does.
-        reached = {_without_numbers(name) for name in uses.ran}
-        code = "".join(map(_read_code, {type(module) for module in model.modules()}))
-        named = set(re.findall(r"(\w+|\])\.weight\b", code))
-        uses.reads |= {
-            name: "values"
-            for name in linears
-            if _without_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
-        }
-    uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
-    return uses.reads
-
-
-def _read_code(kind: type[nn.Module]) -> str:
-    """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
-    weights are no code) and without what sets weights."""
-    bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
-    source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
-    return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "", name)
-
-
-@contextlib.contextmanager
-def _watch(name: str, module: nn.Linear, uses: _Uses) -> Iterator[None]:
-    """Hand another weight than its own to whoever asks a module for it while it does not run."""
-    plain: Any = type(module)
-
-    class Watched(plain):  # type: ignore[misc]
-        def __getattr__(self, attribute: str) -> Any:
-            if attribute == "weight" and name not in uses.running:
-                return uses.stand_ins.setdefault(name, nn.Parameter(torch.empty_like(super().__getattr__("weight"))))
-            return super().__getattr__(attribute)
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            uses.running.add(name)
-            uses.ran.add(name)
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                uses.running.discard(name)
-
-    module.__class__ = Watched
-    try:
-        yield
-    finally:
-        module.__class__ = plain
-
-
-class _Uses(TorchFunctionMode):
-    """Mode that notes what is done with weights that were handed out, whose dtype it says is int8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.running: set[str] = set()
-        self.ran: set[str] = set()
-        self.stand_ins: dict[str, nn.Parameter] = {}
-        self.reads: dict[str, Read] = {}
-        self._last = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # torch.cat takes a list of tensors.
-        given = [
-            each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
-        ]
-        for name, weight in self.stand_ins.items():
-            if any(each is weight for each in given) and func not in _ASIDE:
-                if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
-                    self._last = name
-                    return torch.int8
-                self.reads[name] = "values"
-        if self._last and any(each is torch.int8 for each in given):
-            self.reads.setdefault(self._last, "dtype")
-            args = [torch.float32 if each is torch.int8 else each for each in args]
-            kwargs = {key: torch.float32 if each is torch.int8 else each for key, each in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that answers what code asks of the values of tensors that have none: each is zero."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.zeros((), dtype=args[0].dtype).item()
-        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
-            return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
-        if func is torch.ops.aten._grouped_mm.default:
-            # Of experts; torch has it in bfloat16 alone.
-            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        return func(*args, **kwargs or {})

@@ -19,16 +19,7 @@ SCHEMA = 1
 MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
 # The entry that holds the SHA-256 of all others.
 SEAL = "sha256"
-COUNTS = (
-    "parameters",
-    "in_scope",
-    "pruned",
-    "zeros_before",
-    "zeros_after",
-    "quantized",
-    "bytes_before",
-    "bytes_after",
-)
+COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 _SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
 _PART = {"name": str, "shape": [int], "dtype": str, "sha256": str}
 _SCALE = {**_PART, "also?": [str]}
@@ -48,15 +39,10 @@ REMOVED: dict[str, Any] = {
     "neurons": [_NEURONS],
     "tensors": [_LEFT_OUT],
 }
-_CALIBRATION = {
-    **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "unseen": [str]},
-    "smoothed?": {str: [str]},
-}
+_TEXT = {"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool}
+_CALIBRATION = {**_TEXT, "unseen": [str], "smoothed?": {str: [str]}}
 # What `calibration_of` says.
-CALIBRATION = {
-    **{"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool, "smoothed": int},
-    **{"unseen": int, "unseen_share": float, "examples": [str]},
-}
+CALIBRATION = {**_TEXT, "smoothed": int, "unseen": int, "unseen_share": float, "examples": [str]}
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},
@@ -122,7 +108,7 @@ def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     unseen, rows = sorted(done["unseen"]), {row["name"]: row for row in manifest["tensors"]}
     numel = sum(_numel_of(name, rows) for name in unseen)
-    return {key: done[key] for key in ("kind", "source", "sha256", "tokens", "seed", "blocks_apart")} | {
+    return {key: done[key] for key in _TEXT} | {
         "smoothed": len(done.get("smoothed", {})),
         "unseen": len(unseen),
         "unseen_share": numel / max(manifest["totals"]["in_scope"], 1),

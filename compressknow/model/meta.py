@@ -1,36 +1,58 @@
-"""Module tree of a checkpoint on the meta device: built from its config alone, within bounds, without weights."""
+"""Module tree of a checkpoint on the meta device: built from its config alone, within bounds, without weights, and run
+to see which weights other modules than their own read."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from compressknow.base.errors import CheckpointError
+from compressknow.base.progress import quiet
 from compressknow.model.checkpoint import read_json
 from compressknow.model.structure import MOST_BLOCKS
 
-LANGUAGE_MODEL_CLASSES = (
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+# By family, the name of the class for each type of model.
+LANGUAGE_MODEL_CLASSES = {
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
+@contextmanager
+def _ignore_warnings() -> Iterator[None]:
+    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@_ignore_warnings()
 def meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
@@ -43,16 +65,24 @@ def meta_model(
     built.
     """
     path = Path(config_folder) / "config.json"
-    with _quiet():
-        raw = read_json(path)
-        check_numbers(path, raw)
-        architecture = _architecture(path, raw)
-        if architecture in _remote_classes(raw) and not _is_builtin(architecture):
-            return _remote_model(path, raw, architecture, trust_remote_code)
-        config = _config(path, raw, trust_remote_code)
-        if not _is_builtin(architecture):
-            return _best_match(path, config, architecture, tensor_names)
+    raw = read_json(path)
+    check_numbers(path, raw)
+    architecture = _architecture(path, raw)
+    remote_class = None if _is_builtin(architecture) else _remote_classes(raw).get(architecture)
+    if remote_class and not trust_remote_code:
+        raise CheckpointError(
+            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
+            f"Building it would run the code that {path} refers to in `auto_map`.",
+            "Read that code, then pass --trust-remote-code.",
+        )
+    config = _config(path, raw, trust_remote_code)
+    if remote_class:
+        with _explain_failures(f"The code of {architecture} cannot be loaded."):
+            model_class = get_class_from_dynamic_module(remote_class, str(path.parent))
+        return _build(path, model_class, config)
+    if _is_builtin(architecture):
         return _build(path, getattr(transformers, architecture), config)
+    return _best_match(path, config, architecture, tensor_names)
 
 
 def _architecture(path: Path, raw: dict[str, Any]) -> str:
@@ -80,19 +110,6 @@ def _is_builtin(architecture: str) -> bool:
     # The bases that hold no layers of their own (BertPreTrainedModel) are no architecture.
     is_base = architecture.endswith("PreTrainedModel")
     return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
-
-
-def _remote_model(path: Path, raw: dict[str, Any], architecture: str, trust_remote_code: bool) -> PreTrainedModel:
-    if not trust_remote_code:
-        raise CheckpointError(
-            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
-            f"Building it would run the code that {path} refers to in `auto_map`.",
-            "Read that code, then pass --trust-remote-code.",
-        )
-    config = _config(path, raw, trust_remote_code)
-    with _explain_failures(f"The code of {architecture} cannot be loaded."):
-        model_class = get_class_from_dynamic_module(_remote_classes(raw)[architecture], str(path.parent))
-    return _build(path, model_class, config)
 
 
 def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
@@ -123,15 +140,15 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
         return model
 
 
+@_ignore_warnings()
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
     """Build a module tree of the same class with another content of its config.json, which lies at `path`.
 
     Raises CheckpointError where no such model can be built.
     """
-    with _quiet():
-        with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
-            config = config_from_dict(tree, copy.deepcopy(raw))
-        return _build(path, type(tree), config)
+    with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
+        config = config_from_dict(tree, copy.deepcopy(raw))
+    return _build(path, type(tree), config)
 
 
 def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -185,7 +202,7 @@ def _best_match(
 
 
 def _candidates(model_type: Any) -> list[str]:
-    names = [mapping[model_type] for mapping in LANGUAGE_MODEL_CLASSES if model_type in mapping]
+    names = [classes[model_type] for classes in LANGUAGE_MODEL_CLASSES.values() if model_type in classes]
     return list(dict.fromkeys(names))
 
 
@@ -205,19 +222,6 @@ def _explain_failures(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(what, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 # What a config may count most of: each is an object, or several.
@@ -270,3 +274,130 @@ def bounded_building(path: Path) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+Read = Literal["values", "dtype"]
+# What is asked of a weight without looking at its values.
+_ASIDE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
+_ASIDE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
+
+
+def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
+    """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
+    to cast something to it. An int8 layer computes with its scale; whoever takes its weight gets bare integers.
+
+    A forward pass of a few tokens shows it. Where that stops midway, a layer that it has not reached is taken to be
+    read if the code of the model's classes names its weight. Of the towers of a multimodal model, which read no text,
+    torch's own attention is known to.
+    """
+    if model.device.type != "meta":
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config)).eval()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ids = torch.ones((1, 16), dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    uses, is_whole = _Uses(), False
+    with ExitStack() as watches, suppress(Exception):  # Code may not suit tensors without values.
+        for name, module in linears.items():
+            watches.enter_context(_watch(name, module, uses))
+        with torch.no_grad(), quiet(), _Valueless(), uses:  # type: ignore[no-untyped-call]
+            model(**inputs)
+        is_whole = True
+    if not is_whole:
+        # One block runs as the next does.
+        reached = {_without_numbers(name) for name in uses.ran}
+        code = "".join(map(_read_code, {type(module) for module in model.modules()}))
+        named = set(re.findall(r"(\w+|\])\.weight\b", code))
+        uses.reads |= {
+            name: "values"
+            for name in linears
+            if _without_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
+        }
+    uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
+    return uses.reads
+
+
+def _read_code(kind: type[nn.Module]) -> str:
+    """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
+    weights are no code) and without what sets weights."""
+    bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
+    source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
+    return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+@contextmanager
+def _watch(name: str, module: nn.Linear, uses: _Uses) -> Iterator[None]:
+    """Hand another weight than its own to whoever asks a module for it while it does not run."""
+    plain: Any = type(module)
+
+    class Watched(plain):  # type: ignore[misc]
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and name not in uses.running:
+                return uses.stand_ins.setdefault(name, nn.Parameter(torch.empty_like(super().__getattr__("weight"))))
+            return super().__getattr__(attribute)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            uses.running.add(name)
+            uses.ran.add(name)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                uses.running.discard(name)
+
+    module.__class__ = Watched
+    try:
+        yield
+    finally:
+        module.__class__ = plain
+
+
+class _Uses(TorchFunctionMode):
+    """Mode that notes what is done with weights that were handed out, whose dtype it says is int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[str] = set()
+        self.ran: set[str] = set()
+        self.stand_ins: dict[str, nn.Parameter] = {}
+        self.reads: dict[str, Read] = {}
+        self._last = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # torch.cat takes a list of tensors.
+        given = [
+            each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
+        ]
+        for name, weight in self.stand_ins.items():
+            if any(each is weight for each in given) and func not in _ASIDE:
+                if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
+                    self._last = name
+                    return torch.int8
+                self.reads[name] = "values"
+        if self._last and any(each is torch.int8 for each in given):
+            self.reads.setdefault(self._last, "dtype")
+            args = [torch.float32 if each is torch.int8 else each for each in args]
+            kwargs = {key: torch.float32 if each is torch.int8 else each for key, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that answers what code asks of the values of tensors that have none: each is zero."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
+        if func is torch.ops.aten._grouped_mm.default:
+            # Of experts; torch has it in bfloat16 alone.
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **kwargs or {})

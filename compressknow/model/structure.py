@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
 
 Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
-GROUPS: tuple[Group, ...] = ("attention", "feed-forward", "final", "other", "vision")
+GROUPS: tuple[Group, ...] = get_args(Group)
+Kind = Literal["linear", "conv1d", "experts"]
 # The group of every tensor that is not a Linear weight: embeddings, norms, biases.
 NOT_LINEAR = "not-linear"
 
@@ -34,7 +35,7 @@ class LinearWeight:
 
     parameter: str
     module: str
-    kind: Literal["linear", "conv1d", "experts"]
+    kind: Kind
     shape: tuple[int, ...]
     group: Group | None
     layer: int | None = None
@@ -87,98 +88,6 @@ class Structure:
     def unplaced(self) -> tuple[str, ...]:
         """Return the modules that hold a Linear weight which no rule places."""
         return tuple(weight.module for weight in self.linears if weight.group is None)
-
-
-class Step(NamedTuple):
-    """Module on the way from the root to a weight: the attribute that holds it, and its class."""
-
-    attribute: str
-    class_name: str
-
-
-def _ends(*names: str) -> re.Pattern[str]:
-    # Only the end of a class name says what it is: its start is the model's name (FalconMambaMLP is an MLP).
-    return re.compile(f"(?:{'|'.join(names)})$")
-
-
-def _is(*names: str) -> re.Pattern[str]:
-    return re.compile(f"^(?:{'|'.join(names)})$")
-
-
-# Nearest module first, class before attribute. Linear attention (gated delta nets, lightning attention) is attention,
-# as its authors and its configs call it; state-space and other recurrent mixers, RWKV's included, are `other`.
-CLASS_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (
-    ("other", _ends("Router(?:MLP)?", "TopKGating", "MessageGate")),
-    ("other", _ends("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
-    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
-    ("attention", _ends("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
-    ("feed-forward", _ends("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
-    ("feed-forward", _ends("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
-)
-# Names that mean this only inside a block: a head has an `output`, a projector an `mlp`, of its own.
-BLOCK_CLASS_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (("feed-forward", _ends("Intermediate", "Output")),)
-BLOCK_ATTRIBUTE_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (
-    ("attention", re.compile(r"(?:^|_)(?:attn|att|attention)s?$|Attention$|^crossattention$|_attn_layers$")),
-    ("feed-forward", _is("mlps?", "ffns?", "ff", "feed_?forward", "DenseReluDense", "(?:shared_)?experts?")),
-    ("feed-forward", _is("intermediate", "output")),
-)
-# The weight's own attribute, where no module around it says what it is (BART's and OPT's layers hold fc1 and fc2).
-LEAF_RULES: tuple[tuple[Group, re.Pattern[str]], ...] = (
-    ("other", _is("per_layer_(?:input_gate|projection)")),
-    ("attention", _is("[qkvo]_proj", "query", "key", "value", "qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv")),
-    ("feed-forward", _is("fc_?(?:1|2|in|out)", "ffn", "ffn_output", "(?:gate|up|down|gate_up)_proj", "w[123io]")),
-    ("feed-forward", _is("wi_[01]", "lin(?:ear)?[12]", "c_fc", "dense_h_to_4h", "dense_4h_to_h")),
-)
-ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
-# A norm may hold a small MLP that sets its scale. DBRX's attention and SqueezeBERT's matrices lie in classes that end
-# alike.
-NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
-CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
-CROSS_CLASS = _ends("CrossAttention")
-# Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
-# columns that MobileBERT keeps apart and joins to its decoder; and FSMT's, which names its embedding instead.
-FURTHER_HEADS = _ends(r"(?:^|\.)lm_head", r"predictions\.decoder")
-FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.output_projection")
-
-
-def place(steps: tuple[Step, ...], leaf: str, in_block: bool) -> Group | None:
-    """Return the group of a weight that is no final layer; None where no rule knows its place. `steps` are the modules
-    above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
-    group = _by_modules(steps, in_block)
-    if group == "feed-forward" and (ROUTER.search(leaf) or ROUTER.search(steps[-1].attribute)):
-        return "other"
-    if group is not None:
-        return group
-    if not in_block:
-        return "other"
-    if leaf == "linear" and steps[-1].class_name.endswith("HybridLayer"):
-        return "other"
-    return next((group for group, rule in LEAF_RULES if rule.search(leaf)), None)
-
-
-def is_cross(steps: tuple[Step, ...]) -> bool:
-    """Return whether an attention weight reads the other stack's states."""
-    return any(CROSS.search(step.attribute) or CROSS_CLASS.search(step.class_name) for step in steps)
-
-
-def is_further_head(steps: tuple[Step, ...], module: str, leaf: str) -> bool:
-    """Return whether a weight outside all blocks gives logits over a second vocabulary."""
-    return bool(FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(f"{steps[-1].class_name}.{leaf}"))
-
-
-def _by_modules(steps: tuple[Step, ...], in_block: bool) -> Group | None:
-    class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
-    attribute_rules = BLOCK_ATTRIBUTE_RULES if in_block else ()
-    if any(NORM_CLASS.search(step.class_name) for step in steps):
-        return "other"
-    for step in reversed(steps):
-        for group, rule in class_rules:
-            if rule.search(step.class_name):
-                return group
-        for group, rule in attribute_rules:
-            if rule.search(step.attribute):
-                return group
-    return None
 
 
 # The deepest transformer that was trained has 1,000 (DeepNet).
@@ -295,9 +204,9 @@ def select(
             there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
             hint = f"There is {there}." if there else f"{structure.architecture} has no Linear layer at all."
             raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
-    chosen = [w for w in in_scope if not narrowing or _matches(w, narrowing)]
-    chosen += [w for w in unplaced if _matches(w, includes)]
-    chosen = [w for w in chosen if not _matches(w, excludes)]
+    chosen = [w for w in in_scope if not narrowing or _matches(w.module, narrowing)]
+    chosen += [w for w in unplaced if _matches(w.module, includes)]
+    chosen = [w for w in chosen if not _matches(w.module, excludes)]
     if layers is not None:
         chosen = _select_layers(structure, chosen, layers)
     if not chosen:
@@ -306,8 +215,8 @@ def select(
     return tuple(weight for weight in structure.linears if weight.parameter in names)
 
 
-def _matches(weight: LinearWeight, patterns: Patterns) -> bool:
-    return any(pattern.search(weight.module) for pattern in patterns)
+def _matches(name: str, patterns: Patterns) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
 
 
 def _compile(option: str, patterns: Sequence[str]) -> Patterns:
@@ -335,8 +244,8 @@ def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
 
 
 def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
-    wanted = [name for name in opaque if not narrowing or any(pattern.search(name) for pattern in narrowing)]
-    left = [name for name in wanted if not any(pattern.search(name) for pattern in excludes)]
+    wanted = [name for name in opaque if not narrowing or _matches(name, narrowing)]
+    left = [name for name in wanted if not _matches(name, excludes)]
     if left:
         raise UnsupportedError(
             f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _listed(left),
@@ -345,7 +254,7 @@ def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) ->
 
 
 def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
-    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w, resolved)))
+    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w.module, resolved)))
     if left:
         raise UnsupportedError(
             f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),

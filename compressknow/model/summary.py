@@ -122,13 +122,14 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
         del groups["vision"]
+    dtypes = stored_dtypes or {}
     return Inspection(
         {
             "model": source_name,
             "architecture": structure.architecture,
             "model_type": structure.model_type,
             "module_map": structure.module_map,
-            "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
+            "groups": {group: _group(weights, structure, dtypes) for group, weights in groups.items()},
             "scopes": scope_parameters(structure),
             "parameters": {"stored": stored, "used": stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),
@@ -138,29 +139,25 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     )
 
 
-def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
+def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[str, str]) -> dict[str, Any]:
     return {
         "modules": len({weight.module for weight in weights}),
         "stored": sum(weight.stored for weight in weights),
         "used": sum(weight.used for weight in weights),
-        "weights": [_weight(weight, structure, dtypes) for weight in weights],
-    }
-
-
-def _weight(weight: LinearWeight, structure: Structure, dtypes: Mapping[str, str] | None) -> dict[str, Any]:
-    dtype = None
-    if dtypes is not None:
-        # A checkpoint may hold a tied weight under its other name alone.
-        dtype = dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, ""))
-    return {
-        "name": weight.parameter,
-        "shape": list(weight.shape),
-        "dtype": dtype,
-        "kind": weight.kind,
-        "layer": weight.layer,
-        "stack": weight.stack,
-        "cross": weight.cross,
-        "uses": weight.uses,
+        "weights": [
+            {
+                "name": weight.parameter,
+                "shape": list(weight.shape),
+                # A checkpoint may hold a tied weight under its other name alone.
+                "dtype": dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, "")),
+                "kind": weight.kind,
+                "layer": weight.layer,
+                "stack": weight.stack,
+                "cross": weight.cross,
+                "uses": weight.uses,
+            }
+            for weight in weights
+        ],
     }
 
 
@@ -168,7 +165,7 @@ def _stored_dtypes(
     checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
-    from compressknow.model.naming import Naming, find_suppliers, packed_weights
+    from compressknow.model.loading import Naming, find_suppliers, packed_weights
 
     naming = Naming(model)
     bindings = naming.bind(checkpoint.tensors)
@@ -188,7 +185,7 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     Raises CheckpointError where it is damaged.
     """
     readers = [open_gguf(part) for part in parts]
-    tensors = {name: tensor for reader in readers for name, tensor in tensors_of(reader).items()}
+    tensors = tensors_of(*readers)
     groups = groups_of(tensors)
     stored = sum(tensor.numel for tensor in tensors.values())
     architecture = str(value_of(readers[0], "general.architecture"))

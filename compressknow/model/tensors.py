@@ -140,9 +140,8 @@ class OpenFiles:
         if file not in self._descriptors:
             opened = open_to_read(file)
             # Two threads may open the same file at once; the first to register it wins.
-            if (kept := self._descriptors.setdefault(file, opened)) != opened:
+            if self._descriptors.setdefault(file, opened) != opened:
                 os.close(opened)
-            return kept
         return self._descriptors[file]
 
 
@@ -302,14 +301,13 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     state dict.
     """
     _check_packed(path)
-    records = _records_in_place(path)
-    state = _load_pickle(path, map_location="meta" if records else "cpu")
-    in_place = bool(records)
-    if in_place and not all(_lies_in(records, tensor) for tensor in state.values()):
-        in_place, state = False, _load_pickle(path, map_location="cpu")
-    if not in_place:
-        _check_expanded(path, state)
-    return {name: _stored(path, name, tensor, in_place) for name, tensor in state.items()}
+    if records := _records_in_place(path):
+        state = _load_pickle(path, map_location="meta")
+        if all(_lies_in(records, tensor) for tensor in state.values()):
+            return {name: _stored(path, name, tensor, in_place=True) for name, tensor in state.items()}
+    state = _load_pickle(path, map_location="cpu")
+    _check_expanded(path, state)
+    return {name: _stored(path, name, tensor, in_place=False) for name, tensor in state.items()}
 
 
 def _check_packed(path: Path) -> None:
@@ -414,7 +412,7 @@ def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and offset is not None and storage.nbytes() == records.get(offset)
 
 
-def _stored(path: Path, name: str, tensor: torch.Tensor, in_place: bool) -> StoredTensor:
+def _stored(path: Path, name: str, tensor: torch.Tensor, *, in_place: bool) -> StoredTensor:
     dtype = _NAMES_BY_TORCHS.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise CheckpointError(

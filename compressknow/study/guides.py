@@ -23,7 +23,8 @@ from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText, calibration_text, load_or_make_text
 from compressknow.compress.calibrate.walk import Batches
 from compressknow.compress.steps import Calibration
-from compressknow.engine.language_model import family_of, load_whole_tokenizer
+from compressknow.engine.language_model import family_of
+from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.facts import Fact, Probe
@@ -142,7 +143,7 @@ def _measure_sensitivity(
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
         return stored
     model, trusted = handle.located, handle.settings.trust_remote_code
-    mask = load_whole_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
+    mask = load_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
     texts = batch_text(_cut_text(text), family_of(tree) or "", mask, text.seed)
     fact_batches = batch_facts(scored) if scored else None
     try:
@@ -178,7 +179,7 @@ def _score_facts(
     trusted: bool,
 ) -> list[ScoredFact]:
     """Return the facts as the model reads them, and what it answered."""
-    tokenizer = load_whole_tokenizer(folder, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     scored: list[ScoredFact] = []
     for probe in probes:
         scorer = make_scorer(tree, tokenizer, family_of(tree) or "", probe)

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.loading import LoadReport, find_direct_reads, headers_of, load_report
-from compressknow.model.meta import config_from_dict, meta_model
+from compressknow.model.loading import LoadReport, headers_of, load_report
+from compressknow.model.meta import config_from_dict, find_direct_reads, meta_model
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
 from tests.model.test_zoo import SETTINGS
 from tests.models import save_tiny

@@ -25,10 +25,10 @@ from compressknow.base.system import trim_heap
 from compressknow.compress.calibrate.gathering import OPERANDS
 from compressknow.compress.calibrate.model import (
     BlockwiseUnsupported,
-    Call,
     ForwardPass,
     StreamedModel,
     intercept,
+    run_without_cache,
     translate_failures,
 )
 from compressknow.model.structure import LinearWeight
@@ -101,7 +101,10 @@ def compute_gradients(
 
     Raises BlockwiseUnsupported if the model does not run block by block.
     """
-    head = _find_head(streamed.model)
+    output = streamed.model.get_output_embeddings()
+    head = next((name for name, module in streamed.model.named_modules() if module is output), None)
+    if head is None:
+        raise BlockwiseUnsupported(f"{type(streamed.model).__name__} has no head")
     rows = streamed.model.get_input_embeddings().weight.shape[0]
     embeddings = [
         name
@@ -110,19 +113,9 @@ def compute_gradients(
     ]
     layers = [weight.module for weight in weights if streamed.find_block(weight.module) == weight.module]
     modules = dict.fromkeys([*streamed.blocks, *layers, head, *embeddings])
-    watched = {
-        module: [
-            weight.parameter for weight in weights if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
-        ]
-        for module in modules
-    }
-    with intercept(streamed.model, list(modules)) as forwards:
-        passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
-        try:
-            _run(streamed, passes, forwards, watched, visit, head)
-        finally:
-            for each in passes:
-                each.close()
+    passes = [GradientPass(streamed.model, batch, number, head) for number, batch in enumerate(batches)]
+    with intercept(streamed.model, modules, passes) as forwards:
+        _run(streamed, passes, forwards, weights, visit, head)
     return [each.scores for each in passes]
 
 
@@ -130,37 +123,37 @@ def _run(
     streamed: StreamedModel,
     passes: Sequence[GradientPass],
     forwards: Mapping[str, Callable[..., Any]],
-    watched: Mapping[str, Sequence[str]],
+    weights: Sequence[LinearWeight],
     visit: Visit,
     head: str,
 ) -> None:
     """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
     gradients there are as large as a vocabulary."""
-    waiting = {each.number: call for each in passes if (call := each.advance()) is not None}
+    waiting = {each: call for each in passes if (call := each.advance()) is not None}
     while waiting:
         first = next(iter(waiting.values()))
-        module, is_back = first.module, first.args[0].gradients is not None
-        group = [
-            number
-            for number, call in waiting.items()
-            if call.module == module and (call.args[0].gradients is not None) == is_back
-        ]
+        module, is_back = first.module, first.is_back
+        group = [each for each, call in waiting.items() if (call.module, call.is_back) == (module, is_back)]
         turns = is_back or module == head
         trim_heap()
         if turns:
             streamed.release()
         # A forward pass itself reads what else lies outside the blocks when it comes to it.
         with streamed.load(module) if turns or module in streamed.blocks else nullcontext():
-            parameters = {name: streamed.model.get_parameter(name) for name in watched[module]}
+            parameters = {
+                weight.parameter: streamed.model.get_parameter(weight.parameter)
+                for weight in weights
+                if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
+            }
             products: dict[str, list[Product]] = {name: [] for name in parameters}
-            for number in group:
-                own, call = passes[number], waiting.pop(number)
-                after = None if is_back else own.advance(own.run_forward(forwards[module], call))
+            for each in group:
+                call = waiting.pop(each)
+                after = None if is_back else each.advance(each.run_forward(forwards[module], call))
                 if turns:
                     with _multiply_in(FACTORS):
-                        after = own.advance(own.run_backward(forwards[module], after or call, parameters, products))
+                        after = each.advance(each.run_backward(forwards[module], after or call, parameters, products))
                 if after is not None:
-                    waiting[number] = after
+                    waiting[each] = after
             if turns:
                 visit(module, products)
 
@@ -176,37 +169,36 @@ def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+# Puts tensors in the places of those that arguments or outputs of a module had.
+_Fill = Callable[[Sequence[torch.Tensor]], Any]
 _TENSOR = object()
 
 
-class _Form(NamedTuple):
-    """Form of the arguments or outputs of a module, with `_TENSOR` in the places of its tensors."""
+def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
+    """Split values into what fills their form anew, which does not hold their tensors, and these in order."""
+    flat, spec = pytree.tree_flatten(nested)
+    values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
 
-    values: Sequence[Any]
-    spec: Any
-
-    @classmethod
-    def split(cls, nested: Any) -> tuple[_Form, list[torch.Tensor]]:
-        """Split values into their form, and their tensors in order."""
-        flat, spec = pytree.tree_flatten(nested)
-        values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
-        return cls(values, spec), [value for value in flat if isinstance(value, torch.Tensor)]
-
-    def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the values that were split, with these tensors in them."""
+    def fill(tensors: Sequence[torch.Tensor]) -> Any:
         remaining = iter(tensors)
-        flat = [next(remaining) if value is _TENSOR else value for value in self.values]
-        return pytree.tree_unflatten(flat, self.spec)
+        return pytree.tree_unflatten([next(remaining) if value is _TENSOR else value for value in values], spec)
+
+    return fill, [value for value in flat if isinstance(value, torch.Tensor)]
 
 
-class _Work(NamedTuple):
+class _Call(NamedTuple):
     """Call of a module on the way forward, with one copy of each row; on the way back, with the `gradients` at the
     outputs, and which of the inputs need some."""
 
+    module: str
     inputs: Sequence[torch.Tensor]
-    form: _Form
+    fill: _Fill
     needed: Sequence[bool] = ()
     gradients: Sequence[torch.Tensor | None] | None = None
+
+    @property
+    def is_back(self) -> bool:
+        return self.gradients is not None
 
 
 class GradientPass(ForwardPass):
@@ -218,10 +210,9 @@ class GradientPass(ForwardPass):
     """
 
     def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
-        super().__init__(
-            model, {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
-        )
-        self._batch, self.number, self._head = batch, number, head
+        inputs = {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
+        super().__init__(model, inputs, number)
+        self._batch, self._head = batch, head
         self._rows, self._copies = len(batch.positions), batch.directions
         self.scores = torch.empty(0)
         # An input with a gradient, so that all outputs have one.
@@ -231,7 +222,7 @@ class GradientPass(ForwardPass):
 
     def compute(self) -> None:
         with torch.enable_grad():
-            logits = self.run_model().logits.float()
+            logits = run_without_cache(self._model, self._inputs).logits.float()
             scores = self._batch.score(logits.reshape(self._rows, self._copies, *logits.shape[1:]))
             del logits
             self.scores = scores.detach()
@@ -241,52 +232,47 @@ class GradientPass(ForwardPass):
         if module == self._head:
             places = self._batch.positions.repeat_interleave(self._copies, 0)
             args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
-        form, tensors = _Form.split((args, kwargs))
-        returned: list[_Form] = []
-        outputs = _Stop.apply(self, module, form, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
-        return returned[0].fill(outputs)
+        fill, tensors = _split((args, kwargs))
+        returned: list[_Fill] = []
+        outputs = _Stop.apply(self, module, fill, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
+        return returned[0](outputs)
 
-    def hand_over(self, module: str, work: _Work) -> Any:
-        """Stop until the module's output or gradients are there; in the pass's own thread."""
-        return super().stop_before(module, (work,), {})
-
-    def run_forward(self, run: Callable[..., Any], call: Call) -> Any:
+    def run_forward(self, run: Callable[..., Any], call: _Call) -> Any:
         """Run a module without gradients, for one copy of each row."""
-        (work,) = call.args
-        args, kwargs = work.form.fill(work.inputs)
+        args, kwargs = call.fill(call.inputs)
         with torch.no_grad():
             return run(*args, **kwargs)
 
     def run_backward(
         self,
         run: Callable[..., Any],
-        call: Call,
+        call: _Call,
         parameters: Mapping[str, torch.Tensor],
         products: dict[str, list[Product]],
     ) -> list[torch.Tensor | None]:
         """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""
-        (work,) = call.args
-        if not any(work.needed):
+        assert call.gradients is not None
+        if not any(call.needed):
             # An embedding: its weight was not multiplied with anything.
-            (gradient,) = work.gradients
+            (gradient,) = call.gradients
             if gradient is not None:
-                lookup = Product(self.number, work.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
+                lookup = Product(self.number, call.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
                 products.setdefault(f"{call.module}.weight", []).append(lookup)
-            return [None] * len(work.inputs)
+            return [None] * len(call.inputs)
         leaves = [
             value.float().requires_grad_() if needed else value
-            for value, needed in zip(work.inputs, work.needed, strict=True)
+            for value, needed in zip(call.inputs, call.needed, strict=True)
         ]
-        args, kwargs = work.form.fill(leaves)
+        args, kwargs = call.fill(leaves)
         with torch.enable_grad(), _GradientWatch(parameters) as watch, translate_failures():
-            _, outputs = _Form.split(run(*args, **kwargs))
+            _, outputs = _split(run(*args, **kwargs))
         pairs = [
             (output, self._split_directions(gradient))
-            for output, gradient in zip(outputs, work.gradients, strict=True)
+            for output, gradient in zip(outputs, call.gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
-        sources = [leaf for leaf, needed in zip(leaves, work.needed, strict=True) if needed]
+        sources = [leaf for leaf, needed in zip(leaves, call.needed, strict=True) if needed]
         by_direction = []
         gradients: list[list[torch.Tensor]] = [[] for _ in watch.seen]
         for direction in range(self._copies):
@@ -307,7 +293,7 @@ class GradientPass(ForwardPass):
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
             products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
-        return [next(joined) if needed else None for needed in work.needed]
+        return [next(joined) if needed else None for needed in call.needed]
 
     def _split_directions(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.reshape(self._rows, self._copies, *gradient.shape[1:])
@@ -336,15 +322,15 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: GradientPass, module: str, form: _Form, returned: list[_Form], _: Any, *tensors: torch.Tensor
+        ctx: Any, own: GradientPass, module: str, fill: _Fill, returned: list[_Fill], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
         inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
         ctx.inputs = [value.to(GRADIENTS) if wanted else value for value, wanted in zip(inputs, needed, strict=True)]
-        ctx.own, ctx.module, ctx.form = own, module, form
-        work = _Work(inputs, form)
+        ctx.own, ctx.module, ctx.fill = own, module, fill
+        call = _Call(module, inputs, fill)
         del inputs
-        outer, outputs = _Form.split(own.hand_over(module, work))
+        outer, outputs = _split(own.hand_over(call))
         returned.append(outer)
         spread = [own.spread(value) for value in outputs]
         alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
@@ -354,9 +340,9 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        work = _Work(ctx.inputs, ctx.form, ctx.needs_input_grad[5:], grads)
+        call = _Call(ctx.module, ctx.inputs, ctx.fill, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
-        return (None,) * 5 + tuple(ctx.own.hand_over(ctx.module, work))
+        return (None,) * 5 + tuple(ctx.own.hand_over(call))
 
 
 def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -378,9 +364,7 @@ class _GradientWatch(TorchFunctionMode):
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
             inputs, weight = (args[place] for place in places)
@@ -388,11 +372,3 @@ class _GradientWatch(TorchFunctionMode):
             if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
                 self.seen.append((name, inputs.detach(), output))
         return output
-
-
-def _find_head(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return str(name)
-    raise BlockwiseUnsupported(f"{type(model).__name__} has no head")

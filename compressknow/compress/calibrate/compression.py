@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,34 +64,31 @@ def estimate(plan: Plan) -> dict[str, Any]:
 def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Estimate]:
     """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
-        places = _group_by_block(structure_of(removal.original[1]))
-        operations = 2 * tokens * _count_used(places)
-        yield _count_blocks(places), _count_bytes(places, tokens, 0), operations / pace
+        weights = _list_weights(structure_of(removal.original[1]))
+        yield _count_blocks(weights), _count_bytes(weights, tokens, 0), _count_operations(weights, tokens, 1) / pace
     if removal.neurons and not removal.is_decided:
         widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
-        places = _group_by_block(structure_of(removal.wide[1]))
+        weights = _list_weights(structure_of(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
-        memory = _count_bytes(places, tokens, 5 * max(widths) ** 2)
-        operations = 2 * 2 * tokens * _count_used(places) + _count_operations(widths, tokens)
-        yield _count_blocks(places), memory, operations / pace
+        memory = _count_bytes(weights, tokens, 5 * max(widths) ** 2)
+        yield _count_blocks(weights), memory, _count_operations(weights, tokens, 2, widths) / pace
 
 
 def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
-    places = _group_by_block(plan.structure)
-    targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
-    widths: list[list[int]] = []
+    weights, targets = _list_weights(plan.structure), {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
+    compressed = [weight for weight in weights if weight.parameter in targets]
+    reads: set[tuple[str, str, int]] = set()
     if any(map(_reads_products, plan.tensors)):
-        for weights in places.values():
-            # Layers side by side in a module as a rule read the same tensor.
-            own = [weight for weight in weights if weight.parameter in targets]
-            read = {(w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in own}
-            widths.append([width for _, width in read])
-    operations = 2 * 2 * tokens * _count_used(places) + sum(_count_operations(own, tokens) for own in widths)
-    blocks = sum(any(weight.parameter in targets for weight in weights) for weights in places.values())
-    squares = max((sum(width**2 for width in own) for own in widths), default=0)
-    inside = {weight.parameter for weights in places.values() for weight in weights if weight.layer is not None}
+        # Layers side by side in a module as a rule read the same tensor.
+        reads = {(_find_block(w), w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in compressed}
+    squares: Counter[str] = Counter()
+    for block, _, width in reads:
+        squares[block] += width**2
+    inside = {weight.parameter for weight in weights if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    return blocks, _count_bytes(places, tokens, squares, outside), operations / pace
+    memory = _count_bytes(weights, tokens, max(squares.values(), default=0), outside)
+    operations = _count_operations(weights, tokens, 2, [width for *_, width in reads])
+    return len(set(map(_find_block, compressed))), memory, operations / pace
 
 
 def _reads_products(tensor: PlannedTensor) -> bool:
@@ -98,40 +96,36 @@ def _reads_products(tensor: PlannedTensor) -> bool:
     return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
 
 
-Places = Mapping[str, Sequence[LinearWeight]]
+def _list_weights(structure: Structure) -> list[LinearWeight]:
+    return [weight for weight in structure.linears if weight.group != "vision"]
 
 
-def _group_by_block(structure: Structure) -> Places:
-    """Return the weights of each block, and each that lies in none by itself."""
-    places: dict[str, list[LinearWeight]] = {}
-    for weight in structure.linears:
-        if weight.group != "vision":
-            block = weight.module if weight.layer is None else f"{weight.stack} {weight.layer}"
-            places.setdefault(block, []).append(weight)
-    return places
+def _find_block(weight: LinearWeight) -> str:
+    """Return what tells the block of a weight; one that lies in none stands by itself."""
+    return weight.module if weight.layer is None else f"{weight.stack} {weight.layer}"
 
 
-def _count_blocks(places: Places) -> int:
-    return sum(any(weight.layer is not None for weight in weights) for weights in places.values())
+def _count_blocks(weights: Iterable[LinearWeight]) -> int:
+    return len({_find_block(weight) for weight in weights if weight.layer is not None})
 
 
-def _count_used(places: Places) -> int:
-    return sum(weight.used for weights in places.values() for weight in weights)
+def _count_operations(weights: Iterable[LinearWeight], tokens: int, runs: int, widths: Iterable[int] = ()) -> int:
+    """Count the operations of so many runs of the text; and those for X^T X of so many channels, and its
+    decomposition."""
+    used = sum(weight.used for weight in weights)
+    return runs * 2 * tokens * used + sum(2 * tokens * width**2 + width**3 for width in widths)
 
 
-def _count_operations(widths: Iterable[int], tokens: int) -> int:
-    """Count the operations for X^T X of so many channels, and its decomposition."""
-    return sum(2 * tokens * width**2 + width**3 for width in widths)
-
-
-def _count_bytes(places: Places, tokens: int, sums: int, outside: int | None = None) -> int:
+def _count_bytes(weights: Sequence[LinearWeight], tokens: int, sums: int, outside: int | None = None) -> int:
     """Count the bytes of hidden states, with the largest block and so many sums, or with what lies outside the blocks:
     that is not there while blocks run. By default the Linear weights outside count alone."""
-    block = max(sum(weight.stored for weight in weights) for weights in places.values())
-    states = 2 * tokens * max(weight.shape[-1] for weights in places.values() for weight in weights)
+    blocks: Counter[str] = Counter()
+    for weight in weights:
+        blocks[_find_block(weight)] += weight.stored
+    states = 2 * tokens * max(weight.shape[-1] for weight in weights)
     if outside is None:
-        outside = sum(weight.stored for weights in places.values() for weight in weights if weight.layer is None)
-    return FLOAT_BYTES * (states + max(2 * block + sums, outside))
+        outside = sum(weight.stored for weight in weights if weight.layer is None)
+    return FLOAT_BYTES * (states + max(2 * max(blocks.values()) + sums, outside))
 
 
 def _measure_pace() -> float:
@@ -329,10 +323,6 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         own_factors = factors.get(tensor.parameter)
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
-
-        def see(place: slice, values: torch.Tensor) -> None:
-            rows[place] = values
-
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         rounding = nearest
         if tensor.quantize and tensor.quantize.rounding == "gptq":
@@ -342,7 +332,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
                 return gptq(values, scales, scheme, seen, values == 0)
 
-        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=see)
+        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,17 +71,12 @@ class Watch(TorchFunctionMode):
         self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.
-        self._sizes = {
-            name: tensor.shape[-1] * tensor.shape[-2] if tensor.dim() > 1 else max(tensor.numel(), 1)
-            for name, tensor in weights.items()
-        }
+        self._sizes = {name: max(math.prod(tensor.shape[-2:]), 1) for name, tensor in weights.items()}
         self.seen: list[Seen] = []
-        # Torch's counts of changes of these inputs, from when they were seen.
-        self._versions: list[int] = []
+        # These inputs, with torch's counts of their changes from when they were seen.
+        self._versions: list[tuple[torch.Tensor, int]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
             left, right = (args[place] for place in places)
             self._note(left, right)
@@ -95,17 +91,17 @@ class Watch(TorchFunctionMode):
             return
         if self._copies is not None:
             inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
+        self._versions.append((inputs, inputs._version))
         if weight.dim() > 2:
             # A batch of products, one with each matrix.
             self.seen += [(Key(name, matrix), inputs[matrix]) for matrix in range(len(weight))]
         else:
             self.seen.append((Key(name, weight.storage_offset() // self._sizes[name]), inputs))
-        self._versions += [inputs._version] * (len(self.seen) - len(self._versions))
 
     @property
     def overwritten(self) -> bool:
         """True if recorded inputs have changed since."""
-        return any(inputs._version != then for (_, inputs), then in zip(self.seen, self._versions, strict=True))
+        return any(inputs._version != then for inputs, then in self._versions)
 
 
 def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -142,14 +138,13 @@ class Sums:
         """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
         try:
             self._wait(batch, (0, 0))
-            by_key: dict[Key, list[torch.Tensor]] = {}
-            for key, inputs in self._drop_twins(seen):
-                by_key.setdefault(key, []).append(inputs)
+            by_key = self._drop_twins(seen)
             self._pass(batch, (1, -1))
             for key in sorted(by_key, key=self._locate):
                 self._wait(batch, self._locate(key))
                 if key not in self._sums:
-                    self._sums[key] = _Sum(key.parameter, products=self._products, peaks=self._peaks)
+                    width = by_key[key][0].shape[-1]
+                    self._sums[key] = _Sum(key.parameter, width, products=self._products, peaks=self._peaks)
                 for inputs in by_key[key]:
                     self._sums[key].add(inputs)
                 self._pass(batch, self._locate(key, after=True))
@@ -161,21 +156,23 @@ class Sums:
         found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
         return None if found is None else found.summarize()
 
-    def _drop_twins(self, seen: list[Seen]) -> list[tuple[Key, torch.Tensor]]:
+    def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
         """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
         leaders, while all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
         for key, inputs in seen:
             read.setdefault(key.parameter, {})[key.matrix, _identify(inputs)] = key, inputs
         first: dict[tuple[Any, ...], str] = {}
-        distinct: list[tuple[Key, torch.Tensor]] = []
+        distinct: dict[Key, list[torch.Tensor]] = {}
         for parameter, tensors in read.items():
             leader = first.setdefault(tuple(tensors), parameter)
             if self._leaders.setdefault(parameter, leader) != leader:
                 raise BlockwiseUnsupported(
                     f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"
                 )
-            distinct += tensors.values() if leader == parameter else ()
+            if leader == parameter:
+                for key, inputs in tensors.values():
+                    distinct.setdefault(key, []).append(inputs)
         return distinct
 
     def _locate(self, key: Key, *, after: bool = False) -> tuple[float, float]:
@@ -242,42 +239,38 @@ def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
 
 
 class _Sum:
-    def __init__(self, name: str, *, products: bool, peaks: bool) -> None:
-        self._name, self._has_products, self._has_peaks = name, products, peaks
-        self._tokens = 0
+    def __init__(self, name: str, width: int, *, products: bool, peaks: bool) -> None:
+        self._name, self._tokens = name, 0
+        self._squares = torch.zeros(width)
+        self._peaks = torch.zeros(width) if peaks else None
+        self._products = torch.zeros(width, width) if products else None
         self._statistics: InputStatistics | None = None
-        self._squares = self._peaks = self._products = torch.empty(0)
 
     def add(self, inputs: torch.Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        if not self._tokens:
-            width = rows.shape[1]
-            self._squares, self._peaks = torch.zeros(width), torch.zeros(width)
-            if self._has_products:
-                self._products = torch.zeros(width, width)
         self._tokens += len(rows)
         self._statistics = None
-        if self._has_products:
+        if self._products is not None:
             for band in self._cut_bands():
                 self._products[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
         else:
             self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
-        if self._has_peaks and len(rows):
+        if self._peaks is not None and len(rows):
             self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
 
     def _cut_bands(self) -> Iterator[slice]:
         """Cut the products into bands of rows, which are added to from the diagonal on; the rest mirrors that."""
-        for start in range(0, len(self._products), BAND):
+        for start in range(0, len(self._squares), BAND):
             yield slice(start, start + BAND)
 
     def summarize(self) -> InputStatistics:
         """Return the statistics of all that was added: one object for all callers, who cache by it."""
         if self._statistics is None:
-            for band in self._cut_bands():
-                self._products[band.stop :, band] = self._products[band, band.stop :].T
-            products = self._products if self._has_products else None
-            squares = products.diagonal().clone() if products is not None else self._squares
-            peaks = self._peaks if self._has_peaks else None
+            squares, products = self._squares, self._products
+            if products is not None:
+                for band in self._cut_bands():
+                    products[band.stop :, band] = products[band, band.stop :].T
+                squares = products.diagonal().clone()
             name = self._name.removesuffix(".weight")
-            self._statistics = InputStatistics(name, self._tokens, squares, peaks, products)
+            self._statistics = InputStatistics(name, self._tokens, squares, self._peaks, products)
         return self._statistics

@@ -130,10 +130,9 @@ class StreamedModel:
 
     def _initialise(self, names: list[str]) -> None:
         """Have the model compute values that no file holds (sinusoidal positions), as it does when it is loaded."""
-        modules = {id(self._owners[name][0]): self._owners[name][0] for name in names}
         for name in names:
             self._set(name, torch.zeros(self._get(name).shape))
-        for module in modules.values():
+        for module in dict.fromkeys(self._owners[name][0] for name in names):
             self.model._init_weights(module)
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
@@ -182,18 +181,19 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
 
     config = copy.deepcopy(tree.config)
     config.use_cache = False
+
+    def build(attention: str) -> PreTrainedModel:
+        config._attn_implementation = attention
+        # Experts one after the other: so each multiplies with a weight of its own.
+        config._experts_implementation = "eager"
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return type(tree)(config).eval()
+
     with quiet(), torch.random.fork_rng(devices=[]):
-        for attention in ("sdpa", "eager"):
-            config._attn_implementation = attention
-            # Experts one after the other: so each multiplies with a weight of its own.
-            config._experts_implementation = "eager"
-            try:
-                with init_empty_weights(include_buffers=False), no_init_weights():
-                    return type(tree)(config).eval()
-            except (ValueError, ImportError):
-                if attention == "eager":
-                    raise
-    raise AssertionError
+        try:
+            return build("sdpa")
+        except (ValueError, ImportError):
+            return build("eager")
 
 
 class Call(NamedTuple):
@@ -227,26 +227,23 @@ _here = threading.local()
 
 
 class ForwardPass:
-    """Forward pass of one batch, which stops before blocks."""
+    """Forward pass of one batch, which has a number, that stops before blocks."""
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
-        self._model, self._inputs = model, inputs
-        self._calls: SimpleQueue[Call | BaseException | None] = SimpleQueue()
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], number: int) -> None:
+        self._model, self._inputs, self.number = model, inputs, number
+        self._calls: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._started = self._over = False
 
-    def advance(self, output: Any = None) -> Call | None:
+    def advance(self, output: Any = None) -> Any:
         """Go on to the next module to stop before, with the output of the one before which the pass stands, and return
         the call of it; None at the end. Raises BlockwiseUnsupported if the model fails, and whatever else it raises."""
-        if self._started:
+        if self._thread.is_alive():
             self._answers.put(output)
         else:
-            self._started = True
             self._thread.start()
         call = self._calls.get()
-        if not isinstance(call, Call):
-            self._over = True
+        if call is None or isinstance(call, BaseException):
             self._thread.join()
         if isinstance(call, BaseException):
             with translate_failures():
@@ -255,14 +252,17 @@ class ForwardPass:
 
     def close(self) -> None:
         """End the pass where it stands."""
-        if self._started and not self._over:
-            self._over = True
+        if self._thread.is_alive():
             self._answers.put(_Ended)
             self._thread.join()
 
     def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output of a module that another thread runs; in the pass's own thread."""
+        return self.hand_over(Call(module, args, kwargs))
+
+    def hand_over(self, call: Any) -> Any:
         """Hand a call over, and wait for its output; in the pass's own thread."""
-        self._calls.put(Call(module, args, kwargs))
+        self._calls.put(call)
         answer = self._answers.get()
         if answer is _Ended:
             raise _Ended
@@ -272,11 +272,7 @@ class ForwardPass:
         """Run the model, for what happens before its blocks; in the pass's own thread."""
         torch.set_num_threads(1)
         with torch.no_grad():
-            self.run_model()
-
-    def run_model(self) -> Any:
-        """Return the model's output."""
-        return run_without_cache(self._model, self._inputs)
+            run_without_cache(self._model, self._inputs)
 
     def _run(self) -> None:
         _here.forward_pass = self
@@ -291,8 +287,11 @@ class ForwardPass:
 
 
 @contextmanager
-def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[str, Callable[..., Any]]]:
-    """Make passes of a model stop before these modules meanwhile; give the modules' own forward functions, by name."""
+def intercept(
+    model: PreTrainedModel, names: Iterable[str], passes: Iterable[ForwardPass]
+) -> Iterator[Mapping[str, Callable[..., Any]]]:
+    """Make passes of a model stop before these modules meanwhile, and end them; give the modules' own forward
+    functions, by name."""
     modules = {name: model.get_submodule(name) for name in names}
     forwards = {name: module.forward for name, module in modules.items()}
     for name, module in modules.items():
@@ -300,7 +299,9 @@ def intercept(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Mapping[
     try:
         yield forwards
     finally:
-        for module in {id(module): module for module in modules.values()}.values():
+        for each in passes:
+            each.close()
+        for module in set(modules.values()):
             del module.forward
 
 

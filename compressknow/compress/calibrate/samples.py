@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.blocks import Pool, Stopped
-from compressknow.compress.calibrate.sequences import Form, Span, blank_out
-from compressknow.engine.language_model import LanguageModel, decoder_start
+from compressknow.compress.calibrate.sequences import Form, blank_out
+from compressknow.engine.language_model import decoder_start, load_language_model
 from compressknow.engine.load import reason_of
 
 Pieces = list[list[int]]
@@ -40,10 +41,11 @@ class Writer(abc.ABC):
     on_written: Callable[[int], None]
 
     def write(self, seed: int, batch: int) -> Pieces:
-        """Write a batch of texts, as token ids."""
+        """Write a batch of texts, as token ids, a separator behind each."""
         digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
         with torch.inference_mode():
-            return self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+            texts = self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        return [[*ids, *self.form.separator] for ids in texts if ids]
 
     @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces: ...
@@ -83,20 +85,17 @@ class Writer(abc.ABC):
         return torch.searchsorted(sums, points, right=True)
 
     def generate(
-        self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, passes: int = 1
+        self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, tokens: int
     ) -> torch.Tensor:
-        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token.
-
-        `passes` is the number of times that it runs for a text.
-        """
+        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token,
+        to write about so many `tokens`."""
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config
-        tokens = max(1, self.batch_tokens // config.max_new_tokens // passes)
 
         def leave_one(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             """Leave one drawn token per row, which a greedy search then takes."""
             drawn = self.draw(scores, generator)
-            self.on_written(tokens)
+            self.on_written(max(1, tokens // config.max_new_tokens))
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
         written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([leave_one]))
@@ -135,8 +134,8 @@ class CausalWriter(Writer):
         ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        written = self.generate(inputs, config, generator)[:, begin.shape[1] :][:, : self.tokens]
-        return [[*row, *self.form.separator] for row in written.tolist()]
+        written = self.generate(inputs, config, generator, self.batch_tokens)[:, begin.shape[1] :][:, : self.tokens]
+        return written.tolist()
 
 
 class MaskedWriter(Writer):
@@ -167,7 +166,7 @@ class MaskedWriter(Writer):
             logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
             body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
             self.on_written(self.batch_tokens // (self.STRETCH - 1))
-        return [[*row, *self.form.separator] for row in body.tolist()]
+        return body.tolist()
 
 
 class FillingWriter(Writer):
@@ -196,22 +195,23 @@ class FillingWriter(Writer):
         texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
         for _ in range(self.PASSES):
             texts = self._fill(texts, generator)
-        return [[*ids, *self.form.separator] for ids in texts if ids]
+        return texts
 
     def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
         """Have the model write after tokens of texts, at most one per mark; return at most a sequence of each."""
         drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]
-        gaps = [[(at, at) for at in places.tolist()] for places in drawn]
-        form = self.form
-        room = form.body - self.blanks
-        blanked = [form.frame(blank_out(row[:room], gap, form.marks)) for row, gap in zip(texts, gaps, strict=True)]
-        width = max(map(len, blanked))
+        gaps = [places.tolist() for places in drawn]
+        form, room = self.form, self.form.body - self.blanks
+        blanked = [
+            torch.tensor(form.frame(blank_out(ids[:room], [(at, at) for at in places], form.marks)))
+            for ids, places in zip(texts, gaps, strict=True)
+        ]
         inputs = {
             # What pads is not seen: any token will do.
-            "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in blanked]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in blanked]),
+            "input_ids": pad_sequence(blanked, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in blanked], batch_first=True),
         }
-        repeated = self.blanks if form.has_sentinels else width
+        repeated = self.blanks if form.has_sentinels else max(map(len, blanked))
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(form.length - 1, repeated + self.blanks * self.PER_BLANK),
@@ -219,14 +219,14 @@ class FillingWriter(Writer):
             eos_token_id=form.suffix[-1] if form.suffix else None,
             pad_token_id=0,
         )
-        written = self.generate(inputs, config, generator, self.PASSES)[:, 1:].tolist()
+        written = self.generate(inputs, config, generator, self.rows * self.blanks)[:, 1:].tolist()
         if form.has_sentinels:
             rows = [self._insert_fills(*row) for row in zip(texts, gaps, written, strict=True)]
         else:
             rows = [self._cut_at_end(row) for row in written]
         return [row[: form.body] for row in rows]
 
-    def _insert_fills(self, ids: list[int], spans: list[Span], written: list[int]) -> list[int]:
+    def _insert_fills(self, ids: list[int], gaps: list[int], written: list[int]) -> list[int]:
         """Put what was written after each sentinel into its place in a text."""
         fills: list[list[int]] = [[] for _ in self.form.marks]
         places = {mark: place for place, mark in enumerate(self.form.marks)}
@@ -236,9 +236,9 @@ class FillingWriter(Writer):
             if token not in places:
                 fills[at].append(token)
         text, end = [], 0
-        for fill, (first, after) in zip(fills, spans, strict=False):
-            text += [*ids[end:first], *fill]
-            end = after
+        for fill, gap in zip(fills, gaps, strict=False):
+            text += [*ids[end:gap], *fill]
+            end = gap
         return [*text, *ids[end:]]
 
     def _cut_at_end(self, written: list[int], marks: Sequence[int] = ()) -> list[int]:
@@ -262,40 +262,25 @@ WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWrit
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
-def choose_dtype() -> str:
-    """Return the dtype to write texts in: bfloat16, which is faster, if the CPU has instructions for it."""
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-
-
-def check_writes(folder: Path, form: Form) -> None:
-    """Raise UnsupportedError if a model of this form writes no text by itself, before it is loaded."""
-    if form.family not in WRITERS:
-        why = "It has no language-modelling head."
-    elif form.family != "causal" and not form.marks:
-        why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
-    else:
-        return
-    raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
-
-
-def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: int, advance: Advance | None) -> Pieces:
-    """Return token ids of texts that the model writes, `tokens` or more in all, without special tokens around them.
+def write_samples(
+    folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance | None
+) -> Pieces:
+    """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
+    around them.
 
     They are the same on one machine whatever the number of threads: each batch of texts is written by one thread, from
     numbers that the seed and the batch's place alone determine. `advance` is called with the tokens done and in all, by
     one thread at a time, not always the same.
 
-    Raises UnsupportedError if the model cannot write, CompressknowError if it gives NaN.
+    Raises UnsupportedError if the model cannot write, CheckpointError if it lacks its head, CompressknowError if it
+    gives NaN.
     """
-    name = type(language_model.model).__name__
-    if language_model.family != form.family:
-        raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
+    model = _load_model(folder, form, trust_remote_code)
+    name = type(model).__name__
     written: Pieces = []
     try:
         with Pool() as pool:
-            writer = WRITERS[form.family](
-                language_model.model, form, tokens, pool.check, count_progress(advance, tokens)
-            )
+            writer = WRITERS[form.family](model, form, tokens, pool.check, count_progress(advance, tokens))
             batches = 0
             while (missing := tokens - sum(map(len, written))) > 0:
                 more = min(pool.threads, -(-missing // writer.batch_tokens))
@@ -310,3 +295,23 @@ def write_samples(language_model: LanguageModel, form: Form, tokens: int, seed: 
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", reason_of(error), HINT) from error
     return written
+
+
+def _load_model(folder: Path, form: Form, trust_remote_code: bool) -> PreTrainedModel:
+    why = None
+    if form.family not in WRITERS:
+        why = "It has no language-modelling head."
+    elif form.family != "causal" and not form.marks:
+        why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
+    if why:
+        raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
+    # The faster one, if the CPU has instructions for it.
+    dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    try:
+        loaded = load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(error.what, error.why, HINT) from error
+    if loaded.family != form.family:
+        name = type(loaded.model).__name__
+        raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
+    return loaded.model

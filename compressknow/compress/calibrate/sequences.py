@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import decoder_start, embedding_rows, family_of, most_tokens
 
 LENGTH = 512
@@ -112,35 +112,6 @@ def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if len(sentinels) > 1:
         return sentinels
     return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
-
-
-def pack(pieces: Iterable[Ids], form: Form, most: int) -> tuple[torch.Tensor, int]:
-    """Pack pieces into bodies of sequences, int64 [at most `most`, form.body]; return how many tokens there were, too.
-
-    No more pieces are taken than needed; the rest of the last is dropped.
-    """
-    ids: list[int] = []
-    for piece in pieces:
-        ids.extend(piece)
-        if len(ids) >= most * form.body:
-            break
-    rows = min(most, len(ids) // form.body)
-    return torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body), len(ids)
-
-
-def check_ids(bodies: torch.Tensor, form: Form, unknown: int | None, source: str) -> None:
-    """Raise CompressknowError if a text has tokens that the model has no row for, or is mostly unknown tokens."""
-    if (largest := int(bodies.max())) >= form.rows:
-        raise CompressknowError(
-            f"The tokenizer gives token {largest} for {source}, and the model's embedding has {form.rows:,} rows.",
-            hint="Put the tokenizer that the model was trained with in its folder.",
-        )
-    share = float((bodies == unknown).double().mean()) if unknown is not None else 0.0
-    if share > 0.5:
-        raise CompressknowError(
-            f"The tokenizer does not know {share:.0%} of the tokens of {source}.",
-            hint="Give a text in the language that the model was trained on.",
-        )
 
 
 def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:

@@ -47,14 +47,13 @@ def find_norms(
     """
     recorder = _Recorder(module, weights)
     with recorder:
-        leaving = _find_places(run())
+        leaving = recorder.find_norms(_find_places(run()))
     for name, norm in recorder.norms.items():
-        places = recorder.places[name]
-        readers = dict.fromkeys(reader for place in places for reader in recorder.readers.get(place, ()))
-        if readers and not places & (leaving | recorder.elsewhere):
+        readers = tuple(dict.fromkeys(recorder.readers[name]))
+        if readers and name not in leaving | recorder.elsewhere:
             offset = _find_offset(norm, recorder.inputs[name])
             if offset is not None:
-                yield f"{block}.{name}" if name else block, tuple(readers), offset
+                yield f"{block}.{name}" if name else block, readers, offset
 
 
 def _find_places(values: Any) -> set[int]:
@@ -62,13 +61,12 @@ def _find_places(values: Any) -> set[int]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Recorder of what a block's norms read, where their outputs lie, and what reads these, while it is entered.
+    """Recorder of what a block's norms read, and what reads their outputs, while it is entered.
 
     Attributes
     ----------
-    inputs, places : by norm, what it read, and the places of its outputs.
-    readers : by place, the Linear weights that read it.
-    elsewhere : places that anything else reads.
+    inputs, readers : by norm, what it read, and the Linear weights that read its outputs.
+    elsewhere : norms whose outputs anything else reads.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -80,11 +78,10 @@ class _Recorder(TorchFunctionMode):
             if type(child).__name__.endswith("Norm") and getattr(getattr(child, "weight", None), "ndim", 0) == 1
         }
         self.inputs: dict[str, torch.Tensor] = {}
-        self.places: dict[str, set[int]] = {name: set() for name in self.norms}
-        self.readers: dict[int, list[str]] = {}
-        self.elsewhere: set[int] = set()
-        # Held, so that no other tensor comes to lie in the same place.
-        self._outputs: list[torch.Tensor] = []
+        self.readers: dict[str, list[str]] = {name: [] for name in self.norms}
+        self.elsewhere: set[str] = set()
+        # By place, each output and its norm; it is held, so that no other tensor comes to lie there.
+        self._outputs: dict[int, tuple[torch.Tensor, str]] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Recorder:
@@ -100,26 +97,26 @@ class _Recorder(TorchFunctionMode):
     def _note_output(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, torch.Tensor):
             self.inputs[name] = args[0]
-            self._outputs.append(output)
-            self.places[name].add(output.untyped_storage().data_ptr())
+            self._outputs[output.untyped_storage().data_ptr()] = output, name
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        known = {place for places in self.places.values() for place in places}
-        read = known & _find_places([*args, *(kwargs or {}).values()])
+    def find_norms(self, places: set[int]) -> set[str]:
+        """Return the norms whose outputs lie in places."""
+        return {self._outputs[place][1] for place in places if place in self._outputs}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = self._outputs.keys() & _find_places([*args, *(kwargs or {}).values()])
         result = func(*args, **kwargs or {})
         made = _find_places(result) if read else set()
         # A view is no use yet: what reads it will be seen.
-        used = read - made if made else set()
+        used = self.find_norms(read - made) if made else set()
         operands = OPERANDS.get(func)
         weight = args[operands[1]] if used and operands and len(args) > operands[1] else None
         name = None if weight is None else self._names.get(weight.untyped_storage().data_ptr())
         if name is None:
             self.elsewhere |= used
         else:
-            for place in used:
-                self.readers.setdefault(place, []).append(name)
+            for norm in used:
+                self.readers[norm].append(name)
         return result
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base import reading
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import write_whole
 
 if TYPE_CHECKING:
@@ -55,13 +55,6 @@ def find_kind(source: str) -> Kind:
     raise UsageError(f"There is no calibration text {source!r}.", hint=FORMS)
 
 
-def check_file(source: str) -> None:
-    """Raise UsageError if the file that `source` names is not found, CompressknowError if it is no regular file."""
-    path = Path(source).expanduser()
-    with _explain_failures(path):
-        reading.check_regular(path)
-
-
 @contextmanager
 def _explain_failures(path: Path) -> Iterator[None]:
     try:
@@ -76,9 +69,9 @@ def _explain_failures(path: Path) -> Iterator[None]:
         raise CompressknowError(f"{path} cannot be read.", error.strerror) from None
 
 
-def read_passages(source: str) -> Iterator[tuple[str, bool]]:
-    """Read the texts of a ``.txt`` file (one text), a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row),
-    but for blank ones: pieces of text, and whether each begins another one.
+def _read_passages(source: str) -> Iterator[str]:
+    """Read the texts of a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row), but for blank ones, or the
+    pieces of a ``.txt`` file.
 
     Raises UsageError if the file or set is not found, CompressknowError if it cannot be read.
     """
@@ -90,18 +83,12 @@ def read_passages(source: str) -> Iterator[tuple[str, bool]]:
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(reading.read_lines(path), start=1):
                 if text := _parse_line(path, number, line):
-                    yield text, True
-        else:
-            yield from _read_pieces(path)
-
-
-def _read_pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Read whole lines of about 64 K characters together, which are tokenized at once."""
-    with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
-        begins = True
-        while piece := file.read(_PIECE):
-            yield piece + file.readline(_PIECE), begins
-            begins = False
+                    yield text
+            return
+        with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
+            # Whole lines of about 64 K characters, which are tokenized at once.
+            while piece := file.read(_PIECE):
+                yield piece + file.readline(_PIECE)
 
 
 def _parse_line(path: Path, number: int, line: bytes) -> str:
@@ -121,11 +108,11 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
     return text if text.strip() else ""
 
 
-def _read_rows(dataset: str) -> Iterator[tuple[str, bool]]:
+def _read_rows(dataset: str) -> Iterator[str]:
     table = _choose_split(reading.load_tables(dataset), dataset)
     column = _choose_column(table, dataset)
     for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        yield from ((text, True) for text in batch.column(column).to_pylist() if text and text.strip())
+        yield from (text for text in batch.column(column).to_pylist() if text and text.strip())
 
 
 def _choose_split(splits: dict[str, Any], dataset: str) -> Any:
@@ -187,7 +174,8 @@ class CalibrationText:
 
 
 def check_text(text: str, tokens: int) -> None:
-    """Raise UsageError if a request can give no text, CompressknowError if its file is no regular one.
+    """Raise UsageError if a request can give no text or its file is not found, CompressknowError if that is no regular
+    one.
 
     >>> check_text("self", 0)
     Traceback (most recent call last):
@@ -197,7 +185,9 @@ def check_text(text: str, tokens: int) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
     if find_kind(text) == "file":
-        check_file(text)
+        path = Path(text).expanduser()
+        with _explain_failures(path):
+            reading.check_regular(path)
 
 
 def calibration_text(
@@ -236,9 +226,9 @@ def calibration_text(
 
     from compressknow.base.progress import quiet
     from compressknow.compress.calibrate.sequences import build_inputs, find_form
-    from compressknow.engine.language_model import load_whole_tokenizer
+    from compressknow.engine.load import load_tokenizer
 
-    tokenizer = load_whole_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with quiet():
         form = find_form(tree, tokenizer)
         if not (sequences := tokens // form.length):
@@ -247,7 +237,10 @@ def calibration_text(
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
         if text == SELF:
-            pieces: Iterable[Sequence[int]] = _write(folder, form, sequences, seed, trust_remote_code, advance)
+            from compressknow.compress.calibrate.samples import write_samples
+
+            own = sequences * form.body
+            pieces: Iterable[Sequence[int]] = write_samples(folder, form, own, seed, trust_remote_code, advance)
         else:
             pieces = _read(text, tokenizer, form)
         bodies = _pack(pieces, form, sequences, text, tokenizer)
@@ -277,72 +270,71 @@ def reread_texts(
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
     """
-    if not _is_on_disk(calibration):
-        return None
     from compressknow.model.checkpoint import open_checkpoint
     from compressknow.model.meta import meta_model
 
-    names = open_checkpoint(folder).tensors
+    source = calibration["source"]
     try:
+        is_on_disk = Path(source.removeprefix(HUB)).expanduser().exists()
+        if source == SELF or find_kind(source) != calibration["kind"] or not is_on_disk:
+            return None
+        names = open_checkpoint(folder).tensors
         again = calibration_text(
             folder,
             meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
-            text=calibration["source"],
+            text=source,
             tokens=calibration["tokens"],
             seed=calibration["seed"],
             trust_remote_code=trust_remote_code,
         )
-    except (CompressknowError, RuntimeError, ValueError):
+    except (CompressknowError, OSError, RuntimeError, ValueError):
         # The manifest may be anyone's: it may name anything that gives no text.
         return None
     return again.texts if again.sha256 == calibration["sha256"] else None
 
 
-def _is_on_disk(calibration: Mapping[str, Any]) -> bool:
-    """Return True if a calibration names a file, or a data set on disk, that is there."""
-    try:
-        kind = find_kind(calibration["source"])
-        exists = Path(calibration["source"].removeprefix(HUB)).expanduser().exists()
-    except (UsageError, OSError, ValueError, RuntimeError):
-        return False
-    return kind == calibration["kind"] and kind != SELF and exists
-
-
-def _write(
-    folder: Path, form: Form, sequences: int, seed: int, trust_remote_code: bool, advance: Advance | None
-) -> list[list[int]]:
-    from compressknow.compress.calibrate.samples import HINT, check_writes, choose_dtype, write_samples
-    from compressknow.engine.language_model import load_language_model
-
-    check_writes(folder, form)
-    try:
-        model = load_language_model(folder, dtype=choose_dtype(), trust_remote_code=trust_remote_code)
-    except (CheckpointError, UnsupportedError) as error:
-        raise type(error)(error.what, error.why, HINT) from error
-    return write_samples(model, form, sequences * form.body, seed, advance)
-
-
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
     """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
-    for number, (passage, begins) in enumerate(read_passages(text)):
+    is_one_text = not text.startswith(HUB) and Path(text).suffix.lower() == ".txt"
+    for number, passage in enumerate(_read_passages(text)):
         ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
-        yield [*form.separator, *ids] if begins and number else list(ids)
+        yield list(ids) if is_one_text or not number else [*form.separator, *ids]
 
 
 def _pack(
     pieces: Iterable[Sequence[int]], form: Form, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter."""
-    from compressknow.compress.calibrate.sequences import check_ids, pack
+    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter.
 
-    bodies, tokens = pack(pieces, form, sequences)
-    fewest = min(-(-FEWEST_TOKENS // form.length), sequences)
-    if len(bodies) < fewest:
+    No more pieces are taken than needed; the rest of the last is dropped. Raises CompressknowError if the text is too
+    short, has tokens that the model has no row for, or is mostly unknown tokens.
+    """
+    import torch
+
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(piece)
+        if len(ids) >= sequences * form.body:
+            break
+    rows, fewest = min(sequences, len(ids) // form.body), min(-(-FEWEST_TOKENS // form.length), sequences)
+    if rows < fewest:
         raise CompressknowError(
-            f"{text} has {tokens:,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
+            f"{text} has {len(ids):,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
             hint=f"Give a longer text; {TOKENS:,} tokens are usual.",
         )
-    check_ids(bodies, form, tokenizer.unk_token_id, text)
+    bodies = torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body)
+    if (largest := int(bodies.max())) >= form.rows:
+        raise CompressknowError(
+            f"The tokenizer gives token {largest} for {text}, and the model's embedding has {form.rows:,} rows.",
+            hint="Put the tokenizer that the model was trained with in its folder.",
+        )
+    unknown = tokenizer.unk_token_id
+    share = float((bodies == unknown).double().mean()) if unknown is not None else 0.0
+    if share > 0.5:
+        raise CompressknowError(
+            f"The tokenizer does not know {share:.0%} of the tokens of {text}.",
+            hint="Give a text in the language that the model was trained on.",
+        )
     return bodies
 
 

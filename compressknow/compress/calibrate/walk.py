@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -130,27 +129,24 @@ def walk(
     Raises CompressknowError if a block gives NaN or infinities, or there is no memory for it, BlockwiseUnsupported if
     the model cannot be run so.
     """
-    passes = [ForwardPass(streamed.model, batch) for batch in batches]
-    with ExitStack() as stack:
-        forwards = stack.enter_context(intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers]))
-        for each in passes:
-            stack.callback(each.close)
+    passes = [ForwardPass(streamed.model, batch, number) for number, batch in enumerate(batches)]
+    with intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers], passes) as forwards:
         calls = pool.map(ForwardPass.advance, passes)
         streamed.release()
         while here := [call for call in calls if call]:
             module = here[0].module
             if any(call is None or call.module != module for call in calls):
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
-            run = partial(_run, forwards[module], pool)
+            run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
             with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
                 if names := visitor.list_watched(module):
                     weights = {name: streamed.model.get_parameter(name) for name in names}
                     sums = visitor.get_sums(module)
                     sums.begin()
-                    pool.map(partial(_gather, run, weights, sums), list(enumerate(here)))
+                    pool.map(partial(_gather, run, weights, sums), stops)
                     visitor.visit(module, partial(_run_copy, run, here[0]))
                 if not visitor.is_done:
-                    calls = pool.map(partial(_advance, run, visitor), list(enumerate(zip(passes, here, strict=True))))
+                    calls = pool.map(partial(_advance, run, visitor), stops)
             streamed.release()
             on_module(module)
             if visitor.is_done:
@@ -185,22 +181,22 @@ def _run_copy(run: Run, call: Call) -> Any:
     return run(Call(call.module, args, kwargs))
 
 
-def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, numbered: tuple[int, Call]) -> None:
+def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, stop: tuple[ForwardPass, Call]) -> None:
     """Add what a module's weights read of one batch."""
-    number, call = numbered
+    forward_pass, call = stop
     with Watch(weights) as watch:
         _run_copy(run, call)
     if watch.overwritten:
         with Watch(weights, copies=True) as watch:
             _run_copy(run, call)
-    sums.add(number, watch.seen)
+    sums.add(forward_pass.number, watch.seen)
 
 
-def _advance(run: Run, visitor: Visitor, numbered: tuple[int, tuple[ForwardPass, Call]]) -> Call | None:
+def _advance(run: Run, visitor: Visitor, stop: tuple[ForwardPass, Call]) -> Any:
     """Run a module on one batch, and take its pass to the next one."""
-    number, (forward_pass, call) = numbered
+    forward_pass, call = stop
     output = run(call)
-    visitor.receive_output(call.module, number, call, output)
+    visitor.receive_output(call.module, forward_pass.number, call, output)
     return forward_pass.advance(output)
 
 
@@ -257,35 +253,20 @@ def observe(
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
     batches = [batch for text in texts for batch in text]
-
-    def make_sums(weights: Iterable[LinearWeight], pool: Pool) -> AnySums:
-        names = dict.fromkeys(weight.parameter for weight in weights)
-        parts = [(len(text), Sums(names, products=products, peaks=False, check=pool.check)) for text in texts]
-        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
-
-    with OpenFiles() as files, Pool(threads) as pool:
+    with OpenFiles() as files:
         try:
-            # What fails stops its pool.
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as walking:
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files)
-                visitor = _Observer(streamed, weights, walking, make_sums, visit, on_progress)
-                walk(streamed, batches, visitor, walking, visitor.report)
-                visitor.finish()
+                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                walk(streamed, batches, observer, pool, observer.report)
+                observer.finish()
         except BlockwiseUnsupported:
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY):
+            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files, whole=True)
-                sums = make_sums(weights, pool)
+                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                sums = observer.make_sums(weights)
                 gather_whole(streamed, [weight.parameter for weight in weights], batches, sums, on_progress)
-                visit(_collect(weights, sums), pool)
-
-
-def _collect(weights: Iterable[LinearWeight], sums: AnySums) -> dict[Key, InputStatistics]:
-    keys = [
-        Key(weight.parameter, matrix)
-        for weight in weights
-        for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
-    ]
-    return {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
+                observer.show(weights, sums)
 
 
 class _Observer(TargetVisitor[LinearWeight]):
@@ -295,25 +276,36 @@ class _Observer(TargetVisitor[LinearWeight]):
         self,
         streamed: StreamedModel,
         weights: Sequence[LinearWeight],
+        texts: Sequence[Batches],
+        products: bool,
         pool: Pool,
-        make_sums: Callable[[Iterable[LinearWeight], Pool], AnySums],
         visit: Visit,
         on_progress: OnProgress,
     ) -> None:
         super().__init__(streamed, group_by_block(streamed, weights))
-        self._pool, self._make, self._visit, self._on_progress = pool, make_sums, visit, on_progress
+        self._texts, self._products = texts, products
+        self._pool, self._visit, self._on_progress = pool, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
-        return self._make(targets, self._pool)
+        names = dict.fromkeys(weight.parameter for weight in targets)
+        check = self._pool.check
+        parts = [(len(text), Sums(names, products=self._products, peaks=False, check=check)) for text in self._texts]
+        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self._unvisited.pop(module, None)
         if not self._repeats:
-            self._show(module)
+            self.show(self._targets[module], self._sums.pop(module))
 
-    def _show(self, module: str) -> None:
-        self._visit(_collect(self._targets[module], self._sums.pop(module)), self._pool)
+    def show(self, weights: Sequence[LinearWeight], sums: AnySums) -> None:
+        """Show what was seen of weights, but for those that the text does not reach."""
+        keys = [
+            Key(weight.parameter, matrix)
+            for weight in weights
+            for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
+        ]
+        self._visit({key: seen for key in keys if (seen := sums.get(key)) is not None}, self._pool)
 
     def report(self, module: str) -> None:
         """Report a block that has run."""
@@ -327,5 +319,5 @@ class _Observer(TargetVisitor[LinearWeight]):
     def finish(self) -> None:
         for module in self._unvisited:
             self.check_run(module)
-        for module in list(self._sums):
-            self._show(module)
+        for module, sums in self._sums.items():
+            self.show(self._targets[module], sums)

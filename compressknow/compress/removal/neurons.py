@@ -16,8 +16,8 @@ from compressknow.compress.blocks import Reader
 from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
 from compressknow.compress.steps import DropNeurons, Where
 from compressknow.model.checkpoint import Checkpoint
+from compressknow.model.loading import Naming
 from compressknow.model.meta import rebuild_model
-from compressknow.model.naming import Naming
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 

@@ -17,9 +17,8 @@ from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stac
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.groups import structure_of
-from compressknow.model.loading import missing_weights
+from compressknow.model.loading import Binding, Naming, missing_weights
 from compressknow.model.meta import rebuild_model
-from compressknow.model.naming import Binding, Naming
 from compressknow.model.structure import NOT_LINEAR, Structure
 from compressknow.model.tensors import StoredTensor
 
