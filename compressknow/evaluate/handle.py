@@ -108,11 +108,6 @@ class LlamaCpp(Runtime):
         return located.url is None and located.path.suffix == ".gguf"
 
     @classmethod
-    def is_default(cls, located: Located) -> bool:
-        """Return whether the extra is installed; else transformers unpacks the files."""
-        return cls.reads(located) and is_installed("llama_cpp_py_sync")
-
-    @classmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
         """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""
         if settings.device not in (AUTO, CPU):
@@ -239,14 +234,16 @@ class Server(Runtime):
         return None if find_mismatch(value, kind) else value
 
 
-# The last one that reads a model, and is meant for it, runs it.
 _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Transformers, LlamaCpp, Server)}
 
 
 def choose_runtime(located: Located, named: str | None) -> type[Runtime]:
     """Return the runtime of that name, or the one meant for such a model. Raise UsageError where it cannot run it."""
     if named is None:
-        return next(runtime for runtime in reversed(_RUNTIMES.values()) if runtime.is_default(located))
+        if Server.reads(located):
+            return Server
+        # Without the extra, transformers unpacks GGUF files.
+        return LlamaCpp if LlamaCpp.reads(located) and is_installed("llama_cpp_py_sync") else Transformers
     runtime = _RUNTIMES[named]
     if runtime.reads(located):
         return runtime
