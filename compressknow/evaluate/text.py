@@ -47,11 +47,9 @@ class TextReader(Protocol):
     rows : tokens that the model reads.
     """
 
+    bos: int | None
     most: int | None
     rows: int
-
-    @property
-    def bos(self) -> int | None: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Return ids, none of them special, and how many bytes (UTF-8) end with each; None if that is not told."""
