@@ -31,7 +31,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, Transformers
 from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
-from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
+from compressknow.evaluate.run import count_facts, find_missing, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
@@ -333,7 +333,7 @@ class StudyModel:
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Return whether `evaluate_cell` would find these answers there."""
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
-        return is_answered(self._handle(cell), probe, folder, reference)
+        return not find_missing(self._handle(cell), [probe], folder, Context(reference))
 
     def name_folder(self, cell: Cell) -> str:
         """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
