@@ -174,7 +174,7 @@ _INSTEAD = "an f16 GGUF file as the original."
 
 def add_noise_floors(
     original: ModelHandle,
-    others: Sequence[ModelHandle | Answers | None],
+    others: Sequence[ModelHandle | Answers],
     probes: Sequence[Opened],
     answers: Answers,
     folder: Path,
@@ -186,7 +186,6 @@ def add_noise_floors(
     ran_in = {
         (other.record.model.runtime or {}).get("name") if isinstance(other, Answers) else other.runtime.name
         for other in others
-        if other is not None
     }
     if original.runtime.name != TRANSFORMERS or LLAMA_CPP not in ran_in:
         return answers
