@@ -21,7 +21,7 @@ from compressknow.evaluate.answers import Answers, is_answers_folder, read_answe
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
-from compressknow.evaluate.noise import add_noise_floors
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
@@ -209,7 +209,7 @@ def _evaluate(
     folder, on_progress = choose_folder(evaluation.keep_in, handle, context), evaluation.on_progress
     answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
     if context.reference is None:
-        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, context.whole)
+        answers = NoiseFloors(handle, folder, on_progress, whole=context.whole).add(probes, answers, others)
     return finish_answers(answers, handle, context.reference, evaluation)
 
 
@@ -323,7 +323,7 @@ def evaluate_both(
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
         folder = choose_folder(keep_in, a, Context())
-        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole_a)
+        of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

@@ -30,7 +30,7 @@ from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, Transformers
-from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.run import count_facts, find_missing, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
@@ -238,7 +238,7 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
 # What else the original is run in, to see what that alone changes.
 NoiseFloor = Literal["precision", "runtime"]
 PRECISION: tuple[NoiseFloor, ...] = ("precision",)
-_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
+_NOISE = {"precision": NoiseFloors.add_precision, "runtime": NoiseFloors.add_runtime}
 
 
 class StudyModel:
@@ -307,9 +307,12 @@ class StudyModel:
             parts = [
                 probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes
             ]
+            floors = {
+                name: NoiseFloors(handle, place, on_progress, whole=distributions) for name, place in places.items()
+            }
             for name in noise_floors:
                 parts = [
-                    _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=distributions)
+                    _NOISE[name](floors[probe.name], [probe], answers)
                     for probe, answers in zip(probes, parts, strict=True)
                 ]
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
