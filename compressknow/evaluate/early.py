@@ -168,7 +168,6 @@ class _Side:
         return found
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
-        """Answer a chunk; the answers are stored in `folder`."""
         if self.stored is not None:
             # As if these facts alone had been evaluated.
             wanted = {(probe.name, fact.id) for probe in chunk for fact in probe.facts}

@@ -220,7 +220,6 @@ class Server(Runtime):
         return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
     def release(self) -> None:
-        """Close the connections."""
         self._served.client.close()
 
     @property

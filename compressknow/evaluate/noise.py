@@ -182,7 +182,6 @@ class NoiseFloors:
 
 
 def mark_unmeasured(answers: Answers, why: str) -> Answers:
-    """Add to the answers of an original why the noise floor of a runtime is not known."""
     return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
 
 

@@ -233,7 +233,6 @@ UNKNOWN = "unknown"
 
 
 def is_on_server(model: ModelRecord) -> bool:
-    """Return whether a server gave the answers."""
     return (model.runtime or {}).get("name") == "server"
 
 

@@ -110,7 +110,6 @@ class Runtime(abc.ABC):
 
     @classmethod
     def open(cls, located: Located, settings: Settings) -> Self:
-        """Return it with that model."""
         return cls(located, settings)
 
     @abc.abstractmethod

@@ -316,7 +316,6 @@ class Seq2SeqScorer(DecodingScorer):
 
 
 def _group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    """Group indices of the options by their number of tokens."""
     groups: dict[int, list[int]] = {}
     for index, ids in enumerate(options):
         groups.setdefault(len(ids), []).append(index)

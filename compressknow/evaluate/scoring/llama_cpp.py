@@ -58,7 +58,6 @@ class LlamaCppScorer(CausalScorer):
         self._gguf, self._memory = model, Memory(model, SEQUENCES)
 
     def release(self) -> None:
-        """Let go of what was read, and of the model."""
         self._memory.release()
         super().release()
 

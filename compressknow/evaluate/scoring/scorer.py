@@ -327,12 +327,10 @@ class Scorer(ABC):
 
     @property
     def architecture(self) -> str:
-        """Return what messages call the model."""
         return type(self.model).__name__
 
     @cached_property
     def _rows(self) -> int:
-        """Return the number of tokens that the model reads."""
         return embedding_rows(self.model)
 
     @cached_property

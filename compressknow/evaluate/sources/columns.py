@@ -187,7 +187,6 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 
 
 def check_key(key: str) -> None:
-    """Raise UsageError for a key that is none of `KEYS`."""
     if key not in KEYS:
         near = did_you_mean(key, KEYS)
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")

@@ -50,8 +50,6 @@ _SHOWN = 5
 
 
 class OwnFacts(ProbeSource):
-    """``facts:FILE.jsonl``."""
-
     help = "your own facts"
     form = "FILE.jsonl"
     details = """\
@@ -192,8 +190,6 @@ DOMAINS = LAMA | CONCEPTNET | POPQA
 
 
 class Hub(ProbeSource):
-    """``hf:DATASET``."""
-
     help = "a Hub data set, or a local Parquet, JSON or CSV file"
     form = "DATASET"
     takes = frozenset({"columns", "split"})
@@ -311,8 +307,6 @@ LEAST_CONTEXT = 8
 
 
 class Text(ProbeSource):
-    """``text:FILE``."""
-
     help = "perplexity of a text, and KL by token, as llama.cpp has them (causal models)"
     form = "FILE.txt"
     takes = frozenset({"context"})

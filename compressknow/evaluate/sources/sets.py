@@ -83,8 +83,6 @@ _LONGEST_SENTENCE = 100
 
 
 class Atlas(ProbeSource):
-    """``atlas``, in one of several wordings."""
-
     help = "built in: 4,002 facts of six domains; nothing to download"
     takes = frozenset({"template"})
 
@@ -136,8 +134,6 @@ def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
 
 
 class Bear(ProbeSource):
-    """``bear``, in one of several wordings."""
-
     help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})
     folders = ("bear", "BEAR")
