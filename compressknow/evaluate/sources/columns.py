@@ -37,16 +37,11 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Raises UsageError where the file cannot be read.
     """
-    number = 0
-
-    def read_content() -> Iterator[str]:
-        nonlocal number
-        for number, line in enumerate(read_lines(path), start=1):  # noqa: B007
-            yield line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n"
-
+    lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
+    table = csv.DictReader(lines, strict=True)
     try:
-        table = csv.DictReader(read_content(), strict=True)
         for row in table:
+            number = table.reader.line_num
             if None in row:
                 yield number, "more cells than the header has columns"
             else:
@@ -54,7 +49,8 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
-        raise UsageError(f"{path} cannot be read, line {number}: {error}.", hint="Save it as CSV.") from None
+        where = f"line {table.reader.line_num}"
+        raise UsageError(f"{path} cannot be read, {where}: {error}.", hint="Save it as CSV.") from None
     except (OSError, NotReadable) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -133,22 +129,13 @@ POPQA = map_relations(
     }
 )
 # PopQA asks questions ("What is Henry Feilden's occupation?"); these say the same with a blank at the end.
+_POPQA_NOUNS = (
+    "author capital color composer country director father genre mother occupation producer religion screenwriter"
+)
 _POPQA_TEMPLATES = {
-    "author": "The author of [X] is [Y].",
-    "capital": "The capital of [X] is [Y].",
+    **{noun: f"The {noun} of [X] is [Y]." for noun in _POPQA_NOUNS.split()},
     "capital of": "[X] is the capital of [Y].",
-    "color": "The color of [X] is [Y].",
-    "composer": "The composer of [X] is [Y].",
-    "country": "The country of [X] is [Y].",
-    "director": "The director of [X] is [Y].",
-    "father": "The father of [X] is [Y].",
-    "genre": "The genre of [X] is [Y].",
-    "mother": "The mother of [X] is [Y].",
-    "occupation": "The occupation of [X] is [Y].",
     "place of birth": "The place where [X] was born is [Y].",
-    "producer": "The producer of [X] is [Y].",
-    "religion": "The religion of [X] is [Y].",
-    "screenwriter": "The screenwriter of [X] is [Y].",
     "sport": "The sport that [X] plays is [Y].",
 }
 
