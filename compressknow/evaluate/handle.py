@@ -48,6 +48,7 @@ class Transformers(Runtime):
         self.family = language_model.family
         self.architecture = type(language_model.model).__name__
         self.computed_in = language_model.dtype
+        self.vocabulary, self.parameters = language_model.vocabulary, language_model.parameters
 
     @classmethod
     def reads(cls, located: Located) -> bool:
@@ -67,15 +68,6 @@ class Transformers(Runtime):
                 trust_remote_code=settings.trust_remote_code,
             )
         )
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        """Return the hash of all tokens, which takes a while to compute."""
-        return self.language_model.vocabulary
-
-    @property
-    def parameters(self) -> int:  # type: ignore[override]
-        return self.language_model.parameters
 
     def make_scorer(self, probe: Probe) -> Scorer:
         from compressknow.evaluate.scoring.families import make_scorer
@@ -101,7 +93,7 @@ class LlamaCpp(Runtime):
         self._readers: list[LlamaCppScorer | GgufReader] = []
         self.architecture = self._model.architecture
         self.computed_in = f"llama.cpp {self._model.native.build}"
-        self.parameters = self._model.parameters
+        self.parameters, self.vocabulary = self._model.parameters, self._model.vocabulary
 
     @classmethod
     def reads(cls, located: Located) -> bool:
@@ -123,10 +115,6 @@ class LlamaCpp(Runtime):
         from compressknow.gguf.llama_cpp import load_native
 
         return cls.name, load_native().build
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        return self._model.vocabulary
 
     def make_scorer(self, probe: Probe) -> LlamaCppScorer:
         from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
@@ -377,13 +365,11 @@ def make_handles(
     Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
     then CompressknowError where a server does not answer: before any model is evaluated.
     """
-    own = [settings] * len(located)
-    if settings.runtime is not None:
-        runtime, unnamed = _RUNTIMES[settings.runtime], replace(settings, runtime=None)
-        if located and not any(map(runtime.reads, located)):
-            choose_runtime(located[-1], settings.runtime)
-        own = [settings if runtime.reads(each) else unnamed for each in located]
-    handles = [ModelHandle(each, of) for each, of in zip(located, own, strict=True)]
+    named, unnamed = settings.runtime, replace(settings, runtime=None)
+    reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
+    if located and not any(reads):
+        choose_runtime(located[-1], named)
+    handles = [ModelHandle(each, settings if own else unnamed) for each, own in zip(located, reads, strict=True)]
     for handle in handles:
         handle.check_tasks(probes)
         if timed and handle.located.url is not None:
