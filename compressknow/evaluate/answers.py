@@ -330,6 +330,7 @@ def write_record(folder: Path, record: Record) -> None:
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 
+# Answers to a probe until all of them are there, by its key.
 PARTS = ".parts"
 # Beside these, what a killed run leaves: files that were being written.
 _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
@@ -350,11 +351,6 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
 
 def read_stored(folder: Path) -> list[Answer]:
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
-
-
-def find_parts(folder: Path, key: str) -> Path:
-    """Return the folder of the answers to one probe until all of them are there."""
-    return folder / PARTS / key[:16]
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -52,17 +52,14 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
-    pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for answer in known_by.answers:
-        if answer.sub_label.strip() and answer.gold.strip():
-            pairs[answer.correct].append((answer.sub_label, answer.gold))
-    known, others = pairs[True], pairs[False]
-    if not known and not others:
+    told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
+    if not told:
         return None
     from compressknow.compress.calibrate.text import count_facts
 
+    known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
     found = count_facts(texts, known)
-    return FactsInText(len(known) + len(others), found + count_facts(texts, others), len(known), found)
+    return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
 
 
 def default_answers_folder() -> Path:

@@ -25,7 +25,6 @@ from compressknow.evaluate.answers import (
     Answer,
     Answers,
     check_table,
-    find_parts,
     gather_answers,
     is_answers_folder,
     lock_folder,
@@ -198,7 +197,7 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
-        parts = find_parts(self._folder, key)
+        parts = self._folder / PARTS / key[:16]
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._context if alike else Context()
