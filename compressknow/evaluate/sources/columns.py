@@ -187,26 +187,21 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     present = set(there)
     for key in wanted:
         check_key(key)
-    chosen = _recognise(present)
-    recognized, templates = dict(chosen.of), chosen.templates
+    known = _recognise(present)
+    recognized, templates = known.of, known.templates
     if {"prompt", "template"} & set(wanted):
         # Who names a prompt or a template does not want that of the known table.
+        recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
         templates = {}
-        for key in ("prompt", "template"):
-            recognized.pop(key, None)
-    columns = Columns({**recognized, **wanted}, templates, chosen.known_as)
+    columns = Columns({**recognized, **wanted}, templates, known.known_as)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
     missing = [name for name in columns.names if name not in present]
     if missing:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
-    if "prompt" in columns.of:
-        needed = ["object"]
-    elif "template" in columns.of or columns.templates:
-        needed = ["object", "subject"]
-    else:
-        needed = ["object", "prompt"]
-    if lacking := next((key for key in needed if key not in columns.of), None):
-        raise UsageError(f"{where}: which column is the {lacking}?", listing, f"Say --map {lacking}=COLUMN.")
+    by_template = "prompt" not in columns.of and ("template" in columns.of or columns.templates)
+    for key in ("object", "subject" if by_template else "prompt"):
+        if key not in columns.of:
+            raise UsageError(f"{where}: which column is the {key}?", listing, f"Say --map {key}=COLUMN.")
     return columns
 
 
