@@ -14,7 +14,7 @@ from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.gather import open_named, read_reference
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.noise import add_noise_floor
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
@@ -64,4 +64,4 @@ def probe(
     handle = ModelHandle(locate(model, revision), settings)
     listener = resolve_progress(on_progress)
     answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listener)
-    return answers if original else add_noise_floor(handle, opened, answers, Path(output), listener)
+    return answers if original else NoiseFloors(handle, Path(output), listener).add_precision(opened, answers)

@@ -102,17 +102,17 @@ def report(
         keep_in=Path(answers) if answers else default_answers_folder(),
         timed=time,
         known=known,
+        on_progress=resolve_progress(on_progress),
     )
-    listener = resolve_progress(on_progress)
     if not early:
-        before, after = gather(original, models, evaluation, revision=revision, on_progress=listener)
+        before, after = gather(original, models, evaluation, revision=revision)
         stop = None
     else:
         from compressknow.comparison.power import make_decider
         from compressknow.evaluate.early import gather_early
 
         before, only, stop = gather_early(
-            original, models[0], evaluation, make_decider(gates[0].least), revision=revision, on_progress=listener
+            original, models[0], evaluation, make_decider(gates[0].least), revision=revision
         )
         after = [only]
     path = str(original) if can_be_converted(original) else None

@@ -16,9 +16,7 @@ from compressknow.base.format import count, percent, plain
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
 from compressknow.base.reading import find_mismatch, read_json, sha256_of
-from compressknow.evaluate.records import FILES as TEXTS
-from compressknow.evaluate.records import FORM as TEXT_FORM
-from compressknow.evaluate.records import Chunk, Record, open_rows, read_texts, write_rows
+from compressknow.evaluate.records import TEXTS, Chunk, Record, open_rows, read_texts, write_rows
 from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
 
 if TYPE_CHECKING:
@@ -42,11 +40,11 @@ NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_log
 # the two files) the table is read as it is.
 HASH = "answers_sha256"
 _COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
-_NOISE_OF_ONE_READING = {
-    **dict.fromkeys(("n", "changed", "known", "lost", "gained"), int),
-    **{"kl_mean": (float, None), "computed_in": str},
-}
-_NOISE = _NOISE_OF_ONE_READING | {"produced?": (_NOISE_OF_ONE_READING, None)}
+_NOISE: dict[str, Any] = dict.fromkeys(("n", "changed", "known", "lost", "gained"), int)
+_NOISE |= {"kl_mean": (float, None), "computed_in": str}
+_NOISE |= {"produced?": (dict(_NOISE), None)}
+_TEXT = {"context": int, "chunks": int, "tokens": int, "bytes": (int, None), "divergence": str}
+_TEXT |= {"file?": str, "sha256?": str}
 # What reports read of ``probe.json``.
 RECORD_FORM: dict[str, Any] = {
     "schema": int,
@@ -67,15 +65,10 @@ RECORD_FORM: dict[str, Any] = {
     "probes": {
         str: {
             **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
-            **{
-                "chance?": (float, None),
-                "majority?": (float, None),
-                "limit?": (int, None),
-                "templates?": (int, None),
-                "seed?": (int, None),
-            },
+            **dict.fromkeys(("chance?", "majority?"), (float, None)),
+            **dict.fromkeys(("limit?", "templates?", "seed?"), (int, None)),
             **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
-            "text?": (TEXT_FORM, None),
+            "text?": (_TEXT, None),
             "noise_floor?": (_NOISE, None),
             "runtime_noise_floors?": ({str: _NOISE}, None),
         }
@@ -209,11 +202,17 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
+    import pyarrow as pa
+
     hint = "An answers folder is written by `compressknow probe`; write it anew."
+    schema = make_schema()
     with open_rows(path, "answers", hint) as file:
-        table = _add_newer(file.read(columns=make_schema().names)).select(make_schema().names).cast(make_schema())
+        table = file.read(columns=schema.names)
+        for name in set(NEWER) - set(table.column_names):
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+        table = table.select(schema.names).cast(schema)
         _check_columns(table)
-        columns = [_read_column(table, name) for name in make_schema().names]
+        columns = [_read_column(table, name) for name in schema.names]
         answers = [Answer(*row) for row in zip(*columns, strict=True)]
     produced, _, demoted, _ = GRADES
     # Older versions called produced what was said and not right.
@@ -221,16 +220,6 @@ def read_table(path: Path) -> list[Answer]:
         replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
         for answer in answers
     ]
-
-
-def _add_newer(table: pa.Table) -> pa.Table:
-    """Add the columns that tables of older versions lack, empty."""
-    import pyarrow as pa
-
-    for name in NEWER:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), make_schema().field(name).type))
-    return table
 
 
 def _check_columns(table: pa.Table) -> None:
@@ -341,6 +330,7 @@ def write_record(folder: Path, record: Record) -> None:
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 
+# Answers to a probe until all of them are there, by its key.
 PARTS = ".parts"
 # Beside these, what a killed run leaves: files that were being written.
 _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
@@ -361,11 +351,6 @@ def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
 
 def read_stored(folder: Path) -> list[Answer]:
     return read_table(folder / TABLE) if (folder / TABLE).is_file() else []
-
-
-def find_parts(folder: Path, key: str) -> Path:
-    """Return the folder of the answers to one probe until all of them are there."""
-    return folder / PARTS / key[:16]
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -51,14 +51,11 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
 
     def find_rows(self, probe: Probe | RunningText) -> Rows:
         """Return the rows of a probe, by its content: a search has two splits of one name."""
-        key = probe.fingerprint()
-        if key not in self._rows:
-            self._rows[key] = (
-                Rows(self._folder, probe.most_scored, short=True)
-                if isinstance(probe, RunningText)
-                else Rows(self._folder, len(probe.facts))
-            )
-        return self._rows[key]
+        if isinstance(probe, RunningText):
+            rows = Rows(self._folder, probe.most_scored, short=True)
+        else:
+            rows = Rows(self._folder, len(probe.facts))
+        return self._rows.setdefault(probe.fingerprint(), rows)
 
     def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
         """Have those of all facts and texts of these probes, as far as the disk has room; `answers` are the original's

@@ -48,7 +48,6 @@ def gather_early(
     decide: Decide[T],
     *,
     revision: str | None = None,
-    on_progress: Listener | None = None,
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, drawn by `evaluation.options.seed`, until `decide` knows enough;
     return both models' answers to these facts, and what is known of all; None where they do not tell.
@@ -66,16 +65,14 @@ def gather_early(
     models = (original, compressed)
     stored = [read_if_stored(model) for model in models]
     probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
-    first, second = map(_Side, stored, open_models(models, revision, stored, evaluation, probes))
+    first, second = map(_Side, open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
     if first.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
-    found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation, on_progress)
-    timed = evaluation.timed
-    before = finish_answers(first.merge_chunks(done), first.handle, None, on_progress, timed=timed)
+    found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
+    before = finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
     before = mark_unmeasured(before, "--early leaves it out.")
-    after = finish_answers(second.merge_chunks(done), second.handle, before, on_progress, timed=timed)
-    return before, after, found
+    return before, finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
 
 
 def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
@@ -91,12 +88,7 @@ def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
 
 
 def _evaluate_until(
-    decide: Decide[T],
-    first: _Side,
-    second: _Side,
-    probes: Sequence[Probe],
-    evaluation: Evaluation,
-    on_progress: Listener | None,
+    decide: Decide[T], first: _Side, second: _Side, probes: Sequence[Probe], evaluation: Evaluation
 ) -> tuple[T | None, list[Probe]]:
     """Evaluate until `decide` knows enough, or all is done; return what it knows, and probes of what is done."""
     keep_in, seed = evaluation.keep_in, evaluation.options.seed
@@ -105,7 +97,7 @@ def _evaluate_until(
     # All that decides which facts are in which chunk.
     decides = [[probe.fingerprint() for probe in probes], seed, FIRST, FURTHER]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-    listen = [relabel_progress(on_progress, number=number, of=2) for number in (1, 2)]
+    listen = [relabel_progress(evaluation.on_progress, number=number, of=2) for number in (1, 2)]
     # Divergences over all tokens cost no second look at the original where both are evaluated side by side.
     of = first.handle if not first.stored and not second.stored else None
     known: list[bool] = []
@@ -140,8 +132,9 @@ def _list_correct(answers: Answers, facts: Sequence[tuple[str, str]]) -> list[bo
 class _Side:
     """One of the two models: answers that are stored, or a model to be evaluated."""
 
-    def __init__(self, stored: Answers | None, handle: ModelHandle | None) -> None:
-        self.stored, self.handle = stored, handle
+    def __init__(self, side: Answers | ModelHandle) -> None:
+        self.stored = side if isinstance(side, Answers) else None
+        self.handle = side if isinstance(side, ModelHandle) else None
         self._chunks: list[Answers] = []
 
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
@@ -175,7 +168,6 @@ class _Side:
         return found
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
-        """Answer a chunk; the answers are stored in `folder`."""
         if self.stored is not None:
             # As if these facts alone had been evaluated.
             wanted = {(probe.name, fact.id) for probe in chunk for fact in probe.facts}

@@ -294,16 +294,11 @@ def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
     shares = {name: max(int(share), 1) for name, share in exact.items()}
     by_remainder = sorted(sizes, key=lambda name: (shares[name] - exact[name], -sizes[name], name))
-    difference = limit - sum(shares.values())
-    while difference:
-        step = 1 if difference > 0 else -1
-        order = by_remainder if step > 0 else sorted(sizes, key=lambda name: (-shares[name], name))
-        for name in order:
-            if difference and 0 <= shares[name] + step <= sizes[name]:
-                shares[name] += step
-                difference -= step
-            if step < 0:
-                break
+    while (left := limit - sum(shares.values())) > 0:
+        for name in [name for name in by_remainder if shares[name] < sizes[name]][:left]:
+            shares[name] += 1
+    while sum(shares.values()) > limit:
+        shares[min(shares, key=lambda name: (-shares[name], name))] -= 1
     return shares
 
 

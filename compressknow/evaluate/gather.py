@@ -21,7 +21,7 @@ from compressknow.evaluate.answers import Answers, is_answers_folder, read_answe
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
-from compressknow.evaluate.noise import add_noise_floors
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
@@ -52,17 +52,14 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
     """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
-    pairs: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for answer in known_by.answers:
-        if answer.sub_label.strip() and answer.gold.strip():
-            pairs[answer.correct].append((answer.sub_label, answer.gold))
-    known, others = pairs[True], pairs[False]
-    if not known and not others:
+    told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
+    if not told:
         return None
     from compressknow.compress.calibrate.text import count_facts
 
+    known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
     found = count_facts(texts, known)
-    return FactsInText(len(known) + len(others), found + count_facts(texts, others), len(known), found)
+    return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
 
 
 def default_answers_folder() -> Path:
@@ -124,6 +121,7 @@ class Evaluation:
     keep_in : a folder that gets one answers folder per model.
     known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
     timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
+    on_progress : called with each `compressknow.base.progress.Progress`.
     """
 
     probes: Sequence[str]
@@ -132,15 +130,11 @@ class Evaluation:
     keep_in: Path
     timed: bool = False
     known: str = "recognized"
+    on_progress: Listener | None = None
 
 
 def gather(
-    original: str | Path,
-    compressed: Sequence[str | Path],
-    evaluation: Evaluation,
-    *,
-    revision: str | None = None,
-    on_progress: Listener | None = None,
+    original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation, *, revision: str | None = None
 ) -> tuple[Answers, list[Answers]]:
     """Return the original's answers and those of each compressed model, to the same probes.
 
@@ -155,25 +149,23 @@ def gather(
     """
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
-    if all(answers is not None for answers in stored):
-        first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers is not None]
+    if all(stored):
+        first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers]
         return first, others
-    probes = open_matching(next((answers for answers in stored if answers is not None), None), evaluation)
-    handles = open_models(models, revision, stored, evaluation, probes)
+    probes = open_matching(next(filter(None, stored), None), evaluation)
+    sides = open_models(models, revision, stored, evaluation, probes)
+    handles = [side for side in sides if isinstance(side, ModelHandle)]
     # The original's distributions serve only models that are evaluated beside it.
-    kept_of = handles[0] if any(handles[1:]) and handles[0] and handles[0].located.url is None else None
-    rest = [*stored[1:], *handles[1:]]
-    number, of = 0, sum(handle is not None for handle in handles)
+    is_kept = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
     gathered: list[Answers] = []
-    with Distributions(kept_of, evaluation.keep_in) if kept_of else contextlib.nullcontext() as whole:
-        for answers, handle in zip(stored, handles, strict=True):
-            if handle is not None:
-                number += 1
-                watched = relabel_progress(on_progress, number=number, of=of)
-                context = Context(gathered[0] if gathered else None, whole=whole)
-                gathered.append(_evaluate(handle, probes, context, rest, evaluation, watched))
-            elif answers is not None:
-                gathered.append(select_probes(answers, [probe.name for probe in probes]))
+    with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as whole:
+        for side in sides:
+            if isinstance(side, Answers):
+                gathered.append(select_probes(side, [probe.name for probe in probes]))
+                continue
+            watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
+            context = Context(gathered[0] if gathered else None, whole=whole)
+            gathered.append(_evaluate(side, probes, context, sides[1:], replace(evaluation, on_progress=watched)))
     return gathered[0], gathered[1:]
 
 
@@ -188,8 +180,8 @@ def open_models(
     stored: Sequence[Answers | None],
     evaluation: Evaluation,
     probes: Sequence[Opened],
-) -> list[ModelHandle | None]:
-    """Find, hash and check the models, of which `revision` is the first one's; None for those with stored answers.
+) -> list[Answers | ModelHandle]:
+    """Find, hash and check the models whose answers are not stored; `revision` is the first one's.
 
     Before the first is evaluated: a wrong name is told at once. Raise what `make_handles` does, and CheckpointError
     where a weight is no number.
@@ -201,40 +193,34 @@ def open_models(
     for handle in handles:
         handle.check_sound()
     remaining = iter(handles)
-    return [None if answers else next(remaining) for answers in stored]
+    return [answers or next(remaining) for answers in stored]
 
 
 def _evaluate(
     handle: ModelHandle,
     probes: Sequence[Opened],
     context: Context,
-    others: Sequence[ModelHandle | Answers | None],
+    others: Sequence[ModelHandle | Answers],
     evaluation: Evaluation,
-    on_progress: Listener | None,
 ) -> Answers:
-    folder = choose_folder(evaluation.keep_in, handle, context)
+    folder, on_progress = choose_folder(evaluation.keep_in, handle, context), evaluation.on_progress
     answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
     if context.reference is None:
-        answers = add_noise_floors(handle, others, probes, answers, folder, on_progress, context.whole)
-    return finish_answers(answers, handle, context.reference, on_progress, timed=evaluation.timed)
+        answers = NoiseFloors(handle, folder, on_progress, whole=context.whole).add(probes, answers, others)
+    return finish_answers(answers, handle, context.reference, evaluation)
 
 
 def finish_answers(
-    answers: Answers,
-    handle: ModelHandle | None,
-    reference: Answers | None,
-    on_progress: Listener | None,
-    *,
-    timed: bool,
+    answers: Answers, handle: ModelHandle | None, reference: Answers | None, evaluation: Evaluation
 ) -> Answers:
     """Add to the answers of a model at hand which facts stand in its calibration text and, if `timed`, its speed."""
     if handle is None:
         return answers
     handle.release()
     answers = add_calibration(answers, handle, reference)
-    if not timed:
+    if not evaluation.timed:
         return answers
-    with report_progress(on_progress, Stage("time", handle.located.name)):
+    with report_progress(evaluation.on_progress, Stage("time", handle.located.name)):
         model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
     return replace(answers, record=replace(answers.record, model=model))
 
@@ -334,7 +320,7 @@ def evaluate_both(
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, None, whole_a)
         folder = choose_folder(keep_in, a, Context())
-        of_a = add_noise_floors(a, [b], probes, of_a, folder, on_progress, whole_a)
+        of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
         a.release()
         b_like_a = evaluate(b, of_a, whole_a)
         whole_a.close()

@@ -142,7 +142,6 @@ def list_choices(fact: Fact) -> tuple[str, ...]:
 
 
 def check_known(known: str) -> None:
-    """Raise UsageError for what is no reading of knowing."""
     if known not in KNOWN:
         raise UsageError(
             f"Unknown reading of knowing: {known!r}.",

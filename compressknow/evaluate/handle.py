@@ -48,6 +48,7 @@ class Transformers(Runtime):
         self.family = language_model.family
         self.architecture = type(language_model.model).__name__
         self.computed_in = language_model.dtype
+        self.vocabulary, self.parameters = language_model.vocabulary, language_model.parameters
 
     @classmethod
     def reads(cls, located: Located) -> bool:
@@ -67,15 +68,6 @@ class Transformers(Runtime):
                 trust_remote_code=settings.trust_remote_code,
             )
         )
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        """Return the hash of all tokens, which takes a while to compute."""
-        return self.language_model.vocabulary
-
-    @property
-    def parameters(self) -> int:  # type: ignore[override]
-        return self.language_model.parameters
 
     def make_scorer(self, probe: Probe) -> Scorer:
         from compressknow.evaluate.scoring.families import make_scorer
@@ -101,16 +93,11 @@ class LlamaCpp(Runtime):
         self._readers: list[LlamaCppScorer | GgufReader] = []
         self.architecture = self._model.architecture
         self.computed_in = f"llama.cpp {self._model.native.build}"
-        self.parameters = self._model.parameters
+        self.parameters, self.vocabulary = self._model.parameters, self._model.vocabulary
 
     @classmethod
     def reads(cls, located: Located) -> bool:
         return located.url is None and located.path.suffix == ".gguf"
-
-    @classmethod
-    def is_default(cls, located: Located) -> bool:
-        """Return whether the extra is installed; else transformers unpacks the files."""
-        return cls.reads(located) and is_installed("llama_cpp_py_sync")
 
     @classmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
@@ -128,10 +115,6 @@ class LlamaCpp(Runtime):
         from compressknow.gguf.llama_cpp import load_native
 
         return cls.name, load_native().build
-
-    @property
-    def vocabulary(self) -> str:  # type: ignore[override]
-        return self._model.vocabulary
 
     def make_scorer(self, probe: Probe) -> LlamaCppScorer:
         from compressknow.evaluate.scoring.llama_cpp import LlamaCppScorer
@@ -225,7 +208,6 @@ class Server(Runtime):
         return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
     def release(self) -> None:
-        """Close the connections."""
         self._served.client.close()
 
     @property
@@ -239,14 +221,16 @@ class Server(Runtime):
         return None if find_mismatch(value, kind) else value
 
 
-# The last one that reads a model, and is meant for it, runs it.
 _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Transformers, LlamaCpp, Server)}
 
 
 def choose_runtime(located: Located, named: str | None) -> type[Runtime]:
     """Return the runtime of that name, or the one meant for such a model. Raise UsageError where it cannot run it."""
     if named is None:
-        return next(runtime for runtime in reversed(_RUNTIMES.values()) if runtime.is_default(located))
+        if Server.reads(located):
+            return Server
+        # Without the extra, transformers unpacks GGUF files.
+        return LlamaCpp if LlamaCpp.reads(located) and is_installed("llama_cpp_py_sync") else Transformers
     runtime = _RUNTIMES[named]
     if runtime.reads(located):
         return runtime
@@ -381,13 +365,11 @@ def make_handles(
     Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
     then CompressknowError where a server does not answer: before any model is evaluated.
     """
-    own = [settings] * len(located)
-    if settings.runtime is not None:
-        runtime, unnamed = _RUNTIMES[settings.runtime], replace(settings, runtime=None)
-        if located and not any(map(runtime.reads, located)):
-            choose_runtime(located[-1], settings.runtime)
-        own = [settings if runtime.reads(each) else unnamed for each in located]
-    handles = [ModelHandle(each, of) for each, of in zip(located, own, strict=True)]
+    named, unnamed = settings.runtime, replace(settings, runtime=None)
+    reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
+    if located and not any(reads):
+        choose_runtime(located[-1], named)
+    handles = [ModelHandle(each, settings if own else unnamed) for each, own in zip(located, reads, strict=True)]
     for handle in handles:
         handle.check_tasks(probes)
         if timed and handle.located.url is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
-from compressknow.base.progress import Advance, Listener, Stage, report_progress
+from compressknow.base.progress import Advance, Listener, Stage, begin_stages, report_progress
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
 from compressknow.evaluate.distributions import Distributions, Rows
@@ -35,74 +35,154 @@ PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
 _SEED = 20_231
 
 
-def add_noise_floor(
-    original: ModelHandle,
-    probes: Sequence[Opened],
-    answers: Answers,
-    folder: Path,
-    on_progress: Listener | None = None,
-    *,
-    whole: Distributions | None = None,
-) -> Answers:
-    """Add the noise floor of each probe of facts to the original's answers: of a sample of its facts, seeded.
+_INSTEAD = "an f16 GGUF file as the original."
 
-    A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
-    precision here.
+
+class NoiseFloors:
+    """Noise floors of an original, of a sample of the facts of each probe, seeded: added to its answers.
 
     Parameters
     ----------
-    folder : where the answers lie; the noise floor is kept in its record, so that it is found once.
+    folder : where the answers lie; noise floors are kept in its record, so that they are found once.
     whole : the original's distributions, where this run keeps them; what it lacks is found for the sample.
     """
-    if not original.settings.noise_floor:
-        return answers
-    entries = answers.record.probes
-    lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
-    other = original.copy_in_other_precision() if lacking else None
-    if other is None:
-        return answers
-    try:
-        found = _measure_noise(original, other, "noise", lacking, answers, folder, on_progress, whole)
-    except (CheckpointError, UnsupportedError):
-        return answers
-    return _store_found(answers, folder, {name: {"noise_floor": floor} for name, floor in found.items()})
+
+    def __init__(
+        self,
+        original: ModelHandle,
+        folder: Path,
+        on_progress: Listener | None = None,
+        *,
+        whole: Distributions | None = None,
+    ) -> None:
+        self._original, self._folder, self._on_progress, self._whole = original, folder, on_progress, whole
+
+    def add(self, probes: Sequence[Opened], answers: Answers, compared: Sequence[ModelHandle | Answers]) -> Answers:
+        """Add that of another precision and, where llama.cpp runs a model that is compared, that of llama.cpp."""
+        answers = self.add_precision(probes, answers)
+        ran_in = {
+            (other.record.model.runtime or {}).get("name") if isinstance(other, Answers) else other.runtime.name
+            for other in compared
+        }
+        if self._original.runtime.name != TRANSFORMERS or LLAMA_CPP not in ran_in:
+            return answers
+        return self.add_runtime(probes, answers)
+
+    def add_precision(self, probes: Sequence[Opened], answers: Answers) -> Answers:
+        """Add that of another precision.
+
+        A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
+        precision here.
+        """
+        if not self._original.settings.noise_floor:
+            return answers
+        entries = answers.record.probes
+        lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
+        other = self._original.copy_in_other_precision() if lacking else None
+        if other is None:
+            return answers
+        try:
+            found = self._measure(other, "noise", lacking, answers)
+        except (CheckpointError, UnsupportedError):
+            return answers
+        return self._store(answers, {name: {"noise_floor": floor} for name, floor in found.items()})
+
+    def add_runtime(self, probes: Sequence[Opened], answers: Answers) -> Answers:
+        """Add that of llama.cpp, of the same sample of facts; where it cannot be measured, add why."""
+        if not self._original.settings.noise_floor:
+            return mark_unmeasured(answers, "--no-noise-floor leaves it out.")
+        facts = [probe for probe in probes if isinstance(probe, Probe)]
+        if not facts:
+            return mark_unmeasured(answers, "it is measured on facts.")
+        try:
+            # Another build may compute otherwise.
+            runtime = " ".join(LlamaCpp.key())
+            entries = answers.record.probes
+            lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
+            if not lacking:
+                return answers
+            with self._open_in_llama_cpp(answers) as other:
+                found = self._measure(other, "runtime", lacking, answers)
+        except NotInstalled as error:
+            return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
+        except OutputError:
+            return mark_unmeasured(
+                answers, f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"
+            )
+        except CompressknowError as error:
+            return mark_unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
+        by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
+        return self._store(answers, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
+
+    def _measure(
+        self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
+    ) -> dict[str, NoiseFloor]:
+        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts; stages are of `work`.
+
+        Both are released.
+        """
+        original, whole = self._original, self._whole
+        samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
+        facts = sum(len(sample.facts) for sample, _ in samples.values())
+        rows, found = {}, {}
+        try:
+            with Distributions(original, self._folder) as own:
+                for probe in probes:
+                    sample, known = samples[probe.name]
+                    kept = whole.find_rows(probe) if whole else None
+                    if kept is None or not kept.holds(answer.fact_id for answer in known.answers):
+                        own.complete([sample], known, self._on_progress)
+                        kept = own.find_rows(sample)
+                    rows[probe.name] = kept
+                original.release()
+                for name, (sample, known) in samples.items():
+                    stage = Stage(work, other.located.name, name, facts, other.settings.device)
+                    with report_progress(self._on_progress, stage) as advance:
+                        again = _answer_again(other, sample, known, rows[name], advance)
+                    found[name] = _count_noise(known, again, other.loaded.computed_in)
+                return found
+        finally:
+            other.release()
+
+    def _store(self, answers: Answers, found: Mapping[str, Mapping[str, Any]]) -> Answers:
+        """Store what was found, by probe fields of its entry, in the folder's record; return the answers with it."""
+
+        def add_found(record: Record) -> Record:
+            own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
+            return replace(record, probes={**record.probes, **own})
+
+        with lock_folder(self._folder, True):
+            write_record(self._folder, add_found(read_record(self._folder)))
+        return replace(answers, record=add_found(answers.record))
+
+    @contextmanager
+    def _open_in_llama_cpp(self, answers: Answers) -> Iterator[ModelHandle]:
+        """Open the original in llama.cpp, from a file that lies in the folder meanwhile.
+
+        Raises CompressknowError where the converter is missing, or does not take it.
+        """
+        from compressknow.compress.staging import scratch
+        from compressknow.gguf.choice import Choice
+        from compressknow.gguf.converter import find_converter
+        from compressknow.gguf.export import prepare, write_floats
+
+        if answers.record.model.family != "causal":
+            raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
+        located, settings = self._original.located, self._original.settings
+        trusted = settings.trust_remote_code
+        export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=trusted)
+        # The converter takes memory of its own.
+        self._original.release()
+        with scratch(self._folder / "in-llama-cpp") as place:
+            # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
+            kind = "f32" if export.exact == "f32" else "f16"
+            file = write_floats(export, place, kind, begin=begin_stages(self._on_progress, located.name))
+            settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
+            yield ModelHandle(replace(located, path=file), settings)
 
 
-def _measure_noise(
-    original: ModelHandle,
-    other: ModelHandle,
-    work: Literal["noise", "runtime"],
-    probes: Sequence[Probe],
-    answers: Answers,
-    folder: Path,
-    on_progress: Listener | None,
-    whole: Distributions | None,
-) -> dict[str, NoiseFloor]:
-    """Measure the noise floor by probe: `other` is the same model, run otherwise, on a sample of its facts.
-
-    Both are released. Parameters are those of `add_noise_floor`; the stages are of that `work`.
-    """
-    samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
-    facts = sum(len(sample.facts) for sample, _ in samples.values())
-    rows, found = {}, {}
-    try:
-        with Distributions(original, folder) as own:
-            for probe in probes:
-                sample, known = samples[probe.name]
-                kept = whole.find_rows(probe) if whole else None
-                if kept is None or not kept.holds(answer.fact_id for answer in known.answers):
-                    own.complete([sample], known, on_progress)
-                    kept = own.find_rows(sample)
-                rows[probe.name] = kept
-            original.release()
-            for name, (sample, known) in samples.items():
-                stage = Stage(work, other.located.name, name, facts, other.settings.device)
-                with report_progress(on_progress, stage) as advance:
-                    again = _answer_again(other, sample, known, rows[name], advance)
-                found[name] = _count_noise(known, again, other.loaded.computed_in)
-            return found
-    finally:
-        other.release()
+def mark_unmeasured(answers: Answers, why: str) -> Answers:
+    return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
 
 
 def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
@@ -155,110 +235,3 @@ def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
         kl_mean=math.fsum(known) / len(known) if known and len(known) == len(pairs) else None,
         computed_in=computed_in,
     )
-
-
-def _store_found(answers: Answers, folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Answers:
-    """Store what was found in the folder's record, and return the answers with it: by probe, fields of its entry."""
-
-    def add_found(record: Record) -> Record:
-        own = {name: replace(record.probes[name], **fields) for name, fields in found.items()}
-        return replace(record, probes={**record.probes, **own})
-
-    with lock_folder(folder, True):
-        write_record(folder, add_found(read_record(folder)))
-    return replace(answers, record=add_found(answers.record))
-
-
-_INSTEAD = "an f16 GGUF file as the original."
-
-
-def add_noise_floors(
-    original: ModelHandle,
-    others: Sequence[ModelHandle | Answers | None],
-    probes: Sequence[Opened],
-    answers: Answers,
-    folder: Path,
-    on_progress: Listener | None,
-    whole: Distributions | None,
-) -> Answers:
-    """Add the noise floor of another precision and, where llama.cpp runs one of the others, that of llama.cpp."""
-    answers = add_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
-    ran_in = {
-        (other.record.model.runtime or {}).get("name") if isinstance(other, Answers) else other.runtime.name
-        for other in others
-        if other is not None
-    }
-    if original.runtime.name != TRANSFORMERS or LLAMA_CPP not in ran_in:
-        return answers
-    return add_runtime_noise_floor(original, probes, answers, folder, on_progress, whole=whole)
-
-
-def add_runtime_noise_floor(
-    original: ModelHandle,
-    probes: Sequence[Opened],
-    answers: Answers,
-    folder: Path,
-    on_progress: Listener | None = None,
-    *,
-    whole: Distributions | None = None,
-) -> Answers:
-    """Add the noise floor of llama.cpp to the original's answers, of the sample of facts of `add_noise_floor`, whose
-    parameters these are; where it cannot be measured, add why.
-    """
-    if not original.settings.noise_floor:
-        return mark_unmeasured(answers, "--no-noise-floor leaves it out.")
-    facts = [probe for probe in probes if isinstance(probe, Probe)]
-    if not facts:
-        return mark_unmeasured(answers, "it is measured on facts.")
-    try:
-        # Another build may compute otherwise.
-        runtime = " ".join(LlamaCpp.key())
-        entries = answers.record.probes
-        lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
-        if not lacking:
-            return answers
-        with _open_in_llama_cpp(original, answers, folder, on_progress) as other:
-            found = _measure_noise(original, other, "runtime", lacking, answers, folder, on_progress, whole)
-    except NotInstalled as error:
-        return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
-    except OutputError:
-        return mark_unmeasured(
-            answers, f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"
-        )
-    except CompressknowError as error:
-        return mark_unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
-    by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
-    return _store_found(answers, folder, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
-
-
-def mark_unmeasured(answers: Answers, why: str) -> Answers:
-    return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
-
-
-@contextmanager
-def _open_in_llama_cpp(
-    original: ModelHandle, answers: Answers, folder: Path, on_progress: Listener | None
-) -> Iterator[ModelHandle]:
-    """Open the original in llama.cpp, from a file that lies in `folder` meanwhile.
-
-    Raises CompressknowError where the converter is missing, or does not take it.
-    """
-    from compressknow.compress.staging import scratch
-    from compressknow.gguf.choice import Choice
-    from compressknow.gguf.converter import find_converter
-    from compressknow.gguf.export import prepare, write_floats
-
-    if answers.record.model.family != "causal":
-        raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
-    name = original.located.name
-    export = prepare(
-        original.located.path, Choice("f16"), find_converter(), trust_remote_code=original.settings.trust_remote_code
-    )
-    # The converter takes memory of its own.
-    original.release()
-    with scratch(folder / "in-llama-cpp") as place:
-        # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
-        kind = "f32" if export.exact == "f32" else "f16"
-        file = write_floats(export, place, kind, begin=lambda work: report_progress(on_progress, Stage(work, name)))
-        settings = replace(original.settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
-        yield ModelHandle(replace(original.located, path=file), settings)

@@ -233,7 +233,6 @@ UNKNOWN = "unknown"
 
 
 def is_on_server(model: ModelRecord) -> bool:
-    """Return whether a server gave the answers."""
     return (model.runtime or {}).get("name") == "server"
 
 
@@ -263,13 +262,10 @@ class Record(_Part):
         return replace(self, probes=probes, answers_sha256=None, read=read)
 
 
-FILES = "text-"
+TEXTS = "text-"
 # Why a text has no divergences from the original, or `MEASURED` where it has.
 MEASURED, ALONE, NO_ROOM = "measured", "no original", "no room"
 OTHER_TOKENS, OTHER_SIZE = "other tokens", "other size"
-# What reports read of the entry "text" of a probe.
-FORM: dict[str, Any] = {"context": int, "chunks": int, "tokens": int, "bytes": (int, None), "divergence": str}
-FORM |= {"file?": str, "sha256?": str}
 
 
 @dataclass(frozen=True)
@@ -304,7 +300,7 @@ def text_file_name(name: str) -> str:
     >>> text_file_name("text:wiki.txt")
     'text-8d05bc96caa7.parquet'
     """
-    return f"{FILES}{hashlib.sha256(name.encode()).hexdigest()[:12]}.parquet"
+    return f"{TEXTS}{hashlib.sha256(name.encode()).hexdigest()[:12]}.parquet"
 
 
 def write_rows(path: Path, rows: Sequence[object], schema: pa.Schema) -> None:
@@ -352,7 +348,7 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
     for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
         name = str(text.get("file", ""))
         # A name of a folder elsewhere is none of ours.
-        if not name.startswith(FILES) or name != Path(name).name or not (folder / name).is_file():
+        if not name.startswith(TEXTS) or name != Path(name).name or not (folder / name).is_file():
             raise DamagedAnswers(
                 f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
             )

@@ -25,7 +25,6 @@ from compressknow.evaluate.answers import (
     Answer,
     Answers,
     check_table,
-    find_parts,
     gather_answers,
     is_answers_folder,
     lock_folder,
@@ -122,21 +121,14 @@ def probe_model(
             run.add(probe, count_facts(probes))
         # They are of no use once all is answered.
         shutil.rmtree(folder / PARTS, ignore_errors=True)
-        return _read_folder(handle, folder, [probe.name for probe in probes])
-
-
-def is_answered(handle: ModelHandle, probe: Opened, folder: Path, reference: Answers | None) -> bool:
-    """Return whether `folder` holds this model's answers to this probe: `probe_model` would evaluate nothing."""
-    return not find_missing(handle, [probe], folder, Context(reference))
+        return _read_folder(handle, folder, probes)
 
 
 def find_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
     """Return this model's answers to these probes, where `folder` holds them all."""
-    if find_missing(handle, probes, folder, Context(reference)):
-        return None
-    return _read_folder(handle, folder, [probe.name for probe in probes])
+    return None if find_missing(handle, probes, folder, Context(reference)) else _read_folder(handle, folder, probes)
 
 
 def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
@@ -205,12 +197,13 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
+        parts = self._folder / PARTS / key[:16]
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._context if alike else Context()
-                answers, entry = self._evaluate_facts(probe, find_parts(self._folder, key), known, context, advance)
+                answers, entry = self._evaluate_facts(probe, parts, known, context, advance)
             elif isinstance(probe, RunningText):
-                chunks, entry = self._read_text(probe, find_parts(self._folder, key), known, advance)
+                chunks, entry = self._read_text(probe, parts, known, advance, same_tokens=alike)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate anew.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
@@ -229,14 +222,11 @@ class _Run:
         return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
     def _read_text(
-        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None
+        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None, *, same_tokens: bool
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
         reader, context = self._handle.make_reader(), self._context
-        original = context.reference.record if context.reference else None
-        chunks = cut_chunks(
-            reader, text, choose_context(reader, text, original.probes[text.name] if original else None)
-        )
-        same_tokens = original is None or original.model.vocabulary in (None, self._handle.loaded.vocabulary)
+        original = context.reference.record.probes[text.name] if context.reference else None
+        chunks = cut_chunks(reader, text, choose_context(reader, text, original))
         whole = context.choose_callback(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and whole:
@@ -364,7 +354,7 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Answers:
+def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) -> Answers:
     """Read the answers to these probes alone; the folder may hold those to others.
 
     They are kept by the content of the model, which may have another name by now, or another manifest.
@@ -375,7 +365,8 @@ def _read_folder(handle: ModelHandle, folder: Path, names: Sequence[str]) -> Ans
         described = handle.describe()
         model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
         model = replace(model, source=described.get("source", model.source))
-    return gather_answers(folder, replace(record, model=model, probes={name: record.probes[name] for name in names}))
+    entries = {probe.name: record.probes[probe.name] for probe in probes}
+    return gather_answers(folder, replace(record, model=model, probes=entries))
 
 
 def _open_record(folder: Path, handle: ModelHandle) -> Record:

@@ -47,11 +47,9 @@ class TextReader(Protocol):
     rows : tokens that the model reads.
     """
 
+    bos: int | None
     most: int | None
     rows: int
-
-    @property
-    def bos(self) -> int | None: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Return ids, none of them special, and how many bytes (UTF-8) end with each; None if that is not told."""
@@ -233,9 +231,10 @@ def read_text(
     whole : takes the distributions after each scored token, and gives their divergences; see
         `compressknow.evaluate.distributions`.
     """
-    left = [number for number in range(len(chunks.ids)) if number not in (done or {})]
+    total = len(chunks.ids)
+    left = [number for number in range(total) if number not in (done or {})]
     if advance:
-        advance(len(chunks.ids) - len(left), len(chunks.ids))
+        advance(total - len(left), total)
     first = [number for number in left if number < CONTINUED]
     written = {number: known[number].greedy.tolist() for number in first if number in known} if known else {}
     if new := [number for number in first if number not in written]:
@@ -243,11 +242,11 @@ def read_text(
         room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
         texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], room)
         written |= dict(zip(new, texts, strict=True))
-    for number in left:
+    for read, number in enumerate(left, start=total - len(left) + 1):
         chunk = read_chunk(reader, chunks, number, whole)
         yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
         if advance:
-            advance(len(chunks.ids) - len(left) + left.index(number) + 1, len(chunks.ids))
+            advance(read, total)
 
 
 def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:

@@ -30,8 +30,8 @@ from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, Transformers
-from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
-from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
+from compressknow.evaluate.noise import NoiseFloors
+from compressknow.evaluate.run import count_facts, find_missing, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
@@ -238,7 +238,7 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
 # What else the original is run in, to see what that alone changes.
 NoiseFloor = Literal["precision", "runtime"]
 PRECISION: tuple[NoiseFloor, ...] = ("precision",)
-_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
+_NOISE = {"precision": NoiseFloors.add_precision, "runtime": NoiseFloors.add_runtime}
 
 
 class StudyModel:
@@ -307,9 +307,12 @@ class StudyModel:
             parts = [
                 probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes
             ]
+            floors = {
+                name: NoiseFloors(handle, place, on_progress, whole=distributions) for name, place in places.items()
+            }
             for name in noise_floors:
                 parts = [
-                    _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=distributions)
+                    _NOISE[name](floors[probe.name], [probe], answers)
                     for probe, answers in zip(probes, parts, strict=True)
                 ]
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
@@ -333,7 +336,7 @@ class StudyModel:
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Return whether `evaluate_cell` would find these answers there."""
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
-        return is_answered(self._handle(cell), probe, folder, reference)
+        return not find_missing(self._handle(cell), [probe], folder, Context(reference))
 
     def name_folder(self, cell: Cell) -> str:
         """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""

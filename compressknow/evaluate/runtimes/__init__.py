@@ -99,11 +99,6 @@ class Runtime(abc.ABC):
         """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
 
     @classmethod
-    def is_default(cls, located: Located) -> bool:
-        """Return whether it runs a model that it reads where the user names no runtime."""
-        return cls.reads(located)
-
-    @classmethod
     @abc.abstractmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
         """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
@@ -115,7 +110,6 @@ class Runtime(abc.ABC):
 
     @classmethod
     def open(cls, located: Located, settings: Settings) -> Self:
-        """Return it with that model."""
         return cls(located, settings)
 
     @abc.abstractmethod

@@ -132,18 +132,15 @@ class Client:
         return bytes(body)
 
     def _explain_refusal(self, status: int, content: Any) -> Refused:
-        message = self._find_message(content)
+        what, hint = "answers with an error", None
         if status in (401, 403):
             what = "does not take the key" if self._key else "wants a key"
-            return Refused(
-                status, f"{self.url} {what} (HTTP {status}).", message, f"Set {KEYS[0]} to the server's key."
-            )
-        if 300 <= status < 400:
-            return Refused(
-                status, f"{self.url} sends requests elsewhere (HTTP {status}).", message, "Give that address."
-            )
-        hint = "Wait, lower --parallel, or look at the server's log." if status in PASSING else None
-        return Refused(status, f"{self.url} answers with an error (HTTP {status}).", message, hint)
+            hint = f"Set {KEYS[0]} to the server's key."
+        elif 300 <= status < 400:
+            what, hint = "sends requests elsewhere", "Give that address."
+        elif status in PASSING:
+            hint = "Wait, lower --parallel, or look at the server's log."
+        return Refused(status, f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint)
 
     def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.

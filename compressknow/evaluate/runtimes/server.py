@@ -70,14 +70,7 @@ class ServedScorer(CausalScorer):
             return reason
         prompt = self.encode_prompt(fact)
         (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
-        return Query(fact, prompt, (), gold, (), ())
-
-    def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
-        """Return one shape for all: nothing is padded."""
-        return ()
-
-    def _find_misfit(self, query: Query) -> str | None:
-        return super()._find_misfit(query if query.shape else replace(query, shape=(len(query.prompt),)))
+        return Query(fact, prompt, (), gold, (), self.find_shape(fact, prompt))
 
     @cached_property
     def _most(self) -> int | None:
@@ -117,10 +110,7 @@ class ServedScorer(CausalScorer):
         return [_add_first(known[query.fact.id], self._read_first(query, wanted), wanted) for query, wanted in pairs]
 
     def _answer_one(self, query: Query, wanted: Ids | None) -> Answer:
-        text = self._write(query)
-        if not self._served.scores:
-            return add_grade(self._judge(query, First(), text), query.fact, text)
-        first = self._read_first(query, wanted)
+        text, first = self._write(query), self._read_first(query, wanted)
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
         return _add_first(add_grade(answer, query.fact, text), first, wanted)
 
@@ -196,7 +186,7 @@ MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), 
 
 
 def connect(url: str, settings: Settings) -> Served:
-    """Find out which model a server has, and what it tells of it. Raises what `Server.open` does."""
+    """Find out which model a server has, and what it tells of it. Raises what `choose_model` and `detect_server` do."""
     client = Client(url, timeout=settings.timeout, parallel=settings.parallel)
     return detect_server(client, *choose_model(client, settings.model))
 

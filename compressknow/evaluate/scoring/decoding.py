@@ -213,6 +213,11 @@ def find_cache_name(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def can_cut_logits(model: PreTrainedModel) -> bool:
+    """Return whether `forward` computes the logits of the last positions alone, where that is asked for."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 # Tokens by which a model is tried.
 TRIED = 3
 # Ids [batch, tokens], a cache or None, the number of positions, and whether caches are used -> logits of the last
@@ -306,17 +311,15 @@ class TransformersReader:
     """Causal model of transformers as a `compressknow.evaluate.text.TextReader`."""
 
     def __init__(self, loaded: LanguageModel) -> None:
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self.rows = embedding_rows(self._model)
-        self.most = most_tokens(self._model, self._tokenizer)
+        self._model, self._tokenizer = model, tokenizer = loaded.model, loaded.tokenizer
+        self.rows = embedding_rows(model)
+        self.most = most_tokens(model, tokenizer)
+        # By what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same.
+        bos, first = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"][:1]
+        self.bos: int | None = bos if bos is not None and first == [bos] else None
+        self._end: int | None = tokenizer.eos_token_id
+        self._cache, self._cuts_logits = find_cache_name(model), can_cut_logits(model)
         self._checked = False
-
-    @cached_property
-    def bos(self) -> int | None:
-        """Find it by what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same."""
-        bos = self._tokenizer.bos_token_id
-        first = self._tokenizer("a", verbose=False)["input_ids"][:1]
-        return int(bos) if bos is not None and first == [bos] else None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         fast = bool(getattr(self._tokenizer, "is_fast", False))
@@ -364,11 +367,6 @@ class TransformersReader:
     def ends(self, token: int) -> bool:
         return token == self._end
 
-    @property
-    def _end(self) -> int | None:
-        end: int | None = self._tokenizer.eos_token_id
-        return end
-
     def _check_causal(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
         known = max(2, len(ids) // 2)
@@ -388,14 +386,6 @@ class TransformersReader:
 
     def _list_arguments(self, keep: int) -> dict[str, Any]:
         return {"logits_to_keep": keep} if self._cuts_logits else {}
-
-    @cached_property
-    def _cache(self) -> str:
-        return find_cache_name(self._model)
-
-    @cached_property
-    def _cuts_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
 
 def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import decoder_start, embedding_rows
 from compressknow.evaluate.facts import BLANK, Fact, Probe
-from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, select_encoded
+from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import ROWS, Ids, Query, Scorer
 
@@ -232,7 +231,7 @@ class CausalScorer(DecodingScorer):
 
     @cached_property
     def _cuts_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return can_cut_logits(self.model)
 
     @property
     def _start(self) -> int:
@@ -317,7 +316,6 @@ class Seq2SeqScorer(DecodingScorer):
 
 
 def _group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    """Group indices of the options by their number of tokens."""
     groups: dict[int, list[int]] = {}
     for index, ids in enumerate(options):
         groups.setdefault(len(ids), []).append(index)

@@ -58,7 +58,6 @@ class LlamaCppScorer(CausalScorer):
         self._gguf, self._memory = model, Memory(model, SEQUENCES)
 
     def release(self) -> None:
-        """Let go of what was read, and of the model."""
         self._memory.release()
         super().release()
 
@@ -136,10 +135,6 @@ class LlamaCppScorer(CausalScorer):
         return bool(self.tokenizer.is_end(token))
 
     @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
     def architecture(self) -> str:
         return self._gguf.architecture
 
@@ -166,14 +161,10 @@ class GgufReader:
         self._memory, self._tokenizer = Memory(model, 1), GgufTokenizer(model)
         self.rows = model.rows
         self.most: int | None = model.most_tokens
+        self.bos: int | None = self._tokenizer.bos_token_id if self._tokenizer.adds_bos else None
 
     def release(self) -> None:
-        """Let go of what was read."""
         self._memory.release()
-
-    @cached_property
-    def bos(self) -> int | None:
-        return self._tokenizer.bos_token_id if self._tokenizer.adds_bos else None
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Tokenize; names of special tokens are text like any other. None for bytes where the pieces do not spell the

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.engine.language_model import embedding_rows, most_tokens
@@ -325,19 +326,11 @@ class Scorer(ABC):
         return TOO_LONG if self._most is not None and longest > self._most else None
 
     @property
-    def device(self) -> torch.device:
-        """Return where log-probabilities lie."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
     def architecture(self) -> str:
-        """Return what messages call the model."""
         return type(self.model).__name__
 
     @cached_property
     def _rows(self) -> int:
-        """Return the number of tokens that the model reads."""
         return embedding_rows(self.model)
 
     @cached_property
@@ -350,11 +343,9 @@ class Scorer(ABC):
         return self.probe.vocabulary in ("words", "full")
 
     @cached_property
-    def allowed(self) -> torch.Tensor | None:
+    def allowed(self) -> NDArray[np.int64] | None:
         """Return the ids that may be answered, ascending, [allowed]; None where all may."""
-        if self.probe.vocabulary != "words":
-            return None
-        return torch.tensor(sorted(self.words), device=self.device)
+        return np.array(sorted(self.words), dtype=np.int64) if self.probe.vocabulary == "words" else None
 
     @cached_property
     def words(self) -> Mapping[int, str]:
@@ -381,8 +372,6 @@ class Scorer(ABC):
 
     def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if query.options]
-        if not chosen:
-            return []
         bounds = self.bound_options([batch[index] for index in chosen], log_probs[chosen])
         rankings = [
             Ranking(first, np.array([len(ids) == 1 for ids in query.options]), query.options.index(query.gold))
@@ -400,12 +389,9 @@ class Scorer(ABC):
 
     def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
-        if not chosen:
-            return []
-        scores = log_probs[chosen]
-        ids = np.arange(scores.shape[1])
+        scores, ids = log_probs[chosen], np.arange(log_probs.shape[1])
         if self.allowed is not None:
-            scores, ids = scores[:, self.allowed], self.allowed.cpu().numpy()
+            scores, ids = scores[:, self.allowed], self.allowed
         values = scores.double().cpu().numpy()
         return [self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
 
@@ -423,8 +409,6 @@ class Scorer(ABC):
         self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
     ) -> list[Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
-        if not chosen:
-            return []
         zeros = np.zeros(len(chosen))
         rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
         answers = []

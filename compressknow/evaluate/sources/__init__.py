@@ -184,11 +184,8 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
 
 def find_source(name: str) -> ProbeSource | None:
     """Return the source of the probe of that name; None where there is none, or none that can be used here."""
-    kind, _ = _split_name(name)
-    if kind not in PROBES:
-        return None
     try:
-        return PROBES[kind]
+        return PROBES[_split_name(name)[0]]
     except CompressknowError:
         return None
 
@@ -198,11 +195,6 @@ def normalize_name(name: str) -> str:
     kind, part = _split_name(name)
     source = find_source(kind)
     return _join_name(kind, source.named(_normalize_part(source, part))) if source else name
-
-
-def list_known() -> list[str]:
-    """List what can be named: each part of a source that has parts, and what follows the names of others."""
-    return [_join_name(kind, part) for kind, source in list_usable() for part in source.parts or (source.form,)]
 
 
 def list_usable() -> Iterator[tuple[str, ProbeSource]]:
@@ -309,7 +301,8 @@ def _find_flaw(name: str, probe: Probe) -> str | None:
 
 
 def _make_unknown_error(name: str) -> UsageError:
-    names = list_known()
+    # Each part of a source that has parts, and what follows the names of others.
+    names = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts or (source.form,)]
     return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggest(name)}There is {', '.join(names)}.")
 
 
@@ -321,9 +314,6 @@ def _suggest(name: str) -> str:
     for kind, source in list_usable():
         if source.meant(name):
             return f"Did you mean {_join_name(kind, _normalize_part(source, name))}? "
-    fixed = [
-        _join_name(kind, part)
-        for kind, source in list_usable()
-        for part in source.parts or ([] if source.form else [""])
-    ]
-    return did_you_mean(name, fixed, cutoff=0.5)
+    alone = [kind for kind, source in list_usable() if not source.form]
+    parts = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts]
+    return did_you_mean(name, [*alone, *parts], cutoff=0.5)

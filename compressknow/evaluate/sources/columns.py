@@ -37,16 +37,11 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
     Raises UsageError where the file cannot be read.
     """
-    number = 0
-
-    def read_content() -> Iterator[str]:
-        nonlocal number
-        for number, line in enumerate(read_lines(path), start=1):  # noqa: B007
-            yield line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n"
-
+    lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
+    table = csv.DictReader(lines, strict=True)
     try:
-        table = csv.DictReader(read_content(), strict=True)
         for row in table:
+            number = table.reader.line_num
             if None in row:
                 yield number, "more cells than the header has columns"
             else:
@@ -54,7 +49,8 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
-        raise UsageError(f"{path} cannot be read, line {number}: {error}.", hint="Save it as CSV.") from None
+        where = f"line {table.reader.line_num}"
+        raise UsageError(f"{path} cannot be read, {where}: {error}.", hint="Save it as CSV.") from None
     except (OSError, NotReadable) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -133,22 +129,13 @@ POPQA = map_relations(
     }
 )
 # PopQA asks questions ("What is Henry Feilden's occupation?"); these say the same with a blank at the end.
+_POPQA_NOUNS = (
+    "author capital color composer country director father genre mother occupation producer religion screenwriter"
+)
 _POPQA_TEMPLATES = {
-    "author": "The author of [X] is [Y].",
-    "capital": "The capital of [X] is [Y].",
+    **{noun: f"The {noun} of [X] is [Y]." for noun in _POPQA_NOUNS.split()},
     "capital of": "[X] is the capital of [Y].",
-    "color": "The color of [X] is [Y].",
-    "composer": "The composer of [X] is [Y].",
-    "country": "The country of [X] is [Y].",
-    "director": "The director of [X] is [Y].",
-    "father": "The father of [X] is [Y].",
-    "genre": "The genre of [X] is [Y].",
-    "mother": "The mother of [X] is [Y].",
-    "occupation": "The occupation of [X] is [Y].",
     "place of birth": "The place where [X] was born is [Y].",
-    "producer": "The producer of [X] is [Y].",
-    "religion": "The religion of [X] is [Y].",
-    "screenwriter": "The screenwriter of [X] is [Y].",
     "sport": "The sport that [X] plays is [Y].",
 }
 
@@ -187,7 +174,6 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 
 
 def check_key(key: str) -> None:
-    """Raise UsageError for a key that is none of `KEYS`."""
     if key not in KEYS:
         near = did_you_mean(key, KEYS)
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
@@ -201,26 +187,21 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     present = set(there)
     for key in wanted:
         check_key(key)
-    chosen = _recognise(present)
-    recognized, templates = dict(chosen.of), chosen.templates
+    known = _recognise(present)
+    recognized, templates = known.of, known.templates
     if {"prompt", "template"} & set(wanted):
         # Who names a prompt or a template does not want that of the known table.
+        recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
         templates = {}
-        for key in ("prompt", "template"):
-            recognized.pop(key, None)
-    columns = Columns({**recognized, **wanted}, templates, chosen.known_as)
+    columns = Columns({**recognized, **wanted}, templates, known.known_as)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
     missing = [name for name in columns.names if name not in present]
     if missing:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
-    if "prompt" in columns.of:
-        needed = ["object"]
-    elif "template" in columns.of or columns.templates:
-        needed = ["object", "subject"]
-    else:
-        needed = ["object", "prompt"]
-    if lacking := next((key for key in needed if key not in columns.of), None):
-        raise UsageError(f"{where}: which column is the {lacking}?", listing, f"Say --map {lacking}=COLUMN.")
+    by_template = "prompt" not in columns.of and ("template" in columns.of or columns.templates)
+    for key in ("object", "subject" if by_template else "prompt"):
+        if key not in columns.of:
+            raise UsageError(f"{where}: which column is the {key}?", listing, f"Say --map {key}=COLUMN.")
     return columns
 
 

@@ -50,8 +50,6 @@ _SHOWN = 5
 
 
 class OwnFacts(ProbeSource):
-    """``facts:FILE.jsonl``."""
-
     help = "your own facts"
     form = "FILE.jsonl"
     details = """\
@@ -128,10 +126,6 @@ def _find_problems(row: dict[str, Any]) -> list[str]:
     wrong += [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
     if "obj_label" not in row:
         wrong.append("obj_label: missing")
-    if "prompt" not in row and "template" not in row:
-        wrong.append("prompt: missing, and no template either")
-    elif "prompt" not in row and "sub_label" not in row:
-        wrong.append("sub_label: missing; the template needs it")
     return [*wrong, *_check_prompt(row), *_check_candidates(row)]
 
 
@@ -146,10 +140,13 @@ def _check_prompt(row: dict[str, Any]) -> list[str]:
             return []
         return [f"prompt: holds {BLANK} {count} times, not once"]
     if "template" not in row:
-        return []
+        return ["prompt: missing, and no template either"]
+    wrong = [] if "sub_label" in row else ["sub_label: missing; the template needs it"]
     if SUBJECT not in row["template"] or row["template"].count(OBJECT) != 1 or BLANK in row["template"]:
-        return [f"template: must hold {SUBJECT}, and {OBJECT} once"]
-    return [f"sub_label: holds {BLANK}"] if BLANK in row.get("sub_label", "") else []
+        wrong.append(f"template: must hold {SUBJECT}, and {OBJECT} once")
+    elif BLANK in row.get("sub_label", ""):
+        wrong.append(f"sub_label: holds {BLANK}")
+    return wrong
 
 
 def _check_candidates(row: dict[str, Any]) -> list[str]:
@@ -193,8 +190,6 @@ DOMAINS = LAMA | CONCEPTNET | POPQA
 
 
 class Hub(ProbeSource):
-    """``hf:DATASET``."""
-
     help = "a Hub data set, or a local Parquet, JSON or CSV file"
     form = "DATASET"
     takes = frozenset({"columns", "split"})
@@ -312,8 +307,6 @@ LEAST_CONTEXT = 8
 
 
 class Text(ProbeSource):
-    """``text:FILE``."""
-
     help = "perplexity of a text, and KL by token, as llama.cpp has them (causal models)"
     form = "FILE.txt"
     takes = frozenset({"context"})

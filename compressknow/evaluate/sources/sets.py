@@ -83,8 +83,6 @@ _LONGEST_SENTENCE = 100
 
 
 class Atlas(ProbeSource):
-    """``atlas``, in one of several wordings."""
-
     help = "built in: 4,002 facts of six domains; nothing to download"
     takes = frozenset({"template"})
 
@@ -136,8 +134,6 @@ def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
 
 
 class Bear(ProbeSource):
-    """``bear``, in one of several wordings."""
-
     help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})
     folders = ("bear", "BEAR")
@@ -330,10 +326,7 @@ def _select_facts(
     facts, dropped, unique = [], Counter[str](), UniqueIds()
     seen: set[tuple[str, ...]] = set()
     for row in rows:
-        reason = _check_labels(row)
-        if words is not None:
-            reason = reason or _check_officially(row, words)
-        if reason := reason or check_blanks(row.prompt):
+        if reason := _find_reason(row, words):
             dropped[reason] += 1
             continue
         if words is None or row.template is not None:
@@ -357,18 +350,18 @@ def _select_facts(
     return tuple(facts), dict(dropped)
 
 
-def _check_labels(row: _Row) -> str | None:
-    """Return why a row makes no fact in either protocol."""
+def _find_reason(row: _Row, words: frozenset[str] | None) -> str | None:
+    """Return why a row makes no fact; the official code, which has `words`, drops more."""
     if not (isinstance(row.obj_label, str) and isinstance(row.sub_label, str)):
         return "no label of subject or object"
-    return f"no template for its relation in {RELATIONS}" if row.template == "" else None
-
-
-def _check_officially(row: _Row, words: frozenset[str]) -> str | None:
-    """Return why the official code drops a row."""
-    if row.template is None and len(row.prompt.split()) > _LONGEST_SENTENCE:
-        return f"sentence of more than {_LONGEST_SENTENCE} words"
-    if not words.issuperset(row.obj_label.split(" ")):
-        return "object outside the common vocabulary"
-    judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
-    return "rejected by its raters" if judgments.count(False) > judgments.count(True) else None
+    if row.template == "":
+        return f"no template for its relation in {RELATIONS}"
+    if words is not None:
+        if row.template is None and len(row.prompt.split()) > _LONGEST_SENTENCE:
+            return f"sentence of more than {_LONGEST_SENTENCE} words"
+        if not words.issuperset(row.obj_label.split(" ")):
+            return "object outside the common vocabulary"
+        judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
+        if judgments.count(False) > judgments.count(True):
+            return "rejected by its raters"
+    return check_blanks(row.prompt)

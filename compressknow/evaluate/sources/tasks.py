@@ -51,8 +51,6 @@ _DEFINED = re.compile(rb"""^(?:task|group|tag):[ \t]*["']?([\w.+-]+)""", re.MULT
 
 
 class LmEval(ProbeSource):
-    """``lm-eval:TASK``."""
-
     help = "boolq, piqa, winogrande (--data DIR for local copies), and every other task of lm-eval"
     form = "TASK"
     takes = frozenset({"data", "tasks"})
