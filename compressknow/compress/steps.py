@@ -405,11 +405,9 @@ def _check_amount(amount: Any, what: str, hint: str) -> None:
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
     """Return how many weights a step zeroes, from shapes alone: in each tensor, and in all. The first is None where one
     choice over all tensors decides how many fall in which."""
-    if step.is_global:
-        return None, round(step.amount * sum(each.tensor.numel for each in weights))
     with METHODS.explain_failures(step.method):
-        counts = [step.chosen.count(each, step.amount) for each in weights]
-    return counts, sum(counts)
+        counts = step.chosen.count_all(weights, step.amount)
+    return (None, counts) if isinstance(counts, int) else (counts, sum(counts))
 
 
 def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
