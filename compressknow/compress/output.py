@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Self
 import torch
 
 from compressknow.base.errors import CheckpointError
+from compressknow.base.format import json_text
 from compressknow.base.progress import Repeating
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import new_file, write_at
 from compressknow.compress.blocks import Pool
-from compressknow.compress.manifest import Manifest, serialize
+from compressknow.compress.manifest import Manifest
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, TensorWriter
 from compressknow.compress.proof import build_config, prove_written
@@ -85,7 +86,7 @@ class NewFolder(Staging):
 
         Raises CheckpointError where a file of the checkpoint changed since it was opened.
         """
-        self.write(MANIFEST_NAME, serialize(manifest))
+        self.write(MANIFEST_NAME, json_text(manifest).encode())
         if self._render_card:
             card = self._render_card(manifest, self._source.folder)
             self.write(CARD_NAME, card.encode("utf-8", "backslashreplace"))
