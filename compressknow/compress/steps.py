@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.packages import Registry
 from compressknow.compress.parameters import is_of, option
-from compressknow.compress.pruning import METHODS, PruningMethod, Weights
+from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, layer_ranges
 
@@ -248,7 +248,7 @@ class Prune:
     @property
     def calibrated(self) -> bool:
         """Tell whether it looks at activations."""
-        return self.chosen.needs in ("norms", "products")
+        return isinstance(self.chosen, Calibrated)
 
     @property
     def is_global(self) -> bool:
@@ -430,8 +430,10 @@ def prune_matrix(
 
     Raises CompressknowError where a method of another package fails, or gives something of another form.
     """
+    method = step.chosen
+    assert isinstance(method, Calibrated)
     with METHODS.explain_failures(step.method):
-        mask, values = step.chosen.prune(weight, inputs, step.amount)
+        mask, values = method.prune(weight, inputs, step.amount)
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
             raise CompressknowError(

@@ -133,12 +133,6 @@ class PruningMethod(Parametric, abc.ABC):
         `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
         """
 
-    def prune(
-        self, weight: torch.Tensor, inputs: InputStatistics, amount: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`; other methods do not have it."""
-        raise NotImplementedError(f"{self.name} does not look at activations.")
-
 
 class Calibrated(PruningMethod):
     """Method that looks at activations; `needs` is ``norms`` or ``products``."""
