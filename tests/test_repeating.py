@@ -39,7 +39,7 @@ from compressknow.compress.blocks import Pool
         """
 with Pool(1) as pool:
     outputs = OutputFiles(Path(sys.argv[1]), Layout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
-    outputs.sync(pool)
+    outputs.complete(pool, {})
     outputs.close()
 print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
 """,

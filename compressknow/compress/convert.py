@@ -119,16 +119,16 @@ def carry_out(
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
             plan = _decide_removal(plan, text, Path(cut_tensors), threads, begin)
-            output.open(plan)
             blockwise = any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
             with (
+                output.open(plan) as weights,
                 begin("calibrate" if blockwise else "convert") as advance,
                 Pool(threads) as pool,
                 OpenFiles() as files,
             ):
                 progress = count_progress(None if blockwise else advance, _count_bytes(plan))
                 unfitted = plan.removal.unfitted if plan.removal else {}
-                work = Work(pool, files, progress, output.writer, unfitted)
+                work = Work(pool, files, progress, weights.writer, unfitted)
                 masks = _choose_masks(work, plan)
                 calibrated = None
                 if blockwise:
@@ -136,11 +136,11 @@ def carry_out(
 
                     assert text is not None
                     calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
-                done = {**output.known, **(calibrated.measured if calibrated else {})}
+                done = {**weights.known, **(calibrated.measured if calibrated else {})}
                 shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
-                output.complete(measured, pool)
+                weights.complete(pool, measured)
         read, written = output.write_beside(plan)
         manifest = build_manifest(plan, measured, hashes | read, written, text, calibrated)
         output.publish(manifest)

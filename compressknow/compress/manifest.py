@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -146,13 +145,6 @@ def _describe_calibration(text: CalibrationText, done: Calibrated | None, remova
         "unseen": done.unseen if done else [],
         **({"smoothed": done.smoothed} if done and done.smoothed else {}),
     }
-
-
-def serialize(manifest: Mapping[str, Any]) -> bytes:
-    """Return the JSON of a manifest, the same bytes for the same content."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Half a surrogate pair, which a folder's name may hold, as an escape.
-    return text.encode("utf-8", "backslashreplace")
 
 
 def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Self
 import torch
 
 from compressknow.base.errors import CheckpointError
+from compressknow.base.format import json_text
 from compressknow.base.progress import Repeating
 from compressknow.base.reading import sha256_of
 from compressknow.base.system import new_file, write_at
 from compressknow.compress.blocks import Pool
-from compressknow.compress.manifest import Manifest, serialize
+from compressknow.compress.manifest import Manifest
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, TensorWriter
 from compressknow.compress.proof import build_config, prove_written
@@ -60,37 +61,16 @@ class NewFolder(Staging):
     Raises what `list_carried_files` and `Staging` do.
     """
 
-    # Tensors that are there already, with what was measured of them.
-    known: ClassVar[Mapping[str, Measured]] = {}
-
     def __init__(
         self, output: str | Path, source: Checkpoint, *, overwrite: bool = False, render_card: RenderCard | None = None
     ) -> None:
         self._source, self._render_card = source, render_card
         self._carried = list(list_carried_files(source.folder))
-        self._weights: OutputFiles | None = None
         super().__init__(Path(output), overwrite=overwrite, source=source.folder)
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if self._weights:
-                self._weights.close()
-        finally:
-            super().__exit__(kind, error, trace)
-
-    def open(self, plan: Plan) -> None:
+    def open(self, plan: Plan) -> OutputFiles:
         """Make the weight files at their full size."""
-        self._weights = OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
-
-    def writer(self, tensor_name: str) -> TensorWriter:
-        assert self._weights
-        return self._weights.writer(tensor_name)
-
-    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:  # noqa: ARG002
-        """Wait until the weights would survive a power cut."""
-        assert self._weights
-        self._weights.sync(pool)
-        self._weights.close()
+        return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
         """Write config.json and copy what is carried along; the output is proved to load before anything is copied."""
@@ -106,7 +86,7 @@ class NewFolder(Staging):
 
         Raises CheckpointError where a file of the checkpoint changed since it was opened.
         """
-        self.write(MANIFEST_NAME, serialize(manifest))
+        self.write(MANIFEST_NAME, json_text(manifest).encode())
         if self._render_card:
             card = self._render_card(manifest, self._source.folder)
             self.write(CARD_NAME, card.encode("utf-8", "backslashreplace"))
@@ -132,7 +112,7 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         """Leave all as it is."""
 
-    def open(self, plan: Plan) -> None:
+    def open(self, plan: Plan) -> Self:
         """Take what is known already, and make room for the rest."""
         # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
         if plan.removal is not None or plan.recipe.smooths:
@@ -144,6 +124,7 @@ class Memory:
                 continue
             for name, part in tensor.written:
                 self.tensors[name] = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
+        return self
 
     def writer(self, tensor_name: str) -> TensorWriter:
         memory = byte_view(self.tensors[tensor_name])
@@ -153,7 +134,7 @@ class Memory:
 
         return TensorWriter(put, 0)
 
-    def complete(self, measured: Mapping[str, Measured], pool: Pool) -> None:  # noqa: ARG002
+    def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
         """Share what the plan leaves alone."""
         for tensor in self.plan.tensors:
             if not tensor.in_scope:
@@ -237,6 +218,9 @@ def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 class OutputFiles:
     """Weight files of an output, made at their full size before any work: a full disk shows at once."""
 
+    # Tensors that are there already, with what was measured of them.
+    known: ClassVar[Mapping[str, Measured]] = {}
+
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
@@ -250,11 +234,17 @@ class OutputFiles:
         self._failure: OSError | None = None
         self._flushing = Repeating(self._flush, repeat(FLUSH_SECONDS))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def writer(self, tensor_name: str) -> TensorWriter:
         file, offset = self._layout.places[tensor_name]
         return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
-    def sync(self, pool: Pool) -> None:
+    def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
         """Wait until all that was written would survive a power cut."""
         self._end_flushing()
         if self._failure is not None:

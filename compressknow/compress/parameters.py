@@ -59,7 +59,7 @@ class Parameter:
             value = math.inf
         if value is None and self.default is None:
             return value
-        if not _is_of(self.kind, value) or not self.fits(value):
+        if not is_of(self.kind, value) or not self.fits(value):
             raise UsageError(f"{self.name} must be {self.must or _KINDS[self.kind]}: {value!r}.")
         return value
 
@@ -173,7 +173,8 @@ class Parametric:
         )
 
 
-def _is_of(kind: type, value: Any) -> bool:
+def is_of(kind: type, value: Any) -> bool:
+    """Return whether a value is of a parameter's kind: a bool is no number, and a whole number is a float too."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)

@@ -29,6 +29,7 @@ from compressknow.compress.blocks import (
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pruning import METHODS, Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest, repeat_scales
+from compressknow.compress.weights import Values
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
 
 COPY_BYTES = 1 << 20
@@ -82,7 +83,7 @@ class Work(Reader):
     """
 
     writer: Callable[[str], TensorWriter]
-    unfitted: Mapping[str, StoredTensor] = field(default_factory=dict)
+    unfitted: Mapping[str, Values] = field(default_factory=dict)
 
     def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
         """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""
@@ -93,7 +94,8 @@ class Work(Reader):
     def _compress(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment) -> Measured:
         before = self.unfitted.get(planned.source.name)
         silent = Reader(self.pool, self.files, lambda _: None)
-        unfitted = None if before is None else silent.blocks(before, whole=treatment.whole)
+        columns = planned.source.shape[-1]
+        unfitted = None if before is None else before.blocks(silent, columns, whole=treatment.whole)
         tally = _Tally(planned, mask, unfitted)
         writer = self.writer(planned.names(planned.stored[0])[0])
         if planned.scheme is None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
 from compressknow.base.packages import Registry
-from compressknow.compress.parameters import option
-from compressknow.compress.pruning import METHODS, PruningMethod, Weights
+from compressknow.compress.parameters import is_of, option
+from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, layer_ranges
 
@@ -121,7 +121,7 @@ class DropBlocks:
                 raise UsageError(
                     f"There is no block {last:,}, which {self.blocks!r} names.", hint="Write 20-23, 3 or 0-2,5."
                 )
-        elif not _is_whole(self.blocks) or self.blocks < 1:
+        elif not is_of(int, self.blocks) or self.blocks < 1:
             raise UsageError(
                 f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."
             )
@@ -173,7 +173,7 @@ class DropNeurons:
     def __post_init__(self) -> None:
         what, hint = "The amount of neurons to drop", "0.2 drops 20 % of the neurons of each feed-forward block."
         _check_amount(self.amount, what, hint)
-        if self.multiple is not None and (not _is_whole(self.multiple) or self.multiple < 1):
+        if self.multiple is not None and (not is_of(int, self.multiple) or self.multiple < 1):
             raise UsageError(
                 f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
             )
@@ -195,10 +195,6 @@ def _check_sides(where: Where, key: str) -> None:
 
 def _name_side(where: Where) -> str:
     return "" if where == Where() else f"[{'+'.join(where.scope)}]"
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ class Prune:
     @property
     def calibrated(self) -> bool:
         """Tell whether it looks at activations."""
-        return self.chosen.needs in ("norms", "products")
+        return isinstance(self.chosen, Calibrated)
 
     @property
     def is_global(self) -> bool:
@@ -305,7 +301,7 @@ class Quantize:
             )
         if self.smooth is None:
             return
-        if not _is_number(self.smooth) or not 0 < self.smooth <= 1:
+        if not is_of(float, self.smooth) or not 0 < self.smooth <= 1:
             raise UsageError(f"smooth must be greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual.")
         if self.chosen.rounds != "token":
             raise UsageError(
@@ -385,7 +381,7 @@ class Calibration:
             )
         for name, least in (("tokens", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_of(int, value) or value < least:
                 raise UsageError(f"calibration: {name} must be a whole number of at least {least}: {value!r}.")
 
 
@@ -400,24 +396,18 @@ def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> 
 
 def _check_amount(amount: Any, what: str, hint: str) -> None:
     """Raise UsageError where an amount is not between 0 and 1, with a further hint where it was meant as percent."""
-    if not _is_number(amount) or not 0 < amount < 1:
-        is_percent = _is_number(amount) and 1 <= amount < 100
+    if not is_of(float, amount) or not 0 < amount < 1:
+        is_percent = is_of(float, amount) and 1 <= amount < 100
         near = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
         raise UsageError(f"{what} must be greater than 0 and less than 1: {amount!r}.", hint=near + hint)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
     """Return how many weights a step zeroes, from shapes alone: in each tensor, and in all. The first is None where one
     choice over all tensors decides how many fall in which."""
-    if step.is_global:
-        return None, round(step.amount * sum(each.tensor.numel for each in weights))
     with METHODS.explain_failures(step.method):
-        counts = [step.chosen.count(each, step.amount) for each in weights]
-    return counts, sum(counts)
+        counts = step.chosen.count_all(weights, step.amount)
+    return (None, counts) if isinstance(counts, int) else (counts, sum(counts))
 
 
 def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
@@ -440,8 +430,10 @@ def prune_matrix(
 
     Raises CompressknowError where a method of another package fails, or gives something of another form.
     """
+    method = step.chosen
+    assert isinstance(method, Calibrated)
     with METHODS.explain_failures(step.method):
-        mask, values = step.chosen.prune(weight, inputs, step.amount)
+        mask, values = method.prune(weight, inputs, step.amount)
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
             raise CompressknowError(

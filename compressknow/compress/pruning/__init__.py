@@ -112,6 +112,12 @@ class PruningMethod(Parametric, abc.ABC):
         """Count the weights of a tensor that fall, from its shape alone."""
         return round(amount * weights.tensor.numel)
 
+    def count_all(self, weights: Sequence[Weights], amount: float) -> int | list[int]:
+        """Count the weights that fall: over all tensors of the step together, or in each."""
+        if self.over_scope:
+            return round(amount * sum(each.tensor.numel for each in weights))
+        return [self.count(each, amount) for each in weights]
+
     def check(self, amount: float) -> None:
         """Raise UsageError if the method cannot prune this amount; most can prune any."""
 
@@ -126,12 +132,6 @@ class PruningMethod(Parametric, abc.ABC):
         The masks of one step zero exactly as many weights as `count_pruned` says, whatever the number of threads.
         `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
         """
-
-    def prune(
-        self, weight: torch.Tensor, inputs: InputStatistics, amount: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`; other methods do not have it."""
-        raise NotImplementedError(f"{self.name} does not look at activations.")
 
 
 class Calibrated(PruningMethod):

@@ -34,12 +34,6 @@ class Unstructured(PruningMethod):
     def over_scope(self) -> bool:
         return not self.per_layer
 
-    def count_all(self, weights: Sequence[Weights], amount: float) -> int | list[int]:
-        """Count the weights that fall: over all tensors, or in each."""
-        if self.over_scope:
-            return round(amount * sum(each.tensor.numel for each in weights))
-        return [self.count(each, amount) for each in weights]
-
 
 class L1Unstructured(Patterned, Unstructured):
     """Smallest magnitudes: one threshold over all, ties in the order of tensors, then of index; or by a pattern."""

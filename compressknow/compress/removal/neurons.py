@@ -15,6 +15,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.compress.blocks import Reader
 from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
 from compressknow.compress.steps import DropNeurons, Where
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import Naming
 from compressknow.model.meta import rebuild_model
@@ -156,6 +157,11 @@ class Cut:
     width: int
     down: LinearWeight
 
+    def select(self, neurons: torch.Tensor) -> Values:
+        """Return what stays of it with these neurons (int64, ascending)."""
+        numbers = torch.cat([neurons + self.width * part for part in range(self.each)])
+        return Values(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
+
 
 def drop_neurons(
     checkpoint: Checkpoint, settings: Settings, drops: Sequence[DroppedNeurons]
@@ -265,14 +271,14 @@ def write_cuts(
     cuts: Mapping[str, Cut],
     selected: Mapping[str, SelectedNeurons],
     folder: Path,
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+) -> tuple[dict[str, StoredTensor], dict[str, Values]]:
     """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from;
     `selected` by the parameter name of a network's down projection.
 
     Returns the tensors in their new places, by stored name; and, of those with new weights, what they would be without.
     """
     written: dict[str, StoredTensor] = {}
-    unfitted: dict[str, StoredTensor] = {}
+    unfitted: dict[str, Values] = {}
     files: dict[Path, BinaryIO] = {}
     with ExitStack() as stack:
         for name, cut in cuts.items():
@@ -280,27 +286,14 @@ def write_cuts(
             if path not in files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files[path] = stack.enter_context(path.open("xb"))
-            numbers, fitted = selected[cut.down.parameter]
-            rows = _cut_rows(reader, cut, numbers)
-            versions: list[tuple[dict[str, StoredTensor], Iterable[torch.Tensor]]] = [(written, rows)]
+            neurons, fitted = selected[cut.down.parameter]
+            remaining = cut.select(neurons)
+            pieces: Iterable[torch.Tensor] = (block.values for block in remaining.blocks(reader))
             if cut.parameter == cut.down.parameter:
+                unfitted[name] = remaining
                 values = fitted.T if cut.down.transposed else fitted
-                versions = [(written, [values.to(torch_dtype(cut.source.dtype))]), (unfitted, rows)]
-            for tensors, pieces in versions:
-                offset = files[path].tell()
-                tensors[name] = replace(checkpoint.tensors[name], file=path, offset=offset, loaded=None)
-                for piece in pieces:
-                    files[path].write(byte_view(piece.contiguous()))
+                pieces = [values.to(torch_dtype(cut.source.dtype))]
+            written[name] = replace(checkpoint.tensors[name], file=path, offset=files[path].tell(), loaded=None)
+            for piece in pieces:
+                files[path].write(byte_view(piece.contiguous()))
     return written, unfitted
-
-
-def _cut_rows(reader: Reader, cut: Cut, neurons: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Cut a tensor, in pieces, in its own dtype."""
-    numbers = torch.cat([neurons + cut.width * part for part in range(cut.each)])
-    for block in reader.blocks(cut.source):
-        # The last axis of a tensor is the columns of a block.
-        if cut.axis == len(cut.source.shape) - 1:
-            yield block.values[:, numbers]
-        else:
-            rows = block.rows
-            yield block.values[numbers[(numbers >= rows.start) & (numbers < rows.stop)] - rows.start]

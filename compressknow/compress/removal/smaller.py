@@ -15,6 +15,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
 from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, find_stacks, parse_block, read_shapes
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint, some_of
 from compressknow.model.groups import structure_of
 from compressknow.model.loading import Binding, Naming, missing_weights
@@ -71,7 +72,7 @@ class Removal:
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     selected: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    unfitted: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    unfitted: dict[str, Values] = field(default_factory=dict, repr=False)
     is_decided: bool = True
     is_blockwise: bool = True
 
