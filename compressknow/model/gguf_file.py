@@ -74,6 +74,16 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
     return [each for each in stored if each.offset + each.nbytes <= size]
 
 
+def count_values(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield name, number of the type, and number of values of each tensor of a GGUF file.
+
+    Raises NotReadable and OSError as `check_gguf` does.
+    """
+    with _open_header(path) as header:
+        for tensor in header.read():
+            yield str(tensor.name, "utf-8", "replace"), tensor.kind, math.prod(tensor.shape)
+
+
 @contextmanager
 def _open_header(path: Path) -> Iterator[_Header]:
     with open_regular(path) as file:
