@@ -21,7 +21,6 @@ from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
-from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
 from compressknow.compress.weights import Side, read_side
 from compressknow.engine.identity import locate, read_contents, source_of
@@ -249,9 +248,9 @@ def write(
         record = _build_record(export, made, entries)
         write_with_metadata(build_metadata(record), made, place.file)
         made.unlink()
-        with Pool(1) as pool, place.file.open("rb+") as file:
+        with place.file.open("rb+") as file:
             os.fsync(file.fileno())
-            nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
+        nbytes, sha256 = place.file.stat().st_size, sha256_of(place.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.gguf.choice import NEED_IMPORTANCE, list_tensor_types
+from compressknow.gguf.choice import list_tensor_types
 from compressknow.gguf.llama_cpp import load_native
 
 Floats = npt.NDArray[np.float32]
@@ -68,8 +68,6 @@ def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Byt
     rows, columns = weight.shape
     packed = np.empty((rows, get_nbytes(type, (1, columns))), np.uint8)
     weight = np.ascontiguousarray(weight, np.float32)
-    if importance is None and type in NEED_IMPORTANCE:
-        importance = np.ones(columns, np.float32)
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (columns,):
