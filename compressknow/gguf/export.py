@@ -46,15 +46,18 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
-from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
 from compressknow.gguf.plain import PLAIN_DTYPES, Plain, find_same_channels, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
+    IMPORTANCE,
     SCHEMA,
     ExportRecord,
+    Place,
     build_metadata,
+    check_room,
     collect_versions,
     compare_to_record,
+    get_record_path,
     read_record,
     write_with_metadata,
 )
