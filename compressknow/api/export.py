@@ -115,11 +115,11 @@ def export(
     matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
     target = _read_target(locals())
     deciding = open_facts(facts or None) if target else []
-    choice, text = _read_types(locals()), None
-    if target is not None:
-        text = choice.calibration
-        # llama.cpp needs an importance matrix where it rounds.
-        choice = choice if target.rounding == "nearest" else replace(choice, calibration=None)
+    choice = _read_types(locals(), sized=target is not None)
+    text = choice.calibration
+    if target is not None and target.rounding == "gptq":
+        # Only llama.cpp's own rounding needs an importance matrix.
+        choice = replace(choice, calibration=None)
     # What a size comes to is not known before it is measured.
     repeats = target is None and not overwrite
     is_there = _check_places(
@@ -166,8 +166,7 @@ def _write_modelfile(place: Path | None, text: str | None) -> None:
 
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
-    sized = options["size"] is not None or options["bits"] is not None
-    if not sized:
+    if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "must", "rounding"):
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
@@ -214,13 +213,12 @@ _RECIPE: dict[str, Any] = {
 }
 
 
-def _read_types(options: Mapping[str, Any]) -> Choice:
+def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
     if options["recipe"] is not None:
         check_beside_recipe(options, _RECIPE)
         choice = read_choice(Path(options["recipe"]))
     else:
-        sized = options["size"] is not None or options["bits"] is not None
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
