@@ -94,7 +94,6 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     """
     from compressknow.api.sweep import sweep as run
 
-    lines = _Lines(options["known"], silent=as_json)
     with if_interrupted(RESUMES):
         study = run(
             model,
@@ -102,7 +101,7 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
             probe=probe or None,
             command=get_command(),
             on_progress=Lines(),
-            on_result=lines,
+            on_result=None if as_json else _Lines(options["known"]),
             **options,
         )
     if as_json:
@@ -115,12 +114,10 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
 class _Lines:
     """Printer of a line per cell, as it comes."""
 
-    def __init__(self, known: str, *, silent: bool) -> None:
-        self._known, self._silent, self._has_head = known, silent, False
+    def __init__(self, known: str) -> None:
+        self._known, self._has_head = known, False
 
     def __call__(self, result: CellResult) -> None:
-        if self._silent:
-            return
         if not self._has_head:
             self._has_head = True
             original = result.original
