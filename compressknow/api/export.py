@@ -25,14 +25,7 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.record import (
-    ExportRecord,
-    check_beside,
-    check_destination,
-    finish,
-    get_record_path,
-    is_recorded,
-)
+from compressknow.gguf.record import ExportRecord, check_beside, check_destination, finish, is_recorded
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
@@ -267,6 +260,6 @@ def _check_places(
     check_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
-    is_there = writes and repeats and get_record_path(output).is_file() and is_recorded(output, choice)
+    is_there = writes and repeats and is_recorded(output, choice)
     check_destination(output, overwrite=overwrite or is_there, source=Path(model))
     return is_there
