@@ -322,7 +322,7 @@ def _make_file(
         # Room for what llama.cpp makes.
         shutil.rmtree(folder / _PLAIN, ignore_errors=True)
     tensors = read_tensors(exact, export.side)
-    kind, types, entries = _choose_types(export, exact, tensors)
+    kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
         importance, entries["importance"] = known
         matrix = str(folder / MATRIX)
@@ -339,11 +339,11 @@ def _make_file(
     return output, entries
 
 
-def _choose_types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
     """Return the type of the file, those of single tensors, and what a record says of them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
-    fitted = export.fit.choose(tensors, measure_overhead(exact, tensors))
+    fitted = export.fit.choose(tensors, measure_overhead(tensors))
     kind = find_main_type(fitted.types, tensors)
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
     return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}
