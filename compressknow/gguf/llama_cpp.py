@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
-from compressknow.gguf.children import join_packages
+from compressknow.gguf.children import put_first
 from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, gguf_parts
 
 MODULE = "llama_cpp_py_sync"
@@ -134,13 +134,12 @@ def check_no_crash(path: Path) -> None:
 @cache
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
-    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=put_first(Path(__file__).parents[2]),
         check=False,
     )
     return done.returncode, done.stdout.decode("utf-8", "replace")
