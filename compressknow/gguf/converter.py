@@ -226,9 +226,11 @@ def read_planned_types(scratch: Path) -> dict[str, str]:
 
 def _call_llama_cpp(request: Request) -> int:
     """Call llama.cpp, and return its exit code."""
-    from compressknow.gguf.choice import list_file_types, list_tensor_types, load_bindings
+    from llama_cpp_py_sync import _cffi_bindings
 
-    ffi, library = load_bindings().get_ffi(), load_bindings().get_lib()
+    from compressknow.gguf.choice import list_file_types, list_tensor_types
+
+    ffi, library = _cffi_bindings.get_ffi(), _cffi_bindings.get_lib()
     # What is handed over lives as long as it is named here.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
