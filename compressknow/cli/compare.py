@@ -96,7 +96,7 @@ def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: b
 
         show_json(diff_json(comparison))
         return
-    show("\n".join(compare_page(comparison)))
+    show(*compare_page(comparison))
     show_written(output)
 
 

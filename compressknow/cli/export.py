@@ -105,7 +105,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     if as_json:
         show_json(record)
     else:
-        show("\n".join(_page(record, model, output, options["modelfile"], dry_run=dry_run)))
+        show(*_page(record, model, output, options["modelfile"], dry_run=dry_run))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, as_json)

@@ -64,7 +64,7 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
 
     with if_interrupted(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
-    show("\n".join(page(result, model, options["guide"])))
+    show(*page(result, model, options["guide"]))
     show_written(output)
 
 

@@ -107,7 +107,7 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     if as_json:
         show_json_text((output / "study.json").read_text(encoding="utf-8"))
     else:
-        show("\n".join(_end(study, output)))
+        show(*_end(study, output))
     return 1 if study.failed else 0
 
 
@@ -125,8 +125,8 @@ class _Lines:
             name, of = plain(original.record.model.name, 40), len(original.answers)
             does, how = ("produces", "") if self._known == "produced" else ("answers", " right")
             show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({percent(right, of)}).\n")
-            show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        show("\n".join(_line(result)))
+            show(COLUMNS, "-" * len(COLUMNS))
+        show(*_line(result))
 
 
 def _line(result: CellResult) -> Iterator[str]:
