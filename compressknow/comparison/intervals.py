@@ -251,12 +251,11 @@ def paired_test(clusters: Sequence[Counts]) -> PairedTest:
     """
     changes = np.array([c.gained - c.lost for c in clusters if c.n], dtype=np.int64)
     total = sum(clusters, Counts())
-    if not FEWEST <= len(changes) < total.n:
-        return PairedTest(mcnemar(total), "fact")
-    if len(changes) >= FEWEST_SIGNS:
-        return PairedTest(_flip_signs(changes), "relation")
     exact = mcnemar(total)
-    return PairedTest(None if exact is None else max(exact, _students_t(changes)), "relation")
+    if exact is None or not FEWEST <= len(changes) < total.n:
+        return PairedTest(exact, "fact")
+    p = _flip_signs(changes) if len(changes) >= FEWEST_SIGNS else max(exact, _students_t(changes))
+    return PairedTest(p, "relation")
 
 
 def _flip_signs(changes: np.ndarray) -> float:
@@ -264,10 +263,10 @@ def _flip_signs(changes: np.ndarray) -> float:
     # Of each sum that the changes so far can have, from the least to the greatest.
     chances = np.ones(1)
     for size in map(int, np.sort(np.abs(changes[changes != 0]))):
-        shifted = np.zeros(len(chances) + 2 * size)
-        shifted[: len(chances)] = chances / 2
-        shifted[2 * size :] += chances / 2
-        chances = shifted
+        wider = np.zeros(len(chances) + 2 * size)
+        wider[: len(chances)] = chances / 2
+        wider[2 * size :] += chances / 2
+        chances = wider
     seen = abs(int(changes.sum()))
     # Both tails are alike.
     return min(1.0, float(2 * chances[len(chances) // 2 + seen :].sum())) if seen else 1.0
