@@ -25,14 +25,13 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.place import check_beside, check_destination, finish, get_record_path
+from compressknow.gguf.record import ExportRecord, check_beside, check_destination, finish, is_recorded
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
     from compressknow.gguf.export import Export
-    from compressknow.gguf.record import ExportRecord
 
 
 @verb
@@ -111,11 +110,11 @@ def export(
     matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
-    choice, text = _read_types(locals()), None
-    if target is not None:
-        text = choice.calibration
-        # llama.cpp needs an importance matrix where it rounds.
-        choice = choice if target.rounding == "nearest" else replace(choice, calibration=None)
+    choice = _read_types(locals(), sized=target is not None)
+    text = choice.calibration
+    if target is not None and target.rounding == "gptq":
+        # Only llama.cpp's own rounding needs an importance matrix.
+        choice = replace(choice, calibration=None)
     # What a size comes to is not known before it is measured.
     repeats = target is None and not overwrite
     is_there = _check_places(
@@ -162,8 +161,7 @@ def _write_modelfile(place: Path | None, text: str | None) -> None:
 
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
-    sized = options["size"] is not None or options["bits"] is not None
-    if not sized:
+    if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
@@ -210,13 +208,12 @@ _RECIPE: dict[str, Any] = {
 }
 
 
-def _read_types(options: Mapping[str, Any]) -> Choice:
+def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
     if options["recipe"] is not None:
         check_beside_recipe(options, _RECIPE)
         choice = read_choice(Path(options["recipe"]))
     else:
-        sized = options["size"] is not None or options["bits"] is not None
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
@@ -265,10 +262,6 @@ def _check_places(
     check_links(output.parent)
     if writes:
         clean(output, lambda folder: finish(output, folder, importance))
-    is_there = writes and repeats and get_record_path(output).is_file()
-    if is_there:
-        from compressknow.gguf.record import is_recorded
-
-        is_there = is_recorded(output, choice)
+    is_there = writes and repeats and is_recorded(output, choice)
     check_destination(output, overwrite=overwrite or is_there, source=Path(model))
     return is_there

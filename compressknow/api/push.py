@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compressknow.api.words import verb
 from compressknow.base.hub import Upload, check_login, check_repo, upload
+from compressknow.gguf.record import read_record
 from compressknow.model.manifest import read_manifest
 from compressknow.pages.model_card import render_gguf_card
 
@@ -36,8 +37,6 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
     check_push(repo)
     place, card = Path(output), None
     if place.suffix == ".gguf":
-        from compressknow.gguf.record import read_record
-
         record = read_record(place)
         card = render_gguf_card(record, place.name)
     else:

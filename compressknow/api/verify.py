@@ -9,7 +9,7 @@ from compressknow.api.words import verb
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
-from compressknow.gguf.place import check_recorded
+from compressknow.gguf.record import check_recorded, compare_to_record
 from compressknow.model.manifest import check_converted
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Ver
         raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
     require("gguf")
     check_recorded(path)
-    from compressknow.gguf.record import compare_to_record
-
     with report_progress(resolve_progress(on_progress), Stage("verify", str(path))) as advance:
         result = compare_to_record(path, advance=advance)
     if check and result.differences:

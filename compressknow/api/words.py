@@ -110,18 +110,15 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 def _spell_out(signature: inspect.Signature) -> inspect.Signature:
     """Return the signature with each of the words as a parameter, as `help` and editors show it."""
-    parameters = []
-    for each in signature.parameters.values():
-        if each.kind is not inspect.Parameter.VAR_KEYWORD:
-            parameters.append(each)
-            continue
-        words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(each.annotation))
-        defaults = _list_defaults()
-        for name, kind in words.__annotations__.items():
-            kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-            word = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
-            parameters.append(word)
-    return signature.replace(parameters=parameters)
+    *named, last = signature.parameters.values()
+    if last.kind is not inspect.Parameter.VAR_KEYWORD:
+        return signature
+    words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(last.annotation))
+    defaults = _list_defaults()
+    for name, kind in words.__annotations__.items():
+        kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+        named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind))
+    return signature.replace(parameters=named)
 
 
 def _list_defaults() -> dict[str, Any]:

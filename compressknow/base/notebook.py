@@ -42,7 +42,7 @@ def _fit(summary: Summary) -> Summary:
         plain(summary.title, TITLE_CHARACTERS),
         plain(summary.verdict, VERDICT_CHARACTERS),
         summary.columns,
-        [[plain(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows[:SHOWN_IN_A_NOTEBOOK]],
+        [[plain(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows],
     )
 
 
@@ -66,7 +66,7 @@ class Shown:
     def _show(self, write: Callable[[Summary], str]) -> str | None:
         # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
         try:
-            return write(self._summary())
+            return write(_fit(self._summary()))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return None
 
@@ -93,8 +93,7 @@ def as_line(summary: Summary) -> str:
     >>> as_line(Summary("Card: what a knew", "95 % kept."))
     '<Card: what a knew; 95 % kept.>'
     """
-    fit = _fit(summary)
-    line = f"{fit.title}; {fit.verdict}" if fit.verdict else fit.title
+    line = f"{summary.title}; {summary.verdict}" if summary.verdict else summary.title
     return f"<{textwrap.shorten(line, LINE_CHARACTERS, placeholder=' ...')}>"
 
 
@@ -108,14 +107,13 @@ def as_text(summary: Summary) -> str:
       x       12
       longer   3>
     """
-    more, summary = _more(summary, SHOWN_AT_A_PROMPT), _fit(summary)
     rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [summary.title, *textwrap.wrap(summary.verdict, WIDTH, initial_indent="  ", subsequent_indent="  ")]
     for name, *figures in rows:
         padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
         lines.append("  ".join([f"  {name:<{widths[0]}}", *padded]))
-    if more:
+    if more := _more(summary, SHOWN_AT_A_PROMPT):
         lines.append(f"  {more}")
     return f"<{chr(10).join(lines)}>"
 
@@ -126,13 +124,13 @@ def as_html(summary: Summary) -> str:
     >>> as_html(Summary("<b>"))
     '<div><p><strong>&lt;b&gt;</strong></p></div>'
     """
-    more, summary = _more(summary, SHOWN_IN_A_NOTEBOOK), _fit(summary)
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
     table = ""
     if summary.rows:
-        rows = "".join(_row(row, "td") for row in summary.rows)
+        rows = "".join(_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
         head = f"<thead>{_row(summary.columns, 'th')}</thead>"
         table = f'<table style="{TABLE}">{head}<tbody>{rows}</tbody></table>'
+    more = _more(summary, SHOWN_IN_A_NOTEBOOK)
     rest = f"<p>{more}</p>" if more else ""
     return f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{rest}</div>"
 

@@ -197,7 +197,7 @@ def _report_failure(what: str, *details: str | None) -> int:
     lines = [f"Error: {what}"]
     for detail in details:
         lines += [f"  {line}" for line in (detail or "").splitlines()]
-    show("\n".join(lines), err=True)
+    show(*lines, err=True)
     return FAILED
 
 
@@ -278,7 +278,7 @@ def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads
 
     def uploads(output: Path, files: Mapping[str, int | None] | None, err: bool) -> None:
         if dry_run:
-            show("\n" + "\n".join(describe_upload(files or {}, repo, private)), err=err)
+            show("", *describe_upload(files or {}, repo, private), err=err)
             return
         done = push(output, repo, private=private or None, bars=True)
         show(f"\nUploaded to {done.url}", err=err)
@@ -288,7 +288,7 @@ def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads
                 f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
                 "Some loaders read all weight files that they find: delete those there if they are of an older upload."
             )
-            show("\n".join(wrap_whole(warning)), err=True)
+            show(*wrap_whole(warning), err=True)
 
     return uploads
 

@@ -86,8 +86,7 @@ def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as
         if_interrupted(RESUMES if probe else NOTHING_WRITTEN),
         shown_first(lambda result: _show(result, output, as_json)),
     ):
-        options |= {"command": get_command(), "on_progress": Lines()}
-        comparison = run(a, b, probe, output=output, **options)
+        comparison = run(a, b, probe, output=output, command=get_command(), on_progress=Lines(), **options)
     _show(comparison, output, as_json)
 
 
@@ -97,7 +96,7 @@ def _show(comparison: CheckpointComparison, output: tuple[Path, ...], as_json: b
 
         show_json(diff_json(comparison))
         return
-    show("\n".join(compare_page(comparison)))
+    show(*compare_page(comparison))
     show_written(output)
 
 

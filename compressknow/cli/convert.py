@@ -139,7 +139,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     if as_json:
         show_json(manifest)
     else:
-        show("\n".join(manifest_page(manifest, model, output, dry_run=dry_run)))
+        show(*manifest_page(manifest, model, output, dry_run=dry_run))
     if uploads:
         uploads(output, manifest.get("planned_files"), as_json)
 

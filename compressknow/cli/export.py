@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from compressknow.cli.options import (
     read_type_of,
 )
 from compressknow.cli.terminal import Lines, show, show_json
+
+if TYPE_CHECKING:
+    from compressknow.gguf.record import ExportRecord
 
 EPILOG = """\b
 Types (--type), bits per weight with scales:
@@ -104,25 +107,18 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     if as_json:
         show_json(record)
     else:
-        chat = options["modelfile"]
-        new = page(record, model, output, dry_run=dry_run, modelfile=chat, answer=record.answer)
-        there = (f"{output} is there already, whole, made by the same export: nothing was done.",)
-        show("\n".join(new if record.is_new else (*there, *_next(model, output, chat))))
+        show(*_page(record, model, output, options["modelfile"], dry_run=dry_run))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, as_json)
 
 
-def page(
-    record: Mapping[str, Any],
-    model: str,
-    output: Path,
-    *,
-    dry_run: bool,
-    modelfile: Path | None = None,
-    answer: tuple[str, str] | None = None,
-) -> Iterator[str]:
+def _page(record: ExportRecord, model: str, output: Path, modelfile: Path | None, *, dry_run: bool) -> Iterator[str]:
     """Yield lines that say which types the groups have, and how large they are."""
+    if not record.is_new:
+        yield f"{output} is there already, whole, made by the same export: nothing was done."
+        yield from _next(model, output, modelfile)
+        return
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
     if fit := record.get("fit"):
@@ -138,8 +134,8 @@ def page(
         yield "\nDry run: nothing was written."
     else:
         yield f"\n{output}: {size(record['bytes'])}, with vocabulary and metadata."
-        if answer:
-            yield f"In llama.cpp: {plain(' -> '.join(answer), 64)}"
+        if record.answer:
+            yield f"In llama.cpp: {plain(' -> '.join(record.answer), 64)}"
         yield from _next(model, output, modelfile)
 
 

@@ -36,7 +36,7 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
     if as_json:
         show_json(summary)
     else:
-        show("\n".join(_gguf_page(summary) if "bytes" in summary else _page(summary)))
+        show(*(_gguf_page(summary) if "bytes" in summary else _page(summary)))
 
 
 def _page(summary: dict[str, Any]) -> Iterator[str]:

@@ -49,10 +49,8 @@ class Option(click.Option):
         """Return one word: what may be chosen is said in the help text."""
         if self.metavar is not None or self.is_flag:
             return super().make_metavar(ctx)
-        if isinstance(self.type, click.Choice):
-            return "NAME"
-        kind = type(self.type)
-        return {click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}.get(kind, super().make_metavar(ctx))
+        words = {click.Choice: "NAME", OneOf: "NAME", click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}
+        return words.get(type(self.type), super().make_metavar(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what follows the help text in brackets: the default alone."""

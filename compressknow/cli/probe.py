@@ -70,7 +70,7 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
         probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
         show_json(answers.record.to_dict() | {"probes": probes})
     else:
-        show("\n".join(_page(answers, output)))
+        show(*_page(answers, output))
 
 
 def _page(answers: Answers, output: Path) -> Iterator[str]:

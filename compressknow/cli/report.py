@@ -83,7 +83,7 @@ def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
     if as_json:
         show_json(card.to_dict())
         return
-    show("\n".join(report_page(card)))
+    show(*report_page(card))
     show_written(output)
 
 

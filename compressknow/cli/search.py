@@ -95,7 +95,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
     else:
         show()
         for text in (write_verdict(found), *list_warnings(found)):
-            show("\n".join(wrap(text, indent="")))
+            show(*wrap(text, indent=""))
         file = "model.gguf" if found.form == "gguf" else "model/"
         show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if found.winner else ""))
     if found.winner is None:
@@ -114,7 +114,7 @@ class _Lines:
     def __call__(self, trial: Trial) -> None:
         if not self._has_head:
             self._has_head = True
-            show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
+            show(COLUMNS, "-" * len(COLUMNS))
         name = plain(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)

@@ -66,7 +66,7 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
 
     with if_interrupted(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
-    show("\n".join(page(result, options["guide"])))
+    show(*page(result, options["guide"]))
     show(f"\nNext: compressknow {shlex.join(_propose(result, model, options))}")
     show_written(output)
 

@@ -94,7 +94,6 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     """
     from compressknow.api.sweep import sweep as run
 
-    lines = _Lines(options["known"], silent=as_json)
     with if_interrupted(RESUMES):
         study = run(
             model,
@@ -102,25 +101,23 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
             probe=probe or None,
             command=get_command(),
             on_progress=Lines(),
-            on_result=lines,
+            on_result=None if as_json else _Lines(options["known"]),
             **options,
         )
     if as_json:
         show_json_text((output / "study.json").read_text(encoding="utf-8"))
     else:
-        show("\n".join(_end(study, output)))
+        show(*_end(study, output))
     return 1 if study.failed else 0
 
 
 class _Lines:
     """Printer of a line per cell, as it comes."""
 
-    def __init__(self, known: str, *, silent: bool) -> None:
-        self._known, self._silent, self._has_head = known, silent, False
+    def __init__(self, known: str) -> None:
+        self._known, self._has_head = known, False
 
     def __call__(self, result: CellResult) -> None:
-        if self._silent:
-            return
         if not self._has_head:
             self._has_head = True
             original = result.original
@@ -128,8 +125,8 @@ class _Lines:
             name, of = plain(original.record.model.name, 40), len(original.answers)
             does, how = ("produces", "") if self._known == "produced" else ("answers", " right")
             show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({percent(right, of)}).\n")
-            show(f"{COLUMNS}\n{'-' * len(COLUMNS)}")
-        show("\n".join(_line(result)))
+            show(COLUMNS, "-" * len(COLUMNS))
+        show(*_line(result))
 
 
 def _line(result: CellResult) -> Iterator[str]:

@@ -37,9 +37,9 @@ NAME = 32
 WIDTH = 80
 
 
-def show(text: str = "", *, err: bool = False) -> None:
-    """Print text and a line's end; characters without a form of their own are named."""
-    click.echo(plain_lines(text.replace("\t", " ").replace("\r\n", "\n")), err=err)
+def show(*lines: str, err: bool = False) -> None:
+    """Print lines, an empty one for none; characters without a form of their own are named."""
+    click.echo(plain_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
 
 
 def show_written(files: Sequence[Path]) -> None:

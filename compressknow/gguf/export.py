@@ -21,7 +21,6 @@ from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
-from compressknow.compress.process import hash_file
 from compressknow.compress.staging import scratch
 from compressknow.compress.weights import Side, read_side
 from compressknow.engine.identity import locate, read_contents, source_of
@@ -47,15 +46,18 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
-from compressknow.gguf.place import IMPORTANCE, Place, check_room, get_record_path
 from compressknow.gguf.plain import PLAIN_DTYPES, Plain, find_same_channels, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
+    IMPORTANCE,
     SCHEMA,
     ExportRecord,
+    Place,
     build_metadata,
+    check_room,
     collect_versions,
     compare_to_record,
+    get_record_path,
     read_record,
     write_with_metadata,
 )
@@ -249,9 +251,9 @@ def write(
         record = _build_record(export, made, entries)
         write_with_metadata(build_metadata(record), made, place.file)
         made.unlink()
-        with Pool(1) as pool, place.file.open("rb+") as file:
+        with place.file.open("rb+") as file:
             os.fsync(file.fileno())
-            nbytes, sha256 = place.file.stat().st_size, hash_file(pool, place.file)
+        nbytes, sha256 = place.file.stat().st_size, sha256_of(place.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -320,7 +322,7 @@ def _make_file(
         # Room for what llama.cpp makes.
         shutil.rmtree(folder / _PLAIN, ignore_errors=True)
     tensors = read_tensors(exact, export.side)
-    kind, types, entries = _choose_types(export, exact, tensors)
+    kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
         importance, entries["importance"] = known
         matrix = str(folder / MATRIX)
@@ -337,11 +339,11 @@ def _make_file(
     return output, entries
 
 
-def _choose_types(export: Export, exact: Path, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
     """Return the type of the file, those of single tensors, and what a record says of them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
-    fitted = export.fit.choose(tensors, measure_overhead(exact, tensors))
+    fitted = export.fit.choose(tensors, measure_overhead(tensors))
     kind = find_main_type(fitted.types, tensors)
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
     return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from compressknow.gguf.choice import NEED_IMPORTANCE, list_tensor_types
-from compressknow.gguf.llama_cpp import open_ggml
+from compressknow.gguf.choice import list_tensor_types
+from compressknow.gguf.llama_cpp import load_native
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -67,8 +68,6 @@ def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Byt
     rows, columns = weight.shape
     packed = np.empty((rows, get_nbytes(type, (1, columns))), np.uint8)
     weight = np.ascontiguousarray(weight, np.float32)
-    if importance is None and type in NEED_IMPORTANCE:
-        importance = np.ones(columns, np.float32)
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (columns,):
@@ -124,6 +123,12 @@ def _spell(type: str) -> str:
 
 @cache
 def _load_ggml() -> tuple[Any, Any]:
+    """Open ggml itself, and return CFFI's two halves of it."""
+    import llama_cpp_py_sync
+
+    ffi: Any = type(load_native().ffi)()
     # Floats have no function of their own.
     packed = (_spell(name) for name in list_tensor_types() if name not in ("f32", "f16", "bf16"))
-    return open_ggml(_HEADER + "".join(_DEQUANTIZE.format(name=name) for name in packed))
+    ffi.cdef(_HEADER + "".join(_DEQUANTIZE.format(name=name) for name in packed))
+    folder = Path(llama_cpp_py_sync.__file__).parent
+    return ffi, ffi.dlopen(str(next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)))

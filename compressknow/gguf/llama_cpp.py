@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.packages import OPTIONAL, require
-from compressknow.gguf.children import join_packages
-from compressknow.model.gguf_file import NAMED, PART, gguf_parts
+from compressknow.base.reading import NotReadable
+from compressknow.gguf.children import put_first
+from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, gguf_parts
 
 MODULE = "llama_cpp_py_sync"
 # enum ggml_log_level of ggml.h.
@@ -78,17 +79,6 @@ def load_native() -> Native:
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
 
-@cache
-def open_ggml(declarations: str) -> tuple[Any, Any]:
-    """Open ggml itself, which llama-cpp-py-sync binds no part of; return CFFI's two halves of these C declarations."""
-    import llama_cpp_py_sync
-
-    ffi: Any = type(load_native().ffi)()
-    ffi.cdef(declarations)
-    folder = Path(llama_cpp_py_sync.__file__).parent
-    return ffi, ffi.dlopen(str(next(path for path in sorted(folder.iterdir()) if "ggml-base" in path.name)))
-
-
 def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
     """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
     sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
@@ -108,50 +98,19 @@ def collect_errors() -> Iterator[list[str]]:
     yield _errors
 
 
-# Of gguf.h and ggml.h, which llama-cpp-py-sync binds no part of.
-_HEADER = """
-struct gguf_context;
-struct gguf_init_params { bool no_alloc; void ** ctx; };
-struct gguf_context * gguf_init_from_file(const char * fname, struct gguf_init_params params);
-void gguf_free(struct gguf_context * ctx);
-int64_t gguf_get_n_tensors(const struct gguf_context * ctx);
-const char * gguf_get_tensor_name(const struct gguf_context * ctx, int64_t tensor_id);
-int gguf_get_tensor_type(const struct gguf_context * ctx, int64_t tensor_id);
-size_t gguf_get_tensor_size(const struct gguf_context * ctx, int64_t tensor_id);
-const char * ggml_type_name(int type);
-int64_t ggml_blck_size(int type);
-size_t ggml_type_size(int type);
-"""
-
-
 def count_types(path: Path) -> dict[str, dict[str, int]]:
     """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first, of a GGUF file
     that llama.cpp has opened, or of all parts of one by the first."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), "other")}
-    for part in gguf_parts(path):
-        for name, kind, parameters in _list_tensors(part):
-            group = next((group for group, pattern in NAMED if pattern.match(name)), "other")
-            counts[group][kind] += parameters
-    return {group: dict(types.most_common()) for group, types in counts.items() if types}
-
-
-def _list_tensors(path: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield name, type and number of parameters of each tensor."""
-    ffi, lib = open_ggml(_HEADER)
-    parameters = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
-    file = lib.gguf_init_from_file(str(path).encode("utf-8", "surrogateescape"), parameters[0])
-    if file == ffi.NULL:
-        return
-    try:
-        for number in range(lib.gguf_get_n_tensors(file)):
-            kind = lib.gguf_get_tensor_type(file, number)
-            blocks = lib.gguf_get_tensor_size(file, number) // lib.ggml_type_size(kind)
-            name = ffi.string(lib.gguf_get_tensor_name(file, number)).decode("utf-8", "replace")
-            # ggml spells some in small letters (q4_K), what people read has capitals.
-            named = ffi.string(lib.ggml_type_name(kind)).decode().upper()
-            yield name, named, int(blocks * lib.ggml_blck_size(kind))
-    finally:
-        lib.gguf_free(file)
+    members = load_native().ffi.typeof("enum ggml_type").relements
+    types = {number: member.removeprefix("GGML_TYPE_") for member, number in members.items()}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), UNPLACED)}
+    # One with more entries than any model needs is not counted: llama.cpp has read it all the same.
+    with suppress(NotReadable):
+        for part in gguf_parts(path):
+            for name, kind, parameters in count_values(part):
+                group = next((group for group, pattern in NAMED if pattern.match(name)), UNPLACED)
+                counts[group][types[kind]] += parameters
+    return {group: dict(of_group.most_common()) for group, of_group in counts.items() if of_group}
 
 
 # What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
@@ -175,13 +134,12 @@ def check_no_crash(path: Path) -> None:
 @cache
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
-    environment = {**os.environ, "PYTHONPATH": join_packages(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.context", path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=put_first(Path(__file__).parents[2]),
         check=False,
     )
     return done.returncode, done.stdout.decode("utf-8", "replace")

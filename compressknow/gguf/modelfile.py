@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.engine.load import load_tokenizer
-from compressknow.gguf.place import check_beside
+from compressknow.gguf.record import check_beside
 from compressknow.model.checkpoint import read_json
 
 # What stands for the three in a chat: no template has a character of the private use area.

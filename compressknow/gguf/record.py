@@ -1,26 +1,31 @@
-"""Record beside a GGUF file: what the file was made of, and whether it still is that."""
+"""GGUF file that export writes, and the record beside it, which says what it was made of: where they lie, how they
+appear whole or not at all, and whether the file still is what its record says."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError
+from compressknow.base.errors import CheckpointError, OutputError, UsageError
+from compressknow.base.files import check_links, open_whole, write_whole
 from compressknow.base.format import count, plain, size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, quiet
 from compressknow.base.reading import MANIFEST, find_mismatch
-from compressknow.compress.blocks import Pool
-from compressknow.compress.manifest import read_versions
-from compressknow.compress.process import hash_file
-from compressknow.compress.verify import Difference, Verification
+from compressknow.base.system import move, sync_folder, uninterrupted
+from compressknow.compress.staging import Staging, check_overlap
 from compressknow.gguf.choice import Choice
-from compressknow.gguf.place import check_recorded, get_record_path
 from compressknow.model.checkpoint import read_json
-from compressknow.model.gguf_file import check_gguf
+from compressknow.model.gguf_file import check_gguf, value_of
+
+if TYPE_CHECKING:
+    from compressknow.compress.verify import Verification
 
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
@@ -33,6 +38,143 @@ FORM = {
     **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
+# Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
+IMPORTANCE, OLD_RECORD = "importance", "old"
+SUFFIX = ".gguf"
+
+
+def get_record_path(output: Path) -> Path:
+    """Return where the record of a GGUF file lies."""
+    return output.with_name(f"{output.name}.json")
+
+
+def check_recorded(output: Path) -> None:
+    """Raise CheckpointError where a GGUF file has no record beside it."""
+    record = get_record_path(output)
+    if not record.is_file():
+        raise CheckpointError(
+            f"{output} has no {record.name} beside it.", hint="Give a file that `compressknow export` wrote."
+        )
+
+
+class Place(Staging):
+    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and, if it has
+    a place, the importance matrix out of it to their places."""
+
+    def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
+        self._importance = importance
+        super().__init__(output, overwrite=overwrite, source=source, check=check_destination)
+
+    @property
+    def file(self) -> Path:
+        """Return the path of the GGUF file before it is moved."""
+        return self.folder / self.output.name
+
+    def commit(self) -> None:
+        """Move all to their places: the record last, so that what has one is whole, and none is of another file.
+
+        Raises OutputError as `Staging.commit` does.
+        """
+        self._check(self.output, overwrite=self._overwrite, source=None)
+        sync_folder(self.folder)
+        with uninterrupted():
+            try:
+                with _place_importance(self._importance, self.folder):
+                    self._move_file()
+            finally:
+                if self._committed:
+                    move(get_record_path(self.file), get_record_path(self.output))
+                    sync_folder(self.output.parent)
+
+    def _move_file(self) -> None:
+        try:
+            if get_record_path(self.output).exists():
+                move(get_record_path(self.output), self.folder / OLD_RECORD)
+            move(self.file, self.output)
+            self._committed = True
+        except OSError:
+            self.finish(self.folder)
+            raise
+
+    def finish(self, folder: Path) -> None:
+        """Finish what a dead run had begun: see `finish`."""
+        finish(self.output, folder, self._importance)
+
+
+@contextmanager
+def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
+    """Put the importance matrix, on the disk already, at its place once the context ends without an error."""
+    if place is None:
+        yield
+        return
+    with open_whole(place) as file:
+        file.write((folder / IMPORTANCE).read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
+def finish(output: Path, folder: Path, importance: Path | None) -> None:
+    """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
+    only taken the old file's record away, that is put back."""
+    made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
+    if os.path.lexists(record) or not output.is_file():
+        return
+    if made.is_file() and not (folder / output.name).exists():
+        if importance and (folder / IMPORTANCE).is_file():
+            write_whole(importance, (folder / IMPORTANCE).read_bytes())
+        move(made, record)
+    elif old.is_file():
+        move(old, record)
+
+
+def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Raise OutputError where writing a GGUF file would lose something of the user's, UsageError where its name is of
+    no GGUF file."""
+    if output.suffix != SUFFIX:
+        raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
+    check_overlap(output, source)
+    record = get_record_path(output)
+    if not os.path.lexists(output):
+        if os.path.lexists(record) and not overwrite:
+            raise OutputError(f"{record} exists already.", hint="Choose another OUTPUT, or pass --overwrite.")
+        return
+    if not overwrite:
+        raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
+    if output.is_symlink() or not output.is_file() or not record.is_file():
+        raise OutputError(
+            f"{output} was not written by compressknow (it has no {record.name} beside it): not overwritten.",
+            hint="Remove it yourself, or choose another OUTPUT.",
+        )
+
+
+def check_beside(
+    path: Path, output: Path, option: str, what: str, is_ours: Callable[[Path], bool], *, overwrite: bool
+) -> None:
+    """Raise UsageError or OutputError, before any work, where what goes with a GGUF file, a ``Modelfile`` say, cannot
+    be written at the path that an option names. `is_ours` tells whether what is there already is one."""
+    if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
+        raise UsageError(f"{option} and OUTPUT have one name.", hint="Give each a name of its own.")
+    check_links(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
+    if path.exists() and not is_ours(path):
+        raise OutputError(
+            f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Raise OutputError where the disk of an output has less room than the work takes."""
+    folder = next(path for path in (Path.cwd() / output).parents if path.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OutputError(
+            f"{output} needs about {size(needed)} of disk while it is made, and {size(free)} are free.",
+            "The weights are written as floats first, beside OUTPUT.",
+            "Free some space, or write to another disk.",
+        )
 
 
 class ExportRecord(Shown, dict[str, Any]):
@@ -75,6 +217,8 @@ class ExportRecord(Shown, dict[str, Any]):
 def collect_versions(converter: str) -> dict[str, str]:
     """Return the versions of all that has a share in an export."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
+
+    from compressknow.compress.manifest import read_versions
 
     return {
         **read_versions(),
@@ -144,18 +288,25 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
     """
     path = Path(path)
     record = read_record(path)
+    # They import torch, which takes a second: what is wrong with the record is said before.
+    from compressknow.compress.blocks import Pool
+    from compressknow.compress.process import hash_file
+    from compressknow.compress.verify import Difference, Verification
+
     nbytes = path.stat().st_size
     with Pool(1) as pool:
         sha256 = hash_file(pool, path, count_progress(advance, nbytes))
     if sha256 != record.get("sha256"):
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
-        differences = list(_find_edits(path, record))
+        beside = get_record_path(path).name
+        edited = (f"it was edited: {key} is another in the file" for key in _find_edited_keys(path, record))
+        differences = [Difference(beside, None, text) for text in edited]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))
 
 
-def _find_edits(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield how the record differs from the file, whose bytes are as they were."""
+def _find_edited_keys(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the record says otherwise than the file, whose bytes are as they were."""
     import gguf
 
     try:
@@ -164,6 +315,5 @@ def _find_edits(path: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
     for key, value in build_metadata(record).items():
-        field = reader.get_field(key)
-        if field is None or field.contents() != value:
-            yield Difference(get_record_path(path).name, None, f"it was edited: {key} is another in the file")
+        if value_of(reader, key) != value:
+            yield key

@@ -27,12 +27,14 @@ ALIGNMENT = 32
 @dataclass(frozen=True)
 class Tensors:
     """Content of a GGUF file, and of the checkpoint that it was made of: by the name of a tensor the Linear weights
-    that it is, or is made of, and the names under which the checkpoint stores these."""
+    that it is, or is made of, and the names under which the checkpoint stores these. `start` are the bytes of the file
+    before its tensors."""
 
     side: Side
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, tuple[LinearWeight, ...]]
     stored: Mapping[str, tuple[str, ...]]
+    start: int = 0
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -94,6 +96,7 @@ def read_tensors(path: Path, side: Side) -> Tensors:
         tensors,
         {name: tuple(own) for name, own in weights.items()},
         {name: tuple(own) for name, own in stored.items()},
+        int(reader.data_offset),
     )
 
 
@@ -163,12 +166,10 @@ def is_matrix(tensors: Tensors, name: str) -> bool:
     return name in tensors.weights or name == "token_embd.weight"
 
 
-def measure_overhead(exact: Path, tensors: Tensors) -> int:
+def measure_overhead(tensors: Tensors) -> int:
     """Return bytes of a file beside its matrices, no fewer than they will be: vocabulary, norms and metadata, which
     includes the rules for its types."""
-    import gguf
-
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)
-    return int(gguf.GGUFReader(exact).data_offset) + others + rules + _METADATA
+    return tensors.start + others + rules + _METADATA

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -68,6 +68,15 @@ def plain_tensors(path: Path) -> list[StoredTensor]:
         if tensor.kind in _PLAIN
     ]
     return [each for each in stored if each.offset + each.nbytes <= header.size]
+
+
+def count_values(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield name, number of the type, and number of values of each tensor of a GGUF file.
+
+    Raises NotReadable and OSError as `check_gguf` does.
+    """
+    for tensor in _read_header(path).tensors:
+        yield tensor.name, tensor.kind, math.prod(tensor.shape)
 
 
 def _read_header(path: Path) -> _Header:

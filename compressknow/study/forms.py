@@ -449,4 +449,4 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     with scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)
-        yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(floats, tensors), target)
+        yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(tensors), target)

@@ -28,7 +28,7 @@ from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
-from compressknow.gguf.place import get_record_path
+from compressknow.gguf.record import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.warnings import find_rounding_kept

@@ -368,7 +368,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is refused before work."""
-    from compressknow.gguf.place import check_room
+    from compressknow.gguf.record import check_room
 
     check_room(tmp_path / "out.gguf", 1)
     with pytest.raises(OutputError, match="of disk while it is made"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.compress.staging import clean, scratch
-from compressknow.gguf.place import IMPORTANCE, OLD_RECORD, finish
+from compressknow.gguf.record import IMPORTANCE, OLD_RECORD, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
