@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compressknow._version import __version__
 from compressknow.base.format import count, number, percent, plain, size
@@ -21,6 +21,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.records import Card, Checkpoint
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
+# In the order in which pages show such facts.
 KnownBy = Literal["only A", "only B", "neither"]
 
 
@@ -271,10 +272,10 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
         for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
-    places: dict[KnownBy, int] = {"only A": 0, "only B": 1, "neither": 2}
 
     def order(pair: AnswerPair) -> tuple[object, ...]:
-        return places[pair.known_by], domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
+        place = get_args(KnownBy).index(pair.known_by)
+        return place, domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
 
     return sorted((_make_pair(*pair) for pair in pairs), key=order)
 

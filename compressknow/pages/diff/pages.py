@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.format import NONE, count, json_text, number, plain, share, size
+from compressknow.base.format import NONE, json_text, number, plain, share, size
 from compressknow.comparison.diff import CheckpointDiff, Sums, group_tensors, sum_tensors
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
@@ -30,7 +30,6 @@ from compressknow.pages.parts import (
     draw_charts,
     make_hash_entry,
     make_name_entry,
-    make_rest_note,
     show_run,
 )
 from compressknow.pages.records import Checkpoint, comparison_to_json
@@ -142,7 +141,7 @@ def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors
     if is_changed and (layers := tables.sum_layers(difference)):
         table = tables.sums_table("Linear weights by layer", "Layer", layers)
         yield Shown("compare-layers", "By layer", (table,))
-    yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+    yield Shown("compare-tensors", "By tensor", tuple(tables.tensor_parts(difference, tensors)))
     stored = tables.settings_table(difference, files), tables.structure_table(difference)
     yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
@@ -181,13 +180,6 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
     table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
     yield Folded("The map as a table", (table,))
-
-
-def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
-    table, left_out = tables.tensors_table(difference, limit)
-    if table:
-        rest = (make_rest_note(left_out, *tables.OF_COMPARISON),) if left_out else ()
-        yield Folded(f"{count(len(table.rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
 SCHEMA = 1

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from compressknow.base.format import (
-    NONE,
-    answer,
-    count,
-    number,
-    ordinal,
-    p_value,
-    percent,
-    plain,
-    share,
-)
+from compressknow.base.format import NONE, answer, count, number, ordinal, p_value, percent, plain, share
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
 from compressknow.pages.diff.make import AnswerPair, Behaviour
-from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
+from compressknow.pages.parts import BLANK, Folded, Part, Table, make_fact_parts, make_rest_note, write_bare_p
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid
 
@@ -27,7 +17,7 @@ _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Rel
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
 # Words for a page that is cut, and the file that has all of it.
-OF_COMPARISON = ("comparison", "compare.json")
+_OF_COMPARISON = ("comparison", "compare.json")
 
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
@@ -72,7 +62,7 @@ def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Ite
         )
         for fact in answers[:limit]
     )
-    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
+    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
 
 
 def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
@@ -184,16 +174,19 @@ def sums_row(name: str, sums: Sums) -> tuple[str, ...]:
     return plain(name, _NAME), *_figures(sums)
 
 
-def tensors_table(difference: CheckpointDiff, limit: int) -> tuple[Table | None, int]:
-    """Return the tensors that differ, those first that changed most; and how many are left out."""
+def tensor_parts(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
+    """Yield the tensors that differ, those first that changed most, if there are any."""
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
     rows = tuple(
         (plain(t.name, _NAME), t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} → {t.dtype_b}", *_figures(t.sums))
         for t in changed[:limit]
     )
-    table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), rows, sortable=len(rows) > 1)
-    return (table if rows else None), len(changed) - len(rows)
+    if rows:
+        table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), rows, sortable=len(rows) > 1)
+        left_out = len(changed) - len(rows)
+        rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
 def settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
