@@ -36,7 +36,7 @@ from compressknow.study.allocation import (
     describe_fit,
     pin_types,
 )
-from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
@@ -161,7 +161,7 @@ class Form(ABC):
     @property
     def label(self) -> str:
         """Return what decided the types, and how weights are rounded."""
-        return f"{'facts and text' if self.guide == 'both' else self.guide}, rounded {self.rounded}"
+        return f"{name_guide(self.guide)}, rounded {self.rounded}"
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""

@@ -24,7 +24,6 @@ from compressknow.pages.parts import (
     Chart,
     Charts,
     Drawn,
-    Entries,
     Entry,
     Folded,
     Note,
@@ -35,10 +34,13 @@ from compressknow.pages.parts import (
     Table,
     Text,
     draw_charts,
+    make_hash_entry,
+    make_name_entry,
+    show_run,
 )
 from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds
 from compressknow.study.allocation import Option, OptionTable, allocate
-from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
+from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +99,7 @@ class Map:
         modules = [*dict.fromkeys(row.module for row in self._placed if row.layer is not None)]
         cells: list[tuple[float | None, ...]] = []
         for rows in self.by_layer().values():
-            if rows[0].layer is None or not modules:
+            if rows[0].layer is None:
                 cells.append((figure(rows),))
                 continue
             by_module = [[row for row in rows if row.module == module] for module in modules]
@@ -204,7 +206,6 @@ def _to_csv(map: Map) -> str:
 
 # Weights in each of the two tables.
 SHOWN = 10
-_BY = {"facts": "facts", "text": "text", "both": "facts and text"}
 _UNIT = "thousandths of a nat per MB"
 _MAP_NOTE = (
     "The KL divergence that rounding a weight to 4 bits adds, for each MB that it saves, in thousandths of a nat: from "
@@ -239,7 +240,7 @@ def build_page(map: Map, *, charts: bool) -> Page:
         ("layers", "Layers and modules"): _tabulate_sums(map),
         ("sizes", "What the next MB buys"): _plot_sizes(map),
         ("method", "Method and limits"): iter([Sentences(_describe_method(map))]),
-        ("run", "The run"): iter([Entries(_list_run(map))]),
+        ("run", "The run"): iter(show_run(None, {"compressknow": __version__}, tuple(_list_run(map)))),
     }
     shown = (
         Shown(id, title, tuple(draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide")
@@ -362,7 +363,7 @@ WEIGHT_COLUMNS = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits"
 def _list_extremes(map: Map) -> Iterator[Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
     yield _tabulate_weights(
-        f"The {count(shown)} most sensitive weights, by {_BY[map.guide]}", map.ranked[:shown], map.guide
+        f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", map.ranked[:shown], map.guide
     )
     if least := map.ranked[shown:][-shown:][::-1]:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
@@ -478,18 +479,11 @@ def _describe_method(map: Map) -> tuple[str, ...]:
     )
 
 
-def _list_run(map: Map) -> tuple[Entry, ...]:
-    sensitivity, guidance = map.sensitivity, map.sensitivity.guidance
-    entries = [
-        Entry("Model", plain(map.model, 120), code=True),
-        _build_hash("SHA-256", sensitivity.sha256),
-        _build_hash("Facts", guidance.fingerprint),
-        _build_hash("Text", guidance.text),
-        Entry("Ranked by", _BY[map.guide]),
-        Entry("Versions", f"compressknow {__version__}"),
-    ]
-    return tuple(entry for entry in entries if entry)
-
-
-def _build_hash(label: str, sha256: str | None) -> Entry | None:
-    return Entry(label, sha256[:12], code=True, full=sha256) if sha256 else None
+def _list_run(map: Map) -> Iterator[Entry]:
+    guidance = map.sensitivity.guidance
+    hashes = {"SHA-256": map.sensitivity.sha256, "Facts": guidance.fingerprint, "Text": guidance.text}
+    yield make_name_entry("Model", map.model, None)
+    for label, sha256 in hashes.items():
+        if sha256:
+            yield make_hash_entry(label, sha256)
+    yield Entry("Ranked by", name_guide(map.guide))

@@ -197,6 +197,11 @@ class Sensitivity(notebook.Shown):
         return cls(values["sha256"], Guidance(**guidance), tuple(rows), values["domains"], values["others"])
 
 
+def name_guide(guide: Guide) -> str:
+    """Return what guides, in words."""
+    return "facts and text" if guide == "both" else guide
+
+
 def check_guide(guide: str) -> None:
     """Raise UsageError for what guides nothing."""
     if guide not in GUIDES:
