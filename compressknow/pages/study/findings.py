@@ -134,7 +134,7 @@ def _claim_low_decline(study: Study) -> Claim:
     by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
     number, lies above.
     """
-    cells = [cell for scope in MODULES for cell in _limit_amounts(select_pruned(study, scope), LOW).values()]
+    cells = [cell for scope in MODULES for cell in limit_amounts(select_pruned(study, scope), LOW).values()]
     return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
 
 
@@ -144,7 +144,7 @@ def _claim_medium(study: Study, less: str, more: str) -> Claim:
 
     A paired test of the two cells at each amount; see `claims.decide`.
     """
-    cells, others = _limit_amounts(select_pruned(study, less), MEDIUM), select_pruned(study, more)
+    cells, others = limit_amounts(select_pruned(study, less), MEDIUM), select_pruned(study, more)
     equal = [amount for amount in cells if amount in others]
     return Claim(tuple(compare_cells(study, cells[amount], others[amount]) for amount in equal))
 
@@ -171,7 +171,7 @@ def _claim_high_rapid(study: Study) -> Claim:
     over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
     left at the largest amount below `NEAR`.
     """
-    cells = list(_limit_amounts(select_pruned(study, _OVERALL), HIGH).values())
+    cells = list(limit_amounts(select_pruned(study, _OVERALL), HIGH).values())
     if not cells:
         return Claim()
     weights = sum(1 - cell.percent / 100 for cell in cells) / len(cells)
@@ -236,7 +236,7 @@ def _claim_final_near_baseline(study: Study) -> Claim:
     return Claim(bounds=tuple(bounds))
 
 
-def _limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
+def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
     """Return those above the lower limit and up to the upper."""
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
