@@ -158,7 +158,8 @@ def search(
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             place = folder / GRADING / ORIGINAL
             study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=PRECISION)
-        guided = EvaluationSet(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
+        guided_by = [part.search for part in parts]
+        guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
@@ -171,10 +172,8 @@ def search(
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
         from compressknow.study.guides import measure_guides
 
-        answers = guided.reference
-        form.learn(
-            *measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
-        )
+        original, answers = study_model.original, guided.reference
+        form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:

@@ -126,11 +126,6 @@ class EvaluationSet:
         self.original = grade(self.reference, known)
 
     @property
-    def facts(self) -> list[Probe]:
-        """Return the probes of facts."""
-        return [probe for probe in self.probes if isinstance(probe, Probe)]
-
-    @property
     def known(self) -> int:
         """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)

@@ -127,14 +127,13 @@ class Study(Tabular):
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
-        kept = [cell.comparison.kept for cell in self.cells]
         return Summary(
             f"Study: {plain(self.original.name, 60)}",
             f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
-                (cell.setup, write_estimate(k), size(cell.bytes), size(cell.sparse_bytes))
-                for cell, k in zip(self.cells, kept, strict=True)
+                (cell.setup, write_estimate(cell.comparison.kept), size(cell.bytes), size(cell.sparse_bytes))
+                for cell in self.cells
             ),
         )
 
