@@ -25,6 +25,7 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate.gather import check_has_facts, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
@@ -33,7 +34,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import ORIGINAL, PRECISION, NoiseFloor, StudyModel, check_study_folder, claim
+from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.search import (
     LEVEL,
@@ -55,7 +56,7 @@ SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".p
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 # Of the facts that grade: what running the original otherwise changes.
-NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: (*PRECISION, "runtime"), CHECKPOINT: PRECISION}
+NOISE = {GGUF: (add_noise_floor, add_runtime_noise_floor), CHECKPOINT: (add_noise_floor,)}
 
 
 @verb
@@ -157,7 +158,7 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             place = folder / GRADING / ORIGINAL
-            study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=PRECISION)
+            study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=[add_noise_floor])
         guided_by = [part.search for part in parts]
         guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         selection = None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base import reading
@@ -30,7 +30,6 @@ from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, Transformers
-from compressknow.evaluate.noise import add_noise_floor, add_runtime_noise_floor
 from compressknow.evaluate.run import count_facts, find_missing, is_answered, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
@@ -235,10 +234,8 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         )
 
 
-# What else the original is run in, to see what that alone changes.
-NoiseFloor = Literal["precision", "runtime"]
-PRECISION: tuple[NoiseFloor, ...] = ("precision",)
-_NOISE = {"precision": add_noise_floor, "runtime": add_runtime_noise_floor}
+# Adds to the original's answers what running it otherwise alone changes.
+AddNoiseFloor = Callable[..., Answers]
 
 
 class StudyModel:
@@ -289,7 +286,7 @@ class StudyModel:
         reference: Answers | None,
         on_progress: Listener | None = None,
         *,
-        noise_floors: Collection[NoiseFloor] = (),
+        noise_floors: Collection[AddNoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
         """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
@@ -307,9 +304,9 @@ class StudyModel:
             parts = [
                 probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes
             ]
-            for name in noise_floors:
+            for add in noise_floors:
                 parts = [
-                    _NOISE[name](handle, [probe], answers, places[probe.name], on_progress, whole=distributions)
+                    add(handle, [probe], answers, places[probe.name], on_progress, whole=distributions)
                     for probe, answers in zip(probes, parts, strict=True)
                 ]
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}

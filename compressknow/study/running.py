@@ -66,11 +66,7 @@ def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterato
     Raises CompressknowError where the cluster does not answer.
     """
     if ray is None:
-        yield lambda batch: (
-            # The original has been evaluated before.
-            _run_here(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
-            for number, cell in enumerate(batch.cells, start=2)
-        )
+        yield partial(_run_here, on_progress)
         return
     cluster = _start_ray(ray)
     try:
@@ -84,15 +80,18 @@ def _evaluate(batch: Batch, cell: Cell, on_progress: Listener | None = None) -> 
     return CellResult(cell, batch.original, answers)
 
 
-def _run_here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:
-    try:
-        return _evaluate(batch, cell, on_progress)
-    except OutputError:
-        # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
-        raise
-    except Exception as error:
-        # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return _fail(batch, cell, error)
+def _run_here(on_progress: Listener | None, batch: Batch) -> Generator[CellResult]:
+    # The original has been evaluated before.
+    for number, cell in enumerate(batch.cells, start=2):
+        try:
+            result = _evaluate(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
+        except OutputError:
+            # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
+            raise
+        except Exception as error:
+            # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
+            result = _fail(batch, cell, error)
+        yield result
 
 
 def _fail(batch: Batch, cell: Cell, error: BaseException) -> CellResult:

@@ -34,7 +34,7 @@ from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.warnings import find_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import CELLS, ORIGINAL, NoiseFloor, StudyModel, grade
+from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
 from compressknow.study.forms import GGUF, Form, Request
 
 # Parts of the facts: to search with, to select by and to grade by.
@@ -116,7 +116,7 @@ class EvaluationSet:
         on_progress: Listener | None,
         known: str,
         *,
-        noise_floors: Collection[NoiseFloor] = (),
+        noise_floors: Collection[AddNoiseFloor] = (),
     ) -> None:
         self.probes, self.known_as, self._study_model, self._folder = probes, known, study_model, folder
         model, place, whole = study_model.original, folder / ORIGINAL, bool(noise_floors)
