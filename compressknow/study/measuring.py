@@ -148,13 +148,13 @@ class ScoreChanges:
     importance : by name, what types were rounded with, [in].
     """
 
-    weights: Mapping[str, TensorSensitivity]
+    weights: dict[str, TensorSensitivity]
     scores: torch.Tensor
     owners: torch.Tensor
-    facts: Mapping[tuple[str, str], torch.Tensor]
-    text: Mapping[tuple[str, str], torch.Tensor]
-    errors: Mapping[tuple[str, str], float]
-    importance: Mapping[str, torch.Tensor]
+    facts: dict[tuple[str, str], torch.Tensor]
+    text: dict[tuple[str, str], torch.Tensor]
+    errors: dict[tuple[str, str], float]
+    importance: dict[str, torch.Tensor]
 
     def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
@@ -272,11 +272,13 @@ def measure(
         streamed = StreamedModel(tree, sources, files)
         measurer = _Measurer(streamed, structure, weights, roundings, facts, texts, advance)
         scores = compute_gradients(streamed, weights, [*facts.batches, *texts], measurer.visit)
-    return measurer.finish(scores)
+    for batch, owners in zip(scores, facts.owners, strict=False):
+        measurer.found.scores.index_add_(0, owners.flatten(), batch.flatten())
+    return measurer.found
 
 
 class _Measurer:
-    """Visitor of blocks that adds up what rounding their weights changes."""
+    """Visitor of blocks that adds up, in what it has `found`, what rounding their weights changes."""
 
     def __init__(
         self,
@@ -292,11 +294,7 @@ class _Measurer:
         self._linears = {weight.parameter: weight for weight in weights}
         self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
-        self._found: dict[str, TensorSensitivity] = {}
-        self._facts: dict[tuple[str, str], torch.Tensor] = {}
-        self._text: dict[tuple[str, str], torch.Tensor] = {}
-        self._importance: dict[str, torch.Tensor] = {}
-        self._errors: dict[tuple[str, str], float] = {}
+        self.found = ScoreChanges({}, torch.zeros(len(facts.facts)), facts.facts, {}, {}, {}, {})
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
@@ -323,7 +321,7 @@ class _Measurer:
             return
         name = self._structure.tied.get(linear.parameter, linear.parameter)
         self._add_weight(name, weight, linear.group or "other", linear.layer, linear.stack)
-        importance = self._importance[name] = self._sum_halves(
+        importance = self.found.importance[name] = self._sum_halves(
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
@@ -352,7 +350,7 @@ class _Measurer:
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
         found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, module_in_block(name))
-        self._found.setdefault(name, found)
+        self.found.weights.setdefault(name, found)
 
     def _add_errors(
         self,
@@ -369,13 +367,13 @@ class _Measurer:
         rows = weight[own]
         for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
-            self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
+            self.found.errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._structure.tied.get(parameter, parameter)
         self._add_weight(name, weight, "embedding", None, None)
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
-        rows, importance = weight[tokens], self._importance.get(name)
+        rows, importance = weight[tokens], self.found.importance.get(name)
         if importance is None:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
         types = self._roundings.list_measured(weight.shape)
@@ -407,19 +405,11 @@ class _Measurer:
         for type, own in zip(types, changes.unbind(2), strict=True):
             number = batch - len(self._fact_batches.batches)
             if number < 0:
-                known = self._facts.setdefault((name, type), torch.zeros(len(self._fact_batches.facts)))
+                known = self.found.facts.setdefault((name, type), torch.zeros(len(self.found.owners)))
                 known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
                 continue
-            known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
+            known = self.found.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
             known[self._starts[number] : self._starts[number + 1]] += own
-
-    def finish(self, scores: Sequence[torch.Tensor]) -> ScoreChanges:
-        """Return what was found, where these are the scores of all batches."""
-        facts = self._fact_batches.facts
-        own = torch.zeros(len(facts))
-        for batch, owners in zip(scores, self._fact_batches.owners, strict=False):
-            own.index_add_(0, owners.flatten(), batch.flatten())
-        return ScoreChanges(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
