@@ -207,20 +207,14 @@ class ScoreChanges:
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
         text."""
-        divergences = {type: self.compute_text_kl(name, type) for type in tried}
-        ratios = [
-            kl / self.errors[name, type]
-            for type, kl in divergences.items()
-            if kl is not None and self.errors[name, type] > 0
-        ]
-        return sum(ratios) / len(ratios) if ratios else None if None in divergences.values() else 0.0
-
-    def compute_text_kl(self, name: str, type: str) -> float | None:
-        """Return the robust mean over rows, nats per token; None where there is no text."""
-        changes = self.text.get((name, type))
-        if changes is None:
+        if (name, tried[0]) not in self.text:
             return None
-        rows = changes.double().square().mean(1).sort().values / 2
+        ratios = [self._compute_text_kl(name, type) / error for type in tried if (error := self.errors[name, type]) > 0]
+        return sum(ratios) / len(ratios) if ratios else 0.0
+
+    def _compute_text_kl(self, name: str, type: str) -> float:
+        """Return the robust mean over rows, nats per token."""
+        rows = self.text[name, type].double().square().mean(1).sort().values / 2
         return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
