@@ -8,9 +8,10 @@ medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from compressknow.base.format import count, number, p_value, percent, share
 from compressknow.pages.records import write_estimate
@@ -138,30 +139,25 @@ def _claim_low_decline(study: Study) -> Claim:
     return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
 
 
-def _claim_medium(study: Study, less: str, more: str) -> Claim:
-    """Claim F2, F3: pruned by more than 30 and up to 50 %, one of attention and feed-forward hurts less than the other
-    at equal amounts.
+def _claim_order(
+    study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
+) -> Claim:
+    """Claim F2, F3, F4, F6, F7: pruned by equal amounts, or quantized by one scheme, each scope of `less` hurts less
+    than `more`.
 
-    A paired test of the two cells at each amount; see `claims.decide`.
+    A paired test of the two cells at each amount, or of each scheme, that `select` gives; see `claims.decide`. Each
+    scope of `less`, by the part of the claim, must be shown to hurt less, at one of these at least.
     """
-    cells, others = limit_amounts(select_pruned(study, less), MEDIUM), select_pruned(study, more)
-    equal = [amount for amount in cells if amount in others]
-    return Claim(tuple(compare_cells(study, cells[amount], others[amount]) for amount in equal))
-
-
-def _claim_overall_pruned_most(study: Study) -> Claim:
-    """Claim F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
-
-    A paired test for each amount and rival. Both rivals must be shown to hurt less, at one amount at least.
-    """
-    overall = select_pruned(study, _OVERALL)
     comparisons = [
-        compare_cells(study, cell, overall[amount], part)
-        for scope, part in _AGAINST.items()
-        for amount, cell in select_pruned(study, scope).items()
-        if amount in overall
+        pair
+        for scope, part in less.items()
+        for pair in _compare_alike(study, select(study, scope), select(study, more), part)
     ]
-    return Claim(tuple(comparisons), tuple(_AGAINST.values()))
+    return Claim(tuple(comparisons), tuple(less.values()))
+
+
+def _select_medium(study: Study, scope: str) -> dict[float, StudyCell]:
+    return limit_amounts(select_pruned(study, scope), MEDIUM)
 
 
 def _claim_high_rapid(study: Study) -> Claim:
@@ -186,22 +182,6 @@ def _claim_high_rapid(study: Study) -> Claim:
     )
 
 
-def _claim_quantized(study: Study, less: Mapping[str, str], more: str) -> Claim:
-    """Claim F6, F7: quantized, attention hurts less than feed-forward, or overall more than each of both.
-
-    A paired test for each scheme. Each scope of `less`, by the part of the claim, must be shown to hurt less, under one
-    scheme at least.
-    """
-    others = select_quantized(study, more)
-    comparisons = [
-        compare_cells(study, cell, others[scheme], part)
-        for scope, part in less.items()
-        for scheme, cell in select_quantized(study, scope).items()
-        if scheme in others
-    ]
-    return Claim(tuple(comparisons), tuple(less.values()))
-
-
 def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
     """Claim F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in
     encoder-decoder models, where it hurts more.
@@ -222,8 +202,7 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
 def _claim_final_structured_more(study: Study) -> Claim:
     """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each amount."""
     unstructured, structured = (select_pruned(study, _FINAL, method) for method in (UNSTRUCTURED, STRUCTURED))
-    equal = [amount for amount in unstructured if amount in structured]
-    return Claim(tuple(compare_cells(study, unstructured[amount], structured[amount]) for amount in equal))
+    return Claim(tuple(_compare_alike(study, unstructured, structured)))
 
 
 def _claim_final_near_baseline(study: Study) -> Claim:
@@ -236,6 +215,13 @@ def _claim_final_near_baseline(study: Study) -> Claim:
     return Claim(bounds=tuple(bounds))
 
 
+def _compare_alike(
+    study: Study, less: Mapping[Any, StudyCell], more: Mapping[Any, StudyCell], part: str = ""
+) -> Iterator[CellComparison]:
+    """Compare the cells of each amount, or scheme, that both have."""
+    return (compare_cells(study, cell, more[key], part) for key, cell in less.items() if key in more)
+
+
 def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
     """Return those above the lower limit and up to the upper."""
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
@@ -246,24 +232,27 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline),
     (
         Finding("F2", "Pruned by 30 to 50 %, attention hurts less than feed-forward", ("masked",)),
-        partial(_claim_medium, less=_ATTENTION, more=_FEED_FORWARD),
+        partial(_claim_order, select=_select_medium, less={_ATTENTION: ""}, more=_FEED_FORWARD),
     ),
     (
         Finding("F3", "Pruned by 30 to 50 %, attention hurts more than feed-forward", ("seq2seq", "causal")),
-        partial(_claim_medium, less=_FEED_FORWARD, more=_ATTENTION),
+        partial(_claim_order, select=_select_medium, less={_FEED_FORWARD: ""}, more=_ATTENTION),
     ),
-    (Finding("F4", "Pruning all modules together hurts most", _ALL), _claim_overall_pruned_most),
+    (
+        Finding("F4", "Pruning all modules together hurts most", _ALL),
+        partial(_claim_order, select=select_pruned, less=_AGAINST, more=_OVERALL),
+    ),
     (
         Finding("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL),
         _claim_high_rapid,
     ),
     (
         Finding("F6", "Quantizing attention hurts less than feed-forward", _ALL),
-        partial(_claim_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
+        partial(_claim_order, select=select_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
     ),
     (
         Finding("F7", "Quantizing everything hurts most", _ALL),
-        partial(_claim_quantized, less=_AGAINST, more=_OVERALL),
+        partial(_claim_order, select=select_quantized, less=_AGAINST, more=_OVERALL),
     ),
     (
         Finding(
