@@ -5,7 +5,7 @@ tokens, where x is what W is multiplied with and g the gradient of the score at 
 weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
 divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
 that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
-normal with the mean square that was measured. For text see `compressknow.study.batches`.
+normal with the mean square that was measured. For text see `compressknow.study.guides`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
 usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.comparison.checkpoints import module_in_block
-from compressknow.compress.calibrate.backward import FACTORS, Product, compute_gradients
+from compressknow.compress.calibrate.backward import FACTORS, Batch, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
 from compressknow.compress.sources import Sources
@@ -33,14 +33,12 @@ from compressknow.gguf import grids
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
-from compressknow.study.batches import FactBatches
 from compressknow.study.sensitivity import Rounding, TensorSensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.base.progress import Advance
-    from compressknow.compress.calibrate.backward import Batch
     from compressknow.model.checkpoint import Checkpoint
 
 
@@ -131,6 +129,21 @@ FIRST_ROWS, STRIDE = 64, 16
 TRIMMED = 0.1
 # Facts of a domain from which on its mean is told.
 FEWEST_OF_A_DOMAIN = 5
+
+
+@dataclass(frozen=True)
+class FactBatches:
+    """Facts in batches, and the candidates that their scores are of.
+
+    Attributes
+    ----------
+    owners : of each batch, the number of the candidate that a score is of, int64 [rows, directions].
+    facts : of each candidate the number of its fact, int64 [candidates], ascending.
+    """
+
+    batches: tuple[Batch, ...]
+    owners: tuple[torch.Tensor, ...]
+    facts: torch.Tensor
 
 
 @dataclass(frozen=True)
