@@ -138,21 +138,17 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
     """Yield a cell's result once all of its probes are answered."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
-    done = [cell for cell in batch.cells if not left[cell]]
-    while done or pending:
-        for cell in done:
-            error = failed.get(cell)
-            yield _evaluate(batch, cell) if error is None else _fail(batch, cell, error)
-        done = []
-        if pending:
-            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-            cell, probe = pending.pop(ready)
-            try:
-                _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
-            except Exception as error:
-                failed.setdefault(cell, getattr(error, "cause", None) or error)
-            left[cell] -= 1
-            done = [] if left[cell] else [cell]
+    yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
+    while pending:
+        (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+        cell, probe = pending.pop(ready)
+        try:
+            _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
+        except Exception as error:
+            failed.setdefault(cell, getattr(error, "cause", None) or error)
+        left[cell] -= 1
+        if not left[cell]:
+            yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
 
 
 def _start_ray(where: RayOptions) -> Any:
