@@ -108,21 +108,19 @@ def measure_guides(
     return sensitivity, (*([batch_sequences(known)] if known else []), text.batches)
 
 
-def select_known_facts(answers: Answers, probes: Iterable[Probe], most: int = FACTS) -> dict[str, list[Fact]]:
+def select_known_facts(answers: Answers, probes: Iterable[Probe]) -> dict[str, list[Fact]]:
     """Return facts with candidates that a model answered right, by probe: evenly over relations, the first of each in
-    the probe's order; at most so many in all."""
+    the probe's order; at most `FACTS` in all."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
     by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
         for fact in probe.facts:
             if fact.candidates and (probe.name, fact.id) in right:
                 by_relation.setdefault((probe.name, fact.relation), []).append(fact)
+    turns = [(turn, name, fact) for (name, _), facts in by_relation.items() for turn, fact in enumerate(facts)]
+    turns.sort(key=lambda each: each[0])
     selected: dict[str, list[Fact]] = {}
-    depth = max(map(len, by_relation.values()), default=0)
-    turns = [
-        (name, facts[turn]) for turn in range(depth) for (name, _), facts in by_relation.items() if turn < len(facts)
-    ]
-    for name, fact in turns[:most]:
+    for _, name, fact in turns[:FACTS]:
         selected.setdefault(name, []).append(fact)
     return selected
 
