@@ -36,6 +36,7 @@ from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
+from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 
@@ -78,9 +79,11 @@ class CellResult:
         """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
         if self.answers is None:
             return Estimate(None)
-        knew = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
-        right = [answer for answer in self.answers.answers if answer.correct]
-        return proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
+        knew, knows = (
+            {(answer.probe, answer.fact_id) for answer in side.answers if answer.correct}
+            for side in (self.original, self.answers)
+        )
+        return proportion(len(knew & knows), len(knew))
 
 
 def build_study(
@@ -145,12 +148,11 @@ def _list_correct(answers: Answers, original: Answers, probe: str) -> tuple[bool
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
-    accuracy = figures.macro_original if figures.average == "macro" else figures.accuracy_original
     return StudyProbe(
         name=figures.probe,
         n=figures.counts.n,
         average=figures.average,
-        accuracy=accuracy.value or 0.0,
+        accuracy=get_headline_accuracy(figures)[0].value or 0.0,
         majority=figures.majority,
         chance=figures.chance,
         correct=tuple(answer.correct for answer in original.of(figures.probe)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -233,14 +233,14 @@ def render_map_markdown(map: Map) -> str:
 
 def build_page(map: Map, *, charts: bool) -> Page:
     """Return the map as text, with its charts."""
-    parts: Mapping[tuple[str, str], Iterator[Part]] = {
+    parts: Mapping[tuple[str, str], Iterable[Part]] = {
         ("maps", "Where the knowledge sits"): _build_maps(map),
         ("risk", "Facts at risk"): _build_risk(map),
         ("weights", "The most and the least sensitive"): _list_extremes(map),
         ("layers", "Layers and modules"): _tabulate_sums(map),
         ("sizes", "What the next MB buys"): _plot_sizes(map),
-        ("method", "Method and limits"): iter([Sentences(_describe_method(map))]),
-        ("run", "The run"): iter(show_run(None, {"compressknow": __version__}, tuple(_list_run(map)))),
+        ("method", "Method and limits"): [Sentences(_describe_method(map))],
+        ("run", "The run"): show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
     }
     shown = (
         Shown(id, title, tuple(draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide")
