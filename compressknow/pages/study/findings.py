@@ -8,7 +8,7 @@ medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -142,22 +142,28 @@ def _claim_low_decline(study: Study) -> Claim:
 def _claim_order(
     study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
 ) -> Claim:
-    """Claim F2, F3, F4, F6, F7: pruned by equal amounts, or quantized by one scheme, each scope of `less` hurts less
-    than `more`.
+    """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
+    `less` hurts less than `more`.
 
-    A paired test of the two cells at each amount, or of each scheme, that `select` gives; see `claims.decide`. Each
-    scope of `less`, by the part of the claim, must be shown to hurt less, at one of these at least.
+    A paired test of the two cells at each amount, or of each scheme, that `select` gives; see `claims.decide`. Each of
+    `less`, by the part of the claim, must be shown to hurt less, at one of these at least.
     """
+    others = select(study, more)
     comparisons = [
-        pair
-        for scope, part in less.items()
-        for pair in _compare_alike(study, select(study, scope), select(study, more), part)
+        compare_cells(study, cell, others[key], part)
+        for name, part in less.items()
+        for key, cell in select(study, name).items()
+        if key in others
     ]
     return Claim(tuple(comparisons), tuple(less.values()))
 
 
 def _select_medium(study: Study, scope: str) -> dict[float, StudyCell]:
     return limit_amounts(select_pruned(study, scope), MEDIUM)
+
+
+def _select_final(study: Study, method: str) -> dict[float, StudyCell]:
+    return select_pruned(study, _FINAL, method)
 
 
 def _claim_high_rapid(study: Study) -> Claim:
@@ -199,27 +205,14 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
     return Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
 
 
-def _claim_final_structured_more(study: Study) -> Claim:
-    """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each amount."""
-    unstructured, structured = (select_pruned(study, _FINAL, method) for method in (UNSTRUCTURED, STRUCTURED))
-    return Claim(tuple(_compare_alike(study, unstructured, structured)))
-
-
 def _claim_final_near_baseline(study: Study) -> Claim:
     """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
     By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
     """
-    cells = [select_pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
+    cells = [_select_final(study, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
     bounds = [hold_to_limit(cell.key, measure_remaining(study, cell), NEAR) for cell in cells if cell]
     return Claim(bounds=tuple(bounds))
-
-
-def _compare_alike(
-    study: Study, less: Mapping[Any, StudyCell], more: Mapping[Any, StudyCell], part: str = ""
-) -> Iterator[CellComparison]:
-    """Compare the cells of each amount, or scheme, that both have."""
-    return (compare_cells(study, cell, more[key], part) for key, cell in less.items() if key in more)
 
 
 def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
@@ -265,7 +258,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     ),
     (
         Finding("F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",)),
-        _claim_final_structured_more,
+        partial(_claim_order, select=_select_final, less={UNSTRUCTURED: ""}, more=STRUCTURED),
     ),
     (
         Finding(
