@@ -337,7 +337,7 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
     # What may be nothing is a text where there is something: "none" is nothing.
     parameters = {name: value for name, value in point.items() if value != "none"}
-    place = {"scope": list(DEFAULT_SCOPES)} | _select(given, *(each.key for each in list_options(Where)))
+    place = _select(given, *(each.key for each in list_options(Where)))
     steps = []
     if "prune" in given:
         of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)

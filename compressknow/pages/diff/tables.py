@@ -235,9 +235,7 @@ def _drop_shape(form: str) -> str:
 
 
 def _name_block(tensor: TensorDiff) -> str | None:
-    if tensor.layer is None:
-        return None
-    return f"{tensor.stack} {tensor.layer}" if tensor.stack else f"layer {tensor.layer}"
+    return None if tensor.layer is None else f"{tensor.stack or 'layer'} {tensor.layer}"
 
 
 def _figures(sums: Sums) -> tuple[str, ...]:
