@@ -305,7 +305,7 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
     width = max(len(ids) for row in rows for _, ids in row.wanted)
     targets = torch.tensor([[_fill(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
-    inputs = _build_inputs([row.ids for row in rows], [row.decoder for row in rows if row.decoder is not None], family)
+    inputs = _build_inputs(rows, family)
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
@@ -318,15 +318,18 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
     return Batch(inputs, owners.shape[1], positions, score), owners
 
 
-def _build_inputs(ids: Sequence[Ids], decoders: Sequence[Ids], family: str) -> dict[str, torch.Tensor]:
-    longest = max(map(len, ids))
-    inputs = {"input_ids": torch.tensor([_fill(row, longest) for row in ids])}
+def _build_inputs(rows: Sequence[Row], family: str) -> dict[str, torch.Tensor]:
+    inputs = {"input_ids": _stack([row.ids for row in rows])}
     if family != "causal":
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
-    if decoders:
-        longest = max(map(len, decoders))
-        inputs["decoder_input_ids"] = torch.tensor([_fill(row, longest) for row in decoders])
+    if decoders := [row.decoder for row in rows if row.decoder is not None]:
+        inputs["decoder_input_ids"] = _stack(decoders)
     return inputs
+
+
+def _stack(rows: Sequence[Ids]) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([_fill(ids, longest) for ids in rows])
 
 
 def _fill(ids: Ids, length: int) -> Ids:
@@ -340,7 +343,6 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
     text_batches = []
     for batch in batches:
         ids = batch["input_ids"]
-        inputs = dict(batch)
         if family == "causal":
             # The first positions of a piece say little of the text: they have read too few tokens.
             length = min(TEXT_LENGTH, ids.shape[1])
@@ -348,12 +350,11 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
             inputs = {"input_ids": ids}
             positions = _draw_positions(torch.ones_like(ids, dtype=torch.bool)[:, length // 4 :], generator)
             positions += length // 4
-        elif family == "masked":
-            positions = _draw_positions(ids.eq(mask if mask is not None else -1), generator)
         else:
-            positions = _draw_positions(torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), generator)
-        if family != "causal":
-            inputs = {"attention_mask": torch.ones_like(ids), **inputs}
+            inputs = {"attention_mask": torch.ones_like(ids), **batch}
+            hidden = ids.eq(mask if mask is not None else -1)
+            allowed = hidden if family == "masked" else torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+            positions = _draw_positions(allowed, generator)
         for start in range(0, len(ids), TEXT_ROWS):
             rows = slice(start, start + TEXT_ROWS)
             own = {name: each[rows] for name, each in inputs.items()}

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,11 +84,9 @@ def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, 
     for fact in facts:
         name = _get_id(fact)
         units.setdefault((fact.subject or "", fact.relation) if whole else (fact.relation, name), set()).add(name)
-    by_group: dict[str, list[set[str]]] = {}
-    for (group, _), names in sorted(units.items()):
-        by_group.setdefault(group, []).append(names)
     parts: list[set[str]] = [set() for _ in range(_THIRDS)]
-    for group, members in sorted(by_group.items()):
+    for group, own in groupby(sorted(units.items()), key=lambda unit: unit[0][0]):
+        members = [names for _, names in own]
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
             # The smallest part, the first of several: what comes next evens out.
