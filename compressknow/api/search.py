@@ -178,7 +178,7 @@ def search(
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found), listener), LEVEL)
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))
@@ -202,7 +202,7 @@ def search(
         else:
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
-            after = grading.evaluate(handle, listener, whole=True)
+            after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from math import sqrt
 from pathlib import Path
@@ -117,10 +117,10 @@ class EvaluationSet:
         *,
         noise_floors: Collection[AddNoiseFloor] = (),
     ) -> None:
-        self.probes, self.known_as, self._study_model, self._folder = probes, known, study_model, folder
-        model, place, whole = study_model.original, folder / ORIGINAL, bool(noise_floors)
-        self.reference = study_model.evaluate(
-            model, probes, place, None, on_progress, noise_floors=noise_floors, whole=whole
+        self.known_as, self._folder = known, folder
+        self._evaluate = partial(study_model.evaluate, probes=probes, on_progress=on_progress, whole=bool(noise_floors))
+        self.reference = self._evaluate(
+            study_model.original, folder=folder / ORIGINAL, reference=None, noise_floors=noise_floors
         )
         self.original = grade(self.reference, known)
 
@@ -129,13 +129,13 @@ class EvaluationSet:
         """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
-    def evaluate(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
+    def evaluate(self, handle: ModelHandle) -> Answers:
         """Return a model's answers as they were given, and what it read, like `reference`.
 
         Raises CompressknowError where it cannot be evaluated.
         """
         folder = self._folder / CELLS / handle.sha256[:16]
-        return self._study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
+        return self._evaluate(handle, folder=folder, reference=self.reference)
 
     def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
