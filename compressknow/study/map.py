@@ -237,7 +237,10 @@ def build_page(map: Map, *, charts: bool) -> Page:
         ("maps", "Where the knowledge sits"): _build_maps(map),
         ("risk", "Facts at risk"): _build_risk(map),
         ("weights", "The most and the least sensitive"): _list_extremes(map),
-        ("layers", "Layers and modules"): _tabulate_sums(map),
+        ("layers", "Layers and modules"): [
+            _tabulate_sums(map, "Modules, over all layers", "Module", map.by_module()),
+            Folded("By layer", (_tabulate_sums(map, "Layers, over all their modules", "Layer", map.by_layer()),)),
+        ],
         ("sizes", "What the next MB buys"): _plot_sizes(map),
         ("method", "Method and limits"): [Sentences(_describe_method(map))],
         ("run", "The run"): show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
@@ -357,55 +360,40 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> T
     return Table(caption, ("Layer", *columns), tuple(rows))
 
 
-WEIGHT_COLUMNS = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
-
-
 def _list_extremes(map: Map) -> Iterator[Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
-    yield _tabulate_weights(
-        f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", map.ranked[:shown], map.guide
-    )
-    if least := map.ranked[shown:][-shown:][::-1]:
+    most, least = map.ranked[:shown], map.ranked[shown:][-shown:][::-1]
+    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
+    if least:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
     yield Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
 
 
-def _tabulate_weights(caption: str, rows: Weights, guide: Guide) -> Table:
-    return Table(caption, WEIGHT_COLUMNS, tuple(_describe_weight(row, guide) for row in rows))
+def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> Table:
+    rows = []
+    for weight in weights:
+        kind = weight.by_type[weight.compared]
+        domain = max(weight.by_domain, key=weight.by_domain.__getitem__, default=None)
+        mostly = f"{plain(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
+        kl, stored = format_millinats(weight.per_mb(guide)), f"{size(kind.bytes)} {weight.compared}"
+        rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
+    columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
+    return Table(caption, columns, tuple(rows))
 
 
-def _describe_weight(row: TensorSensitivity, guide: Guide) -> tuple[str, ...]:
-    kind = row.by_type[row.compared]
-    domain = max(row.by_domain, key=row.by_domain.__getitem__, default=None)
-    mostly = f"{plain(domain, 40)} (x {row.by_domain[domain]:.1f})" if domain else "-"
-    return (
-        name_weight(row),
-        format_millinats(row.per_mb(guide)),
-        share(kind.at_risk),
-        f"{size(kind.bytes)} {row.compared}",
-        mostly,
-    )
-
-
-def _tabulate_sums(map: Map) -> Iterator[Part]:
+def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> Table:
     saved = sum(row.saved for row in map.sensitivity.rows)
-    for caption, kind, groups in (
-        ("Modules, over all layers", "Module", map.by_module()),
-        ("Layers, over all their modules", "Layer", map.by_layer()),
-    ):
-        rows = tuple(
-            (
-                plain(name, 60),
-                format_millinats(compute_kl_per_mb(own, map.guide)),
-                share(compute_risk(own)),
-                share(sum(row.saved for row in own) / saved),
-            )
-            for name, own in groups.items()
+    rows = tuple(
+        (
+            plain(name, 60),
+            format_millinats(compute_kl_per_mb(own, map.guide)),
+            share(compute_risk(own)),
+            share(sum(row.saved for row in own) / saved),
         )
-        table = Table(
-            caption, (kind, "KL per MB saved", "Facts at risk", "Share of the bytes"), rows, sortable=len(rows) > 1
-        )
-        yield table if kind == "Module" else Folded("By layer", (table,))
+        for name, own in groups.items()
+    )
+    columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
+    return Table(caption, columns, rows, sortable=len(rows) > 1)
 
 
 def _plot_sizes(map: Map) -> Iterator[Part]:
