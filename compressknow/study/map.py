@@ -406,18 +406,11 @@ def _plot_sizes(map: Map) -> Iterator[Part]:
     curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
-    steps = [
-        (
-            size(here.nbytes),
-            number(here.kl),
-            format_millinats((here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6),
-        )
-        for here, there in pairwise(map.frontier)
-    ]
-    last = [(size(each.nbytes), number(each.kl), "-") for each in map.frontier[-1:]]
-    buys = f"The next MB saves, {_UNIT.removesuffix(' per MB')}"
-    line = Table("The least predicted loss by size", ("Size of the weights", "Predicted KL", buys), (*steps, *last))
-    yield Folded("The line as a table", (line,))
+    saved = [(here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
+    buys = [*(format_millinats(kl) for kl in saved), "-"]
+    rows = tuple((size(each.nbytes), number(each.kl), buy) for each, buy in zip(map.frontier, buys, strict=True))
+    heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
+    yield Folded("The line as a table", (Table("The least predicted loss by size", heads, rows),))
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
