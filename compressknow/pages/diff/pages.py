@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.format import NONE, json_text, number, plain, share, size
-from compressknow.comparison.diff import CheckpointDiff, Sums, group_tensors, sum_tensors
+from compressknow.comparison.diff import CheckpointDiff, Sums
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
-from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,
@@ -226,8 +226,8 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
 def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
     if difference is None:
         return {"architecture": None, "config": [], "structure": [], "weights": None}
-    blocks = group_tensors(difference.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
-    modules = group_tensors(difference.tensors, lambda t: (t.stack, t.layer, t.module) if t.module else None)
+    blocks = sum_by(difference, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    modules = sum_by(difference, lambda t: (t.stack, t.layer, t.module) if t.module else None)
     return {
         "architecture": difference.architecture,
         "config": [asdict(change) for change in difference.config],
@@ -236,12 +236,11 @@ def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
             "total": _sums_to_json(difference.total),
             "groups": {name: _sums_to_json(sums) for name, sums in tables.sum_groups(difference).items()},
             "layers": [
-                {"stack": stack, "layer": layer, **_sums_to_json(sum_tensors(tensors))}
-                for (stack, layer), tensors in blocks.items()
+                {"stack": stack, "layer": layer, **_sums_to_json(sums)} for (stack, layer), sums in blocks.items()
             ],
             "modules": [
-                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sum_tensors(tensors))}
-                for (stack, layer, module), tensors in modules.items()
+                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sums)}
+                for (stack, layer, module), sums in modules.items()
             ],
             "tensors": [
                 {key: value for key, value in asdict(tensor).items() if key != "sums"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from compressknow.base.format import NONE, answer, count, number, ordinal, p_value, percent, plain, share
-from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
+from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
-from compressknow.pages.diff.make import AnswerPair, Behaviour
+from compressknow.pages.diff.make import AnswerPair, Behaviour, sum_by
 from compressknow.pages.parts import BLANK, Folded, Part, Table, make_fact_parts, make_rest_note, write_bare_p
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid
@@ -125,23 +125,22 @@ _EXAMPLES = 3
 
 def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
     """Return the sums of each group of layers that there is, in their usual order."""
-    groups = group_tensors(difference.tensors, lambda tensor: tensor.group)
-    return {name: sum_tensors(groups[name]) for name in GROUPS if name in groups}
+    groups = sum_by(difference, lambda tensor: tensor.group)
+    return {name: groups[name] for name in GROUPS if name in groups}
 
 
 def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:
     """Return the sums of the Linear weights of each block, in the order of the module tree."""
-    return {name: sum_tensors(tensors) for name, tensors in group_tensors(difference.tensors, _name_block).items()}
+    return sum_by(difference, _name_block)
 
 
 def make_grid(difference: CheckpointDiff) -> Grid | None:
     """Return what the heat map shows; None where no Linear weight lies in a block."""
-    weights = (tensor for tensor in difference.tensors if tensor.module)
-    tensors = group_tensors(weights, lambda tensor: (_name_block(tensor), tensor.module))
-    if not tensors:
+    sums = sum_by(difference, lambda tensor: (_name_block(tensor) or "", tensor.module) if tensor.module else None)
+    if not sums:
         return None
-    rows, modules = (tuple(dict.fromkeys(key[i] or "" for key in tensors)) for i in (0, 1))
-    errors = {key: sum_tensors(of).relative_error for key, of in tensors.items()}
+    rows, modules = (tuple(dict.fromkeys(names)) for names in zip(*sums, strict=True))
+    errors = {key: each.relative_error for key, each in sums.items()}
     cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
     return Grid(rows, tuple(plain(name, 40) for name in short_names(modules)), cells)
 
