@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from compressknow.base.format import NONE, count, number, plain, share, size
+from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
@@ -98,13 +99,12 @@ _DEFINITIONS = (
 )
 _CELLS = "Pruned and quantized are in millions of parameters; p is of the net change against the original, by relation."
 _BARS = "The lines across the bars show 95 % intervals."
-_SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}
 PAPER_COLUMNS = (
     "Model",
     "Dataset",
     "Baseline",
-    *(f"{_SHORT[module]}_GQ" for module in MODULES),
-    *(f"{_SHORT[module]}_GPQ {amount}%" for module in MODULES for amount in GPQ_AMOUNTS),
+    *(f"{PAPER_SCOPES[module]}_GQ" for module in MODULES),
+    *(f"{PAPER_SCOPES[module]}_GPQ {amount}%" for module in MODULES for amount in GPQ_AMOUNTS),
 )
 # Numbers of the paper's tables. That of encoder-only models gives accuracies in percent.
 _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
