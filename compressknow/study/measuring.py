@@ -178,10 +178,10 @@ class ScoreChanges:
             types = {}
             for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
-                kl = None if facts is None else float(facts[0].mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None
+                kl = risk = None
                 if facts is not None:
+                    kl = float(facts[0].mean()) * error
                     # Its change has this mean square: the probability that a margin changes its sign.
                     spread = (facts[1] * error).sqrt().clamp_min(1e-12)
                     risk = float(torch.special.ndtr(-self.margins[2] / spread).mean())
