@@ -8,10 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
@@ -283,12 +285,9 @@ def write_verdict(map: Map) -> str:
 
 def _share_of_top_tenth(map: Map) -> float:
     """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
-    losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
-    left, total = sum(row.saved for row in map.ranked) / 10, 0.0
-    for row, loss in zip(map.ranked, losses, strict=True):
-        part = min(1.0, left / row.saved)
-        total, left = total + part * loss, left - part * row.saved
-    return total / sum(losses) if sum(losses) else 0.0
+    saved = [0, *accumulate(row.saved for row in map.ranked)]
+    losses = [0.0, *accumulate(row.by_type[row.compared].kl(map.guide) for row in map.ranked)]
+    return float(np.interp(saved[-1] / 10, saved, losses)) / losses[-1] if losses[-1] else 0.0
 
 
 def name_weight(row: TensorSensitivity) -> str:
