@@ -266,7 +266,7 @@ class CheckpointForm(Form):
 
         self.roundings = SchemeRoundings()
         self.label = f"{name_guide(guide)}, rounded to nearest"
-        self._model, self._guide, self._is_uniform = model, guide, False
+        self._model, self._guide = model, guide
         maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
