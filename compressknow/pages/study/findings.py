@@ -58,7 +58,7 @@ NO_CELLS = "The study has no cells for it."
 class Finding:
     """Finding of the paper, and whether it holds of this study."""
 
-    id: str  # F1 to F10, as in section 9 of the design
+    id: str  # F1 to F10
     claim: str
     families: tuple[str, ...]  # of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``
     answer: str = NOT_EVALUATED  # or ``holds``, ``does not hold``, ``cannot tell``
@@ -279,7 +279,9 @@ _FIGURES = {
 def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
     """Put the answer to a finding, and what decides, into words."""
     names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
-    if finding.id in _FIGURES:
+    if not pairs and not bounds:
+        return replace(finding, answer=answer, why=NO_CELLS)
+    if bounds:
         figure, short = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
         return replace(
@@ -303,8 +305,6 @@ def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
 
 def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
     """Describe each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
-    if not pairs:
-        return "-"
     if len(pairs) <= _FEW:
         return " ".join(_describe_comparison(pair, names) for pair in pairs)
     as_claimed, against = _count_directions(pairs)
@@ -342,8 +342,6 @@ def _count_directions(pairs: Sequence[CellComparison]) -> tuple[int, int]:
 
 def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
     """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
-    if not pairs:
-        return ""
     best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
     tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
     c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
@@ -356,8 +354,6 @@ def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, 
 
 def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Sequence[str]) -> str:
     """Say what decides."""
-    if not pairs:
-        return NO_CELLS
     if answer == HOLDS:
         return "Every significant comparison agrees with the claim."
     if answer != CANNOT_TELL:
@@ -407,8 +403,6 @@ def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
 
 def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:
     """Say what decides."""
-    if not bounds:
-        return NO_CELLS
     if any(bound.value.value is None for bound in bounds):
         return "The original itself knows no more than the baseline."
     if answer == HOLDS:
