@@ -25,6 +25,7 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate.gather import check_has_facts, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
@@ -33,7 +34,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import ORIGINAL, PRECISION, NoiseFloor, StudyModel, check_study_folder, claim
+from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, claim
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.search import (
     LEVEL,
@@ -55,7 +56,7 @@ SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".p
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 # Of the facts that grade: what running the original otherwise changes.
-NOISE: dict[str, tuple[NoiseFloor, ...]] = {GGUF: (*PRECISION, "runtime"), CHECKPOINT: PRECISION}
+NOISE = {GGUF: (NoiseFloors.add_precision, NoiseFloors.add_runtime), CHECKPOINT: (NoiseFloors.add_precision,)}
 
 
 @verb
@@ -155,8 +156,10 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             place = folder / GRADING / ORIGINAL
-            study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=PRECISION)
-        guided = EvaluationSet(study_model, [part.search for part in parts], folder / SEARCHED, listener, known)
+            floors = NOISE[CHECKPOINT]
+            study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=floors)
+        guided_by = [part.search for part in parts]
+        guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
@@ -169,14 +172,12 @@ def search(
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
         from compressknow.study.guides import measure_guides
 
-        answers = guided.reference
-        form.learn(
-            *measure_guides(study_model.original, guided.facts, request.text, guide, form.roundings, listener, answers)
-        )
+        original, answers = study_model.original, guided.reference
+        form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found), listener), LEVEL)
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
             trial = candidates.trial(found, kept(found, guided))
@@ -200,7 +201,7 @@ def search(
         else:
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
-            after = grading.evaluate(handle, listener, whole=True)
+            after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)

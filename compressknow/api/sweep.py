@@ -12,6 +12,7 @@ from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
+from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
@@ -22,7 +23,6 @@ from compressknow.study.cells import (
     CELLS,
     MODELS,
     ORIGINAL,
-    PRECISION,
     TEXTS,
     CellResult,
     StudyModel,
@@ -116,7 +116,7 @@ def sweep(
         with claim(folder, study_model.original), open_runner(cluster, listener) as run:
             watched = relabel_progress(listener, of=len(cells) + 1)
             original = study_model.evaluate(
-                study_model.original, opened, folder / ORIGINAL, None, watched, noise_floors=PRECISION
+                study_model.original, opened, folder / ORIGINAL, None, watched, noise_floors=[NoiseFloors.add_precision]
             )
             before, by_cell = grade(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:

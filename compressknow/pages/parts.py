@@ -62,10 +62,10 @@ def make_name_entry(label: str, name: object, revision: object) -> Entry:
     return Entry(label, plain(name, 120) + (f"@{plain(revision, 60)}" if revision else ""), code=True)
 
 
-def make_hash_entry(sha256: str) -> Entry:
+def make_hash_entry(sha256: str, label: str = "SHA-256") -> Entry:
     """Return a hash, shortened to the digits that tell any two apart."""
     hash = plain(sha256, 80)
-    return Entry("SHA-256", hash[:12], code=True, full=hash)
+    return Entry(label, hash[:12], code=True, full=hash)
 
 
 def list_identity(model: ModelFacts) -> tuple[Entry, ...]:

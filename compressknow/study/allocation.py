@@ -20,7 +20,7 @@ from compressknow.base.format import size
 from compressknow.gguf.choice import Fitted, Rounding, check_types
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
-from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity
+from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity, name_guide
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
@@ -211,8 +211,7 @@ class Target:
         """Return ``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
         amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
         rules = [f"{which} {chosen}" for which, chosen in self.must]
-        by = {"both": "facts and text"}.get(self.guide, self.guide)
-        return f"{amount} by {', '.join([by, self.rounding, *rules])}"
+        return f"{amount} by {', '.join([name_guide(self.guide), self.rounding, *rules])}"
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:

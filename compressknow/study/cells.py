@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base import reading
@@ -37,6 +37,7 @@ from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
+from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 
@@ -79,9 +80,11 @@ class CellResult:
         """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
         if self.answers is None:
             return Estimate(None)
-        knew = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
-        right = [answer for answer in self.answers.answers if answer.correct]
-        return proportion(sum((answer.probe, answer.fact_id) in knew for answer in right), len(knew))
+        knew, knows = (
+            {(answer.probe, answer.fact_id) for answer in side.answers if answer.correct}
+            for side in (self.original, self.answers)
+        )
+        return proportion(len(knew & knows), len(knew))
 
 
 def build_study(
@@ -146,12 +149,11 @@ def _list_correct(answers: Answers, original: Answers, probe: str) -> tuple[bool
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
-    accuracy = figures.macro_original if figures.average == "macro" else figures.accuracy_original
     return StudyProbe(
         name=figures.probe,
         n=figures.counts.n,
         average=figures.average,
-        accuracy=accuracy.value or 0.0,
+        accuracy=get_headline_accuracy(figures)[0].value or 0.0,
         majority=figures.majority,
         chance=figures.chance,
         correct=tuple(answer.correct for answer in original.of(figures.probe)),
@@ -235,10 +237,8 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         )
 
 
-# What else the original is run in, to see what that alone changes.
-NoiseFloor = Literal["precision", "runtime"]
-PRECISION: tuple[NoiseFloor, ...] = ("precision",)
-_NOISE = {"precision": NoiseFloors.add_precision, "runtime": NoiseFloors.add_runtime}
+# Adds to the original's answers what running it otherwise alone changes.
+AddNoiseFloor = Callable[[NoiseFloors, Sequence[Opened], Answers], Answers]
 
 
 class StudyModel:
@@ -289,7 +289,7 @@ class StudyModel:
         reference: Answers | None,
         on_progress: Listener | None = None,
         *,
-        noise_floors: Collection[NoiseFloor] = (),
+        noise_floors: Collection[AddNoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
         """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
@@ -310,10 +310,9 @@ class StudyModel:
             floors = {
                 name: NoiseFloors(handle, place, on_progress, whole=distributions) for name, place in places.items()
             }
-            for name in noise_floors:
+            for add in noise_floors:
                 parts = [
-                    _NOISE[name](floors[probe.name], [probe], answers)
-                    for probe, answers in zip(probes, parts, strict=True)
+                    add(floors[probe.name], [probe], answers) for probe, answers in zip(probes, parts, strict=True)
                 ]
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
             texts = {name: chunks for part in parts for name, chunks in part.texts.items()}

@@ -36,7 +36,7 @@ from compressknow.study.allocation import (
     describe_fit,
     pin_types,
 )
-from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
@@ -112,15 +112,14 @@ class Form(ABC):
     overhead : bytes of a file beside these.
     together : weights that have one type.
     numel : by weight, how many parameters it has.
-    guide, rounded : what decides the types, and how weights are rounded.
+    label : what decides the types, and how weights are rounded.
     guidance, texts : of what `learn` was given.
     """
 
     name: ClassVar[str]
     place: ClassVar[str]
     roundings: Roundings
-    guide: Guide
-    rounded: str
+    label: str
     guidance: Guidance
     texts: tuple[Batches, ...]
 
@@ -157,11 +156,6 @@ class Form(ABC):
             [sorted(option.nbytes for option in options.values()) for _, options in build_units(table, self.together)]
             for table in self.tables
         ]
-
-    @property
-    def label(self) -> str:
-        """Return what decided the types, and how weights are rounded."""
-        return f"{'facts and text' if self.guide == 'both' else self.guide}, rounded {self.rounded}"
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
@@ -223,11 +217,11 @@ class GgufForm(Form):
 
         self.roundings = GgufRoundings()
         self._job, self._tensors, self._target = job, tensors, target
-        self.guide, self.rounded = target.guide, "by GPTQ" if target.rounding == "gptq" else "by llama.cpp"
-        table = pin_types(build_table(None, tensors, target.guide), tensors, target.must)
+        self.label = f"{name_guide(target.guide)}, rounded by {'GPTQ' if target.rounding == 'gptq' else 'llama.cpp'}"
+        table = self.predict_losses(None)
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
 
-    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
+    def predict_losses(self, sensitivity: Sensitivity | None) -> OptionTable:
         return pin_types(build_table(sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
 
     def decides(self) -> list[Any]:
@@ -271,8 +265,8 @@ class CheckpointForm(Form):
         from compressknow.study.measuring import SchemeRoundings
 
         self.roundings = SchemeRoundings()
-        self.guide, self.rounded = guide, "to nearest"
-        self._model, self._is_uniform = model, False
+        self.label = f"{name_guide(guide)}, rounded to nearest"
+        self._model, self._guide = model, guide
         maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
@@ -302,7 +296,7 @@ class CheckpointForm(Form):
         )
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
-        maker.plan(Recipe.from_dict(_build_steps(self.choose(self.floor).types)))
+        maker.plan(_build_recipe(self.choose(self.floor).types))
 
     def _takes_several(self) -> bool:
         """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
@@ -312,7 +306,7 @@ class CheckpointForm(Form):
         types = {name: list(self.table[name])[-1] for name in units[0]}
         types |= {name: list(self.table[name])[1] for name in units[-1]}
         try:
-            self._model.maker.plan(Recipe.from_dict(_build_steps(types)))
+            self._model.maker.plan(_build_recipe(types))
         except UnsupportedError:
             return False
         return True
@@ -331,7 +325,7 @@ class CheckpointForm(Form):
         ]
 
     def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
-        rows = sensitivity.kl(self.guide)
+        rows = sensitivity.kl(self._guide)
         table = {}
         for module, options in self.table.items():
             # What nothing was measured of stays as it is.
@@ -344,24 +338,24 @@ class CheckpointForm(Form):
         from compressknow.compress.convert import convert
         from compressknow.pages.model_card import make_model_card
 
-        recipe = Recipe.from_dict(_build_steps(found.types))
-        convert(self._model.maker.checkpoint.folder, place, recipe, render_card=make_model_card)
+        folder, recipe = self._model.maker.checkpoint.folder, _build_recipe(found.types)
+        convert(folder, place, recipe, render_card=make_model_card)
 
     def recipe(self, found: Allocation) -> str:
-        return to_toml(_build_steps(found.types))
+        return to_toml(_build_recipe(found.types).to_dict())
 
 
-def _build_steps(types: Mapping[str, str]) -> dict[str, Any]:
+def _build_recipe(types: Mapping[str, str]) -> Recipe:
     """Return the recipe of a type for each module."""
     from compressknow.study.measuring import parse_scheme
 
-    steps = [
-        Quantize(scheme.name, Where(("blocks",), tuple(patterns)), scheme.values())
+    schemes = {kind: parse_scheme(kind) for kind in types.values() if kind != NONE}
+    steps = (
+        Quantize(schemes[kind].name, Where(("blocks",), tuple(patterns)), schemes[kind].values())
         for kind, patterns in build_rules(types).items()
-        if kind != NONE
-        for scheme in [parse_scheme(kind)]
-    ]
-    return Recipe(tuple(steps)).to_dict()
+        if kind in schemes
+    )
+    return Recipe(tuple(steps))
 
 
 def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:

@@ -19,13 +19,13 @@ from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, l
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.structure import DEFAULT_SCOPES, ModuleMap, Structure, scope_names
+from compressknow.pages.study.records import ATTENTION_KINDS, STRUCTURED, UNSTRUCTURED
 
 if TYPE_CHECKING:
     from compressknow.compress.convert import VariantMaker
 
 # Sections 2.3 to 2.6 of the paper and its figure 8.
 MODULES = ("attention", "feed-forward", "overall")
-ATTENTIONS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
 AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
@@ -173,11 +173,11 @@ def build_paper_grid(
         return build_recipe(Where((scope,)), module_map=module_map, **options)
 
     recipes = [recipe(scope, prune=amount) for scope in MODULES for amount in AMOUNTS]
-    kinds = ATTENTIONS if "cross-attention" in scope_names(structure) else ()
+    kinds = ATTENTION_KINDS if "cross-attention" in scope_names(structure) else ()
     for scope in (*MODULES, *kinds):
         recipes.append(recipe(scope, **quantized))
         recipes += [recipe(scope, prune=amount, **quantized) for amount in FEW_AMOUNTS]
-    for method in ("ln-structured", "l1-unstructured"):
+    for method in (STRUCTURED, UNSTRUCTURED):
         recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
     here = set(scope_names(structure))
     return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
@@ -337,7 +337,7 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
     # What may be nothing is a text where there is something: "none" is nothing.
     parameters = {name: value for name, value in point.items() if value != "none"}
-    place = {"scope": list(DEFAULT_SCOPES)} | _select(given, *(each.key for each in list_options(Where)))
+    place = _select(given, *(each.key for each in list_options(Where)))
     steps = []
     if "prune" in given:
         of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)
@@ -373,7 +373,7 @@ def _has_effect(point: Mapping[str, Any]) -> bool:
 
 def _is_given(value: Any) -> bool:
     """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, "none" quantizes none."""
-    return value is not None and value != "none" and not (isinstance(value, (int, float)) and value == 0)
+    return value not in (None, "none", 0)
 
 
 def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from compressknow._version import __version__
 from compressknow.base.format import count, number, plain, share, size
@@ -24,7 +26,6 @@ from compressknow.pages.parts import (
     Chart,
     Charts,
     Drawn,
-    Entries,
     Entry,
     Folded,
     Note,
@@ -35,10 +36,13 @@ from compressknow.pages.parts import (
     Table,
     Text,
     draw_charts,
+    make_hash_entry,
+    make_name_entry,
+    show_run,
 )
 from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds
 from compressknow.study.allocation import Option, OptionTable, allocate
-from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity
+from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +101,7 @@ class Map:
         modules = [*dict.fromkeys(row.module for row in self._placed if row.layer is not None)]
         cells: list[tuple[float | None, ...]] = []
         for rows in self.by_layer().values():
-            if rows[0].layer is None or not modules:
+            if rows[0].layer is None:
                 cells.append((figure(rows),))
                 continue
             by_module = [[row for row in rows if row.module == module] for module in modules]
@@ -204,7 +208,6 @@ def _to_csv(map: Map) -> str:
 
 # Weights in each of the two tables.
 SHOWN = 10
-_BY = {"facts": "facts", "text": "text", "both": "facts and text"}
 _UNIT = "thousandths of a nat per MB"
 _MAP_NOTE = (
     "The KL divergence that rounding a weight to 4 bits adds, for each MB that it saves, in thousandths of a nat: from "
@@ -232,14 +235,17 @@ def render_map_markdown(map: Map) -> str:
 
 def build_page(map: Map, *, charts: bool) -> Page:
     """Return the map as text, with its charts."""
-    parts: Mapping[tuple[str, str], Iterator[Part]] = {
+    parts: Mapping[tuple[str, str], Iterable[Part]] = {
         ("maps", "Where the knowledge sits"): _build_maps(map),
         ("risk", "Facts at risk"): _build_risk(map),
         ("weights", "The most and the least sensitive"): _list_extremes(map),
-        ("layers", "Layers and modules"): _tabulate_sums(map),
+        ("layers", "Layers and modules"): [
+            _tabulate_sums(map, "Modules, over all layers", "Module", map.by_module()),
+            Folded("By layer", (_tabulate_sums(map, "Layers, over all their modules", "Layer", map.by_layer()),)),
+        ],
         ("sizes", "What the next MB buys"): _plot_sizes(map),
-        ("method", "Method and limits"): iter([Sentences(_describe_method(map))]),
-        ("run", "The run"): iter([Entries(_list_run(map))]),
+        ("method", "Method and limits"): [Sentences(_describe_method(map))],
+        ("run", "The run"): show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
     }
     shown = (
         Shown(id, title, tuple(draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide")
@@ -279,12 +285,9 @@ def write_verdict(map: Map) -> str:
 
 def _share_of_top_tenth(map: Map) -> float:
     """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
-    losses = [row.by_type[row.compared].kl(map.guide) for row in map.ranked]
-    left, total = sum(row.saved for row in map.ranked) / 10, 0.0
-    for row, loss in zip(map.ranked, losses, strict=True):
-        part = min(1.0, left / row.saved)
-        total, left = total + part * loss, left - part * row.saved
-    return total / sum(losses) if sum(losses) else 0.0
+    saved = [0, *accumulate(row.saved for row in map.ranked)]
+    losses = [0.0, *accumulate(row.by_type[row.compared].kl(map.guide) for row in map.ranked)]
+    return float(np.interp(saved[-1] / 10, saved, losses)) / losses[-1] if losses[-1] else 0.0
 
 
 def name_weight(row: TensorSensitivity) -> str:
@@ -356,55 +359,40 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> T
     return Table(caption, ("Layer", *columns), tuple(rows))
 
 
-WEIGHT_COLUMNS = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
-
-
 def _list_extremes(map: Map) -> Iterator[Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
-    yield _tabulate_weights(
-        f"The {count(shown)} most sensitive weights, by {_BY[map.guide]}", map.ranked[:shown], map.guide
-    )
-    if least := map.ranked[shown:][-shown:][::-1]:
+    most, least = map.ranked[:shown], map.ranked[shown:][-shown:][::-1]
+    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
+    if least:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
     yield Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
 
 
-def _tabulate_weights(caption: str, rows: Weights, guide: Guide) -> Table:
-    return Table(caption, WEIGHT_COLUMNS, tuple(_describe_weight(row, guide) for row in rows))
+def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> Table:
+    rows = []
+    for weight in weights:
+        kind = weight.by_type[weight.compared]
+        domain = max(weight.by_domain, key=weight.by_domain.__getitem__, default=None)
+        mostly = f"{plain(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
+        kl, stored = format_millinats(weight.per_mb(guide)), f"{size(kind.bytes)} {weight.compared}"
+        rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
+    columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
+    return Table(caption, columns, tuple(rows))
 
 
-def _describe_weight(row: TensorSensitivity, guide: Guide) -> tuple[str, ...]:
-    kind = row.by_type[row.compared]
-    domain = max(row.by_domain, key=row.by_domain.__getitem__, default=None)
-    mostly = f"{plain(domain, 40)} (x {row.by_domain[domain]:.1f})" if domain else "-"
-    return (
-        name_weight(row),
-        format_millinats(row.per_mb(guide)),
-        share(kind.at_risk),
-        f"{size(kind.bytes)} {row.compared}",
-        mostly,
-    )
-
-
-def _tabulate_sums(map: Map) -> Iterator[Part]:
+def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> Table:
     saved = sum(row.saved for row in map.sensitivity.rows)
-    for caption, kind, groups in (
-        ("Modules, over all layers", "Module", map.by_module()),
-        ("Layers, over all their modules", "Layer", map.by_layer()),
-    ):
-        rows = tuple(
-            (
-                plain(name, 60),
-                format_millinats(compute_kl_per_mb(own, map.guide)),
-                share(compute_risk(own)),
-                share(sum(row.saved for row in own) / saved),
-            )
-            for name, own in groups.items()
+    rows = tuple(
+        (
+            plain(name, 60),
+            format_millinats(compute_kl_per_mb(own, map.guide)),
+            share(compute_risk(own)),
+            share(sum(row.saved for row in own) / saved),
         )
-        table = Table(
-            caption, (kind, "KL per MB saved", "Facts at risk", "Share of the bytes"), rows, sortable=len(rows) > 1
-        )
-        yield table if kind == "Module" else Folded("By layer", (table,))
+        for name, own in groups.items()
+    )
+    columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
+    return Table(caption, columns, rows, sortable=len(rows) > 1)
 
 
 def _plot_sizes(map: Map) -> Iterator[Part]:
@@ -417,18 +405,11 @@ def _plot_sizes(map: Map) -> Iterator[Part]:
     curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
-    steps = [
-        (
-            size(here.nbytes),
-            number(here.kl),
-            format_millinats((here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6),
-        )
-        for here, there in pairwise(map.frontier)
-    ]
-    last = [(size(each.nbytes), number(each.kl), "-") for each in map.frontier[-1:]]
-    buys = f"The next MB saves, {_UNIT.removesuffix(' per MB')}"
-    line = Table("The least predicted loss by size", ("Size of the weights", "Predicted KL", buys), (*steps, *last))
-    yield Folded("The line as a table", (line,))
+    saved = [(here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
+    buys = [*(format_millinats(kl) for kl in saved), "-"]
+    rows = tuple((size(each.nbytes), number(each.kl), buy) for each, buy in zip(map.frontier, buys, strict=True))
+    heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
+    yield Folded("The line as a table", (Table("The least predicted loss by size", heads, rows),))
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
@@ -478,18 +459,11 @@ def _describe_method(map: Map) -> tuple[str, ...]:
     )
 
 
-def _list_run(map: Map) -> tuple[Entry, ...]:
-    sensitivity, guidance = map.sensitivity, map.sensitivity.guidance
-    entries = [
-        Entry("Model", plain(map.model, 120), code=True),
-        _build_hash("SHA-256", sensitivity.sha256),
-        _build_hash("Facts", guidance.fingerprint),
-        _build_hash("Text", guidance.text),
-        Entry("Ranked by", _BY[map.guide]),
-        Entry("Versions", f"compressknow {__version__}"),
-    ]
-    return tuple(entry for entry in entries if entry)
-
-
-def _build_hash(label: str, sha256: str | None) -> Entry | None:
-    return Entry(label, sha256[:12], code=True, full=sha256) if sha256 else None
+def _list_run(map: Map) -> Iterator[Entry]:
+    guidance = map.sensitivity.guidance
+    hashes = {"SHA-256": map.sensitivity.sha256, "Facts": guidance.fingerprint, "Text": guidance.text}
+    yield make_name_entry("Model", map.model, None)
+    for label, sha256 in hashes.items():
+        if sha256:
+            yield make_hash_entry(sha256, label)
+    yield Entry("Ranked by", name_guide(map.guide))

@@ -5,7 +5,7 @@ tokens, where x is what W is multiplied with and g the gradient of the score at 
 weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
 divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
 that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
-normal with the mean square that was measured. For text see `compressknow.study.batches`.
+normal with the mean square that was measured. For text see `compressknow.study.guides`.
 
 Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
 usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.comparison.checkpoints import module_in_block
-from compressknow.compress.calibrate.backward import FACTORS, Product, compute_gradients
+from compressknow.compress.calibrate.backward import FACTORS, Batch, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
 from compressknow.compress.sources import Sources
@@ -33,14 +33,12 @@ from compressknow.gguf import grids
 from compressknow.model.groups import structure_of
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
-from compressknow.study.batches import FactBatches
 from compressknow.study.sensitivity import Rounding, TensorSensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressknow.base.progress import Advance
-    from compressknow.compress.calibrate.backward import Batch
     from compressknow.model.checkpoint import Checkpoint
 
 
@@ -134,6 +132,21 @@ FEWEST_OF_A_DOMAIN = 5
 
 
 @dataclass(frozen=True)
+class FactBatches:
+    """Facts in batches, and the candidates that their scores are of.
+
+    Attributes
+    ----------
+    owners : of each batch, the number of the candidate that a score is of, int64 [rows, directions].
+    facts : of each candidate the number of its fact, int64 [candidates], ascending.
+    """
+
+    batches: tuple[Batch, ...]
+    owners: tuple[torch.Tensor, ...]
+    facts: torch.Tensor
+
+
+@dataclass(frozen=True)
 class ScoreChanges:
     """Changes of scores, by weight and type.
 
@@ -148,13 +161,13 @@ class ScoreChanges:
     importance : by name, what types were rounded with, [in].
     """
 
-    weights: Mapping[str, TensorSensitivity]
+    weights: dict[str, TensorSensitivity]
     scores: torch.Tensor
     owners: torch.Tensor
-    facts: Mapping[tuple[str, str], torch.Tensor]
-    text: Mapping[tuple[str, str], torch.Tensor]
-    errors: Mapping[tuple[str, str], float]
-    importance: Mapping[str, torch.Tensor]
+    facts: dict[tuple[str, str], torch.Tensor]
+    text: dict[tuple[str, str], torch.Tensor]
+    errors: dict[tuple[str, str], float]
+    importance: dict[str, torch.Tensor]
 
     def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""
@@ -165,10 +178,10 @@ class ScoreChanges:
             types = {}
             for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
-                kl = None if facts is None else float(facts[0].mean()) * error
                 text = None if per_token is None else per_token * error
-                risk = None
+                kl = risk = None
                 if facts is not None:
+                    kl = float(facts[0].mean()) * error
                     # Its change has this mean square: the probability that a margin changes its sign.
                     spread = (facts[1] * error).sqrt().clamp_min(1e-12)
                     risk = float(torch.special.ndtr(-self.margins[2] / spread).mean())
@@ -207,20 +220,14 @@ class ScoreChanges:
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
         text."""
-        divergences = {type: self.compute_text_kl(name, type) for type in tried}
-        ratios = [
-            kl / self.errors[name, type]
-            for type, kl in divergences.items()
-            if kl is not None and self.errors[name, type] > 0
-        ]
-        return sum(ratios) / len(ratios) if ratios else None if None in divergences.values() else 0.0
-
-    def compute_text_kl(self, name: str, type: str) -> float | None:
-        """Return the robust mean over rows, nats per token; None where there is no text."""
-        changes = self.text.get((name, type))
-        if changes is None:
+        if (name, tried[0]) not in self.text:
             return None
-        rows = changes.double().square().mean(1).sort().values / 2
+        ratios = [self._compute_text_kl(name, type) / error for type in tried if (error := self.errors[name, type]) > 0]
+        return sum(ratios) / len(ratios) if ratios else 0.0
+
+    def _compute_text_kl(self, name: str, type: str) -> float:
+        """Return the robust mean over rows, nats per token."""
+        rows = self.text[name, type].double().square().mean(1).sort().values / 2
         return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
@@ -272,11 +279,13 @@ def measure(
         streamed = StreamedModel(tree, sources, files)
         measurer = _Measurer(streamed, structure, weights, roundings, facts, texts, advance)
         scores = compute_gradients(streamed, weights, [*facts.batches, *texts], measurer.visit)
-    return measurer.finish(scores)
+    for batch, owners in zip(scores, facts.owners, strict=False):
+        measurer.found.scores.index_add_(0, owners.flatten(), batch.flatten())
+    return measurer.found
 
 
 class _Measurer:
-    """Visitor of blocks that adds up what rounding their weights changes."""
+    """Visitor of blocks that adds up, in what it has `found`, what rounding their weights changes."""
 
     def __init__(
         self,
@@ -292,11 +301,7 @@ class _Measurer:
         self._linears = {weight.parameter: weight for weight in weights}
         self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
-        self._found: dict[str, TensorSensitivity] = {}
-        self._facts: dict[tuple[str, str], torch.Tensor] = {}
-        self._text: dict[tuple[str, str], torch.Tensor] = {}
-        self._importance: dict[str, torch.Tensor] = {}
-        self._errors: dict[tuple[str, str], float] = {}
+        self.found = ScoreChanges({}, torch.zeros(len(facts.facts)), facts.facts, {}, {}, {}, {})
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
@@ -323,7 +328,7 @@ class _Measurer:
             return
         name = self._structure.tied.get(linear.parameter, linear.parameter)
         self._add_weight(name, weight, linear.group or "other", linear.layer, linear.stack)
-        importance = self._importance[name] = self._sum_halves(
+        importance = self.found.importance[name] = self._sum_halves(
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
@@ -352,7 +357,7 @@ class _Measurer:
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
         found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, module_in_block(name))
-        self._found.setdefault(name, found)
+        self.found.weights.setdefault(name, found)
 
     def _add_errors(
         self,
@@ -369,13 +374,13 @@ class _Measurer:
         rows = weight[own]
         for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
-            self._errors[name, type] = float(of_rows[own] @ squares @ of_columns)
+            self.found.errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._structure.tied.get(parameter, parameter)
         self._add_weight(name, weight, "embedding", None, None)
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
-        rows, importance = weight[tokens], self._importance.get(name)
+        rows, importance = weight[tokens], self.found.importance.get(name)
         if importance is None:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
         types = self._roundings.list_measured(weight.shape)
@@ -407,19 +412,11 @@ class _Measurer:
         for type, own in zip(types, changes.unbind(2), strict=True):
             number = batch - len(self._fact_batches.batches)
             if number < 0:
-                known = self._facts.setdefault((name, type), torch.zeros(len(self._fact_batches.facts)))
+                known = self.found.facts.setdefault((name, type), torch.zeros(len(self.found.owners)))
                 known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
                 continue
-            known = self._text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
+            known = self.found.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
             known[self._starts[number] : self._starts[number + 1]] += own
-
-    def finish(self, scores: Sequence[torch.Tensor]) -> ScoreChanges:
-        """Return what was found, where these are the scores of all batches."""
-        facts = self._fact_batches.facts
-        own = torch.zeros(len(facts))
-        for batch, owners in zip(scores, self._fact_batches.owners, strict=False):
-            own.index_add_(0, owners.flatten(), batch.flatten())
-        return ScoreChanges(self._found, own, facts, self._facts, self._text, self._errors, self._importance)
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:

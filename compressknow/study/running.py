@@ -66,11 +66,7 @@ def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterato
     Raises CompressknowError where the cluster does not answer.
     """
     if ray is None:
-        yield lambda batch: (
-            # The original has been evaluated before.
-            _run_here(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
-            for number, cell in enumerate(batch.cells, start=2)
-        )
+        yield partial(_run_here, on_progress)
         return
     cluster = _start_ray(ray)
     try:
@@ -84,15 +80,18 @@ def _evaluate(batch: Batch, cell: Cell, on_progress: Listener | None = None) -> 
     return CellResult(cell, batch.original, answers)
 
 
-def _run_here(batch: Batch, cell: Cell, on_progress: Listener | None) -> CellResult:
-    try:
-        return _evaluate(batch, cell, on_progress)
-    except OutputError:
-        # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
-        raise
-    except Exception as error:
-        # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
-        return _fail(batch, cell, error)
+def _run_here(on_progress: Listener | None, batch: Batch) -> Generator[CellResult]:
+    # The original has been evaluated before.
+    for number, cell in enumerate(batch.cells, start=2):
+        try:
+            result = _evaluate(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
+        except OutputError:
+            # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
+            raise
+        except Exception as error:
+            # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
+            result = _fail(batch, cell, error)
+        yield result
 
 
 def _fail(batch: Batch, cell: Cell, error: BaseException) -> CellResult:
@@ -139,21 +138,17 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
     """Yield a cell's result once all of its probes are answered."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
-    done = [cell for cell in batch.cells if not left[cell]]
-    while done or pending:
-        for cell in done:
-            error = failed.get(cell)
-            yield _evaluate(batch, cell) if error is None else _fail(batch, cell, error)
-        done = []
-        if pending:
-            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-            cell, probe = pending.pop(ready)
-            try:
-                _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
-            except Exception as error:
-                failed.setdefault(cell, getattr(error, "cause", None) or error)
-            left[cell] -= 1
-            done = [] if left[cell] else [cell]
+    yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
+    while pending:
+        (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+        cell, probe = pending.pop(ready)
+        try:
+            _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
+        except Exception as error:
+            failed.setdefault(cell, getattr(error, "cause", None) or error)
+        left[cell] -= 1
+        if not left[cell]:
+            yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
 
 
 def _start_ray(where: RayOptions) -> Any:

@@ -7,7 +7,8 @@ import json
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.warnings import find_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import CELLS, ORIGINAL, NoiseFloor, StudyModel, grade
+from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
 from compressknow.study.forms import GGUF, Form, Request
 
 # Parts of the facts: to search with, to select by and to grade by.
@@ -83,11 +84,9 @@ def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, 
     for fact in facts:
         name = _get_id(fact)
         units.setdefault((fact.subject or "", fact.relation) if whole else (fact.relation, name), set()).add(name)
-    by_group: dict[str, list[set[str]]] = {}
-    for (group, _), names in sorted(units.items()):
-        by_group.setdefault(group, []).append(names)
     parts: list[set[str]] = [set() for _ in range(_THIRDS)]
-    for group, members in sorted(by_group.items()):
+    for group, own in groupby(sorted(units.items()), key=lambda unit: unit[0][0]):
+        members = [names for _, names in own]
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
             # The smallest part, the first of several: what comes next evens out.
@@ -116,32 +115,27 @@ class EvaluationSet:
         on_progress: Listener | None,
         known: str,
         *,
-        noise_floors: Collection[NoiseFloor] = (),
+        noise_floors: Collection[AddNoiseFloor] = (),
     ) -> None:
-        self.probes, self.known_as, self._study_model, self._folder = probes, known, study_model, folder
-        model, place, whole = study_model.original, folder / ORIGINAL, bool(noise_floors)
-        self.reference = study_model.evaluate(
-            model, probes, place, None, on_progress, noise_floors=noise_floors, whole=whole
+        self.known_as, self._folder = known, folder
+        self._evaluate = partial(study_model.evaluate, probes=probes, on_progress=on_progress, whole=bool(noise_floors))
+        self.reference = self._evaluate(
+            study_model.original, folder=folder / ORIGINAL, reference=None, noise_floors=noise_floors
         )
         self.original = grade(self.reference, known)
-
-    @property
-    def facts(self) -> list[Probe]:
-        """Return the probes of facts."""
-        return [probe for probe in self.probes if isinstance(probe, Probe)]
 
     @property
     def known(self) -> int:
         """Count the facts that the original knows."""
         return sum(answer.correct for answer in self.original.answers)
 
-    def evaluate(self, handle: ModelHandle, on_progress: Listener | None, *, whole: bool = False) -> Answers:
+    def evaluate(self, handle: ModelHandle) -> Answers:
         """Return a model's answers as they were given, and what it read, like `reference`.
 
         Raises CompressknowError where it cannot be evaluated.
         """
         folder = self._folder / CELLS / handle.sha256[:16]
-        return self._study_model.evaluate(handle, self.probes, folder, self.reference, on_progress, whole=whole)
+        return self._evaluate(handle, folder=folder, reference=self.reference)
 
     def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""

@@ -53,13 +53,12 @@ class Rounding:
 
         Raises ValueError where what guides was not measured.
         """
-        measured = {"facts": self.facts, "text": self.text}
-        values = []
+        total = 0.0
         for name, factor in ({"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}).items():
-            if (value := measured[name]) is None:
+            if (value := getattr(self, name)) is None:
                 raise ValueError(f"the sensitivity to {name} was not measured")
-            values.append(value * factor)
-        return sum(values)
+            total += value * factor
+        return total
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,11 @@ class Sensitivity(notebook.Shown):
             for row in values["rows"]
         )
         return cls(values["sha256"], Guidance(**guidance), tuple(rows), values["domains"], values["others"])
+
+
+def name_guide(guide: Guide) -> str:
+    """Return what guides, in words."""
+    return "facts and text" if guide == "both" else guide
 
 
 def check_guide(guide: str) -> None:

@@ -20,8 +20,9 @@ from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.model.loading import open_complete
-from compressknow.study.batches import FactBatches, ScoredFact, batch_facts, batch_text
+from compressknow.study.guides import ScoredFact, batch_facts, batch_text
 from compressknow.study.measuring import (
+    FactBatches,
     GgufRoundings,
     Roundings,
     SchemeRoundings,
@@ -292,7 +293,7 @@ PEAK = """
 import sys, torch
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import measure
-from compressknow.study.batches import batch_text
+from compressknow.study.guides import batch_text
 from compressknow.study.measuring import SchemeRoundings
 from compressknow.base.system import peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compressknow._version import __version__
 from compressknow.base.format import count, number, percent, plain, size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.comparison.diff import CheckpointDiff, Kind, group_tensors, sum_tensors
+from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.paired import domain_order, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
@@ -21,6 +21,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.records import Card, Checkpoint
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
+# In the order in which pages show such facts.
 KnownBy = Literal["only A", "only B", "neither"]
 
 
@@ -74,8 +75,7 @@ class CheckpointComparison(Shown):
 
     def _summary(self) -> Summary:
         names = [f"{plain(side.name, 40)} ({size(side.bytes)})" for side in (self.a, self.b)]
-        groups = group_tensors(self.difference.tensors, lambda tensor: tensor.group) if self.difference else {}
-        sums = {group: sum_tensors(tensors) for group, tensors in groups.items()}
+        sums = sum_by(self.difference, lambda tensor: tensor.group) if self.difference else {}
         return Summary(
             f"CheckpointComparison: {names[1]} against {names[0]}",
             self.verdict,
@@ -85,6 +85,11 @@ class CheckpointComparison(Shown):
                 for group, s in sums.items()
             ),
         )
+
+
+def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, Sums]:
+    """Return the sums of the tensors that have a key, by key, in the order in which it first comes."""
+    return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 
 
 def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
@@ -195,8 +200,8 @@ def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str
 
 def _name_worst_group(difference: CheckpointDiff) -> str:
     """Name the group that differs most, where there are several."""
-    groups = group_tensors(difference.tensors, lambda tensor: tensor.group)
-    errors = {group: sum_tensors(tensors).relative_error or 0.0 for group, tensors in groups.items()}
+    groups = sum_by(difference, lambda tensor: tensor.group)
+    errors = {group: sums.relative_error or 0.0 for group, sums in groups.items()}
     if len(errors) < 2 or not any(errors.values()):
         return ""
     group = max(errors, key=lambda group: errors[group])
@@ -271,10 +276,10 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
         for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
-    places: dict[KnownBy, int] = {"only A": 0, "only B": 1, "neither": 2}
 
     def order(pair: AnswerPair) -> tuple[object, ...]:
-        return places[pair.known_by], domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
+        place = get_args(KnownBy).index(pair.known_by)
+        return place, domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
 
     return sorted((_make_pair(*pair) for pair in pairs), key=order)
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.format import NONE, count, json_text, number, plain, share, size
-from compressknow.comparison.diff import CheckpointDiff, Sums, group_tensors, sum_tensors
+from compressknow.base.format import NONE, json_text, number, plain, share, size
+from compressknow.comparison.diff import CheckpointDiff, Sums
 from compressknow.model.manifest import text_in_words
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
-from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,
@@ -30,7 +30,6 @@ from compressknow.pages.parts import (
     draw_charts,
     make_hash_entry,
     make_name_entry,
-    make_rest_note,
     show_run,
 )
 from compressknow.pages.records import Checkpoint, comparison_to_json
@@ -142,7 +141,7 @@ def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors
     if is_changed and (layers := tables.sum_layers(difference)):
         table = tables.sums_table("Linear weights by layer", "Layer", layers)
         yield Shown("compare-layers", "By layer", (table,))
-    yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+    yield Shown("compare-tensors", "By tensor", tuple(tables.tensor_parts(difference, tensors)))
     stored = tables.settings_table(difference, files), tables.structure_table(difference)
     yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
@@ -181,13 +180,6 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
     table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
     yield Folded("The map as a table", (table,))
-
-
-def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
-    table, left_out = tables.tensors_table(difference, limit)
-    if table:
-        rest = (make_rest_note(left_out, *tables.OF_COMPARISON),) if left_out else ()
-        yield Folded(f"{count(len(table.rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
 SCHEMA = 1
@@ -234,8 +226,8 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
 def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
     if difference is None:
         return {"architecture": None, "config": [], "structure": [], "weights": None}
-    blocks = group_tensors(difference.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
-    modules = group_tensors(difference.tensors, lambda t: (t.stack, t.layer, t.module) if t.module else None)
+    blocks = sum_by(difference, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    modules = sum_by(difference, lambda t: (t.stack, t.layer, t.module) if t.module else None)
     return {
         "architecture": difference.architecture,
         "config": [asdict(change) for change in difference.config],
@@ -244,12 +236,11 @@ def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
             "total": _sums_to_json(difference.total),
             "groups": {name: _sums_to_json(sums) for name, sums in tables.sum_groups(difference).items()},
             "layers": [
-                {"stack": stack, "layer": layer, **_sums_to_json(sum_tensors(tensors))}
-                for (stack, layer), tensors in blocks.items()
+                {"stack": stack, "layer": layer, **_sums_to_json(sums)} for (stack, layer), sums in blocks.items()
             ],
             "modules": [
-                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sum_tensors(tensors))}
-                for (stack, layer, module), tensors in modules.items()
+                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sums)}
+                for (stack, layer, module), sums in modules.items()
             ],
             "tensors": [
                 {key: value for key, value in asdict(tensor).items() if key != "sums"}

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from compressknow.base.format import (
-    NONE,
-    answer,
-    count,
-    number,
-    ordinal,
-    p_value,
-    percent,
-    plain,
-    share,
-)
-from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff, group_tensors, sum_tensors
+from compressknow.base.format import NONE, answer, count, number, ordinal, p_value, percent, plain, share
+from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
-from compressknow.pages.diff.make import AnswerPair, Behaviour
-from compressknow.pages.parts import BLANK, Part, Table, make_fact_parts, write_bare_p
+from compressknow.pages.diff.make import AnswerPair, Behaviour, sum_by
+from compressknow.pages.parts import BLANK, Folded, Part, Table, make_fact_parts, make_rest_note, write_bare_p
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid
 
@@ -27,7 +17,7 @@ _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Rel
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
 # Words for a page that is cut, and the file that has all of it.
-OF_COMPARISON = ("comparison", "compare.json")
+_OF_COMPARISON = ("comparison", "compare.json")
 
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
@@ -72,7 +62,7 @@ def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Ite
         )
         for fact in answers[:limit]
     )
-    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=OF_COMPARISON)
+    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
 
 
 def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
@@ -135,23 +125,22 @@ _EXAMPLES = 3
 
 def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
     """Return the sums of each group of layers that there is, in their usual order."""
-    groups = group_tensors(difference.tensors, lambda tensor: tensor.group)
-    return {name: sum_tensors(groups[name]) for name in GROUPS if name in groups}
+    groups = sum_by(difference, lambda tensor: tensor.group)
+    return {name: groups[name] for name in GROUPS if name in groups}
 
 
 def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:
     """Return the sums of the Linear weights of each block, in the order of the module tree."""
-    return {name: sum_tensors(tensors) for name, tensors in group_tensors(difference.tensors, _name_block).items()}
+    return sum_by(difference, _name_block)
 
 
 def make_grid(difference: CheckpointDiff) -> Grid | None:
     """Return what the heat map shows; None where no Linear weight lies in a block."""
-    weights = (tensor for tensor in difference.tensors if tensor.module)
-    tensors = group_tensors(weights, lambda tensor: (_name_block(tensor), tensor.module))
-    if not tensors:
+    sums = sum_by(difference, lambda tensor: (_name_block(tensor) or "", tensor.module) if tensor.module else None)
+    if not sums:
         return None
-    rows, modules = (tuple(dict.fromkeys(key[i] or "" for key in tensors)) for i in (0, 1))
-    errors = {key: sum_tensors(of).relative_error for key, of in tensors.items()}
+    rows, modules = (tuple(dict.fromkeys(names)) for names in zip(*sums, strict=True))
+    errors = {key: each.relative_error for key, each in sums.items()}
     cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
     return Grid(rows, tuple(plain(name, 40) for name in short_names(modules)), cells)
 
@@ -184,16 +173,19 @@ def sums_row(name: str, sums: Sums) -> tuple[str, ...]:
     return plain(name, _NAME), *_figures(sums)
 
 
-def tensors_table(difference: CheckpointDiff, limit: int) -> tuple[Table | None, int]:
-    """Return the tensors that differ, those first that changed most; and how many are left out."""
+def tensor_parts(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
+    """Yield the tensors that differ, those first that changed most, if there are any."""
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
     rows = tuple(
         (plain(t.name, _NAME), t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} → {t.dtype_b}", *_figures(t.sums))
         for t in changed[:limit]
     )
-    table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), rows, sortable=len(rows) > 1)
-    return (table if rows else None), len(changed) - len(rows)
+    if rows:
+        table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), rows, sortable=len(rows) > 1)
+        left_out = len(changed) - len(rows)
+        rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
 def settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
@@ -242,9 +234,7 @@ def _drop_shape(form: str) -> str:
 
 
 def _name_block(tensor: TensorDiff) -> str | None:
-    if tensor.layer is None:
-        return None
-    return f"{tensor.stack} {tensor.layer}" if tensor.stack else f"layer {tensor.layer}"
+    return None if tensor.layer is None else f"{tensor.stack or 'layer'} {tensor.layer}"
 
 
 def _figures(sums: Sums) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from compressknow.pages.study.records import (
     select_quantized,
 )
 
-_GPQ_AMOUNTS = (20, 40)
+GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
 _MOST = 6  # lines and colours that can be told apart
 _MOST_BARS = 40
 
@@ -109,7 +109,7 @@ def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar,
     return _keep_known(
         Bar(scope, mean_drop(cell.comparison), series, f"{amount} % and {plain(scheme, 60)}")
         for scheme in list_schemes(study)
-        for amount in _GPQ_AMOUNTS
+        for amount in GPQ_AMOUNTS
         for series, scope in enumerate(scopes)
         if (cell := select_pruned(study, scope, scheme=scheme).get(amount))
     )

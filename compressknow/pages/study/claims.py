@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -198,7 +199,7 @@ def _number_clusters(probes: Sequence[StudyProbe]) -> np.ndarray:
 
 def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
     """Return several probes' facts one after the other."""
-    return np.concatenate([np.array(each, dtype=bool) for each in right]) if right else np.empty(0, dtype=bool)
+    return np.fromiter(chain.from_iterable(right), dtype=bool)
 
 
 def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from compressknow.base.format import count, number, p_value, percent, share
 from compressknow.pages.records import write_estimate
@@ -57,7 +58,7 @@ NO_CELLS = "The study has no cells for it."
 class Finding:
     """Finding of the paper, and whether it holds of this study."""
 
-    id: str  # F1 to F10, as in section 9 of the design
+    id: str  # F1 to F10
     claim: str
     families: tuple[str, ...]  # of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``
     answer: str = NOT_EVALUATED  # or ``holds``, ``does not hold``, ``cannot tell``
@@ -134,34 +135,35 @@ def _claim_low_decline(study: Study) -> Claim:
     by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
     number, lies above.
     """
-    cells = [cell for scope in MODULES for cell in _limit_amounts(select_pruned(study, scope), LOW).values()]
+    cells = [cell for scope in MODULES for cell in limit_amounts(select_pruned(study, scope), LOW).values()]
     return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
 
 
-def _claim_medium(study: Study, less: str, more: str) -> Claim:
-    """Claim F2, F3: pruned by more than 30 and up to 50 %, one of attention and feed-forward hurts less than the other
-    at equal amounts.
+def _claim_order(
+    study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
+) -> Claim:
+    """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
+    `less` hurts less than `more`.
 
-    A paired test of the two cells at each amount; see `claims.decide`.
+    A paired test of the two cells at each amount, or of each scheme, that `select` gives; see `claims.decide`. Each of
+    `less`, by the part of the claim, must be shown to hurt less, at one of these at least.
     """
-    cells, others = _limit_amounts(select_pruned(study, less), MEDIUM), select_pruned(study, more)
-    equal = [amount for amount in cells if amount in others]
-    return Claim(tuple(compare_cells(study, cells[amount], others[amount]) for amount in equal))
-
-
-def _claim_overall_pruned_most(study: Study) -> Claim:
-    """Claim F4: overall hurts more than attention and more than feed-forward, at equal amounts, from 10 to 90 %.
-
-    A paired test for each amount and rival. Both rivals must be shown to hurt less, at one amount at least.
-    """
-    overall = select_pruned(study, _OVERALL)
+    others = select(study, more)
     comparisons = [
-        compare_cells(study, cell, overall[amount], part)
-        for scope, part in _AGAINST.items()
-        for amount, cell in select_pruned(study, scope).items()
-        if amount in overall
+        compare_cells(study, cell, others[key], part)
+        for name, part in less.items()
+        for key, cell in select(study, name).items()
+        if key in others
     ]
-    return Claim(tuple(comparisons), tuple(_AGAINST.values()))
+    return Claim(tuple(comparisons), tuple(less.values()))
+
+
+def _select_medium(study: Study, scope: str) -> dict[float, StudyCell]:
+    return limit_amounts(select_pruned(study, scope), MEDIUM)
+
+
+def _select_final(study: Study, method: str) -> dict[float, StudyCell]:
+    return select_pruned(study, _FINAL, method)
 
 
 def _claim_high_rapid(study: Study) -> Claim:
@@ -171,7 +173,7 @@ def _claim_high_rapid(study: Study) -> Claim:
     over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
     left at the largest amount below `NEAR`.
     """
-    cells = list(_limit_amounts(select_pruned(study, _OVERALL), HIGH).values())
+    cells = list(limit_amounts(select_pruned(study, _OVERALL), HIGH).values())
     if not cells:
         return Claim()
     weights = sum(1 - cell.percent / 100 for cell in cells) / len(cells)
@@ -184,22 +186,6 @@ def _claim_high_rapid(study: Study) -> Claim:
             hold_to_limit(last.key, measure_remaining(study, last), NEAR),
         )
     )
-
-
-def _claim_quantized(study: Study, less: Mapping[str, str], more: str) -> Claim:
-    """Claim F6, F7: quantized, attention hurts less than feed-forward, or overall more than each of both.
-
-    A paired test for each scheme. Each scope of `less`, by the part of the claim, must be shown to hurt less, under one
-    scheme at least.
-    """
-    others = select_quantized(study, more)
-    comparisons = [
-        compare_cells(study, cell, others[scheme], part)
-        for scope, part in less.items()
-        for scheme, cell in select_quantized(study, scope).items()
-        if scheme in others
-    ]
-    return Claim(tuple(comparisons), tuple(less.values()))
 
 
 def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
@@ -219,24 +205,17 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
     return Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
 
 
-def _claim_final_structured_more(study: Study) -> Claim:
-    """Claim F9: the final layer pruned L1-structured hurts more than L1-unstructured: a paired test at each amount."""
-    unstructured, structured = (select_pruned(study, _FINAL, method) for method in (UNSTRUCTURED, STRUCTURED))
-    equal = [amount for amount in unstructured if amount in structured]
-    return Claim(tuple(compare_cells(study, unstructured[amount], structured[amount]) for amount in equal))
-
-
 def _claim_final_near_baseline(study: Study) -> Claim:
     """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
     By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
     """
-    cells = [select_pruned(study, _FINAL, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
+    cells = [_select_final(study, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
     bounds = [hold_to_limit(cell.key, measure_remaining(study, cell), NEAR) for cell in cells if cell]
     return Claim(bounds=tuple(bounds))
 
 
-def _limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
+def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
     """Return those above the lower limit and up to the upper."""
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
@@ -246,24 +225,27 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline),
     (
         Finding("F2", "Pruned by 30 to 50 %, attention hurts less than feed-forward", ("masked",)),
-        partial(_claim_medium, less=_ATTENTION, more=_FEED_FORWARD),
+        partial(_claim_order, select=_select_medium, less={_ATTENTION: ""}, more=_FEED_FORWARD),
     ),
     (
         Finding("F3", "Pruned by 30 to 50 %, attention hurts more than feed-forward", ("seq2seq", "causal")),
-        partial(_claim_medium, less=_FEED_FORWARD, more=_ATTENTION),
+        partial(_claim_order, select=_select_medium, less={_FEED_FORWARD: ""}, more=_ATTENTION),
     ),
-    (Finding("F4", "Pruning all modules together hurts most", _ALL), _claim_overall_pruned_most),
+    (
+        Finding("F4", "Pruning all modules together hurts most", _ALL),
+        partial(_claim_order, select=select_pruned, less=_AGAINST, more=_OVERALL),
+    ),
     (
         Finding("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL),
         _claim_high_rapid,
     ),
     (
         Finding("F6", "Quantizing attention hurts less than feed-forward", _ALL),
-        partial(_claim_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
+        partial(_claim_order, select=select_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
     ),
     (
         Finding("F7", "Quantizing everything hurts most", _ALL),
-        partial(_claim_quantized, less=_AGAINST, more=_OVERALL),
+        partial(_claim_order, select=select_quantized, less=_AGAINST, more=_OVERALL),
     ),
     (
         Finding(
@@ -276,7 +258,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     ),
     (
         Finding("F9", "In the final layer, L1-structured hurts more than L1-unstructured", ("masked",)),
-        _claim_final_structured_more,
+        partial(_claim_order, select=_select_final, less={UNSTRUCTURED: ""}, more=STRUCTURED),
     ),
     (
         Finding(
@@ -297,7 +279,9 @@ _FIGURES = {
 def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
     """Put the answer to a finding, and what decides, into words."""
     names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
-    if finding.id in _FIGURES:
+    if not pairs and not bounds:
+        return replace(finding, answer=answer, why=NO_CELLS)
+    if bounds:
         figure, short = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
         return replace(
@@ -321,8 +305,6 @@ def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
 
 def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
     """Describe each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
-    if not pairs:
-        return "-"
     if len(pairs) <= _FEW:
         return " ".join(_describe_comparison(pair, names) for pair in pairs)
     as_claimed, against = _count_directions(pairs)
@@ -360,8 +342,6 @@ def _count_directions(pairs: Sequence[CellComparison]) -> tuple[int, int]:
 
 def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
     """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
-    if not pairs:
-        return ""
     best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
     tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
     c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
@@ -374,8 +354,6 @@ def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, 
 
 def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Sequence[str]) -> str:
     """Say what decides."""
-    if not pairs:
-        return NO_CELLS
     if answer == HOLDS:
         return "Every significant comparison agrees with the claim."
     if answer != CANNOT_TELL:
@@ -425,8 +403,6 @@ def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
 
 def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:
     """Say what decides."""
-    if not bounds:
-        return NO_CELLS
     if any(bound.value.value is None for bound in bounds):
         return "The original itself knows no more than the baseline."
     if answer == HOLDS:

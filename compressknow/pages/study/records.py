@@ -127,14 +127,13 @@ class Study(Tabular):
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
-        kept = [cell.comparison.kept for cell in self.cells]
         return Summary(
             f"Study: {plain(self.original.name, 60)}",
             f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
-                (cell.setup, write_estimate(k), size(cell.bytes), size(cell.sparse_bytes))
-                for cell, k in zip(self.cells, kept, strict=True)
+                (cell.setup, write_estimate(cell.comparison.kept), size(cell.bytes), size(cell.sparse_bytes))
+                for cell in self.cells
             ),
         )
 
@@ -315,16 +314,12 @@ class Axis:
 
 def find_axes(study: Study) -> tuple[Axis, ...]:
     """Return an axis for each setting that some cells differ in and in nothing else, by their order in recipes."""
-    axes = (_make_axis(study, name) for name in _list_varying(study))
+    axes = (_make_axis(study, name) for name in list_varying_settings(study))
     return tuple(axis for axis in axes if axis.groups)
 
 
-def list_varying_settings(study: Study) -> tuple[str, ...]:
-    """Return the settings, beside those that a setup says, of which the study has several values."""
-    return tuple(name for name in _list_varying(study) if name not in MAIN_SETTINGS)
-
-
-def _list_varying(study: Study) -> list[str]:
+def list_varying_settings(study: Study) -> list[str]:
+    """Return the settings of which the study has several values."""
     values: dict[str, set[Setting]] = {}
     for cell in study.cells:
         for name, value in cell.settings.items():

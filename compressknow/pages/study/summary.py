@@ -29,6 +29,7 @@ from compressknow.pages.study.findings import (
     QUANTIZATION,
     Finding,
     FindingsByMethod,
+    limit_amounts,
 )
 from compressknow.pages.study.records import (
     AMOUNT,
@@ -109,10 +110,8 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
     quantized = {scope: _known(select_quantized(study, scope)) for scope in MODULES}
     compared: dict[str, list[_Compared]] = {
         "modules": [
-            _limit_to_same_amounts(
-                level, {scope: {a: c for a, c in by.items() if low < a <= high} for scope, by in by_module.items()}
-            )
-            for level, (low, high) in LEVELS.items()
+            _limit_to_same_amounts(level, {scope: limit_amounts(cells, limits) for scope, cells in by_module.items()})
+            for level, limits in LEVELS.items()
         ],
         "methods": [
             _limit_to_same_amounts(

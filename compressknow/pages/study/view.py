@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from compressknow.base.format import NONE, count, number, plain, share, size
+from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.parts import (
@@ -33,7 +34,7 @@ from compressknow.pages.parts import (
     write_bare_p,
 )
 from compressknow.pages.records import write_estimate
-from compressknow.pages.study.charts import Chart
+from compressknow.pages.study.charts import GPQ_AMOUNTS, Chart
 from compressknow.pages.study.findings import (
     FAMILIES,
     MINIMAL,
@@ -47,6 +48,7 @@ from compressknow.pages.study.findings import (
     evaluate_findings_by_method,
 )
 from compressknow.pages.study.records import (
+    MAIN_SETTINGS,
     MODULES,
     FailedCell,
     Study,
@@ -97,21 +99,15 @@ _DEFINITIONS = (
 )
 _CELLS = "Pruned and quantized are in millions of parameters; p is of the net change against the original, by relation."
 _BARS = "The lines across the bars show 95 % intervals."
-_SHORT = {"overall": "Overall", "attention": "Att", "feed-forward": "FF"}
-_AMOUNTS = (20, 40)
 PAPER_COLUMNS = (
     "Model",
     "Dataset",
     "Baseline",
-    *(f"{_SHORT[module]}_GQ" for module in MODULES),
-    *(f"{_SHORT[module]}_GPQ {amount}%" for module in MODULES for amount in _AMOUNTS),
+    *(f"{PAPER_SCOPES[module]}_GQ" for module in MODULES),
+    *(f"{PAPER_SCOPES[module]}_GPQ {amount}%" for module in MODULES for amount in GPQ_AMOUNTS),
 )
-# Number of the paper's table, its words for the family, and whether it gives accuracies in percent.
-_OF_FAMILY = {
-    "masked": (3, "encoder-only", True),
-    "causal": (4, "decoder-only", False),
-    "seq2seq": (5, "encoder-decoder", False),
-}
+# Numbers of the paper's tables. That of encoder-only models gives accuracies in percent.
+_TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 
 def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
@@ -293,21 +289,23 @@ def paper_tables(study: Study) -> tuple[Table, ...]:
         cells = [select_quantized(study, module).get(scheme) for module in MODULES]
         for module in MODULES:
             by_amount = select_pruned(study, module, scheme=scheme)
-            cells += [by_amount.get(amount) for amount in _AMOUNTS]
+            cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
         if any(cells):
             tables.append(_paper_table(study, scheme, cells))
     return tuple(tables)
 
 
 def _paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
-    place, family, in_percent = _OF_FAMILY.get(study.original.family, _OF_FAMILY["masked"])
+    family = study.original.family
+    in_percent = family == "masked"
     rows = []
     for probe in study.probes:
         after = [accuracy(cell, probe.name) if cell else None for cell in cells]
         written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
         rows.append((plain(study.original.name, 60), plain(probe.name, 60), *written))
     unit = "accuracy in %" if in_percent else "accuracy"
-    return Table(f"Table {place} ({family}), {plain(scheme, 60)}, {unit}", PAPER_COLUMNS, tuple(rows))
+    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {plain(scheme, 60)}, {unit}"
+    return Table(caption, PAPER_COLUMNS, tuple(rows))
 
 
 def _write_accuracy(value: float | None, in_percent: bool) -> str:
@@ -323,7 +321,8 @@ def accuracy(cell: StudyCell, probe: str) -> float | None:
 
 def cells_table(study: Study) -> Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
-    names, settings = name_cells(study), list_varying_settings(study)
+    names = name_cells(study)
+    settings = [name for name in list_varying_settings(study) if name not in MAIN_SETTINGS]
     original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
     compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
     columns = [
