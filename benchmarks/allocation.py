@@ -32,10 +32,10 @@ import numpy as np
 
 import compressknow
 from compressknow.base.errors import CompressknowError
-from compressknow.base.format import p_value
-from compressknow.comparison.intervals import number_clusters, paired_test, tally
+from compressknow.base.format import write_p_value
+from compressknow.comparison.intervals import number_clusters, run_paired_test, tally
 from compressknow.comparison.records import Counts
-from compressknow.comparison.text import perplexity
+from compressknow.comparison.text import compute_perplexity
 from compressknow.evaluate.answers import Answer
 from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.importance import read_importance
@@ -147,7 +147,7 @@ def _perplexity(file: Path, work: Path, text: Path | None) -> float:
         return float("nan")
     folder = work / "answers" / "text" / file.stem
     found = compressknow.probe(file, folder, f"text:{text.resolve()}", runtime="llama.cpp", no_noise_floor=True)
-    return perplexity(next(iter(found.texts.values()))).value.value
+    return compute_perplexity(next(iter(found.texts.values()))).value.value
 
 
 def _made(model: Path, output: Path, how: dict[str, Any]) -> Path:
@@ -176,11 +176,11 @@ def _show(
     counts = tally(right[0], right[1], number_clusters([(answer.probe, answer.relation) for answer in known.values()]))
     total, seconds = sum(counts, Counts()), file.with_suffix(".seconds")
     divergence = statistics.fmean(_divergence(answer, own[fact]) for fact, answer in known.items())
-    p = paired_test(counts).p if total.lost or total.gained else None
+    p = run_paired_test(counts).p if total.lost or total.gained else None
     minutes = float(seconds.read_text()) / 60 if seconds.exists() else float("nan")
     print(
         f"{name:<26}{file.stat().st_size / 1e6:>8.2f}{right[1].mean():>9.1%}{divergence:>8.3f}{total.lost:>7}"
-        f"{total.gained:>7}{p_value(p):>10}{minutes:>9.1f}{ppl:>9.2f}",
+        f"{total.gained:>7}{write_p_value(p):>10}{minutes:>9.1f}{ppl:>9.2f}",
         flush=True,
     )
 

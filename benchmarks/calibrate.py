@@ -232,12 +232,12 @@ def calibration_job(source: Path, folder: Path, tokens: int) -> Job:
     """With the text, and the sequences that this project makes of it."""
     from pydoc_data.topics import topics
 
-    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.text import read_calibration_text
     from compressknow.model.loading import open_complete
 
     text, rows = folder / "calibration.txt", folder / f"rows-{source.name}-{tokens}.json"
     text.write_text("\n".join(topics.values()), encoding="utf-8")
-    made = calibration_text(source, open_complete(source)[1], text=str(text), tokens=tokens)
+    made = read_calibration_text(source, open_complete(source)[1], text=str(text), tokens=tokens)
     rows.write_text(json.dumps([row for batch in made.batches for row in batch["input_ids"].tolist()]))
     return Job(OURS, source, folder / "output", text, rows, tokens)
 
@@ -324,13 +324,13 @@ def perplexity(model: Path, tokenizer_of: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compressknow.base.progress import quiet
+    from compressknow.base.progress import silence_libraries
 
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     ids = AutoTokenizer.from_pretrained(tokenizer_of)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     rows = ids[: min(HELD_OUT, len(ids) // SEQUENCE) * SEQUENCE].view(-1, SEQUENCE)
-    with quiet():
+    with silence_libraries():
         causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         losses = [float(causal(batch, labels=batch).loss) * len(batch) for batch in rows.split(BATCH)]

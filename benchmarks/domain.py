@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.format import p_value
-from compressknow.comparison.intervals import number_clusters, paired_test, tally
+from compressknow.base.format import write_p_value
+from compressknow.comparison.intervals import number_clusters, run_paired_test, tally
 from compressknow.comparison.records import Counts
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +56,7 @@ def main() -> None:
         total = sum(counts, Counts())
         print(
             f"{name}: {by_all.mean():.1%} -> {by_domain.mean():.1%} of {these.sum()}, {total.lost} worse, "
-            f"{total.gained} better, {p_value(paired_test(counts).p)}"
+            f"{total.gained} better, {write_p_value(run_paired_test(counts).p)}"
         )
 
 

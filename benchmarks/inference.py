@@ -30,8 +30,14 @@ from scipy.stats import bootstrap, norm, ttest_1samp, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compressknow.comparison.intervals import SIGNIFICANT, mcnemar, paired_test, proportion, share_by_cluster
-from compressknow.comparison.power import LEVEL, capitals
+from compressknow.comparison.intervals import (
+    SIGNIFICANT,
+    estimate_proportion,
+    run_mcnemar,
+    run_paired_test,
+    share_by_cluster,
+)
+from compressknow.comparison.power import LEVEL, compute_capitals
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.claims import CANNOT_TELL
 from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
@@ -68,8 +74,8 @@ def students_t(relations: Sequence[Counts]) -> float:
 
 
 TESTS: dict[str, Callable[[Sequence[Counts]], float | None]] = {
-    "compressknow": lambda relations: paired_test(relations).p,
-    "McNemar": lambda relations: mcnemar(sum(relations, Counts())),
+    "compressknow": lambda relations: run_paired_test(relations).p,
+    "McNemar": lambda relations: run_mcnemar(sum(relations, Counts())),
     "Durkalski": durkalski,
     "signed ranks": signed_ranks,
     "t-test": students_t,
@@ -107,7 +113,7 @@ def coverage(draws: int) -> Iterator[tuple[str, ...]]:
             both = drawn.binomial(known, shares(drawn, kept, icc, number))
             intervals = (
                 share_by_cluster(both.tolist(), known.tolist()),
-                proportion(int(both.sum()), int(known.sum())),
+                estimate_proportion(int(both.sum()), int(known.sum())),
                 resampled(both, known, drawn),
             )
             held += [holds(each, kept) for each in intervals]
@@ -180,7 +186,7 @@ def early_stops(draws: int) -> Iterator[tuple[str, ...]]:
         decided = 0
         for start in range(0, draws, _AT_ONCE):
             runs = in_random_order(facts, known, kept, min(_AT_ONCE, draws - start), seed=start)
-            capital = np.maximum(*capitals(*runs, kept / known, facts))
+            capital = np.maximum(*compute_capitals(*runs, kept / known, facts))
             decided += int((capital[:, :-1] >= np.log(2 / LEVEL)).any(axis=1).sum())
         yield f"{facts:,}", f"{known:,}", f"{kept:,}", percent(decided, draws)
 

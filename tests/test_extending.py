@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compressknow
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.base.packages import Registry
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
@@ -202,7 +202,7 @@ class TestProbe:
             (("return Probe(", "return (lambda *_, source: None)("), "no Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
             (("class Almanac(ProbeSource)", "class Almanac"), "not ProbeSource"),
-            (("from compressknow.base.reading import sha256_of", "import nothing_like_it"), "ModuleNotFoundError"),
+            (("from compressknow.base.reading import compute_sha256", "import nothing_like_it"), "ModuleNotFoundError"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
@@ -363,7 +363,7 @@ class TestSection:
         assert not [each for each in figures["warnings"] if "is left out" in each]
         sections = self.sections(page)
         assert sections["m1-hostile"].shape == sections["m1-harmless"].shape
-        assert plain(text, 60)[:30] in sections["m1-hostile"].text
+        assert clean(text, 60)[:30] in sections["m1-hostile"].text
         tokens = [token.type for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
         headings = [place for place, kind in enumerate(tokens) if kind == "heading_open"][-4:]
         harmless, hostile = (tokens[start:end] for start, end in pairwise(headings[:3]))

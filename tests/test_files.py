@@ -25,7 +25,15 @@ from compressknow.base.files import (
     remove_strays,
     write_whole,
 )
-from compressknow.base.system import available_cores, is_full, new_file, open_to_read, peak_memory, read_at, write_at
+from compressknow.base.system import (
+    count_cores,
+    create_file,
+    is_full,
+    measure_peak_memory,
+    open_to_read,
+    read_at,
+    write_at,
+)
 
 DEADLINE = 20
 FULL = "No space left|File too large"
@@ -170,7 +178,7 @@ def test_a_folder_without_anything_of_worth_goes_again(tmp_path: Path) -> None:
 def test_threads_read_and_write_one_file_at_their_own_places(tmp_path: Path) -> None:
     pieces = [bytes([number]) * 10_007 for number in range(200)]
     places = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
-    writing, buffers = new_file(tmp_path / "a", sum(map(len, pieces))), [bytearray(10_007) for _ in pieces]
+    writing, buffers = create_file(tmp_path / "a", sum(map(len, pieces))), [bytearray(10_007) for _ in pieces]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda piece, place: write_at(writing, memoryview(piece), place), pieces, places))
         os.close(writing)
@@ -185,20 +193,20 @@ def test_threads_read_and_write_one_file_at_their_own_places(tmp_path: Path) -> 
 
 
 def test_a_new_file_has_its_size_or_says_at_once_that_there_is_no_room(tmp_path: Path) -> None:
-    os.close(new_file(tmp_path / "a", 12_345))
+    os.close(create_file(tmp_path / "a", 12_345))
     assert (tmp_path / "a").read_bytes() == bytes(12_345)
     with pytest.raises(FileExistsError):
-        new_file(tmp_path / "a", 1)
+        create_file(tmp_path / "a", 1)
     with pytest.raises(OSError, match=FULL) as error:
-        new_file(tmp_path / "b", 1 << 60)
+        create_file(tmp_path / "b", 1 << 60)
     assert is_full(error.value)
 
 
 def test_what_this_process_may_use_and_has_used() -> None:
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+    assert 1 <= count_cores() <= (os.cpu_count() or 1)
     held = bytearray(64 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    assert len(held) < peak_memory() < 64 * len(held)
+    assert len(held) < measure_peak_memory() < 64 * len(held)
 
 
 def test_a_folder_that_another_run_removes_at_this_moment_is_no_file(tmp_path: Path) -> None:
@@ -229,10 +237,10 @@ def test_a_file_system_that_reserves_no_room_is_no_reason_to_fail(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
-    os.close(new_file(tmp_path / "a", 12_345))
+    os.close(create_file(tmp_path / "a", 12_345))
     assert (tmp_path / "a").read_bytes() == bytes(12_345)
     with pytest.raises(OSError, match=FULL) as error:
-        new_file(tmp_path / "b", 1 << 60)
+        create_file(tmp_path / "b", 1 << 60)
     assert is_full(error.value)
 
 

@@ -65,7 +65,7 @@ def main() -> int:
 
 def judge(vllm: str, source: Path, folder: Path) -> int:
     import compressknow
-    from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
+    from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
     from compressknow.compress.schemes import SCHEMES
 
     wrong = 0
@@ -73,7 +73,7 @@ def judge(vllm: str, source: Path, folder: Path) -> int:
     for scheme in (None, *SCHEMES):
         name = scheme or "unquantized"
         manifest = compressknow.convert(source, folder / name, quantize=scheme, prune=None if scheme else 0.01)
-        obstacle, limit = vllm_obstacle(manifest), vllm_limit(manifest) or ""
+        obstacle, limit = find_vllm_obstacle(manifest), find_vllm_limit(manifest) or ""
         if obstacle or limit.startswith("on GPUs"):
             print(f"{name:<14}not run here: {obstacle or limit}", flush=True)
             continue

@@ -10,7 +10,7 @@ from compressknow.api.words import SeededWords, build_records, list_files, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
-from compressknow.evaluate.gather import default_answers_folder, evaluate_both, find_both, open_named
+from compressknow.evaluate.gather import evaluate_both, find_answers_folder, find_both, open_named
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
@@ -96,7 +96,7 @@ def compare(
             first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listener
         )
     if opened:
-        folder = Path(answers) if answers else default_answers_folder()
+        folder = Path(answers) if answers else find_answers_folder()
         both = evaluate_both(first, second, opened, folder, listener)
         behaviour = make_behaviour(both, show_facts=not no_facts, known=known)
     for side in (first, second):

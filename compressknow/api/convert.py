@@ -111,7 +111,7 @@ def convert(
         check_text(chosen.calibration.text, chosen.calibration.tokens)
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
-    from compressknow.compress.manifest import dry_run as preview
+    from compressknow.compress.manifest import predict_manifest as preview
     from compressknow.compress.output import NewFolder, list_files
 
     on_stage, wanted = resolve_progress(on_progress), chosen.calibration

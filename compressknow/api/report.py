@@ -10,11 +10,11 @@ from compressknow.api.words import ServingWords, build_records, list_files, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.base.progress import OnProgress, resolve_progress
-from compressknow.evaluate.gather import Evaluation, default_answers_folder, gather, list_names
+from compressknow.evaluate.gather import Evaluation, find_answers_folder, gather, list_names
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
-from compressknow.model.checkpoint import can_be_converted
+from compressknow.model.checkpoint import is_convertible
 from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
@@ -99,7 +99,7 @@ def report(
     evaluation = Evaluation(
         list_names(probe),
         *build_records(words, options, settings),
-        keep_in=Path(answers) if answers else default_answers_folder(),
+        keep_in=Path(answers) if answers else find_answers_folder(),
         timed=time,
         known=known,
         on_progress=resolve_progress(on_progress),
@@ -115,7 +115,7 @@ def report(
             original, models[0], evaluation, make_decider(gates[0].least), revision=revision
         )
         after = [only]
-    path = str(original) if can_be_converted(original) else None
+    path = str(original) if is_convertible(original) else None
     card = make_card(
         before,
         after,

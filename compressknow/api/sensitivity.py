@@ -13,7 +13,7 @@ from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import Located, locate
-from compressknow.engine.language_model import family_of
+from compressknow.engine.language_model import find_family
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.model.checkpoint import check_is_checkpoint
@@ -94,14 +94,14 @@ def sensitivity(
 def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
     """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
     from compressknow.compress.sources import Sources
-    from compressknow.model.groups import structure_of
+    from compressknow.model.groups import read_structure
     from compressknow.model.loading import open_complete
     from compressknow.study.measuring import GgufRoundings, SchemeRoundings
 
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
     # It refuses what is quantized.
-    Sources(checkpoint, tree, structure_of(tree))
-    family = family_of(tree)
+    Sources(checkpoint, tree, read_structure(tree))
+    family = find_family(tree)
     if to == "gguf" and family != "causal":
         raise UnsupportedError(
             f"{model.name} is no causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
-from compressknow.base.errors import CompressknowError, did_you_mean
+from compressknow.base.errors import CompressknowError, suggest_word
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Settings
@@ -96,7 +96,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if unknown := next((name for name in kwargs if name not in signature.parameters), None):
-            near = did_you_mean(unknown, signature.parameters)
+            near = suggest_word(unknown, signature.parameters)
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
         try:
             return function(*args, **kwargs)

@@ -129,24 +129,24 @@ def is_panic(error: BaseException) -> bool:
 _NO_MEMORY = re.compile("out of memory|allocate memory|start new thread", re.IGNORECASE)
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether something failed because there was no memory; torch raises a mere RuntimeError then."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def suggest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the beginning of a hint, where a word is nearly one of those known; otherwise nothing.
 
-    >>> did_you_mean("Atention", ["attention", "final"])
+    >>> suggest_word("Atention", ["attention", "final"])
     'Did you mean attention? '
-    >>> did_you_mean("tail", ["attention", "final"], cutoff=0.8)
+    >>> suggest_word("tail", ["attention", "final"], cutoff=0.8)
     ''
     """
-    near = nearest(word, known, cutoff)
+    near = find_nearest(word, known, cutoff)
     return f"Did you mean {near}? " if near else ""
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the known word that a word nearly is; None where it is like none."""
     names = {_fold(name): name for name in known}
     near = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compressknow.base.errors import OutputError
-from compressknow.base.system import create, is_full, lock, lock_opened, move, remove_lock, uninterrupted
+from compressknow.base.system import create, hold_signals, is_full, lock, lock_opened, move, remove_lock
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
@@ -46,7 +46,7 @@ def lock_dead(path: Path) -> Iterator[bool]:
             remove_lock(path, descriptor)
 
 
-def new_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
+def create_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
     """Create a file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}"
@@ -72,12 +72,12 @@ def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -
     descriptor = None
     try:
         # Waiting for another run's lock can be interrupted; making the folder and its lock cannot.
-        with contextlib.nullcontext() if wait else uninterrupted():
+        with contextlib.nullcontext() if wait else hold_signals():
             descriptor = _lock_folder(folder, wait)
         remove_strays(folder)
         yield
     finally:
-        with uninterrupted():
+        with hold_signals():
             if descriptor is not None:
                 _leave(folder, descriptor, made, worthless)
 
@@ -152,7 +152,7 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
 
     Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
     """
-    _remove_dead(path.parent.glob(f"{glob.escape(_prefix(path))}????????"))
+    _remove_dead(path.parent.glob(f"{glob.escape(_make_prefix(path))}????????"))
     try:
         with _open_temporary(path) as (temporary, file):
             yield file
@@ -177,13 +177,13 @@ def remove_strays(folder: Path) -> None:
 
 def name_of(path: Path) -> str:
     """Return the name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
-    return as_text(path.name)
+    return escape_name(path.name)
 
 
-def as_text(words: str) -> str:
+def escape_name(words: str) -> str:
     r"""Return what the system gave as a name or an argument, with an escape for what is no character.
 
-    >>> as_text("model\udcff")
+    >>> escape_name("model\udcff")
     'model\\udcff'
     """
     with contextlib.suppress(UnicodeEncodeError):
@@ -209,22 +209,22 @@ def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Create a file beside `path`, removed at the end unless it was renamed, and meanwhile another that is its lock."""
     locked = None
     try:
-        with uninterrupted():
-            locked, descriptor = new_locked_file(path.parent, _prefix(path))
-        with _content_path(locked).open("xb") as file:
-            yield _content_path(locked), file
+        with hold_signals():
+            locked, descriptor = create_locked_file(path.parent, _make_prefix(path))
+        with _find_content(locked).open("xb") as file:
+            yield _find_content(locked), file
     finally:
         if locked:
-            _content_path(locked).unlink(missing_ok=True)
+            _find_content(locked).unlink(missing_ok=True)
             remove_lock(locked, descriptor)
 
 
-def _content_path(locked: Path) -> Path:
+def _find_content(locked: Path) -> Path:
     """Return the file whose writer holds the lock of the file `locked`."""
     return locked.with_name(f"{locked.name}.new")
 
 
-def _prefix(path: Path) -> str:
+def _make_prefix(path: Path) -> str:
     """Return how names of temporary files of a file begin: they are longer, and a name has at most 255 bytes."""
     beginning = path.name.encode("utf-8", "surrogateescape")
     return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
@@ -234,4 +234,4 @@ def _remove_dead(temporaries: Iterable[Path]) -> None:
     for temporary in temporaries:
         with lock_dead(temporary) as is_dead, contextlib.suppress(OSError):
             if is_dead:
-                _content_path(temporary).unlink(missing_ok=True)
+                _find_content(temporary).unlink(missing_ok=True)

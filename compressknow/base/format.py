@@ -17,10 +17,10 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def millions(number: int | None) -> str:
+def write_millions(number: int | None) -> str:
     """Write a count of parameters, short: ``134.5 M``; a dash where it is not known.
 
-    >>> millions(134_515_008), millions(6_607_000_000), millions(950), millions(None)
+    >>> write_millions(134_515_008), write_millions(6_607_000_000), write_millions(950), write_millions(None)
     ('134.5 M', '6.61 B', '950', '-')
     """
     if number is None:
@@ -32,11 +32,11 @@ def millions(number: int | None) -> str:
     return f"{number / 1e9:,.2f} B"
 
 
-def percent(part: int, whole: int) -> str:
+def write_percent(part: int, whole: int) -> str:
     """Write a share; 0 % and 100 % appear only where they are exact.
 
-    >>> percent(1, 3), percent(1, 10**6), percent(10**6 - 1, 10**6), percent(0, 5), percent(5, 5), percent(0, 0)
-    ('33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %', '-')
+    >>> [write_percent(part, 10**6) for part in (333_333, 1, 10**6 - 1, 0, 10**6)], write_percent(0, 0)
+    (['33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %'], '-')
     """
     if not whole:
         return "-"
@@ -64,10 +64,10 @@ def parse_size(text: str | int, option: str = "--size") -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def size(number: int | None) -> str:
+def write_size(number: int | None) -> str:
     """Write bytes in decimal units, as disks and the Hub count them (1 MB is 10^6 bytes); a dash for None.
 
-    >>> size(269_060_552), size(1_500_000_000), size(999), size(None)
+    >>> write_size(269_060_552), write_size(1_500_000_000), write_size(999), write_size(None)
     ('269.1 MB', '1.50 GB', '999 bytes', '-')
     """
     if number is None:
@@ -78,17 +78,17 @@ def size(number: int | None) -> str:
     return f"{number} bytes"
 
 
-def at_least(figure: str, bound: bool) -> str:
+def write_bound(figure: str, bound: bool) -> str:
     """Write a figure that is text already as a lower bound, if `bound`.
 
-    >>> at_least("0.2870", True), at_least("0.2870", False)
+    >>> write_bound("0.2870", True), write_bound("0.2870", False)
     ('at least 0.2870', '0.2870')
     """
     return f"at least {figure}" if bound else figure
 
 
 def share(value: float | None) -> str:
-    """Write a share of 1 as `percent` does; `-` where there is none.
+    """Write a share of 1 as `write_percent` does; `-` where there is none.
 
     >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
@@ -96,17 +96,17 @@ def share(value: float | None) -> str:
     if value is None:
         return NONE
     if value in (0, 1, -1):
-        return f"{_signed(100 * value, '.0f')} %"
+        return f"{_write_signed(100 * value, '.0f')} %"
     size = 100 * abs(value)
     if size < 0.1:
         return "< 0.1 %" if value > 0 else f"> {MINUS}0.1 %"
-    return "> 99.9 %" if 99.9 < 100 * value < 100 else f"{_signed(100 * value, '.1f')} %"
+    return "> 99.9 %" if 99.9 < 100 * value < 100 else f"{_write_signed(100 * value, '.1f')} %"
 
 
-def points(value: float | None) -> str:
+def write_points(value: float | None) -> str:
     """Write a difference of two shares, in percentage points with its sign.
 
-    >>> points(-0.0234), points(0.5), points(-0.0004), points(0.0), points(None)
+    >>> write_points(-0.0234), write_points(0.5), write_points(-0.0004), write_points(0.0), write_points(None)
     ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
     """
     if value is None:
@@ -114,14 +114,14 @@ def points(value: float | None) -> str:
     if not value:
         return "0 points"
     digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
-    return f"{_signed(100 * value, digits)} points"
+    return f"{_write_signed(100 * value, digits)} points"
 
 
-def p_value(p: float | None) -> str:
+def write_p_value(p: float | None) -> str:
     """Write a p-value: two digits, never rounded to 0 or 1.
 
-    >>> p_value(0.0004), p_value(0.03), p_value(0.0472), p_value(0.999), p_value(1.0), p_value(None)
-    ('p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-')
+    >>> [write_p_value(p) for p in (0.0004, 0.03, 0.0472, 0.999, 1.0, None)]
+    ['p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-']
     """
     if p is None:
         return NONE
@@ -144,11 +144,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return (text if float(text) else f"{value:.7f}".rstrip("0").rstrip(".")).replace("-", MINUS)
 
 
-def smaller(before: int | None, after: int | None) -> str:
+def compare_sizes(before: int | None, after: int | None) -> str:
     """Say how a size changed, in words; a dash where one is not known.
 
-    >>> smaller(200, 150), smaller(100, 103), smaller(7, 7), smaller(0, 7), smaller(7, None)
-    ('25.0 % smaller', '3.0 % larger', 'the same size', '-', '-')
+    >>> [compare_sizes(*each) for each in ((200, 150), (100, 103), (7, 7), (0, 7), (7, None))]
+    ['25.0 % smaller', '3.0 % larger', 'the same size', '-', '-']
     """
     if not before or after is None:
         return NONE
@@ -157,10 +157,10 @@ def smaller(before: int | None, after: int | None) -> str:
     return f"{share(abs(before - after) / before)} {'smaller' if after < before else 'larger'}"
 
 
-def ordinal(rank: int | None) -> str:
+def write_rank(rank: int | None) -> str:
     """Write a rank in words.
 
-    >>> ordinal(1), ordinal(2), ordinal(13), ordinal(1023), ordinal(None)
+    >>> write_rank(1), write_rank(2), write_rank(13), write_rank(1023), write_rank(None)
     ('1st', '2nd', '13th', '1,023rd', '-')
     """
     if rank is None:
@@ -169,7 +169,7 @@ def ordinal(rank: int | None) -> str:
     return f"{count(rank)}{ending}"
 
 
-def _signed(value: float, digits: str) -> str:
+def _write_signed(value: float, digits: str) -> str:
     return format(value, digits).replace("-", MINUS)
 
 
@@ -180,26 +180,26 @@ _RTL = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\
 RIGHT_TO_LEFT = re.compile(rf"[{_RTL}]+(?:\s+[{_RTL}]+)*")
 
 
-def plain(text: object, limit: int = 200) -> str:
+def clean(text: object, limit: int = 200) -> str:
     r"""Write `text` on one line; characters without a form of their own are named, and what is beyond `limit` is cut.
 
     Controls of the direction of writing are among those: unseen, they could turn a sentence round.
 
-    >>> plain("a\n b\u202ec"), plain("x" * 9, limit=4), plain(" \n")
+    >>> clean("a\n b\u202ec"), clean("x" * 9, limit=4), clean(" \n")
     ('a b⟨U+202E⟩c', 'xxx…', '')
     """
     line = " ".join(str(text).split())
     if len(line) > limit:
         line = line[: limit - 1].rstrip() + "…"
-    return _seen(line)
+    return _show_controls(line)
 
 
-def plain_lines(text: str) -> str:
+def clean_lines(text: str) -> str:
     """Write `text` with its lines kept, for blocks of code; nothing in it is unseen."""
-    return "\n".join(map(_seen, text.split("\n")))
+    return "\n".join(map(_show_controls, text.split("\n")))
 
 
-def json_text(values: Any) -> str:
+def dump_json(values: Any) -> str:
     """Write `values` as a JSON file: NaN is an error; half a surrogate pair (of a folder's name) an escape."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -207,10 +207,10 @@ def json_text(values: Any) -> str:
 
 def answer(text: object) -> str:
     """Write what a model answered; "(nothing)" where that is nothing."""
-    return plain(text) or "(nothing)"
+    return clean(text) or "(nothing)"
 
 
-def _seen(line: str) -> str:
+def _show_controls(line: str) -> str:
     return "".join(c if is_seen(c) else f"⟨U+{ord(c):04X}⟩" for c in line)
 
 

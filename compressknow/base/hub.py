@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import size
+from compressknow.base.format import write_size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,7 +40,7 @@ class Upload(NamedTuple):
     others: tuple[str, ...]
 
 
-def address(repo: str) -> str:
+def find_address(repo: str) -> str:
     """Return where a repository of models lies, or will; of a name without its owner, the owner is the token's."""
     from huggingface_hub import constants
 
@@ -59,7 +59,7 @@ def check_repo(repo: str) -> None:
     except HFValidationError as error:
         raise UsageError(
             f"{repo!r} is no name of a repository on the Hub.",
-            why=_first_line(error),
+            why=_get_first_line(error),
             hint="Write OWNER/NAME, such as me/smollm2-int8.",
         ) from None
 
@@ -73,7 +73,7 @@ def check_login() -> None:
     try:
         token = get_token()
     except Exception as error:  # An exchange of tokens in CI has many ways to fail.
-        raise CompressknowError("The Hub's token could not be read.", why=_first_line(error)) from None
+        raise CompressknowError("The Hub's token could not be read.", why=_get_first_line(error)) from None
     if not token:
         raise CompressknowError(
             "There is no token of the Hub, and an upload needs one.", hint="Log in with hf auth login, or set HF_TOKEN."
@@ -113,11 +113,11 @@ def upload(
         if place.is_file():
             _commit_file(api, made.repo_id, place, message, None if CARD in there else card)
             # A repository of GGUF files has one for each type.
-            return Upload(address(made.repo_id), ())
+            return Upload(find_address(made.repo_id), ())
         api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
     ours = {path.relative_to(place).as_posix() for path in place.rglob("*")}
     others = (name for name in there if PurePath(name).suffix in WEIGHTS and name not in ours)
-    return Upload(address(made.repo_id), tuple(sorted(others)))
+    return Upload(find_address(made.repo_id), tuple(sorted(others)))
 
 
 def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | None) -> None:
@@ -180,10 +180,10 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Of httpx, of huggingface_hub and, where it comes from Rust, of no class in particular.
-        cause, hint = _cause(error)
+        cause, hint = _explain(error)
         what = f"{place} is complete, but could not be uploaded to {repo}: {cause}."
-        message = next((text for each in _chain(error) if (text := getattr(each, "server_message", None))), None)
-        why = None if message is None else f"The Hub says: {_first_line(message)}"
+        message = next((text for each in _list_causes(error) if (text := getattr(each, "server_message", None))), None)
+        why = None if message is None else f"The Hub says: {_get_first_line(message)}"
         retry = f"Then try again: {again}" if hint else f"Try again: {again}"
         raise CompressknowError(what, why, "\n".join(filter(None, (hint, retry)))) from error
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -191,9 +191,9 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
         raise
 
 
-def _cause(error: BaseException) -> tuple[str, str | None]:
+def _explain(error: BaseException) -> tuple[str, str | None]:
     """Return what went wrong, and what to do about it beside trying again."""
-    for each in _chain(error):
+    for each in _list_causes(error):
         # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
         kinds = {kind.__name__ for kind in type(each).__mro__}
         status = getattr(getattr(each, "response", None), "status_code", None)
@@ -206,16 +206,16 @@ def _cause(error: BaseException) -> tuple[str, str | None]:
             return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
         if "TransportError" in kinds:
             return "the connection broke off", None
-    return f"{type(error).__name__}: {_first_line(error)}", None
+    return f"{type(error).__name__}: {_get_first_line(error)}", None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _first_line(message: object) -> str:
+def _get_first_line(message: object) -> str:
     """Return the first line of others' message, without the token that they may have been given."""
     from huggingface_hub import get_token
 
@@ -227,7 +227,7 @@ def _first_line(message: object) -> str:
 def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
     """Yield lines for a dry run of an upload: `files` has bytes by name, None where they are not known yet."""
     seen = "private" if private else "public, unless the organization's default is private"
-    yield f"Would upload to {address(repo)} (if it is new: {seen}):"
+    yield f"Would upload to {find_address(repo)} (if it is new: {seen}):"
     width = max(map(len, files), default=0)
     for name, count in sorted(files.items()):
-        yield f"  {name:<{width}}{'?' if count is None else size(count):>12}"
+        yield f"  {name:<{width}}{'?' if count is None else write_size(count):>12}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.base.packages import require
 
 WIDTH = 80
@@ -39,10 +39,10 @@ class Summary(NamedTuple):
 def _fit(summary: Summary) -> Summary:
     """Shorten texts to a line each, without characters that nobody sees: they may come from a model or a file."""
     return Summary(
-        plain(summary.title, TITLE_CHARACTERS),
-        plain(summary.verdict, VERDICT_CHARACTERS),
+        clean(summary.title, TITLE_CHARACTERS),
+        clean(summary.verdict, VERDICT_CHARACTERS),
         summary.columns,
-        [[plain(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows],
+        [[clean(cell, CELL_CHARACTERS) for cell in row] for row in summary.rows],
     )
 
 
@@ -55,13 +55,13 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return self._show(as_line) or super().__repr__()
+        return self._show(write_line) or super().__repr__()
 
     def __str__(self) -> str:
-        return self._show(as_text) or super().__repr__()
+        return self._show(write_text) or super().__repr__()
 
     def _repr_html_(self) -> str | None:
-        return self._show(as_html)
+        return self._show(write_html)
 
     def _show(self, write: Callable[[Summary], str]) -> str | None:
         # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
@@ -87,20 +87,20 @@ class Tabular(Shown):
         return pd.DataFrame(self._rows())
 
 
-def as_line(summary: Summary) -> str:
+def write_line(summary: Summary) -> str:
     """Return one line in angle brackets, as an object without a literal form is shown.
 
-    >>> as_line(Summary("Card: what a knew", "95 % kept."))
+    >>> write_line(Summary("Card: what a knew", "95 % kept."))
     '<Card: what a knew; 95 % kept.>'
     """
     line = f"{summary.title}; {summary.verdict}" if summary.verdict else summary.title
     return f"<{textwrap.shorten(line, LINE_CHARACTERS, placeholder=' ...')}>"
 
 
-def as_text(summary: Summary) -> str:
+def write_text(summary: Summary) -> str:
     """Return lines in angle brackets: the whole summary.
 
-    >>> print(as_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
+    >>> print(write_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
     <Card: a against b
       95 % kept.
       Group    n
@@ -113,29 +113,29 @@ def as_text(summary: Summary) -> str:
     for name, *figures in rows:
         padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
         lines.append("  ".join([f"  {name:<{widths[0]}}", *padded]))
-    if more := _more(summary, SHOWN_AT_A_PROMPT):
+    if more := _count_more(summary, SHOWN_AT_A_PROMPT):
         lines.append(f"  {more}")
     return f"<{chr(10).join(lines)}>"
 
 
-def as_html(summary: Summary) -> str:
+def write_html(summary: Summary) -> str:
     """Return the summary as a fragment of HTML, every text escaped.
 
-    >>> as_html(Summary("<b>"))
+    >>> write_html(Summary("<b>"))
     '<div><p><strong>&lt;b&gt;</strong></p></div>'
     """
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
     table = ""
     if summary.rows:
-        rows = "".join(_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
-        head = f"<thead>{_row(summary.columns, 'th')}</thead>"
+        rows = "".join(_write_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
+        head = f"<thead>{_write_row(summary.columns, 'th')}</thead>"
         table = f'<table style="{TABLE}">{head}<tbody>{rows}</tbody></table>'
-    more = _more(summary, SHOWN_IN_A_NOTEBOOK)
+    more = _count_more(summary, SHOWN_IN_A_NOTEBOOK)
     rest = f"<p>{more}</p>" if more else ""
     return f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{rest}</div>"
 
 
-def _row(cells: Sequence[str], tag: str) -> str:
+def _write_row(cells: Sequence[str], tag: str) -> str:
     scope = ' scope="col"' if tag == "th" else ""
     sides = ("left", *("right" for _ in cells[1:]))
     written = [
@@ -145,6 +145,6 @@ def _row(cells: Sequence[str], tag: str) -> str:
     return f"<tr>{''.join(written)}</tr>"
 
 
-def _more(summary: Summary, shown: int) -> str:
+def _count_more(summary: Summary, shown: int) -> str:
     more = len(summary.rows) - shown
     return f"and {more:,} more" if more > 0 else ""

@@ -22,7 +22,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Generic, TypeVar
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 
 # By the name that is imported: what pip is told.
 OPTIONAL = {
@@ -53,10 +53,10 @@ def require(*modules: str) -> None:
     compressknow.base.errors.CompressknowError: pyarow and scypy are not installed. Install them with: pip install pyarow scypy
     """  # noqa: E501
     if missing := [module for module in modules if not is_installed(module)]:
-        raise not_installed(*missing)
+        raise build_not_installed(*missing)
 
 
-def reads_gguf() -> bool:
+def can_read_gguf() -> bool:
     """Return whether the transformers that is installed reads a GGUF file as what it is."""
     return _release(version("transformers")) >= _release(GGUF_TRANSFORMERS)
 
@@ -77,7 +77,7 @@ def is_installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
-def not_installed(*modules: str) -> CompressknowError:
+def build_not_installed(*modules: str) -> CompressknowError:
     """Return the error that names these modules, and what to tell pip."""
     names = (OPTIONAL | _NAMES).get
     packages = " ".join(dict.fromkeys(names(module, module) for module in modules))
@@ -109,7 +109,7 @@ class Registry(Generic[Thing]):
     def _added(self) -> dict[str, list[EntryPoint]]:
         """Return by name the entry points that bring it: one, or several packages contend for it."""
         added: dict[str, list[EntryPoint]] = {}
-        for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _package(entry))):
+        for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _get_package(entry))):
             added.setdefault(entry.name, []).append(entry)
         return added
 
@@ -184,7 +184,7 @@ class Registry(Generic[Thing]):
 
     def added_by(self, name: str) -> str:
         """Return the packages that add this name; empty where it is built in alone."""
-        return " and ".join(map(_package, self._added.get(name, ())))
+        return " and ".join(map(_get_package, self._added.get(name, ())))
 
     def _load_built_in(self, name: str) -> Thing:
         module, _, attribute = self._built_in[name].partition(":")
@@ -196,7 +196,7 @@ class Registry(Generic[Thing]):
         if name in self._built_in:
             return self._load_built_in(name)
         if name not in self._added:
-            near = did_you_mean(name, self)
+            near = suggest_word(name, self)
             raise UsageError(f"{name!r} is not known. {near}The {self.kind}s are {', '.join(self)}.")
         if len(self._added[name]) > 1:
             raise self.incompatible(
@@ -231,5 +231,5 @@ class Registry(Generic[Thing]):
         return f"Update or uninstall {self.added_by(name)}."
 
 
-def _package(entry: EntryPoint) -> str:
+def _get_package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an installed package"

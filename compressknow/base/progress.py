@@ -17,11 +17,11 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
 from compressknow.base.errors import UsageError, is_panic
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Silence progress bars, the load report and all that is printed, by Rust too: what matters is raised."""
     from transformers.utils import logging
 
@@ -45,7 +45,7 @@ class PanicError(Exception):
 
 
 @contextlib.contextmanager
-def no_panics() -> Iterator[None]:
+def translate_panics() -> Iterator[None]:
     """Raise a panic of tokenizers, which is no Exception, as PanicError; what Rust prints of it is not seen."""
     try:
         with _silence(2):
@@ -174,7 +174,7 @@ class Progress:
 
 def name_of(stage: Stage) -> str:
     """Return which model, and what it is evaluated on, fit to be shown."""
-    return plain(stage.model, 40) + (f" on {plain(stage.probe, 40)}" if stage.probe else "")
+    return clean(stage.model, 40) + (f" on {clean(stage.probe, 40)}" if stage.probe else "")
 
 
 Listener = Callable[[Progress], None]
@@ -200,7 +200,7 @@ class Bars:
     def __call__(self, progress: Progress) -> None:
         stage = progress.stage
         if progress.state == "begins":
-            self._bars[stage] = _bar(stage)
+            self._bars[stage] = _make_bar(stage)
         bar = self._bars[stage]
         if progress.total and bar.total != progress.total:
             bar.reset(progress.total)
@@ -211,7 +211,7 @@ class Bars:
             self._bars.pop(stage).close()
 
 
-def _bar(stage: Stage) -> Any:
+def _make_bar(stage: Stage) -> Any:
     with warnings.catch_warnings():
         # In a notebook without ipywidgets it is a line of text, which is what there is.
         warnings.simplefilter("ignore")

@@ -80,7 +80,7 @@ def _check(status: os.stat_result, most: int | None) -> None:
 FileState = tuple[int, int, int, int]
 
 
-def state_of(status: os.stat_result) -> FileState:
+def get_state(status: os.stat_result) -> FileState:
     """Return the state in what the system says of a file."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -89,7 +89,7 @@ def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
         try:
-            is_same = state_of(path.stat()) == state
+            is_same = get_state(path.stat()) == state
         except OSError:
             is_same = False
         if not is_same:
@@ -168,7 +168,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise NotReadable("it is nested too deeply") from None
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Return the SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -185,7 +185,7 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
-        return None if None in wrong else _nearest(value, form, wrong)
+        return None if None in wrong else _find_complaint(value, form, wrong)
     if form is None or isinstance(form, type):
         kind = "not null" if form is None else f"no {_NAMES[form]}"
         return None if _is(value, form) else f"{where} is {kind}"
@@ -220,7 +220,7 @@ def _is(value: Any, form: type | None) -> bool:
     return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
 
 
-def _nearest(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
+def _find_complaint(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
     """Return the complaint of the form that was probably meant: the first one of the value's kind."""
     kinds = [isinstance(value, (dict, list)) == isinstance(form, (dict, list)) for form in forms]
     return wrong[kinds.index(True) if True in kinds else 0]
@@ -239,7 +239,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
     """
     require("datasets", "pyarrow")
     path = Path(dataset).expanduser()
-    if not path.exists() and _names_a_path(dataset):
+    if not path.exists() and _is_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
     if path.exists() and not path.is_dir():
         try:
@@ -249,7 +249,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
     _check_tables(path)
     import datasets
 
-    with _quiet():
+    with _silence():
         try:
             if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
                 loaded = datasets.load_from_disk(str(path))
@@ -279,14 +279,14 @@ def _check_tables(path: Path) -> None:
                 continue
 
 
-def _names_a_path(dataset: str) -> bool:
+def _is_path(dataset: str) -> bool:
     """Return whether this cannot be a name on the hub: NAME or OWNER/NAME, with a colon and a configuration."""
     name = dataset.partition(":")[0]
     return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Hide progress bars where stderr is no terminal, and log lines of `datasets` beside the error that is raised."""
     import datasets
 
@@ -346,22 +346,22 @@ def check_parquet(path: Path) -> None:
         raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
     # As dictionaries, in which a text that is repeated is held once; pyarrow reads those in lists plainly alone.
     with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
-        if _text_bytes(file, texts, most := MOST_BYTES + EXPANSION * size) > most:
+        if _count_text_bytes(file, texts, most := MOST_BYTES + EXPANSION * size) > most:
             raise NotReadable(f"its texts would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
 
 
-def _text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
+def _count_text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
     """Count the bytes of all texts, each as often as it stands; no more is counted once there are too many."""
     total = 0
     for text in texts:
         for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
-            total += _bytes_of(batch.column(0))
+            total += _count_bytes(batch.column(0))
             if total > most:
                 return total
     return total
 
 
-def _bytes_of(column: Any) -> int:
+def _count_bytes(column: Any) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -104,7 +104,7 @@ def create(path: Path) -> int:
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o666)
 
 
-def new_file(path: Path, size: int) -> int:
+def create_file(path: Path, size: int) -> int:
     """Create a file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
 
     Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`).
@@ -205,7 +205,7 @@ def is_full(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def hold_signals() -> Iterator[None]:
     """Hold back signals that end the run until the context ends, so that nothing is made that nobody knows of.
 
     Python hands signals to its main thread alone: in another one there is nothing to wait.
@@ -232,12 +232,12 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def available_cores() -> int:
+def count_cores() -> int:
     """Count the cores that this process may use, or the machine's, where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_memory() -> int:
+def measure_peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes; its size now, if no system records it."""
     # Better than getrusage, by which a new process starts at the size of the one that has started it.
     with contextlib.suppress(OSError):

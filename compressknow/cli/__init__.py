@@ -21,10 +21,17 @@ from typing import Any
 import click
 
 from compressknow._version import __version__
-from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, did_you_mean, is_panic, lacks_memory
+from compressknow.base.errors import (
+    CompressknowError,
+    GateNotMet,
+    GateUndecided,
+    is_out_of_memory,
+    is_panic,
+    suggest_word,
+)
 from compressknow.base.format import count
-from compressknow.base.packages import not_installed
-from compressknow.cli.options import option, project_defaults, together
+from compressknow.base.packages import build_not_installed
+from compressknow.cli.options import join_options, option, read_project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show, wrap_whole
 
 # By name, in the order in which one needs them: each is the function of that name in the module of that name.
@@ -73,12 +80,12 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
         if not ctx.resilient_parsing and args[0] not in self._help and not args[0].startswith("-"):
-            near = did_you_mean(args[0], self._help)
+            near = suggest_word(args[0], self._help)
             ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self._help)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
-            ctx.default_map = {name: project_defaults(name, command, self._help, open_command)}
+            ctx.default_map = {name: read_project_defaults(name, command, self._help, open_command)}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -104,7 +111,7 @@ class _Stopped(SystemExit):
 
 
 @contextmanager
-def if_interrupted(note: str) -> Iterator[None]:
+def explain_interrupt(note: str) -> Iterator[None]:
     """Let the message of an interrupted command say what has become of its work."""
     try:
         yield
@@ -114,7 +121,7 @@ def if_interrupted(note: str) -> Iterator[None]:
 
 
 @contextmanager
-def shown_first(show_result: Callable[[Any], object]) -> Iterator[None]:
+def show_before_error(show_result: Callable[[Any], object]) -> Iterator[None]:
     """Show what a gate was held to before its error is."""
     try:
         yield
@@ -152,7 +159,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
     except ModuleNotFoundError as error:
         return _report_missing(error)
     except Exception as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             return _report_bug(error)
         hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
         return _report_failure("There is not enough memory.", hint)
@@ -175,7 +182,7 @@ def _report_missing(error: ModuleNotFoundError) -> int:
     module = (error.name or "").partition(".")[0]
     if module in ("", "compressknow"):
         return _report_bug(error)
-    return _report_failure(not_installed(module).what)
+    return _report_failure(build_not_installed(module).what)
 
 
 def _report_bug(error: BaseException) -> int:
@@ -189,7 +196,7 @@ def _report_bug(error: BaseException) -> int:
 def _suggest(error: click.NoSuchOption) -> click.UsageError:
     """Return the error with the one option that was probably meant, in place of click's list."""
     options = [name for option in error.ctx.command.params for name in option.opts] if error.ctx else []
-    near = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
+    near = suggest_word(error.option_name, [name for name in options if name.startswith("--")])
     return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
 
 
@@ -253,7 +260,7 @@ def _repeat_dropped_signals() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-push_options = together(
+push_options = join_options(
     option("--push", metavar="REPO", help="Upload OUTPUT to the Hub, once it is complete."),
     option("--private", is_flag=True, help="Make REPO private if it is new."),
 )

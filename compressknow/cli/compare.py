@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import plain, size, smaller
-from compressknow.cli import NOTHING_WRITTEN, RESUMES, if_interrupted, shown_first
+from compressknow.base.format import clean, compare_sizes, write_size
+from compressknow.cli import NOTHING_WRITTEN, RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     RUNS,
+    add_output_files,
     answers_option,
     command,
     known_option,
+    list_probes,
     no_facts_option,
     option,
-    output_files,
     probe_options,
-    probes_help,
     runtime_option,
     strict_option,
     templates_option,
@@ -27,15 +27,15 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
-from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
 from compressknow.pages.diff.tables import (
-    figures_table,
+    build_figures_table,
+    build_settings_table,
+    build_structure_table,
+    build_sums_row,
     pair_probes,
-    settings_table,
-    structure_table,
     sum_groups,
     sum_layers,
-    sums_row,
 )
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.texts import summarize_text
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from compressknow.pages.parts import Table
 
 
-@command(more=probes_help)
+@command(more=list_probes)
 @click.argument("a")
 @click.argument("b")
-@output_files("File, repeatable: .html, .md or .json.")
+@add_output_files("File, repeatable: .html, .md or .json.")
 @probe_options
 @runtime_option
 @templates_option
@@ -83,8 +83,8 @@ def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as
     from compressknow.api.compare import compare as run
 
     with (
-        if_interrupted(RESUMES if probe else NOTHING_WRITTEN),
-        shown_first(lambda result: _show(result, output, as_json)),
+        explain_interrupt(RESUMES if probe else NOTHING_WRITTEN),
+        show_before_error(lambda result: _show(result, output, as_json)),
     ):
         comparison = run(a, b, probe, output=output, command=get_command(), on_progress=Lines(), **options)
     _show(comparison, output, as_json)
@@ -110,53 +110,53 @@ def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
     """Yield lines: the verdict, sizes, weights, the layers that differ most, structure, settings, knowledge."""
     yield from wrap(comparison.verdict, indent="")
     yield ""
-    yield from _sizes(comparison.a, comparison.b)
+    yield from _list_sizes(comparison.a, comparison.b)
     if comparison.difference:
-        yield from _weights(comparison.difference)
-        yield from _listed(structure_table(comparison.difference))
-        yield from _listed(settings_table(comparison.difference, comparison.files))
+        yield from _list_weights(comparison.difference)
+        yield from _list_rows(build_structure_table(comparison.difference))
+        yield from _list_rows(build_settings_table(comparison.difference, comparison.files))
     if comparison.behaviour:
-        yield from _knowledge(comparison.behaviour)
+        yield from _list_knowledge(comparison.behaviour)
     for warning in comparison.warnings:
         yield ""
         yield from wrap(f"! {warning}")
 
 
-def _sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    names = names_of(a, b)
+def _list_sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    names = name_both(a, b)
     for letter, side, name in zip("AB", (a, b), names, strict=True):
-        what = f"{plain(side.dtype, 16)}, {size(side.bytes)}"
-        setup = f", {plain(side.setup, 20)}" if side.setup else ""
-        yield f"{letter}: {name if name != letter else plain(side.name, 30)} ({what}{setup})"[:WIDTH]
-    yield f"B is {smaller(a.bytes, b.bytes).replace('the same size', 'of the same size')}"
+        what = f"{clean(side.dtype, 16)}, {write_size(side.bytes)}"
+        setup = f", {clean(side.setup, 20)}" if side.setup else ""
+        yield f"{letter}: {name if name != letter else clean(side.name, 30)} ({what}{setup})"[:WIDTH]
+    yield f"B is {compare_sizes(a.bytes, b.bytes).replace('the same size', 'of the same size')}"
 
 
-def _weights(difference: CheckpointDiff) -> Iterator[str]:
+def _list_weights(difference: CheckpointDiff) -> Iterator[str]:
     if not difference.tensors:
         return
     yield ""
-    yield _row(("Group", *HEADS[1:]))
+    yield _format_row(("Group", *HEADS[1:]))
     yield "-" * WIDTH
     for name, sums in sum_groups(difference).items():
-        yield _row(sums_row(name, sums))
+        yield _format_row(build_sums_row(name, sums))
     yield "-" * WIDTH
-    yield _row(sums_row("all", difference.total))
+    yield _format_row(build_sums_row("all", difference.total))
     changed = [(name, sums) for name, sums in sum_layers(difference).items() if sums.energy_change]
     if changed:
         yield ""
         yield "Layers with the largest error"
         for name, sums in sorted(changed, key=lambda layer: -(layer[1].relative_error or 0.0))[:WORST]:
-            yield _row(sums_row(name, sums))
+            yield _format_row(build_sums_row(name, sums))
 
 
-def _row(cells: tuple[str, ...]) -> str:
+def _format_row(cells: tuple[str, ...]) -> str:
     """Write cells in their columns: the first to the left, the others to the right; a unit that is in the head goes."""
     first, *others = (cell.removesuffix(" dB") for cell in cells)
     columns = zip(others, WIDTHS[1:], strict=True)
     return f"{first:<{WIDTHS[0]}}" + "".join(f"{cell:>{width}}" for cell, width in columns)
 
 
-def _listed(table: Table | None) -> Iterator[str]:
+def _list_rows(table: Table | None) -> Iterator[str]:
     """Yield a table's caption and rows, a paragraph per row."""
     if table is None:
         return
@@ -175,9 +175,9 @@ def _describe(row: tuple[str, ...]) -> str:
     return f"{number} {what}: {a} -> {b} ({which})"
 
 
-def _knowledge(behaviour: Behaviour) -> Iterator[str]:
+def _list_knowledge(behaviour: Behaviour) -> Iterator[str]:
     for both in pair_probes(behaviour):
-        table = figures_table((both,))
+        table = build_figures_table((both,))
         yield ""
         yield table.columns[1]
         for name, figure in table.rows:

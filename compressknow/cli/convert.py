@@ -10,25 +10,25 @@ from typing import Any
 import click
 
 from compressknow.base.errors import UsageError
-from compressknow.base.format import count, percent, size
+from compressknow.base.format import count, write_percent, write_size
 from compressknow.base.packages import Registry
-from compressknow.cli import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
+from compressknow.cli import NOTHING_WRITTEN, explain_interrupt, prepare_upload, push_options
 from compressknow.cli.options import (
     HOW,
     Decorator,
     checkpoint_options,
     command,
+    join_options,
+    make_recipe_option,
     option,
-    recipe_option,
     threads_option,
-    together,
 )
-from compressknow.cli.terminal import WIDTH, Lines, duration, show, show_json, wrap_whole
+from compressknow.cli.terminal import WIDTH, Lines, format_duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, check_beside_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
-from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
+from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 
 EPILOG = """\b
@@ -65,7 +65,7 @@ EPILOG += _list_names("Methods (--prune-method):", METHODS)
 EPILOG += _list_names("Schemes (--quantize):", SCHEMES)
 
 
-def _parameter_option(declared: Parameter) -> Decorator:
+def _make_parameter_option(declared: Parameter) -> Decorator:
     return option(
         f"{declared.option}/--no-{declared.option[2:]}" if declared.default is True else declared.option,
         group=HOW,
@@ -92,7 +92,7 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 @command(epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@together(*map(recipe_option, OPTIONS), *(_parameter_option(first) for first, *_ in _PARAMETERS.values()))
+@join_options(*map(make_recipe_option, OPTIONS), *(_make_parameter_option(first) for first, *_ in _PARAMETERS.values()))
 @option(
     "--recipe",
     group=HOW,
@@ -134,17 +134,17 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         for name, value in others.items()
         if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
-    with if_interrupted(NOTHING_WRITTEN):
+    with explain_interrupt(NOTHING_WRITTEN):
         manifest = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
         show_json(manifest)
     else:
-        show(*manifest_page(manifest, model, output, dry_run=dry_run))
+        show(*build_manifest_page(manifest, model, output, dry_run=dry_run))
     if uploads:
         uploads(output, manifest.get("planned_files"), as_json)
 
 
-def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
+def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
     """Yield lines that say what was done, or with `dry_run` would be done, by group."""
     word = choose_word(find_schemes(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
     yield f"{manifest['setup']}: {model} -> {output}"
@@ -152,35 +152,36 @@ def manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_
     yield f"{'Group':<14}{'Parameters':>15}{'Pruned':>15}{'Zeros':>9}{word:>8}{'Before':>10}{'After':>9}"
     yield "-" * WIDTH
     for name, counts in manifest["groups"].items():
-        yield _row(name, counts)
+        yield _format_row(name, counts)
     yield "-" * WIDTH
-    yield _row("total", manifest["totals"])
-    if removed := " ".join(removed_in_words(manifest.get("removed"))):
-        yield _paragraph(removed)
+    yield _format_row("total", manifest["totals"])
+    if removed := " ".join(describe_removed(manifest.get("removed"))):
+        yield _wrap_paragraph(removed)
     for tie in manifest["untied"]:
         shared = f"{tie['name']} no longer shares its weight with {tie['tied_to']}"
-        yield _paragraph(f"{shared}: {size(tie['bytes'])} more.")
-    if calibrated := " ".join(calibrated_in_words(calibration_of(manifest))):
-        yield _paragraph(calibrated)
+        yield _wrap_paragraph(f"{shared}: {write_size(tie['bytes'])} more.")
+    if calibrated := " ".join(describe_calibration(summarize_calibration(manifest))):
+        yield _wrap_paragraph(calibrated)
     for warning in list_warnings(manifest):
-        yield _paragraph(f"Warning: {warning}")
-    yield _paragraph(describe_runtimes(manifest))
+        yield _wrap_paragraph(f"Warning: {warning}")
+    yield _wrap_paragraph(describe_runtimes(manifest))
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
-        costs = f"Calibration takes about {duration(seconds)} for {count(blocks)} blocks, and {size(memory)} of memory."
-        yield _paragraph(costs)
+        time, room = format_duration(seconds), write_size(memory)
+        yield _wrap_paragraph(f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory.")
     if dry_run:
         yield "\nDry run: nothing was written."
 
 
-def _paragraph(text: str) -> str:
+def _wrap_paragraph(text: str) -> str:
     return "\n" + "\n".join(wrap_whole(text))
 
 
-def _row(name: str, counts: Mapping[str, Any]) -> str:
+def _format_row(name: str, counts: Mapping[str, Any]) -> str:
     parameters, pruned, zeros = counts["parameters"], counts["pruned"], counts.get("zeros_after")
     return (
         f"{name:<14}{count(parameters):>15}{'?' if pruned is None else count(pruned):>15}"
-        f"{'?' if zeros is None else percent(zeros, parameters):>9}{percent(counts['quantized'], parameters):>8}"
-        f"{size(counts['bytes_before']):>10}{size(counts['bytes_after']):>9}"
+        f"{'?' if zeros is None else write_percent(zeros, parameters):>9}"
+        f"{write_percent(counts['quantized'], parameters):>8}"
+        f"{write_size(counts['bytes_before']):>10}{write_size(counts['bytes_after']):>9}"
     )

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import count, plain, size
-from compressknow.cli import NOTHING_WRITTEN, if_interrupted, prepare_upload, push_options
+from compressknow.base.format import clean, count, write_size
+from compressknow.cli import NOTHING_WRITTEN, explain_interrupt, prepare_upload, push_options
 from compressknow.cli.options import (
     CALIBRATION,
     FIT,
     HOW,
     RUNS,
-    calibration_options,
+    add_calibration_options,
+    add_data_option,
+    add_guide_option,
     checkpoint_options,
     command,
-    data_option,
     fit_options,
-    guide_option,
     option,
     read_type_of,
 )
@@ -57,11 +57,11 @@ Types (--type), bits per weight with scales:
 )
 @option("--size", group=FIT, metavar="SIZE", help="Bytes that the file may have, such as 90MB; types are chosen.")
 @option("--bits", group=FIT, type=float, metavar="B", help="The same, as bits per weight, the whole file counted.")
-@guide_option(group=FIT)
+@add_guide_option(group=FIT)
 @option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
-@data_option(FIT)
+@add_data_option(FIT)
 @fit_options
-@calibration_options(
+@add_calibration_options(
     tokens="32768; of --size 8192",
     help="Text for an importance matrix, or for --size: self (the model's own samples; the default of --size), "
     "FILE.txt, FILE.jsonl or hf:DATASET.",
@@ -102,29 +102,31 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     from compressknow.api.export import export as run
 
     uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
-    with if_interrupted(NOTHING_WRITTEN):
+    with explain_interrupt(NOTHING_WRITTEN):
         record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
         show_json(record)
     else:
-        show(*_page(record, model, output, options["modelfile"], dry_run=dry_run))
+        show(*_build_page(record, model, output, options["modelfile"], dry_run=dry_run))
     if uploads:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
         uploads(output, planned, as_json)
 
 
-def _page(record: ExportRecord, model: str, output: Path, modelfile: Path | None, *, dry_run: bool) -> Iterator[str]:
+def _build_page(
+    record: ExportRecord, model: str, output: Path, modelfile: Path | None, *, dry_run: bool
+) -> Iterator[str]:
     """Yield lines that say which types the groups have, and how large they are."""
     if not record.is_new:
         yield f"{output} is there already, whole, made by the same export: nothing was done."
-        yield from _next(model, output, modelfile)
+        yield from _suggest_next(model, output, modelfile)
         return
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
     if fit := record.get("fit"):
-        yield from layers_table(record["types"])
+        yield from build_layers_table(record["types"])
         yield ""
-    yield from types_table(record["groups"])
+    yield from build_types_table(record["groups"])
     if fit:
         yield f"\nPredicted: KL {fit['predicted_kl']:.3f} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
@@ -133,13 +135,13 @@ def _page(record: ExportRecord, model: str, output: Path, modelfile: Path | None
     if dry_run:
         yield "\nDry run: nothing was written."
     else:
-        yield f"\n{output}: {size(record['bytes'])}, with vocabulary and metadata."
+        yield f"\n{output}: {write_size(record['bytes'])}, with vocabulary and metadata."
         if record.answer:
-            yield f"In llama.cpp: {plain(' -> '.join(record.answer), 64)}"
-        yield from _next(model, output, modelfile)
+            yield f"In llama.cpp: {clean(' -> '.join(record.answer), 64)}"
+        yield from _suggest_next(model, output, modelfile)
 
 
-def _next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
+def _suggest_next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
     if modelfile is None:
@@ -148,7 +150,7 @@ def _next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
         yield f"Serve it:       ollama create {shlex.quote(output.stem.lower())} -f {shlex.quote(str(modelfile))}"
 
 
-def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
+def build_layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield lines of the types that were chosen: a layer each, then what lies in none."""
     chosen = {which.strip("^$").replace("\\", "").removesuffix(".weight"): kind for which, kind in types}
     layers: dict[int, dict[str, str]] = {}
@@ -168,21 +170,23 @@ def layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
             yield f"{name}: {of}"
 
 
-def types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
+def build_types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
     """Yield lines of a GGUF file's tensors, by group and type."""
     yield f"{'Group':<16}{'Type':<10}{'Tensors':>10}{'Parameters':>16}{'Size':>12}{'Bits':>8}"
     yield "-" * 72
     for group, types in groups.items():
         for kind, counts in types.items():
-            yield _row(group, kind, counts)
+            yield _format_row(group, kind, counts)
     yield "-" * 72
     every = [counts for types in groups.values() for counts in types.values()]
-    yield _row("total", "", {key: sum(counts[key] for counts in every) for key in ("tensors", "parameters", "bytes")})
+    yield _format_row(
+        "total", "", {key: sum(counts[key] for counts in every) for key in ("tensors", "parameters", "bytes")}
+    )
 
 
-def _row(group: str, kind: str, counts: Mapping[str, int]) -> str:
+def _format_row(group: str, kind: str, counts: Mapping[str, int]) -> str:
     bits = 8 * counts["bytes"] / max(counts["parameters"], 1)
     return (
         f"{group:<16}{kind:<10}{count(counts['tensors']):>10}{count(counts['parameters']):>16}"
-        f"{size(counts['bytes']):>12}{bits:>8.2f}"
+        f"{write_size(counts['bytes']):>12}{bits:>8.2f}"
     )

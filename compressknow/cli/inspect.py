@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from compressknow.base.format import size
-from compressknow.cli.export import types_table
-from compressknow.cli.options import checkpoint_options, command, option, recipe_option
+from compressknow.base.format import write_size
+from compressknow.cli.export import build_types_table
+from compressknow.cli.options import checkpoint_options, command, make_recipe_option, option
 from compressknow.cli.terminal import WIDTH, show, show_json
 
 LISTED = 8
@@ -21,7 +21,7 @@ DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 
 @command()
 @click.argument("model")
-@recipe_option("module_map")
+@make_recipe_option("module_map")
 @checkpoint_options
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
@@ -36,15 +36,15 @@ def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code
     if as_json:
         show_json(summary)
     else:
-        show(*(_gguf_page(summary) if "bytes" in summary else _page(summary)))
+        show(*(_build_gguf_page(summary) if "bytes" in summary else _build_page(summary)))
 
 
-def _page(summary: dict[str, Any]) -> Iterator[str]:
+def _build_page(summary: dict[str, Any]) -> Iterator[str]:
     counts = summary["parameters"]
     yield f"{summary['model']}: {summary['architecture']} ({summary['model_type']})"
     used = f", {counts['used']:,} as used" if counts["used"] != counts["stored"] else ""
     yield f"{counts['stored']:,} parameters stored{used}; module map: {summary['module_map']}"
-    yield from _groups(summary["groups"])
+    yield from _list_groups(summary["groups"])
     yield f"\n{'Scope':<24}{'--prune takes':>18}{'--quantize takes':>18}"
     for name, takes in summary["scopes"].items():
         yield f"{name:<24}{takes['prune']:>18,}{takes['quantize']:>18,}"
@@ -59,16 +59,16 @@ def _page(summary: dict[str, Any]) -> Iterator[str]:
     yield from _list("Matrices that are not Linear layers (never compressed)", _count_patterns(summary["opaque"]))
 
 
-def _gguf_page(summary: dict[str, Any]) -> Iterator[str]:
-    yield f"{summary['model']}: {summary['architecture']}, a GGUF file of {size(summary['bytes'])}"
+def _build_gguf_page(summary: dict[str, Any]) -> Iterator[str]:
+    yield f"{summary['model']}: {summary['architecture']}, a GGUF file of {write_size(summary['bytes'])}"
     if "made_of" in summary:
         made = summary["made_of"]
         yield f"made by compressknow: {made.get('setup')} of {made.get('source.name')}"
     yield f"{summary['parameters']['stored']:,} parameters\n"
-    yield from types_table({name: group["types"] for name, group in summary["groups"].items()})
+    yield from build_types_table({name: group["types"] for name, group in summary["groups"].items()})
 
 
-def _groups(groups: dict[str, Any]) -> Iterator[str]:
+def _list_groups(groups: dict[str, Any]) -> Iterator[str]:
     yield f"\n{'Group':<16}{'Modules':>8}{'Stored':>18}{'As used':>18}"
     for name, group in groups.items():
         yield f"{name:<16}{group['modules']:>8,}{group['stored']:>18,}{group['used']:>18,}"

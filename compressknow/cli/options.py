@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, suggest_word
 
 if TYPE_CHECKING:
     from compressknow.compress.parameters import Option as DeclaredOption
@@ -94,7 +94,7 @@ command = partial(click.command, cls=Command)
 option = partial(click.option, cls=Option)
 
 
-def together(*options: Decorator) -> Decorator:
+def join_options(*options: Decorator) -> Decorator:
     """Make one decorator of several options, which stand in this order on the help page."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,27 +141,27 @@ class OneOf(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
         """Name the choices, and the one that was probably meant."""
         return (
-            f"{value!r} is not known. {did_you_mean(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
+            f"{value!r} is not known. {suggest_word(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
         )
 
 
-def output_folder(about: str) -> Decorator:
+def add_output_folder(about: str) -> Decorator:
     """Add the option of the folder that a command writes, whose help says what is in it."""
     return option("-o", "--output", type=click.Path(path_type=Path), required=True, help=about)
 
 
-def output_files(about: str) -> Decorator:
+def add_output_files(about: str) -> Decorator:
     """Add the option of the files that a command writes, whose help says of which kinds."""
     return option("-o", "--output", multiple=True, type=click.Path(path_type=Path), help=about)
 
 
-def recipe_option(name: str, **settings: Any) -> Decorator:
+def make_recipe_option(name: str, **settings: Any) -> Decorator:
     """Make the option of `convert` that a recipe's step declares, with `settings` of another command's own."""
     from compressknow.compress.recipe import OPTIONS, Recipe
     from compressknow.compress.steps import Calibration, Where
 
     declared = OPTIONS[name]
-    kind = _type_of(declared)
+    kind = _find_type(declared)
     said = {
         "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.of, HOW),
         "default": declared.default,
@@ -173,7 +173,7 @@ def recipe_option(name: str, **settings: Any) -> Decorator:
     return option(declared.option, **said | settings)
 
 
-def _type_of(declared: DeclaredOption) -> Any:
+def _find_type(declared: DeclaredOption) -> Any:
     if declared.choices:
         return OneOf(list(declared.choices))
     if declared.share:
@@ -187,7 +187,7 @@ def _type_of(declared: DeclaredOption) -> Any:
 PROBE_NAMES, WIDTH = 20, 78
 
 
-def probes_help() -> str:
+def list_probes() -> str:
     """Return the list of probes for the end of a help page; those of other packages are imported for it."""
     from compressknow.evaluate.sources import list_usable
 
@@ -210,7 +210,7 @@ _runs = partial(option, group=RUNS)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _trust_option = _runs("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint contains.")
 revision_option = _runs("--revision", help="Branch, tag or commit of a Hub id.")
-checkpoint_options = together(revision_option, _trust_option)
+checkpoint_options = join_options(revision_option, _trust_option)
 threads_option = _runs("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 strict_option = option(
     "--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met."
@@ -237,14 +237,14 @@ known_option = _facts(
 )
 
 
-def data_option(group: str) -> Decorator:
+def add_data_option(group: str) -> Decorator:
     """Add the option of the folder of downloaded sets."""
     return option("--data", group=group, type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
 
 
-probe_options = together(
+probe_options = join_options(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
-    data_option(EVALUATE),
+    add_data_option(EVALUATE),
     _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
     _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
     _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
@@ -270,7 +270,7 @@ probe_options = together(
 )
 
 
-server_options = together(
+server_options = join_options(
     _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
     _runs("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."),
     _runs(
@@ -284,20 +284,22 @@ server_options = together(
 )
 
 
-def calibration_options(tokens: str, **settings: Any) -> Decorator:
-    """Add the options of the calibration text, whose `tokens` are the default; settings are as in `recipe_option`."""
+def add_calibration_options(tokens: str, **settings: Any) -> Decorator:
+    """Add the options of the calibration text, whose `tokens` are the default; settings as in `make_recipe_option`."""
     number = f"How many tokens of it.  [default: {tokens}]"
-    return together(recipe_option("calibration", **settings), recipe_option("calibration_tokens", help=number))
+    return join_options(
+        make_recipe_option("calibration", **settings), make_recipe_option("calibration_tokens", help=number)
+    )
 
 
-def guide_option(**settings: Any) -> Decorator:
+def add_guide_option(**settings: Any) -> Decorator:
     """Add the option of what decides how weights are rounded, or ranks them."""
     text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
     return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
 
 
 # What is given, and not chosen, of a file of a size.
-fit_options = together(
+fit_options = join_options(
     option(
         "--must",
         group=FIT,
@@ -315,7 +317,7 @@ fit_options = together(
 )
 
 
-ray_options = together(
+ray_options = join_options(
     _runs(
         "--ray",
         metavar="ADDRESS",
@@ -334,7 +336,7 @@ _COMMAND_LINE_ALONE = {
 }
 
 
-def project_defaults(
+def read_project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
     """Return the values that the project's file has for the options of one of `commands`, as click takes them.
@@ -344,12 +346,12 @@ def project_defaults(
     if (nearest := _find_file(Path.cwd())) is None:
         return {}
     file, values = nearest
-    options = _options_of(command)
+    options = _list_options(command)
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     for key in tables:
         if key not in commands:
             raise UsageError(
-                f"{file}: there is no command {key}.", hint=f"{did_you_mean(key, commands)}Rename the table."
+                f"{file}: there is no command {key}.", hint=f"{suggest_word(key, commands)}Rename the table."
             )
     shared = {key.replace("-", "_"): value for key, value in values.items() if key not in tables}
     own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
@@ -358,17 +360,17 @@ def project_defaults(
             raise UsageError(f"{file}: {key} is for the command line alone.", hint="Take it out of the file.")
     if unknown := next((key for key in own if key not in options), None):
         raise UsageError(
-            f"{file}: {name} has no option {unknown}.", hint=f"{did_you_mean(unknown, options)}See {name} --help."
+            f"{file}: {name} has no option {unknown}.", hint=f"{suggest_word(unknown, options)}See {name} --help."
         )
     for key in shared.keys() - options.keys():
         # Of another command: only what none has is a mistake.
-        if not any(key in _options_of(other) for other in map(open_command, commands) if other is not None):
+        if not any(key in _list_options(other) for other in map(open_command, commands) if other is not None):
             raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {key: _resolve_paths(value, options[key], file.parent) for key, value in values.items()}
 
 
-def _options_of(command: click.Command) -> dict[str, click.Option]:
+def _list_options(command: click.Command) -> dict[str, click.Option]:
     return {str(each.name): each for each in command.params if isinstance(each, click.Option)}
 
 

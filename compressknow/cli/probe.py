@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import count, percent, plain, share
-from compressknow.cli import RESUMES, if_interrupted
+from compressknow.base.format import clean, count, share, write_percent
+from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,
+    add_output_folder,
     command,
+    list_probes,
     option,
-    output_folder,
     probe_options,
-    probes_help,
     revision_option,
     runtime_option,
     server_options,
     templates_option,
 )
-from compressknow.cli.report import grades_line
+from compressknow.cli.report import describe_grades
 from compressknow.cli.terminal import Lines, show, show_json, wrap
-from compressknow.comparison.text import perplexity
-from compressknow.pages.as_json import perplexity_to_json
+from compressknow.comparison.text import compute_perplexity
+from compressknow.pages.as_json import dump_perplexity
 from compressknow.pages.texts import write_measured
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@command(more=probes_help)
+@command(more=list_probes)
 @click.argument("model")
-@output_folder("Folder for the answers; a stopped run resumes.")
+@add_output_folder("Folder for the answers; a stopped run resumes.")
 @probe_options
 @runtime_option
 @templates_option
@@ -64,26 +64,26 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     """
     from compressknow.api.probe import probe as run
 
-    with if_interrupted(RESUMES):
+    with explain_interrupt(RESUMES):
         answers = run(model, output, probe or None, on_progress=Lines(), **options)
     if as_json:
         probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
         show_json(answers.record.to_dict() | {"probes": probes})
     else:
-        show(*_page(answers, output))
+        show(*_build_page(answers, output))
 
 
-def _page(answers: Answers, output: Path) -> Iterator[str]:
+def _build_page(answers: Answers, output: Path) -> Iterator[str]:
     from compressknow.evaluate.answers import GRADES
     from compressknow.evaluate.grades import merge_wordings
     from compressknow.pages.card.warnings import warn_of_changes
 
     answers = merge_wordings(answers)
     model = answers.record.model
-    yield f"{plain(model.name)}: answers in {output}"
+    yield f"{clean(model.name)}: answers in {output}"
     for warning in warn_of_changes(model):
         yield from wrap(f"Warning: {warning}", indent="")
-    yield f"Computed on {plain(model.device, 20)} in {plain(model.computed_in, 20)}."
+    yield f"Computed on {clean(model.device, 20)} in {clean(model.computed_in, 20)}."
     yield ""
     if len(answers.texts) < len(answers.probes):
         yield COLUMNS
@@ -94,41 +94,41 @@ def _page(answers: Answers, output: Path) -> Iterator[str]:
         facts = answers.of(name)
         right = sum(answer.correct for answer in facts)
         yield (
-            f"{plain(name, 31):<32}{count(len(facts)):>10}{count(right):>10}{percent(right, len(facts)):>10}"
+            f"{clean(name, 31):<32}{count(len(facts)):>10}{count(right):>10}{write_percent(right, len(facts)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
         if grades := Counter(answer.grade for answer in facts if answer.grade):
-            yield f"  {grades_line({grade: grades[grade] for grade in GRADES})}"
+            yield f"  {describe_grades({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
             yield from wrap(f"  {count(number)} dropped: {reason}", indent="    ")
     for name, chunks in answers.texts.items():
         yield from wrap(_describe_text(name, chunks, answers.record.probes[name]))
     if len(answers.probes) == 1:
-        yield from _by_subject(answers)
+        yield from _list_domains(answers)
 
 
 def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
-    found = perplexity(chunks)
+    found = compute_perplexity(chunks)
     per_byte = f", {write_measured(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
     context = (entry.text or {})["context"]
     return (
-        f"{plain(name, 31)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
+        f"{clean(name, 31)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
         f"scored in {count(len(chunks))} chunks of {count(context)}"
     )
 
 
-def _by_subject(answers: Answers) -> Iterator[str]:
+def _list_domains(answers: Answers) -> Iterator[str]:
     subjects: dict[str, list[bool]] = {}
     for answer in answers.answers:
         subjects.setdefault(answer.subject, []).append(answer.correct)
     if len(subjects) > 1:
         yield ""
         for subject, correct in sorted(subjects.items()):
-            right = percent(sum(correct), len(correct))
-            yield f"{plain(subject, 31):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
+            right = write_percent(sum(correct), len(correct))
+            yield f"{clean(subject, 31):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:
     if chunks := answers.texts.get(name):
-        return {"perplexity": perplexity_to_json(perplexity(chunks))}
+        return {"perplexity": dump_perplexity(compute_perplexity(chunks))}
     return {"right": sum(answer.correct for answer in answers.of(name))}

@@ -9,20 +9,20 @@ from typing import Any
 
 import click
 
-from compressknow.base.files import as_text
-from compressknow.base.format import at_least, count, p_value, plain, share, size
-from compressknow.cli import RESUMES, if_interrupted, shown_first
+from compressknow.base.files import escape_name
+from compressknow.base.format import clean, count, share, write_bound, write_p_value, write_size
+from compressknow.cli import RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     EVALUATE,
     RUNS,
+    add_output_files,
     answers_option,
     command,
     known_option,
+    list_probes,
     no_facts_option,
     option,
-    output_files,
     probe_options,
-    probes_help,
     runtime_option,
     server_options,
     strict_option,
@@ -33,10 +33,10 @@ from compressknow.pages.records import Card, Comparison, write_estimate
 from compressknow.pages.texts import summarize_text
 
 
-@command(more=probes_help)
+@command(more=list_probes)
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
-@output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
+@add_output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
 @probe_options
 @runtime_option
 @templates_option
@@ -73,7 +73,7 @@ def report(
     """
     from compressknow.api.report import report as run
 
-    with if_interrupted(RESUMES), shown_first(lambda card: _show(card, output, as_json=as_json)):
+    with explain_interrupt(RESUMES), show_before_error(lambda card: _show(card, output, as_json=as_json)):
         options |= {"command": get_command(), "on_progress": Lines()}
         card = run(original, compressed, probe or None, output=output, **options)
     _show(card, output, as_json=as_json)
@@ -103,7 +103,7 @@ def get_command() -> str:
             words += [parameter.opts[-1]] if value else []
         else:
             words += [word for each in values for word in (parameter.opts[0], str(each))]
-    return shlex.join(map(as_text, words))
+    return shlex.join(map(escape_name, words))
 
 
 # By the user, or by the project's file.
@@ -123,74 +123,74 @@ def report_page(card: Card) -> Iterator[str]:
         yield ""
     if is_single:
         if first.probes:
-            yield from _grades(first)
-        yield from _probes(first)
-        yield from _texts(first)
+            yield from _list_grades(first)
+        yield from _list_probes(first)
+        yield from _list_texts(first)
     else:
-        yield from _models(card)
-    for warning in _warnings(card):
+        yield from _list_models(card)
+    for warning in _list_warnings(card):
         yield ""
         yield from wrap(f"! {warning}")
 
 
-def _warnings(card: Card) -> Iterator[str]:
+def _list_warnings(card: Card) -> Iterator[str]:
     """Yield those of the whole card, then those of its models, each said once."""
     yield from card.warnings
     models: dict[str, list[str]] = {}
     for comparison in card.comparisons:
         for warning in comparison.warnings:
-            models.setdefault(warning, []).append(plain(comparison.model.name, 40))
+            models.setdefault(warning, []).append(clean(comparison.model.name, 40))
     for warning, names in models.items():
         yield f"{', '.join(names)}: {warning}" if len(card.comparisons) > 1 else warning
 
 
-def _grades(comparison: Comparison) -> Iterator[str]:
+def _list_grades(comparison: Comparison) -> Iterator[str]:
     yield GRADES
     yield "-" * len(GRADES)
     for grade in comparison.grades:
         mark = grade.grade + ("?" if grade.unsure else "")
         yield (
-            f"{plain(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
+            f"{clean(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
             f"{write_estimate(grade.kept):<27}{mark:>6}"
         )
     if any(grade.unsure for grade in comparison.grades):
         yield "? the interval spans several grades"
 
 
-def _probes(comparison: Comparison) -> Iterator[str]:
+def _list_probes(comparison: Comparison) -> Iterator[str]:
     for probe in comparison.probes:
         counts = probe.counts
         yield ""
         yield from wrap(
-            f"{plain(probe.probe, 40)}: {count(counts.n)} facts, right before {share(probe.accuracy_original.value)}, "
+            f"{clean(probe.probe, 40)}: {count(counts.n)} facts, right before {share(probe.accuracy_original.value)}, "
             f"after {share(probe.accuracy_compressed.value)}"
         )
         yield from wrap(
-            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({p_value(probe.certainty.test.p)}); "
+            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({write_p_value(probe.certainty.test.p)}); "
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:
             mean, p99 = (f"{figure:.4f}" for figure in (probe.movement.kl_mean, probe.movement.kl_p99))
             bound = probe.movement.is_lower_bound
-            yield f"  KL mean {at_least(mean, bound)}, p99 {at_least(p99, bound)} nats"
+            yield f"  KL mean {write_bound(mean, bound)}, p99 {write_bound(p99, bound)} nats"
         if probe.knowing:
-            yield f"  before: {grades_line(probe.knowing.original)}"
-            yield f"  after:  {grades_line(probe.knowing.compressed)}"
+            yield f"  before: {describe_grades(probe.knowing.original)}"
+            yield f"  after:  {describe_grades(probe.knowing.compressed)}"
 
 
-def grades_line(grades: Mapping[str, int]) -> str:
+def describe_grades(grades: Mapping[str, int]) -> str:
     """Say how many facts have each grade of knowing."""
     return ", ".join(f"{count(facts)} {grade}" for grade, facts in grades.items())
 
 
-def _texts(comparison: Comparison) -> Iterator[str]:
+def _list_texts(comparison: Comparison) -> Iterator[str]:
     for figures in comparison.texts:
         yield ""
         for line in summarize_text(figures, ("before", "after")):
             yield from wrap(line)
 
 
-def _models(card: Card) -> Iterator[str]:
+def _list_models(card: Card) -> Iterator[str]:
     yield MODELS
     yield "-" * len(MODELS)
     standings = card.decision.standings if card.decision else ()
@@ -198,6 +198,7 @@ def _models(card: Card) -> Iterator[str]:
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
         mark = "*" if standings and standings[place].beaten_by is None else ""
-        yield f"{plain(name, 39):<40}{size(model.bytes):>10}  {write_estimate(comparison.kept):<27}{mark}".rstrip()
+        kept = write_estimate(comparison.kept)
+        yield f"{clean(name, 39):<40}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
     if standings:
         yield "* no model of these keeps more in as many bytes"

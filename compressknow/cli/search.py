@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.errors import GateNotMet
-from compressknow.base.format import plain, size
-from compressknow.cli import RESUMES, if_interrupted
+from compressknow.base.format import clean, write_size
+from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
     OneOf,
-    calibration_options,
+    add_calibration_options,
+    add_guide_option,
+    add_output_folder,
     command,
     fit_options,
-    guide_option,
     known_option,
+    list_probes,
     no_facts_option,
     option,
-    output_folder,
     probe_options,
-    probes_help,
     read_share,
     revision_option,
     templates_option,
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
-@command(more=probes_help)
+@command(more=list_probes)
 @click.argument("model")
-@output_folder("Folder of the search; a stopped one resumes.")
+@add_output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
 @option(
@@ -49,12 +49,12 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
     type=OneOf(["gguf", "checkpoint"]),
     help="gguf or checkpoint.  [default: gguf for models that generate]",
 )
-@guide_option(group=FIT, default="both")
+@add_guide_option(group=FIT, default="both")
 @fit_options
 @option(
     "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
 )
-@calibration_options(tokens="8192")
+@add_calibration_options(tokens="8192")
 @option(
     "--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Another name of --probe, the one that export has."
 )
@@ -80,7 +80,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
     from compressknow.api.search import search as run
     from compressknow.pages.search import list_warnings, write_verdict
 
-    with if_interrupted(RESUMES):
+    with explain_interrupt(RESUMES):
         found = run(
             model,
             output,
@@ -115,8 +115,8 @@ class _Lines:
         if not self._has_head:
             self._has_head = True
             show(COLUMNS, "-" * len(COLUMNS))
-        name = plain(trial.setup, WIDTH)
+        name = clean(trial.setup, WIDTH)
         if len(name) > 39:
             show(name)
             name = ""
-        show(f"{name:<40}{write_estimate(trial.kept):<28}{size(trial.bytes):>12}")
+        show(f"{name:<40}{write_estimate(trial.kept):<28}{write_size(trial.bytes):>12}")

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import count, plain, share
-from compressknow.cli import RESUMES, if_interrupted
+from compressknow.base.format import clean, count, share
+from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
     HOW,
-    calibration_options,
+    add_calibration_options,
+    add_data_option,
+    add_guide_option,
+    add_output_files,
     checkpoint_options,
     command,
-    data_option,
-    guide_option,
     option,
-    output_files,
 )
 from compressknow.cli.terminal import WIDTH, Lines, show, show_written, wrap
 
@@ -37,17 +37,17 @@ _BITS = 5.0
 
 @command()
 @click.argument("model")
-@output_files("File, repeatable: .html, .md, .json or .csv.")
+@add_output_files("File, repeatable: .html, .md, .json or .csv.")
 @option(
     "--to",
     group=HOW,
     type=click.Choice(["gguf", "checkpoint"]),
     help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
 )
-@guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
+@add_guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
-@data_option(EVALUATE)
-@calibration_options(tokens="8192", default="self")
+@add_data_option(EVALUATE)
+@add_calibration_options(tokens="8192", default="self")
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @checkpoint_options
 @option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
@@ -64,14 +64,14 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     """
     from compressknow.api.sensitivity import sensitivity as run
 
-    with if_interrupted(RESUMES):
+    with explain_interrupt(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
-    show(*page(result, options["guide"]))
+    show(*build_page(result, options["guide"]))
     show(f"\nNext: compressknow {shlex.join(_propose(result, model, options))}")
     show_written(output)
 
 
-def page(found: Sensitivity, guide: Any) -> Iterator[str]:
+def build_page(found: Sensitivity, guide: Any) -> Iterator[str]:
     """Yield lines that say which weights matter most and least."""
     guidance, ranked = found.guidance, found.ranked(guide)
     by = {"facts": "facts", "text": "text"}.get(guide, "facts and text")
@@ -82,17 +82,17 @@ def page(found: Sensitivity, guide: Any) -> Iterator[str]:
             yield ""
             yield f"{title:<16}{'':<34}{'KL per MB':>14}{'Facts at risk':>16}"
             yield "-" * WIDTH
-            yield from (_row(row, guide) for row in rows)
+            yield from (_format_row(row, guide) for row in rows)
     kinds = " or ".join(sorted({row.compared for row in ranked}))
     yield ""
     yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", indent="")
 
 
-def _row(row: TensorSensitivity, guide: Any) -> str:
+def _format_row(row: TensorSensitivity, guide: Any) -> str:
     from compressknow.study.map import format_millinats
 
     risk = share(row.by_type[row.compared].at_risk)
-    return f"{row.place:<16}{plain(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
+    return f"{row.place:<16}{clean(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
 
 
 def _propose(found: Sensitivity, model: str, options: Mapping[str, Any]) -> Iterator[str]:

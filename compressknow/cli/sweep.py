@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import count, percent, plain, size
-from compressknow.cli import RESUMES, if_interrupted
+from compressknow.base.format import clean, count, write_percent, write_size
+from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     HOW,
+    add_output_folder,
     command,
     known_option,
+    list_probes,
+    make_recipe_option,
     option,
-    output_folder,
     probe_options,
-    probes_help,
     ray_options,
-    recipe_option,
     revision_option,
     templates_option,
 )
@@ -55,9 +55,9 @@ single cells:
 """
 
 
-@command(epilog=GRID, more=probes_help)
+@command(epilog=GRID, more=list_probes)
 @click.argument("model")
-@output_folder("Folder of the study; a stopped one resumes.")
+@add_output_folder("Folder of the study; a stopped one resumes.")
 @option(
     "--grid",
     group=HOW,
@@ -66,10 +66,10 @@ single cells:
     metavar="FILE",
     help="paper, methods, or a TOML file; see below.",
 )
-@recipe_option("module_map", default=None, help="Of paper and methods: structural or paper.  [default: paper]")
-@recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
-@recipe_option("calibration")
-@recipe_option("calibration_tokens")
+@make_recipe_option("module_map", default=None, help="Of paper and methods: structural or paper.  [default: paper]")
+@make_recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
+@make_recipe_option("calibration")
+@make_recipe_option("calibration_tokens")
 @option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
@@ -94,7 +94,7 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     """
     from compressknow.api.sweep import sweep as run
 
-    with if_interrupted(RESUMES):
+    with explain_interrupt(RESUMES):
         study = run(
             model,
             output,
@@ -122,22 +122,22 @@ class _Lines:
             self._has_head = True
             original = result.original
             right = sum(answer.correct for answer in original.answers)
-            name, of = plain(original.record.model.name, 40), len(original.answers)
+            name, of = clean(original.record.model.name, 40), len(original.answers)
             does, how = ("produces", "") if self._known == "produced" else ("answers", " right")
-            show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({percent(right, of)}).\n")
+            show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({write_percent(right, of)}).\n")
             show(COLUMNS, "-" * len(COLUMNS))
-        show(*_line(result))
+        show(*_describe_result(result))
 
 
-def _line(result: CellResult) -> Iterator[str]:
-    name = plain(result.setup, 33)
+def _describe_result(result: CellResult) -> Iterator[str]:
+    name = clean(result.setup, 33)
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
-        yield from wrap(f"{name}: {outcome}: {plain(result.why, 300)}")
+        yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")
         return
     right = sum(answer.correct for answer in result.answers.answers)
-    share = percent(right, len(result.answers.answers))
-    sparse = size(result.answers.record.model.totals["sparse_bytes"])
+    share = write_percent(right, len(result.answers.answers))
+    sparse = write_size(result.answers.record.model.totals["sparse_bytes"])
     yield f"{name:<34}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from compressknow.base.format import count, is_seen, json_text, plain, plain_lines, size
+from compressknow.base.format import clean, clean_lines, count, dump_json, is_seen, write_size
 from compressknow.base.progress import Progress, Repeating, Stage
 
 # Work that ends sooner shows no line.
@@ -39,7 +39,7 @@ WIDTH = 80
 
 def show(*lines: str, err: bool = False) -> None:
     """Print lines, an empty one for none; characters without a form of their own are named."""
-    click.echo(plain_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
+    click.echo(clean_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
 
 
 def show_written(files: Sequence[Path]) -> None:
@@ -60,13 +60,15 @@ def wrap_whole(text: str) -> list[str]:
 
 def show_json(values: Any) -> None:
     """Print values as JSON."""
-    show_json_text(json_text(values))
+    show_json_text(dump_json(values))
 
 
 def show_json_text(text: str) -> None:
     """Print a JSON text; what `show` would name is escaped, so that it stands for the same values."""
     # Outside its strings JSON holds nothing of the kind but its line ends.
-    click.echo(re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if is_seen(c[0]) else _code_units(c[0]), text.rstrip("\n")))
+    click.echo(
+        re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if is_seen(c[0]) else _count_code_units(c[0]), text.rstrip("\n"))
+    )
 
 
 # How a character is written that a stream's encoding lacks: as in JSON, so that printed JSON stays JSON.
@@ -79,10 +81,10 @@ def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    return "".join(_SPELT_OUT.get(c) or _code_units(c) for c in lacking), error.end
+    return "".join(_SPELT_OUT.get(c) or _count_code_units(c) for c in lacking), error.end
 
 
-def _code_units(character: str) -> str:
+def _count_code_units(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
@@ -99,10 +101,10 @@ def fit_streams() -> Iterator[None]:
         # Tests and notebooks put streams of other kinds there.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPE)
-    if _descriptor(sys.stdout) != 1:
+    if _get_descriptor(sys.stdout) != 1:
         yield
         return
-    printed, encoding = sys.stdout, _encoding_of(sys.stdout)
+    printed, encoding = sys.stdout, _find_encoding(sys.stdout)
     printed.flush()
     results = os.dup(1)
     os.dup2(2, 1)
@@ -118,7 +120,7 @@ def fit_streams() -> Iterator[None]:
         os.close(results)
 
 
-def _encoding_of(output: Any) -> str:
+def _find_encoding(output: Any) -> str:
     """Return the encoding of the bytes that standard output takes. Python gives a Windows console text, not bytes:
     those it reads in its code page."""
     raw = getattr(getattr(output, "buffer", None), "raw", None)
@@ -157,7 +159,7 @@ def _open_closed() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
-def _descriptor(stream: Any) -> int | None:
+def _get_descriptor(stream: Any) -> int | None:
     try:
         return int(stream.fileno())
     except (AttributeError, OSError, ValueError):
@@ -257,7 +259,7 @@ class Lines:
             self._open[stage] = state, line
             if stage.work == "fetch":
                 # From the network, unasked: once, and always said.
-                line.say(f"{_LABELS[stage.work]}, once, into {plain(stage.model, 200)}")
+                line.say(f"{_LABELS[stage.work]}, once, into {clean(stage.model, 200)}")
         elif progress.state == "ends":
             _, line = self._open.pop(stage)
             line.__exit__()
@@ -294,14 +296,14 @@ class _State:
     def _describe_work(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
         if self._stage.work == "time":
-            label = f"{label} of {plain(self._stage.model, NAME)}{self._which}"
+            label = f"{label} of {clean(self._stage.model, NAME)}{self._which}"
         done, total = self._far or (0, 0)
         if done <= total * TELLING:
-            return f"{label}: {duration(spent)} so far"
-        far = f"{size(done)} of {size(total)}"
+            return f"{label}: {format_duration(spent)} so far"
+        far = f"{write_size(done)} of {write_size(total)}"
         if self._stage.unit != "bytes":
             far = f"{count(done)} of {count(total)} {self._stage.unit}"
-        return f"{label}: {far}, {duration(spent / done * (total - done))} left"
+        return f"{label}: {far}, {format_duration(spent / done * (total - done))} left"
 
     @property
     def _which(self) -> str:
@@ -311,12 +313,12 @@ class _State:
         stage, now = self._stage, time.monotonic()
         which = " again, for the KL over all tokens" if stage.again else self._which
         which = _OTHERWISE.get(stage.work, which)
-        name = f"{plain(stage.model, NAME)}{which}, {plain(stage.probe, NAME)}"
+        name = f"{clean(stage.model, NAME)}{which}, {clean(stage.probe, NAME)}"
         if self._far is None:
-            return f"{name}: {duration(now - self._start)} so far"
+            return f"{name}: {format_duration(now - self._start)} so far"
         done, total = self._far
         facts = f"{name}: {count(done)} of {count(total)} facts"
-        return facts if self._end is None else f"{facts}, {duration(max(self._end - now, 0))} left"
+        return facts if self._end is None else f"{facts}, {format_duration(max(self._end - now, 0))} left"
 
 
 def announce(progress: Progress) -> str | None:
@@ -328,13 +330,13 @@ def announce(progress: Progress) -> str | None:
     if seconds < WORTH_SAYING:
         return None
     times = f" x {count(models)} models" if models > 1 else ""
-    return f"{count(facts)} facts{times} on {plain(stage.device, 20)}: about {duration(seconds)}."
+    return f"{count(facts)} facts{times} on {clean(stage.device, 20)}: about {format_duration(seconds)}."
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write seconds in units that are worth reading.
 
-    >>> [duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
+    >>> [format_duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
     ['0 s', '59 s', '2 min', '3 h 4 min', '56 h']
     """
     whole = round(seconds)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.format import count, size
+from compressknow.base.format import count, write_size
 from compressknow.cli.options import command, option, threads_option
 from compressknow.cli.terminal import Lines, show, show_json, wrap
 
@@ -34,7 +34,7 @@ def verify(folder: Path, threads: int | None, as_json: bool) -> int:
     compared = f"{count(result.tensors)} tensors match the record"
     if folder.suffix != ".gguf":
         compared = f"{count(result.tensors)} tensors and {result.files} files match the manifest"
-    show(f"{folder}: {compared} ({size(result.bytes)}).")
+    show(f"{folder}: {compared} ({write_size(result.bytes)}).")
     for note in result.notes:
         show(*wrap(f"! {note}"))
     return 0

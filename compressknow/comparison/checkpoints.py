@@ -14,7 +14,7 @@ import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Listener, Stage, count_progress, report_progress
-from compressknow.base.reading import sha256_of
+from compressknow.base.reading import compute_sha256
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.comparison.weights import (
     Lost,
@@ -29,9 +29,9 @@ from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.proof import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
-from compressknow.model.checkpoint import Checkpoint, open_checkpoint, weight_files
-from compressknow.model.gguf_file import EMBEDDING, Tensor, groups_of, open_gguf, tensors_of, value_of
-from compressknow.model.loading import config_groups
+from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint
+from compressknow.model.gguf_file import EMBEDDING, Tensor, find_groups, list_tensors, open_gguf, read_value
+from compressknow.model.loading import list_config_groups
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor
@@ -79,9 +79,11 @@ def find_other_files(a: Located, b: Located) -> Iterator[str]:
     """Yield small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
-    left_out = {"config.json", *weight_files(a.path), *weight_files(b.path)}
+    left_out = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
     for name in sorted({path.name for located in (a, b) for path in located.files} - left_out):
-        hashes = [sha256_of(located.path / name) if (located.path / name).is_file() else None for located in (a, b)]
+        hashes = [
+            compute_sha256(located.path / name) if (located.path / name).is_file() else None for located in (a, b)
+        ]
         if hashes[0] != hashes[1]:
             yield name
 
@@ -170,7 +172,7 @@ def _diff_tensor(reader: Reader, a: Side, b: Side, name: str, values_a: Values, 
         group=NOT_LINEAR if linear is None else linear.group or "other",
         stack=linear.stack if linear and in_block else None,
         layer=linear.layer if linear and in_block else None,
-        module=module_in_block(name) if in_block else None,
+        module=name_in_block(name) if in_block else None,
         shape=values_a.shape,
         dtype_a=values_a.tensor.dtype,
         dtype_b=values_b.tensor.dtype,
@@ -181,12 +183,12 @@ def _diff_tensor(reader: Reader, a: Side, b: Side, name: str, values_a: Values, 
     )
 
 
-def module_in_block(name: str) -> str:
+def name_in_block(name: str) -> str:
     """Return what a weight is inside its block: alike for all blocks, all stacks and all experts.
 
-    >>> module_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
+    >>> name_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'layer.EncDecAttention.q'
-    >>> module_in_block("model.layers.0.block_sparse_moe.experts.7.w1.weight")
+    >>> name_in_block("model.layers.0.block_sparse_moe.experts.7.w1.weight")
     'block_sparse_moe.experts.w1'
     """
     inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1].removesuffix(".weight")
@@ -243,7 +245,7 @@ def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
         if str(name).startswith("_") or name in _NOISE or value is None:
             continue
         if name == _QUANTIZATION and isinstance(value, Mapping):
-            layers = sum(count_targets(map(str, group.get("targets") or ())) for group in config_groups(value))
+            layers = sum(count_targets(map(str, group.get("targets") or ())) for group in list_config_groups(value))
             parts = [value.get("quant_method", "unknown"), value.get("format"), f"{layers} targets" if layers else ""]
             yield prefix + name, json.dumps(", ".join(str(part) for part in parts if part))
         elif isinstance(value, Mapping):
@@ -260,12 +262,12 @@ def diff_gguf(
     Raises CheckpointError where one of them is damaged, CompressknowError where they are of different architectures.
     """
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
-    architecture, other = (str(value_of(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
+    architecture, other = (str(read_value(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
     _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")
-    tensors_a, tensors_b = tensors_of(*readers_a), tensors_of(*readers_b)
+    tensors_a, tensors_b = list_tensors(*readers_a), list_tensors(*readers_b)
     stored = [{each.name: each for reader in readers for each in reader.tensors} for readers in (readers_a, readers_b)]
     names = [name for name, t in tensors_a.items() if name in tensors_b and tensors_b[name].shape == t.shape]
-    groups = groups_of(tensors_a)
+    groups = find_groups(tensors_a)
     add = count_progress(advance, sum(tensors[name].nbytes for tensors in (tensors_a, tensors_b) for name in names))
 
     def compare(name: str) -> TensorDiff | None:

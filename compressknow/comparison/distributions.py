@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wordings
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
@@ -26,7 +26,7 @@ POPULARITY_FACTS = 20
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
-def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
+def compute_kl(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     """Compute KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
 
     By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
@@ -43,10 +43,10 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     float64, shape (...); NaN where an input holds NaN.
 
     >>> import math
-    >>> round(float(kl_divergence([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
+    >>> round(float(compute_kl([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
     0.143841
     """
-    logp, logq = (_with_rest(np.asarray(side, dtype=np.float64)) for side in (original, compressed))
+    logp, logq = (_append_rest(np.asarray(side, dtype=np.float64)) for side in (original, compressed))
     p = np.exp(logp)
     # q - p as p (e^(log q - log p) - 1): close distributions do not cancel. Below 1e-43 p counts for nothing.
     change = logq - logp
@@ -54,17 +54,17 @@ def kl_divergence(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
     return np.asarray(np.maximum(terms, 0.0).sum(axis=-1))
 
 
-def rest_of(logp: ArrayLike) -> np.ndarray:
+def compute_rest(logp: ArrayLike) -> np.ndarray:
     """Return the probability (0 to 1), shape (...), that log-probabilities of shape (..., tokens) leave to all others.
 
     >>> import math
-    >>> float(rest_of([math.log(0.5), math.log(0.25)]))
+    >>> float(compute_rest([math.log(0.5), math.log(0.25)]))
     0.25
     """
     return np.asarray(np.clip(1.0 - np.exp(np.asarray(logp, dtype=np.float64)).sum(axis=-1), 0.0, 1.0))
 
 
-def _with_rest(logp: np.ndarray) -> np.ndarray:
+def _append_rest(logp: np.ndarray) -> np.ndarray:
     """Append that of the rest, 1 - sum, to log-probabilities."""
     logp = np.maximum(logp, LOGP_FLOOR)
     total = np.exp(logp).sum(axis=-1, keepdims=True)
@@ -72,24 +72,24 @@ def _with_rest(logp: np.ndarray) -> np.ndarray:
     return np.concatenate([logp, rest], axis=-1)
 
 
-def ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
     """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
     their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3). None below 20 facts.
     """
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if len(sure) < CALIBRATION_FACTS:
         return None
-    gaps = np.bincount(_bin_confidence(sure), weights=right - sure, minlength=CALIBRATION_BINS)
+    gaps = np.bincount(_assign_bins(sure), weights=right - sure, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(sure))
 
 
-def _bin_confidence(sure: np.ndarray) -> np.ndarray:
+def _assign_bins(sure: np.ndarray) -> np.ndarray:
     # Bin m holds ((m - 1) / M, m / M], as in the paper; 0 itself goes to the first.
     bins: np.ndarray = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     return bins
 
 
-def brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
     """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
     it is wrong (Brier 1950). None below 20 facts, as for the calibration error beside it.
     """
@@ -97,31 +97,31 @@ def brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
     return float(np.mean((sure - right) ** 2)) if len(sure) >= CALIBRATION_FACTS else None
 
 
-def mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
+def compute_mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
     """Return the mean of 1 / rank of the gold. A gold that is no possible answer (None) has no rank however far one
     looks, and counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
 
-    >>> mean_reciprocal_rank([1, 2, None, 4]), mean_reciprocal_rank([None, None])
+    >>> compute_mean_reciprocal_rank([1, 2, None, 4]), compute_mean_reciprocal_rank([None, None])
     (0.4375, None)
     """
     reciprocal = [1 / rank for rank in ranks if rank is not None]
     return sum(sorted(reciprocal)) / len(ranks) if reciprocal else None
 
 
-def precision_at(k: int, ranks: Sequence[int | None]) -> float | None:
-    """Return the share of facts whose gold is among the k most likely answers; None as for `mean_reciprocal_rank`.
+def compute_precision(k: int, ranks: Sequence[int | None]) -> float | None:
+    """Return the share of facts whose gold is among the k most likely answers; None as of their reciprocal rank.
 
-    >>> precision_at(5, [1, 5, 6, None])
+    >>> compute_precision(5, [1, 5, 6, None])
     0.5
     """
     known = [rank for rank in ranks if rank is not None]
     return sum(rank <= k for rank in known) / len(ranks) if known else None
 
 
-def percentiles(values: ArrayLike) -> Mapping[str, float] | None:
+def compute_percentiles(values: ArrayLike) -> Mapping[str, float] | None:
     """Return percentiles 1 to 99 by linear interpolation, {"p1": ..., "p50": ...}; None where there are no values.
 
-    >>> percentiles([0, 10])["p25"]
+    >>> compute_percentiles([0, 10])["p25"]
     2.5
     """
     numbers = np.asarray(values, dtype=np.float64)
@@ -130,7 +130,7 @@ def percentiles(values: ArrayLike) -> Mapping[str, float] | None:
     return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(numbers, PERCENTILES), strict=True)}
 
 
-def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
+def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
     """Return the bin of each fact: "top 20 %" (of popularity), "20 to 40 %", ... "bottom 20 %"; None where it has none.
 
     Bins are of about equal size, five or as many as leave 20 facts in each; facts as popular as each other stay
@@ -141,7 +141,7 @@ def popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
     for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS), 1, -1):
         if (chosen := _split_evenly(values[known], bins, POPULARITY_FACTS)) is not None:
             names = np.full(len(values), None, dtype=object)
-            names[known] = np.array(bin_names(bins), dtype=object)[chosen]
+            names[known] = np.array(name_popularity_bins(bins), dtype=object)[chosen]
             return list(names)
     return [None] * len(values)
 
@@ -157,10 +157,10 @@ def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | N
     return chosen if np.bincount(chosen, minlength=parts).min() >= fewest else None
 
 
-def bin_names(bins: int) -> list[str]:
+def name_popularity_bins(bins: int) -> list[str]:
     """Return the names of popularity bins, most popular first.
 
-    >>> bin_names(3)
+    >>> name_popularity_bins(3)
     ['top 33 %', '33 to 67 %', 'bottom 33 %']
     """
     edges = [round(100 * index / bins) for index in range(bins + 1)]
@@ -178,17 +178,17 @@ def has_confidence(answer: Answer) -> bool:
     given there is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
     """
     logp = answer.top5_logp
-    return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_total_of(answer))
+    return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_sum_answer(answer))
 
 
 def get_confidence(answer: Answer) -> float:
     """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
     """
-    return math.exp(min(answer.top5_logp[0] - _total_of(answer), 0.0))
+    return math.exp(min(answer.top5_logp[0] - _sum_answer(answer), 0.0))
 
 
-def _total_of(answer: Answer) -> float:
+def _sum_answer(answer: Answer) -> float:
     """Return the logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in
     answers of older versions, which do not tell it.
     """
@@ -200,7 +200,7 @@ def _total_of(answer: Answer) -> float:
     return math.nan if answer.total_logp is None else answer.total_logp
 
 
-def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
+def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
     """Compare how confident both models are, over the facts for which both have one; None below 20 of these."""
     usable = [pair for pair in pairs if all(map(has_confidence, pair))]
     if len(usable) < CALIBRATION_FACTS:
@@ -209,18 +209,18 @@ def confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
     knew, keeps = (np.array([answer.correct for answer in side]) for side in zip(*usable, strict=True))
     median = float(np.median(before))
     return Confidence(
-        thirds=thirds(before[knew], keeps[knew]),
+        thirds=split_by_confidence(before[knew], keeps[knew]),
         median=median,
         wrong_original=int((~knew).sum()),
         wrong_compressed=int((~keeps).sum()),
         confidently_wrong_original=int((before[~knew] > median).sum()),
         confidently_wrong_compressed=int((after[~keeps] > median).sum()),
-        reliability_original=reliability(before, knew),
-        reliability_compressed=reliability(after, keeps),
+        reliability_original=compute_reliability(before, knew),
+        reliability_compressed=compute_reliability(after, keeps),
     )
 
 
-def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
+def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
     """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
     original knew; facts of one confidence stay together. Nothing where that leaves a third with too few facts."""
     chosen = _split_evenly(sure, len(THIRDS), FEWEST)
@@ -230,13 +230,15 @@ def thirds(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
     for place, name in enumerate(THIRDS):
         own, still = sure[chosen == place], kept[chosen == place]
         counts = Counts(both=int(still.sum()), lost=int((~still).sum()))
-        found.append(Third(name, float(own.min()), float(own.max()), counts, proportion(counts.both, len(still))))
+        found.append(
+            Third(name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still)))
+        )
     return tuple(found)
 
 
-def reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
+def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
     """Return the share of right answers by confidence, in bins of equal width (Guo et al. 2017, section 2)."""
-    bins = _bin_confidence(sure)
+    bins = _assign_bins(sure)
     facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
     total = np.bincount(bins, weights=sure, minlength=CALIBRATION_BINS)
     return tuple(
@@ -283,12 +285,12 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
     for number in templates:
         kinds = Counter((one.correct, other.correct) for one, other in pairs if one.template == number)
         counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
-        by_template[number] = counts, proportion(counts.both, counts.known_before)
+        by_template[number] = counts, estimate_proportion(counts.both, counts.known_before)
     of_original, of_compressed = zip(*pairs, strict=True)
-    return Wordings(by_template, (consistency(of_original), consistency(of_compressed)))
+    return Wordings(by_template, (measure_consistency(of_original), measure_consistency(of_compressed)))
 
 
-def consistency(answers: Iterable[Answer]) -> float | None:
+def measure_consistency(answers: Iterable[Answer]) -> float | None:
     """Return the share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or
     more (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
     where there is none.

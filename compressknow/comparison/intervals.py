@@ -23,19 +23,19 @@ SEED = 0
 _QUANTILES = (2.5, 97.5)
 
 
-def proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
+def estimate_proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
     """Return part / whole with its Wilson score interval (Wilson 1927); nothing where `whole` is 0.
 
-    >>> estimate = proportion(81, 263)  # Newcombe (1998a), table I
+    >>> estimate = estimate_proportion(81, 263)  # Newcombe (1998a), table I
     >>> round(estimate.low, 4), round(estimate.high, 4)
     (0.2553, 0.3662)
     """
     if not whole:
         return Estimate(None)
-    return Estimate(part / whole, *wilson(part / whole, whole, normal_quantile(level)))
+    return Estimate(part / whole, *compute_wilson(part / whole, whole, compute_normal_quantile(level)))
 
 
-def normal_quantile(level: float = 0.95) -> float:
+def compute_normal_quantile(level: float = 0.95) -> float:
     """Return how many standard errors a two-sided interval of that level reaches to each side."""
     # scipy.stats has these intervals too, but takes longer to import than all the rest of a report.
     from scipy.special import ndtri
@@ -43,7 +43,7 @@ def normal_quantile(level: float = 0.95) -> float:
     return float(ndtri((1 + level) / 2))
 
 
-def wilson(share: float, number: float, z: float) -> tuple[float, float]:
+def compute_wilson(share: float, number: float, z: float) -> tuple[float, float]:
     """Return the ends of Wilson's interval of a share of so many facts, `z` standard errors to each side."""
     spread = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     low, high = ((share + z * z / (2 * number) + side * spread) / (1 + z * z / number) for side in (-1, 1))
@@ -51,14 +51,14 @@ def wilson(share: float, number: float, z: float) -> tuple[float, float]:
     return (max(0.0, min(low, share)) if share else 0.0), (min(1.0, max(high, share)) if share < 1 else 1.0)
 
 
-def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
+def estimate_difference(counts: Counts, level: float = 0.95) -> Estimate:
     """Return the accuracy of the compressed model less that of the original, (c - b) / n, with Newcombe's interval.
 
     Method 10 of Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based
     on paired data", Statistics in Medicine 17, 2635-2650: the Wilson intervals of both proportions, squared and added,
     less the part that their correlation phi (corrected for continuity) explains.
 
-    >>> estimate = paired_difference(Counts(both=59, lost=16, gained=6, neither=80))
+    >>> estimate = estimate_difference(Counts(both=59, lost=16, gained=6, neither=80))
     >>> [round(number, 4) for number in (estimate.value, estimate.low, estimate.high)]
     [-0.0621, -0.1186, -0.0046]
     """
@@ -66,8 +66,8 @@ def paired_difference(counts: Counts, level: float = 0.95) -> Estimate:
     if not n:
         return Estimate(None)
     after, before = counts.known_after / n, counts.known_before / n
-    z = normal_quantile(level)
-    (low_after, high_after), (low_before, high_before) = wilson(after, n, z), wilson(before, n, z)
+    z = compute_normal_quantile(level)
+    (low_after, high_after), (low_before, high_before) = compute_wilson(after, n, z), compute_wilson(before, n, z)
     phi, value = _correlate(counts), (counts.gained - counts.lost) / n
     below = _add_squares(after - low_after, high_before - before, phi)
     above = _add_squares(high_after - after, before - low_before, phi)
@@ -90,12 +90,12 @@ def _add_squares(first: float, second: float, phi: float) -> float:
     return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
-def mcnemar(counts: Counts) -> float | None:
+def run_mcnemar(counts: Counts) -> float | None:
     """Run the exact two-sided McNemar test: the chance of so uneven a split of lost and gained facts, were a change as
     likely either way (McNemar 1947; a binomial test of the discordant pairs). 1 where nothing changed, None without
     facts.
 
-    >>> mcnemar(Counts(both=1, lost=1, gained=7, neither=12))
+    >>> run_mcnemar(Counts(both=1, lost=1, gained=7, neither=12))
     0.0703125
     """
     from scipy.special import bdtr
@@ -109,12 +109,12 @@ def mcnemar(counts: Counts) -> float | None:
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
 
 
-def mean(estimates: Sequence[Estimate]) -> Estimate:
+def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
     """Return the plain mean of independent figures, with its interval: the distances to the ends of their intervals,
     squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no
     value.
 
-    >>> mean([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
+    >>> average_estimates([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
     Estimate(value=0.6, low=0.35, high=0.65)
     """
     values = [estimate.value for estimate in estimates if estimate.value is not None]
@@ -131,11 +131,11 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
+def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p-values for their number, by Holm (1979), "A simple sequentially rejective multiple test procedure",
     Scandinavian Journal of Statistics 6, 65-70. None stays None and is not counted.
 
-    >>> holm([0.01, 0.04, 0.03, None, 0.005])
+    >>> adjust_holm([0.01, 0.04, 0.03, None, 0.005])
     [0.03, 0.06, 0.06, None, 0.02]
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
@@ -147,7 +147,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def above_chance(kept: Estimate, chance: float | None) -> Estimate:
+def correct_for_chance(kept: Estimate, chance: float | None) -> Estimate:
     """Return knowledge kept beyond what guessing would also have got right: (kept - g) / (1 - g), not below 0.
 
     A model that has forgotten a fact still answers it right with the guessing rate g (1 / number of candidates, its
@@ -155,7 +155,7 @@ def above_chance(kept: Estimate, chance: float | None) -> Estimate:
     for k (Abbott 1925, "A method of computing the effectiveness of an insecticide", J. Econ. Entomology 18, 265-267;
     Cohen's kappa has the same form). The interval is carried through the same formula: g is known, not estimated.
 
-    >>> above_chance(Estimate(0.75, 0.6, 0.9), chance=0.5)
+    >>> correct_for_chance(Estimate(0.75, 0.6, 0.9), chance=0.5)
     Estimate(value=0.5, low=0.2, high=0.8)
     """
     if kept.value is None or chance is None or chance >= 1:
@@ -166,7 +166,7 @@ def above_chance(kept: Estimate, chance: float | None) -> Estimate:
     return Estimate(*(None if share is None else min(1.0, max(0.0, share)) for share in beyond))
 
 
-def macro(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
+def average_relations(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
     """Return the accuracy of the original, of the compressed model, and their difference, as means over relations;
     those without facts are left out.
 
@@ -201,16 +201,16 @@ FEWEST = 5
 FEWEST_SIGNS = 10
 
 
-def independent(counts: Counts) -> list[Counts]:
+def split_into_facts(counts: Counts) -> list[Counts]:
     """Return facts without relations (lm-eval's tasks, say) as clusters of one fact each."""
     kinds = {"both": counts.both, "lost": counts.lost, "gained": counts.gained, "neither": counts.neither}
     return [Counts(**{kind: 1}) for kind, number in kinds.items() for _ in range(number)]
 
 
-def clusters_of(relations: Sequence[Counts]) -> list[Counts]:
+def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
     """Return what a probe's facts are drawn in: its relations, or its facts one by one where it has one relation."""
     there = [relation for relation in relations if relation.n]
-    return there if len(there) > 1 else independent(sum(there, Counts()))
+    return there if len(there) > 1 else split_into_facts(sum(there, Counts()))
 
 
 def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -235,7 +235,7 @@ def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Co
     return [Counts(*map(int, kinds)) for kinds in found[:, [3, 2, 1, 0]]]
 
 
-def paired_test(clusters: Sequence[Counts]) -> PairedTest:
+def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
     """Test whether facts are lost as often as gained, two-sided, where those of one cluster hang together.
 
     With 10 clusters or more by sign flips: were a change as likely either way, the net change of each cluster could as
@@ -246,15 +246,15 @@ def paired_test(clusters: Sequence[Counts]) -> PairedTest:
     Of the tests that draw clusters (these, signed ranks, Durkalski et al. 2003, "Analysis of clustered matched-pair
     data", Statistics in Medicine 22, 2417-2428) sign flips are exact, and lose no power where clusters do not matter.
 
-    >>> paired_test([Counts(lost=9, gained=2)]), paired_test([Counts(lost=3)] * 8 + [Counts(gained=3)] * 2)
+    >>> run_paired_test([Counts(lost=9, gained=2)]), run_paired_test([Counts(lost=3)] * 8 + [Counts(gained=3)] * 2)
     (PairedTest(p=0.06542..., unit='fact'), PairedTest(p=0.109375, unit='relation'))
     """
     changes = np.array([c.gained - c.lost for c in clusters if c.n], dtype=np.int64)
     total = sum(clusters, Counts())
-    exact = mcnemar(total)
+    exact = run_mcnemar(total)
     if exact is None or not FEWEST <= len(changes) < total.n:
         return PairedTest(exact, "fact")
-    p = _flip_signs(changes) if len(changes) >= FEWEST_SIGNS else max(exact, _students_t(changes))
+    p = _flip_signs(changes) if len(changes) >= FEWEST_SIGNS else max(exact, _compute_students_t(changes))
     return PairedTest(p, "relation")
 
 
@@ -272,7 +272,7 @@ def _flip_signs(changes: np.ndarray) -> float:
     return min(1.0, float(2 * chances[len(chances) // 2 + seen :].sum())) if seen else 1.0
 
 
-def _students_t(changes: np.ndarray) -> float:
+def _compute_students_t(changes: np.ndarray) -> float:
     from scipy.special import stdtr
 
     number, spread = len(changes), float(changes.std(ddof=1))
@@ -302,7 +302,7 @@ class Design(NamedTuple):
         """
         correlation = (self.effect - 1) / (self.size - 1) if self.size > 1 else 0.0
         effect = max(1.0, 1 + (growth * self.size - 1) * min(1.0, correlation))
-        return effect * (_quantile(self.degrees) / normal_quantile()) ** 2
+        return effect * (_compute_quantile(self.degrees) / compute_normal_quantile()) ** 2
 
 
 INDEPENDENT = Design()
@@ -330,7 +330,7 @@ def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
     return Design(max(1.0, apart / alone) if alone else 1.0, size, max(1.0, facts / size - 1))
 
 
-def kept_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
+def estimate_kept(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
     """Return knowledge kept with its interval over clusters; see `share_by_cluster`."""
     return share_by_cluster([c.both for c in clusters], [c.known_before for c in clusters], level)
 
@@ -354,22 +354,22 @@ def share_by_cluster(parts: Sequence[int], wholes: Sequence[int], level: float =
     if not FEWEST <= sum(whole > 0 for whole in wholes) < facts:
         return Estimate(part / facts)
     effect, _, degrees = _design(parts, wholes)
-    return Estimate(part / facts, *wilson(part / facts, facts / effect, _quantile(degrees, level)))
+    return Estimate(part / facts, *compute_wilson(part / facts, facts / effect, _compute_quantile(degrees, level)))
 
 
-def difference_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
+def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
     """Return the accuracy of the compressed model less that of the original over all facts, with its interval over
     clusters: of a ratio, linearized, by Student's t (Cochran 1977, "Sampling Techniques", section 9A.2).
     """
     sizes = [c.n for c in clusters]
-    value, error, degrees = standard_error([c.gained - c.lost for c in clusters], sizes)
+    value, error, degrees = compute_standard_error([c.gained - c.lost for c in clusters], sizes)
     if not FEWEST <= sum(size > 0 for size in sizes) < sum(sizes) or value is None or not error:
         return Estimate(value)
-    spread = _quantile(degrees, level) * error
+    spread = _compute_quantile(degrees, level) * error
     return Estimate(value, value - spread, value + spread)
 
 
-def standard_error(sums: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float, float]:
+def compute_standard_error(sums: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float, float]:
     """Return the mean over all facts, its standard error over clusters, and the error's degrees of freedom."""
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
     total, size = total[size > 0], size[size > 0]
@@ -383,14 +383,14 @@ def standard_error(sums: Sequence[float], sizes: Sequence[int]) -> tuple[float |
     return mean, math.sqrt(apart) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
 
 
-def _quantile(degrees: float, level: float = 0.95) -> float:
-    """Return the same as `normal_quantile` of Student's t."""
+def _compute_quantile(degrees: float, level: float = 0.95) -> float:
+    """Return the same as `compute_normal_quantile` of Student's t."""
     from scipy.special import stdtrit
 
-    return normal_quantile(level) if math.isinf(degrees) else float(stdtrit(degrees, (1 + level) / 2))
+    return compute_normal_quantile(level) if math.isinf(degrees) else float(stdtrit(degrees, (1 + level) / 2))
 
 
-def rate_difference(
+def compare_rates(
     first: np.ndarray, second: np.ndarray, cluster: np.ndarray, millions: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
     """Return how much more the second of two forms loses than the first, a million of its changed parameters: the mean
@@ -408,8 +408,8 @@ def rate_difference(
     if not len(first) or not all(millions):
         return Estimate(None), None
     sums = np.bincount(cluster, weights=second / millions[1] - first / millions[0])
-    middle, error, degrees = standard_error(sums.tolist(), np.bincount(cluster).tolist())
+    middle, error, degrees = compute_standard_error(sums.tolist(), np.bincount(cluster).tolist())
     if middle is None or not error:
         return Estimate(middle), 1.0 if not middle else None
-    spread = _quantile(degrees) * error
+    spread = _compute_quantile(degrees) * error
     return Estimate(middle, middle - spread, middle + spread), 2 * float(stdtr(degrees, -abs(middle) / error))

@@ -13,36 +13,36 @@ import numpy as np
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.distributions import (
     POPULARITY_BINS,
-    bin_names,
-    brier,
-    confidence,
+    assign_popularity_bins,
+    compare_confidence,
+    compute_brier,
+    compute_ece,
+    compute_kl,
+    compute_mean_reciprocal_rank,
+    compute_percentiles,
+    compute_precision,
+    compute_rest,
     count_grades,
-    ece,
     get_confidence,
     has_confidence,
-    kl_divergence,
-    mean_reciprocal_rank,
-    percentiles,
-    popularity_bins,
-    precision_at,
-    rest_of,
+    name_popularity_bins,
 )
 from compressknow.comparison.intervals import (
     SIGNIFICANT,
-    above_chance,
-    clusters_of,
+    adjust_holm,
+    average_relations,
+    correct_for_chance,
     design_of_change,
-    difference_by_cluster,
-    holm,
-    kept_by_cluster,
-    macro,
+    estimate_difference,
+    estimate_difference_by_cluster,
+    estimate_kept,
+    estimate_proportion,
+    list_clusters,
     number_clusters,
-    paired_difference,
-    paired_test,
-    proportion,
+    run_paired_test,
     tally,
 )
-from compressknow.comparison.power import facts_for, smallest_loss
+from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.evaluate.facts import DOMAINS
@@ -86,11 +86,13 @@ def compare_probe(
         **_measure_shares(pairs, entry_original.average),
         answer_changed=_share_changed(pairs),
         movement=_measure_movement(pairs) if has_same_reference else None,
-        logp_change=percentiles([change for pair in pairs if (change := _measure_logp_change(pair)) is not None]),
+        logp_change=compute_percentiles(
+            [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
+        ),
         **_measure_ranks(pairs),
         **_measure_confidence(pairs),
-        confidence=confidence(pairs),
-        by_subject=tuple(sorted(by_subject, key=lambda group: domain_order(group.name))),
+        confidence=compare_confidence(pairs),
+        by_subject=tuple(sorted(by_subject, key=lambda group: order_domains(group.name))),
         by_popularity=_group_by_popularity(pairs),
         knowing=count_grades(pairs),
     )
@@ -99,17 +101,17 @@ def compare_probe(
 def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """Count right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
-    before, after, difference = macro([group.counts for group in by_relation])
+    before, after, difference = average_relations([group.counts for group in by_relation])
     sure = measure_certainty([[group.counts for group in by_relation]])
-    kept = proportion(total.both, total.known_before).or_wider(sure.kept)
+    kept = estimate_proportion(total.both, total.known_before).or_wider(sure.kept)
     drop_absolute, drop_relative = _compute_drop(total, (before, after) if average == "macro" else None)
     return {
         "counts": total,
-        "accuracy_original": proportion(total.known_before, total.n),
-        "accuracy_compressed": proportion(total.known_after, total.n),
-        "difference": paired_difference(total),
+        "accuracy_original": estimate_proportion(total.known_before, total.n),
+        "accuracy_compressed": estimate_proportion(total.known_after, total.n),
+        "difference": estimate_difference(total),
         "kept": kept,
-        "kept_above_chance": above_chance(kept, _estimate_chance([pair for pair in pairs if pair[0].correct])),
+        "kept_above_chance": correct_for_chance(kept, _estimate_chance([pair for pair in pairs if pair[0].correct])),
         "macro_original": before,
         "macro_compressed": after,
         "macro_difference": difference,
@@ -124,15 +126,15 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
     could have shown. A relation is a cluster; in a probe of one relation, a fact is.
     """
-    clusters = [cluster for relations in probes for cluster in clusters_of(relations)]
+    clusters = [cluster for relations in probes for cluster in list_clusters(relations)]
     total, change = sum(clusters, Counts()), design_of_change(clusters)
     return Certainty(
-        test=paired_test(clusters),
+        test=run_paired_test(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
-        kept=kept_by_cluster(clusters),
-        difference=difference_by_cluster(clusters),
-        smallest_loss=smallest_loss(total, change),
-        facts_for_two=facts_for(total, design=change),
+        kept=estimate_kept(clusters),
+        difference=estimate_difference_by_cluster(clusters),
+        smallest_loss=find_smallest_loss(total, change),
+        facts_for_two=count_facts_to_show(total, design=change),
     )
 
 
@@ -149,7 +151,7 @@ def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], 
 def _order(pair: Pair, sign: int) -> tuple[Any, ...]:
     fact, change = pair[0], _measure_logp_change(pair)
     # Facts whose change is not known come last of their relation.
-    return domain_order(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
+    return order_domains(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
 
 
 def _make_changed_fact(pair: Pair) -> ChangedFact:
@@ -171,7 +173,7 @@ def _make_changed_fact(pair: Pair) -> ChangedFact:
     )
 
 
-def domain_order(subject: str) -> tuple[int, str]:
+def order_domains(subject: str) -> tuple[int, str]:
     """Return a sort key: domains as on a report card, then all others by name."""
     place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
     return place, subject
@@ -184,7 +186,7 @@ def _group_pairs(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None])
         if (name := name_of(pair[0])) is not None:
             members.setdefault(name, []).append(pair)
     groups = [_make_group(name, members[name]) for name in sorted(members)]
-    adjusted = holm([group.p for group in groups])
+    adjusted = adjust_holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
@@ -197,8 +199,8 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         name=name,
         counts=total,
         relations=clusters,
-        kept=proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters)),
-        p=paired_test(clusters).p,
+        kept=estimate_proportion(total.both, total.known_before).or_wider(estimate_kept(clusters)),
+        p=run_paired_test(clusters).p,
         p_holm=None,
         answer_changed=_share_changed(pairs),
         chance=_estimate_chance(pairs),
@@ -206,9 +208,11 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
 
 
 def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
-    bins = popularity_bins([before.popularity for before, _ in pairs])
+    bins = assign_popularity_bins([before.popularity for before, _ in pairs])
     of_fact = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
-    order = {name: place for size in range(2, POPULARITY_BINS + 1) for place, name in enumerate(bin_names(size))}
+    order = {
+        name: place for size in range(2, POPULARITY_BINS + 1) for place, name in enumerate(name_popularity_bins(size))
+    }
     groups = _group_pairs(pairs, lambda answer: of_fact[answer.fact_id])
     return tuple(sorted(groups, key=lambda group: order[group.name]))
 
@@ -273,7 +277,7 @@ def _measure_divergence(pairs: Sequence[Pair]) -> np.ndarray:
     logps = [np.array([side.first_logp for side in sides]) for sides in zip(*pairs, strict=True)]
     same = (ids[0] == ids[1]).all(axis=1)
     before, after = logps[0][same], logps[1][same]
-    return np.stack([kl_divergence(before, after), rest_of(before), rest_of(after)], axis=1)
+    return np.stack([compute_kl(before, after), compute_rest(before), compute_rest(after)], axis=1)
 
 
 def _measure_logp_change(pair: Pair) -> float | None:
@@ -292,9 +296,9 @@ def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
     before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
     few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
     still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
-    top5 = None if few else _join(precision_at(5, before), precision_at(5, after))
+    top5 = None if few else _join(compute_precision(5, before), compute_precision(5, after))
     return {
-        "mrr": _join(mean_reciprocal_rank(before), mean_reciprocal_rank(after)),
+        "mrr": _join(compute_mean_reciprocal_rank(before), compute_mean_reciprocal_rank(after)),
         "p_at_5": top5,
         "lost_still_in_top5": None if top5 is None else len(still),
     }
@@ -310,8 +314,8 @@ def _measure_confidence(pairs: Sequence[Pair]) -> dict[str, Any]:
     sure = [[get_confidence(answer) for answer in side] for side in sides]
     right = [[answer.correct for answer in side] for side in sides]
     return {
-        "ece": _join(*(ece(s, r) for s, r in zip(sure, right, strict=True))),
-        "brier": _join(*(brier(s, r) for s, r in zip(sure, right, strict=True))),
+        "ece": _join(*(compute_ece(s, r) for s, r in zip(sure, right, strict=True))),
+        "brier": _join(*(compute_brier(s, r) for s, r in zip(sure, right, strict=True))),
     }
 
 
@@ -400,7 +404,7 @@ def rank_models(
     keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
     cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
-    adjusted = holm([paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
+    adjusted = adjust_holm([run_paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
     apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]
     order = sorted(range(len(models)), key=lambda place: -known[place])

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from compressknow.comparison.intervals import INDEPENDENT, Design, normal_quantile, wilson
+from compressknow.comparison.intervals import INDEPENDENT, Design, compute_normal_quantile, compute_wilson
 from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
 # The chance of a wrong answer that is allowed, by the test and at a gate, is the level.
@@ -23,7 +23,7 @@ _MOST = 1 << 17
 _STANDARD_DEVIATIONS = 6
 
 
-def power(known: float, loss: float, gained: float, unknown: float) -> float:
+def compute_power(known: float, loss: float, gained: float, unknown: float) -> float:
     """Return the chance that the exact McNemar test, two-sided at 5 %, shows a net loss.
 
     Of all facts a share is lost and a share gained, independently. So the number of changed facts is binomial, and of
@@ -42,7 +42,7 @@ def power(known: float, loss: float, gained: float, unknown: float) -> float:
     up, down = gained * known, (gained + loss) * known
     if not 0 < up + down <= facts:
         return 0.0
-    changed, chances = _binomial(facts, (up + down) / facts)
+    changed, chances = _list_binomial(facts, (up + down) / facts)
     most = _find_most_gained(changed)
     shown = most >= 0
     if not shown.any():
@@ -51,7 +51,7 @@ def power(known: float, loss: float, gained: float, unknown: float) -> float:
     return float((chances[shown] * seen).sum())
 
 
-def _binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
+def _list_binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers that are not all but impossible, and the probability of each."""
     from scipy.special import gammaln, xlog1py, xlogy
 
@@ -75,32 +75,32 @@ def _find_most_gained(changed: np.ndarray) -> np.ndarray:
     return found
 
 
-def smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | None:
+def find_smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | None:
     """Return the smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None
     where even the loss of all would not show.
 
     Facts are taken to be gained as often as they were: what a compression flips both ways hides a loss.
 
     >>> counts = Counts(both=169, lost=16, gained=19, neither=96)
-    >>> round(smallest_loss(counts), 3), smallest_loss(Counts(both=5))
+    >>> round(find_smallest_loss(counts), 3), find_smallest_loss(Counts(both=5))
     (0.121, None)
     """
     gained, discount = _share_gained(counts), design.discount()
     known, unknown = counts.known_before / discount, (counts.n - counts.known_before) / discount
     low, high = 0.0, max(0.0, 1.0 - gained)
-    if not known or power(known, high, gained, unknown) < POWER:
+    if not known or compute_power(known, high, gained, unknown) < POWER:
         return None
     while high - low > 1e-5:
         middle = (low + high) / 2
-        low, high = (low, middle) if power(known, middle, gained, unknown) >= POWER else (middle, high)
+        low, high = (low, middle) if compute_power(known, middle, gained, unknown) >= POWER else (middle, high)
     return high
 
 
-def facts_for(counts: Counts, design: Design = INDEPENDENT) -> int | None:
+def count_facts_to_show(counts: Counts, design: Design = INDEPENDENT) -> int | None:
     """Return how many known facts, of the same relations, show a net loss of `SMALL` with a power of 80 %, were facts
     gained and unknown in the same proportion; None where no number does, or no probe has as many.
 
-    >>> facts_for(Counts(both=185)), facts_for(Counts(both=169, lost=16, gained=19, neither=96))
+    >>> count_facts_to_show(Counts(both=185)), count_facts_to_show(Counts(both=169, lost=16, gained=19, neither=96))
     (394, 4514)
     """
     known, gained = counts.known_before, _share_gained(counts)
@@ -110,28 +110,28 @@ def facts_for(counts: Counts, design: Design = INDEPENDENT) -> int | None:
 
     def shows(number: int) -> bool:
         alone = number / design.discount(number / known)
-        return power(alone, SMALL, gained, unknown * alone) >= POWER
+        return compute_power(alone, SMALL, gained, unknown * alone) >= POWER
 
     return _find_least(shows)
 
 
-def facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
+def count_facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
     """Return how many known facts, of the same relations, it takes for the interval of knowledge kept to lie on one
     side of the gate in 80 of 100 samples, were the share kept what it is here; None where no number does, or no probe
     has as many.
 
-    >>> facts_to_decide(Counts(both=90, lost=10), 0.95), facts_to_decide(Counts(both=95, lost=5), 0.95)
+    >>> count_facts_to_decide(Counts(both=90, lost=10), 0.95), count_facts_to_decide(Counts(both=95, lost=5), 0.95)
     (185, None)
     """
     share, known = counts.kept, counts.known_before
     if share is None:
         return None
-    z, unlucky = normal_quantile(0.95), normal_quantile(2 * POWER - 1)
+    z, unlucky = compute_normal_quantile(0.95), compute_normal_quantile(2 * POWER - 1)
 
     def decides(number: int) -> bool:
         alone = number / design.discount(number / known)
         away = unlucky * math.sqrt(share * (1 - share) / alone)
-        low, high = wilson(min(1.0, max(0.0, share - away if share > gate else share + away)), alone, z)
+        low, high = compute_wilson(min(1.0, max(0.0, share - away if share > gate else share + away)), alone, z)
         return low >= gate if share > gate else high < gate
 
     return _find_least(decides) if share != gate else None
@@ -180,7 +180,7 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlySt
     gate : 0 to 1.
     """
     both, drawn = known & kept, len(known)
-    above, below = capitals(known, both, gate, of)
+    above, below = compute_capitals(known, both, gate, of)
     won = np.log(2 / LEVEL)
     crossed = np.maximum(above, below) >= won
     if not crossed.any() and (drawn < of or not known.any()):
@@ -190,8 +190,8 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlySt
     share = float(both.sum() / max(known.sum(), 1))
     met = bool(above[facts - 1] > below[facts - 1]) if crossed.any() else share >= gate
     # The shares that neither player has refuted: what each has won falls, or rises, with the gate.
-    low = _find_end(lambda other: bool((capitals(known, both, other, of)[0] >= won).any()), 0.0, share)
-    high = _find_end(lambda other: bool((capitals(known, both, other, of)[1] >= won).any()), 1.0, share)
+    low = _find_end(lambda other: bool((compute_capitals(known, both, other, of)[0] >= won).any()), 0.0, share)
+    high = _find_end(lambda other: bool((compute_capitals(known, both, other, of)[1] >= won).any()), 1.0, share)
     low, high = (max(low, gate), high) if met else (low, min(high, gate))
     return EarlyStop(gate, LEVEL, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
 
@@ -201,7 +201,7 @@ def make_decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlySt
     return lambda known, kept, of: decide(known, kept, gate, of)
 
 
-def capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
+def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
     """Return logarithms of what both players have after each fact, [..., facts]: of the one that bets on a share above
     the gate, and of the one that bets on a share below. Each begins with 1. `known` and `both` are in the order of
     drawing (bool), [..., facts].

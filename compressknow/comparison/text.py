@@ -23,7 +23,7 @@ PERCENTILES = {
 }
 
 
-def perplexity(chunks: Sequence[Chunk]) -> Perplexity:
+def compute_perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     """Compute the perplexity of one model."""
     nll = _join(chunks, "logp") * -1
     mean = measure_mean(nll)
@@ -53,7 +53,7 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
     # less twice the covariance.
     log_ratio = measure_mean(before - after)
     ratio = math.exp(min(log_ratio.value, 700.0))
-    one, other = perplexity(original).value, perplexity(compressed).value
+    one, other = compute_perplexity(original).value, compute_perplexity(compressed).value
     covariance = float(np.mean((before - before.mean()) * (after - after.mean())))
     spread = float(np.std(before) * np.std(after))
     of_means = covariance / max(len(before) - 1, 1) if len(before) > 10 else 0.0
@@ -68,16 +68,16 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
         difference=Measured(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
         correlation=covariance / spread if spread > 0 else None,
         kl=measure_mean(kl) if whole else None,
-        kl_percentiles=percentiles(kl) if whole else None,
+        kl_percentiles=compute_percentiles(kl) if whole else None,
         same_top=Measured(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
         change=measure_mean(change),
         change_rms=Measured(rms, squares.error / (2 * rms) if rms else 0.0),
-        change_percentiles=percentiles(change),
+        change_percentiles=compute_percentiles(change),
         divergent=_compare_greedy(original, compressed),
     )
 
 
-def text_figures(
+def compare_text(
     text: str, context: int, divergence: str, original: Sequence[Chunk], compressed: Sequence[Chunk]
 ) -> TextFigures:
     """Return all figures of one text, the first model taken as the original; see `TextFigures`."""
@@ -87,8 +87,8 @@ def text_figures(
         context=context,
         chunks=len(original),
         divergence=divergence if alike else OTHER_TOKENS,
-        original=perplexity(original),
-        compressed=perplexity(compressed),
+        original=compute_perplexity(original),
+        compressed=compute_perplexity(compressed),
         moved=compare_tokens(original, compressed) if alike else None,
     )
 
@@ -104,10 +104,10 @@ def measure_mean(values: np.ndarray) -> Measured:
     return Measured(float(np.mean(values)), error)
 
 
-def percentiles(values: np.ndarray) -> dict[str, float]:
+def compute_percentiles(values: np.ndarray) -> dict[str, float]:
     """Return percentiles by linear interpolation, as llama.cpp's `percentile` has them; names as in `PERCENTILES`.
 
-    >>> percentiles(np.array([0.0, 10.0]))["p90"]
+    >>> compute_percentiles(np.array([0.0, 10.0]))["p90"]
     9.0
     """
     return dict(zip(PERCENTILES, map(float, np.percentile(values, list(PERCENTILES.values()))), strict=True))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from compressknow.comparison.diff import Sums
-from compressknow.compress.blocks import Reader, matrix_shape
+from compressknow.compress.blocks import Reader, get_matrix_shape
 from compressknow.compress.removal.settings import parse_block
 from compressknow.compress.weights import Side, Values, dequantize_block, read_scales
-from compressknow.model.manifest import dropped_neurons
+from compressknow.model.manifest import list_dropped_neurons
 from compressknow.model.structure import LinearWeight
 
 # By stack, the numbers of the blocks that are left, in the model that blocks were dropped of.
@@ -26,7 +26,7 @@ Dropped = Mapping[str, tuple[int, tuple[int, ...]]]
 def diff_values(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
     """Return the sums of two tensors, taken in float64, and whether they are stored alike to the bit."""
     scale_a, scale_b = read_scales(reader, a), read_scales(reader, b)
-    columns = max(matrix_shape(values.tensor.shape)[1] for values in (a, b))
+    columns = max(get_matrix_shape(values.tensor.shape)[1] for values in (a, b))
     alike = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _is_same(scale_a, scale_b)
     sums, same = Sums(), alike
     # torch reads no tensor without elements.
@@ -160,7 +160,7 @@ def read_lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, Lost
     """
     entries = manifest.get("removed", {}).get("neurons", [])
     dropped = [
-        (entry, _get_block(module), gone) for entry in entries for module, gone in dropped_neurons(entry).items()
+        (entry, _get_block(module), gone) for entry in entries for module, gone in list_dropped_neurons(entry).items()
     ]
     rows = {row["name"]: row for row in manifest["tensors"] if "shape_before" in row} if dropped else {}
     lost: dict[str, Lost] = {}

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.system import available_cores
-from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, byte_view, torch_dtype
+from compressknow.base.system import count_cores
+from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
@@ -46,7 +46,7 @@ class Pool:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or available_cores()
+        self.threads = threads or count_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()
         self._started, self._ended = list[int](), list[bool]()
@@ -130,11 +130,11 @@ class Reader:
         """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
         numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide. Ends
         with Stopped where the pool was stopped."""
-        count, width = matrix_shape(tensor.shape)
+        count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))
-        buffer = torch.empty(height, width, dtype=torch_dtype(tensor.dtype))
-        raw, row_bytes = byte_view(buffer), width * tensor.itemsize
+        buffer = torch.empty(height, width, dtype=get_torch_dtype(tensor.dtype))
+        raw, row_bytes = view_bytes(buffer), width * tensor.itemsize
         for first in range(0, count, height):
             last = min(first + height, count)
             if rows is None:
@@ -160,7 +160,7 @@ class Block:
         return slice(self.first_row, self.first_row + self.values.shape[0])
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def get_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
@@ -170,14 +170,14 @@ def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
+def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """Return non-negative integers that order as the magnitudes of `values` do, of the same shape."""
     bits = view_bits(values)
     keys: npt.NDArray[np.signedinteger] = bits & np.iinfo(bits.dtype).max
     return keys
 
 
-def raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
+def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
     """Return an integer per element of `raw` bytes in a safetensors dtype, 0 where it is zero, of either sign."""
     elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements

@@ -22,7 +22,7 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
@@ -62,7 +62,7 @@ def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, t
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     if recipe.removals:
         return _plan_removal(checkpoint, tree, recipe)
-    return prove(make_plan(checkpoint, tree, structure_of(tree, recipe.module_map), recipe))
+    return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))
 
 
 def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -73,7 +73,7 @@ def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe)
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
     """Plan the rest of a recipe on what its removal steps have left."""
-    structure = structure_of(removal.tree, recipe.module_map)
+    structure = read_structure(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
     return prove(replace(plan, removal=removal))
 
@@ -83,18 +83,18 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
 
     `advance` is called with the tokens that the model has written, and in all, where it writes the text itself.
 
-    Raises what `calibration_text` does, and UnsupportedError where nothing can be smoothed that is to be.
+    Raises what `read_calibration_text` does, and UnsupportedError where nothing can be smoothed that is to be.
     """
     if (calibration := plan.recipe.calibration) is None:
         return None
     from compressknow.compress.calibrate.smooth import check_smoothable
-    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.text import read_calibration_text
 
     check_smoothable(plan)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.original[1] if plan.removal else plan.tree
     folder, options = plan.checkpoint.folder, asdict(calibration)
-    return calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
+    return read_calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
 
 
 def carry_out(
@@ -225,7 +225,7 @@ class VariantMaker:
 
     def structure(self, module_map: ModuleMap = "structural") -> Structure:
         if module_map not in self._structures:
-            self._structures[module_map] = structure_of(self.tree, module_map)
+            self._structures[module_map] = read_structure(self.tree, module_map)
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe) -> Plan:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
-from compressknow.base.format import NONE, count, percent, plain, size
+from compressknow.base.format import NONE, clean, count, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.runtimes import runtimes
+from compressknow.compress.runtimes import list_runtimes
 from compressknow.compress.schemes import SCALE, Stored
-from compressknow.model.manifest import COUNTS, SCHEMA, ranges, seal_manifest
+from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
@@ -73,11 +73,13 @@ class Manifest(Shown, dict[str, Any]):
     def _summary(self) -> Summary:
         totals = self.totals
         weights = totals["parameters"]
-        pruned = "an unknown number" if totals["pruned"] is None else percent(totals["pruned"], weights)
-        changed = f"of {count(weights)} weights {pruned} pruned, {percent(totals['quantized'], weights)} quantized"
+        pruned = "an unknown number" if totals["pruned"] is None else write_percent(totals["pruned"], weights)
+        changed = (
+            f"of {count(weights)} weights {pruned} pruned, {write_percent(totals['quantized'], weights)} quantized"
+        )
         return Summary(
-            f"Manifest: {plain(self.setup, 60)} of {plain(self.source['name'], 60)}",
-            f"{size(totals['bytes_before'])} before, {size(totals['bytes_after'])} after; {changed}.",
+            f"Manifest: {clean(self.setup, 60)} of {clean(self.source['name'], 60)}",
+            f"{write_size(totals['bytes_before'])} before, {write_size(totals['bytes_after'])} after; {changed}.",
             ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
             tuple(
                 (
@@ -85,8 +87,8 @@ class Manifest(Shown, dict[str, Any]):
                     count(counts["parameters"]),
                     NONE if counts["pruned"] is None else count(counts["pruned"]),
                     count(counts["quantized"]),
-                    size(counts["bytes_before"]),
-                    size(counts["bytes_after"]),
+                    write_size(counts["bytes_before"]),
+                    write_size(counts["bytes_after"]),
                 )
                 for name, counts in self.groups.items()
             ),
@@ -98,7 +100,7 @@ def read_versions() -> dict[str, str]:
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def dry_run(plan: Plan) -> Manifest:
+def predict_manifest(plan: Plan) -> Manifest:
     """Return what the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned`
     by tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
     blocks, bytes and seconds it takes."""
@@ -174,7 +176,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
         **({"unused": list(plan.unused)} if plan.unused else {}),
         **({"removed": removed} if removed else {}),
     }
-    return summary | {"runtimes": list(runtimes(summary | {"tensors": rows}))}
+    return summary | {"runtimes": list(list_runtimes(summary | {"tensors": rows}))}
 
 
 def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
     """Return the neurons that went, of each network."""
     remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
-    return [ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
+    return [format_ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 
 
 def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.format import json_text
+from compressknow.base.format import dump_json
 from compressknow.base.progress import Repeating
-from compressknow.base.reading import sha256_of
-from compressknow.base.system import new_file, write_at
+from compressknow.base.reading import compute_sha256
+from compressknow.base.system import create_file, write_at
 from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import Manifest
 from compressknow.compress.plan import Plan, PlannedTensor
@@ -35,10 +35,10 @@ from compressknow.model.checkpoint import (
     Checkpoint,
     build_loading_settings,
     check_inside,
-    module_folders,
+    list_module_folders,
 )
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
-from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, byte_view, torch_dtype
+from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, get_torch_dtype, view_bytes
 
 # transformers refuses a file without it.
 METADATA = {"format": "pt"}
@@ -79,14 +79,14 @@ class NewFolder(Staging):
         prove_written(plan, self.folder)
         copied = {name: self.copy(source / name, name) for name in self._carried if name not in written}
         replaced = {name for name in (*written, plan.checkpoint.index) if name and (source / name).is_file()}
-        return {**copied, **{name: sha256_of(source / name) for name in replaced}}, {**written, **copied}
+        return {**copied, **{name: compute_sha256(source / name) for name in replaced}}, {**written, **copied}
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and the card, and rename the folder.
 
         Raises CheckpointError where a file of the checkpoint changed since it was opened.
         """
-        self.write(MANIFEST_NAME, json_text(manifest).encode())
+        self.write(MANIFEST_NAME, dump_json(manifest).encode())
         if self._render_card:
             card = self._render_card(manifest, self._source.folder)
             self.write(CARD_NAME, card.encode("utf-8", "backslashreplace"))
@@ -123,11 +123,11 @@ class Memory:
                 self.tensors[tensor.name], self.known[tensor.name] = self._shared[tensor.name]
                 continue
             for name, part in tensor.written:
-                self.tensors[name] = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
+                self.tensors[name] = torch.empty(part.shape, dtype=get_torch_dtype(part.dtype))
         return self
 
     def writer(self, tensor_name: str) -> TensorWriter:
-        memory = byte_view(self.tensors[tensor_name])
+        memory = view_bytes(self.tensors[tensor_name])
 
         def put(data: memoryview, position: int) -> None:
             memory[position : position + len(data)] = data
@@ -226,7 +226,7 @@ class OutputFiles:
         self._descriptors: dict[str, int] = {}
         try:
             for name, size in layout.sizes.items():
-                descriptor = self._descriptors[name] = new_file(folder / name, size)
+                descriptor = self._descriptors[name] = create_file(folder / name, size)
                 write_at(descriptor, memoryview(layout.headers[name]), 0)
         except BaseException:
             self._close_files()
@@ -303,7 +303,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
 
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
-    modules = module_folders(folder)
+    modules = list_module_folders(folder)
     for name in walk_visible(folder):
         path = folder / name
         weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)

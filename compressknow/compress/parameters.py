@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self, dataclass_transform
 
-from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, suggest_word
 
 # What a step of a recipe, a cell of a grid and `convert` call other things.
 TAKEN = frozenset(
@@ -166,7 +166,7 @@ class Parametric:
         known = {each.name: each for each in self.parameters()}
         if unknown := sorted(set(values) - set(known)):
             there = f"It has {', '.join(known)}." if known else "It has none."
-            near = did_you_mean(unknown[0], known)
+            near = suggest_word(unknown[0], known)
             raise UsageError(f"{self.name} has no parameter {unknown[0]!r}.", hint=near + there)
         return dataclasses.replace(  # type: ignore[type-var]
             self, **{name: known[name].check(value) for name, value in values.items()}

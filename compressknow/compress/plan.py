@@ -21,8 +21,8 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
-from compressknow.model.checkpoint import Checkpoint, some_of
-from compressknow.model.loading import headers_of, load_report
+from compressknow.model.checkpoint import Checkpoint, list_some
+from compressknow.model.loading import list_headers, load_report
 from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
@@ -190,7 +190,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     unused: tuple[str, ...] = ()
     if any(tensor.name not in sources.bound for tensor in sources.distinct()):
         # Without what transformers knows to be left over from older releases.
-        unused = load_report(type(model), model.config, headers_of(checkpoint)).unexpected
+        unused = load_report(type(model), model.config, list_headers(checkpoint)).unexpected
     return Plan(checkpoint, model, structure, recipe, tensors, targets, ignore, untied, config, sources, unused=unused)
 
 
@@ -242,7 +242,7 @@ def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
     if misfits:
         step, why = next(iter(misfits.values()))
         raise UnsupportedError(
-            f"{step.label} does not fit {some_of(misfits)}.",
+            f"{step.label} does not fit {list_some(misfits)}.",
             why=why,
             hint="Leave them out with --exclude, or choose other parameters.",
         )
@@ -256,7 +256,7 @@ def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
         alike = all(by_parameter.get(parameter) == (prune, None) for parameter in siblings)
         if siblings and not alike and not sources.split(weight):
             raise UnsupportedError(
-                f"{weight.parameter} is stored in one tensor with {some_of(set(siblings) - {weight.parameter})}.",
+                f"{weight.parameter} is stored in one tensor with {list_some(set(siblings) - {weight.parameter})}.",
                 why="transformers splits it on loading, and not between rows.",
                 hint="Prune all of them by one step, or none; and quantize none.",
             )
@@ -301,8 +301,8 @@ def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
     ]
     if parted:
         raise UnsupportedError(
-            f"The final layer of {structure.architecture} cannot be untied from its embedding while {some_of(parted)} "
-            "are compressed too.",
+            f"The final layer of {structure.architecture} cannot be untied from its embedding while "
+            f"{list_some(parted)} are compressed too.",
             why="Its config unties all weights or none, and these are those of several blocks.",
             hint="Leave the final layer out: --scope blocks.",
         )

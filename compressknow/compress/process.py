@@ -22,15 +22,15 @@ from compressknow.compress.blocks import (
     Progress,
     Reader,
     check_finite,
-    magnitude_keys,
-    raw_keys,
+    make_magnitude_keys,
+    make_raw_keys,
     view_bits,
 )
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pruning import METHODS, Mask, Pruned
-from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, nearest, repeat_scales
+from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, repeat_scales, round_to_nearest
 from compressknow.compress.weights import Values
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dtype, view_bytes
 
 COPY_BYTES = 1 << 20
 # Below it float32 loses digits of the squares it is a sum of.
@@ -64,7 +64,7 @@ class TensorWriter:
         self._digest = hashlib.sha256()
 
     def write(self, values: torch.Tensor) -> None:
-        self.write_bytes(byte_view(values.contiguous()))
+        self.write_bytes(view_bytes(values.contiguous()))
 
     def write_bytes(self, data: memoryview) -> None:
         self._digest.update(data)
@@ -125,7 +125,7 @@ class Work(Reader):
         """Compute the one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
         if scheme.scale_per != "tensor":
             return None
-        tally, largest = _Tally(planned, mask), torch.zeros(1, dtype=torch_dtype(planned.source.dtype))
+        tally, largest = _Tally(planned, mask), torch.zeros(1, dtype=get_torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
         with SCHEMES.explain_failures(scheme.name):
@@ -143,12 +143,12 @@ class Work(Reader):
         source, writer, zeros, energy = planned.source, self.writer(planned.name), 0, 0.0
         for piece in self.files.chunks(source, COPY_BYTES):
             self.pool.check()
-            keys = raw_keys(piece, source.dtype)
+            keys = make_raw_keys(piece, source.dtype)
             zeros += keys.size - int(np.count_nonzero(keys))
             if planned.weight and source.dtype in FLOAT_DTYPES:
-                check_finite(int(keys.max(initial=0)), torch_dtype(source.dtype), source)
+                check_finite(int(keys.max(initial=0)), get_torch_dtype(source.dtype), source)
             if source.dtype in FLOATS and piece:
-                energy += _sum_squares(torch.frombuffer(piece, dtype=torch_dtype(source.dtype))[None])
+                energy += _sum_squares(torch.frombuffer(piece, dtype=get_torch_dtype(source.dtype))[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
         # A mask that is kept beside the weights may hold infinities.
@@ -168,7 +168,7 @@ class Treatment:
     see : called with the rows of each block and its values as written (float32, dequantized).
     """
 
-    rounding: Rounding = nearest
+    rounding: Rounding = round_to_nearest
     whole: bool = False
     factors: torch.Tensor | None = None
     see: Callable[[slice, torch.Tensor], object] | None = None
@@ -193,7 +193,7 @@ class _Coder:
         values, factors = block.values, self._treatment.factors
         if factors is not None:
             values = (values.to(torch.float32) * factors).to(values.dtype)
-            absmax = torch.from_numpy(_find_largest(magnitude_keys(values), self.span)).view(values.dtype)
+            absmax = torch.from_numpy(_find_largest(make_magnitude_keys(values), self.span)).view(values.dtype)
         with SCHEMES.explain_failures(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
             codes = self._treatment.rounding(values, scales, self._scheme)
@@ -215,7 +215,7 @@ class _Coder:
 
     def _check(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
         """Return what was made. Raises CompressknowError where it would not fit its place in the file."""
-        dtype, shape = torch_dtype(part.dtype), (rows, *part.shape[1:])
+        dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
         if made.dtype != dtype or tuple(made.shape) != shape:
             raise CompressknowError(
                 f"The scheme {self._scheme.name!r} does not store what it says of {self._planned.name}.",
@@ -241,11 +241,11 @@ class _Tally:
         """Zero a block's pruned weights in place; return the largest magnitudes [rows, groups] after that, of each
         `span` columns of a row, by default all."""
         values = block.values
-        keys = magnitude_keys(values)
+        keys = make_magnitude_keys(values)
         largest = _find_largest(keys, span)
         check_finite(int(largest.max(initial=0)), values.dtype, self._source)
         self._original = next(self._unfitted).values if self._unfitted else None
-        before = keys if self._original is None else magnitude_keys(self._original)
+        before = keys if self._original is None else make_magnitude_keys(self._original)
         self.zeros_before += before.size - int(np.count_nonzero(before))
         self.energy += _sum_squares(values if self._original is None else self._original)
         if self._mask is not None:
@@ -261,11 +261,11 @@ class _Tally:
             else:
                 # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
                 self.error_energy += _sum_squares(_take(values, pruned))
-            largest = _find_largest(magnitude_keys(values), span)
+            largest = _find_largest(make_magnitude_keys(values), span)
         return torch.from_numpy(largest).view(values.dtype)
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
-        self.zeros += values.numel() - int(np.count_nonzero(magnitude_keys(values)))
+        self.zeros += values.numel() - int(np.count_nonzero(make_magnitude_keys(values)))
         if self._original is not None:
             self._count_refilled(values)
             self.error_energy += _sum_squares(values.to(torch.float32) - self._original.to(torch.float32))

@@ -23,9 +23,9 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.packages import require
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
-from compressknow.model.checkpoint import open_checkpoint, some_of
-from compressknow.model.loading import Header, LoadReport, headers_of, load_report
-from compressknow.model.meta import config_from_dict
+from compressknow.model.checkpoint import list_some, open_checkpoint
+from compressknow.model.loading import Header, LoadReport, list_headers, load_report
+from compressknow.model.meta import parse_config
 
 PATTERN = "re:"
 # The name of a layout that differs between groups; each group has its own.
@@ -162,7 +162,7 @@ def prove(plan: Plan) -> Plan:
 def prove_written(plan: Plan, folder: Path) -> None:
     """Raise UnsupportedError where transformers would not load every weight of a folder that was written."""
     written = open_checkpoint(folder)
-    _load(plan, written.config, headers_of(written))
+    _load(plan, written.config, list_headers(written))
 
 
 def _load(plan: Plan, config: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
@@ -172,7 +172,7 @@ def _load(plan: Plan, config: Mapping[str, Any], headers: Mapping[str, Header]) 
     gives, are no fault of the output where the source has them too.
     """
     tree = plan.tree
-    report = load_report(type(tree), config_from_dict(tree, copy.deepcopy(dict(config))), headers)
+    report = load_report(type(tree), parse_config(tree, copy.deepcopy(dict(config))), headers)
     if fault := _find_fault(report, plan):
         raise UnsupportedError(
             f"{type(tree).__name__} cannot be compressed in this way: transformers could not load the output.",
@@ -188,7 +188,7 @@ def _find_fault(report: LoadReport, plan: Plan) -> str | None:
         return "It fuses or splits weights of this model on loading, and fails if only some of them are quantized."
     if report.failure:
         return f"Loading stops: {report.failure}"
-    before = load_report(type(plan.tree), plan.tree.config, headers_of(plan.checkpoint))
+    before = load_report(type(plan.tree), plan.tree.config, list_headers(plan.checkpoint))
     kinds = {
         "It finds no values for": (report.missing, before.missing),
         "It finds no place for": (report.unexpected, before.unexpected),
@@ -196,4 +196,4 @@ def _find_fault(report: LoadReport, plan: Plan) -> str | None:
         "It would take floats for integers, or the reverse, in": (report.retyped, before.retyped),
     }
     faults = {what: set(now) - set(then) for what, (now, then) in kinds.items()}
-    return next((f"{what} {some_of(names)}." for what, names in faults.items() if names), None)
+    return next((f"{what} {list_some(names)}." for what, names in faults.items() if names), None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.reading import MANIFEST, read_json, read_toml
 from compressknow.compress.parameters import Parameter, list_options, option
 from compressknow.compress.pruning import METHODS
@@ -192,7 +192,7 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     if isinstance(step, Prune | Quantize):
         known |= {*places, *(each.name for each in step.chosen.parameters())}
     if unknown := sorted(set(values) - known):
-        near = did_you_mean(unknown[0], sorted(known))
+        near = suggest_word(unknown[0], sorted(known))
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(sorted(known))}.")
     return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
 
@@ -331,7 +331,7 @@ def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Qua
     known = {each.name for step in steps for each in step.chosen.parameters()}
     if unknown := sorted(set(parameters) - known):
         names = " and ".join(step.chosen.name for step in steps)
-        near = did_you_mean(unknown[0], known)
+        near = suggest_word(unknown[0], known)
         hint = f"{near}There is {', '.join(sorted(known))}." if known else None
         raise UsageError(f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
 
@@ -347,18 +347,18 @@ def to_toml(recipe: dict[str, Any]) -> str:
     scope = ["attention"]
     """
     settings = {key: value for key, value in recipe.items() if key != "steps"}
-    steps = [line for step in recipe["steps"] for line in ["", "[[steps]]", *_toml_lines(step)]]
-    return "\n".join(_toml_lines(settings) + steps).strip()
+    steps = [line for step in recipe["steps"] for line in ["", "[[steps]]", *_write_toml_lines(step)]]
+    return "\n".join(_write_toml_lines(settings) + steps).strip()
 
 
-def _toml_lines(table: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None and value != []]
+def _write_toml_lines(table: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_write_toml_value(value)}" for key, value in table.items() if value is not None and value != []]
 
 
-def _toml_value(value: Any) -> str:
+def _write_toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(_write_toml_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(_toml_lines(dict(value)))}}}"
+        return f"{{{', '.join(_write_toml_lines(dict(value)))}}}"
     # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -22,21 +22,21 @@ VLLM_ARCHITECTURES = frozenset(
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what loads a converted checkpoint and computes what it says."""
-    return (TRANSFORMERS, ENGINE, *([] if vllm_obstacle(manifest) else [VLLM]))
+    return (TRANSFORMERS, ENGINE, *([] if find_vllm_obstacle(manifest) else [VLLM]))
 
 
-def vllm_limit(manifest: Mapping[str, Any]) -> str | None:
+def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """Return where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
-    if vllm_obstacle(manifest):
+    if find_vllm_obstacle(manifest):
         return None
     shapes = _collect_shapes(manifest)
     limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
 
-def vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
+def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     """Return why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None where it does."""
     architecture = str(manifest["source"]["architecture"])
     if architecture not in VLLM_ARCHITECTURES:

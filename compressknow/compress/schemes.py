@@ -1,8 +1,8 @@
 """Quantization schemes: how a weight is stored in few bits, in the layout of compressed-tensors, and those built in.
 
-The conversion asks a scheme for scales, has the weights rounded to its grid (`nearest`, or
-`calibrate.compensation.gptq`), and writes what `pack` makes of the codes. A scheme also says what runs it, what it is
-called, and what to warn readers of.
+The conversion asks a scheme for scales, has the weights rounded to its grid (`round_to_nearest`, or
+`calibrate.compensation.round_by_gptq`), and writes what `pack` makes of the codes. A scheme also says what runs it,
+what it is called, and what to warn readers of.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def choose_word(schemes: Iterable[Scheme]) -> str:
 Rounding = Callable[["torch.Tensor", "torch.Tensor", Scheme], "torch.Tensor"]
 
 
-def nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def round_to_nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Round each weight to the nearest value of the grid in units of its scale, ties to even."""
     return scheme.round(scheme.steps(values, scales))
 

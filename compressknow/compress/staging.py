@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Self
 
 from compressknow.base.errors import OutputError
-from compressknow.base.files import check_links, explain_write_error, lock_dead, new_locked_file
+from compressknow.base.files import check_links, create_locked_file, explain_write_error, lock_dead
 from compressknow.base.reading import open_regular
-from compressknow.base.system import is_full, move, remove_lock, sync_folder, uninterrupted
+from compressknow.base.system import hold_signals, is_full, move, remove_lock, sync_folder
 from compressknow.model.manifest import MANIFEST_NAME
 
 COPY_BYTES = 1 << 20
@@ -44,9 +44,9 @@ class Staging:
             # It may put an interrupted run's old output back.
             clean(self.output, self.finish)
             self._check(self.output, overwrite=overwrite, source=source)
-            with uninterrupted():
+            with hold_signals():
                 self.output.parent.mkdir(parents=True, exist_ok=True)
-                self._locked = new_locked_file(self.output.parent, _make_prefix(self.output, "lock"))
+                self._locked = create_locked_file(self.output.parent, _make_prefix(self.output, "lock"))
                 self.folder = _find_twin(self.output, self._locked[0], "new")
                 self.folder.mkdir()
         except OSError as error:
@@ -101,7 +101,7 @@ class Staging:
         sync_folder(self.folder)
         aside = _find_twin(self.output, self.folder, "old")
         try:
-            with uninterrupted():
+            with hold_signals():
                 try:
                     if self.output.exists():
                         move(self.output, aside)
@@ -123,7 +123,7 @@ class Staging:
 
     def _remove(self) -> None:
         """Remove all that was made but the output; where there is none, the folders above it too."""
-        with uninterrupted():
+        with hold_signals():
             if self._locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 remove_lock(*self._locked)
@@ -191,7 +191,7 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
 
 
 @contextmanager
-def scratch(place: Path) -> Iterator[Path]:
+def make_scratch(place: Path) -> Iterator[Path]:
     """Make a folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
 
     Raises OutputError as `Staging` does.

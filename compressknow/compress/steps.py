@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.base.packages import Registry
 from compressknow.compress.parameters import is_of, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, layer_ranges
+from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, parse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class Where:
         check_scope_names(scopes)
         check_patterns(self.include, self.exclude)
         if self.layers is not None:
-            layer_ranges(self.layers)
+            parse_layers(self.layers)
         object.__setattr__(self, "scope", scopes)
 
     @property
@@ -116,7 +116,7 @@ class DropBlocks:
     def __post_init__(self) -> None:
         if isinstance(self.blocks, str):
             # Who lists blocks that no model has would not end.
-            last = max(numbers[-1] for numbers in layer_ranges(self.blocks).values())
+            last = max(numbers[-1] for numbers in parse_layers(self.blocks).values())
             if last >= MOST_BLOCKS:
                 raise UsageError(
                     f"There is no block {last:,}, which {self.blocks!r} names.", hint="Write 20-23, 3 or 0-2,5."
@@ -137,7 +137,7 @@ class DropBlocks:
         """Return the blocks that it names, ascending; None where it says how many."""
         if not isinstance(self.blocks, str):
             return None
-        return tuple(sorted({number for numbers in layer_ranges(self.blocks).values() for number in numbers}))
+        return tuple(sorted({number for numbers in parse_layers(self.blocks).values() for number in numbers}))
 
     @property
     def label(self) -> str:
@@ -390,7 +390,7 @@ Step = DropBlocks | DropNeurons | Prune | Quantize
 
 def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> None:
     if name not in known:
-        near = did_you_mean(str(name), known)
+        near = suggest_word(str(name), known)
         raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{near}There is {', '.join(known)}.")
 
 

@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CheckpointError, VerificationError
-from compressknow.base.format import count, size
+from compressknow.base.format import count, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress
 from compressknow.base.reading import INDEX
-from compressknow.compress.blocks import Pool, Reader, raw_keys
+from compressknow.compress.blocks import Pool, Reader, make_raw_keys
 from compressknow.compress.manifest import count_weights
 from compressknow.compress.output import METADATA, walk_visible
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
-from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, SEAL, expected_tensors, hash_manifest, read_manifest
+from compressknow.model.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    SEAL,
+    hash_manifest,
+    list_expected_tensors,
+    read_manifest,
+)
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
 
 SHOWN = 20
@@ -53,7 +60,7 @@ class Verification(Shown):
     notes: tuple[str, ...] = ()
 
     def _summary(self) -> Summary:
-        compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({size(self.bytes)})"
+        compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({write_size(self.bytes)})"
         result = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
         rows = tuple((d.file, d.tensor or "-", d.what) for d in self.differences)
         return Summary("Verification", f"{compared} {result}.", ("File", "Tensor", "Difference"), rows)
@@ -85,7 +92,7 @@ def compare_to_manifest(
     manifest = read_manifest(folder)
     places = _read_index(folder)
     stored, differences = _read_stored(folder, places)
-    rows = expected_tensors(manifest)
+    rows = list_expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, count_progress(advance, total))
@@ -158,7 +165,7 @@ def _compare_tensor(
     for piece in reader.files.chunks(tensor, COPY_BYTES):
         reader.pool.check()
         digest.update(piece)
-        keys = raw_keys(piece, tensor.dtype)
+        keys = make_raw_keys(piece, tensor.dtype)
         zeros += keys.size - int(np.count_nonzero(keys))
         reader.progress(len(piece))
     differences = []

@@ -8,14 +8,14 @@ from functools import cached_property
 
 import torch
 
-from compressknow.compress.blocks import READABLE, Block, Reader, matrix_shape
+from compressknow.compress.blocks import READABLE, Block, Reader, get_matrix_shape
 from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.groups import structure_of
-from compressknow.model.loading import PACKED_DTYPES, Naming, find_suppliers, packed_weights
-from compressknow.model.meta import meta_model
+from compressknow.model.groups import read_structure
+from compressknow.model.loading import PACKED_DTYPES, Naming, find_packed_weights, find_suppliers
+from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dtype, view_bytes
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Values:
     @property
     def bytes_read(self) -> int:
         """Count the bytes that are read, without scales."""
-        rows = matrix_shape(self.shape)[0]
-        return self.stored.nbytes // max(matrix_shape(self.tensor.shape)[0], 1) * rows
+        rows = get_matrix_shape(self.shape)[0]
+        return self.stored.nbytes // max(get_matrix_shape(self.tensor.shape)[0], 1) * rows
 
     def blocks(self, reader: Reader, columns: int | None = None, *, whole: bool = False) -> Iterator[Block]:
         """Yield blocks of what is compared as `Reader.blocks` does, with the rows of a tensor of so many columns; by
         default of its own."""
-        own = matrix_shape(self.tensor.shape)[1]
+        own = get_matrix_shape(self.tensor.shape)[1]
         # A tensor picks columns several times as fast as a list.
         picked = None if self.columns is None else torch.tensor(self.columns)
         for block in reader.blocks(self.stored, whole=whole, columns=columns or own, rows=self.rows):
@@ -79,7 +79,7 @@ class Values:
 
 def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
     """Tell whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
-    rows, columns = matrix_shape(tensor.shape)
+    rows, columns = get_matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
     return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
 
@@ -97,9 +97,9 @@ def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
     """Read float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
     if values.scale is None:
         return None
-    rows = matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
-    buffer = torch.empty(rows, values.scale.numel // rows, dtype=torch_dtype(values.scale.dtype))
-    reader.files.read_into(values.scale, byte_view(buffer), 0)
+    rows = get_matrix_shape(values.tensor.shape)[0] if values.scale.numel > 1 else 1
+    buffer = torch.empty(rows, values.scale.numel // rows, dtype=get_torch_dtype(values.scale.dtype))
+    reader.files.read_into(values.scale, view_bytes(buffer), 0)
     scale = buffer.to(torch.float32)
     return scale if rows == 1 or values.rows is None else scale[list(values.rows)]
 
@@ -191,9 +191,9 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
     Raises CheckpointError where it has no weights, or its config builds no model.
     """
     checkpoint.check_has_weights()
-    model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
-    structure, naming = structure_of(model), Naming(model)
-    bound, packed = naming.bind(checkpoint.tensors), packed_weights(checkpoint, naming, structure)
+    model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    structure, naming = read_structure(model), Naming(model)
+    bound, packed = naming.bind(checkpoint.tensors), find_packed_weights(checkpoint, naming, structure)
     # By their names in the tree and, where the architecture was renamed since, by those in the files.
     named = (*structure.parameters, *bound, *(words.name for words, _ in packed.values()))
     modules = {name.rpartition(".")[0] for name in named} - {""}

@@ -24,21 +24,28 @@ from compressknow.base.reading import (
     check_regular,
     check_unchanged,
     find_mismatch,
+    get_state,
     open_regular,
     read_json,
-    state_of,
 )
 from compressknow.engine.load import Variant
-from compressknow.model.checkpoint import did_you_mean_beside, is_address, open_checkpoint, weight_files
+from compressknow.model.checkpoint import find_weight_files, is_address, open_checkpoint, suggest_beside
 from compressknow.model.manifest import (
     MANIFEST_NAME,
     SEAL,
-    calibration_of,
-    expected_tensors,
     hash_manifest,
+    list_expected_tensors,
     read_manifest,
+    summarize_calibration,
 )
-from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, grid_of, not_finite, read_header, read_torch_file
+from compressknow.model.tensors import (
+    DTYPE_SIZES,
+    StoredTensor,
+    find_grid,
+    find_not_finite,
+    read_header,
+    read_torch_file,
+)
 
 _EXPORTED = {
     "sha256": str,
@@ -70,12 +77,12 @@ class Located:
         if self.url is not None:
             return []
         if self.path.suffix == ".gguf":
-            from compressknow.model.gguf_file import gguf_parts
+            from compressknow.model.gguf_file import list_parts
 
-            return gguf_parts(self.path)
+            return list_parts(self.path)
         # Modelling code too: it is run where the user trusts it.
         code = sorted(path.name for path in self.path.glob("*.py"))
-        decisive = [*weight_files(self.path), *DECISIVE, *code]
+        decisive = [*find_weight_files(self.path), *DECISIVE, *code]
         return [self.path / name for name in decisive if (self.path / name).is_file()]
 
 
@@ -89,7 +96,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         return locate_server(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
-        hint = f"{did_you_mean_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
+        hint = f"{suggest_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
         try:
             check_regular(path)
         except FileNotFoundError:
@@ -97,10 +104,10 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         except (OSError, NotReadable) as error:
             raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
         if is_installed("gguf"):
-            from compressknow.model.gguf_file import check_whole, gguf_parts
+            from compressknow.model.gguf_file import check_whole, list_parts
 
             # A minute's work on the original may come before this file is opened.
-            for part in gguf_parts(path):
+            for part in list_parts(path):
                 check_whole(part)
         return Located(name_of(path), path)
     checkpoint = open_checkpoint(model, revision)
@@ -135,7 +142,7 @@ def locate_server(address: str) -> Located:
     return Located(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
 
 
-def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
+def compute_fingerprint(hashes: Iterable[tuple[str, str]]) -> str:
     """Return the SHA-256 over the names of files and the hashes of their contents."""
     digest = hashlib.sha256()
     for name, sha256 in hashes:
@@ -143,7 +150,7 @@ def fingerprint_of(hashes: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has
     them, weights in the order of their names; no fingerprint where it was made in memory, without any."""
     source = manifest["source"]
@@ -151,7 +158,7 @@ def source_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     # Weights that were copied are those of modules that sentence-transformers runs behind the model.
     weights = [n for n in hashes if n.endswith((".safetensors", ".bin")) and n not in manifest["files"]]
     decisive = [*sorted(weights), *DECISIVE, *sorted(n for n in hashes if n.endswith(".py") and "/" not in n)]
-    sha256 = fingerprint_of((name, hashes[name]) for name in decisive if name in hashes) if hashes else None
+    sha256 = compute_fingerprint((name, hashes[name]) for name in decisive if name in hashes) if hashes else None
     return {"name": source.get("name"), "revision": source.get("revision"), "sha256": sha256}
 
 
@@ -159,8 +166,8 @@ def describe(located: Located) -> dict[str, Any]:
     """Describe a model by its files, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `grid_of`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
-    groups and removed as its manifest has them, and calibration as `calibration_of` has it.
+    `find_grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
+    groups and removed as its manifest has them, and calibration as `summarize_calibration` has it.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:
@@ -174,13 +181,13 @@ def describe(located: Located) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
-    if grid := grid_of(checkpoint.tensors.values()):
+    if grid := find_grid(checkpoint.tensors.values()):
         described["grid"] = grid
     return described | {
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
-        "quantization": quantization_in_words(checkpoint.config),
-        **(_facts_of(read_manifest(located.path)) if (located.path / MANIFEST_NAME).is_file() else {}),
+        "quantization": describe_quantization(checkpoint.config),
+        **(_summarize_manifest(read_manifest(located.path)) if (located.path / MANIFEST_NAME).is_file() else {}),
     }
 
 
@@ -208,17 +215,17 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
         "revision": None,
         "bytes": variant.bytes,
         "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
-        "quantization": quantization_in_words(variant.config),
-        **_facts_of(variant.manifest),
+        "quantization": describe_quantization(variant.config),
+        **_summarize_manifest(variant.manifest),
         "totals": {name: number for name, number in totals.items() if name != "relative_error"}
         | {"nonzero": totals["parameters"] - totals["zeros_after"], "sparse_bytes": sparse_bytes},
     }
 
 
-def quantization_in_words(config: Mapping[str, Any]) -> str | None:
+def describe_quantization(config: Mapping[str, Any]) -> str | None:
     """Return in words what a checkpoint's config says of its quantization, whoever made it, or None.
 
-    >>> quantization_in_words({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    >>> describe_quantization({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
     'gptq, 4-bit weights, groups of 128'
     """
     quantization = config.get("quantization_config")
@@ -231,58 +238,58 @@ def quantization_in_words(config: Mapping[str, Any]) -> str | None:
         # Presets are named alone: what they mean is not said.
         for group in (each if isinstance(each, Mapping) else {} for each in groups.values()):
             weights, activations = group.get("weights") or {}, group.get("input_activations")
-            rounded = f", {_bits_of(activations)} activations" if activations else ""
-            found.add(f"{_bits_of(weights)} weights ({weights.get('strategy', '?')}){rounded}")
+            rounded = f", {_describe_bits(activations)} activations" if activations else ""
+            found.add(f"{_describe_bits(weights)} weights ({weights.get('strategy', '?')}){rounded}")
         return f"{method}, {'; '.join(sorted(found))}"
     words = [method]
     # bitsandbytes says it by flags.
     flag = 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
-    if bits := _first(quantization, "bits", "num_bits", "w_bit") or flag:
+    if bits := _get_first(quantization, "bits", "num_bits", "w_bit") or flag:
         words.append(f"{bits}-bit weights")
-    elif weights := _first(quantization, "weights", "weight_dtype"):
+    elif weights := _get_first(quantization, "weights", "weight_dtype"):
         words.append(f"{weights} weights")
     elif kind := quantization.get("quant_type"):
-        words.append(_type_in_words(kind))
+        words.append(_shorten_type(kind))
     if activations := quantization.get("activations"):
         words.append(f"{activations} activations")
-    if size := _first(quantization, "group_size", "q_group_size"):
+    if size := _get_first(quantization, "group_size", "q_group_size"):
         words.append(f"groups of {size}" if size != -1 else "a scale a channel")
     if blocks := quantization.get("weight_block_size"):
         words.append(f"blocks of {' × '.join(map(str, blocks))}")
     return ", ".join(words)
 
 
-def _bits_of(values: Mapping[str, Any]) -> str:
+def _describe_bits(values: Mapping[str, Any]) -> str:
     return f"{values.get('num_bits', '?')}-bit{' float' if values.get('type') == 'float' else ''}"
 
 
-def _type_in_words(value: Any) -> str:
+def _shorten_type(value: Any) -> str:
     """Shorten the name of a nested type, as torchao writes it.
 
-    >>> _type_in_words({"default": {"_type": "Int8DynamicActivationInt4WeightConfig", "_data": {}}})
+    >>> _shorten_type({"default": {"_type": "Int8DynamicActivationInt4WeightConfig", "_data": {}}})
     'int8 dynamic activation int4 weight'
     """
     if isinstance(value, Mapping):
         inner = value.get("_type") or next(iter(value.values()), "?")
-        return _type_in_words(inner)
+        return _shorten_type(inner)
     words = re.findall(r"[A-Z]?[a-z]*\d*[a-z]*", str(value).removesuffix("Config"))
     return " ".join(filter(None, words)).lower()
 
 
-def _first(quantization: Mapping[str, Any], *names: str) -> Any:
+def _get_first(quantization: Mapping[str, Any], *names: str) -> Any:
     return next((quantization[name] for name in names if quantization.get(name) is not None), None)
 
 
-def _facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     # What was dropped in all; which tensors and neurons these were would be longer than all else.
     removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
     if removed:
         removed["neurons"] = [{key: one[key] for key in one if key != "dropped"} for one in removed["neurons"]]
-    calibration = calibration_of(manifest)
+    calibration = summarize_calibration(manifest)
     return {
         "setup": manifest["setup"],
         "recipe": manifest["recipe"],
-        "source": source_of(manifest),
+        "source": find_source(manifest),
         "zeros": manifest["totals"]["zeros_after"],
         # A manifest of before has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
@@ -345,7 +352,7 @@ def read_contents(located: Located, on_bytes: Callable[[int], None] | None = Non
         flaws += [(tensor, found[tensor.name]) for tensor in tensors if tensor.name in found]
         small |= hashes_of_small
     changed = _is_changed(located, hashes, small)
-    return Contents(fingerprint_of(hashes.items()), states, tuple(flaws), changed)
+    return Contents(compute_fingerprint(hashes.items()), states, tuple(flaws), changed)
 
 
 def _list_tensors(path: Path) -> list[StoredTensor]:
@@ -355,11 +362,11 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
     if path.suffix == ".bin":
         return list(read_torch_file(path).values())
     if path.suffix == ".gguf":
-        from compressknow.model.gguf_file import plain_tensors
+        from compressknow.model.gguf_file import list_plain_tensors
 
         # Its runtime says what is wrong with it.
         with suppress(NotReadable):
-            return plain_tensors(path)
+            return list_plain_tensors(path)
     return []
 
 
@@ -370,7 +377,9 @@ def _read_file(
     most `READ_BYTES`.
     """
     in_place = [tensor for tensor in tensors if tensor.loaded is None]
-    flaws = {tensor.name: what for tensor in tensors if tensor.loaded and (what := not_finite(tensor.loaded, tensor))}
+    flaws = {
+        tensor.name: what for tensor in tensors if tensor.loaded and (what := find_not_finite(tensor.loaded, tensor))
+    }
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     small: dict[str, str] = {}
     with open_regular(path) as file:
@@ -380,13 +389,13 @@ def _read_file(
                 piece = buffer[: min(READ_BYTES, stop - place)]
                 piece = piece[: file.readinto(piece)]
                 digest.update(piece)
-                if tensor and (what := not_finite(piece, tensor)):
+                if tensor and (what := find_not_finite(piece, tensor)):
                     flaws.setdefault(tensor.name, what)
                 if on_bytes:
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
-    return digest.hexdigest(), state_of(status), flaws, small
+    return digest.hexdigest(), get_state(status), flaws, small
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
@@ -408,11 +417,11 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
     if located.path.suffix == ".gguf":
         return True
     from compressknow.model.loading import Naming
-    from compressknow.model.meta import meta_model
+    from compressknow.model.meta import build_meta_model
 
     try:
         checkpoint = open_checkpoint(located.path)
-        tree = meta_model(located.path, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+        tree = build_meta_model(located.path, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
         binding = Naming(tree).bind(checkpoint.tensors).get(tensor.name)
     except CompressknowError:
         return True
@@ -431,7 +440,7 @@ def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str,
     if located.url is not None or not (located.path / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(located.path)
-    stored, expected = open_checkpoint(located.path).tensors, dict(expected_tensors(manifest))
+    stored, expected = open_checkpoint(located.path).tensors, dict(list_expected_tensors(manifest))
     return (
         manifest.get(SEAL, hash_manifest(manifest)) != hash_manifest(manifest)
         or any(manifest["files"].get(name, sha256) != sha256 for name, sha256 in hashes.items())

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, did_you_mean
-from compressknow.engine.load import Variant, family_of_class, load, load_tokenizer, load_variant
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError, suggest_word
+from compressknow.engine.load import Variant, find_family_of_class, load, load_tokenizer, load_variant
 from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def check_device(name: str) -> None:
     kind, _, number = name.partition(":")
     if kind not in DEVICES or not re.fullmatch(r"[0-9]{0,4}", number) or (number and kind in (AUTO, CPU)):
         other = _OTHER_WORDS.get(kind.lower())
-        near = f"Did you mean {other}? " if other else did_you_mean(kind, DEVICES)
+        near = f"Did you mean {other}? " if other else suggest_word(kind, DEVICES)
         raise UsageError(f"There is no device {name!r}.", hint=f"{near}There is {', '.join(DEVICES)}, and cuda:1.")
 
 
-def device_of(name: str) -> str:
+def resolve_device(name: str) -> str:
     """Return the device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
 
     Raises UsageError where it names none, or one that this machine or this torch does not have.
@@ -95,7 +95,7 @@ class LanguageModel:
         A GGUF's tokenizer has more than its original's: names for rows that no token has, and the end of text that
         transformers adds to those of GPT-2's kind, beyond the last row.
         """
-        rows = embedding_rows(self.model)
+        rows = count_embedding_rows(self.model)
         ids = self.tokenizer.get_vocab().items()
         tokens = sorted((token, number) for token, number in ids if number < rows and token != f"[PAD{number}]")
         return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
@@ -119,7 +119,7 @@ def load_language_model(
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
     _check_head(path, model)
     _make_batch_invariant(model)
-    family = family_of(model)
+    family = find_family(model)
     if family is None:
         raise UnsupportedError(
             f"{path} is a {type(model).__name__}: no masked, causal or sequence-to-sequence language model.",
@@ -128,25 +128,25 @@ def load_language_model(
     return LanguageModel(model, tokenizer, family)
 
 
-def language_model_of(
+def make_language_model(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
     """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
     model = load_variant(variant, device=device, dtype=dtype)
     _make_batch_invariant(model)
-    return LanguageModel(model, tokenizer, family_of(model) or "")
+    return LanguageModel(model, tokenizer, find_family(model) or "")
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
     """Make float layers batch-invariant beside layers that round what comes in. It takes longer for few rows, so a
     model that is loaded for other ends goes without."""
-    from compressknow.engine.layers import EngineLinear, make_batch_invariant, rounds_activations
+    from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
-    if rounds_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
+    if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
         make_batch_invariant(model)
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
+def count_embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of tokens that a model reads. Raises UnsupportedError where it reads no tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     # Perceiver's is a part of what prepares its inputs.
@@ -163,17 +163,17 @@ _NO_LIMIT = 1 << 24
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
-def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the number of positions that a model has; None where nothing bounds it (T5, ALiBi, Mamba)."""
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
-    bounds = [length - _reserved(model) for length in stated]
+    bounds = [length - _count_reserved(model) for length in stated]
     if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
         bounds.append(int(tokenizer.model_max_length))
     return min(bounds, default=None)
 
 
-def _reserved(model: PreTrainedModel) -> int:
+def _count_reserved(model: PreTrainedModel) -> int:
     """Count the positions that no token gets: RoBERTa and its kin count from the one after padding's."""
     for name, module in model.named_modules():
         if name.endswith(("position_embeddings", "embed_positions")):
@@ -182,7 +182,7 @@ def _reserved(model: PreTrainedModel) -> int:
     return 0
 
 
-def decoder_start(model: PreTrainedModel) -> int:
+def find_decoder_start(model: PreTrainedModel) -> int:
     """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
     config, generation = model.config, model.generation_config
     named = (
@@ -206,7 +206,7 @@ def _check_head(path: Path, model: PreTrainedModel) -> None:
     config = read_json(path / "config.json") if path.is_dir() else {}
     named = str((config.get("architectures") or [None])[0])
     head = model.get_output_embeddings()
-    if config.get("tie_word_embeddings") is not False or family_of_class(named) or head is None:
+    if config.get("tie_word_embeddings") is not False or find_family_of_class(named) or head is None:
         return
     if head.weight is model.get_input_embeddings().weight:
         raise CheckpointError(
@@ -216,13 +216,13 @@ def _check_head(path: Path, model: PreTrainedModel) -> None:
         )
 
 
-def family_of(model: PreTrainedModel) -> str | None:
+def find_family(model: PreTrainedModel) -> str | None:
     """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these.
 
     By the class; modelling code that comes with a checkpoint is told by the name of its class and its config.
     """
     name = type(model).__name__
-    if family := family_of_class(name):
+    if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
         return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():

@@ -132,12 +132,12 @@ class Int8Linear(EngineLinear):
         return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
-def rounds_activations(model: nn.Module) -> bool:
+def has_rounded_activations(model: nn.Module) -> bool:
     """Return whether some layer rounds what comes in to integers: here, or in compressed-tensors' floats."""
-    return any(map(_rounds, model.modules()))
+    return any(map(_is_rounding, model.modules()))
 
 
-def _rounds(module: nn.Module) -> bool:
+def _is_rounding(module: nn.Module) -> bool:
     scheme: Any = getattr(module, "quantization_scheme", None)
     if isinstance(module, EngineLinear):
         return module.rounds is not None
@@ -148,7 +148,7 @@ def _rounds(module: nn.Module) -> bool:
 def disable_rounding(model: nn.Module) -> Iterator[None]:
     """Keep activations as floats in the context: what differs then does not because a value was rounded otherwise."""
     switched: list[tuple[Any, str, bool]] = []
-    for module in filter(_rounds, model.modules()):
+    for module in filter(_is_rounding, model.modules()):
         # The second is compressed-tensors' own name, for modules that it has prepared.
         name = "rounds" if isinstance(module, EngineLinear) else "quantization_enabled"
         switched.append((module, name, getattr(module, name, True)))
@@ -170,7 +170,7 @@ class Int8Kind(LayerKind):
 
     def layer_of(self, module: nn.Module) -> Int8Linear | None:
         scheme: Any = getattr(module, "quantization_scheme", None)
-        per_token = _scales_per_token(scheme) if scheme else None
+        per_token = _is_per_token(scheme) if scheme else None
         parts = dict(module.named_parameters(recurse=False))
         if per_token is None or type(module) is not nn.Linear or not {"weight", "weight_scale"} <= set(parts):
             return None
@@ -181,7 +181,7 @@ class Int8Kind(LayerKind):
         return Int8Linear(weight, scale, parts.get("bias"), bits=bits, per_token=per_token)
 
 
-def _scales_per_token(scheme: Any) -> bool | None:
+def _is_per_token(scheme: Any) -> bool | None:
     """Return whether activations have a scale per token (True) or one for all (False); None for any other scheme."""
     weights, inputs = scheme.weights, scheme.input_activations
     if inputs is None or scheme.output_activations is not None or weights is None:
@@ -230,7 +230,7 @@ class Int4Linear(EngineLinear):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # In an order of the kernel's own: no parameter that anyone could read.
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales_and_zeros", _with_zeros(weight_scale.t()), persistent=False)
+        self.register_buffer("scales_and_zeros", _append_zeros(weight_scale.t()), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
@@ -247,7 +247,7 @@ class Int4Linear(EngineLinear):
         """Return int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
         ones = torch.ones(self.in_features // self.group_size, self.out_features)
         units = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return self._product(units, _with_zeros(ones)).t().to(torch.int8)
+        return self._product(units, _append_zeros(ones)).t().to(torch.int8)
 
     def _product(self, rows: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -263,7 +263,7 @@ class Int4Linear(EngineLinear):
         destination[f"{prefix}weight_shape"] = torch.tensor([self.out_features, self.in_features])
 
 
-def _with_zeros(scales: torch.Tensor) -> torch.Tensor:
+def _append_zeros(scales: torch.Tensor) -> torch.Tensor:
     """Return bfloat16 [groups, out, 2] of scales [groups, out]: each with a zero, which the kernel adds."""
     return torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
 
@@ -375,7 +375,7 @@ def make_batch_invariant(model: nn.Module) -> None:
             continue
         # A whole model leaves what it does with its layers to them.
         parts = (module,) if isinstance(module, PreTrainedModel) else (module, *module.children())
-        if not isinstance(module, BatchInvariantLinear | EngineLinear) and any(map(_holds_matrix, parts)):
+        if not isinstance(module, BatchInvariantLinear | EngineLinear) and any(map(_has_matrix, parts)):
             module.forward = functools.partial(_forward_in_parts, module.forward)
     if isinstance(model, PreTrainedModel):
         # The other implementations hand the rows of all experts to one kernel.
@@ -392,7 +392,7 @@ def undo_batch_invariant(model: nn.Module) -> None:
             module.forward = replaced.args[0]
 
 
-def _holds_matrix(module: nn.Module) -> bool:
+def _has_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return False
     return isinstance(module, EngineLinear) or any(

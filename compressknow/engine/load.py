@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.base.files import as_text
-from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
-from compressknow.base.progress import no_panics, quiet
+from compressknow.base.files import escape_name
+from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf
+from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
-from compressknow.model.checkpoint import some_of
+from compressknow.model.checkpoint import list_some
 
 if TYPE_CHECKING:
     import torch
@@ -73,14 +73,14 @@ def load(
     CheckpointError : no such folder, or it cannot be loaded whole: a weight that the model needs is missing.
     UnsupportedError : a GGUF file, and a transformers that reads those otherwise.
     """
-    path = _checkpoint_path(folder)
-    with quiet(), _as_checkpoint_error(path):
+    path = _find_checkpoint(folder)
+    with silence_libraries(), _translate_errors(path):
         from transformers import AutoConfig, GgufConfig
 
         _check_gguf(path)
-        source = _source(path, trust_remote_code)
+        source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
-        named, model_class = _classes(config, trust_remote_code, language_model)
+        named, model_class = _find_class(config, trust_remote_code, language_model)
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
         headless = named if named != model_class.__name__ and language_model else None
         model = _load_whole(model_class, path, headless, **source, **unpack, dtype=dtype or "auto")
@@ -93,8 +93,8 @@ def load_variant(
 ) -> PreTrainedModel:
     """Load the model of a conversion in memory, as `load` does that of a converted folder."""
     path, tree = variant.folder, variant.tree
-    with quiet(), _as_checkpoint_error(path):
-        _, named = _classes(tree.config, False, True)
+    with silence_libraries(), _translate_errors(path):
+        _, named = _find_class(tree.config, False, True)
         # An Auto class is a way to code that lies in the folder: the tree is already built of that.
         model_class = named if hasattr(named, "config_class") else type(tree)
         model = _load_whole(
@@ -118,21 +118,23 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     """
     from transformers import AutoTokenizer
 
-    path = _checkpoint_path(folder)
+    path = _find_checkpoint(folder)
     files = "tokenizer.json, tokenizer_config.json, ..."
     hint = f"Put the model's tokenizer files ({files}) in the same folder as the weights."
-    with quiet():
+    with silence_libraries():
         try:
             _check_gguf(path)
-            with no_panics():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, trust_remote_code))
+            with translate_panics():
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    **_find_source(path, trust_remote_code)
+                )
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
         except CompressknowError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{path} has no tokenizer that loads.", reason_of(error), hint) from error
+            raise CheckpointError(f"{path} has no tokenizer that loads.", find_reason(error), hint) from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise CheckpointError(
             f"{path} has no tokenizer: it lacks the file of its vocabulary.",
@@ -142,16 +144,16 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     return tokenizer
 
 
-def _checkpoint_path(folder: str | Path) -> Path:
+def _find_checkpoint(folder: str | Path) -> Path:
     path = Path(folder)
-    if as_text(str(path)) != str(path):
+    if escape_name(str(path)) != str(path):
         raise CheckpointError(
-            f"The path {as_text(str(path))} is not valid {sys.getfilesystemencoding().upper()}.",
+            f"The path {escape_name(str(path))} is not valid {sys.getfilesystemencoding().upper()}.",
             hint="Rename the folder, or set PYTHONUTF8=1 if its name is UTF-8: the libraries that load weights and "
             "tokenizers open no such path.",
         )
     if path.suffix == ".gguf" and path.is_file():
-        if not reads_gguf():
+        if not can_read_gguf():
             raise UnsupportedError(
                 f"{path} is a GGUF file: it needs transformers {GGUF_TRANSFORMERS} or newer, and "
                 f"{version('transformers')} is installed.",
@@ -181,14 +183,14 @@ def _check_gguf(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
 
 
-def _source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
     return {"pretrained_model_name_or_path": path, **options}
 
 
-def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
+def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
     """Return the name of the class that the config asks for, and the class to load: that one or, where it names none
     that transformers has (or one without a head, if `language_model`), the Auto class with a head."""
     import transformers
@@ -196,16 +198,16 @@ def _classes(config: Any, trust_remote_code: bool, language_model: bool) -> tupl
     architecture = str((config.architectures or [None])[0])
     named = getattr(transformers, architecture, None)
     if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
-        return architecture, _auto_class(config, architecture, trust_remote_code)
-    headless = language_model and not family_of_class(architecture)
-    auto = _auto_with_head(config) if headless else None
+        return architecture, _find_auto_class(config, architecture, trust_remote_code)
+    headless = language_model and not find_family_of_class(architecture)
+    auto = _find_auto_with_head(config) if headless else None
     return architecture, auto._model_mapping[type(config)] if auto else named
 
 
-def family_of_class(architecture: str) -> str | None:
+def find_family_of_class(architecture: str) -> str | None:
     """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None where it is none.
 
-    >>> [family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
+    >>> [find_family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
     ['masked', 'seq2seq', None]
     """
     from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
@@ -213,7 +215,7 @@ def family_of_class(architecture: str) -> str | None:
     return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)
 
 
-def _auto_with_head(config: Any) -> Any:
+def _find_auto_with_head(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     # An encoder's config has a causal class too, which no checkpoint is of.
@@ -221,7 +223,7 @@ def _auto_with_head(config: Any) -> Any:
     return next((auto for auto in kinds if type(config) in auto._model_mapping), None)
 
 
-def _auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
+def _find_auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     auto_map = getattr(config, "auto_map", None) or {}
@@ -229,7 +231,7 @@ def _auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
         remote = str(auto_map.get(auto.__name__, ""))
         if trust_remote_code and remote.rpartition(".")[2] == architecture:
             return auto
-    return _auto_with_head(config) or AutoModel
+    return _find_auto_with_head(config) or AutoModel
 
 
 def _load_whole(model_class: Any, path: Path, headless: str | None = None, **source: Any) -> Any:
@@ -246,13 +248,13 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
     missing = report["missing_keys"]
     if missing and headless:
         raise CheckpointError(
-            f"{path} has no language-modelling head: its config names {headless}, and it lacks {some_of(missing)}.",
+            f"{path} has no language-modelling head: its config names {headless}, and it lacks {list_some(missing)}.",
             why="A head filled with random numbers would answer at random.",
             hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
         )
     if missing:
         raise CheckpointError(
-            f"{path} lacks weights that its model needs: {some_of(missing)}.",
+            f"{path} lacks weights that its model needs: {list_some(missing)}.",
             why="transformers would fill them with random numbers, and every answer would be noise.",
             hint="See that `architectures` in config.json names the class that the weights were saved from.",
         )
@@ -293,7 +295,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     """Raise whatever transformers raises on a damaged or foreign folder as one error that names it."""
     try:
         yield
@@ -302,10 +304,10 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
     except ImportError as error:
         hint = f"pip install {error.name.partition('.')[0]}" if error.name else None
         raise CheckpointError(
-            f"{path} needs a library that is not installed.", why=reason_of(error), hint=hint
+            f"{path} needs a library that is not installed.", why=find_reason(error), hint=hint
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded.", why=reason_of(error)) from error
+        raise CheckpointError(f"{path} cannot be loaded.", why=find_reason(error)) from error
 
 
 # Advice of libraries to their programmers, which would harm or help nobody here.
@@ -317,7 +319,7 @@ _ADVICE = {
 }
 
 
-def reason_of(error: BaseException) -> str:
+def find_reason(error: BaseException) -> str:
     """Return the first line of a library's error; in our words where it gives advice that is not for who reads this."""
     text = str(error).strip()
     advice = next((words for sign, words in _ADVICE.items() if re.search(sign, text, re.IGNORECASE)), None)

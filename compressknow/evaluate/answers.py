@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import DamagedAnswers, OutputError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
-from compressknow.base.format import count, percent, plain
+from compressknow.base.format import clean, count, write_percent
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
-from compressknow.base.reading import find_mismatch, read_json, sha256_of
+from compressknow.base.reading import compute_sha256, find_mismatch, read_json
 from compressknow.evaluate.records import TEXTS, Chunk, Record, open_rows, read_texts, write_rows
 from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
 
@@ -162,15 +162,15 @@ class Answers(Shown):
     def _summary(self) -> Summary:
         right, of = sum(answer.correct for answer in self.answers), len(self.answers)
         return Summary(
-            f"Answers of {plain(self.record.model.name, 60)}",
-            f"{count(right)} of {count(of)} facts right ({percent(right, of)}).",
+            f"Answers of {clean(self.record.model.name, 60)}",
+            f"{count(right)} of {count(of)} facts right ({write_percent(right, of)}).",
             ("Probe", "Facts", "Right", "Share"),
             tuple(map(self._row, self.probes)),
         )
 
     def _row(self, probe: str) -> tuple[str, ...]:
         correct = [answer.correct for answer in self.of(probe)]
-        return probe, count(len(correct)), count(sum(correct)), percent(sum(correct), len(correct))
+        return probe, count(len(correct)), count(sum(correct)), write_percent(sum(correct), len(correct))
 
 
 def make_schema() -> pa.Schema:
@@ -274,7 +274,7 @@ def check_table(folder: Path, record: Record) -> None:
     """Raise DamagedAnswers where the table is not the one whose hash the record holds; an old record holds none."""
     if record.answers_sha256 is None or not (folder / TABLE).is_file():
         return
-    if sha256_of(folder / TABLE) != record.answers_sha256:
+    if compute_sha256(folder / TABLE) != record.answers_sha256:
         raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
             why="It was changed since, or the two come from different folders.",

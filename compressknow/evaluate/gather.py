@@ -62,7 +62,7 @@ def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText 
     return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
 
 
-def default_answers_folder() -> Path:
+def find_answers_folder() -> Path:
     """Return where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
     return cache_folder() / "answers"
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import median_high
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import Fact, strip_wording
 from compressknow.evaluate.records import ProbeEntry
@@ -145,7 +145,7 @@ def check_known(known: str) -> None:
     if known not in KNOWN:
         raise UsageError(
             f"Unknown reading of knowing: {known!r}.",
-            hint=f"{did_you_mean(known, KNOWN)}There is {' and '.join(KNOWN)}.",
+            hint=f"{suggest_word(known, KNOWN)}There is {' and '.join(KNOWN)}.",
         )
 
 

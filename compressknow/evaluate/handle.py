@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import PanicError, no_panics
+from compressknow.base.progress import PanicError, translate_panics
 from compressknow.base.reading import find_mismatch
 from compressknow.engine.identity import Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, load_language_model
-from compressknow.engine.load import reason_of
+from compressknow.engine.load import find_reason
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
@@ -205,7 +205,7 @@ class Server(Runtime):
     def describe(self) -> Mapping[str, Any]:
         known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
         name = self._served.model.rpartition("/")[2] or self._served.model
-        return {"name": plain(name, 80), **{key: value for key, value in known.items() if value is not None}}
+        return {"name": clean(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
     def release(self) -> None:
         self._served.client.close()
@@ -291,12 +291,12 @@ class ModelHandle:
         """Build the prompts of the probe as this model reads them."""
         loaded = self.loaded
         try:
-            with no_panics():
+            with translate_panics():
                 return make_prompts(loaded.make_scorer(probe), self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
-                why=reason_of(error),
+                why=find_reason(error),
                 hint="See that its tokenizer.json is the model's own, and whole.",
             ) from error
 

@@ -161,7 +161,7 @@ class NoiseFloors:
 
         Raises CompressknowError where the converter is missing, or does not take it.
         """
-        from compressknow.compress.staging import scratch
+        from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import Choice
         from compressknow.gguf.converter import find_converter
         from compressknow.gguf.export import prepare, write_floats
@@ -173,7 +173,7 @@ class NoiseFloors:
         export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=trusted)
         # The converter takes memory of its own.
         self._original.release()
-        with scratch(self._folder / "in-llama-cpp") as place:
+        with make_scratch(self._folder / "in-llama-cpp") as place:
             # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
             kind = "f32" if export.exact == "f32" else "f16"
             file = write_floats(export, place, kind, begin=begin_stages(self._on_progress, located.name))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressknow.base.errors import DamagedAnswers
 from compressknow.base.files import open_whole
-from compressknow.base.reading import check_parquet, sha256_of
+from compressknow.base.reading import check_parquet, compute_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,19 +35,19 @@ class _Part:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object: what was read, in its order, with the fields as they are now."""
-        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
+        own = {each.name: _to_plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
         kept = {key: own.pop(key, value) for key, value in self.read.items()}
         always = frozenset() if self.read else self.always
         return kept | {name: value for name, value in own.items() if value not in (None, {}) or name in always}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, _Part):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_plain(each) for key, each in value.items()}
     return value
 
 
@@ -186,7 +186,7 @@ class ModelRecord(_Part):
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
     changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
-    grid : matrices that lie on a grid already, as `grid_of` counts them; None where none does.
+    grid : matrices that lie on a grid already, as `find_grid` counts them; None where none does.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
@@ -294,10 +294,10 @@ class Chunk:
     greedy: np.ndarray
 
 
-def text_file_name(name: str) -> str:
+def name_text_file(name: str) -> str:
     """Return the name of the file for a probe's tokens: no two probes of an answers folder share one.
 
-    >>> text_file_name("text:wiki.txt")
+    >>> name_text_file("text:wiki.txt")
     'text-8d05bc96caa7.parquet'
     """
     return f"{TEXTS}{hashlib.sha256(name.encode()).hexdigest()[:12]}.parquet"
@@ -352,7 +352,7 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
             raise DamagedAnswers(
                 f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
             )
-        if sha256_of(folder / name) != text.get("sha256"):
+        if compute_sha256(folder / name) != text.get("sha256"):
             raise DamagedAnswers(
                 f"{folder / name} does not match probe.json: its hash differs.",
                 hint="Probe the model again, into another folder.",

@@ -16,7 +16,7 @@ from typing import TypeVar
 from compressknow._version import __version__
 from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
 from compressknow.base.progress import Advance, Listener, Stage, Work, report_progress
-from compressknow.base.reading import sha256_of
+from compressknow.base.reading import compute_sha256
 from compressknow.evaluate.answers import (
     PARTS,
     RECORD,
@@ -52,9 +52,9 @@ from compressknow.evaluate.records import (
     ModelRecord,
     ProbeEntry,
     Record,
+    name_text_file,
     read_chunks,
     read_texts,
-    text_file_name,
     write_chunks,
 )
 from compressknow.evaluate.runtimes import TRANSFORMERS
@@ -310,12 +310,12 @@ class _Run:
             # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
-            path = folder / text_file_name(name)
+            path = folder / name_text_file(name)
             write_chunks(path, chunks)
-            entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": sha256_of(path)})
+            entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": compute_sha256(path)})
         write_table(folder / TABLE, [*others, *answers])
         self._record = replace(
-            record.without_hash(probes | {name: entry}), model=model, answers_sha256=sha256_of(folder / TABLE)
+            record.without_hash(probes | {name: entry}), model=model, answers_sha256=compute_sha256(folder / TABLE)
         )
         write_record(folder, self._record)
 

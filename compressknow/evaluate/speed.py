@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.system import peak_memory
+from compressknow.base.system import measure_peak_memory
 from compressknow.engine.identity import Located
 from compressknow.engine.language_model import AUTO
 from compressknow.evaluate.evaluate import evaluate
@@ -58,7 +58,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     import torch
 
     _import_libraries(path)
-    libraries = peak_memory()
+    libraries = measure_peak_memory()
     handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
     computed_in = handle.loaded.computed_in
     (probe,) = open_all(DEFAULT, Options(limit=FACTS))
@@ -79,7 +79,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
         "computed_in": computed_in,
         "facts_per_second": facts_per_second,
         "tokens_per_second": _measure_tokens(handle),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(peak_memory() - libraries, 0),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else max(measure_peak_memory() - libraries, 0),
     }
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressknow.base.errors import UsageError, did_you_mean
+from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.packages import require
 from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
@@ -62,7 +62,7 @@ def _check_type(name: str, known: Collection[str], option: str) -> str:
     """Return the type's name in small letters. Raises UsageError where llama.cpp has none of that name."""
     small = name.lower()
     if small not in known:
-        hint = f"{did_you_mean(small, known)}There is {', '.join(known)}."
+        hint = f"{suggest_word(small, known)}There is {', '.join(known)}."
         raise UsageError(f"{option}: llama.cpp has no type {name!r}.", hint=hint)
     return small
 
@@ -143,7 +143,7 @@ def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]
 def _check_typo(which: str) -> None:
     import gguf
 
-    near = did_you_mean(which, SCOPES, cutoff=0.8)
+    near = suggest_word(which, SCOPES, cutoff=0.8)
     if near and not any(which in f"{name}.weight" for name in gguf.TENSOR_NAMES.values()):
         raise UsageError(
             f"--type-of: there is no scope {which!r}.",
@@ -172,7 +172,7 @@ def read_choice(path: Path) -> Choice:
 
 def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
     if unknown := sorted(set(values) - set(_KEYS)):
-        near = did_you_mean(unknown[0], _KEYS)
+        near = suggest_word(unknown[0], _KEYS)
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(_KEYS)}.")
     kind, types, matrix = values.get("type", DEFAULT), values.get("types", {}), values.get("imatrix")
     rules = list(map(list, types.items())) if isinstance(types, Mapping) else types

@@ -176,12 +176,12 @@ class GgufTokenizer:
     @cached_property
     def bos_token_id(self) -> int | None:
         """Return the token that begins a text, if any."""
-        return _optional_token(self._lib.llama_vocab_bos(self._vocab))
+        return _get_token(self._lib.llama_vocab_bos(self._vocab))
 
     @cached_property
     def eos_token_id(self) -> int | None:
         """Return the token that ends a text, if any."""
-        return _optional_token(self._lib.llama_vocab_eos(self._vocab))
+        return _get_token(self._lib.llama_vocab_eos(self._vocab))
 
     @cached_property
     def unk_token_id(self) -> int | None:
@@ -190,7 +190,7 @@ class GgufTokenizer:
         return int(found) if found is not None else None
 
 
-def _optional_token(number: int) -> int | None:
+def _get_token(number: int) -> int | None:
     return None if number == _NONE else int(number)
 
 

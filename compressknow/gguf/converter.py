@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, did_you_mean
+from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, suggest_word
 from compressknow.base.files import cache_folder, claim_folder
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
@@ -152,7 +152,7 @@ def check_architecture(architecture: str, known: tuple[str, ...]) -> None:
     if architecture not in known:
         raise UnsupportedError(
             f"llama.cpp's converter does not know {architecture}.",
-            hint=f"{did_you_mean(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
+            hint=f"{suggest_word(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
         )
 
 

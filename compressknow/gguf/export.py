@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.format import size
+from compressknow.base.format import write_size
 from compressknow.base.progress import Begin, count_progress, ignore_progress
-from compressknow.base.reading import sha256_of
+from compressknow.base.reading import compute_sha256
 from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
-from compressknow.compress.staging import scratch
+from compressknow.compress.staging import make_scratch
 from compressknow.compress.weights import Side, read_side
-from compressknow.engine.identity import locate, read_contents, source_of
-from compressknow.engine.load import family_of_class
+from compressknow.engine.identity import find_source, locate, read_contents
+from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
     Converter,
@@ -106,7 +106,7 @@ class Export:
     def sources(self) -> tuple[str, ...]:
         """Return the fingerprint of the checkpoint, and of the original that it was made of, if it was."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
-        return (sha256, source_of(manifest)["sha256"]) if manifest else (sha256,)
+        return (sha256, find_source(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
@@ -196,7 +196,7 @@ def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> b
     if recorded is None:
         return choice.calibration is None and choice.importance is None
     if choice.importance is not None:
-        return recorded.get("kind") == "imatrix" and recorded.get("sha256") == sha256_of(choice.importance)
+        return recorded.get("kind") == "imatrix" and recorded.get("sha256") == compute_sha256(choice.importance)
     text = choice.calibration
     stored = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
     return text is not None and stored == (text.text, text.tokens, text.seed) and text.text == "self"
@@ -206,7 +206,7 @@ def _check_family(architecture: str) -> None:
     """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
     import transformers
 
-    family = family_of_class(architecture)
+    family = find_family_of_class(architecture)
     if family == "masked" or (family is None and hasattr(transformers, architecture)):
         what = "a masked language model" if family else "no language model"
         raise UnsupportedError(
@@ -253,14 +253,14 @@ def write(
         made.unlink()
         with place.file.open("rb+") as file:
             os.fsync(file.fileno())
-        nbytes, sha256 = place.file.stat().st_size, sha256_of(place.file)
+        nbytes, sha256 = place.file.stat().st_size, compute_sha256(place.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
         if importance_output:
             move(work / MATRIX, place.folder / IMPORTANCE)
-        if smoke and family_of_class(export.side.structure.architecture) == "causal":
+        if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt
 
             record.answer = PROMPT, complete_prompt(place.file, PROMPT)
@@ -273,7 +273,7 @@ def _check_size(export: Export, nbytes: int) -> None:
     """Raise CompressknowError where a file came out larger than it was to be."""
     if export.fit is not None and nbytes > export.fit.budget:
         raise CompressknowError(
-            f"The file has {size(nbytes)}, and {size(export.fit.budget)} were given: nothing was written.",
+            f"The file has {write_size(nbytes)}, and {write_size(export.fit.budget)} were given: nothing was written.",
             "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
             "Give a little more, and report this.",
         )
@@ -298,7 +298,7 @@ def preview(
     """Return what `write` would record, but for the hash. llama.cpp chooses types by a file, which is made for that
     beside `output` and removed again."""
     check_room(output, export.needed_bytes)
-    with scratch(output) as folder:
+    with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)
         types = read_planned_types(folder) if export.is_quantized else {}
         return _build_record(export, made, entries, types)
@@ -384,7 +384,7 @@ def _find_importance(
         importance = read_importance(file)
         check_model(importance, tensors.tensors, f"--imatrix {file}")
         identified = bool(importance.models)
-        origin = {"kind": "imatrix", "source": file.name, "sha256": sha256_of(file), "identified": identified}
+        origin = {"kind": "imatrix", "source": file.name, "sha256": compute_sha256(file), "identified": identified}
     else:
         return None
     without = sorted(name for name in tensors.weights if name not in importance.sums)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.reading import open_regular
-from compressknow.model.gguf_file import check_gguf, value_of
+from compressknow.model.gguf_file import check_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Begin
@@ -75,15 +75,16 @@ def gather_inputs(
 ) -> tuple[Statistics, CalibrationText]:
     """Run a checkpoint of floats over a text, and return what its layers read, and the text.
 
-    `begin` begins the stages ``sample`` or ``text``, and ``gather``. Raises what `calibration_text` and `observe` do.
+    `begin` begins the stages ``sample`` or ``text``, and ``gather``. Raises what `read_calibration_text` and
+    `observe` do.
     """
-    from compressknow.compress.calibrate.text import calibration_text
+    from compressknow.compress.calibrate.text import read_calibration_text
     from compressknow.compress.calibrate.walk import observe
     from compressknow.model.loading import open_complete
 
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
     with begin(calibration.work) as advance:
-        text = calibration_text(
+        text = read_calibration_text(
             source, tree, **asdict(calibration), trust_remote_code=trust_remote_code, advance=advance
         )
     statistics: dict[Key, InputStatistics] = {}
@@ -170,8 +171,8 @@ def _read_gguf(path: Path) -> Importance:
         raise ValueError(f"it holds no tensor *{SUMS}")
     counts = {name: np.array(stored[name + COUNTS], np.float32).reshape(-1) for name in names}
     sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
-    datasets, models = (tuple(map(str, value_of(reader, key) or ())) for key in ("imatrix.datasets", _MODELS))
-    chunks, chunk = (int(value_of(reader, f"imatrix.{key}") or 0) for key in ("chunk_count", "chunk_size"))
+    datasets, models = (tuple(map(str, read_value(reader, key) or ())) for key in ("imatrix.datasets", _MODELS))
+    chunks, chunk = (int(read_value(reader, f"imatrix.{key}") or 0) for key in ("chunk_count", "chunk_size"))
     return Importance(sums, counts, datasets, chunks, chunk, models)
 
 

@@ -22,7 +22,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
 from compressknow.gguf.children import put_first
-from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, gguf_parts
+from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, list_parts
 
 MODULE = "llama_cpp_py_sync"
 # enum ggml_log_level of ggml.h.
@@ -106,7 +106,7 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), UNPLACED)}
     # One with more entries than any model needs is not counted: llama.cpp has read it all the same.
     with suppress(NotReadable):
-        for part in gguf_parts(path):
+        for part in list_parts(path):
             for name, kind, parameters in count_values(part):
                 group = next((group for group, pattern in NAMED if pattern.match(name)), UNPLACED)
                 counts[group][types[kind]] += parameters
@@ -234,7 +234,7 @@ def _check_parts(path: Path) -> None:
             f"{path} is part {int(named['number'])} of {count} of a split GGUF file.",
             hint=f"Give the first part, {first.name}; the others are read from beside it.",
         )
-    there = len(gguf_parts(path))
+    there = len(list_parts(path))
     if there < count:
         raise CheckpointError(
             f"{path} is the first of {count} parts, and {count - there} of them are not beside it.",

@@ -21,7 +21,7 @@ from compressknow.compress.weights import Side, Values
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
-from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, byte_view
+from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
 # What the converter reads as it is.
 PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
@@ -91,7 +91,7 @@ def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, fo
         file.write(lay_out_file([(each.name, each.dtype, each.shape) for each in ordered])[0])
         for tensor in ordered:
             for piece in _read_pieces(tensor, reader):
-                file.write(byte_view(piece.contiguous()))
+                file.write(view_bytes(piece.contiguous()))
 
 
 def _read_pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:

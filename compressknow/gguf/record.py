@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.base.files import check_links, open_whole, write_whole
-from compressknow.base.format import count, plain, size
+from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, count_progress, quiet
+from compressknow.base.progress import Advance, count_progress, silence_libraries
 from compressknow.base.reading import MANIFEST, find_mismatch
-from compressknow.base.system import move, sync_folder, uninterrupted
+from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
 from compressknow.gguf.choice import Choice
 from compressknow.model.checkpoint import read_json
-from compressknow.model.gguf_file import check_gguf, value_of
+from compressknow.model.gguf_file import check_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
@@ -77,7 +77,7 @@ class Place(Staging):
         """
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
-        with uninterrupted():
+        with hold_signals():
             try:
                 with _place_importance(self._importance, self.folder):
                     self._move_file()
@@ -171,7 +171,7 @@ def check_room(output: Path, needed: int) -> None:
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(
-            f"{output} needs about {size(needed)} of disk while it is made, and {size(free)} are free.",
+            f"{output} needs about {write_size(needed)} of disk while it is made, and {write_size(free)} are free.",
             "The weights are written as floats first, beside OUTPUT.",
             "Free some space, or write to another disk.",
         )
@@ -204,13 +204,13 @@ class ExportRecord(Shown, dict[str, Any]):
 
     def _summary(self) -> Summary:
         rows = tuple(
-            (group, kind, count(counts["parameters"]), size(counts["bytes"]))
+            (group, kind, count(counts["parameters"]), write_size(counts["bytes"]))
             for group, types in self.groups.items()
             for kind, counts in types.items()
         )
-        title = f"GGUF: {plain(self.setup, 60)} of {plain(self['source']['name'], 60)}"
+        title = f"GGUF: {clean(self.setup, 60)} of {clean(self['source']['name'], 60)}"
         totals = self.totals
-        verdict = f"{count(totals['parameters'])} weights in {size(totals['bytes'])}."
+        verdict = f"{count(totals['parameters'])} weights in {write_size(totals['bytes'])}."
         return Summary(title, verdict, ("Group", "Type", "Parameters", "Size"), rows)
 
 
@@ -252,7 +252,7 @@ def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path)
     if (alignment := reader.get_field(gguf.Keys.General.ALIGNMENT)) is not None:
         writer.data_alignment = alignment.contents()
     details = {key: MetadataDetails(gguf.GGUFValueType.STRING, value) for key, value in metadata.items()}
-    with quiet():
+    with silence_libraries():
         copy_with_new_metadata(reader, writer, details, [])
 
 
@@ -315,5 +315,5 @@ def _find_edited_keys(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
     for key, value in build_metadata(record).items():
-        if value_of(reader, key) != value:
+        if read_value(reader, key) != value:
             yield key

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, tensors_of
-from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, scope_names, select
+from compressknow.base.errors import UsageError, suggest_word
+from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, list_tensors
+from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
 if TYPE_CHECKING:
     from compressknow.compress.weights import Side
@@ -58,11 +58,11 @@ class Tensors:
         pattern = compile_pattern("--type-of", text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
-            scopes = scope_names(self.side.structure)
+            scopes = list_scopes(self.side.structure)
             kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
             raise UsageError(
                 f"--type-of {text!r} is no scope, and matches no tensor of the GGUF file.",
-                hint=f"{did_you_mean(text, scopes)}There is {', '.join(scopes)}. Tensors (N stands for a number): "
+                hint=f"{suggest_word(text, scopes)}There is {', '.join(scopes)}. Tensors (N stands for a number): "
                 f"{', '.join(kind for kind in kinds if kind.endswith('.weight'))}.",
             )
         return names
@@ -85,7 +85,7 @@ def read_tensors(path: Path, side: Side) -> Tensors:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    tensors = tensors_of(reader)
+    tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
     for weight, name, places in _map_weights(_get_name_map(reader), side, tensors):

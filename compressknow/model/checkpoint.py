@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressknow.base import reading
-from compressknow.base.errors import CheckpointError, nearest
+from compressknow.base.errors import CheckpointError, find_nearest
 from compressknow.base.files import name_of
-from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, state_of
+from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, get_state
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
 MODULES = "modules.json"
@@ -25,7 +25,7 @@ CONFIGS = tuple(
 )
 
 
-def module_folders(folder: Path) -> tuple[str, ...]:
+def list_module_folders(folder: Path) -> tuple[str, ...]:
     """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
     modules = _read_if_readable(folder / MODULES)
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
@@ -111,7 +111,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
     config = read_json(folder / "config.json")
-    files = weight_files(folder) if weights else {}
+    files = find_weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
     for file, wanted in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
@@ -124,10 +124,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
 
-def some_of(names: Collection[str]) -> str:
+def list_some(names: Collection[str]) -> str:
     """Return the first few of some names, and how many there are beside.
 
-    >>> some_of(["a", "b", "c", "d", "e"])
+    >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -150,7 +150,7 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+def find_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all).
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
@@ -217,10 +217,10 @@ def check_is_checkpoint(model: str | Path) -> None:
         raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
     if is_path(model):
         hint = "Give a checkpoint's folder, or a hub id (org/name)."
-        raise CheckpointError(f"{model}: no such folder.", hint=f"{did_you_mean_beside(path)}{hint}")
+        raise CheckpointError(f"{model}: no such folder.", hint=f"{suggest_beside(path)}{hint}")
 
 
-def can_be_converted(model: str | Path) -> bool:
+def is_convertible(model: str | Path) -> bool:
     """Return whether a model is named by a checkpoint folder or a hub id, not by a file, a server or its answers."""
     path = Path(model)
     return (path / "config.json").is_file() or not (is_address(model) or path.exists() or is_path(model))
@@ -235,10 +235,10 @@ def is_path(model: str | Path) -> bool:
     return "/" in model and path.parent.is_dir()
 
 
-def did_you_mean_beside(path: Path) -> str:
+def suggest_beside(path: Path) -> str:
     """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
     try:
-        near = nearest(path.name, (each.name for each in path.parent.iterdir()))
+        near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
     except OSError:
         return ""
     return f"Did you mean {path.parent / near}? " if near else ""
@@ -260,15 +260,15 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         folder = fetch("config.json")
         if weights:
             fetch(*HUB_PATTERNS, "model*.safetensors")
-            if not weight_files(folder):
+            if not find_weight_files(folder):
                 fetch("pytorch_model*.bin")
-            if modules := module_folders(folder):
+            if modules := list_module_folders(folder):
                 fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{model} is not a local folder, and it could not be downloaded from the Hub.",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint=f"{did_you_mean_beside(Path(model))}"
+            hint=f"{suggest_beside(Path(model))}"
             f"Download it on a machine with access to the Hub (hf download {model}), then give the folder.",
         ) from None
     return folder, folder.name
@@ -307,7 +307,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
             ) from None
         # Not what people write meanwhile: notes, logs, a model card.
         if path.suffix in _WATCHED:
-            states[path] = state_of(status)
+            states[path] = get_state(status)
     return states
 
 

@@ -56,7 +56,7 @@ def check_gguf(path: Path) -> None:
     _read_header(path).check_places()
 
 
-def plain_tensors(path: Path) -> list[StoredTensor]:
+def list_plain_tensors(path: Path) -> list[StoredTensor]:
     """Return the tensors of a GGUF file that hold plain floats, row-major.
 
     Raises NotReadable and OSError as `check_gguf` does.
@@ -235,7 +235,7 @@ def open_gguf(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Download it again.") from None
 
 
-def tensors_of(*readers: Any) -> dict[str, Tensor]:
+def list_tensors(*readers: Any) -> dict[str, Tensor]:
     """Return the tensors of a file by name, all its parts together; their values are not read."""
     return {
         each.name: Tensor(
@@ -250,7 +250,7 @@ def tensors_of(*readers: Any) -> dict[str, Tensor]:
     }
 
 
-def groups_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the group of each tensor by its name; a tied embedding is the final layer too."""
     is_tied = not any(name.startswith("output.") for name in tensors)
 
@@ -264,7 +264,7 @@ def groups_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: find_group(tensor) for name, tensor in tensors.items()}
 
 
-def value_of(reader: Any, key: str) -> Any:
+def read_value(reader: Any, key: str) -> Any:
     """Return what a file says of itself under a key; None where it says nothing."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
@@ -274,10 +274,10 @@ def value_of(reader: Any, key: str) -> Any:
 PART = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-def gguf_parts(path: Path) -> list[Path]:
+def list_parts(path: Path) -> list[Path]:
     """Return all files of a GGUF that was split, of its first part: those that are there, or the file alone.
 
-    >>> [part.name for part in gguf_parts(Path("model.gguf"))]
+    >>> [part.name for part in list_parts(Path("model.gguf"))]
     ['model.gguf']
     """
     named = PART.fullmatch(path.name)

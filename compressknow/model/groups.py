@@ -23,7 +23,7 @@ TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
 PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Conv3d)
 
 
-def _ends(*names: str) -> re.Pattern[str]:
+def _match_end(*names: str) -> re.Pattern[str]:
     # Only the end of a class name says what it is: its start is the model's name (FalconMambaMLP is an MLP).
     return re.compile(f"(?:{'|'.join(names)})$")
 
@@ -36,15 +36,15 @@ Rules = tuple[tuple[Group, re.Pattern[str]], ...]
 # Nearest module first, class before attribute. Linear attention (gated delta nets, lightning attention) is attention,
 # as its authors and its configs call it; state-space and other recurrent mixers, RWKV's included, are `other`.
 CLASS_RULES: Rules = (
-    ("other", _ends("Router(?:MLP)?", "TopKGating", "MessageGate")),
-    ("other", _ends("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
-    ("other", _ends("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
-    ("attention", _ends("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
-    ("feed-forward", _ends("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
-    ("feed-forward", _ends("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
+    ("other", _match_end("Router(?:MLP)?", "TopKGating", "MessageGate")),
+    ("other", _match_end("Mixer", "MambaLayer", "xLSTMLayer", "RecurrentBlock", "ShortConv", "Rwkv\\w*Attention")),
+    ("other", _match_end("Adapter", "AltUp", "LaurelBlock", "Bottleneck(?:Layer)?", "GatedResidual")),
+    ("attention", _match_end("Attention", "Attn", "SelfOutput", "AttentionOutput", "MLA", "MoA", "DeltaNet")),
+    ("feed-forward", _match_end("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
+    ("feed-forward", _match_end("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
 )
 # Names that mean this only inside a block: a head has an `output`, a projector an `mlp`, of its own.
-BLOCK_CLASS_RULES: Rules = (("feed-forward", _ends("Intermediate", "Output")),)
+BLOCK_CLASS_RULES: Rules = (("feed-forward", _match_end("Intermediate", "Output")),)
 BLOCK_ATTRIBUTE_RULES: Rules = (
     ("attention", re.compile(r"(?:^|_)(?:attn|att|attention)s?$|Attention$|^crossattention$|_attn_layers$")),
     ("feed-forward", _is("mlps?", "ffns?", "ff", "feed_?forward", "DenseReluDense", "(?:shared_)?experts?")),
@@ -62,18 +62,18 @@ ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
 # alike.
 NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
 CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
-CROSS_CLASS = _ends("CrossAttention")
+CROSS_CLASS = _match_end("CrossAttention")
 # Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
 # columns that MobileBERT keeps apart and joins to its decoder; and FSMT's, which names its embedding instead.
-FURTHER_HEADS = _ends(r"(?:^|\.)lm_head", r"predictions\.decoder")
+FURTHER_HEADS = _match_end(r"(?:^|\.)lm_head", r"predictions\.decoder")
 FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.output_projection")
 
 
-def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
+def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
     """Read the structure of a model, as a rule one on the meta device. The module map ``paper`` counts BERT's and
     RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code does; ``structural`` as attention."""
     tree = _Tree(model)
-    linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _linear_parameters(model)]
+    linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _list_linear_parameters(model)]
     if module_map == "paper":
         linears = [_move_as_in_the_paper(weight, tree.modules) for weight in linears]
     return Structure(
@@ -83,13 +83,13 @@ def structure_of(model: PreTrainedModel, module_map: ModuleMap = "structural") -
         linears=tuple(linears),
         parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied=_find_ties(model),
-        opaque=dict(_opaque_parameters(tree)),
+        opaque=dict(_list_opaque_parameters(tree)),
         buffers=frozenset(name for name, _ in model.named_buffers()),
         prefix=model.base_model_prefix,
     )
 
 
-def block_names(model: PreTrainedModel) -> list[str]:
+def list_block_names(model: PreTrainedModel) -> list[str]:
     """Return the outermost transformer blocks of a model, in tree order, but those of towers that read no text."""
     tree = _Tree(model)
     return [name for name in tree.layers if not tree.in_tower(name)]
@@ -103,7 +103,7 @@ class _Tree:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.towers = set(_towers(model))
+        self.towers = set(_find_towers(model))
         # Models of their own within a composite one.
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
         self.parts = {n for n, each in models.items() if not isinstance(each.config, type(model.config))} - self.towers
@@ -117,25 +117,27 @@ class _Tree:
 
     def place(self, name: str) -> tuple[_Steps, int | None]:
         """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
-        above = [*_parents(name), ""][::-1]
+        above = [*_list_parents(name), ""][::-1]
         steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in above]
         layer = next((self.layers[each] for each in (*above, name) if each in self.layers), None)
         return steps, layer
 
     def in_tower(self, name: str) -> bool:
-        return any(each in self.towers for each in (name, *_parents(name)))
+        return any(each in self.towers for each in (name, *_list_parents(name)))
 
     def is_between(self, name: str) -> bool:
         """Return whether a module lies between the towers and the language model, both models of their own."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
-        return has_language and not any(each in self.parts or each in self.towers for each in (name, *_parents(name)))
+        return has_language and not any(
+            each in self.parts or each in self.towers for each in (name, *_list_parents(name))
+        )
 
     def _number_blocks(self) -> dict[str, int]:
         """Return the outermost blocks and their index in the stack. Lists of lists (Funnel's) are one stack."""
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
-            is_outermost = self._is_block(name) and not any(parent in layers for parent in _parents(name))
+            is_outermost = self._is_block(name) and not any(parent in layers for parent in _list_parents(name))
             if is_outermost and not self.is_between(name):
                 stack = re.split(r"\.\d+(?:\.|$)", name)[0]
                 layers[name] = counts[stack]
@@ -150,12 +152,12 @@ class _Tree:
         return attribute.isdigit() and in_list and own_class and any(True for _ in module.children())
 
 
-def _parents(name: str) -> Iterator[str]:
+def _list_parents(name: str) -> Iterator[str]:
     while name := name.rpartition(".")[0]:
         yield name
 
 
-def _towers(model: PreTrainedModel) -> Iterator[str]:
+def _find_towers(model: PreTrainedModel) -> Iterator[str]:
     """Yield the parts of a multimodal model that read images, video or sound, or condense what such a part gives."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
@@ -167,16 +169,16 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def _linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
+def _list_linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
     """Yield every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
     found: dict[int, tuple[list[str], Kind, str]] = {}
     for module_name, module in model.named_modules():
-        for kind, name, parameter in _weights_of(module):
+        for kind, name, parameter in _list_weights(module):
             found.setdefault(id(parameter), ([], kind, name))[0].append(module_name)
     return iter(found.values())
 
 
-def _weights_of(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
+def _list_weights(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
     if isinstance(module, nn.Linear):
         yield "linear", "weight", module.weight
     elif isinstance(module, Conv1D):
@@ -194,7 +196,7 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
     steps, layer = tree.place(module)
     group = _group(tree, module, parameter, steps, layer is not None)
     # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
-    around = (tree.modules[parent] for parent in (*_parents(module), ""))
+    around = (tree.modules[parent] for parent in (*_list_parents(module), ""))
     config = next(each.config for each in around if hasattr(each, "config"))
     is_transposed = kind == "conv1d"
     if kind == "experts":
@@ -206,11 +208,11 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         shape=tuple(parameter.shape),
         group=group,
         layer=layer,
-        stack=None if group == "vision" else _stack(tree.model, module),
+        stack=None if group == "vision" else _find_stack(tree.model, module),
         # It reads the other stack's states.
         cross=group == "attention"
         and any(CROSS.search(attribute) or CROSS_CLASS.search(class_name) for attribute, class_name in steps),
-        uses=1 if group == "final" else uses_of(config, module, layer, tree.names[id(parameter)]),
+        uses=1 if group == "final" else count_uses(config, module, layer, tree.names[id(parameter)]),
         transposed=is_transposed,
         sharing=tuple(sharing),
     )
@@ -252,7 +254,7 @@ def _find(rules: Rules, name: str) -> Group | None:
     return next((group for group, rule in rules if rule.search(name)), None)
 
 
-def _stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
+def _find_stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
     side = re.search(r"(?:^|\.|_)(encoder|decoder)(?=\.)", module)
@@ -280,7 +282,7 @@ def _find_ties(model: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
+def _list_opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
     """Yield parameters that serve attention or feed-forward as a matrix, but are not a Linear layer's weight."""
     text = tree.model.config.get_text_config(decoder=True)
     width = int(getattr(text, "hidden_size", 0) or 0)
@@ -306,7 +308,7 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
     return min(rows, parameter.numel() // rows) * 8 >= max(width, 8)
 
 
-def uses_of(config: Any, module: str, layer: int | None, names: int) -> int:
+def count_uses(config: Any, module: str, layer: int | None, names: int) -> int:
     """Count how often one forward pass applies a weight, at each of the `names` under which it hangs in the tree, by
     the config of the nearest module around it which has one."""
     if "_adapter_list." in module:

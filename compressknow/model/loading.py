@@ -31,11 +31,11 @@ from transformers.core_model_loading import (
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
-from compressknow.base.progress import quiet
-from compressknow.model.checkpoint import Checkpoint, open_checkpoint, some_of
-from compressknow.model.meta import meta_model
+from compressknow.base.progress import silence_libraries
+from compressknow.model.checkpoint import Checkpoint, list_some, open_checkpoint
+from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import Structure
-from compressknow.model.tensors import StoredTensor, same_bytes, torch_dtype
+from compressknow.model.tensors import StoredTensor, get_torch_dtype, has_same_bytes
 
 Shape = tuple[int, ...]
 Header = tuple[str, Shape]
@@ -192,7 +192,7 @@ def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mappi
     supply = {parameter: stored for stored, parameter in bound.items()}
     for target, source in tied.items():
         if target in supply and source in supply:
-            if same_bytes(checkpoint.tensors[supply[target]], checkpoint.tensors[supply[source]]):
+            if has_same_bytes(checkpoint.tensors[supply[target]], checkpoint.tensors[supply[source]]):
                 supply[target] = supply[source]
         elif source in supply:
             supply[target] = supply[source]
@@ -211,7 +211,7 @@ PACKED_DTYPES = {4: "I4", 8: "I8"}
 _PACKED, _WORD = "_packed", 32
 
 
-def packed_weights(
+def find_packed_weights(
     checkpoint: Checkpoint, naming: Naming, structure: Structure
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
@@ -220,7 +220,7 @@ def packed_weights(
     Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
     name that they would have, with their shape and dtype, ``I4`` or ``I8``.
     """
-    weights = (group.get("weights") for group in config_groups(checkpoint.config.get("quantization_config")))
+    weights = (group.get("weights") for group in list_config_groups(checkpoint.config.get("quantization_config")))
     bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
     if not bits or not bits <= PACKED_DTYPES.keys():
         return {}
@@ -236,7 +236,7 @@ def packed_weights(
     return found
 
 
-def config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
+def list_config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the groups of layers of a `quantization_config`, each with the settings of its weights."""
     groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -275,11 +275,12 @@ def load_report(
     # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
     require("accelerate")
     state = {
-        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
+        name: torch.empty(shape, dtype=get_torch_dtype(dtype), device="meta")
+        for name, (dtype, shape) in tensors.items()
     }
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with quiet():
+        with silence_libraries():
             model, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -295,22 +296,22 @@ def load_report(
     return LoadReport(missing, unexpected, mismatched, tuple(sorted(retyped)))
 
 
-def headers_of(checkpoint: Checkpoint) -> dict[str, Header]:
+def list_headers(checkpoint: Checkpoint) -> dict[str, Header]:
     """Return dtype and shape of what a checkpoint's files hold, by name."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
 
-def missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+def find_missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
     """Return the weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one;
     of those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
     is missing, nothing is.
     """
-    return _missing(load_report(type(tree), tree.config, headers_of(checkpoint)), checkpoint, tree)
+    return _find_missing(load_report(type(tree), tree.config, list_headers(checkpoint)), checkpoint, tree)
 
 
-def _missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+def _find_missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
     missing = set(report.missing)
     if "add_pooling_layer" in inspect.signature(type(tree).__init__).parameters:
         pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
@@ -326,19 +327,19 @@ def open_complete(
 ) -> tuple[Checkpoint, PreTrainedModel]:
     """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
 
-    Raises what `open_checkpoint` and `meta_model` do, and CheckpointError where weights are missing or have another
-    shape than the model's: transformers would fill them with random numbers.
+    Raises what `open_checkpoint` and `build_meta_model` do, and CheckpointError where weights are missing or have
+    another shape than the model's: transformers would fill them with random numbers.
     """
     checkpoint = open_checkpoint(model, revision)
-    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    tree = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     # What is quantized already has other tensors than its module tree; it is refused for that.
     if not checkpoint.tensors or checkpoint.config.get("quantization_config"):
         return checkpoint, tree
-    report = load_report(type(tree), tree.config, headers_of(checkpoint))
-    if missing := _missing(report, checkpoint, tree):
+    report = load_report(type(tree), tree.config, list_headers(checkpoint))
+    if missing := _find_missing(report, checkpoint, tree):
         count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
         raise CheckpointError(
-            f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {some_of(missing)}.",
+            f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {list_some(missing)}.",
             why="transformers would fill them with random numbers.",
             hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
             "weights were saved from.",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CheckpointError, UsageError
-from compressknow.base.format import count, size
+from compressknow.base.format import count, write_size
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.model.checkpoint import SHOWN, is_outside, read_json
-from compressknow.model.structure import MOST_BLOCKS, layer_ranges
+from compressknow.model.structure import MOST_BLOCKS, parse_layers
 
 SCHEMA = 1
 MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
@@ -41,7 +41,7 @@ REMOVED: dict[str, Any] = {
 }
 _TEXT = {"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool}
 _CALIBRATION = {**_TEXT, "unseen": [str], "smoothed?": {str: [str]}}
-# What `calibration_of` says.
+# What `summarize_calibration` says.
 CALIBRATION = {**_TEXT, "smoothed": int, "unseen": int, "unseen_share": float, "examples": [str]}
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
@@ -81,12 +81,12 @@ def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"
 
 
-def expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return what the weight files must hold, by name: ``dtype``, ``shape``, ``sha256``, and ``zeros`` of a weight."""
-    return {name: row for each in manifest["tensors"] for name, row in _stored(each)}
+    return {name: row for each in manifest["tensors"] for name, row in _list_stored(each)}
 
 
-def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _list_stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the tensor of a row, and its scale where it has one; or all that its scheme stores for it."""
     if "stored" in row:
         yield from ((part["name"], part) for part in row["stored"])
@@ -97,7 +97,7 @@ def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name, {key: scale[key] for key in ("shape", "dtype", "sha256")}
 
 
-def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def summarize_calibration(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what a manifest says of calibration, in short; None where nothing was calibrated.
 
     Beside ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``: ``smoothed``, how many norms
@@ -107,7 +107,7 @@ def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     if (done := manifest.get("calibration")) is None:
         return None
     unseen, rows = sorted(done["unseen"]), {row["name"]: row for row in manifest["tensors"]}
-    numel = sum(_numel_of(name, rows) for name in unseen)
+    numel = sum(_count_parameters(name, rows) for name in unseen)
     return {key: done[key] for key in _TEXT} | {
         "smoothed": len(done.get("smoothed", {})),
         "unseen": len(unseen),
@@ -116,28 +116,28 @@ def calibration_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _numel_of(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
+def _count_parameters(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
     """Count the parameters of a weight, or of one matrix ``NAME[3]`` of several that a tensor holds."""
     tensor, bracket, _ = name.partition("[")
     row = rows.get(tensor, {"numel": 0, "shape": []})
     return int(row["numel"]) // max(row["shape"][0], 1) if bracket and row["shape"] else int(row["numel"])
 
 
-def dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
+def list_dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
     """Return the neurons that a network lost, by the module that read them, of an entry of `removed`; none where a
     manifest of before does not say which they were.
 
-    >>> dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
+    >>> list_dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
     {'layers.0.down_proj': (range(0, 1), range(2, 5))}
     """
     pairs = zip(entry["modules"], entry.get("dropped", []), strict=False)
-    return {module: tuple(layer_ranges(numbers).values()) for module, numbers in pairs}
+    return {module: tuple(parse_layers(numbers).values()) for module, numbers in pairs}
 
 
 def _is_consistent(entry: Mapping[str, Any]) -> bool:
     """Return whether each module lost as many neurons as the entry says, in ascending order."""
     try:
-        dropped = list(dropped_neurons(entry).values())
+        dropped = list(list_dropped_neurons(entry).values())
     except UsageError:
         return False
     for spans in dropped:
@@ -169,12 +169,12 @@ def check_converted(folder: Path) -> None:
         )
 
 
-def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
+def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield sentences on the entry ``removed`` of a manifest; none where it has none.
 
     >>> blocks = {"stack": "model.layers", "key": "num_hidden_layers", "before": 8, "after": 5, "dropped": [2, 3, 6]}
-    >>> *_, last = removed_in_words({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
-    >>> next(removed_in_words({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400}))
+    >>> *_, last = describe_removed({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
+    >>> next(describe_removed({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400}))
     '3 of the 8 blocks of model.layers were dropped: 2-3, 6.'
     >>> last
     'The model has 1,200 parameters fewer (2.4 kB).'
@@ -184,36 +184,36 @@ def removed_in_words(removed: Mapping[str, Any] | None) -> Iterator[str]:
     for one in removed["blocks"]:
         number = one["before"] - one["after"]
         why = ", which change their input least" if one.get("similarities") else ""
-        which = ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
+        which = format_ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
         were = "was" if number == 1 else "were"
         yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
     for one in removed["neurons"]:
         networks = len(one["modules"])
         where = "The feed-forward block has" if networks == 1 else f"Each of the {networks} feed-forward blocks has"
         yield f"{where} {count(one['after'])} neurons instead of {count(one['before'])} ({one['key']})."
-    yield f"The model has {count(removed['parameters'])} parameters fewer ({size(removed['bytes'])})."
+    yield f"The model has {count(removed['parameters'])} parameters fewer ({write_size(removed['bytes'])})."
 
 
-def ranges(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """Write ascending numbers as `--drop-blocks` and `--layers` take them.
 
-    >>> ranges([0, 2, 3, 4, 7])
+    >>> format_ranges([0, 2, 3, 4, 7])
     '0, 2-4, 7'
     """
     runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
-def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield sentences on what `calibration_of` gives: on which text, and how that went; none where it is None.
+def describe_calibration(calibration: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield sentences on what `summarize_calibration` gives: on which text, and how that went; none where it is None.
 
     >>> text = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
-    >>> list(calibrated_in_words({**text, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
+    >>> list(describe_calibration({**text, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
     '4 weights were compressed without knowledge of the inputs, for too few tokens reach them: a, b, c and 1 more.'
     """
     if not calibration:
         return
-    yield f"Calibrated on {text_in_words(calibration)}, with seed {calibration['seed']}."
+    yield f"Calibrated on {describe_text(calibration)}, with seed {calibration['seed']}."
     if smoothed := calibration["smoothed"]:
         norms = "A norm gave" if smoothed == 1 else f"{count(smoothed)} norms gave"
         yield f"{norms} outliers of the activations to the weights behind (SmoothQuant)."
@@ -226,7 +226,7 @@ def calibrated_in_words(calibration: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"{weights} compressed without knowledge of the inputs, for too few tokens reach them: {named}."
 
 
-def text_in_words(calibration: Mapping[str, Any]) -> str:
+def describe_text(calibration: Mapping[str, Any]) -> str:
     """Return which text, and how much of it."""
     source = "the model's own text" if calibration["kind"] == "self" else calibration["source"]
     return f"{count(calibration['tokens'])} tokens of {source}"

@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.progress import quiet
+from compressknow.base.progress import silence_libraries
 from compressknow.model.checkpoint import read_json
 from compressknow.model.structure import MOST_BLOCKS
 
@@ -53,7 +53,7 @@ def _ignore_warnings() -> Iterator[None]:
 
 
 @_ignore_warnings()
-def meta_model(
+def build_meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
     """Build the model that a folder's config.json describes, on the meta device; weights are neither needed nor read.
@@ -67,28 +67,28 @@ def meta_model(
     path = Path(config_folder) / "config.json"
     raw = read_json(path)
     check_numbers(path, raw)
-    architecture = _architecture(path, raw)
-    remote_class = None if _is_builtin(architecture) else _remote_classes(raw).get(architecture)
+    architecture = _find_architecture(path, raw)
+    remote_class = None if _is_builtin(architecture) else _list_remote_classes(raw).get(architecture)
     if remote_class and not trust_remote_code:
         raise CheckpointError(
             f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
             f"Building it would run the code that {path} refers to in `auto_map`.",
             "Read that code, then pass --trust-remote-code.",
         )
-    config = _config(path, raw, trust_remote_code)
+    config = _build_config(path, raw, trust_remote_code)
     if remote_class:
         with _explain_failures(f"The code of {architecture} cannot be loaded."):
             model_class = get_class_from_dynamic_module(remote_class, str(path.parent))
         return _build(path, model_class, config)
     if _is_builtin(architecture):
         return _build(path, getattr(transformers, architecture), config)
-    return _best_match(path, config, architecture, tensor_names)
+    return _build_best_match(path, config, architecture, tensor_names)
 
 
-def _architecture(path: Path, raw: dict[str, Any]) -> str:
+def _find_architecture(path: Path, raw: dict[str, Any]) -> str:
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        known = _candidates(raw.get("model_type")) or ["BertForMaskedLM"]
+        known = _list_candidates(raw.get("model_type")) or ["BertForMaskedLM"]
         raise CheckpointError(
             f"{path} names no architecture.",
             "The architecture determines which layers the model has.",
@@ -97,7 +97,7 @@ def _architecture(path: Path, raw: dict[str, Any]) -> str:
     return str(names[0])
 
 
-def _remote_classes(raw: dict[str, Any]) -> dict[str, str]:
+def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
     auto_map = raw.get("auto_map")
     if not isinstance(auto_map, dict):
         return {}
@@ -112,7 +112,7 @@ def _is_builtin(architecture: str) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
 
 
-def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+def _build_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} names no model_type.", hint='Add it, for example "model_type": "bert".')
@@ -132,11 +132,11 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
     config._attn_implementation = "eager"
     with (
         _explain_failures(f"{path} describes no {model_class.__name__} that can be built."),
-        bounded_building(path),
+        limit_building(path),
         torch.random.fork_rng(devices=[]),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = model_class(_config_for(model_class, config)).eval()
+        model: PreTrainedModel = model_class(_build_config_for(model_class, config)).eval()
         return model
 
 
@@ -147,14 +147,14 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
     Raises CheckpointError where no such model can be built.
     """
     with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
-        config = config_from_dict(tree, copy.deepcopy(raw))
+        config = parse_config(tree, copy.deepcopy(raw))
     return _build(path, type(tree), config)
 
 
-def config_from_dict(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
+def parse_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
     """Return the config that the class of a module tree is given for the content of a config.json."""
     config = build_whole_config(tree, raw)
-    part = _config_for(type(tree), config)
+    part = _build_config_for(type(tree), config)
     if part is not config and "quantization_config" in raw:
         # As the auto classes do.
         part.quantization_config = raw["quantization_config"]
@@ -170,7 +170,7 @@ def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrained
     return config
 
 
-def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     # The text part of a multimodal checkpoint, as the auto classes of transformers take it.
     wanted = getattr(model_class, "config_class", None)
     if wanted is None or isinstance(config, wanted):
@@ -179,7 +179,7 @@ def _config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     return text if isinstance(text, wanted) else config
 
 
-def _best_match(
+def _build_best_match(
     path: Path, config: PreTrainedConfig, architecture: str, tensor_names: Collection[str]
 ) -> PreTrainedModel:
     """Build the language model of the config's type whose parameters best cover the stored tensors.
@@ -187,9 +187,9 @@ def _best_match(
     Some checkpoints name a class of their authors' own (AntiBERTy) though their layers are a known model's.
     """
     names = set(tensor_names)
-    candidates = _candidates(config.model_type)
+    candidates = _list_candidates(config.model_type)
     models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
-    fitting = [model for model in models if _head_is_stored(model, names)]
+    fitting = [model for model in models if _has_stored_head(model, names)]
     if not fitting:
         raise CheckpointError(
             f'{path} names the architecture "{architecture}", which transformers {transformers.__version__} lacks.',
@@ -201,12 +201,12 @@ def _best_match(
     return max(fitting, key=lambda model: sum(1 if name in names else -1 for name in model.state_dict()))
 
 
-def _candidates(model_type: Any) -> list[str]:
+def _list_candidates(model_type: Any) -> list[str]:
     names = [classes[model_type] for classes in LANGUAGE_MODEL_CLASSES.values() if model_type in classes]
     return list(dict.fromkeys(names))
 
 
-def _head_is_stored(model: PreTrainedModel, names: set[str]) -> bool:
+def _has_stored_head(model: PreTrainedModel, names: set[str]) -> bool:
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     return any(tensor is weight and name in names for name, tensor in model.state_dict(keep_vars=True).items())
@@ -255,7 +255,7 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def bounded_building(path: Path) -> Iterator[None]:
+def limit_building(path: Path) -> Iterator[None]:
     """Raise CheckpointError as soon as the modules that are built from the config at `path` are too many."""
     start, made = time.monotonic(), 0
 
@@ -304,18 +304,18 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     with ExitStack() as watches, suppress(Exception):  # Code may not suit tensors without values.
         for name, module in linears.items():
             watches.enter_context(_watch(name, module, uses))
-        with torch.no_grad(), quiet(), _Valueless(), uses:  # type: ignore[no-untyped-call]
+        with torch.no_grad(), silence_libraries(), _Valueless(), uses:  # type: ignore[no-untyped-call]
             model(**inputs)
         is_whole = True
     if not is_whole:
         # One block runs as the next does.
-        reached = {_without_numbers(name) for name in uses.ran}
+        reached = {_drop_numbers(name) for name in uses.ran}
         code = "".join(map(_read_code, {type(module) for module in model.modules()}))
         named = set(re.findall(r"(\w+|\])\.weight\b", code))
         uses.reads |= {
             name: "values"
             for name in linears
-            if _without_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
+            if _drop_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
         }
     uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
     return uses.reads
@@ -329,7 +329,7 @@ def _read_code(kind: type[nn.Module]) -> str:
     return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)
 
 
-def _without_numbers(name: str) -> str:
+def _drop_numbers(name: str) -> str:
     return re.sub(r"\d+", "", name)
 
 

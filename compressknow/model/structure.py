@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, get_args
 
-from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 
 Group = Literal["attention", "feed-forward", "final", "other", "vision"]
 ModuleMap = Literal["structural", "paper"]
@@ -140,7 +140,7 @@ def check_scope_names(scopes: Collection[str]) -> None:
     for scope in scopes:
         if scope not in SCOPES:
             other = OTHER_WORDS.get(scope.lower())
-            near = f"Did you mean {other}? " if other else did_you_mean(scope, SCOPES)
+            near = f"Did you mean {other}? " if other else suggest_word(scope, SCOPES)
             raise UsageError(f'There is no scope "{scope}".', hint=f"{near}There is {', '.join(SCOPES)}.")
 
 
@@ -150,17 +150,17 @@ def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
     _compile("--exclude", exclude)
 
 
-def scope_names(structure: Structure) -> tuple[str, ...]:
+def list_scopes(structure: Structure) -> tuple[str, ...]:
     """Return the scopes that hold at least one weight of this model."""
     return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
 
 
-def scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
+def count_scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
     """Count the parameters that each scope of the model takes, by action, shared layers once per use."""
     actions: tuple[Action, ...] = ("prune", "quantize")
     return {
         name: {action: sum(w.used for w in structure.linears if SCOPES[name](w, action)) for action in actions}
-        for name in scope_names(structure)
+        for name in list_scopes(structure)
     }
 
 
@@ -189,7 +189,7 @@ def select(
     includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
     in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]
     unplaced = [w for w in structure.linears if w.group is None]
-    opaque = _opaque_of(structure, scopes)
+    opaque = _list_opaque(structure, scopes)
     for pattern in includes:
         _check_pattern("--include", pattern, [w.module for w in (*in_scope, *unplaced)], structure)
     for pattern in excludes:
@@ -200,13 +200,13 @@ def select(
         _check_unplaced(unplaced, (*includes, *excludes))
     for scope in scopes:
         if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
-            counts = scope_parameters(structure).items()
+            counts = count_scope_parameters(structure).items()
             there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
             hint = f"There is {there}." if there else f"{structure.architecture} has no Linear layer at all."
             raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
-    chosen = [w for w in in_scope if not narrowing or _matches(w.module, narrowing)]
-    chosen += [w for w in unplaced if _matches(w.module, includes)]
-    chosen = [w for w in chosen if not _matches(w.module, excludes)]
+    chosen = [w for w in in_scope if not narrowing or _is_match(w.module, narrowing)]
+    chosen += [w for w in unplaced if _is_match(w.module, includes)]
+    chosen = [w for w in chosen if not _is_match(w.module, excludes)]
     if layers is not None:
         chosen = _select_layers(structure, chosen, layers)
     if not chosen:
@@ -215,7 +215,7 @@ def select(
     return tuple(weight for weight in structure.linears if weight.parameter in names)
 
 
-def _matches(name: str, patterns: Patterns) -> bool:
+def _is_match(name: str, patterns: Patterns) -> bool:
     return any(pattern.search(name) for pattern in patterns)
 
 
@@ -237,42 +237,42 @@ def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], stru
     )
 
 
-def _opaque_of(structure: Structure, scopes: Sequence[str]) -> list[str]:
+def _list_opaque(structure: Structure, scopes: Sequence[str]) -> list[str]:
     groups = {scope if scope in ("feed-forward", "final") else scope.rpartition("-")[2] for scope in scopes}
     everything = bool(groups & {"blocks", "overall", "encoder", "decoder"})
     return [name for name, group in structure.opaque.items() if group in groups or (everything and group != "vision")]
 
 
 def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
-    wanted = [name for name in opaque if not narrowing or _matches(name, narrowing)]
-    left = [name for name in wanted if not _matches(name, excludes)]
+    wanted = [name for name in opaque if not narrowing or _is_match(name, narrowing)]
+    left = [name for name in wanted if not _is_match(name, excludes)]
     if left:
         raise UnsupportedError(
-            f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _listed(left),
-            hint=f"Leave them out by name, for example --exclude '{_example(left)}'.",
+            f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _join_names(left),
+            hint=f"Leave them out by name, for example --exclude '{_name_example(left)}'.",
         )
 
 
 def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
-    left = list(dict.fromkeys(w.module for w in unplaced if not _matches(w.module, resolved)))
+    left = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
     if left:
         raise UnsupportedError(
-            f"No rule tells which group {len(left)} Linear layers belong to:\n" + _listed(left),
-            hint=f"Add them to the scope with --include '{_example(left)}', or leave them out with --exclude.",
+            f"No rule tells which group {len(left)} Linear layers belong to:\n" + _join_names(left),
+            hint=f"Add them to the scope with --include '{_name_example(left)}', or leave them out with --exclude.",
         )
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
     return "\n".join([f"  {kind}" for kind in kinds[:SHOWN]] + (["  ..."] if len(kinds) > SHOWN else []))
 
 
-def _example(names: list[str]) -> str:
+def _name_example(names: list[str]) -> str:
     # The end of a name is what the layers of all blocks have in common.
     return r"\.".join(names[0].split(".")[-2:])
 
 
-def layer_ranges(layers: str) -> dict[str, range]:
+def parse_layers(layers: str) -> dict[str, range]:
     """Return what ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
     ranges: dict[str, range] = {}
     for part in layers.split(","):
@@ -291,10 +291,10 @@ def _select_layers(structure: Structure, weights: list[LinearWeight], layers: st
     there = {w.layer for w in weights if w.layer is not None}
     known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
     # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
-    stacks = {_stack_of(w) for w in weights}
-    last = max((w.layer for w in structure.linears if w.layer is not None and _stack_of(w) in stacks), default=0)
+    stacks = {_find_stack(w) for w in weights}
+    last = max((w.layer for w in structure.linears if w.layer is not None and _find_stack(w) in stacks), default=0)
     wanted: set[int] = set()
-    for part, numbers in layer_ranges(layers).items():
+    for part, numbers in parse_layers(layers).items():
         inside = {number for number in there if number in numbers}
         if not inside:
             raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
@@ -304,5 +304,5 @@ def _select_layers(structure: Structure, weights: list[LinearWeight], layers: st
     return [w for w in weights if w.layer in wanted]
 
 
-def _stack_of(weight: LinearWeight) -> tuple[str | None, bool]:
+def _find_stack(weight: LinearWeight) -> tuple[str | None, bool]:
     return weight.stack, weight.group == "vision"

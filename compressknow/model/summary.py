@@ -8,12 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import count, plain
+from compressknow.base.format import clean, count
 from compressknow.base.notebook import Shown, Summary
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint
-from compressknow.model.gguf_file import ORDER, Tensor, groups_of, open_gguf, tensors_of, value_of
-from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, scope_parameters
-from compressknow.model.tensors import grid_of
+from compressknow.model.gguf_file import ORDER, Tensor, find_groups, list_tensors, open_gguf, read_value
+from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, count_scope_parameters
+from compressknow.model.tensors import find_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ class Inspection(Shown, dict[str, Any]):
 
     def _summary(self) -> Summary:
         return Summary(
-            f"{plain(self.model, 60)}: {plain(self.architecture, 60)}",
+            f"{clean(self.model, 60)}: {clean(self.architecture, 60)}",
             f"{count(self.parameters['stored'])} parameters.",
             ("Group", "Modules", "Stored", "As used"),
             tuple(
@@ -89,12 +89,12 @@ def inspect_checkpoint(
     """
     # Of a hub id the config alone: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
-    from compressknow.model.groups import structure_of
-    from compressknow.model.loading import missing_weights
-    from compressknow.model.meta import meta_model
+    from compressknow.model.groups import read_structure
+    from compressknow.model.loading import find_missing_weights
+    from compressknow.model.meta import build_meta_model
 
-    tree = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
-    structure = structure_of(tree, module_map)
+    tree = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
+    structure = read_structure(tree, module_map)
     if not checkpoint.tensors:
         # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
         if checkpoint.config.get("tie_word_embeddings") is False:
@@ -102,10 +102,10 @@ def inspect_checkpoint(
             tied = {name: source for name, source in structure.tied.items() if name not in heads}
             structure = replace(structure, tied=tied)
         return summarize(structure, checkpoint.name, None)
-    dtypes, ties = _stored_dtypes(checkpoint, tree, structure)
+    dtypes, ties = _find_stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
-    grid = grid_of(checkpoint.tensors.values())
-    missing = list(missing_weights(checkpoint, tree))
+    grid = find_grid(checkpoint.tensors.values())
+    missing = list(find_missing_weights(checkpoint, tree))
     return Inspection({**summary, "missing": missing, **({"grid": grid} if grid else {})})
 
 
@@ -130,7 +130,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
             "model_type": structure.model_type,
             "module_map": structure.module_map,
             "groups": {group: _group(weights, structure, dtypes) for group, weights in groups.items()},
-            "scopes": scope_parameters(structure),
+            "scopes": count_scope_parameters(structure),
             "parameters": {"stored": stored, "used": stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),
             "unplaced": list(dict.fromkeys(structure.unplaced)),
@@ -161,18 +161,18 @@ def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[st
     }
 
 
-def _stored_dtypes(
+def _find_stored_dtypes(
     checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
-    from compressknow.model.loading import Naming, find_suppliers, packed_weights
+    from compressknow.model.loading import Naming, find_packed_weights, find_suppliers
 
     naming = Naming(model)
     bindings = naming.bind(checkpoint.tensors)
     supply = find_suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
     supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
     dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
-    packed = packed_weights(checkpoint, naming, structure)
+    packed = find_packed_weights(checkpoint, naming, structure)
     supply |= {parameter: stored.name for parameter, (stored, _) in packed.items()}
     dtypes |= {parameter: values.dtype for parameter, (_, values) in packed.items()}
     ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
@@ -185,11 +185,11 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     Raises CheckpointError where it is damaged.
     """
     readers = [open_gguf(part) for part in parts]
-    tensors = tensors_of(*readers)
-    groups = groups_of(tensors)
+    tensors = list_tensors(*readers)
+    groups = find_groups(tensors)
     stored = sum(tensor.numel for tensor in tensors.values())
-    architecture = str(value_of(readers[0], "general.architecture"))
-    made = {key: value_of(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
+    architecture = str(read_value(readers[0], "general.architecture"))
+    made = {key: read_value(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
     return Inspection(
         {
             "model": parts[0].name,

@@ -35,7 +35,7 @@ TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items() if 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def get_torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of a safetensors name. Raises KeyError for F8_E8M0, which torch 2.6 lacks."""
     import torch
 
@@ -43,7 +43,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def byte_view(tensor: torch.Tensor) -> memoryview:
+def view_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, in the same memory."""
     import torch
 
@@ -90,7 +90,7 @@ _LARGEST = {
 }
 
 
-def not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
+def find_not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
     """Return what is no number in a piece of a tensor's bytes, "NaN" or "an infinity"; else, or of no floats, None."""
     import numpy as np
 
@@ -148,7 +148,7 @@ class OpenFiles:
 COMPARE_BYTES = 1 << 22
 
 
-def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+def has_same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Return whether two stored tensors hold the same values bit for bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -168,7 +168,7 @@ GRID_NONZERO = 24
 GRID_ROWS = 16
 
 
-def grid_of(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
+def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
     """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None where
     none does. The type that they were unpacked from reproduces them, whatever its bits are worth elsewhere.
 
@@ -177,12 +177,12 @@ def grid_of(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
     """
     matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
-        counts = [_most_values(files, each) for each in matrices if each.shape[1] % GRID_NEIGHBOURS == 0]
+        counts = [_count_most_values(files, each) for each in matrices if each.shape[1] % GRID_NEIGHBOURS == 0]
     found = [count for count in counts if count is not None and count <= GRID_VALUES]
     return {"weights": len(found), "of": len(counts), "values": max(found)} if found else None
 
 
-def _most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
+def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
     """Count the most different weights in any group of some rows; None where all groups are mostly zeros."""
     import numpy as np
 
@@ -213,17 +213,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     header, data_start = _load(path)
     try:
-        tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items() if name != METADATA]
+        tensors = [_parse_tensor(path, name, entry, data_start) for name, entry in header.items() if name != METADATA]
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its header cannot be read ({error})") from None
+        raise _report_damage(path, f"its header cannot be read ({error})") from None
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     position, size = data_start, path.stat().st_size
     for tensor in tensors:
         if tensor.offset != position:
-            raise _damaged(path, f"{tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
+            raise _report_damage(path, f"{tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
         position += tensor.nbytes
     if position != size:
-        raise _damaged(path, f"its tensors end at byte {position:,}, the file at {size:,}: it is truncated or padded")
+        raise _report_damage(
+            path, f"its tensors end at byte {position:,}, the file at {size:,}: it is truncated or padded"
+        )
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -241,20 +243,20 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
     try:
         opened = open_regular(path)
     except ValueError as error:
-        raise _damaged(path, str(error)) from None
+        raise _report_damage(path, str(error)) from None
     with opened as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise _damaged(path, f"its header claims {length:,} bytes, the file has {size:,}")
+            raise _report_damage(path, f"its header claims {length:,} bytes, the file has {size:,}")
         raw = file.read(length)
     try:
         header = parse_json(raw, most_values=MAX_HEADER_VALUES, pairs=_refuse_repeated_keys)
     except ValueError as error:
-        raise _damaged(path, f"its header cannot be read ({error})") from None
+        raise _report_damage(path, f"its header cannot be read ({error})") from None
     metadata = header.get(METADATA, {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "its header is not a JSON object of tensors by name")
+        raise _report_damage(path, "its header is not a JSON object of tensors by name")
     return header, 8 + length
 
 
@@ -265,7 +267,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+def _parse_tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
     name.encode()  # Half a surrogate pair is no text: nothing could write it again.
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_SIZES:
@@ -277,7 +279,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
     return StoredTensor(name, dtype, tuple(shape), path, data_start + start)
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def _report_damage(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a sound safetensors file: {why}.", hint="Download or save it again.")
 
 
@@ -301,13 +303,13 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     state dict.
     """
     _check_packed(path)
-    if records := _records_in_place(path):
+    if records := _list_records_in_place(path):
         state = _load_pickle(path, map_location="meta")
-        if all(_lies_in(records, tensor) for tensor in state.values()):
-            return {name: _stored(path, name, tensor, in_place=True) for name, tensor in state.items()}
+        if all(_is_in_place(records, tensor) for tensor in state.values()):
+            return {name: _make_stored(path, name, tensor, in_place=True) for name, tensor in state.items()}
     state = _load_pickle(path, map_location="cpu")
     _check_expanded(path, state)
-    return {name: _stored(path, name, tensor, in_place=False) for name, tensor in state.items()}
+    return {name: _make_stored(path, name, tensor, in_place=False) for name, tensor in state.items()}
 
 
 def _check_packed(path: Path) -> None:
@@ -351,7 +353,7 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     try:
         state: dict[str, torch.Tensor] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # A damaged pickle may fail anywhere inside torch.
-        raise _unreadable(path, error) from None
+        raise _report_unreadable(path, error) from None
     is_flat = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         for name, value in state.items()
@@ -364,7 +366,7 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
     # torch's own message leads with advice to load the file without the check: not ours to pass on.
     wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if wanted:
@@ -378,7 +380,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is not a sound PyTorch checkpoint: {reason}.", hint="Download or save it again.")
 
 
-def _records_in_place(path: Path) -> dict[int, int]:
+def _list_records_in_place(path: Path) -> dict[int, int]:
     """Return the records of a zip archive that lie in it as they are: size in bytes by offset.
 
     Empty where the file is no such archive, or was written on a machine of the other byte order.
@@ -391,12 +393,12 @@ def _records_in_place(path: Path) -> dict[int, int]:
             if any(order.decode() != sys.byteorder for name, order in small.items() if name.endswith("/byteorder")):
                 return {}
             plain = [e for e in entries if e.compress_type == zipfile.ZIP_STORED and not e.flag_bits & ENCRYPTED]
-            return {_data_offset(file, entry): entry.file_size for entry in plain}
+            return {_find_data_offset(file, entry): entry.file_size for entry in plain}
     except Exception:  # A damaged archive may fail anywhere; what is wrong with it, torch will say.
         return {}
 
 
-def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+def _find_data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     # The local header repeats the name and has extra fields (padding) of its own.
     file.seek(entry.header_offset)
     signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
@@ -405,14 +407,14 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
-def _lies_in(records: dict[int, int], tensor: torch.Tensor) -> bool:
+def _is_in_place(records: dict[int, int], tensor: torch.Tensor) -> bool:
     """Return whether a tensor on the meta device is row-major, and its storage a record of the file."""
     storage = tensor.untyped_storage()
     offset = getattr(storage, "_checkpoint_offset", None)
     return tensor.is_contiguous() and offset is not None and storage.nbytes() == records.get(offset)
 
 
-def _stored(path: Path, name: str, tensor: torch.Tensor, *, in_place: bool) -> StoredTensor:
+def _make_stored(path: Path, name: str, tensor: torch.Tensor, *, in_place: bool) -> StoredTensor:
     dtype = _NAMES_BY_TORCHS.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise CheckpointError(
@@ -426,4 +428,4 @@ def _stored(path: Path, name: str, tensor: torch.Tensor, *, in_place: bool) -> S
         return StoredTensor(name, dtype, shape, path, offset)
     # Its address tells tensors that share their memory; a transposed one, copied here, is not the same as its source.
     loaded = tensor.contiguous()
-    return StoredTensor(name, dtype, shape, path, loaded.data_ptr(), byte_view(loaded))
+    return StoredTensor(name, dtype, shape, path, loaded.data_ptr(), view_bytes(loaded))

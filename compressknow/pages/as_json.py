@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.comparison.intervals import holm, kept_by_cluster, mcnemar, proportion
+from compressknow.comparison.intervals import adjust_holm, estimate_kept, estimate_proportion, run_mcnemar
 from compressknow.comparison.records import (
     Certainty,
     Confidence,
@@ -29,46 +29,49 @@ from compressknow.comparison.records import (
 from compressknow.evaluate.records import NoiseFloor
 
 
-def counts_to_json(counts: Counts) -> dict[str, int]:
+def dump_counts(counts: Counts) -> dict[str, int]:
     """Return the facts in all, and by what the two models know."""
     return {"n": counts.n, **asdict(counts)}
 
 
 def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
     """Return a figure under its name, and its interval."""
-    return {name: estimate.value, f"{name}_interval": interval_to_json(estimate)}
+    return {name: estimate.value, f"{name}_interval": dump_interval(estimate)}
 
 
-def interval_to_json(estimate: Estimate) -> list[float] | None:
+def dump_interval(estimate: Estimate) -> list[float] | None:
     """Return [low, high], or None."""
     return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
 
 
-def kept_to_json(counts: Counts) -> dict[str, Any]:
+def dump_kept(counts: Counts) -> dict[str, Any]:
     """Return knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
-    return {**estimate_to_json("kept", proportion(counts.both, counts.known_before)), "mcnemar_p": mcnemar(counts)}
+    return {
+        **estimate_to_json("kept", estimate_proportion(counts.both, counts.known_before)),
+        "mcnemar_p": run_mcnemar(counts),
+    }
 
 
-def clusters_to_json(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
+def dump_clusters(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
-    by_cluster = interval_to_json(kept_by_cluster(relations))
-    return {**counts_to_json(counts), **kept_to_json(counts), "kept_cluster_interval": by_cluster}
+    by_cluster = dump_interval(estimate_kept(relations))
+    return {**dump_counts(counts), **dump_kept(counts), "kept_cluster_interval": by_cluster}
 
 
-def certainty_to_json(certainty: Certainty) -> dict[str, Any]:
+def dump_certainty(certainty: Certainty) -> dict[str, Any]:
     """Return how sure the figures are that stand beside it."""
     return {
         "p": certainty.test.p,
         "p_by": certainty.test.unit,
         "clusters": certainty.relations,
-        "kept_cluster_interval": interval_to_json(certainty.kept),
-        "difference_cluster_interval": interval_to_json(certainty.difference),
+        "kept_cluster_interval": dump_interval(certainty.kept),
+        "difference_cluster_interval": dump_interval(certainty.difference),
         "smallest_detectable_loss": certainty.smallest_loss,
         "known_facts_for_2_points": certainty.facts_for_two,
     }
 
 
-def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
+def dump_early(early: EarlyStop | None) -> dict[str, Any] | None:
     """Return how a gate was decided early; None where it was not."""
     if early is None:
         return None
@@ -76,12 +79,12 @@ def early_to_json(early: EarlyStop | None) -> dict[str, Any] | None:
     return values | estimate_to_json("kept", early.kept)
 
 
-def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
+def dump_groups(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each group by its name."""
-    exact = holm([mcnemar(group.counts) for group in groups])
+    exact = adjust_holm([run_mcnemar(group.counts) for group in groups])
     return {
         group.name: {
-            **clusters_to_json(group.counts, group.relations),
+            **dump_clusters(group.counts, group.relations),
             "mcnemar_p_holm": adjusted,
             "p": group.p,
             "p_holm": group.p_holm,
@@ -96,39 +99,39 @@ def groups_to_json(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
 def probe_to_json(probe: ProbeFigures) -> dict[str, Any]:
     """Return all of a probe: figures first, then tables."""
     values = {
-        "knowing": _knowing(probe.knowing),
-        "by_relation": groups_to_json(probe.by_relation),
-        "by_popularity": groups_to_json(probe.by_popularity),
-        **_wordings(probe.wordings),
-        **_confidence(probe.confidence),
-        **certainty_to_json(probe.certainty),
+        "knowing": _dump_knowing(probe.knowing),
+        "by_relation": dump_groups(probe.by_relation),
+        "by_popularity": dump_groups(probe.by_popularity),
+        **_dump_wordings(probe.wordings),
+        **_dump_confidence(probe.confidence),
+        **dump_certainty(probe.certainty),
         "protocol": probe.protocol,
         "average": probe.average,
-        **counts_to_json(probe.counts),
+        **dump_counts(probe.counts),
         **estimate_to_json("accuracy_original", probe.accuracy_original),
         **estimate_to_json("accuracy_compressed", probe.accuracy_compressed),
         **estimate_to_json("difference", probe.difference),
-        **kept_to_json(probe.counts),
+        **dump_kept(probe.counts),
         **estimate_to_json("kept_above_chance", probe.kept_above_chance),
         **estimate_to_json("macro_original", probe.macro_original),
         **estimate_to_json("macro_compressed", probe.macro_compressed),
         **estimate_to_json("macro_difference", probe.macro_difference),
         "flips": probe.counts.flips,
         "answer_changed": probe.answer_changed,
-        "noise_floor": _noise(probe.noise_floor),
-        "runtime_noise_floor": _noise(probe.runtime_noise_floor),
-        **_movement(probe),
+        "noise_floor": _dump_noise(probe.noise_floor),
+        "runtime_noise_floor": _dump_noise(probe.runtime_noise_floor),
+        **_dump_movement(probe),
         "logp_change": dict(probe.logp_change) if probe.logp_change else None,
-        **_both("mrr", probe.mrr),
-        **_both("p_at_5", probe.p_at_5),
+        **_dump_pair("mrr", probe.mrr),
+        **_dump_pair("p_at_5", probe.p_at_5),
         "lost_still_in_top5": probe.lost_still_in_top5,
-        **_both("ece", probe.ece),
-        **_both("brier", probe.brier),
+        **_dump_pair("ece", probe.ece),
+        **_dump_pair("brier", probe.brier),
         "chance": probe.chance,
         "majority": probe.majority,
         "drop_absolute": probe.drop_absolute,
         "drop_relative": probe.drop_relative,
-        "by_subject": groups_to_json(probe.by_subject),
+        "by_subject": dump_groups(probe.by_subject),
         "facts_read": probe.facts_read,
         "dropped": dict(probe.dropped),
         "limit": probe.limit,
@@ -137,27 +140,27 @@ def probe_to_json(probe: ProbeFigures) -> dict[str, Any]:
     return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
 
 
-def _both(name: str, pair: tuple[float | None, float | None] | None) -> dict[str, float | None]:
+def _dump_pair(name: str, pair: tuple[float | None, float | None] | None) -> dict[str, float | None]:
     before, after = pair or (None, None)
     return {f"{name}_original": before, f"{name}_compressed": after}
 
 
-def _noise(floor: NoiseFloor | None) -> dict[str, Any] | None:
+def _dump_noise(floor: NoiseFloor | None) -> dict[str, Any] | None:
     # Its figures are in the card's reading of knowing already.
     return {key: value for key, value in asdict(floor).items() if key != "produced"} if floor else None
 
 
-def _movement(probe: ProbeFigures) -> dict[str, Any]:
+def _dump_movement(probe: ProbeFigures) -> dict[str, Any]:
     moved: Mapping[str, Any] = asdict(probe.movement) if probe.movement else {}
     return {
         "kl_facts": moved.get("n", 0),
         **{key: moved.get(key) for key in ("kl_mean", "kl_median", "kl_p99", "kl_max")},
         "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
-        **_both("kl_rest", moved.get("rest")),
+        **_dump_pair("kl_rest", moved.get("rest")),
     }
 
 
-def _knowing(knowing: Knowing | None) -> dict[str, Any] | None:
+def _dump_knowing(knowing: Knowing | None) -> dict[str, Any] | None:
     if knowing is None:
         return None
     return {
@@ -168,18 +171,18 @@ def _knowing(knowing: Knowing | None) -> dict[str, Any] | None:
     }
 
 
-def _wordings(wordings: Wordings | None) -> dict[str, Any]:
+def _dump_wordings(wordings: Wordings | None) -> dict[str, Any]:
     """Return the figures of each wording by its number, as text; empty where there is one wording."""
     return {
         "by_template": {
-            str(number): {**counts_to_json(counts), **estimate_to_json("kept", kept)}
+            str(number): {**dump_counts(counts), **estimate_to_json("kept", kept)}
             for number, (counts, kept) in (wordings.by_template.items() if wordings else ())
         },
-        **_both("consistency", wordings.consistency if wordings else None),
+        **_dump_pair("consistency", wordings.consistency if wordings else None),
     }
 
 
-def _confidence(confidence: Confidence | None) -> dict[str, Any]:
+def _dump_confidence(confidence: Confidence | None) -> dict[str, Any]:
     values = asdict(confidence) if confidence else {}
     wrong = ("wrong_original", "wrong_compressed", "confidently_wrong_original", "confidently_wrong_compressed")
     return {
@@ -197,65 +200,65 @@ def _confidence(confidence: Confidence | None) -> dict[str, Any]:
     }
 
 
-def texts_to_json(texts: Sequence[TextFigures]) -> dict[str, Any]:
+def dump_texts(texts: Sequence[TextFigures]) -> dict[str, Any]:
     """Return the figures of each text by its name; standard errors stand under ``NAME_error``."""
     return {
-        figures.text: finite(
+        figures.text: replace_not_finite(
             {
                 "context": figures.context,
                 "chunks": figures.chunks,
                 "divergence": figures.divergence,
-                **perplexity_to_json(figures.original, "_original"),
-                **perplexity_to_json(figures.compressed, "_compressed"),
-                **(_moved(figures.moved) if figures.moved else {}),
+                **dump_perplexity(figures.original, "_original"),
+                **dump_perplexity(figures.compressed, "_compressed"),
+                **(_dump_moved(figures.moved) if figures.moved else {}),
             }
         )
         for figures in texts
     }
 
 
-def perplexity_to_json(perplexity: Perplexity, which: str = "") -> dict[str, Any]:
+def dump_perplexity(perplexity: Perplexity, which: str = "") -> dict[str, Any]:
     """Return the figures of one model; `which` it is ends the names."""
-    return finite(
+    return replace_not_finite(
         {
-            **_measured(f"perplexity{which}", perplexity.value),
-            **_measured(f"bits_per_byte{which}", perplexity.bits_per_byte),
+            **_dump_measured(f"perplexity{which}", perplexity.value),
+            **_dump_measured(f"bits_per_byte{which}", perplexity.bits_per_byte),
             f"tokens{which}": perplexity.tokens,
         }
     )
 
 
-def _moved(moved: Moved) -> dict[str, Any]:
+def _dump_moved(moved: Moved) -> dict[str, Any]:
     divergent = moved.divergent
     return {
-        **_measured("perplexity_ratio", moved.ratio),
-        **_measured("log_perplexity_ratio", moved.log_ratio),
-        **_measured("perplexity_difference", moved.difference),
+        **_dump_measured("perplexity_ratio", moved.ratio),
+        **_dump_measured("log_perplexity_ratio", moved.log_ratio),
+        **_dump_measured("perplexity_difference", moved.difference),
         "correlation": moved.correlation,
-        **_measured("kl_mean", moved.kl),
+        **_dump_measured("kl_mean", moved.kl),
         "kl_percentiles": dict(moved.kl_percentiles) if moved.kl_percentiles else None,
-        **_measured("same_top", moved.same_top),
-        **_measured("probability_change", moved.change),
-        **_measured("probability_change_rms", moved.change_rms),
+        **_dump_measured("same_top", moved.same_top),
+        **_dump_measured("probability_change", moved.change),
+        **_dump_measured("probability_change_rms", moved.change_rms),
         "probability_change_percentiles": dict(moved.change_percentiles),
         "greedy": asdict(divergent) | {"median": divergent.middle} if divergent else None,
     }
 
 
-def _measured(name: str, figure: Measured | None) -> dict[str, float | None]:
+def _dump_measured(name: str, figure: Measured | None) -> dict[str, float | None]:
     return {name: figure.value if figure else None, f"{name}_error": figure.error if figure else None}
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
+def replace_not_finite(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values with None for what is no number.
 
-    >>> finite({"kl": float("nan"), "text": {"tokens": 3}})
+    >>> replace_not_finite({"kl": float("nan"), "text": {"tokens": 3}})
     {'kl': None, 'text': {'tokens': 3}}
     """
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return finite(value)
+            return replace_not_finite(value)
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {key: clean(value) for key, value in values.items()}

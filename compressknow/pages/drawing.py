@@ -11,7 +11,7 @@ from itertools import groupby, pairwise, product
 from math import nan
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import number, plain, share
+from compressknow.base.format import clean, number, share
 from compressknow.comparison.records import Estimate
 from compressknow.pages.svg import COLOURS, make_inline
 
@@ -106,7 +106,7 @@ def draw_lines(
     within : what the axis reaches over at least, as `find_reach` gives it: one scale for all charts of a row.
     """
     description = "; ".join(
-        f"{plain(line.scope, 40)}: "
+        f"{clean(line.scope, 40)}: "
         + ", ".join(f"{write_value(y.value, unit)} at {amount:g} %" for amount, y in line.points)
         for line in drawn_lines
     )
@@ -177,7 +177,7 @@ def _draw_levels(
 
 
 def _describe_levels(levels: Mapping[str, float], unit: str) -> str:
-    return "".join(f" {plain(name, 40)}: {write_value(level, unit)}." for name, level in levels.items())
+    return "".join(f" {clean(name, 40)}: {write_value(level, unit)}." for name, level in levels.items())
 
 
 def draw_bars(
@@ -192,7 +192,7 @@ def draw_bars(
 ) -> str:
     """Draw figures as bars, each with its name and interval, up to `high` at least; the rest as in `draw_lines`."""
     description = ", ".join(
-        f"{plain(bar.group, 40)}{' ' * bool(bar.group)}{plain(bar.name, 60)}: {write_value(bar.value.value, unit)}"
+        f"{clean(bar.group, 40)}{' ' * bool(bar.group)}{clean(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
     )
     # A named group has a heading above its first bar.
@@ -269,7 +269,7 @@ def _list_ticks(low: float, high: float) -> list[float]:
 
 def _shorten(name: str, limit: int) -> str:
     # Twice, since a character that is named takes the room of eight.
-    return plain(plain(name, limit), limit)
+    return clean(clean(name, limit), limit)
 
 
 def _write_tick(value: float, unit: str) -> str:

@@ -13,14 +13,14 @@ import yaml
 
 from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
-from compressknow.base.format import count, percent, size
+from compressknow.base.format import count, write_percent, write_size
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
 from compressknow.compress.recipe import to_toml
-from compressknow.compress.runtimes import VLLM_ARCHITECTURES, runtimes, vllm_limit, vllm_obstacle
+from compressknow.compress.runtimes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle, list_runtimes
 from compressknow.compress.schemes import choose_word, find_schemes
-from compressknow.model.checkpoint import some_of
-from compressknow.model.manifest import calibrated_in_words, calibration_of, removed_in_words
+from compressknow.model.checkpoint import list_some
+from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.pages import render, to_code_span, to_yaml
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         manifest=manifest,
         groups={**manifest["groups"], "whole model": manifest["totals"]},
         deeds=_list_deeds(manifest, schemes),
-        removed=" ".join(removed_in_words(manifest.get("removed"))),
+        removed=" ".join(describe_removed(manifest.get("removed"))),
         quantized=bool(schemes),
         auto_class=auto_class,
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
-        vllm=vllm_obstacle(manifest) is None,
-        vllm_limit=vllm_limit(manifest),
-        calibrated=list(calibrated_in_words(calibration_of(manifest))),
+        vllm=find_vllm_obstacle(manifest) is None,
+        vllm_limit=find_vllm_limit(manifest),
+        calibrated=list(describe_calibration(summarize_calibration(manifest))),
         recipe=to_toml(manifest["recipe"]),
         command=shlex.join(command),
     )
@@ -121,7 +121,7 @@ def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
     if removed := manifest.get("removed"):
         deeds.append(f"{count(removed['parameters'])} parameters left out")
     if totals["pruned"]:
-        share = percent(totals["pruned"], totals["in_scope"])
+        share = write_percent(totals["pruned"], totals["in_scope"])
         deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
     if totals["quantized"]:
         names = ", ".join(to_code_span(scheme) for scheme in sorted(schemes))
@@ -157,8 +157,8 @@ def is_encoder_decoder(architecture: str, model_type: str) -> bool:
 
 def describe_runtimes(manifest: Mapping[str, Any]) -> str:
     """Say where the output runs, and why not in vLLM where that knows the decoder."""
-    limit, obstacle = vllm_limit(manifest), vllm_obstacle(manifest)
-    text = f"Runs in {', '.join(runtimes(manifest))}{f' ({limit})' if limit else ''}."
+    limit, obstacle = find_vllm_limit(manifest), find_vllm_obstacle(manifest)
+    text = f"Runs in {', '.join(list_runtimes(manifest))}{f' ({limit})' if limit else ''}."
     known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
     return f"{text} It does not run in vLLM: {obstacle}." if obstacle and known else text
 
@@ -176,16 +176,17 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
             else "the scales of its narrow layers take more than "
             f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
         )
-        yield f"The output is larger than the input ({size(after)} against {size(before)}): {cause}."
+        yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
     if unused := manifest.get("unused", []):
         tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
-        yield f"{tensors} no place in {manifest['source']['architecture']} and {go} along unchanged: {some_of(unused)}."
+        architecture = manifest["source"]["architecture"]
+        yield f"{tensors} no place in {architecture} and {go} along unchanged: {list_some(unused)}."
     refilled = [row for row in manifest["tensors"] if row.get("refilled")]
     if rows := [row for row in refilled if row["refilled"] >= _REFILLED_SHARE * row["numel"]]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
         yield (
             f"The source is pruned, and {again} of {zeros} zeros have values again in "
-            f"{some_of([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            f"{list_some([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
             "lost there, unless this recipe prunes to it again."
         )
 

@@ -19,10 +19,10 @@ from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import check_links, open_whole
-from compressknow.base.format import RIGHT_TO_LEFT, count, number, percent, plain_lines, size, smaller
+from compressknow.base.format import RIGHT_TO_LEFT, clean_lines, compare_sizes, count, number, write_percent, write_size
 from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
-from compressknow.base.system import uninterrupted
+from compressknow.base.system import hold_signals
 
 if TYPE_CHECKING:
     # Whoever only writes a model card need not import what pages are made of.
@@ -76,7 +76,7 @@ def to_code_span(text: object) -> str:
 def to_code_block(text: str, language: str = "") -> str:
     """Return `text` as a fenced Markdown block that nothing in it can close."""
     fence = _make_fence(text, least=3)
-    return f"{fence}{language}\n{plain_lines(text.rstrip())}\n{fence}"
+    return f"{fence}{language}\n{clean_lines(text.rstrip())}\n{fence}"
 
 
 def _make_fence(text: str, least: int) -> str:
@@ -89,7 +89,7 @@ def to_yaml(values: dict[str, Any]) -> str:
     # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
     dump: Callable[..., str] = partial(yaml.safe_dump, values, sort_keys=False, width=float("inf"))
     text = dump(allow_unicode=True)
-    return text if text == plain_lines(text) else dump(allow_unicode=False)
+    return text if text == clean_lines(text) else dump(allow_unicode=False)
 
 
 def isolate(sentence: object) -> Markup:
@@ -99,7 +99,7 @@ def isolate(sentence: object) -> Markup:
     >>> print(isolate("<\u05d0\u05d1> 5 %"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
     """
-    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(plain_lines(str(sentence))))))
+    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence))))))
 
 
 def keep_unbroken(sentence: str) -> Markup:
@@ -123,7 +123,7 @@ def _join_lines(text: object) -> str:
 @pass_eval_context
 def _finish(context: EvalContext, value: object) -> object:
     # Glossaries and methods of other packages need not know which characters are unseen.
-    return plain_lines(value) if context.autoescape and type(value) is str else value
+    return clean_lines(value) if context.autoescape and type(value) is str else value
 
 
 @cache
@@ -140,7 +140,9 @@ def _make_environment() -> Environment:
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
     environment.filters.update(isolated=isolate, unbroken=keep_unbroken, sentence=to_markdown)
-    environment.filters.update(count=count, number=number, percent=percent, size=size, smaller=smaller)
+    environment.filters.update(
+        count=count, number=number, percent=write_percent, size=write_size, smaller=compare_sizes
+    )
     return environment
 
 
@@ -226,7 +228,7 @@ def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *
     Raises OutputError where a file came to be there since `check_outputs` looked, and is not to be overwritten.
     """
     written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
-    with uninterrupted(), ExitStack() as files:
+    with hold_signals(), ExitStack() as files:
         for path, text in written.items():
             file = files.enter_context(open_whole(path))
             file.write(text.encode("utf-8"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, count, millions, p_value, percent, plain, share
+from compressknow.base.format import NONE, clean, count, share, write_millions, write_p_value, write_percent
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
 from compressknow.pages.drawing import open_axes
 from compressknow.pages.records import ModelFacts, write_estimate
@@ -59,12 +59,12 @@ class Entry:
 
 def make_name_entry(label: str, name: object, revision: object) -> Entry:
     """Return the name of a checkpoint, with its revision where it has one."""
-    return Entry(label, plain(name, 120) + (f"@{plain(revision, 60)}" if revision else ""), code=True)
+    return Entry(label, clean(name, 120) + (f"@{clean(revision, 60)}" if revision else ""), code=True)
 
 
 def make_hash_entry(sha256: str, label: str = "SHA-256") -> Entry:
     """Return a hash, shortened to the digits that tell any two apart."""
-    hash = plain(sha256, 80)
+    hash = clean(sha256, 80)
     return Entry(label, hash[:12], code=True, full=hash)
 
 
@@ -74,19 +74,19 @@ def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
     if source := model.source:
         entries.append(make_name_entry("Made from", source.get("name", ""), source.get("revision")))
     if model.setup:
-        entries.append(Entry("Setup", plain(model.setup, 80)))
+        entries.append(Entry("Setup", clean(model.setup, 80)))
     if model.quantization:
-        entries.append(Entry("Quantization", plain(model.quantization, 200)))
+        entries.append(Entry("Quantization", clean(model.quantization, 200)))
     if runtime := model.runtime:
-        entries.append(Entry("Runtime", plain(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)))
+        entries.append(Entry("Runtime", clean(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)))
         if types := runtime.get("types"):
             stored = "; ".join(f"{group} {_write_shares(kinds)}" for group, kinds in types.items())
-            entries.append(Entry("Stored as", plain(stored, 400)))
+            entries.append(Entry("Stored as", clean(stored, 400)))
     zeros = ""
     if model.zeros is not None and model.parameters is not None:
-        zeros = f", {percent(model.zeros, model.parameters)} of them zero"
-    kind = f"{plain(model.architecture, 80)}, {plain(model.family, 40)}, {plain(model.dtype, 40)}"
-    return (*entries, Entry("Kind", kind), Entry("Parameters", f"{millions(model.parameters)}{zeros}"))
+        zeros = f", {write_percent(model.zeros, model.parameters)} of them zero"
+    kind = f"{clean(model.architecture, 80)}, {clean(model.family, 40)}, {clean(model.dtype, 40)}"
+    return (*entries, Entry("Kind", kind), Entry("Parameters", f"{write_millions(model.parameters)}{zeros}"))
 
 
 def _write_shares(kinds: Mapping[str, int]) -> str:
@@ -98,7 +98,7 @@ def _write_shares(kinds: Mapping[str, int]) -> str:
     if len(kinds) == 1:
         return next(iter(kinds))
     total = sum(kinds.values())
-    return ", ".join(f"{kind} {percent(number, total)}" for kind, number in kinds.items())
+    return ", ".join(f"{kind} {write_percent(number, total)}" for kind, number in kinds.items())
 
 
 def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
@@ -110,14 +110,14 @@ def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
 
 def write_bare_p(p: float | None) -> str:
     """Write a p-value where the column says that it is one."""
-    return p_value(p).removeprefix("p = ").removeprefix("p ")
+    return write_p_value(p).removeprefix("p = ").removeprefix("p ")
 
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """Return a table with one row per group; `kind` is what a group is of."""
     rows = tuple(
         (
-            plain(group.name, 80),
+            clean(group.name, 80),
             *map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained)),
             write_estimate(group.kept),
             share(group.answer_changed),
@@ -171,8 +171,8 @@ class Code(Part):
 
 def show_run(command: str | None, versions: Mapping[str, str], entries: Sequence[Entry] = ()) -> tuple[Part, ...]:
     """Return how a page was made, for making it again: the command, and the versions after other entries."""
-    listed = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in versions.items())
-    text = plain(command, 2000) if command else None
+    listed = ", ".join(f"{clean(name, 40)} {clean(version, 40)}" for name, version in versions.items())
+    text = clean(command, 2000) if command else None
     return Code(text, "sh", look="command"), Entries((*entries, Entry("Versions", listed or NONE)))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import NONE, count, plain, share, size
+from compressknow.base.format import NONE, clean, count, share, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
-from compressknow.comparison.intervals import clusters_of, kept_by_cluster, mcnemar, proportion
+from compressknow.comparison.intervals import estimate_kept, estimate_proportion, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -22,13 +22,13 @@ from compressknow.comparison.records import (
 )
 from compressknow.evaluate.records import FactsInText, Speed
 from compressknow.pages.as_json import (
-    certainty_to_json,
-    clusters_to_json,
-    counts_to_json,
-    early_to_json,
-    kept_to_json,
+    dump_certainty,
+    dump_clusters,
+    dump_counts,
+    dump_early,
+    dump_kept,
+    dump_texts,
     probe_to_json,
-    texts_to_json,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class ModelFacts:
     """Facts known of a model: identity, size, and what was done to it.
 
     A server that runs it may not tell `parameters` and `bytes`. `recipe`, `groups` and `removed` are as the manifest
-    has them, `calibration` is as `calibration_of` says it.
+    has them, `calibration` is as `summarize_calibration` says it.
     """
 
     name: str
@@ -145,12 +145,12 @@ class Comparison(Shown):
     @property
     def clusters(self) -> list[Counts]:
         """Return what the facts are drawn in, over all probes."""
-        return [each for probe in self.probes for each in clusters_of([group.counts for group in probe.by_relation])]
+        return [each for probe in self.probes for each in list_clusters([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        simple = proportion(self.counts.both, self.counts.known_before, level)
-        return simple.or_wider(kept_by_cluster(self.clusters, level))
+        simple = estimate_proportion(self.counts.both, self.counts.known_before, level)
+        return simple.or_wider(estimate_kept(self.clusters, level))
 
     @property
     def only_texts(self) -> bool:
@@ -169,7 +169,7 @@ class Comparison(Shown):
             for grade in self.grades
         )
         columns = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
-        return Summary(f"Comparison: what {plain(self.model.name, 60)} kept", self.verdict, columns, rows)
+        return Summary(f"Comparison: what {clean(self.model.name, 60)} kept", self.verdict, columns, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,9 @@ class Card(Tabular):
             "schema": SCHEMA,
             "verdict": self.verdict,
             "known": self.known,
-            "recommended": _decision_to_json(self.decision, name_models(self)) if self.decision else None,
-            "original": _model_to_json(self.original),
-            "compressed": [comparison_to_json(each, show_facts=self.show_facts) for each in self.comparisons],
+            "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
+            "original": _dump_model(self.original),
+            "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
             "warnings": list(self.warnings),
             "method": list(self.method),
             "versions": dict(self.versions),
@@ -223,11 +223,11 @@ class Card(Tabular):
         return [_make_frame_row(each.model, probe) for each in self.comparisons for probe in each.probes]
 
     def _summary(self) -> Summary:
-        title = f"Card: what {plain(self.original.name, 60)} knew"
+        title = f"Card: what {clean(self.original.name, 60)} knew"
         if len(self.comparisons) == 1:
             return self.comparisons[0]._summary()._replace(title=title, verdict=self.verdict)
         rows = tuple(
-            (each.model.name, each.model.setup or "-", size(each.model.bytes), write_estimate(each.kept))
+            (each.model.name, each.model.setup or "-", write_size(each.model.bytes), write_estimate(each.kept))
             for each in self.comparisons
         )
         return Summary(title, self.verdict, ("Model", "Setup", "Size", "Kept (95 % interval)"), rows)
@@ -241,7 +241,7 @@ def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"p": probe.certainty.test.p, "mcnemar_p": mcnemar(counts), "answer_changed": probe.answer_changed},
+        **{"p": probe.certainty.test.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
     }
 
 
@@ -250,8 +250,8 @@ def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> s
 
     >>> [write_estimate(Estimate(*ends)) for ends in ((0.951, 0.94, 0.961), (1.0, 0.93, 1.0), (0.5,), (None,))]
     ['95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-']
-    >>> from compressknow.base.format import points
-    >>> write_estimate(Estimate(-0.02, -0.03, 0.0), points)
+    >>> from compressknow.base.format import write_points
+    >>> write_estimate(Estimate(-0.02, -0.03, 0.0), write_points)
     '−2.0 points (−3.0 to 0)'
     """
     if figure.value is None:
@@ -274,8 +274,8 @@ def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
-    names = [plain(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    setups = [plain(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
     labels = [f"{setup} ({name})" if repeated[setup] > 1 else setup for setup, name in zip(setups, names, strict=True)]
     repeated = Counter(labels)
@@ -288,25 +288,25 @@ def name_models(card: Card) -> tuple[str, ...]:
     return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
 
 
-def comparison_to_json(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
+def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
     """Return one compressed model against the original, as plain values."""
     model = comparison.model
     values = {
         "setup": model.setup,
         "source": model.source,
         "source_matches": comparison.source_matches,
-        "model": _model_to_json(model),
+        "model": _dump_model(model),
         "verdict": comparison.verdict,
-        **counts_to_json(comparison.counts),
-        **kept_to_json(comparison.counts),
-        **certainty_to_json(comparison.certainty),
-        "early": early_to_json(comparison.early),
+        **dump_counts(comparison.counts),
+        **dump_kept(comparison.counts),
+        **dump_certainty(comparison.certainty),
+        "early": dump_early(comparison.early),
         "next": comparison.next or None,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {
             grade.subject: {
                 **{"grade": grade.grade, "range": grade.range},
-                **clusters_to_json(grade.counts, grade.relations),
+                **dump_clusters(grade.counts, grade.relations),
             }
             for grade in comparison.grades
         },
@@ -320,16 +320,16 @@ def comparison_to_json(comparison: Comparison, *, show_facts: bool) -> dict[str,
     if show_facts:
         values["lost_facts"] = [asdict(fact) for fact in comparison.lost]
         values["gained_facts"] = [asdict(fact) for fact in comparison.gained]
-    return values | ({"texts": texts_to_json(comparison.texts)} if comparison.texts else {})
+    return values | ({"texts": dump_texts(comparison.texts)} if comparison.texts else {})
 
 
-def _model_to_json(model: ModelFacts) -> dict[str, Any]:
+def _dump_model(model: ModelFacts) -> dict[str, Any]:
     """Return all that is known of a model; what ran it is named where that was not transformers."""
     values = asdict(model)
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 
 
-def _decision_to_json(decision: Decision, names: Sequence[str]) -> dict[str, Any]:
+def _dump_decision(decision: Decision, names: Sequence[str]) -> dict[str, Any]:
     name: Mapping[int | None, str] = dict(enumerate(names))
     return {
         "model": name.get(decision.place),

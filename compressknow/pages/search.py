@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base import notebook
-from compressknow.base.format import count, json_text, number, plain, plain_lines, share, size, smaller
+from compressknow.base.format import clean, clean_lines, compare_sizes, count, dump_json, number, share, write_size
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
@@ -105,19 +105,19 @@ class Search(notebook.Tabular):
         ]
 
     def _summary(self) -> notebook.Summary:
-        name = plain(self.original.name, 60)
+        name = clean(self.original.name, 60)
         if self.winner is None:
             outcome = f"{count(len(self.tried))} files tried; none keeps that much for sure."
         else:
             kept = _write_kept(self.winner.graded)
-            outcome = f"{size(self.winner.bytes)}, the original {size(self.bytes)}: {kept} kept."
+            outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
         return notebook.Summary(
             f"Search: the smallest {name} that keeps {share(self.keep)}"
             if self.keep is not None
-            else f"Search: the best {name} of {size(self.budget or 0)}",
+            else f"Search: the best {name} of {write_size(self.budget or 0)}",
             outcome,
             ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", "Size"),
-            tuple((each.setup, _write_kept(each.held_out), size(each.bytes)) for each in self.confirmed),
+            tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed),
         )
 
 
@@ -125,8 +125,8 @@ def make_search_page(search: Search) -> Page:
     """Return the search as text, with its chart."""
     return Page(
         kind="search",
-        title=f"{write_headline(search)}: {plain(search.original.name, 60)}",
-        models=plain(search.original.name, 80),
+        title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
+        models=clean(search.original.name, 80),
         headline=write_headline(search),
         verdict=write_verdict(search),
         warnings=list_warnings(search),
@@ -142,7 +142,7 @@ def _make_sections(search: Search) -> Iterator[Shown]:
         broad = Drawn(draw_tradeoff(chart, "broad-pareto", broad=True), look="broad")
         yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
     if search.recipe:
-        yield Shown("winner", "The types of its weights", (Code(plain_lines(search.recipe), "toml"),))
+        yield Shown("winner", "The types of its weights", (Code(clean_lines(search.recipe), "toml"),))
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
         yield Shown("held-out", "On the facts held out to select by", (table,), look="wide")
@@ -173,25 +173,25 @@ def write_headline(search: Search) -> str:
         return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
     if search.keep is None:
         kept = search.winner.graded.value if search.winner.graded else None
-        return f"{size(search.winner.bytes)}, and {share(kept)} kept"
+        return f"{write_size(search.winner.bytes)}, and {share(kept)} kept"
     return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and at least {100 * search.keep:.6g} % kept"
 
 
 def write_verdict(search: Search) -> str:
     """Say the outcome in one sentence or two, with its numbers."""
-    name, winner, closest = plain(search.original.name, 60), search.winner, search.closest
+    name, winner, closest = clean(search.original.name, 60), search.winner, search.closest
     if winner is not None:
         return (
-            f"The {_FORMS[search.form]} of {size(winner.bytes)} keeps {_write_kept(winner.graded)} of what {name} knew "
-            f"of {count(search.graded)} facts that had no part in the choice. The original has {size(search.bytes)} "
-            f"({smaller(search.bytes, winner.bytes)})."
+            f"The {_FORMS[search.form]} of {write_size(winner.bytes)} keeps {_write_kept(winner.graded)} of what "
+            f"{name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
+            f"{write_size(search.bytes)} ({compare_sizes(search.bytes, winner.bytes)})."
         )
     if closest is None:
         return f"No file that keeps {share(search.keep)} could be evaluated."
     return (
         f"No file of {count(len(search.tried))} is certain to keep {share(search.keep)}. The closest has "
-        f"{size(closest.bytes)}: it keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} facts "
-        f"held out that {name} knew."
+        f"{write_size(closest.bytes)}: it keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} "
+        f"facts held out that {name} knew."
     )
 
 
@@ -218,7 +218,7 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
         "Files evaluated on the facts held out to select by" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(
-            (plain(t.setup, 160), size(t.bytes), number(t.predicted_kl, 4), _write_kept(t.kept))
+            (clean(t.setup, 160), write_size(t.bytes), number(t.predicted_kl, 4), _write_kept(t.kept))
             + ((_write_kept(t.held_out),) if held_out else ())
             for t in rows
         ),
@@ -229,7 +229,7 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
 
 
 def _describe_method(search: Search) -> Iterator[str]:
-    third = f"A third of the facts of {', '.join(plain(p, 60) for p in search.probes)}, drawn by the seed, guided the "
+    third = f"A third of the facts of {', '.join(clean(p, 60) for p in search.probes)}, drawn by the seed, guided the "
     guided = f"{third}search ({count(search.searched)}, of which the original knew {count(search.known_searched)})"
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
@@ -241,7 +241,7 @@ def _describe_method(search: Search) -> Iterator[str]:
         )
     yield (
         "What rounding each weight to each type changes of the answers was measured once (KL divergence, to second "
-        f"order; decided by {plain(search.by, 200)}). For a size, each weight has the type by which all of them are "
+        f"order; decided by {clean(search.by, 200)}). For a size, each weight has the type by which all of them are "
         "predicted to lose least."
     )
     if search.keep is not None:
@@ -292,7 +292,7 @@ def _make_tradeoff(search: Search) -> Tradeoff:
 
 
 def _describe_trial(trial: Trial) -> str:
-    return f"{size(trial.bytes)} {share(trial.kept.value)}, {plain(trial.setup, 60)}"
+    return f"{write_size(trial.bytes)} {share(trial.kept.value)}, {clean(trial.setup, 60)}"
 
 
 SCHEMA = 2
@@ -302,7 +302,7 @@ def write_search(search: Search, folder: Path) -> None:
     """Write ``search.html`` and ``search.json``, which has shares from 0 to 1 and bytes, into `folder`."""
     texts = {
         ".html": lambda: render_search_html(search),
-        ".json": lambda: json_text({"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}),
+        ".json": lambda: dump_json({"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
 

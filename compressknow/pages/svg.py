@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import escape
 
-from compressknow.base.format import number, plain, plain_lines
+from compressknow.base.format import clean, clean_lines, number
 
 # What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
@@ -37,7 +37,7 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     Nothing else on the page may have its `id` or begin with it. Title and description are plain text, escaped here;
     `hover` is what a pointer over a mark is told, by the gid that it was drawn with.
     """
-    root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: plain(held_out.group()), raw))
+    root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: clean(held_out.group()), raw))
     for element in root.iter():
         element.tag = _strip_namespace(element.tag)
     for parent in list(root.iter()):
@@ -64,7 +64,7 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     }
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         named = ElementTree.Element(tag, {"id": f"{id}-{tag}"})
-        named.text = plain_lines(text)
+        named.text = clean_lines(text)
         root.insert(place, named)
     return ElementTree.tostring(root, encoding="unicode")
 

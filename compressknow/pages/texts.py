@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, count, number, percent, plain, points, share
+from compressknow.base.format import NONE, clean, count, number, share, write_percent, write_points
 from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
 from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
@@ -45,7 +45,7 @@ METHOD = (
 def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
     """Yield tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
     for figures in texts:
-        name = plain(figures.text, 60)
+        name = clean(figures.text, 60)
         yield _make_perplexity_table(figures, name, names)
         if figures.moved:
             yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
@@ -56,7 +56,7 @@ def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Ite
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
     """Write one text as a sentence of the verdict; `names` are what it calls the two models."""
     one, other = names
-    name, moved = plain(figures.text, 60), figures.moved
+    name, moved = clean(figures.text, 60), figures.moved
     if moved is None:
         before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
@@ -70,14 +70,14 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
 def write_text_headline(figures: TextFigures) -> str:
     """Write the figure of a page that has no facts."""
     if figures.moved:
-        return f"Perplexity {write_change(figures.moved.ratio)} on {plain(figures.text, 60)}"
-    return f"Perplexity on {plain(figures.text, 60)}"
+        return f"Perplexity {write_change(figures.moved.ratio)} on {clean(figures.text, 60)}"
+    return f"Perplexity on {clean(figures.text, 60)}"
 
 
 def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
     """Yield a text's figures in two lines, for a terminal."""
     before, after = (write_measured(side.value, 3) for side in (figures.original, figures.compressed))
-    yield f"{plain(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
+    yield f"{clean(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
     if moved := figures.moved:
         kl = f"KL by token mean {write_measured(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
         p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
@@ -96,7 +96,7 @@ def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[
     """Write one text as a sentence of the verdict on several models, each with its label."""
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
     return (
-        f"On {plain(text, 60)}, where the original's perplexity is {write_perplexity(original)}, {best[0]} has the "
+        f"On {clean(text, 60)}, where the original's perplexity is {write_perplexity(original)}, {best[0]} has the "
         f"lowest ({write_perplexity(best[1])}) and {worst[0]} the highest ({write_perplexity(worst[1])})."
     )
 
@@ -109,7 +109,7 @@ def write_change(ratio: Measured) -> str:
     """
     if not math.isfinite(ratio.value):
         return NONE
-    return points(ratio.value - 1).replace("points", "%")
+    return write_points(ratio.value - 1).replace("points", "%")
 
 
 def list_text_warnings(
@@ -117,7 +117,7 @@ def list_text_warnings(
 ) -> Iterator[str]:
     """Yield what a reader must know before trusting the figures."""
     for figures in texts:
-        name = plain(figures.text, 60)
+        name = clean(figures.text, 60)
         if figures.divergence == OTHER_TOKENS:
             yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
         for who, side in zip(names, (figures.original, figures.compressed), strict=True):
@@ -175,7 +175,7 @@ def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str
         f"First different token of {count(divergent.n)} greedy continuations, median",
         middle if divergent.middle is None else f"{divergent.middle:g}",
     )
-    same = f"{count(divergent.same)} of {count(divergent.n)} ({percent(divergent.same, divergent.n)})"
+    same = f"{count(divergent.same)} of {count(divergent.n)} ({write_percent(divergent.same, divergent.n)})"
     yield f"Continuations alike in all {divergent.tokens} tokens", same
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
-from compressknow.base.format import size
+from compressknow.base.format import write_size
 from compressknow.gguf.choice import Fitted, Rounding, check_types
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
@@ -32,7 +32,7 @@ _MOST_BITS = 16
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
     """Raise UsageError for a budget that a model does not pass with all weights as they are."""
     if budget >= whole:
-        raise UsageError(f"{size(budget)} is no less than the model has in full, {size(whole)}.", hint=hint)
+        raise UsageError(f"{write_size(budget)} is no less than the model has in full, {write_size(whole)}.", hint=hint)
 
 
 class Option(NamedTuple):
@@ -76,7 +76,7 @@ def allocate(
     floor = overhead + sum(min(option.nbytes for option in options.values()) for _, options in units)
     if budget < floor:
         raise UsageError(
-            f"{size(budget)} cannot be kept: the smallest file has {size(floor)}.",
+            f"{write_size(budget)} cannot be kept: the smallest file has {write_size(floor)}.",
             why=_explain_floor(units, overhead),
             hint="Give more, or take back a --must.",
         )
@@ -117,10 +117,10 @@ def _explain_floor(units: Sequence[_Unit], overhead: int) -> str:
     """Return what the smallest file is made of, its largest parts by name."""
     smallest = [(names, *min(((each.nbytes, kind) for kind, each in options.items()))) for names, options in units]
     smallest.sort(key=lambda each: -each[1])
-    parts = [f"{', '.join(names)} ({kind}) {size(nbytes)}" for names, nbytes, kind in smallest[:_NAMED]]
+    parts = [f"{', '.join(names)} ({kind}) {write_size(nbytes)}" for names, nbytes, kind in smallest[:_NAMED]]
     if rest := smallest[_NAMED:]:
-        parts.append(f"{len(rest)} others {size(sum(nbytes for _, nbytes, _ in rest))}")
-    return f"That is {', '.join(parts)}, and {size(overhead)} of vocabulary, norms and metadata."
+        parts.append(f"{len(rest)} others {write_size(sum(nbytes for _, nbytes, _ in rest))}")
+    return f"That is {', '.join(parts)}, and {write_size(overhead)} of vocabulary, norms and metadata."
 
 
 def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
@@ -209,7 +209,7 @@ class Target:
     @property
     def label(self) -> str:
         """Return ``90.0 MB by facts and text, gptq``, ``4.5 bits by facts, nearest``."""
-        amount = size(self.size) if self.size is not None else f"{self.bits:g} bits"
+        amount = write_size(self.size) if self.size is not None else f"{self.bits:g} bits"
         rules = [f"{which} {chosen}" for which, chosen in self.must]
         return f"{amount} by {', '.join([name_guide(self.guide), self.rounding, *rules])}"
 
@@ -221,8 +221,8 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> No
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     if budget < least:
         raise UsageError(
-            f"{size(budget)} cannot be kept: in the fewest bits that llama.cpp has for them, the weights alone take "
-            f"{size(least)}.",
+            f"{write_size(budget)} cannot be kept: in the fewest bits that llama.cpp has for them, the weights alone "
+            f"take {write_size(least)}.",
             hint="Give more.",
         )
     check_below_whole(budget, whole)

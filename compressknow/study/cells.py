@@ -19,10 +19,10 @@ from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whol
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, relabel_progress
 from compressknow.base.reading import find_mismatch
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
-from compressknow.engine.language_model import language_model_of
+from compressknow.engine.language_model import make_language_model
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context, Distributions
@@ -84,7 +84,7 @@ class CellResult:
             {(answer.probe, answer.fact_id) for answer in side.answers if answer.correct}
             for side in (self.original, self.answers)
         )
-        return proportion(len(knew & knows), len(knew))
+        return estimate_proportion(len(knew & knows), len(knew))
 
 
 def build_study(
@@ -386,7 +386,7 @@ class CellHandle(ModelHandle):
         self._described = describe_variant(self._cell.key, variant)
         settings = self.settings
         return Transformers(
-            language_model_of(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
+            make_language_model(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
         )
 
     def make_prompts(self, probe: Probe) -> Prompts:

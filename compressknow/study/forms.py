@@ -13,12 +13,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
-from compressknow.compress.staging import scratch
+from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
@@ -383,7 +383,7 @@ def _pin_modules(
         if not modules:
             raise UsageError(
                 f"--must: {which!r} is no scope, and matches no module of the blocks.",
-                hint=did_you_mean(which, SCOPES) or None,
+                hint=suggest_word(which, SCOPES) or None,
             )
         for module in modules:
             if kind not in table[module]:
@@ -423,9 +423,9 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
 
     Raises CompressknowError where there can be none.
     """
-    from compressknow.engine.language_model import family_of
+    from compressknow.engine.language_model import find_family
 
-    form = request.to or (GGUF if family_of(model.maker.tree) == "causal" else CHECKPOINT)
+    form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)
     request.check_form(form)
     if form == CHECKPOINT:
         yield CheckpointForm(model, request.guide, request.must)
@@ -440,7 +440,7 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
     trusted = original.settings.trust_remote_code
     job = prepare(original.located.path, choice, find_converter(None, fetch=True), trust_remote_code=trusted)
-    with scratch(folder / "floats") as place:
+    with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)
         yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(tensors), target)

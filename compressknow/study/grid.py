@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, suggest_word
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.parameters import list_options
@@ -18,7 +18,7 @@ from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import ROUNDINGS, Calibration, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
-from compressknow.model.structure import DEFAULT_SCOPES, ModuleMap, Structure, scope_names
+from compressknow.model.structure import DEFAULT_SCOPES, ModuleMap, Structure, list_scopes
 from compressknow.pages.study.records import ATTENTION_KINDS, STRUCTURED, UNSTRUCTURED
 
 if TYPE_CHECKING:
@@ -173,13 +173,13 @@ def build_paper_grid(
         return build_recipe(Where((scope,)), module_map=module_map, **options)
 
     recipes = [recipe(scope, prune=amount) for scope in MODULES for amount in AMOUNTS]
-    kinds = ATTENTION_KINDS if "cross-attention" in scope_names(structure) else ()
+    kinds = ATTENTION_KINDS if "cross-attention" in list_scopes(structure) else ()
     for scope in (*MODULES, *kinds):
         recipes.append(recipe(scope, **quantized))
         recipes += [recipe(scope, prune=amount, **quantized) for amount in FEW_AMOUNTS]
     for method in (STRUCTURED, UNSTRUCTURED):
         recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
-    here = set(scope_names(structure))
+    here = set(list_scopes(structure))
     return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
 
 
@@ -195,10 +195,10 @@ def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping
     groups = fit_parameters(structure, "int4")
 
     def recipe(scope: str, **step: Any) -> Recipe:
-        looks = _needs_activations(step.get("prune_method", METHODS.first)) or step.keys() & set(ROUNDED)
+        looks = _is_activation_based(step.get("prune_method", METHODS.first)) or step.keys() & set(ROUNDED)
         return build_recipe(Where((scope,)), module_map=module_map, **step, **(text if looks else {}))
 
-    scopes = [scope for scope in MODULES if scope in scope_names(structure)]
+    scopes = [scope for scope in MODULES if scope in list_scopes(structure)]
     pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
     recipes = [recipe(scope, prune=amount, prune_method=method) for method, scope, amount in pruned]
     ways: list[dict[str, Any]] = [{"quantize": "int8"}, {"quantize": "int8", "smooth": SMOOTH}]
@@ -252,7 +252,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
     there = dict.fromkeys((*AXES, *list_parameters()))
     if unknown := sorted(set(axes) - set(there)):
-        near = did_you_mean(unknown[0], there)
+        near = suggest_word(unknown[0], there)
         raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(there)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
@@ -268,7 +268,7 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
     """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
     prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
-    calibrated = any(map(_needs_activations, methods))
+    calibrated = any(map(_is_activation_based, methods))
     calibrated |= any(value in ROUNDINGS[1:] for value in axes.get("rounding", ()))
     calibrated |= any(map(_is_given, axes.get("smooth", ())))
     for names, does, what, hint in (
@@ -285,7 +285,7 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
 
 
-def _needs_activations(method: Any) -> bool:
+def _is_activation_based(method: Any) -> bool:
     return method in METHODS and METHODS[method].needs in ("norms", "products")
 
 
@@ -300,7 +300,7 @@ def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_calibrated(point: Mapping[str, Any]) -> bool:
-    prunes = _is_given(point.get("prune")) and _needs_activations(point.get("method", METHODS.first))
+    prunes = _is_given(point.get("prune")) and _is_activation_based(point.get("method", METHODS.first))
     return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
 
 
@@ -321,7 +321,7 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
     own = set().union(*map(_get_parameters, chosen)).difference(AXES)
     there = [*AXES, *(name for name in list_parameters() if name in own)]
     if unknown := sorted(set(point) - set(there)):
-        near = did_you_mean(unknown[0], there)
+        near = suggest_word(unknown[0], there)
         raise UsageError(
             f"{where}: unknown key {unknown[0]!r}.",
             hint=f"{near}There is name, {', '.join(there)}, or the steps of a recipe.",

@@ -30,22 +30,22 @@ from compressknow.base.files import cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.compress.calibrate.backward import Batch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text, load_or_make_text
+from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
 from compressknow.compress.calibrate.walk import Batches
 from compressknow.compress.steps import Calibration
-from compressknow.engine.language_model import family_of
+from compressknow.engine.language_model import find_family
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.gather import default_answers_folder
+from compressknow.evaluate.gather import find_answers_folder
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer, make_scorer
 from compressknow.evaluate.scoring.scorer import Ids, Query, Scorer
 from compressknow.gguf.gptq import batch_sequences
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
@@ -90,7 +90,7 @@ def measure_guides(
     model, trusted = handle.located, handle.settings.trust_remote_code
     if answers is None:
         probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
-        folder = default_answers_folder() / handle.sha256[:16]
+        folder = find_answers_folder() / handle.sha256[:16]
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     facts = select_known_facts(answers, probes)
@@ -158,7 +158,7 @@ def _measure_sensitivity(
         return stored
     model, trusted = handle.located, handle.settings.trust_remote_code
     mask = load_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
-    texts = batch_text(_cut_text(text), family_of(tree) or "", mask, text.seed)
+    texts = batch_text(_cut_text(text), find_family(tree) or "", mask, text.seed)
     fact_batches = batch_facts(scored) if scored else None
     try:
         with report_progress(on_progress, Stage("sensitivity", model.name)) as advance:
@@ -179,7 +179,7 @@ def _measure_sensitivity(
 
 def _count_weights(tree: PreTrainedModel) -> int:
     """Count the weights of a model, those that share their storage once."""
-    structure = structure_of(tree)
+    structure = read_structure(tree)
     others = {*structure.tied, *structure.buffers}
     return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
 
@@ -196,7 +196,7 @@ def _score_facts(
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     scored: list[ScoredFact] = []
     for probe in probes:
-        scorer = make_scorer(tree, tokenizer, family_of(tree) or "", probe)
+        scorer = make_scorer(tree, tokenizer, find_family(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
         scored += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
@@ -224,7 +224,9 @@ def _get_text(
     def make() -> CalibrationText:
         folder, trusted = handle.located.path, handle.settings.trust_remote_code
         with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
-            return calibration_text(folder, tree, **asdict(calibration), trust_remote_code=trusted, advance=advance)
+            return read_calibration_text(
+                folder, tree, **asdict(calibration), trust_remote_code=trusted, advance=advance
+            )
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
     file = cache_folder() / "texts" / f"{key[:32]}.json"

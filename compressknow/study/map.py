@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from compressknow._version import __version__
-from compressknow.base.format import count, number, plain, share, size
+from compressknow.base.format import clean, count, number, share, write_size
 from compressknow.comparison.diff import group_tensors
-from compressknow.pages.diff.tables import short_names
+from compressknow.pages.diff.tables import shorten_names
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
@@ -106,7 +106,7 @@ class Map:
                 continue
             by_module = [[row for row in rows if row.module == module] for module in modules]
             cells.append(tuple(figure(own) if own else None for own in by_module))
-        names = tuple(plain(name, 40) for name in short_names(tuple(modules))) or ("",)
+        names = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
         return Grid(tuple(self.by_layer()), names, tuple(cells))
 
     @property
@@ -253,8 +253,8 @@ def build_page(map: Map, *, charts: bool) -> Page:
     )
     return Page(
         kind="map",
-        title=f"{write_headline(map)}: {plain(map.model, 60)}",
-        models=plain(map.model, 80),
+        title=f"{write_headline(map)}: {clean(map.model, 60)}",
+        models=clean(map.model, 80),
         headline=write_headline(map),
         verdict=write_verdict(map),
         warnings=(),
@@ -292,7 +292,7 @@ def _share_of_top_tenth(map: Map) -> float:
 
 def name_weight(row: TensorSensitivity) -> str:
     """Return layer and module."""
-    return f"{row.place} {plain(row.module, 60)}"
+    return f"{row.place} {clean(row.module, 60)}"
 
 
 def _build_maps(map: Map) -> Iterator[Part]:
@@ -326,7 +326,7 @@ def _list_grids(map: Map) -> Iterator[tuple[str, Grid]]:
     if guidance.tokens:
         yield "Text", map.grid(partial(compute_kl_per_mb, guide="text"))
     for domain, known in sorted(map.sensitivity.domains.items(), key=lambda each: (-each[1], each[0])):
-        name = plain(domain, 40)
+        name = clean(domain, 40)
         yield (
             f"{name[:1].upper()}{name[1:]}: {count(known)} facts",
             map.grid(partial(compute_kl_per_mb, guide="facts", domain=domain)),
@@ -373,8 +373,8 @@ def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> Table:
     for weight in weights:
         kind = weight.by_type[weight.compared]
         domain = max(weight.by_domain, key=weight.by_domain.__getitem__, default=None)
-        mostly = f"{plain(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
-        kl, stored = format_millinats(weight.per_mb(guide)), f"{size(kind.bytes)} {weight.compared}"
+        mostly = f"{clean(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
+        kl, stored = format_millinats(weight.per_mb(guide)), f"{write_size(kind.bytes)} {weight.compared}"
         rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
     columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
     return Table(caption, columns, tuple(rows))
@@ -384,7 +384,7 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
     saved = sum(row.saved for row in map.sensitivity.rows)
     rows = tuple(
         (
-            plain(name, 60),
+            clean(name, 60),
             format_millinats(compute_kl_per_mb(own, map.guide)),
             share(compute_risk(own)),
             share(sum(row.saved for row in own) / saved),
@@ -397,17 +397,19 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
 
 def _plot_sizes(map: Map) -> Iterator[Part]:
     sizes = tuple(
-        (each.type, size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
+        (each.type, write_size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
     )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
-    ends = " to ".join(f"{number(each.kl)} at {size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1]))
+    ends = " to ".join(
+        f"{number(each.kl)} at {write_size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1])
+    )
     text = f"From {ends}. The table beside the chart has the sizes of single types."
     curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
     saved = [(here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
     buys = [*(format_millinats(kl) for kl in saved), "-"]
-    rows = tuple((size(each.nbytes), number(each.kl), buy) for each, buy in zip(map.frontier, buys, strict=True))
+    rows = tuple((write_size(each.nbytes), number(each.kl), buy) for each, buy in zip(map.frontier, buys, strict=True))
     heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
     yield Folded("The line as a table", (Table("The least predicted loss by size", heads, rows),))
 

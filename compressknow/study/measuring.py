@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from compressknow.comparison.checkpoints import module_in_block
+from compressknow.comparison.checkpoints import name_in_block
 from compressknow.compress.calibrate.backward import FACTORS, Batch, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, nearest
+from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, round_to_nearest
 from compressknow.compress.sources import Sources
 from compressknow.gguf import grids
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 from compressknow.study.sensitivity import Rounding, TensorSensitivity
@@ -112,7 +112,7 @@ class SchemeRoundings(Roundings):
         per = scheme.scale_per
         groups = weight.reshape(len(weight), -1, per) if isinstance(per, int) else weight[:, None]
         scales = scheme.scales(groups.abs().amax(2))
-        return scheme.dequantize(nearest(weight, scales, scheme), scales)
+        return scheme.dequantize(round_to_nearest(weight, scales, scheme), scales)
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -271,7 +271,7 @@ def measure(
     Importance, where a type rounds with it, is that of the same tokens: the mean squares of what facts and text have a
     weight multiplied with, both halves normalized.
     """
-    structure = structure_of(tree)
+    structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
     weights = [weight for weight in structure.linears if weight.group != "vision" and weight.kind != "experts"]
     facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
@@ -356,7 +356,7 @@ class _Measurer:
                 self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
-        found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, module_in_block(name))
+        found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, name_in_block(name))
         self.found.weights.setdefault(name, found)
 
     def _add_errors(

@@ -19,7 +19,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import count, share
 from compressknow.base.progress import Begin, Listener
 from compressknow.base.system import move
-from compressknow.comparison.intervals import FEWEST_SIGNS, proportion
+from compressknow.comparison.intervals import FEWEST_SIGNS, estimate_proportion
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
 from compressknow.engine.identity import Located, describe
@@ -182,7 +182,7 @@ class SizeSearch:
     @property
     def winner(self) -> Candidate | None:
         """Return the smallest that keeps enough of the held-out facts too."""
-        return next((each for each in self.confirmed if keeps_enough(each.trial.held_out, self.keep)), None)
+        return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self, floor: int, ceiling: int) -> None:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
@@ -221,7 +221,7 @@ class SizeSearch:
         if not any(each.found.types == found.types for each in self.tried):
             self.tried.append(Candidate(found, self._evaluate(found)))
         trial = next(each.trial for each in self.tried if each.found.types == found.types)
-        return keeps_enough(trial.kept, self.keep)
+        return is_enough(trial.kept, self.keep)
 
 
 def select_promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
@@ -231,7 +231,7 @@ def select_promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]
     chosen: list[Candidate] = []
     for each in sorted(known, key=lambda each: each.found.nbytes):
         apart = not chosen or each.found.loss <= APART * chosen[-1].found.loss
-        if keeps_enough(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
+        if is_enough(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
             chosen.append(each)
     return chosen or sorted(known, key=_get_lowest, reverse=True)[:1]
 
@@ -242,14 +242,14 @@ def _get_lowest(each: Candidate) -> float:
     return kept.low or 0.0
 
 
-def keeps_enough(kept: Estimate | None, keep: float) -> bool:
+def is_enough(kept: Estimate | None, keep: float) -> bool:
     """Return whether as much is kept for sure."""
     return kept is not None and kept.low is not None and kept.low >= keep
 
 
 def check_enough_known(selection: EvaluationSet, keep: float) -> None:
     """Raise GateNotMet where no outcome at all could show that as much is kept."""
-    best = proportion(selection.known, selection.known, LEVEL).low or 0.0
+    best = estimate_proportion(selection.known, selection.known, LEVEL).low or 0.0
     if best < keep:
         raise GateNotMet(
             f"No file can be certain to keep {100 * keep:g} %: the model knows {count(selection.known)} of the facts "

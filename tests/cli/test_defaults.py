@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.cli.options import project_defaults
+from compressknow.cli.options import read_project_defaults
 from compressknow.cli.report import get_command
 
 
@@ -35,7 +35,7 @@ def called(*words: str) -> tuple[dict[str, Any], str]:
         ["M", *words],
         prog_name="ask",
         standalone_mode=False,
-        default_map=project_defaults("ask", ask, ["ask", "tell"], {"ask": ask, "tell": tell}.get),
+        default_map=read_project_defaults("ask", ask, ["ask", "tell"], {"ask": ask, "tell": tell}.get),
     )
     return found
 

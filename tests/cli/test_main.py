@@ -17,7 +17,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
-from compressknow.cli import COMMANDS, LazyGroup, cli, if_interrupted, main, run
+from compressknow.cli import COMMANDS, LazyGroup, cli, explain_interrupt, main, run
 from compressknow.cli.options import GROUPS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -160,7 +160,7 @@ def test_an_interrupted_command_says_what_became_of_its_work(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
-        with if_interrupted("Nothing was written."):
+        with explain_interrupt("Nothing was written."):
             os.kill(os.getpid(), number)
             time.sleep(60)
 

@@ -13,13 +13,13 @@ from scipy.stats import ttest_1samp
 from compressknow.comparison.intervals import (
     FEWEST,
     FEWEST_SIGNS,
-    clusters_of,
-    difference_by_cluster,
-    kept_by_cluster,
-    mcnemar,
+    estimate_difference_by_cluster,
+    estimate_kept,
+    estimate_proportion,
+    list_clusters,
     number_clusters,
-    paired_test,
-    proportion,
+    run_mcnemar,
+    run_paired_test,
     share_by_cluster,
     tally,
 )
@@ -48,11 +48,11 @@ def without_net_change(drawn: np.random.Generator, number: int, facts: int, icc:
 def test_where_nothing_changed_on_the_whole_few_tests_say_that_it_did(number: int, facts: int, icc: float) -> None:
     drawn = np.random.default_rng(1)
     made = [without_net_change(drawn, number, facts, icc) for _ in range(SIMULATED)]
-    alarms = sum(paired_test(each).p < 0.05 for each in made) / SIMULATED
+    alarms = sum(run_paired_test(each).p < 0.05 for each in made) / SIMULATED
     # What 6 % would give in all but one of twenty simulations.
     assert alarms <= 0.06 + 1.64 * (0.06 * 0.94 / SIMULATED) ** 0.5
     if icc and number > 20:
-        independent = sum(mcnemar(sum(each, Counts())) < 0.05 for each in made) / SIMULATED
+        independent = sum(run_mcnemar(sum(each, Counts())) < 0.05 for each in made) / SIMULATED
         assert independent > 0.1
 
 
@@ -66,7 +66,7 @@ def test_the_interval_over_relations_holds_the_true_share(number: int, icc: floa
         both = drawn.binomial(known, shares(drawn, kept, icc, number))
         found, alone = (
             share_by_cluster(both.tolist(), known.tolist()),
-            proportion(int(both.sum()), int(known.sum())),
+            estimate_proportion(int(both.sum()), int(known.sum())),
         )
         held += found.low <= kept <= found.high
         simple += alone.low <= kept <= alone.high
@@ -81,33 +81,33 @@ def test_sign_flips_are_those_of_all_assignments() -> None:
     clusters = [Counts(both=4, lost=max(0, -change), gained=max(0, change)) for change in changes]
     flipped = [abs(sum(s * c for s, c in zip(signs, changes, strict=True))) for signs in product((1, -1), repeat=11)]
     expected = np.mean(np.array(flipped) >= abs(sum(changes)))
-    assert paired_test(clusters).p == pytest.approx(expected)
-    assert paired_test(clusters).unit == "relation"
+    assert run_paired_test(clusters).p == pytest.approx(expected)
+    assert run_paired_test(clusters).unit == "relation"
 
 
 def test_of_one_fact_a_relation_the_test_is_mcnemars() -> None:
     clusters = [Counts(lost=1)] * 9 + [Counts(gained=1)] * 2 + [Counts(both=1)] * 5
-    assert paired_test(clusters) == PairedTest(mcnemar(sum(clusters, Counts())), "fact")
+    assert run_paired_test(clusters) == PairedTest(run_mcnemar(sum(clusters, Counts())), "fact")
     # As sign flips would say.
-    assert paired_test([*clusters, Counts(both=2)]).p == pytest.approx(mcnemar(sum(clusters, Counts())))
+    assert run_paired_test([*clusters, Counts(both=2)]).p == pytest.approx(run_mcnemar(sum(clusters, Counts())))
 
 
 def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None:
     changes = [7, 9, 4, -8, 5]
     clusters = [Counts(both=20, lost=max(0, change), gained=max(0, -change)) for change in changes]
     assert FEWEST <= len(clusters) < FEWEST_SIGNS
-    assert paired_test(clusters).p == pytest.approx(ttest_1samp(changes, 0).pvalue)
-    assert paired_test(clusters).unit == "relation"
+    assert run_paired_test(clusters).p == pytest.approx(ttest_1samp(changes, 0).pvalue)
+    assert run_paired_test(clusters).unit == "relation"
     alike = [Counts(both=20, lost=1)] * 5
-    assert paired_test(alike).p == mcnemar(sum(alike, Counts())) == 0.0625
+    assert run_paired_test(alike).p == run_mcnemar(sum(alike, Counts())) == 0.0625
     # Of fewer nothing can be learned of how they differ.
-    assert paired_test(clusters[:4]) == PairedTest(mcnemar(sum(clusters[:4], Counts())), "fact")
+    assert run_paired_test(clusters[:4]) == PairedTest(run_mcnemar(sum(clusters[:4], Counts())), "fact")
 
 
 def test_a_probe_of_one_relation_is_of_single_facts() -> None:
     one = Counts(both=90, lost=10, gained=2)
-    assert measure_certainty([[one]]).test == PairedTest(mcnemar(one), "fact")
-    assert clusters_of([one]).count(Counts(lost=1)) == 10
+    assert measure_certainty([[one]]).test == PairedTest(run_mcnemar(one), "fact")
+    assert list_clusters([one]).count(Counts(lost=1)) == 10
     assert (measure_certainty([[one]]).relations, measure_certainty([[one]]).kept) == (1, Estimate(0.9))
     # Beside a probe with relations, a task's items stay independent.
     both = measure_certainty([[one], [Counts(both=18, lost=2)] * 12])
@@ -118,21 +118,21 @@ def test_a_probe_of_one_relation_is_of_single_facts() -> None:
 def test_facts_that_hang_together_tell_less() -> None:
     alike = [Counts(both=18, lost=2)] * 10 + [Counts(both=17, lost=3)] * 10
     apart = [Counts(both=20)] * 10 + [Counts(both=15, lost=5)] * 10
-    near, far = (kept_by_cluster(each) for each in (alike, apart))
+    near, far = (estimate_kept(each) for each in (alike, apart))
     assert near.value == far.value == 0.875
     assert far.high - far.low > 1.3 * (near.high - near.low)
 
 
 def test_few_relations_have_no_interval() -> None:
     few = [Counts(both=9 + number, lost=1) for number in range(FEWEST)]
-    assert kept_by_cluster(few[1:]).low is None
-    assert kept_by_cluster(few).low is not None
+    assert estimate_kept(few[1:]).low is None
+    assert estimate_kept(few).low is not None
 
 
 def test_relations_of_which_nothing_was_known_say_nothing_of_what_was_kept() -> None:
     known = [Counts(both=9 + number, lost=number) for number in range(8)]
-    assert kept_by_cluster([*known, Counts(neither=50)]) == kept_by_cluster(known)
-    assert difference_by_cluster([*known, Counts(neither=50)]) != difference_by_cluster(known)
+    assert estimate_kept([*known, Counts(neither=50)]) == estimate_kept(known)
+    assert estimate_difference_by_cluster([*known, Counts(neither=50)]) != estimate_difference_by_cluster(known)
 
 
 def test_facts_are_counted_by_cluster() -> None:
@@ -154,13 +154,13 @@ def test_intervals_hold_their_figure_and_are_nowhere_narrower_than_the_simple_on
     counts: list[Counts], level: float
 ) -> None:
     total = sum(counts, Counts())
-    kept, difference = kept_by_cluster(counts, level), difference_by_cluster(counts, level)
+    kept, difference = estimate_kept(counts, level), estimate_difference_by_cluster(counts, level)
     assert kept.value == total.kept
     assert difference.value == ((total.gained - total.lost) / total.n if total.n else None)
     if kept.low is not None:
-        simple = proportion(total.both, total.known_before, level)
+        simple = estimate_proportion(total.both, total.known_before, level)
         assert 0 <= kept.low <= simple.low <= kept.value <= simple.high <= kept.high <= 1
     if difference.low is not None:
         assert difference.low <= difference.value <= difference.high
-    p = paired_test(counts).p
+    p = run_paired_test(counts).p
     assert p is None or 0 <= p <= 1

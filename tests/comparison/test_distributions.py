@@ -13,13 +13,13 @@ from hypothesis.extra import numpy as arrays
 
 from compressknow.comparison.distributions import (
     LOGP_FLOOR,
-    brier,
-    ece,
-    kl_divergence,
-    mean_reciprocal_rank,
-    percentiles,
-    popularity_bins,
-    precision_at,
+    assign_popularity_bins,
+    compute_brier,
+    compute_ece,
+    compute_kl,
+    compute_mean_reciprocal_rank,
+    compute_percentiles,
+    compute_precision,
 )
 
 
@@ -35,43 +35,43 @@ class TestKL:
     def test_by_hand(self) -> None:
         # p = 1/2, 1/4, rest 1/4; q = 1/4, 1/4, rest 1/2: 0.5 ln 2 + 0 + 0.25 ln 0.5 = 0.25 ln 2.
         p, q = np.log([0.5, 0.25]), np.log([0.25, 0.25])
-        assert float(kl_divergence(p, q)) == pytest.approx(0.25 * math.log(2))
+        assert float(compute_kl(p, q)) == pytest.approx(0.25 * math.log(2))
 
     def test_certain_against_even(self) -> None:
-        assert float(kl_divergence([0.0], [math.log(0.5)])) == pytest.approx(math.log(2), abs=1e-5)
+        assert float(compute_kl([0.0], [math.log(0.5)])) == pytest.approx(math.log(2), abs=1e-5)
 
     @given(scores)
     def test_equal_inputs_give_exactly_zero(self, values: np.ndarray) -> None:
         logp = softmax(values)[:8].astype(np.float32)
-        assert float(kl_divergence(logp, logp)) == 0.0
+        assert float(compute_kl(logp, logp)) == 0.0
 
     @given(scores, scores)
     def test_never_negative_nor_infinite(self, first: np.ndarray, second: np.ndarray) -> None:
         p, q = (softmax(values)[:8].astype(np.float32) for values in (first, second))
-        assert 0 <= float(kl_divergence(p, q)) < math.inf
+        assert 0 <= float(compute_kl(p, q)) < math.inf
 
     @given(scores, scores)
     def test_never_above_that_of_the_whole_vocabulary(self, first: np.ndarray, second: np.ndarray) -> None:
         p, q = softmax(first / 10), softmax(second / 10)
         whole = float(np.sum(np.exp(p) * (p - q)))
-        assert float(kl_divergence(p[:8], q[:8])) <= whole + 1e-6
+        assert float(compute_kl(p[:8], q[:8])) <= whole + 1e-6
 
     def test_tiny_changes_do_not_cancel(self) -> None:
         # For q = p (1 + e) on one of two outcomes of 1/2 each, KL is e^2 / 2 to second order.
         change = 1e-7
-        assert float(kl_divergence([math.log(0.5)], [math.log(0.5) + change])) == pytest.approx(change**2 / 2, rel=1e-2)
+        assert float(compute_kl([math.log(0.5)], [math.log(0.5) + change])) == pytest.approx(change**2 / 2, rel=1e-2)
 
     def test_a_token_that_is_ruled_out_stays_finite(self) -> None:
-        value = float(kl_divergence([math.log(0.5), -math.inf], [-math.inf, math.log(0.5)]))
+        value = float(compute_kl([math.log(0.5), -math.inf], [-math.inf, math.log(0.5)]))
         assert value == pytest.approx(0.5 * (math.log(0.5) - LOGP_FLOOR), rel=1e-3)
 
     def test_a_broken_model_is_not_hidden(self) -> None:
-        assert math.isnan(float(kl_divergence([math.log(0.5)], [math.nan])))
+        assert math.isnan(float(compute_kl([math.log(0.5)], [math.nan])))
 
     def test_rows_at_once(self) -> None:
         p = np.log([[0.5, 0.25], [0.1, 0.2]])
         q = np.log([[0.25, 0.25], [0.1, 0.2]])
-        assert kl_divergence(p, q) == pytest.approx([0.25 * math.log(2), 0])
+        assert compute_kl(p, q) == pytest.approx([0.25 * math.log(2), 0])
 
 
 class TestCalibration:
@@ -80,67 +80,67 @@ class TestCalibration:
         # (7/15, 8/15] at 0.5 of which 6 are right: 0.5 |0.8 - 0.95| + 0.5 |0.6 - 0.5|.
         confidence = [0.95] * 10 + [0.5] * 10
         correct = [True] * 8 + [False] * 2 + [True] * 6 + [False] * 4
-        assert ece(confidence, correct) == pytest.approx(0.125)
+        assert compute_ece(confidence, correct) == pytest.approx(0.125)
 
     def test_bins_hold_their_upper_edge(self) -> None:
         # 1/15 lies in the first bin, (0, 1/15], and cannot even out with what lies above it.
-        assert ece([1 / 15] * 10 + [1 / 15 + 1e-9] * 10, [True] * 10 + [False] * 10) == pytest.approx(0.5)
-        assert ece([0.0] * 20, [False] * 20) == 0
+        assert compute_ece([1 / 15] * 10 + [1 / 15 + 1e-9] * 10, [True] * 10 + [False] * 10) == pytest.approx(0.5)
+        assert compute_ece([0.0] * 20, [False] * 20) == 0
 
     def test_brier_by_hand(self) -> None:
-        assert brier([0.8] * 20, [True] * 15 + [False] * 5) == pytest.approx((15 * 0.04 + 5 * 0.64) / 20)
+        assert compute_brier([0.8] * 20, [True] * 15 + [False] * 5) == pytest.approx((15 * 0.04 + 5 * 0.64) / 20)
 
     def test_too_few_facts(self) -> None:
-        assert ece([0.5] * 19, [True] * 19) is None
-        assert brier([0.5] * 19, [True] * 19) is None
+        assert compute_ece([0.5] * 19, [True] * 19) is None
+        assert compute_brier([0.5] * 19, [True] * 19) is None
 
     @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=20, max_size=50))
     def test_within_zero_and_one_whatever_the_order(self, rows: list[tuple[float, bool]]) -> None:
-        value = ece(*zip(*rows, strict=True))
+        value = compute_ece(*zip(*rows, strict=True))
         assert 0 <= value <= 1
         random.Random(0).shuffle(rows)
-        assert ece(*zip(*rows, strict=True)) == pytest.approx(value)
+        assert compute_ece(*zip(*rows, strict=True)) == pytest.approx(value)
 
 
 class TestRanks:
     def test_a_gold_without_rank_counts_as_infinitely_far(self) -> None:
-        assert mean_reciprocal_rank([1, None, 4]) == pytest.approx(1.25 / 3)
-        assert precision_at(5, [1, None, 6, 5]) == 0.5
+        assert compute_mean_reciprocal_rank([1, None, 4]) == pytest.approx(1.25 / 3)
+        assert compute_precision(5, [1, None, 6, 5]) == 0.5
 
     def test_no_ranks_no_mean(self) -> None:
-        assert mean_reciprocal_rank([None, None]) is None
-        assert mean_reciprocal_rank([]) is None
-        assert precision_at(5, []) is None
+        assert compute_mean_reciprocal_rank([None, None]) is None
+        assert compute_mean_reciprocal_rank([]) is None
+        assert compute_precision(5, []) is None
 
     def test_percentiles_by_hand(self) -> None:
-        found = percentiles(range(101))
+        found = compute_percentiles(range(101))
         assert found == {"p1": 1, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99}
-        assert percentiles([]) is None
+        assert compute_percentiles([]) is None
 
 
 class TestPopularityBins:
     def test_five_bins_of_equal_size_most_popular_first(self) -> None:
-        names = popularity_bins([float(value) for value in range(100, 0, -1)])
+        names = assign_popularity_bins([float(value) for value in range(100, 0, -1)])
         expected = ("top 20 %", "20 to 40 %", "40 to 60 %", "60 to 80 %", "bottom 20 %")
         assert names == [name for name in expected for _ in range(20)]
 
     def test_fewer_bins_for_fewer_facts(self) -> None:
-        assert set(popularity_bins([float(value) for value in range(45)])) == {"top 50 %", "bottom 50 %"}
+        assert set(assign_popularity_bins([float(value) for value in range(45)])) == {"top 50 %", "bottom 50 %"}
 
     def test_none_for_a_handful_or_a_single_popularity(self) -> None:
-        assert set(popularity_bins([float(value) for value in range(39)])) == {None}
-        assert set(popularity_bins([1.0] * 100)) == {None}
-        assert popularity_bins([]) == []
+        assert set(assign_popularity_bins([float(value) for value in range(39)])) == {None}
+        assert set(assign_popularity_bins([1.0] * 100)) == {None}
+        assert assign_popularity_bins([]) == []
 
     def test_facts_without_popularity_are_in_no_bin(self) -> None:
-        names = popularity_bins([None, *(float(value) for value in range(40)), math.nan])
+        names = assign_popularity_bins([None, *(float(value) for value in range(40)), math.nan])
         assert names[0] is None
         assert names[-1] is None
         assert None not in names[1:-1]
 
     @given(st.lists(st.integers(1, 30), min_size=40, max_size=300))
     def test_ties_stay_together_and_no_bin_is_small(self, values: list[int]) -> None:
-        names = popularity_bins([float(value) for value in values])
+        names = assign_popularity_bins([float(value) for value in values])
         by_value = {value: {n for n, v in zip(names, values, strict=True) if v == value} for value in values}
         assert all(len(found) == 1 for found in by_value.values())
         assert all(names.count(name) >= 20 for name in set(names) - {None})

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from compressknow.comparison.intervals import design_of_change, mcnemar, paired_test, proportion
-from compressknow.comparison.power import POWER, facts_for, facts_to_decide, power, smallest_loss
+from compressknow.comparison.intervals import design_of_change, estimate_proportion, run_mcnemar, run_paired_test
+from compressknow.comparison.power import (
+    POWER,
+    compute_power,
+    count_facts_to_decide,
+    count_facts_to_show,
+    find_smallest_loss,
+)
 from compressknow.comparison.records import Counts
 
 SIMULATED = 4000
@@ -22,13 +28,13 @@ def shown(known: int, loss: float, gained: float, unknown: int) -> float:
     facts = known + unknown
     up, down = gained * known / facts, (gained + loss) * known / facts
     drawn = np.random.default_rng(7).multinomial(facts, [down, up, 1 - up - down], size=SIMULATED)
-    seen = [lost > won and mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in drawn.tolist()]
+    seen = [lost > won and run_mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in drawn.tolist()]
     return sum(seen) / SIMULATED
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_smallest_loss_is_seen_in_four_of_five_simulated_models(counts: Counts) -> None:
-    loss = smallest_loss(counts)
+    loss = find_smallest_loss(counts)
     assert loss is not None
     known = counts.known_before
     seen = shown(known, loss, counts.gained / known, counts.n - known)
@@ -38,7 +44,7 @@ def test_the_smallest_loss_is_seen_in_four_of_five_simulated_models(counts: Coun
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_as_many_facts_as_it_says_see_a_loss_of_two_points(counts: Counts) -> None:
-    known = facts_for(counts)
+    known = count_facts_to_show(counts)
     assert known is not None
     unknown = round((counts.n - counts.known_before) / counts.known_before * known)
     seen = shown(known, 0.02, counts.gained / counts.known_before, unknown)
@@ -47,55 +53,62 @@ def test_as_many_facts_as_it_says_see_a_loss_of_two_points(counts: Counts) -> No
 
 def test_by_hand_where_nothing_is_gained() -> None:
     # The test shows a loss from six lost facts on: 2 / 2^6 is below 5 %, 2 / 2^5 is not.
-    assert power(100, 0.08, 0.0, 50) == pytest.approx(binom.sf(5, 150, 8 / 150))
-    assert smallest_loss(Counts(both=5)) is None
-    assert smallest_loss(Counts(both=6)) == pytest.approx(POWER ** (1 / 6), abs=1e-4)
+    assert compute_power(100, 0.08, 0.0, 50) == pytest.approx(binom.sf(5, 150, 8 / 150))
+    assert find_smallest_loss(Counts(both=5)) is None
+    assert find_smallest_loss(Counts(both=6)) == pytest.approx(POWER ** (1 / 6), abs=1e-4)
 
 
 def test_no_loss_is_shown_less_often_than_the_level() -> None:
-    assert 0 < power(1000, 0.0, 0.05, 400) < 0.025
+    assert 0 < compute_power(1000, 0.0, 0.05, 400) < 0.025
 
 
 @pytest.mark.parametrize(("known", "unknown", "gained"), [(40, 20, 0.0), (185, 115, 0.1), (2400, 1600, 0.03)])
 def test_larger_losses_are_seen_more_often(known: int, unknown: int, gained: float) -> None:
-    seen = [power(known, loss, gained, unknown) for loss in np.linspace(0, 0.9, 20)]
+    seen = [compute_power(known, loss, gained, unknown) for loss in np.linspace(0, 0.9, 20)]
     assert all(less <= more + 1e-9 for less, more in itertools.pairwise(seen))
     assert seen[-1] > 0.99
 
 
 def test_gained_facts_hide_a_loss() -> None:
-    assert smallest_loss(Counts(both=180, lost=5, gained=20, neither=80)) > 2 * smallest_loss(Counts(both=180, lost=5))
+    assert find_smallest_loss(Counts(both=180, lost=5, gained=20, neither=80)) > 2 * find_smallest_loss(
+        Counts(both=180, lost=5)
+    )
 
 
 def test_nothing_known_shows_nothing() -> None:
-    assert (smallest_loss(Counts(gained=3, neither=9)), facts_for(Counts(gained=3, neither=9))) == (None, None)
-    assert smallest_loss(Counts(both=10, lost=1, gained=40, neither=100)) is None
+    assert (find_smallest_loss(Counts(gained=3, neither=9)), count_facts_to_show(Counts(gained=3, neither=9))) == (
+        None,
+        None,
+    )
+    assert find_smallest_loss(Counts(both=10, lost=1, gained=40, neither=100)) is None
 
 
 @pytest.mark.parametrize(("both", "lost", "gate"), [(914, 86, 0.9), (914, 86, 0.95), (50, 50, 0.8), (97, 3, 0.99)])
 def test_as_many_facts_as_it_says_decide_in_four_of_five_samples(both: int, lost: int, gate: float) -> None:
     counts = Counts(both, lost)
-    number = facts_to_decide(counts, gate)
+    number = count_facts_to_decide(counts, gate)
     assert number is not None
     kept = np.random.default_rng(3).binomial(number, counts.kept, SIMULATED)
-    intervals = [proportion(int(each), number) for each in kept]
+    intervals = [estimate_proportion(int(each), number) for each in kept]
     decided = sum(not each.low < gate <= each.high for each in intervals) / SIMULATED
     # Whole numbers of facts: one more or less lost moves the share of samples by some points.
     assert abs(decided - POWER) < 0.06
 
 
 def test_a_share_that_is_the_gate_is_never_decided() -> None:
-    assert facts_to_decide(Counts(90, 10), 0.9) is None
+    assert count_facts_to_decide(Counts(90, 10), 0.9) is None
 
 
 @pytest.mark.parametrize("icc", [0.1, 0.3])
 def test_of_relations_that_differ_the_smallest_loss_is_seen_as_often(icc: float) -> None:
     """Facts are known with 60 %, those that change lost or gained by a chance that is the relation's."""
     drawn = np.random.default_rng(5)
-    told = [smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (relations(drawn, icc, 0) for _ in range(60))]
+    told = [
+        find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (relations(drawn, icc, 0) for _ in range(60))
+    ]
     loss = float(np.median([each for each in told if each is not None]))
     tested = [relations(drawn, icc, loss) for _ in range(400)]
-    seen = [paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in tested]
+    seen = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in tested]
     assert abs(sum(seen) / len(seen) - POWER) < 0.1
 
 
@@ -110,6 +123,6 @@ def relations(drawn: np.random.Generator, icc: float, net: float, number: int = 
 def test_more_facts_of_the_same_relations_may_never_show_a_small_loss() -> None:
     alike = [Counts(both=36, lost=2, gained=2, neither=20)] * 20
     apart = [Counts(both=36, lost=4, neither=20), Counts(both=36, gained=4, neither=20)] * 10
-    needed = [facts_for(sum(c, Counts()), design=design_of_change(c)) for c in (alike, apart)]
+    needed = [count_facts_to_show(sum(c, Counts()), design=design_of_change(c)) for c in (alike, apart)]
     assert needed[0] is not None
     assert needed[1] is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.comparison.power import FRACTIONS, LEVEL, capitals, decide
+from compressknow.comparison.power import FRACTIONS, LEVEL, compute_capitals, decide
 from tests.long import long
 
 RUNS = 2000
@@ -30,7 +30,7 @@ def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept:
     decided = 0
     for seed in range(4):
         runs = drawn(facts, known, kept, RUNS // 4, seed)
-        above, below = capitals(*runs, kept / known, facts)
+        above, below = compute_capitals(*runs, kept / known, facts)
         # That all facts are done decides too, and rightly.
         decided += int((np.maximum(above, below)[:, :-1] >= WON).any(axis=1).sum())
     assert decided / RUNS <= LEVEL
@@ -39,7 +39,7 @@ def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept:
 def test_near_the_gate_few_runs_are_wrong() -> None:
     known, kept = drawn(400, 250, 220, RUNS)
     for gate, wrong_side in ((0.87, 1), (0.89, 0)):
-        capital = capitals(known, kept, gate, 400)
+        capital = compute_capitals(known, kept, gate, 400)
         first = [np.where((side >= WON).any(axis=1), (side >= WON).argmax(axis=1), 400) for side in capital]
         assert (first[wrong_side] < first[1 - wrong_side]).mean() <= LEVEL / 2
 
@@ -93,7 +93,7 @@ def test_the_capital_is_that_of_a_plain_reference(seed: int, gate: float, number
     random = np.random.default_rng(seed)
     known = random.random(number) < 0.7
     kept = known & (random.random(number) < 0.6)
-    above, below = capitals(known, kept, gate, 200)
+    above, below = compute_capitals(known, kept, gate, 200)
     for one, other, (up, down) in zip(above, below, by_hand(known, kept, gate, 200), strict=True):
         assert one == pytest.approx(math.log(up), abs=1e-8)
         assert other == pytest.approx(math.log(down), abs=1e-8)
@@ -102,7 +102,7 @@ def test_the_capital_is_that_of_a_plain_reference(seed: int, gate: float, number
 def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_interval() -> None:
     known, kept = drawn(300, 200, 170, 1)
     gates = np.linspace(0.05, 0.99, 60)
-    found = [capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
+    found = [compute_capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
     above, below = (np.minimum([pair[side] for pair in found], 100.0) for side in (0, 1))
     assert (np.diff(above, axis=0) <= 1e-9).all()
     assert (np.diff(below, axis=0) >= -1e-9).all()
@@ -137,7 +137,7 @@ def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() 
     # 3,333 of 3,999 is no float: sums of floats leave a residue, which decided such runs one fact before the end.
     known, kept = drawn(4000, 3999, 3333, 300)
     for rows in np.split(np.arange(300), 6):
-        above, below = capitals(known[rows], kept[rows], 3333 / 3999, 4000)
+        above, below = compute_capitals(known[rows], kept[rows], 3333 / 3999, 4000)
         assert np.isfinite(above[:, :-1]).all()
         assert np.isfinite(below[:, :-1]).all()
 

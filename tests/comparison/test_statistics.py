@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.comparison.intervals import above_chance, holm, macro, mcnemar, paired_difference, proportion
+from compressknow.comparison.intervals import (
+    adjust_holm,
+    average_relations,
+    correct_for_chance,
+    estimate_difference,
+    estimate_proportion,
+    run_mcnemar,
+)
 from compressknow.comparison.records import Counts, Estimate
 
 cells = st.builds(Counts, *[st.integers(0, 200)] * 4)
@@ -29,14 +36,14 @@ class TestProportion:
         ],
     )
     def test_wilson_as_published(self, part: int, whole: int, interval: list[float]) -> None:
-        assert rounded(proportion(part, whole)) == interval
+        assert rounded(estimate_proportion(part, whole)) == interval
 
     def test_nothing_of_nothing_has_no_value(self) -> None:
-        assert proportion(0, 0) == Estimate(None)
+        assert estimate_proportion(0, 0) == Estimate(None)
 
     @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
     def test_interval_holds_the_share_and_stays_in_bounds(self, counts: tuple[int, int]) -> None:
-        estimate = proportion(*counts)
+        estimate = estimate_proportion(*counts)
         assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
         assert estimate.low < estimate.high
 
@@ -53,33 +60,33 @@ class TestPairedDifference:
         ],
     )
     def test_newcombe_as_published(self, counts: Counts, value: float, interval: list[float]) -> None:
-        estimate = paired_difference(counts)
+        estimate = estimate_difference(counts)
         assert (round(estimate.value, 4), rounded(estimate)) == (value, interval)
 
     def test_by_hand_where_the_correction_takes_phi_away(self) -> None:
         # Bentur et al. (2009): 1 * 12 - 7 * 1 = 5 < 21 / 2, so phi is 0 and the distances add as squares.
-        before, after = proportion(8, 21), proportion(2, 21)
+        before, after = estimate_proportion(8, 21), estimate_proportion(2, 21)
         low = -6 / 21 - np.hypot(after.value - after.low, before.high - before.value)
         high = -6 / 21 + np.hypot(after.high - after.value, before.value - before.low)
-        assert rounded(paired_difference(Counts(1, 7, 1, 12))) == [round(low, 4), round(high, 4)]
+        assert rounded(estimate_difference(Counts(1, 7, 1, 12))) == [round(low, 4), round(high, 4)]
 
     def test_no_change_is_zero_and_still_uncertain(self) -> None:
-        estimate = paired_difference(Counts(both=10))
+        estimate = estimate_difference(Counts(both=10))
         assert estimate.low < estimate.value == 0 < estimate.high
 
     def test_no_facts(self) -> None:
-        assert paired_difference(Counts()) == Estimate(None)
+        assert estimate_difference(Counts()) == Estimate(None)
 
     @given(cells)
     def test_interval_holds_the_difference(self, counts: Counts) -> None:
-        estimate = paired_difference(counts)
+        estimate = estimate_difference(counts)
         if counts.n:
             assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
 
     @given(cells)
     def test_swapping_the_models_turns_the_sign(self, counts: Counts) -> None:
         swapped = Counts(counts.both, counts.gained, counts.lost, counts.neither)
-        one, other = paired_difference(counts), paired_difference(swapped)
+        one, other = estimate_difference(counts), estimate_difference(swapped)
         if counts.n:
             assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
 
@@ -91,19 +98,19 @@ class TestMcNemar:
         [(16, 6, 0.052479), (7, 1, 0.070313)],
     )
     def test_as_published(self, lost: int, gained: int, p: float) -> None:
-        assert mcnemar(Counts(both=5, lost=lost, gained=gained, neither=9)) == pytest.approx(p, abs=1e-6)
+        assert run_mcnemar(Counts(both=5, lost=lost, gained=gained, neither=9)) == pytest.approx(p, abs=1e-6)
 
     def test_all_change_one_way(self) -> None:
-        assert mcnemar(Counts(lost=10)) == pytest.approx(2 / 2**10)
+        assert run_mcnemar(Counts(lost=10)) == pytest.approx(2 / 2**10)
 
     def test_no_change_is_no_evidence(self) -> None:
-        assert mcnemar(Counts(both=3)) == 1.0
-        assert mcnemar(Counts()) is None
+        assert run_mcnemar(Counts(both=3)) == 1.0
+        assert run_mcnemar(Counts()) is None
 
     @given(cells)
     def test_is_a_probability_and_symmetric(self, counts: Counts) -> None:
-        p = mcnemar(counts)
-        assert p == mcnemar(Counts(counts.both, counts.gained, counts.lost, counts.neither))
+        p = run_mcnemar(counts)
+        assert p == run_mcnemar(Counts(counts.both, counts.gained, counts.lost, counts.neither))
         assert p is None if not counts.n else 0 < p <= 1
         if counts.lost == counts.gained and counts.n:
             assert p == 1.0
@@ -112,15 +119,15 @@ class TestMcNemar:
 class TestHolm:
     def test_by_hand(self) -> None:
         # 4 * 0.005; 3 * 0.01; 2 * 0.03; then 1 * 0.04, which may not be below its predecessor.
-        assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+        assert adjust_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
     def test_missing_ones_are_not_counted(self) -> None:
-        assert holm([None, 0.5, None]) == [None, 0.5, None]
-        assert holm([]) == []
+        assert adjust_holm([None, 0.5, None]) == [None, 0.5, None]
+        assert adjust_holm([]) == []
 
     @given(st.lists(st.floats(0, 1), min_size=1))
     def test_keeps_the_order_and_lies_between_p_and_bonferroni(self, p_values: list[float]) -> None:
-        adjusted = holm(p_values)
+        adjusted = adjust_holm(p_values)
         pairs = sorted(zip(p_values, adjusted, strict=True))
         assert [a for _, a in pairs] == sorted(adjusted)
         assert all(p <= a <= min(1.0, p * len(p_values)) for p, a in pairs)
@@ -128,19 +135,19 @@ class TestHolm:
 
 class TestAboveChance:
     def test_all_of_it_by_guessing(self) -> None:
-        assert above_chance(Estimate(0.5, 0.4, 0.6), 0.5).value == 0
+        assert correct_for_chance(Estimate(0.5, 0.4, 0.6), 0.5).value == 0
 
     def test_all_kept_stays_all_kept(self) -> None:
-        assert above_chance(Estimate(1.0, 0.9, 1.0), 0.5) == Estimate(1.0, 0.8, 1.0)
+        assert correct_for_chance(Estimate(1.0, 0.9, 1.0), 0.5) == Estimate(1.0, 0.8, 1.0)
 
     @pytest.mark.parametrize("chance", [None, 1.0])
     def test_needs_a_chance_below_one(self, chance: float | None) -> None:
-        assert above_chance(Estimate(0.9, 0.8, 1.0), chance) == Estimate(None)
+        assert correct_for_chance(Estimate(0.9, 0.8, 1.0), chance) == Estimate(None)
 
     @given(st.integers(0, 50), st.integers(1, 50), st.floats(0, 0.99))
     def test_stays_ordered_and_never_above_what_is_seen(self, both: int, lost: int, chance: float) -> None:
-        kept = proportion(both, both + lost)
-        adjusted = above_chance(kept, chance)
+        kept = estimate_proportion(both, both + lost)
+        adjusted = correct_for_chance(kept, chance)
         assert 0 <= adjusted.low <= adjusted.value <= adjusted.high <= 1
         assert adjusted.value <= kept.value + 1e-9
 
@@ -149,14 +156,14 @@ class TestMacro:
     relations = (Counts(50, 10, 5, 35), Counts(3, 1, 0, 1), Counts(0, 0, 0, 20))
 
     def test_means_over_relations_by_hand(self) -> None:
-        before, after, difference = macro(self.relations)
+        before, after, difference = average_relations(self.relations)
         assert before.value == pytest.approx((0.60 + 0.8 + 0) / 3)
         assert after.value == pytest.approx((0.55 + 0.6 + 0) / 3)
         assert difference.value == pytest.approx((-0.05 - 0.2 + 0) / 3)
 
     def test_one_seed_one_result(self) -> None:
-        assert macro(self.relations, seed=1) == macro(self.relations, seed=1)
-        assert macro(self.relations, seed=1) != macro(self.relations, seed=2)
+        assert average_relations(self.relations, seed=1) == average_relations(self.relations, seed=1)
+        assert average_relations(self.relations, seed=1) != average_relations(self.relations, seed=2)
 
     def test_interval_is_that_of_resampled_facts(self) -> None:
         # The plain way, fact by fact: draw each relation's facts with replacement, both answers together.
@@ -168,22 +175,22 @@ class TestMacro:
                 change = np.repeat([0, -1, 1, 0], [c.both, c.lost, c.gained, c.neither])
                 drawn.append(generator.choice(change, size=c.n).mean())
             means.append(np.mean(drawn))
-        difference = macro(self.relations)[2]
+        difference = average_relations(self.relations)[2]
         assert [difference.low, difference.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.015)
 
     def test_pairs_are_kept(self) -> None:
         # The same answers on both sides: accuracies vary from sample to sample, their difference never does.
-        before, _, difference = macro([Counts(both=10, neither=10)])
+        before, _, difference = average_relations([Counts(both=10, neither=10)])
         assert before.low < before.value < before.high
         assert difference == Estimate(0.0)
 
     def test_no_facts_and_no_spread(self) -> None:
-        assert macro([]) == macro([Counts()]) == (Estimate(None),) * 3
-        assert macro([Counts(both=1), Counts(neither=1)])[0] == Estimate(0.5)
+        assert average_relations([]) == average_relations([Counts()]) == (Estimate(None),) * 3
+        assert average_relations([Counts(both=1), Counts(neither=1)])[0] == Estimate(0.5)
 
     @given(st.lists(cells, min_size=1, max_size=5))
     def test_value_is_the_difference_of_the_values(self, relations: list[Counts]) -> None:
-        before, after, difference = macro(relations)
+        before, after, difference = average_relations(relations)
         if before.value is not None:
             assert difference.value == pytest.approx(after.value - before.value)
             for estimate in (before, after, difference):

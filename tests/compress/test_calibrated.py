@@ -19,10 +19,10 @@ from torch.nn.utils import prune
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse, gptq
+from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
-from compressknow.compress.schemes import SCHEMES, Scheme, nearest, repeat_scales
+from compressknow.compress.schemes import SCHEMES, Scheme, repeat_scales, round_to_nearest
 from compressknow.model.tensors import StoredTensor
 from tests.compress.layers import (
     Groups4,
@@ -108,7 +108,7 @@ class TestInverse:
         inputs, weight = statistics_of(torch.full((5, 8), value), "model.layers.3.mlp.up_proj"), weights_of(4, 8)
         scheme = SCHEMES["int8"]
         uses = {
-            "gptq": partial(gptq, weight, scales_of(weight, scheme), scheme, inputs),
+            "gptq": partial(round_by_gptq, weight, scales_of(weight, scheme), scheme, inputs),
             "sparsegpt": partial(method("sparsegpt").prune, weight, inputs, 0.5),
         }
         with pytest.raises(CompressknowError, match=r"inputs of model\.layers\.3\.mlp\.up_proj cannot be inverted"):
@@ -218,7 +218,7 @@ class TestGPTQ:
         fixed = weights_of(24, channels, seed=4) > 0 if zeros else None
         weight = weight if fixed is None else weight.masked_fill(fixed, 0)
         scales = scales_of(weight, scheme)
-        found = gptq(weight, scales, scheme, statistics_of(inputs), fixed)
+        found = round_by_gptq(weight, scales, scheme, statistics_of(inputs), fixed)
         bounds = (scheme.lowest, scheme.highest)
         assert found.dtype == torch.int8
         assert torch.equal(found, gptq_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
@@ -228,8 +228,8 @@ class TestGPTQ:
     def test_rows_do_not_depend_on_each_other(self, scheme: Scheme) -> None:
         weight, inputs = weights_of(20, 208), statistics_of(correlated(300, 208))
         scales = scales_of(weight, scheme)
-        whole = gptq(weight, scales, scheme, inputs)
-        parts = [gptq(weight[rows], scales[rows], scheme, inputs) for rows in (slice(0, 7), slice(7, 20))]
+        whole = round_by_gptq(weight, scales, scheme, inputs)
+        parts = [round_by_gptq(weight[rows], scales[rows], scheme, inputs) for rows in (slice(0, 7), slice(7, 20))]
         assert torch.equal(torch.cat(parts), whole)
 
     def test_floats_of_8_bits_lose_less_than_to_nearest_and_zeros_stay(self) -> None:
@@ -237,31 +237,31 @@ class TestGPTQ:
         fixed = weights_of(24, 112, seed=4) > 0
         weight = weight.masked_fill(fixed, 0)
         scales = scales_of(weight, scheme)
-        codes = gptq(weight, scales, scheme, statistics_of(inputs), fixed)
+        codes = round_by_gptq(weight, scales, scheme, statistics_of(inputs), fixed)
         assert codes.dtype == torch.float8_e4m3fn
-        found, plain = (scheme.dequantize(each, scales) for each in (codes, nearest(weight, scales, scheme)))
+        found, plain = (scheme.dequantize(each, scales) for each in (codes, round_to_nearest(weight, scales, scheme)))
         assert not bool(found[fixed].any())
         assert error(inputs, weight, found) < 0.8 * error(inputs, weight, plain)
 
     def test_one_scale_for_all_of_a_tensor(self) -> None:
         weight, inputs, scheme = weights_of(8, 96), correlated(300, 96), SCHEMES["int8-paper"]
         scales = scheme.scales(weight.abs().max().view(1))
-        found = gptq(weight, scales, scheme, statistics_of(inputs))
+        found = round_by_gptq(weight, scales, scheme, statistics_of(inputs))
         assert torch.equal(found, gptq_by_formula(weight, inputs, scales, (-128, 127)))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_weights_of_16_bits_are_left_as_they_are(self, dtype: torch.dtype) -> None:
         weight, inputs, scheme = weights_of(8, 96).to(dtype), statistics_of(correlated(300, 96)), SCHEMES["int8"]
         before, scales = weight.clone(), scales_of(weight, scheme)
-        found = gptq(weight, scales, scheme, inputs)
+        found = round_by_gptq(weight, scales, scheme, inputs)
         assert torch.equal(weight, before)
-        assert torch.equal(found, gptq(weight.float(), scales.float(), scheme, inputs))
+        assert torch.equal(found, round_by_gptq(weight.float(), scales.float(), scheme, inputs))
 
     def test_inputs_that_do_not_correlate_are_rounded_to_nearest(self) -> None:
         weight, scheme = weights_of(8, 96), Groups4()
         inputs = InputStatistics("layer", 9, torch.ones(96), products=torch.eye(96))
         scales = scales_of(weight, scheme)
-        assert torch.equal(gptq(weight, scales, scheme, inputs), nearest(weight, scales, scheme))
+        assert torch.equal(round_by_gptq(weight, scales, scheme, inputs), round_to_nearest(weight, scales, scheme))
 
 
 class TestError:
@@ -325,8 +325,8 @@ def check_rounding(weight: Tensor, inputs: Tensor) -> None:
     for scheme in ROUNDED.values():
         for start, fixed in ((weight, None), (pruned, pruned == 0)):
             scales = scales_of(start, scheme)
-            by_gptq = gptq(start, scales, scheme, statistics_of(inputs), fixed)
-            by_nearest = nearest(start, scales, scheme)
+            by_gptq = round_by_gptq(start, scales, scheme, statistics_of(inputs), fixed)
+            by_nearest = round_to_nearest(start, scales, scheme)
             made, plain = (scheme.dequantize(each, scales) for each in (by_gptq, by_nearest))
             assert error(inputs, start, made) < error(inputs, start, plain)
             assert fixed is None or not bool(by_gptq[fixed].any())
@@ -354,7 +354,7 @@ def test_the_same_bytes_with_any_number_of_threads(name: str) -> None:
 
     def make(known: InputStatistics) -> Tensor:
         if name == "gptq":
-            return gptq(weight, scales, scheme, known)
+            return round_by_gptq(weight, scales, scheme, known)
         mask, values = method(name).prune(weight, known, 0.5)
         return (weight if values is None else values).masked_fill(mask, 0)
 

@@ -34,10 +34,10 @@ from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
-from compressknow.compress.runtimes import vllm_limit, vllm_obstacle
+from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Quantize
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import select
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_loading import load
@@ -157,7 +157,7 @@ def test_plain_transformers_computes_what_the_model_in_memory_does(name: str, tm
     compressknow.convert(
         tmp_path / "in", tmp_path / "out", scope=BLOCKS, quantize="int4", parameters={"group_size": 32}
     )
-    modules = [m for weight in select(structure_of(model), BLOCKS, "quantize") for m in weight.modules]
+    modules = [m for weight in select(read_structure(model), BLOCKS, "quantize") for m in weight.modules]
     expected = logits(in_memory(name, modules, 32))
     plain = load(tmp_path / "out")
     torch.testing.assert_close(logits(plain), expected, rtol=1e-6, atol=1e-6)
@@ -339,11 +339,11 @@ def planned(folder: Path, **options: Any) -> dict[str, Any]:
 def test_it_runs_in_vllm_where_its_kernels_take_the_layers(tmp_path: Path) -> None:
     manifest = planned(tmp_path)
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
-    assert "on GPUs" in str(vllm_limit(manifest))
+    assert "on GPUs" in str(find_vllm_limit(manifest))
     assert of_groups(32).vllm_limit([(64, 128), (192, 256)]) == "on CPUs with --dtype float16"
     assert "on GPUs: its kernel" in str(of_groups(32).vllm_limit([(64, 128), (80, 192)]))
-    assert "the final layer" in str(vllm_obstacle(planned(tmp_path, scope="overall")))
-    assert "all or none of these must be int4" in str(vllm_obstacle(planned(tmp_path, exclude=["q_proj"])))
+    assert "the final layer" in str(find_vllm_obstacle(planned(tmp_path, scope="overall")))
+    assert "all or none of these must be int4" in str(find_vllm_obstacle(planned(tmp_path, exclude=["q_proj"])))
 
 
 @pytest.mark.parametrize("other", [{"quantize": "int8"}, {"quantize": "int4", "group_size": 64}], ids=str)
@@ -356,8 +356,8 @@ def test_layers_that_vllm_fuses_must_be_quantized_in_one_way(other: dict[str, An
     first = {"quantize": "int4", "group_size": 32, "scope": ["attention"], "include": ["q_proj"]}
     recipe = {"steps": [first, {**other, **where}]}
     manifest = planned(tmp_path, quantize=None, parameters=None, recipe=compressknow.Recipe.from_dict(recipe))
-    assert "q_proj, k_proj and v_proj" in str(vllm_obstacle(manifest))
-    assert "these must be quantized in one way" in str(vllm_obstacle(manifest))
+    assert "q_proj, k_proj and v_proj" in str(find_vllm_obstacle(manifest))
+    assert "these must be quantized in one way" in str(find_vllm_obstacle(manifest))
 
 
 def test_infinite_weights_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import compressknow
-from compressknow.comparison.intervals import mcnemar, tally
+from compressknow.comparison.intervals import run_mcnemar, tally
 from compressknow.evaluate.sources import Options
 from tests.knowing import facts_file, knowing
 from tests.long import long
@@ -32,7 +32,7 @@ def pruned(source: Path, output: Path, method: str, amount: float, **more: objec
 def chance(fewer: np.ndarray, more: np.ndarray) -> float:
     """McNemar's p of two models' answers to the same facts."""
     (counts,) = tally(fewer, more, np.zeros(len(fewer), dtype=int))
-    return mcnemar(counts) or 0.0
+    return run_mcnemar(counts) or 0.0
 
 
 def test_sparsegpt_keeps_more_facts_of_tiny_models(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from torch.nn.utils import prune
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine import layers
-from compressknow.model.groups import structure_of
-from compressknow.model.structure import scope_names, select
+from compressknow.model.groups import read_structure
+from compressknow.model.structure import list_scopes, select
 from tests.long import one_in
 from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny
 
@@ -52,7 +52,7 @@ def compressed_in_memory(name: str, scope: str, scheme: str | None, pruned: bool
     model = BUILDERS[name]()
     separate_final_layer(model)
     model.load_state_dict(tiny(name).state_dict())
-    structure = structure_of(model)
+    structure = read_structure(model)
     if pruned:
         weights = [holder(model, weight.parameter) for weight in select(structure, [scope], "prune")]
         prune.global_unstructured(weights, prune.L1Unstructured, amount=AMOUNT)
@@ -97,8 +97,8 @@ def quantize_in_memory(model: nn.Module, modules: list[str], scheme: str) -> Non
 
 def setups() -> Iterator[Any]:
     for name in BUILDERS:
-        structure = structure_of(tiny(name))
-        for scope in scope_names(structure):
+        structure = read_structure(tiny(name))
+        for scope in list_scopes(structure):
             for scheme in (None, *SCHEMES) if name in QUANTIZABLE else (None,):
                 if (name[:2], scheme) == ("t5", "fp8") and scope in ("final", "overall"):
                     continue

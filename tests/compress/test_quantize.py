@@ -33,7 +33,7 @@ from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.schemes import SCHEMES, nearest
+from compressknow.compress.schemes import SCHEMES, round_to_nearest
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.models import logits, save_tiny, tiny
@@ -157,7 +157,7 @@ def test_written_weights_and_scales_are_those_of_compressed_tensors_or_torch(
 def test_functions_round_as_compressed_tensors_does_and_stay_within_half_a_step(weight: Tensor) -> None:
     scheme = SCHEMES["int8"]
     scales = scheme.scales(weight.abs().amax(1, keepdim=True))
-    quantized = nearest(weight, scales, scheme)
+    quantized = round_to_nearest(weight, scales, scheme)
     assert_same({"weight": quantized, "weight_scale": scales}, by_compressed_tensors(weight, "int8"))
     if weight.dtype == torch.float32 and scales.min() > torch.finfo(torch.float32).tiny and scales.max() < 1e36:
         error = (scheme.dequantize(quantized, scales).double() - weight.double()).abs()

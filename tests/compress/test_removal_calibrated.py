@@ -23,7 +23,7 @@ from compressknow.comparison.diff import CheckpointDiff
 from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import VariantMaker, carry_out, prepare
-from compressknow.compress.manifest import Manifest, dry_run
+from compressknow.compress.manifest import Manifest, predict_manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.removal.neurons import choose_neurons, fit_down
@@ -305,7 +305,7 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    planned = dry_run(prepare(source, build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)))
+    planned = predict_manifest(prepare(source, build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)))
     done = convert(source, tmp_path / "out", build_recipe(Where(), drop_blocks=1, drop_neurons=0.25))
     for key in ("bytes_before", "bytes_after", "parameters"):
         assert planned.totals[key] == done.totals[key]

@@ -12,8 +12,8 @@ import transformers as hf
 from compressed_tensors.utils.match import is_match
 
 import compressknow
-from compressknow.cli.convert import manifest_page
-from compressknow.compress.runtimes import VLLM_ARCHITECTURES, vllm_limit, vllm_obstacle
+from compressknow.cli.convert import build_manifest_page
+from compressknow.compress.runtimes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.models import QUANTIZABLE, save_tiny
 
@@ -32,7 +32,7 @@ def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tm
     manifest = planned(name, tmp_path, quantize="int8")
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
     assert "not on Blackwell GPUs" in describe_runtimes(manifest)
-    assert vllm_limit(planned(name, tmp_path, prune=0.2)) is None
+    assert find_vllm_limit(planned(name, tmp_path, prune=0.2)) is None
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "t5-tied", "bart"])
@@ -56,14 +56,14 @@ def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: An
 def test_what_keeps_a_decoder_from_vllm_is_named(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     manifest = planned("llama", tmp_path, **{"quantize": "int8", **options})
     assert manifest["runtimes"] == ["transformers", "compressknow"]
-    assert why in str(vllm_obstacle(manifest))
+    assert why in str(find_vllm_obstacle(manifest))
     assert "It does not run in vLLM: " in describe_runtimes(manifest)
 
 
 @pytest.mark.parametrize("options", [{"include": ["o_proj", "down_proj"]}, {"layers": "1"}, {"scope": "attention"}])
 def test_whole_joined_layers_may_stay_floats(options: dict[str, Any], tmp_path: Path) -> None:
     """As compressed-tensors resolves the layers that vLLM joins: all parts are targets, or all are ignored."""
-    assert vllm_obstacle(planned("llama", tmp_path, quantize="int8", **options)) is None
+    assert find_vllm_obstacle(planned("llama", tmp_path, quantize="int8", **options)) is None
     compressknow.convert(tmp_path / "in", tmp_path / "done", quantize="int8", **options)
     settings = json.loads((tmp_path / "done" / "config.json").read_text())["quantization_config"]
     (group,) = settings["config_groups"].values()
@@ -82,7 +82,7 @@ def test_tensors_that_the_model_has_no_place_for_are_named_and_keep_it_from_vllm
     manifest = planned("llama", tmp_path, prune=0.2)
     assert len(manifest["unused"]) == 9
     assert "vLLM: LlamaForCausalLM has no place for model.layers.1." in describe_runtimes(manifest)
-    page = " ".join(manifest_page(manifest, "in", tmp_path / "out", dry_run=True))
+    page = " ".join(build_manifest_page(manifest, "in", tmp_path / "out", dry_run=True))
     assert "9 tensors have no place in LlamaForCausalLM" in page
 
 

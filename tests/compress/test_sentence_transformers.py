@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 import compressknow
-from compressknow.base.progress import quiet
+from compressknow.base.progress import silence_libraries
 from tests.models import save_tiny
 
 
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
 def by_forward(folder: Path) -> torch.Tensor:
     """What its model gives as sentence-transformers loads and calls it."""
     settings = json.loads((folder / "sentence_bert_config.json").read_text())
-    with quiet():
+    with silence_libraries():
         config = transformers.AutoConfig.from_pretrained(folder, **settings["config_args"])
         model = transformers.AutoModel.from_pretrained(folder, config=config)
     assert config.layer_norm_eps == 1e-6

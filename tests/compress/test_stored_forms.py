@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.loading import LoadReport, headers_of, load_report
-from compressknow.model.meta import config_from_dict, find_direct_reads, meta_model
+from compressknow.model.loading import LoadReport, list_headers, load_report
+from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
 from tests.model.test_zoo import SETTINGS
 from tests.models import save_tiny
@@ -66,9 +66,9 @@ def test_floats_in_the_place_of_integers_do_not_pass_for_loaded(tmp_path: Path) 
     # transformers casts them: of small weights nothing but zeros is left.
     compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "out", quantize="int8")
     written = open_checkpoint(tmp_path / "out")
-    tree = meta_model(tmp_path / "in")
-    config = config_from_dict(tree, written.config)
-    headers, name = headers_of(written), "bert.encoder.layer.1.attention.self.query.weight"
+    tree = build_meta_model(tmp_path / "in")
+    config = parse_config(tree, written.config)
+    headers, name = list_headers(written), "bert.encoder.layer.1.attention.self.query.weight"
     assert load_report(type(tree), config, headers) == LoadReport()
     assert load_report(type(tree), config, {**headers, name: ("F32", headers[name][1])}).retyped == (name,)
 

@@ -22,7 +22,7 @@ import compressknow
 from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.compress.proof import build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import select
 from tests.models import QUANTIZABLE, VOCABULARY, logits, save_tiny, tiny
 
@@ -66,7 +66,7 @@ def converted(
     compressknow.convert(
         save_tiny(name, tmp_path / "in"), tmp_path / "out", scope=scope, layers=layers, quantize=scheme
     )
-    chosen = select(structure_of(tiny(name)), [scope], "quantize", layers=layers)
+    chosen = select(read_structure(tiny(name)), [scope], "quantize", layers=layers)
     return tmp_path / "out", {weight.module for weight in chosen}
 
 

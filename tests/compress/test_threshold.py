@@ -20,7 +20,7 @@ from compressknow.compress.convert import convert
 from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, choose_masks
-from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view
+from compressknow.model.tensors import OpenFiles, StoredTensor, view_bytes
 from tests.models import save_tiny
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -74,7 +74,7 @@ def pruned(weights: list[Tensor], step: Prune, threads: int = 2) -> list[Tensor]
     """Where a step prunes weights that lie in memory, as those of an old PyTorch file do."""
     names = [f"weight {i}" for i in range(len(weights))]
     stored = [
-        StoredTensor(name, NAMES[weight.dtype], tuple(weight.shape), Path("old.bin"), loaded=byte_view(weight))
+        StoredTensor(name, NAMES[weight.dtype], tuple(weight.shape), Path("old.bin"), loaded=view_bytes(weight))
         for name, weight in zip(names, weights, strict=True)
     ]
     with Pool(threads) as pool, OpenFiles() as files:

@@ -16,7 +16,7 @@ import transformers
 
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.base.progress import quiet
+from compressknow.base.progress import silence_libraries
 from compressknow.engine import layers
 from compressknow.engine.load import load
 from tests.long import one_in
@@ -58,7 +58,7 @@ def built(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | None
 
 
 def loaded_whole(name: str, folder: Path) -> transformers.PreTrainedModel:
-    with quiet():
+    with silence_libraries():
         model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), (name, report)
     return model.eval()
@@ -70,7 +70,7 @@ def check(name: str, folder: Path) -> str:
     if made is None:
         return "not built"
     model, original = made
-    with quiet():
+    with silence_libraries():
         model.save_pretrained(folder / "in")
     outcome = converted(folder, quantize="int8")
     if outcome != "int8":
@@ -83,7 +83,7 @@ def check(name: str, folder: Path) -> str:
     changed = (plain - original).abs().mean()
     assert changed > 0, name
     if outcome == "int8" and layers.Int8Kind().runs_on("cpu") and name not in ONE_SCALE:
-        with quiet():
+        with silence_libraries():
             engine = logits_of(load(folder / "out"))
         # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.
         assert (engine - plain).abs().mean() < 0.5 * changed, (name, (engine - plain).abs().mean(), changed)

@@ -11,10 +11,10 @@ import transformers
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from compressknow.base.packages import GGUF_TRANSFORMERS, reads_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf
 
 needs_gguf = pytest.mark.skipif(
-    not reads_gguf(), reason=f"GGUF files need transformers {GGUF_TRANSFORMERS}: this is {transformers.__version__}"
+    not can_read_gguf(), reason=f"GGUF files need transformers {GGUF_TRANSFORMERS}: this is {transformers.__version__}"
 )
 
 Q8_0, F16, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("Q8_0", "F16", "F32"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressknow.base.errors import UsageError
-from compressknow.engine.language_model import check_device, device_of
+from compressknow.engine.language_model import check_device, resolve_device
 from compressknow.evaluate.runtimes import Settings
 
 
@@ -40,14 +40,14 @@ def test_what_names_no_device_is_refused_with_what_was_probably_meant(name: str,
 
 
 def test_auto_is_the_best_device_of_this_machine_and_the_default() -> None:
-    assert device_of("auto") == best_device() == Settings().here().device
-    assert device_of("cpu") == "cpu"
+    assert resolve_device("auto") == best_device() == Settings().here().device
+    assert resolve_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("name", ["cuda:9999", "mps:9", "xpu:9"])
 def test_a_device_that_is_not_there_is_one_clear_message(name: str) -> None:
     with pytest.raises(UsageError) as error:
-        device_of(name)
+        resolve_device(name)
     assert name in error.value.what
     assert error.value.hint
 

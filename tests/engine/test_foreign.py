@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow import Settings
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.engine.identity import quantization_in_words
+from compressknow.engine.identity import describe_quantization
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.pages.records import Comparison
 from tests.engine.gguf_files import needs_gguf, write_gguf
@@ -148,7 +148,7 @@ def through_json(config: Any) -> dict[str, Any]:
     ],
 )
 def test_a_quantization_is_told_in_plain_words(config: Any, words: str) -> None:
-    assert quantization_in_words(through_json(config)) == words
+    assert describe_quantization(through_json(config)) == words
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_a_quantization_is_told_in_plain_words(config: Any, words: str) -> None:
     ],
 )
 def test_what_a_foreign_config_says_is_told_as_far_as_it_is_known(quantization: dict[str, Any], words: str) -> None:
-    assert quantization_in_words({"quantization_config": quantization}) == words
+    assert describe_quantization({"quantization_config": quantization}) == words
 
 
 def test_a_config_without_quantization_is_told_as_none() -> None:
-    assert quantization_in_words({}) is None
-    assert quantization_in_words({"quantization_config": None}) is None
+    assert describe_quantization({}) is None
+    assert describe_quantization({"quantization_config": None}) is None
 
 
 def wheel(package: str, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from torch.nn import functional
 import compressknow
 from compressknow.engine import layers
 from compressknow.engine.language_model import LanguageModel
-from compressknow.engine.layers import Int4Linear, disable_rounding, rounds_activations
+from compressknow.engine.layers import Int4Linear, disable_rounding, has_rounded_activations
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
@@ -145,7 +145,7 @@ def test_parameters_are_counted_as_in_floats(tmp_path: Path) -> None:
     models = [LanguageModel(model, None, "causal") for model in (load(folder), in_floats(folder))]  # type: ignore[arg-type]
     assert models[0].parameters == models[1].parameters
     assert [model.dtype for model in models] == ["float32 + int4", "float32"]
-    assert rounds_activations(models[0].model)
+    assert has_rounded_activations(models[0].model)
 
 
 def test_what_the_kernel_does_not_take_runs_in_floats(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import CompressknowError
-from compressknow.comparison.distributions import kl_divergence
+from compressknow.comparison.distributions import compute_kl
 from compressknow.comparison.paired import compare_probe
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answers, read_answers
@@ -102,7 +102,7 @@ def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pyt
 
 
 def kl(before: object, after: object) -> float:
-    return float(kl_divergence(np.array([before]), np.array([after]))[0])
+    return float(compute_kl(np.array([before]), np.array([after]))[0])
 
 
 def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

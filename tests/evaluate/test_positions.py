@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from compressknow.engine.language_model import load_language_model, most_tokens
+from compressknow.engine.language_model import count_positions, load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import TOO_LONG
@@ -28,12 +28,12 @@ class Short:
     [("bert", 40), ("roberta", 38), ("gpt2", 40), ("opt", 40), ("llama", 64), ("bart", 40), ("t5-gated", None)],
 )
 def test_a_model_reads_as_many_tokens_as_it_has_positions(name: str, tokens: int | None) -> None:
-    assert most_tokens(tiny(name), Unlimited()) == tokens
+    assert count_positions(tiny(name), Unlimited()) == tokens
 
 
 @pytest.mark.parametrize("name", ["bert", "t5-gated"])
 def test_a_tokenizer_may_allow_less(name: str) -> None:
-    assert most_tokens(tiny(name), Short()) == 12
+    assert count_positions(tiny(name), Short()) == 12
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

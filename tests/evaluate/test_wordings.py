@@ -13,7 +13,7 @@ import compressknow
 from compressknow import Options
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.comparison.distributions import compare_wordings, consistency
+from compressknow.comparison.distributions import compare_wordings, measure_consistency
 from compressknow.evaluate.evaluate import put_after_example
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import merge_wordings
@@ -177,6 +177,6 @@ def test_a_fact_is_known_by_most_of_its_wordings(
 
 
 def test_wordings_all_alike_are_wholly_consistent_and_single_ones_have_no_consistency() -> None:
-    assert consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
-    assert consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
-    assert consistency([answer(0, True)]) is None
+    assert measure_consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
+    assert measure_consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
+    assert measure_consistency([answer(0, True)]) is None

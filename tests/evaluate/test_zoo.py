@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import family_of
+from compressknow.engine.language_model import find_family
 from compressknow.evaluate.facts import BLANK, Fact
 from tests.evaluate.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
 from tests.evaluate.tiny_zoo import build_tiny
@@ -89,7 +89,7 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
     with silent():
         model = build_tiny(CLASSES[name], name)
-        tokenizer, family = word_tokenizer(), family_of(model)
+        tokenizer, family = word_tokenizer(), find_family(model)
         assert family is not None
         if name in REFUSED:
             with pytest.raises(UnsupportedError, match=REFUSED[name]):

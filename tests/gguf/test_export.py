@@ -29,7 +29,7 @@ from compressknow.base.errors import (
     UsageError,
     VerificationError,
 )
-from compressknow.base.format import size
+from compressknow.base.format import write_size
 from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.engine.identity import locate, read_contents
@@ -420,7 +420,7 @@ def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
     words = ["export", str(source), str(output), "--type", "bf16"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert f"{output}: {size(output.stat().st_size)}, with vocabulary and metadata." in shown
+    assert f"{output}: {write_size(output.stat().st_size)}, with vocabulary and metadata." in shown
     assert f"compressknow report {source} {output}" in shown
     assert main(["inspect", str(output), "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.compress.staging import clean, scratch
+from compressknow.compress.staging import clean, make_scratch
 from compressknow.gguf.record import IMPORTANCE, OLD_RECORD, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
@@ -50,7 +50,7 @@ def test_what_was_not_moved_goes_and_a_file_of_the_users_stays_as_it_is(tmp_path
 
 def test_what_a_dead_run_worked_in_is_removed(tmp_path: Path) -> None:
     dead = killed(tmp_path, out_gguf="gigabytes")
-    with scratch(tmp_path / FILE) as folder:
+    with make_scratch(tmp_path / FILE) as folder:
         assert not dead.exists()
         (folder / "more").touch()
     assert list(tmp_path.iterdir()) == []

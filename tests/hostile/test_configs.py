@@ -10,7 +10,7 @@ import pytest
 import transformers as hf
 
 from compressknow.base.errors import CheckpointError
-from compressknow.model.meta import check_numbers, meta_model
+from compressknow.model.meta import build_meta_model, check_numbers
 from tests.hostile.bounded import bounded, refused
 
 
@@ -60,7 +60,7 @@ def test_sizes_cost_nothing(tmp_path: Path, key: str, size: int) -> None:
     """On the meta device a size is a number: built, or refused by a message, but never in memory."""
     folder = config_folder(tmp_path, hf.DistilBertConfig(), "DistilBertForMaskedLM", **{key: size})
     with bounded(), contextlib.suppress(CheckpointError):
-        meta_model(folder)
+        build_meta_model(folder)
 
 
 def test_numbers_of_real_configs_are_sound() -> None:

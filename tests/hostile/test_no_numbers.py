@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.base.errors import CheckpointError
 from compressknow.engine.identity import READ_BYTES, Located, locate, read_contents
-from compressknow.model.tensors import TORCH_NAMES, StoredTensor, byte_view, not_finite
+from compressknow.model.tensors import TORCH_NAMES, StoredTensor, find_not_finite, view_bytes
 from tests.engine.gguf_files import F32, write_gguf
 from tests.hostile.bounded import refused
 from tests.knowing import facts_file, knowing
@@ -112,7 +112,7 @@ def test_what_is_no_number_is_told_in_every_float(dtype: str, value: float) -> N
     stored = values.to(getattr(torch, TORCH_NAMES[dtype]))
     seen = stored.to(torch.float32)
     expected = "NaN" if seen.isnan().any() else "an infinity" if seen.isinf().any() else None
-    assert not_finite(byte_view(stored), StoredTensor("x", dtype, (64,), Path())) == expected
+    assert find_not_finite(view_bytes(stored), StoredTensor("x", dtype, (64,), Path())) == expected
 
 
 @pytest.mark.parametrize("place_of", [0, 1, -1])

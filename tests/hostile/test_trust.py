@@ -14,7 +14,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.base.reading import find_mismatch, sha256_of
+from compressknow.base.reading import compute_sha256, find_mismatch
 from compressknow.cli import main
 from compressknow.evaluate.answers import HASH, RECORD, TABLE, read_answers, write_record
 from compressknow.evaluate.records import Record
@@ -68,7 +68,7 @@ def mutants(value: Any, seed: int, number: int) -> list[Any]:
 
 
 def test_an_answers_table_is_the_one_that_its_record_was_written_for(answers: Path) -> None:
-    assert json.loads((answers / RECORD).read_text())[HASH] == sha256_of(answers / TABLE)
+    assert json.loads((answers / RECORD).read_text())[HASH] == compute_sha256(answers / TABLE)
     table = pq.read_table(answers / TABLE)
     flipped = pa.array([not right for right in table["correct"].to_pylist()])
     pq.write_table(table.set_column(table.schema.get_field_index("correct"), "correct", flipped), answers / TABLE)

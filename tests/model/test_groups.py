@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, ModuleMap, Structure, select
 from tests.zoo import tiny_config
 
@@ -192,7 +192,7 @@ def small(architecture: str, module_map: ModuleMap = "structural", **config: Any
     if model_class is None:
         pytest.skip(f"transformers {transformers.__version__} has no {architecture} yet")
     with torch.device("meta"):
-        return structure_of(model_class(model_class.config_class(**config)), module_map)
+        return read_structure(model_class(model_class.config_class(**config)), module_map)
 
 
 def placement(of: Structure) -> dict[str, str | None]:
@@ -261,7 +261,7 @@ def test_two_models_put_together_keep_their_stacks_apart() -> None:
     encoder, decoder = (transformers.BertConfig(**BERT) for _ in range(2))
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     with torch.device("meta"):
-        of = structure_of(transformers.EncoderDecoderModel(config))
+        of = read_structure(transformers.EncoderDecoderModel(config))
     weights = by_module(of)
     assert weights["encoder.encoder.layer.1.attention.self.key"].stack == "encoder"
     assert weights["decoder.bert.encoder.layer.1.attention.self.key"].stack == "decoder"
@@ -364,7 +364,7 @@ def structure_with_stranger() -> Structure:
     with torch.device("meta"):
         model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
         model.bert.encoder.layer[0].stranger = torch.nn.Linear(16, 16)
-    return structure_of(model)
+    return read_structure(model)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_what_brings_images_to_a_language_model_is_none_of_its_blocks(
     model_type: str, name: str, tower: str, between: tuple[str, ...]
 ) -> None:
     with torch.device("meta"):
-        structure = structure_of(getattr(transformers, name)(tiny_config(model_type, name, {})))
+        structure = read_structure(getattr(transformers, name)(tiny_config(model_type, name, {})))
     of_tower = {weight.group for weight in structure.linears if weight.module.startswith(tower)}
     projectors = {weight.group for weight in structure.linears if weight.module.startswith(between or "-")}
     assert of_tower == {"vision"}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.model.structure import SCOPES, LinearWeight, Structure, scope_names, scope_parameters, select
+from compressknow.model.structure import SCOPES, LinearWeight, Structure, count_scope_parameters, list_scopes, select
 
 
 def linear(module: str, group: str | None, layer: int | None = None, **more: object) -> LinearWeight:
@@ -99,7 +99,7 @@ def test_blocks_take_all_in_the_blocks_and_nothing_beside_them(action: Any) -> N
 def test_towers_are_in_the_scope_vision_alone(action: Any) -> None:
     towers = ["tower.0.attn", "tower.5.attn"]
     assert modules(select(MULTIMODAL, ["vision"], action, exclude=["pool"])) == towers
-    for scope in set(scope_names(MULTIMODAL)) - {"vision"}:
+    for scope in set(list_scopes(MULTIMODAL)) - {"vision"}:
         assert not set(modules(select(MULTIMODAL, [scope], action))) & set(towers)
 
 
@@ -125,17 +125,17 @@ def test_scopes_unite_without_doubles() -> None:
 
 
 def test_only_scopes_that_a_model_has_are_named() -> None:
-    assert scope_names(TWO_STACKS) == tuple(name for name in SCOPES if name != "vision")
-    assert scope_names(ONE_STACK) == ("blocks", "attention", "feed-forward", "final", "overall", "self-attention")
-    assert scope_names(MULTIMODAL)[-1] == "vision"
+    assert list_scopes(TWO_STACKS) == tuple(name for name in SCOPES if name != "vision")
+    assert list_scopes(ONE_STACK) == ("blocks", "attention", "feed-forward", "final", "overall", "self-attention")
+    assert list_scopes(MULTIMODAL)[-1] == "vision"
 
 
 def test_parameters_count_once_a_use() -> None:
     structure = of(linear("a", "attention", uses=5), linear("head", "final"))
-    assert scope_parameters(structure)["overall"] == {"prune": 5 * 24, "quantize": 6 * 24}
+    assert count_scope_parameters(structure)["overall"] == {"prune": 5 * 24, "quantize": 6 * 24}
 
 
-@given(st.lists(st.sampled_from(list(scope_names(TWO_STACKS))), min_size=1), st.sampled_from(["prune", "quantize"]))
+@given(st.lists(st.sampled_from(list(list_scopes(TWO_STACKS))), min_size=1), st.sampled_from(["prune", "quantize"]))
 def test_a_union_is_the_sum_of_its_parts(scopes: list[str], action: str) -> None:
     parts = {weight for scope in scopes for weight in select(TWO_STACKS, [scope], action)}  # type: ignore[arg-type]
     together = select(TWO_STACKS, scopes, action)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from compressknow.base.errors import CheckpointError
-from compressknow.model.groups import structure_of
-from compressknow.model.meta import meta_model
+from compressknow.model.groups import read_structure
+from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import GROUPS, LinearWeight
 from compressknow.model.summary import summarize
 
@@ -37,30 +37,30 @@ def test_the_tree_has_no_weights_and_costs_no_random_numbers(tmp_path: Path) -> 
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    model = meta_model(folder(tmp_path, BERT))
+    model = build_meta_model(folder(tmp_path, BERT))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_model_of_seventy_billion_parameters_needs_no_memory(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    model = meta_model(folder(tmp_path, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes))
+    model = build_meta_model(folder(tmp_path, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes))
     assert model.num_parameters() > 60e9
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     decoder = BERT | {"architectures": ["BertLMHeadModel"], "is_decoder": False}
-    meta_model(folder(tmp_path, decoder))
+    build_meta_model(folder(tmp_path, decoder))
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_without_a_head_has_no_final_layer(tmp_path: Path) -> None:
-    structure = structure_of(meta_model(folder(tmp_path, BERT | {"architectures": ["BertModel"]})))
+    structure = read_structure(build_meta_model(folder(tmp_path, BERT | {"architectures": ["BertModel"]})))
     assert not [weight for weight in structure.linears if weight.group == "final"]
 
 
 def test_an_attention_kernel_that_is_not_installed_does_not_matter(tmp_path: Path) -> None:
-    assert meta_model(folder(tmp_path, BERT | {"attn_implementation": "flash_attention_2"}))
+    assert build_meta_model(folder(tmp_path, BERT | {"attn_implementation": "flash_attention_2"}))
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_an_attention_kernel_that_is_not_installed_does_not_matter(tmp_path: Pat
 )
 def test_a_config_that_describes_no_model_is_an_error_that_says_why(tmp_path: Path, config: Any, said: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        meta_model(folder(tmp_path, config))
+        build_meta_model(folder(tmp_path, config))
     assert said in str(error.value)
     assert "config.json" in error.value.what
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        meta_model(tmp_path)
+        build_meta_model(tmp_path)
 
 
 REMOTE = BERT | {"architectures": ["TinyModel"], "model_type": "tiny-remote"}
@@ -111,7 +111,7 @@ def test_a_checkpoints_own_code_is_not_run_unasked(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     (tmp_path / "tiny.py").write_text(f"open({str(trap)!r}, 'w')")
     with pytest.raises(CheckpointError, match="--trust-remote-code"):
-        meta_model(folder(tmp_path, REMOTE))
+        build_meta_model(folder(tmp_path, REMOTE))
     assert not trap.exists()
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoints_own_code_is_run_when_trusted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     (tmp_path / "tiny.py").write_text(REMOTE_CODE)
-    structure = structure_of(meta_model(folder(tmp_path, REMOTE), trust_remote_code=True))
+    structure = read_structure(build_meta_model(folder(tmp_path, REMOTE), trust_remote_code=True))
     assert structure.architecture == "TinyModel"
     assert not structure.unplaced
 
@@ -129,7 +129,7 @@ def test_code_that_fails_is_an_error_of_the_checkpoint(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     (tmp_path / "tiny.py").write_text("1 / 0")
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
-        meta_model(folder(tmp_path, REMOTE), trust_remote_code=True)
+        build_meta_model(folder(tmp_path, REMOTE), trust_remote_code=True)
 
 
 # AntiBERTy names a class of its authors' own; its tensors are BERT's, with three small heads more.
@@ -144,14 +144,14 @@ def names_of(architecture: str) -> list[str]:
 
 
 def test_an_unknown_class_is_told_by_the_stored_tensors(tmp_path: Path) -> None:
-    model = meta_model(folder(tmp_path, OWN_CLASS), tensor_names=names_of("BertForMaskedLM"))
+    model = build_meta_model(folder(tmp_path, OWN_CLASS), tensor_names=names_of("BertForMaskedLM"))
     assert type(model).__name__ == "BertForMaskedLM"
 
 
 @pytest.mark.parametrize("names", [(), names_of("BertModel"), ["weight"]])
 def test_an_unknown_class_without_a_head_to_tell_it_lists_the_candidates(tmp_path: Path, names: list[str]) -> None:
     with pytest.raises(CheckpointError) as error:
-        meta_model(folder(tmp_path, OWN_CLASS), tensor_names=names)
+        build_meta_model(folder(tmp_path, OWN_CLASS), tensor_names=names)
     assert "AntiBERTy" in error.value.what
     assert "BertForMaskedLM, BertLMHeadModel" in str(error.value.hint)
 
@@ -159,7 +159,7 @@ def test_an_unknown_class_without_a_head_to_tell_it_lists_the_candidates(tmp_pat
 def test_the_text_part_of_a_multimodal_config_is_found(tmp_path: Path) -> None:
     text = {"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 25, "num_attention_heads": 2}
     config = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4", "text_config": text}
-    model = meta_model(folder(tmp_path, config))
+    model = build_meta_model(folder(tmp_path, config))
     assert model.config.hidden_size == 16
 
 
@@ -174,22 +174,22 @@ def test_a_weight_counts_once_as_stored_and_once_a_use_as_used() -> None:
 
 def test_the_summary_counts_what_transformers_counts(tmp_path: Path) -> None:
     for architecture in ("BertForMaskedLM", "BertModel"):
-        model = meta_model(folder(tmp_path, BERT | {"architectures": [architecture]}))
-        counts = summarize(structure_of(model), "bert", None)["parameters"]
+        model = build_meta_model(folder(tmp_path, BERT | {"architectures": [architecture]}))
+        counts = summarize(read_structure(model), "bert", None)["parameters"]
         assert counts == {"stored": model.num_parameters(), "used": model.num_parameters()}
 
 
 def test_buffers_are_no_parameters(tmp_path: Path) -> None:
-    model = meta_model(folder(tmp_path, BERT))
+    model = build_meta_model(folder(tmp_path, BERT))
     expected = model.num_parameters()
     model.register_buffer("statistics", torch.zeros(7, device="meta"))
-    structure = structure_of(model)
+    structure = read_structure(model)
     assert structure.parameters["statistics"] == (7,)
     assert summarize(structure, "bert", None)["parameters"]["stored"] == expected
 
 
 def test_a_tied_layer_takes_the_dtype_of_the_name_it_is_stored_under(tmp_path: Path) -> None:
-    structure = structure_of(meta_model(folder(tmp_path, BERT)))
+    structure = read_structure(build_meta_model(folder(tmp_path, BERT)))
     summary = summarize(structure, "bert", {"bert.embeddings.word_embeddings.weight": "BF16"})
     assert summary["groups"]["final"]["weights"][0]["dtype"] == "BF16"
     assert summary["groups"]["other"]["weights"][0]["dtype"] is None
@@ -200,7 +200,7 @@ def test_groups_add_up_whatever_the_sizes(tmp_path: Path) -> None:
     for _ in range(5):
         heads = generator.randint(1, 4)
         sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_hidden_layers": generator.randint(1, 5)}
-        structure = structure_of(meta_model(folder(tmp_path, BERT | sizes)))
+        structure = read_structure(build_meta_model(folder(tmp_path, BERT | sizes)))
         summary = summarize(structure, "bert", None)
         taken = sum(summary["groups"][group]["used"] for group in GROUPS if group != "vision")
         assert taken == summary["scopes"]["overall"]["quantize"] == sum(weight.used for weight in structure.linears)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compressknow.model.tensors import DTYPE_SIZES, TORCH_NAMES, read_header, read_torch_file, torch_dtype
+from compressknow.model.tensors import DTYPE_SIZES, TORCH_NAMES, get_torch_dtype, read_header, read_torch_file
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_a_dtype_is_the_same_to_safetensors_and_to_torch(name: str, tmp_path: Path) -> None:
-    tensor = torch.zeros(3, 5, dtype=torch_dtype(name))
+    tensor = torch.zeros(3, 5, dtype=get_torch_dtype(name))
     save_file({"x": tensor}, tmp_path / "a.safetensors")
     torch.save({"x": tensor}, tmp_path / "a.bin")
     assert read_header(tmp_path / "a.safetensors")["x"].dtype == name

@@ -20,8 +20,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.groups import structure_of
-from compressknow.model.structure import LinearWeight, Structure, scope_names
+from compressknow.model.groups import read_structure
+from compressknow.model.structure import LinearWeight, Structure, list_scopes
 from tests.long import long
 
 # Some 250 classes are built.
@@ -144,7 +144,7 @@ def zoo() -> dict[str, Structure]:
         except Exception:
             failed.add(name)
             continue
-        structures[name] = structure_of(model)
+        structures[name] = read_structure(model)
         check_every_linear_is_found_once(model, structures[name])
         check_the_final_group(model, structures[name])
     transformers.logging.set_verbosity(verbosity)
@@ -233,7 +233,7 @@ def test_towers_and_nothing_else_are_vision(zoo: dict[str, Structure]) -> None:
 
 
 def test_every_language_model_has_blocks_of_linear_layers(zoo: dict[str, Structure]) -> None:
-    without = {name for name, structure in zoo.items() if "blocks" not in scope_names(structure)}
+    without = {name for name, structure in zoo.items() if "blocks" not in list_scopes(structure)}
     # Their blocks multiply by matrices that are no Linear layers.
     assert without == {"IBertForMaskedLM", "SqueezeBertForMaskedLM"}
 

@@ -13,7 +13,7 @@ import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.comparison.records import Measured
-from compressknow.comparison.text import compare_tokens, perplexity, text_figures
+from compressknow.comparison.text import compare_text, compare_tokens, compute_perplexity
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
@@ -92,8 +92,8 @@ def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
     expected = sums_of_llama_cpp(before, after, kl, same)
     found = compare_tokens(original, compressed)
     figures = {
-        "ppl": perplexity(compressed).value,
-        "base": perplexity(original).value,
+        "ppl": compute_perplexity(compressed).value,
+        "base": compute_perplexity(original).value,
         "log_ratio": found.log_ratio,
         "ratio": found.ratio,
         "difference": found.difference,
@@ -131,11 +131,11 @@ def test_a_model_against_itself_has_not_moved() -> None:
 
 
 def test_bits_per_byte_are_those_of_all_tokens() -> None:
-    found = perplexity(chunks(1))
+    found = compute_perplexity(chunks(1))
     nll = -np.concatenate([c.logp for c in chunks(1)]).astype(np.float64)
     assert found.bits_per_byte is not None
     assert found.bits_per_byte.value == pytest.approx(nll.sum() / math.log(2) / (4 * SCORED * CHUNKS))
-    assert perplexity([replace(c, bytes=None) for c in chunks(1)]).bits_per_byte is None
+    assert compute_perplexity([replace(c, bytes=None) for c in chunks(1)]).bits_per_byte is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_first_different_token(differs: list[int], same: int, first: tuple[i
 def test_other_tokens_have_bits_per_byte_alone() -> None:
     others = tuple(replace(c, ids=c.ids + 1) for c in chunks(2))
     for divergence, compressed in ((MEASURED, others), (OTHER_TOKENS, chunks(2))):
-        found = text_figures("text:a.txt", 32, divergence, chunks(1), compressed)
+        found = compare_text("text:a.txt", 32, divergence, chunks(1), compressed)
         assert (found.moved, found.divergence) == (None, OTHER_TOKENS)
         assert any("bits per byte" in line for line in summarize_text(found, ("before", "after")))
 

@@ -11,7 +11,7 @@ import pytest
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.study.cells import name_folder
 from compressknow.study.grid import AMOUNTS, Cell, build_paper_grid, fit_parameters, list_cells, read_grid
@@ -24,7 +24,7 @@ def grid(path: Path, text: str) -> tuple[Cell, ...]:
 
 
 def setups(architecture: str) -> list[str]:
-    return [cell.recipe.setup for cell in build_paper_grid(structure_of(tiny(architecture), "paper"))]
+    return [cell.recipe.setup for cell in build_paper_grid(read_structure(tiny(architecture), "paper"))]
 
 
 def test_the_papers_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
@@ -41,7 +41,7 @@ def test_encoder_decoder_models_also_get_the_attentions_of_figure_8() -> None:
 
 
 def test_the_papers_grid_is_that_of_its_authors_unless_told_otherwise() -> None:
-    structure = structure_of(tiny("bert"), "paper")
+    structure = read_structure(tiny("bert"), "paper")
     schemes = {
         step.scheme for cell in build_paper_grid(structure) for step in cell.recipe.steps if isinstance(step, Quantize)
     }
@@ -60,7 +60,7 @@ class Opened:
         self._tree, self._without = tiny_of_groups(architecture), without
 
     def structure(self, module_map: ModuleMap = "structural") -> Structure:
-        return structure_of(self._tree, module_map)
+        return read_structure(self._tree, module_map)
 
     def plan(self, recipe: Recipe) -> None:
         if any(isinstance(step, Quantize) and step.scheme == self._without for step in recipe.steps):
@@ -84,7 +84,7 @@ def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers()
     cells = list_cells("paper", lambda: Opened("llama"), quantize="int4")
     assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
     # One that has none is refused cell by cell.
-    narrow = build_paper_grid(structure_of(tiny("bert"), "paper"), scheme="int4")
+    narrow = build_paper_grid(read_structure(tiny("bert"), "paper"), scheme="int4")
     assert {cell.quantization for cell in narrow} == {None, "int4"}
 
 
@@ -93,7 +93,7 @@ def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
     assert len(cells) == 3 * (15 + 2)
     assert not any("int4" in cell.key for cell in cells)
     # Inputs of 48 make no groups.
-    assert fit_parameters(structure_of(tiny("bert")), "int4") is None
+    assert fit_parameters(read_structure(tiny("bert")), "int4") is None
 
 
 @pytest.mark.parametrize(

@@ -295,11 +295,11 @@ from compressknow.model.loading import open_complete
 from compressknow.study.measuring import measure
 from compressknow.study.guides import batch_text
 from compressknow.study.measuring import SchemeRoundings
-from compressknow.base.system import peak_memory
+from compressknow.base.system import measure_peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
 texts = batch_text(text, "causal", None, 0)
 measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(("int8-weights",)), None, texts)
-print(len(measured.weights), peak_memory())
+print(len(measured.weights), measure_peak_memory())
 """
 
 

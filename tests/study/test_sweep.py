@@ -17,7 +17,7 @@ from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.cli import main
 from compressknow.compress.calibrate import text
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text, load_or_make_text
+from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.facts import strip_wording
@@ -301,9 +301,9 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
 
     def counted(*args: object, **options: object) -> CalibrationText:
         made.append(options)
-        return calibration_text(*args, **options)  # type: ignore[arg-type]
+        return read_calibration_text(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", counted)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", counted)
     seen = []
 
     class Stop(BaseException):

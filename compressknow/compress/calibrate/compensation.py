@@ -17,7 +17,7 @@ import torch
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.compress.schemes import Scheme, nearest
+from compressknow.compress.schemes import Scheme, round_to_nearest
 
 # Shares of the mean of H's diagonal that are added to it, until it can be inverted (GPTQ, section 3.3: 1 %).
 DAMPINGS = (0.01, 0.1)
@@ -124,7 +124,7 @@ def compensate(
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
 
 
-def gptq(
+def round_by_gptq(
     values: torch.Tensor,
     scales: torch.Tensor,
     scheme: Scheme,
@@ -154,7 +154,7 @@ def gptq(
     def settle(column: int, current: torch.Tensor) -> torch.Tensor:
         scale = group_scales[groups[column]][:, None]
         current = current if zero is None else current.masked_fill(zero[column], 0)
-        codes.append(nearest(current[:, None], scale, scheme)[:, 0])
+        codes.append(round_to_nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 
     compensate(columns, factor, [Level(BLOCK), Level(FINE)], settle)

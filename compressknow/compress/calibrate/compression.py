@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressknow.base.format import size
-from compressknow.base.system import available_cores
+from compressknow.base.format import write_size
+from compressknow.base.system import count_cores
 from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.calibrate import smooth
-from compressknow.compress.calibrate.compensation import gptq
+from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
@@ -31,9 +31,9 @@ from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, T
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.schemes import Scheme, nearest
+from compressknow.compress.schemes import Scheme, round_to_nearest
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def estimate(plan: Plan) -> dict[str, Any]:
 def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Estimate]:
     """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
-        weights = _list_weights(structure_of(removal.original[1]))
+        weights = _list_weights(read_structure(removal.original[1]))
         yield _count_blocks(weights), _count_bytes(weights, tokens, 0), _count_operations(weights, tokens, 1) / pace
     if removal.neurons and not removal.is_decided:
         widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
-        weights = _list_weights(structure_of(removal.wide[1]))
+        weights = _list_weights(read_structure(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
         memory = _count_bytes(weights, tokens, 5 * max(widths) ** 2)
         yield _count_blocks(weights), memory, _count_operations(weights, tokens, 2, widths) / pace
@@ -78,7 +78,7 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     weights, targets = _list_weights(plan.structure), {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     compressed = [weight for weight in weights if weight.parameter in targets]
     reads: set[tuple[str, str, int]] = set()
-    if any(map(_reads_products, plan.tensors)):
+    if any(map(_is_sum_of_products, plan.tensors)):
         # Layers side by side in a module as a rule read the same tensor.
         reads = {(_find_block(w), w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in compressed}
     squares: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     return len(set(map(_find_block, compressed))), memory, operations / pace
 
 
-def _reads_products(tensor: PlannedTensor) -> bool:
+def _is_sum_of_products(tensor: PlannedTensor) -> bool:
     prune, quantize = tensor.prune, tensor.quantize
     return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
 
@@ -136,7 +136,7 @@ def _measure_pace() -> float:
     for _ in range(TRIALS):
         torch.mm(matrix, matrix)
     spent = time.perf_counter() - start
-    return 2 * TRIAL**3 * TRIALS / spent * max(1, available_cores() / torch.get_num_threads())
+    return 2 * TRIAL**3 * TRIALS / spent * max(1, count_cores() / torch.get_num_threads())
 
 
 # Fewer tokens than this tell nothing of the inputs of an expert.
@@ -180,7 +180,7 @@ def calibrate(
     try:
         # What fails stops its pool.
         with (
-            explain_missing_memory(name, lambda: f"That takes about {size(estimate(plan)['bytes'])}."),
+            explain_missing_memory(name, lambda: f"That takes about {write_size(estimate(plan)['bytes'])}."),
             Pool(work.pool.threads) as pool,
         ):
             return _compress_blockwise(plan, replace(work, pool=pool), masks, text.batches, on_progress)
@@ -247,7 +247,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
     def make_sums(self, targets: Sequence[PlannedTensor]) -> Sums:
         return Sums(
             dict.fromkeys(tensor.parameter for tensor in targets),
-            products=any(map(_reads_products, targets)),
+            products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
             check=self._work.pool.check,
         )
@@ -324,13 +324,13 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
-        rounding = nearest
+        rounding = round_to_nearest
         if tensor.quantize and tensor.quantize.rounding == "gptq":
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
 
             def rounding(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
-                return gptq(values, scales, scheme, seen, values == 0)
+                return round_by_gptq(values, scales, scheme, seen, values == 0)
 
         treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
@@ -347,7 +347,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             statistics = sums.get(Key(tensor.parameter, matrix))
             if statistics is None or (is_expert and statistics.tokens < LEAST_TOKENS):
                 self._result.unseen.append(tensor.name if matrices == 1 else f"{tensor.name}[{matrix}]")
-                products = torch.eye(width) if _reads_products(tensor) else None
+                products = torch.eye(width) if _is_sum_of_products(tensor) else None
                 name = tensor.module or tensor.name
                 statistics = InputStatistics(name, 0, torch.ones(width), torch.ones(width), products)
             known.append(statistics)

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressknow.base.errors import CompressknowError, lacks_memory
-from compressknow.base.progress import quiet
+from compressknow.base.errors import CompressknowError, is_out_of_memory
+from compressknow.base.progress import silence_libraries
 from compressknow.compress.sources import Sources
-from compressknow.model.groups import block_names
-from compressknow.model.tensors import OpenFiles, StoredTensor, byte_view, torch_dtype
+from compressknow.model.groups import list_block_names
+from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
 
@@ -44,7 +44,7 @@ class StreamedModel:
         names = [*self.model.state_dict(), *dict(self.model.named_parameters(remove_duplicate=False))]
         places = {name: name.rpartition(".") for name in names}
         self._owners = {name: (self.model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}
-        self.blocks = tuple(block_names(self.model))
+        self.blocks = tuple(list_block_names(self.model))
         prefixes = tuple(f"{block}." for block in self.blocks)
         self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))
         self._reading = threading.Lock()
@@ -160,7 +160,7 @@ def explain_missing_memory(what: str, why: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         hint = "Take fewer --calibration-tokens, a method that looks at weights alone, or another machine."
         raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
@@ -168,9 +168,9 @@ def explain_missing_memory(what: str, why: Callable[[], str]) -> Iterator[None]:
 
 def read_tensor(files: OpenFiles, stored: StoredTensor) -> torch.Tensor:
     """Read a stored tensor's values, in its own dtype and shape."""
-    values = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+    values = torch.empty(stored.shape, dtype=get_torch_dtype(stored.dtype))
     if stored.nbytes:
-        files.read_into(stored, byte_view(values), 0)
+        files.read_into(stored, view_bytes(values), 0)
     return values
 
 
@@ -189,7 +189,7 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False), no_init_weights():
             return type(tree)(config).eval()
 
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with silence_libraries(), torch.random.fork_rng(devices=[]):
         try:
             return build("sdpa")
         except (ValueError, ImportError):
@@ -214,7 +214,7 @@ def translate_failures() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
         raise BlockwiseUnsupported(str(error)) from error
 

@@ -22,8 +22,8 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.blocks import Pool, Stopped
 from compressknow.compress.calibrate.sequences import Form, blank_out
-from compressknow.engine.language_model import decoder_start, load_language_model
-from compressknow.engine.load import reason_of
+from compressknow.engine.language_model import find_decoder_start, load_language_model
+from compressknow.engine.load import find_reason
 
 Pieces = list[list[int]]
 
@@ -215,7 +215,7 @@ class FillingWriter(Writer):
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(form.length - 1, repeated + self.blanks * self.PER_BLANK),
-            decoder_start_token_id=decoder_start(self.model),
+            decoder_start_token_id=find_decoder_start(self.model),
             eos_token_id=form.suffix[-1] if form.suffix else None,
             pad_token_id=0,
         )
@@ -293,7 +293,7 @@ def write_samples(
     except (CompressknowError, Stopped):
         raise
     except Exception as error:
-        raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", reason_of(error), HINT) from error
+        raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", find_reason(error), HINT) from error
     return written
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import decoder_start, embedding_rows, family_of, most_tokens
+from compressknow.engine.language_model import count_embedding_rows, count_positions, find_decoder_start, find_family
 
 LENGTH = 512
 # Share of the text that is hidden from a model that fills blanks, and mean length of a hidden span (Raffel et al. 2020,
@@ -70,17 +70,17 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
     """
     marks = _find_marks(tokenizer)
     without_head = "masked" if tokenizer.mask_token_id is not None else "plain"
-    family = family_of(model) or ("seq2seq" if model.config.is_encoder_decoder else without_head)
+    family = find_family(model) or ("seq2seq" if model.config.is_encoder_decoder else without_head)
     # The special tokens before and after a text; some tokenizers show them only by what they do to one.
     alone, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next((at for at in range(len(framed)) if framed[at : at + len(alone)] == alone), 0)
     prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(alone) :])
-    length = min(LENGTH, most_tokens(model, tokenizer) or LENGTH)
+    length = min(LENGTH, count_positions(model, tokenizer) or LENGTH)
     if family == "seq2seq" and len(marks) > 1:
         # A sentinel for each span, and one that closes the last.
         length = min(length, int((len(marks) - 1) * SPAN / HIDDEN) + 1)
     end = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    rows, special = embedding_rows(model), {*tokenizer.all_special_ids, *marks}
+    rows, special = count_embedding_rows(model), {*tokenizer.all_special_ids, *marks}
     known = sorted(
         number
         for token, number in tokenizer.get_vocab().items()
@@ -143,7 +143,7 @@ def _build_both_sides(bodies: torch.Tensor, form: Form, model: PreTrainedModel, 
     if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
         shifted = own(labels=labels)
     else:
-        shifted = torch.cat([torch.full_like(labels[:, :1], decoder_start(model)), labels[:, :-1]], dim=1)
+        shifted = torch.cat([torch.full_like(labels[:, :1], find_decoder_start(model)), labels[:, :-1]], dim=1)
     return {"input_ids": torch.tensor(read), "decoder_input_ids": shifted}
 
 

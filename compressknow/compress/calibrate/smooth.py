@@ -24,8 +24,8 @@ from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics,
 from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, find_tensors, group_by_block, walk
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.engine.language_model import embedding_rows
-from compressknow.model.groups import structure_of
+from compressknow.engine.language_model import count_embedding_rows
+from compressknow.model.groups import read_structure
 from compressknow.model.tensors import OpenFiles
 
 SMALLEST = 1e-5
@@ -206,13 +206,13 @@ def check_smoothable(plan: Plan) -> None:
     if plan.removal and not plan.removal.is_decided:
         # What goes is not known yet; what a norm feeds is as in the whole model.
         checkpoint, tree = plan.removal.original
-        plan = make_plan(checkpoint, tree, structure_of(tree, plan.recipe.module_map), plan.recipe)
+        plan = make_plan(checkpoint, tree, read_structure(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:
         streamed = StreamedModel(plan.tree, plan.sources, files)
         if group_in_scope(plan, streamed, repeated=True):
             check_no_smoothing(plan, SHARED_WEIGHTS)
         visitor = _SmoothingTrial(plan, streamed, pool)
-        ids = torch.arange(TRIED_TOKENS)[None] % embedding_rows(streamed.model)
+        ids = torch.arange(TRIED_TOKENS)[None] % count_embedding_rows(streamed.model)
         decoder = {"decoder_input_ids": ids} if streamed.model.config.is_encoder_decoder else {}
         try:
             walk(streamed, [{"input_ids": ids, **decoder}], visitor, pool)

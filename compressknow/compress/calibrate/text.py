@@ -190,7 +190,7 @@ def check_text(text: str, tokens: int) -> None:
             reading.check_regular(path)
 
 
-def calibration_text(
+def read_calibration_text(
     folder: Path,
     tree: PreTrainedModel,
     *,
@@ -224,12 +224,12 @@ def calibration_text(
     check_text(text, tokens)
     import torch
 
-    from compressknow.base.progress import quiet
+    from compressknow.base.progress import silence_libraries
     from compressknow.compress.calibrate.sequences import build_inputs, find_form
     from compressknow.engine.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    with quiet():
+    with silence_libraries():
         form = find_form(tree, tokenizer)
         if not (sequences := tokens // form.length):
             raise UsageError(
@@ -265,13 +265,13 @@ def reread_texts(
     folder: Path, calibration: Mapping[str, Any], *, trust_remote_code: bool = False
 ) -> tuple[str, ...] | None:
     """Return the texts of the sequences that a converted checkpoint, which has the tokenizer, was calibrated on, by its
-    record (`compressknow.model.manifest.calibration_of`).
+    record (`compressknow.model.manifest.summarize_calibration`).
 
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
     """
     from compressknow.model.checkpoint import open_checkpoint
-    from compressknow.model.meta import meta_model
+    from compressknow.model.meta import build_meta_model
 
     source = calibration["source"]
     try:
@@ -279,9 +279,9 @@ def reread_texts(
         if source == SELF or find_kind(source) != calibration["kind"] or not is_on_disk:
             return None
         names = open_checkpoint(folder).tensors
-        again = calibration_text(
+        again = read_calibration_text(
             folder,
-            meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
+            build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
             text=source,
             tokens=calibration["tokens"],
             seed=calibration["seed"],

@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.format import size
+from compressknow.base.format import write_size
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import (
@@ -31,7 +31,7 @@ from compressknow.compress.calibrate.model import (
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.sources import Sources
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
 
@@ -210,7 +210,7 @@ def find_tensors(output: Any) -> list[torch.Tensor]:
 
 def _describe_size(streamed: StreamedModel, module: str) -> str:
     numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
-    return f"Its weights alone take {size(4 * numel)} in float32, and what is gathered of their inputs more."
+    return f"Its weights alone take {write_size(4 * numel)} in float32, and what is gathered of their inputs more."
 
 
 def gather_whole(
@@ -249,7 +249,7 @@ def observe(
     products : gather X^T X too.
     on_progress : called with the blocks that are done, and with how many there are.
     """
-    structure = structure_of(tree)
+    structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
     batches = [batch for text in texts for batch in text]

@@ -144,13 +144,13 @@ class LnStructured(Structured):
         """Return norms to the power of their order, float64, which rank as the norms do."""
         import torch
 
-        from compressknow.compress.blocks import check_finite, magnitude_keys
+        from compressknow.compress.blocks import check_finite, make_magnitude_keys
 
         tensor, axis = weights.tensor, weights.axis(self.dim)
         number, rows, columns = weights.matrices
         total = torch.zeros(number * rows if axis == 0 else number, columns if axis else 1, dtype=torch.float64)
         for block in reader.blocks(tensor):
-            check_finite(int(magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
+            check_finite(int(make_magnitude_keys(block.values).max(initial=0)), block.values.dtype, tensor)
             powers = block.values.double().abs_()
             if self.norm not in (1, math.inf):
                 powers.pow_(self.norm)

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.compress.blocks import Block, Reader, check_finite, magnitude_keys
+from compressknow.compress.blocks import Block, Reader, check_finite, make_magnitude_keys
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
-from compressknow.model.tensors import StoredTensor, torch_dtype
+from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
 # Wide enough that a float's exponent and some of its mantissa leave few weights to the second pass, narrow enough that
 # adding up the blocks' histograms costs less than counting. 16-bit floats need one pass only.
@@ -159,7 +159,7 @@ def smallest(
         keys_of = makers[index]()
         for block in reader.blocks(tensors[index]):
             found = keys_of(block)
-            sizes = found if are_magnitudes else magnitude_keys(block.values.to(common))
+            sizes = found if are_magnitudes else make_magnitude_keys(block.values.to(common))
             check_finite(int(sizes.max(initial=0)), common, tensors[index])
             yield found
 
@@ -180,18 +180,18 @@ def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int
     """Mask the weights with the smallest magnitudes, as `smallest` does. They compare in the dtype of all tensors, or
     the widest."""
     dtypes = {each.tensor.dtype for each in weights}
-    common = torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
+    common = get_torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
     tensors = [each.tensor for each in weights]
 
     def start() -> Callable[[Block], Keys]:
-        return lambda block: magnitude_keys(block.values.to(common))
+        return lambda block: make_magnitude_keys(block.values.to(common))
 
     return smallest(reader, tensors, [start] * len(tensors), common, amounts, are_magnitudes=True)
 
 
 def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
     """Return integers that order as non-negative float32 scores do, with weights that are `zero` (bool) first."""
-    keys = magnitude_keys(scores)
+    keys = make_magnitude_keys(scores)
     keys[zero.numpy()] = -1
     return keys
 
@@ -214,7 +214,7 @@ def mask_smallest_of_rows(keys: Keys, count: int) -> BoolArray:
 def mask_groups(reader: Reader, weights: Weights, size: int, count: int) -> Mask:
     """Mask the `count` smallest magnitudes in each group of `size` neighbouring input channels, ties in their order."""
     if weights.axis(1) == 1:
-        return EachBlock(lambda block: _mask_along_columns(magnitude_keys(block.values), size, count))
+        return EachBlock(lambda block: _mask_along_columns(make_magnitude_keys(block.values), size, count))
     straddling = _mask_straddling(reader, weights.tensor, size, count)
 
     def mask(block: Block) -> BoolArray:
@@ -224,7 +224,7 @@ def mask_groups(reader: Reader, weights: Weights, size: int, count: int) -> Mask
         if start < first:
             parts.append(straddling[first - size][start - first + size :][: stop - start])
         if first < last:
-            parts.append(_mask_along_rows(magnitude_keys(block.values[first - start : last - start]), size, count))
+            parts.append(_mask_along_rows(make_magnitude_keys(block.values[first - start : last - start]), size, count))
         if first <= last < stop:
             parts.append(straddling[last][: stop - last])
         return np.concatenate(parts)
@@ -245,7 +245,7 @@ def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int
     found: dict[int, BoolArray] = {}
     rest: Keys | None = None
     for block in reader.blocks(tensor):
-        keys, first = magnitude_keys(block.values), block.first_row
+        keys, first = make_magnitude_keys(block.values), block.first_row
         if rest is not None:
             keys, first = np.concatenate([rest, keys]), first - len(rest)
             if len(keys) >= size:

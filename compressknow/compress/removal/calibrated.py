@@ -39,9 +39,9 @@ from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import DropBlocks
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
-from compressknow.model.tensors import torch_dtype
+from compressknow.model.tensors import get_torch_dtype
 
 OUTSIDE_IN_MEMORY = "A block and all that lies outside the blocks is in memory, in float32, beside what is gathered."
 
@@ -99,7 +99,7 @@ class _Decision:
         return self._run(*removal.wide, partial(_NeuronVisitor, removal)).selected
 
     def _run(self, checkpoint: Checkpoint, tree: PreTrainedModel, make: Callable[[StreamedModel, Pool], V]) -> V:
-        sources, name = Sources(checkpoint, tree, structure_of(tree)), type(tree).__name__
+        sources, name = Sources(checkpoint, tree, read_structure(tree)), type(tree).__name__
         try:
             # What fails stops its pool.
             with (
@@ -227,7 +227,7 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         numbers = choose_neurons(weight, seen.squares, self._after[down])
         stored = self._stored[down.parameter]
         # As it will be written.
-        fitted = fit_down(weight, seen.products, numbers, seen.name).to(torch_dtype(stored.dtype)).to(torch.float32)
+        fitted = fit_down(weight, seen.products, numbers, seen.name).to(get_torch_dtype(stored.dtype)).to(torch.float32)
         self.selected[down.parameter] = numbers, fitted
         rest = torch.zeros(weight.shape)
         rest[:, numbers] = fitted

@@ -20,7 +20,7 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import Naming
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, byte_view, torch_dtype
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dtype, view_bytes
 
 # By so many int4 and the kernels of all runtimes take columns.
 MOST_MULTIPLE = 128
@@ -292,8 +292,8 @@ def write_cuts(
             if cut.parameter == cut.down.parameter:
                 unfitted[name] = remaining
                 values = fitted.T if cut.down.transposed else fitted
-                pieces = [values.to(torch_dtype(cut.source.dtype))]
+                pieces = [values.to(get_torch_dtype(cut.source.dtype))]
             written[name] = replace(checkpoint.tensors[name], file=path, offset=files[path].tell(), loaded=None)
             for piece in pieces:
-                files[path].write(byte_view(piece.contiguous()))
+                files[path].write(view_bytes(piece.contiguous()))
     return written, unfitted

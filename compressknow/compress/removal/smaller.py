@@ -16,9 +16,9 @@ from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neur
 from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, find_stacks, parse_block, read_shapes
 from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.weights import Values
-from compressknow.model.checkpoint import Checkpoint, some_of
-from compressknow.model.groups import structure_of
-from compressknow.model.loading import Binding, Naming, missing_weights
+from compressknow.model.checkpoint import Checkpoint, list_some
+from compressknow.model.groups import read_structure
+from compressknow.model.loading import Binding, Naming, find_missing_weights
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import NOT_LINEAR, Structure
 from compressknow.model.tensors import StoredTensor
@@ -91,12 +91,12 @@ def remove(
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
     for step in recipe.removals:
         settings = Settings(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
-        structure = structure_of(left.tree)
+        structure = read_structure(left.tree)
         if isinstance(step, DropBlocks):
             left = _remove_blocks(left, step, settings, structure, similarities)
         else:
             left = _remove_neurons(left, step, settings, structure)
-    gone = _find_left_out(checkpoint, structure_of(tree, recipe.module_map), tree, left)
+    gone = _find_left_out(checkpoint, read_structure(tree, recipe.module_map), tree, left)
     is_decided = not left.cuts and all(drop.is_decided for drop in left.blocks)
     return replace(left, left_out=tuple(gone), is_decided=is_decided)
 
@@ -242,9 +242,9 @@ def _drop_blocks(
     tensors = {new: replace(checkpoint.tensors[old], name=new) for new, old in names.items()}
     smaller = replace(checkpoint, config=config, tensors=tensors)
     _check_names(checkpoint, settings.tree, smaller, tree, names, sources)
-    if lost := missing_weights(smaller, tree):
+    if lost := find_missing_weights(smaller, tree):
         # Zamba2's shared block is stored where it first stands.
-        raise _explain(tree, f"The blocks that are left share {some_of(lost)} with one that is dropped.")
+        raise _explain(tree, f"The blocks that are left share {list_some(lost)} with one that is dropped.")
     return smaller, tree, names
 
 
@@ -270,7 +270,7 @@ def _map_parameters(old: Shapes, tree: PreTrainedModel, remaining: Remaining) ->
         if not (place := parse_block(name)) or place[0] not in remaining or place[1] in remaining[place[0]]
     }
     if lost := stays - set(sources.values()):
-        raise _explain(tree, f"The smaller model has no place for {some_of(lost)}.")
+        raise _explain(tree, f"The smaller model has no place for {list_some(lost)}.")
     return sources
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compressknow.base.errors import UnsupportedError, UsageError, did_you_mean
+from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.engine.identity import Located
-from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_device, device_of
+from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_device, resolve_device
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.text import TextReader
 
@@ -51,12 +51,12 @@ class Settings:
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
                 f"There is no runtime {self.runtime!r}.",
-                hint=f"{did_you_mean(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
+                hint=f"{suggest_word(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
             )
 
     def here(self) -> Settings:
         """Return these settings with the device that they mean on this machine; imports torch."""
-        return replace(self, device=device_of(self.device))
+        return replace(self, device=resolve_device(self.device))
 
     @property
     def computed_in(self) -> str:

@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.base.reading import find_mismatch, parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
@@ -103,7 +103,7 @@ class Client:
         if found is None:
             raise self._refuse_content(path, "what is no JSON")
         if wrong := find_mismatch(found, form):
-            raise self._refuse_content(path, f"JSON of another form: {plain(wrong, 200)}")
+            raise self._refuse_content(path, f"JSON of another form: {clean(wrong, 200)}")
         return found
 
     def _send(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
@@ -171,7 +171,7 @@ class Client:
             content = content.get(name, content) if isinstance(content, dict) else content
         if not isinstance(content, str):
             return None
-        return f"It says: {plain(content.replace(self._key, '...') if self._key else content, 200)}"
+        return f"It says: {clean(content.replace(self._key, '...') if self._key else content, 200)}"
 
 
 class _Patience(Retry):

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, did_you_mean
-from compressknow.base.format import plain
+from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, suggest_word
+from compressknow.base.format import clean
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
@@ -211,9 +211,9 @@ def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
         raise CompressknowError(
             f"{client.url} does not say which models it has.", hint="Give the model's name there with --model NAME."
         )
-    names = ", ".join(plain(name, 60) for name in list(models)[:SHOWN])
+    names = ", ".join(clean(name, 60) for name in list(models)[:SHOWN])
     if len(models) > SHOWN:
         names += f" and {len(models) - SHOWN} more"
     if named is None:
         raise UsageError(f"{client.url} has several models: {names}.", hint="Choose one with --model NAME.")
-    raise UsageError(f"{client.url} has no model {named!r}.", hint=f"{did_you_mean(named, models)}It has {names}.")
+    raise UsageError(f"{client.url} has no model {named!r}.", hint=f"{suggest_word(named, models)}It has {names}.")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import LanguageModel, embedding_rows, most_tokens
-from compressknow.engine.layers import disable_rounding, rounds_activations
+from compressknow.engine.language_model import LanguageModel, count_embedding_rows, count_positions
+from compressknow.engine.layers import disable_rounding, has_rounded_activations
 from compressknow.evaluate.grades import find_opening
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOKENS, Ids, Query, Scorer
@@ -167,7 +167,7 @@ class DecodingScorer(Scorer):
         """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
         in another order than over one, so each pass takes one.
         """
-        return rounds_activations(self.model)
+        return has_rounded_activations(self.model)
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
         """Find out by two queries how this model may read."""
@@ -312,8 +312,8 @@ class TransformersReader:
 
     def __init__(self, loaded: LanguageModel) -> None:
         self._model, self._tokenizer = model, tokenizer = loaded.model, loaded.tokenizer
-        self.rows = embedding_rows(model)
-        self.most = most_tokens(model, tokenizer)
+        self.rows = count_embedding_rows(model)
+        self.most = count_positions(model, tokenizer)
         # By what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same.
         bos, first = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"][:1]
         self.bos: int | None = bos if bos is not None and first == [bos] else None

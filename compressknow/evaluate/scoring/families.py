@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.engine.language_model import decoder_start, embedding_rows
+from compressknow.engine.language_model import count_embedding_rows, find_decoder_start
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
@@ -309,7 +309,7 @@ class Seq2SeqScorer(DecodingScorer):
 
     @cached_property
     def _start(self) -> int:
-        return decoder_start(self.model)
+        return find_decoder_start(self.model)
 
     def _find_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
@@ -327,7 +327,7 @@ def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fami
 
     Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
     """
-    rows, size = embedding_rows(model), len(tokenizer)
+    rows, size = count_embedding_rows(model), len(tokenizer)
     # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
     if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.engine.language_model import embedding_rows, most_tokens
-from compressknow.engine.load import reason_of
+from compressknow.engine.language_model import count_embedding_rows, count_positions
+from compressknow.engine.load import find_reason
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe, capitalize
 from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
@@ -274,7 +274,7 @@ class Scorer(ABC):
             except Exception as error:
                 raise UnsupportedError(
                     f"{self.architecture} cannot be evaluated: it fails on the first prompts.",
-                    why=reason_of(error),
+                    why=find_reason(error),
                     hint="It may need an input beside the text, or a setting in its config.json.",
                 ) from error
             self._tried = True
@@ -331,11 +331,11 @@ class Scorer(ABC):
 
     @cached_property
     def _rows(self) -> int:
-        return embedding_rows(self.model)
+        return count_embedding_rows(self.model)
 
     @cached_property
     def _most(self) -> int | None:
-        return most_tokens(self.model, self.tokenizer)
+        return count_positions(self.model, self.tokenizer)
 
     @cached_property
     def one_token(self) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
-from compressknow.base.errors import CompressknowError, UsageError, did_you_mean
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.base.packages import Registry
 from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
@@ -177,7 +177,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
     if "protocol" in options.list_changed():
         known = list(dict.fromkeys(protocol for _, source in list_usable() for protocol in source.protocols))
         if options.protocol not in known:
-            near = did_you_mean(options.protocol, known)
+            near = suggest_word(options.protocol, known)
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
     return [_open_by_name(name, options) for name in names]
 
@@ -309,11 +309,11 @@ def _make_unknown_error(name: str) -> UsageError:
 def _suggest(name: str) -> str:
     """Suggest what a name may be meant for: one without its kind, or one that is nearly known."""
     beginning, colon, part = name.partition(":")
-    if colon and _split_name(name)[0] not in PROBES and (near := did_you_mean(beginning, PROBES, cutoff=0.7)):
+    if colon and _split_name(name)[0] not in PROBES and (near := suggest_word(beginning, PROBES, cutoff=0.7)):
         return near.replace("?", f":{part}?")
     for kind, source in list_usable():
         if source.meant(name):
             return f"Did you mean {_join_name(kind, _normalize_part(source, name))}? "
     alone = [kind for kind, source in list_usable() if not source.form]
     parts = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts]
-    return did_you_mean(name, [*alone, *parts], cutoff=0.5)
+    return suggest_word(name, [*alone, *parts], cutoff=0.5)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.errors import UsageError, did_you_mean
-from compressknow.base.reading import NotReadable, find_lone_surrogate, parse_json, read_lines, sha256_of
+from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.reading import NotReadable, compute_sha256, find_lone_surrogate, parse_json, read_lines
 from compressknow.evaluate.facts import ARTS, GEOGRAPHY, OBJECT, PEOPLE, map_relations
 
 
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def hash_files(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """Map file names relative to `folder`, with forward slashes, to the files' sha256 in hexadecimal."""
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): compute_sha256(path) for path in paths}
 
 
 KEYS = ("subject", "object", "prompt", "template", "relation", "id", "popularity", "candidates", "school-subject")
@@ -175,7 +175,7 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
 
 def check_key(key: str) -> None:
     if key not in KEYS:
-        near = did_you_mean(key, KEYS)
+        near = suggest_word(key, KEYS)
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError
-from compressknow.base.files import as_text, name_of
-from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, load_tables, parse_json, sha256_of
+from compressknow.base.files import escape_name, name_of
+from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, compute_sha256, load_tables, parse_json
 from compressknow.evaluate.facts import (
     BLANK,
     GENERAL,
@@ -89,7 +89,7 @@ candidates as Paris|Rome|Madrid."""
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
             found = [row] if isinstance(row, str) else _find_problems(row)
             if not found and isinstance(row, dict):
-                fact = _make_fact(row, number, name, as_text(path.stem), shared)
+                fact = _make_fact(row, number, name, escape_name(path.stem), shared)
                 if fact.id in facts:
                     found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
                 facts[fact.id], lines[fact.id] = fact, number
@@ -105,7 +105,7 @@ candidates as Paris|Rome|Madrid."""
             protocol=FACTS_PROTOCOL,
             facts=tuple(facts.values()),
             vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
-            source={"files": {name_of(path): sha256_of(path)}},
+            source={"files": {name_of(path): compute_sha256(path)}},
         )
 
 
@@ -331,7 +331,7 @@ class Text(ProbeSource):
             raise UsageError(f"{path} cannot be read: {error}.", hint=hint) from None
         if options.context is not None and options.context < LEAST_CONTEXT:
             raise UsageError(f"--context must be at least {LEAST_CONTEXT}: {options.context}.")
-        text = RunningText(name, path, sha256_of(path), path.stat().st_size, options.context, options.limit)
+        text = RunningText(name, path, compute_sha256(path), path.stat().st_size, options.context, options.limit)
         if not text.read(options.context or CONTEXT).strip():
             raise UsageError(f"{path} is empty.", hint="Give a text of a few thousand words.")
         return text

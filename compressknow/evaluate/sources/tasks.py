@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
-from compressknow.base.files import as_text
+from compressknow.base.files import escape_name
 from compressknow.base.packages import require
-from compressknow.base.progress import quiet
-from compressknow.base.reading import sha256_of
+from compressknow.base.progress import silence_libraries
+from compressknow.base.reading import compute_sha256
 from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import compute_chance
@@ -127,7 +127,7 @@ class LmEvalTask(Task):
             paths = [path for path in sorted(self.include.rglob("*")) if path.suffix in (".yaml", ".yml", ".py", "")]
             files = [(path, path.relative_to(self.include).as_posix()) for path in paths if path.is_file()] + files
         for path, name in files:
-            digest.update(json.dumps([name, sha256_of(path)]).encode())
+            digest.update(json.dumps([name, compute_sha256(path)]).encode())
         return digest.hexdigest()
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
@@ -169,7 +169,7 @@ def list_names_without(task: str) -> list[str] | None:
     It reads the files as they are: a second, where the index takes most of a minute.
     """
     spec = importlib.util.find_spec("lm_eval")
-    word = re.compile(rb"(?<!\w)" + re.escape(as_text(task).encode()) + rb"(?!\w)")
+    word = re.compile(rb"(?<!\w)" + re.escape(escape_name(task).encode()) + rb"(?!\w)")
     names: dict[str, None] = {}
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in (Path(folder) / "tasks").rglob("*.yaml"):
@@ -298,7 +298,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
         # Of a group without one, those of its tasks.
         own = "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
     if files := task.local_files():
-        data: Any = {path.name: sha256_of(path) for path in files.values()}
+        data: Any = {path.name: compute_sha256(path) for path in files.values()}
     else:
         configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
         data = ", ".join(dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs))
@@ -389,7 +389,7 @@ def silence() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable()
     try:
-        with quiet(), warnings.catch_warnings():
+        with silence_libraries(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, did_you_mean
-from compressknow.base.format import count, percent, share, size
-from compressknow.comparison.intervals import kept_by_cluster, proportion
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, suggest_word
+from compressknow.base.format import count, share, write_percent, write_size
+from compressknow.comparison.intervals import estimate_kept, estimate_proportion
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
@@ -96,7 +96,7 @@ def check_names(card: Card, gates: Iterable[Gate]) -> None:
             if gate.of is not None and gate.of not in names:
                 raise UsageError(
                     f"--fail-under {gate.of}=...: no facts of a domain or relation {gate.of} were evaluated.",
-                    hint=did_you_mean(gate.of, names) or f"There is {', '.join(names[:8])}.",
+                    hint=suggest_word(gate.of, names) or f"There is {', '.join(names[:8])}.",
                 )
 
 
@@ -149,7 +149,7 @@ def measure_kept(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
             return grade.counts, grade.kept
     clusters = [group.counts for probe in comparison.probes for group in probe.by_relation if group.name == gate.of]
     total = sum(clusters, Counts())
-    return total, proportion(total.both, total.known_before).or_wider(kept_by_cluster(clusters))
+    return total, estimate_proportion(total.both, total.known_before).or_wider(estimate_kept(clusters))
 
 
 def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool | None:
@@ -219,7 +219,7 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
     results = [
         (
             name,
-            size(each.model.bytes),
+            write_size(each.model.bytes),
             gate.in_words,
             _write_kept(each, gate),
             _RESULTS[is_met(each, gate, strict=strict)],
@@ -231,7 +231,7 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
     grades = single.grades if single else ()
     worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
     domains = [
-        f"{escape_markdown(grade.subject)} {percent(grade.counts.both, grade.counts.known_before)}"
+        f"{escape_markdown(grade.subject)} {write_percent(grade.counts.both, grade.counts.known_before)}"
         for grade in worst
         if grade.counts.known_before
     ]
@@ -272,7 +272,7 @@ def decide(
     fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
     if not fitting:
         return conclude(None, _write_none_fits(labels, sizes, within))
-    at_most = f" of {size(within)} at most" if within is not None else ""
+    at_most = f" of {write_size(within)} at most" if within is not None else ""
     rounding = find_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
@@ -297,12 +297,12 @@ def decide(
         if len(enough) == 1
         else f"the smallest of {count(len(enough))} models{at_most} {several}"
     )
-    alike = join_names([f"{labels[place]} ({size(sizes[place])})" for place in standing[taken].alike])
+    alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     others = (
         f"No test tells it from {alike}." if alike else "What each of the others keeps differs by more than chance."
     )
     kept = write_estimate(comparisons[taken].kept)
-    reason = f"Take {labels[taken]} ({size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
+    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 
 
@@ -311,7 +311,10 @@ def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within:
     if within is None or not known:
         return "None is recommended: no size is known of a model that computes numbers."
     least, label = min(known)
-    return f"No model has {size(within)} at most: none is recommended. The smallest, {label}, has {size(least)}."
+    return (
+        f"No model has {write_size(within)} at most: none is recommended. "
+        f"The smallest, {label}, has {write_size(least)}."
+    )
 
 
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:

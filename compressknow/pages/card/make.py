@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import count, plain
+from compressknow.base.format import clean, count
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
-from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, proportion
+from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, estimate_proportion
 from compressknow.comparison.paired import compare_probe, list_changed_facts, measure_certainty, pair_answers
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
-from compressknow.comparison.text import text_figures
+from compressknow.comparison.text import compare_text
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer, Answers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
@@ -174,7 +174,7 @@ def compare(
     counts = sum((probe.counts for probe in figures), Counts())
     graded = grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
-    kept = proportion(counts.both, counts.known_before).or_wider(sure.kept)
+    kept = estimate_proportion(counts.both, counts.known_before).or_wider(sure.kept)
     outcome = write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,
@@ -211,7 +211,7 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
         )
     text = before.text or {}
     divergence = str((after.text or {}).get("divergence"))
-    return text_figures(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
+    return compare_text(name, int(text["context"]), divergence, original.texts[name], compressed.texts[name])
 
 
 def describe_method(
@@ -235,15 +235,15 @@ def describe_method(
 
 
 def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
-    name = plain(figures.probe, 60)
-    how = _describe_source(figures.probe) or f"protocol {plain(figures.protocol, 60)}, {_describe_choices(answers)}"
+    name = clean(figures.probe, 60)
+    how = _describe_source(figures.probe) or f"protocol {clean(figures.protocol, 60)}, {_describe_choices(answers)}"
     limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
     left_out = sum(figures.dropped.values())
-    reasons = "; ".join(f"{plain(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
+    reasons = "; ".join(f"{clean(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
     dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
     wordings = f", each in {entry.templates} wordings, and known if more than half are right" if entry.templates else ""
     template = (entry.source or {}).get("template")
-    template = f" Template: {plain(template, 200)}." if template else ""
+    template = f" Template: {clean(template, 200)}." if template else ""
     average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
     return (
         f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "

@@ -1,6 +1,6 @@
 """Show a report card: what it says, as text in order, and that as HTML, Markdown and JSON; charts of several models.
 
-All texts of models and facts go through `plain` here; the templates escape for their own syntax.
+All texts of models and facts go through `clean` here; the templates escape for their own syntax.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from compressknow.base.format import NONE, count, json_text, plain, plain_lines, share, size
+from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.pages import drawing, pages
@@ -76,7 +76,7 @@ def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
 
 
 def _get_size(model: ModelFacts) -> _Cost | None:
-    return None if model.bytes is None else (model.bytes / 1e6, size(model.bytes), name_runtime(model))
+    return None if model.bytes is None else (model.bytes / 1e6, write_size(model.bytes), name_runtime(model))
 
 
 def _get_speed(model: ModelFacts) -> _Cost | None:
@@ -179,14 +179,14 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
     run = show_run(card.command, card.versions, [Entry("Seed", ", ".join(map(str, seeds)) or NONE)])
     how = Shown("how", "How it was made", run, in_text=False)
     all_models = (card.original, *(comparison.model for comparison in card.comparisons))
-    hashes = Entries(tuple(Entry(plain(each.name, 60), plain(each.sha256, 80), code=True) for each in all_models))
+    hashes = Entries(tuple(Entry(clean(each.name, 60), clean(each.sha256, 80), code=True) for each in all_models))
     about = (
         _make_method_section(card),
         Shown("run", "The run", (*run, Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"),
     )
     if len(models) == 1:
         (page,) = models
-        others = f"→ {plain(card.comparisons[0].model.name, 80)}"
+        others = f"→ {clean(card.comparisons[0].model.name, 80)}"
         page = replace(page, front=((*page.front[0], how), page.front[1]), sections=(*page.sections, *about))
     else:
         others = f"and {len(models)} compressed models"
@@ -198,22 +198,22 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
             *about,
         )
         page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
-    decision = (plain(card.decision.reason, 1000),) if card.decision else ()
+    decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
         kind="report card",
-        title=f"{page.headline}: {plain(card.original.name, 60)}",
-        models=f"{plain(card.original.name, 80)} {others}",
-        verdict=plain(card.verdict, 1000),
-        warnings=tuple(dict.fromkeys((*(plain(warning, 1000) for warning in card.warnings), *page.warnings))),
+        title=f"{page.headline}: {clean(card.original.name, 60)}",
+        models=f"{clean(card.original.name, 80)} {others}",
+        verdict=clean(card.verdict, 1000),
+        warnings=tuple(dict.fromkeys((*(clean(warning, 1000) for warning in card.warnings), *page.warnings))),
         next=(*page.next, *decision),
     )
 
 
 def _make_method_section(card: Card) -> Shown:
-    sentences = Sentences(tuple(plain(sentence, 2000) for sentence in card.method))
+    sentences = Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
     terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
-    plain_terms = dict.fromkeys((plain(name, 80), "", plain(meaning, 1000)) for name, meaning in terms)
+    plain_terms = dict.fromkeys((clean(name, 80), "", clean(meaning, 1000)) for name, meaning in terms)
     glossary = Folded("What the figures mean", (Terms(tuple(plain_terms)),))
     return Shown("method", "Method and limits", (sentences, glossary), look="text")
 
@@ -243,19 +243,19 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
     model, is_single = comparison.model, len(card.comparisons) == 1
     sections, failures = show_sections(card.original, comparison, id, limits, show_facts=card.show_facts)
     perplexity = f"perplexity {write_perplexity(comparison.texts[0].compressed)}" if comparison.only_texts else ""
-    recipe = Code(plain_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
+    recipe = Code(clean_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
     origin = (
         *((Entries(list_identity(card.original), "Original"),) if is_single else ()),
         Entries(list_identity(model), "Compressed" if is_single else ""),
         *((Folded("Recipe", (recipe,)),) if recipe else ()),
     )
     return Page(
-        models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {size(model.bytes)}",
+        models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {write_size(model.bytes)}",
         headline=_write_headline(comparison) if is_single else name,
-        verdict=plain(comparison.verdict, 1000),
-        warnings=tuple(plain(warning, 1000) for warning in (*comparison.warnings, *failures)),
+        verdict=clean(comparison.verdict, 1000),
+        warnings=tuple(clean(warning, 1000) for warning in (*comparison.warnings, *failures)),
         sections=sections,
-        next=(plain(comparison.next, 1000),) if comparison.next else (),
+        next=(clean(comparison.next, 1000),) if comparison.next else (),
         counts=comparison.counts,
         front=(
             () if comparison.only_texts else (_make_grades_section(comparison, id),),
@@ -271,10 +271,10 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
 def _make_grades_section(comparison: Comparison, id: str) -> Shown:
     rows = [
         (
-            plain(grade.subject, 80),
+            clean(grade.subject, 80),
             *_write_kept(grade.counts, grade.kept),
-            plain(grade.grade, 4),
-            plain(grade.range or "", 20) if grade.unsure else "",
+            clean(grade.grade, 4),
+            clean(grade.range or "", 20) if grade.unsure else "",
         )
         for grade in comparison.grades
     ]
@@ -314,7 +314,7 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
     models = [card.original, *(each.model for each in card.comparisons)]
     columns = [
         ("Model", ["original", *names]),
-        ("Size", [size(model.bytes) for model in models]),
+        ("Size", [write_size(model.bytes) for model in models]),
         ("Kept", ["", *(write_estimate(each.kept) for each in card.comparisons)]),
         ("Among these", ["", *marks]),
         *_list_run_columns(models),
@@ -336,10 +336,10 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
 def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
     """Yield what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
     if any(model.runtime for model in models):
-        yield "Runs in", [plain(name_runtime(model), 30) for model in models]
+        yield "Runs in", [clean(name_runtime(model), 30) for model in models]
     speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
     if any(speed is not None for speed in speeds):
-        yield "Timed in", [plain(name_deployment(model), 40) if model.speed else NONE for model in models]
+        yield "Timed in", [clean(name_deployment(model), 40) if model.speed else NONE for model in models]
         yield "Tokens a second", [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
 
 
@@ -349,17 +349,17 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
     for probe in list_probes(comparisons):
         before, _ = get_headline_accuracy(probe)
         after = [of_model[probe.probe][1].value if probe.probe in of_model else None for of_model in accuracies]
-        yield f"Accuracy, {plain(probe.probe, 40)}", [share(before.value), *map(share, after)]
+        yield f"Accuracy, {clean(probe.probe, 40)}", [share(before.value), *map(share, after)]
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]
-        letters = [plain(grade.grade, 4) + ("?" if grade.unsure else "") if grade else NONE for grade in grades]
-        yield plain(name, 40), ["", *letters]
+        letters = [clean(grade.grade, 4) + ("?" if grade.unsure else "") if grade else NONE for grade in grades]
+        yield clean(name, 40), ["", *letters]
     texts = [{figures.text: figures for figures in each.texts} for each in comparisons]
     for name in dict.fromkeys(name for of_model in texts for name in of_model):
         original = next(of_model[name].original for of_model in texts if name in of_model)
         compressed = [of_model[name].compressed if name in of_model else None for of_model in texts]
-        yield f"Perplexity, {plain(name, 40)}", [write_perplexity(each) for each in (original, *compressed)]
+        yield f"Perplexity, {clean(name, 40)}", [write_perplexity(each) for each in (original, *compressed)]
 
 
 def write_reports(
@@ -371,7 +371,7 @@ def write_reports(
         ".xml": lambda: render_junit(card, gates, strict=strict),
         ".html": lambda: render_html(card),
         ".md": lambda: render_markdown(card),
-        ".json": lambda: json_text(card.to_dict()),
+        ".json": lambda: dump_json(card.to_dict()),
     }
     pages.write_files(texts, paths, overwrite=overwrite)
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import count, p_value, percent, plain, share
-from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, kept_by_cluster, proportion
-from compressknow.comparison.paired import domain_order
-from compressknow.comparison.power import SMALL, facts_to_decide
+from compressknow.base.format import clean, count, share, write_p_value, write_percent
+from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept, estimate_proportion
+from compressknow.comparison.paired import order_domains
+from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.recipe import Recipe, format_options
 from compressknow.compress.steps import (
@@ -43,7 +43,7 @@ def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     for probe in probes:
         for group in probe.by_subject:
             relations[group.name] = relations.get(group.name, ()) + group.relations
-    return tuple(_grade_domain(subject, relations[subject]) for subject in sorted(relations, key=domain_order))
+    return tuple(_grade_domain(subject, relations[subject]) for subject in sorted(relations, key=order_domains))
 
 
 def find_grade(part: float, whole: float = 1) -> str:
@@ -59,7 +59,7 @@ def find_grade(part: float, whole: float = 1) -> str:
 
 def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
     counts = sum(relations, Counts())
-    kept = proportion(counts.both, counts.known_before).or_wider(kept_by_cluster(relations))
+    kept = estimate_proportion(counts.both, counts.known_before).or_wider(estimate_kept(relations))
     best, worst = (NOTHING_KNOWN if end is None else find_grade(end) for end in (kept.high, kept.low))
     return Grade(
         subject=subject,
@@ -76,20 +76,21 @@ def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Cert
 
     `kept` has the interval to go by, `certainty` the paired test and what would have been seen.
 
-    >>> from compressknow.comparison.intervals import mcnemar, proportion
+    >>> from compressknow.comparison.intervals import estimate_proportion, run_mcnemar
     >>> from compressknow.comparison.records import PairedTest
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
-    >>> print(write_verdict("bert", counts, proportion(90, 100), Certainty(PairedTest(mcnemar(counts), "fact"))))
+    >>> certainty = Certainty(PairedTest(run_mcnemar(counts), "fact"))
+    >>> print(write_verdict("bert", counts, estimate_proportion(90, 100), certainty))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
 loss that chance does not explain (p = 0.012).
     """
-    name = plain(original, NAME_CHARACTERS)
+    name = clean(original, NAME_CHARACTERS)
     if not counts.n:
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
         return f"{name} knew none of the {count_facts(counts.n)}, so there is nothing to keep{gained}."
-    interval = f"({percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
+    interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
     sentence = _write_kept(name, counts, interval, certainty.test.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
@@ -154,7 +155,7 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
     test tells from the best; None where that was not tested.
     """
-    name = plain(original, NAME_CHARACTERS)
+    name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
     if not known:
@@ -212,7 +213,9 @@ def _judge_change(counts: Counts, p: float | None) -> str:
     if p is None or counts.lost == counts.gained:
         return ", which evens out"
     net = "loss" if counts.lost > counts.gained else "gain"
-    return f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({p_value(p)})"
+    return (
+        f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({write_p_value(p)})"
+    )
 
 
 def count_facts(number: int) -> str:
@@ -220,7 +223,7 @@ def count_facts(number: int) -> str:
 
 
 def _write_share(counts: Counts) -> str:
-    return f"{count(counts.both)} of {count(counts.known_before)}, {percent(counts.both, counts.known_before)}"
+    return f"{count(counts.both)} of {count(counts.known_before)}, {write_percent(counts.both, counts.known_before)}"
 
 
 ENOUGH = 0.95  # the share kept from which a model is good enough, where no gate says another
@@ -249,7 +252,7 @@ def write_advice(comparison: Comparison, path: str | None = None) -> str:
 
 def estimate_facts_needed(comparison: Comparison, gate: float) -> int | None:
     """Return about how many known facts tell on which side of the gate this share lies; None for more than `MOST`."""
-    needed = facts_to_decide(comparison.counts, gate, design_of_kept(comparison.clusters))
+    needed = count_facts_to_decide(comparison.counts, gate, design_of_kept(comparison.clusters))
     return needed if needed is not None and needed <= MOST else None
 
 
@@ -291,7 +294,7 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     found = next(list_milder(recipe, model.groups), None) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
-    name = plain(str((model.source or {}).get("name") or ""), 120)
+    name = clean(str((model.source or {}).get("name") or ""), 120)
     # The name of a folder alone would lead nowhere.
     source = path or (name if "/" in name else "MODEL")
     change, milder = found

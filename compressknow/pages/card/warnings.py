@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import count, percent, plain, share
-from compressknow.comparison.intervals import FEWEST, proportion
+from compressknow.base.format import clean, count, share, write_percent
+from compressknow.comparison.intervals import FEWEST, estimate_proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
@@ -53,13 +53,13 @@ def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
     known = UNKNOWN not in (original.dtype, model.dtype)
     if known and original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (
-            f"The weights differ in type ({plain(original.dtype, 40)} and {plain(model.dtype, 40)}) though neither "
+            f"The weights differ in type ({clean(original.dtype, 40)} and {clean(model.dtype, 40)}) though neither "
             "model is quantized: part of the change may be rounding."
         )
     if original.speed and model.speed and original.speed.device != model.speed.device:
         yield (
-            f"The models ran on different devices ({plain(original.speed.device, 60)} and "
-            f"{plain(model.speed.device, 60)}): answers that are almost tied may differ for this reason alone."
+            f"The models ran on different devices ({clean(original.speed.device, 60)} and "
+            f"{clean(model.speed.device, 60)}): answers that are almost tied may differ for this reason alone."
         )
 
 
@@ -69,17 +69,17 @@ def warn_of_provenance(original: ModelFacts, model: ModelFacts) -> Iterator[str]
     """
     if check_source(original, model) is False:
         source = model.source or {}
-        other, own = plain(source.get("sha256"), 13), plain(original.sha256, 13)
+        other, own = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
-            f"{plain(model.name, 80)} was not made from {plain(original.name, 80)}: its record names "
-            f"{plain(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
+            f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
+            f"{clean(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
             "not be the compression's doing. Give the original that it was made from."
         )
     yield from warn_of_changes(original, model)
     if is_made_from(original, model):
         yield (
-            f"The two models look swapped: {plain(original.name, 80)}, given as the original, was made from "
-            f"{plain(model.name, 80)}, as it says itself. Give the original first."
+            f"The two models look swapped: {clean(original.name, 80)}, given as the original, was made from "
+            f"{clean(model.name, 80)}, as it says itself. Give the original first."
         )
 
 
@@ -104,7 +104,7 @@ def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
     for model in models:
         if model.changed:
             yield (
-                f"{plain(model.name, 80)} changed since it was converted: run `compressknow verify` on it to see what, "
+                f"{clean(model.name, 80)} changed since it was converted: run `compressknow verify` on it to see what, "
                 "and convert it again."
             )
 
@@ -141,13 +141,13 @@ def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
         yield (
-            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in the text that {plain(model.name, 80)} "
+            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in the text that {clean(model.name, 80)} "
             f"was calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
-            f"{plain(original.name, 80)} knew. It may keep more of these than of other facts."
+            f"{clean(original.name, 80)} knew. It may keep more of these than of other facts."
         )
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
         yield (
-            f"The calibration text did not reach {share(unseen)} of the parameters that {plain(model.name, 80)} has in "
+            f"The calibration text did not reach {share(unseen)} of the parameters that {clean(model.name, 80)} has in "
             "scope: they were compressed without knowledge of the inputs. Calibrate it on more tokens."
         )
 
@@ -156,7 +156,7 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
     """Warn of what two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
     before, after = original.record.versions, compressed.record.versions
     differing = [
-        f"{plain(name, 40)} {plain(before[name], 40)} and {plain(after[name], 40)}"
+        f"{clean(name, 40)} {clean(before[name], 40)} and {clean(after[name], 40)}"
         for name in before
         if name in after and before[name] != after[name]
     ]
@@ -167,7 +167,7 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
         )
     yield from warn_of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
-        only = [plain(probe, 60) for probe in these.probes if probe not in others.probes]
+        only = [clean(probe, 60) for probe in these.probes if probe not in others.probes]
         if only:
             yield f"Not compared, because only the {who} was evaluated on them: {', '.join(only)}."
         yield from warn_of_answers(f"The {who}", these)
@@ -176,7 +176,7 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
         references = [side.record.probes[probe].reference for side in (original, compressed)]
         if None not in references and references[0] != references[1]:
             yield (
-                f"How far distributions moved on {plain(probe, 60)} was not measured: the two models gave the "
+                f"How far distributions moved on {clean(probe, 60)} was not measured: the two models gave the "
                 "probabilities of different tokens. Give `compressknow report` the checkpoints, not answers of two "
                 "runs, to have it measured."
             )
@@ -186,14 +186,14 @@ def warn_of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
     """Warn that two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
     before, after = original.record.model, compressed.record.model
     if before.ran_in != after.ran_in:
-        names, ran_in = ([plain(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
+        names, ran_in = ([clean(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
         yield (
             f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is the runtime's. "
             f"{_describe_runtimes_part(original, compressed)}"
         )
     if not _have_same_tokens(before, after):
         yield (
-            f"The vocabularies of {plain(before.name, 80)} and {plain(after.name, 80)} differ: answers were compared "
+            f"The vocabularies of {clean(before.name, 80)} and {clean(after.name, 80)} differ: answers were compared "
             "as texts, and how far distributions moved was not measured."
         )
 
@@ -211,7 +211,7 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     elif before.runtime is not None:
         why = "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
     else:
-        why = plain(before.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
+        why = clean(before.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
     return f"How much was not measured: {why}"
 
 
@@ -249,7 +249,7 @@ def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
     )
     for probe, number in numbers.items():
         yield (
-            f"{who} computes no numbers (NaN) for {count_facts(number)} of {plain(probe, 60)}: it is broken, and "
+            f"{who} computes no numbers (NaN) for {count_facts(number)} of {clean(probe, 60)}: it is broken, and "
             "these answers are meaningless."
         )
 
@@ -262,7 +262,7 @@ def warn_of_figures(
         yield f"{name} knew only {count_facts(counts.known_before)}: with so few, the share kept is uncertain."
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
     if few:
-        named = ", ".join(f"{plain(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
+        named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
         yield from _warn_of_few_relations(probe)
@@ -283,7 +283,7 @@ def _warn_of_few_relations(probe: ProbeFigures) -> Iterator[str]:
     relations = len([group for group in probe.by_relation if group.counts.n])
     if 1 < relations < FEWEST and probe.counts.known_before:
         yield (
-            f"The facts of {plain(probe.probe, 60)} are of {relations} relations, and those of one relation are lost "
+            f"The facts of {clean(probe.probe, 60)} are of {relations} relations, and those of one relation are lost "
             f"together. Of fewer than {FEWEST} nobody can tell how much: intervals and p-values take facts as "
             "independent here, and may be too sure."
         )
@@ -297,7 +297,7 @@ def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
     for name, baseline in baselines.items():
         if baseline is not None and accuracy.low <= baseline:
             yield (
-                f"{who} itself knows little of {plain(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"{who} itself knows little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
                 f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
             )
             return
@@ -309,8 +309,8 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
     if 2 * dropped > read:
         reason = max(probe.dropped, key=lambda name: probe.dropped[name])
         yield (
-            f"{percent(dropped, read)} of the facts of {plain(probe.probe, 60)} were dropped, mostly for this reason: "
-            f"{plain(reason, 120)}. The rest may not be representative."
+            f"{write_percent(dropped, read)} of the facts of {clean(probe.probe, 60)} were dropped, mostly for this "
+            f"reason: {clean(reason, 120)}. The rest may not be representative."
         )
 
 
@@ -325,11 +325,11 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     for name in _list_floors(measured[0]):
         floors = [floor for probe in measured if (floor := _list_floors(probe)[name]) and floor.n]
         if floors:
-            alone = proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
+            alone = estimate_proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
-    return f" Of its answers, {percent(changed, facts)} differ; {', '.join(parts)}{explained}."
+    return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
 
 def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
@@ -369,7 +369,7 @@ def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
         return ""
     floors = [probe.noise_floor for probe in probes if probe.noise_floor]
     known = sum(floor.known for floor in floors)
-    again = plain(floors[0].computed_in, 40)
+    again = clean(floors[0].computed_in, 40)
     return (
         f"{name} shows what rounding alone keeps: {share(kept)}, by {count_facts(known)} that the original knew and "
         f"answered once more in {again}."

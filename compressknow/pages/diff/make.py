@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from compressknow._version import __version__
-from compressknow.base.format import count, number, percent, plain, size
+from compressknow.base.format import clean, count, number, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.paired import domain_order, pair_answers
+from compressknow.comparison.paired import order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
@@ -74,7 +74,7 @@ class CheckpointComparison(Shown):
     command: str | None
 
     def _summary(self) -> Summary:
-        names = [f"{plain(side.name, 40)} ({size(side.bytes)})" for side in (self.a, self.b)]
+        names = [f"{clean(side.name, 40)} ({write_size(side.bytes)})" for side in (self.a, self.b)]
         sums = sum_by(self.difference, lambda tensor: tensor.group) if self.difference else {}
         return Summary(
             f"CheckpointComparison: {names[1]} against {names[0]}",
@@ -92,9 +92,9 @@ def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) 
     return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 
 
-def names_of(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+def name_both(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
     """Return what sentences call the two: their names where these differ."""
-    names = plain(a.name, 60), plain(b.name, 60)
+    names = clean(a.name, 60), clean(b.name, 60)
     return names if names[0] != names[1] else ("A", "B")
 
 
@@ -121,7 +121,7 @@ def make_comparison(
     """Make the whole comparison, with its verdict and its warnings; parameters are the fields of the same name."""
     identical = a.sha256 == b.sha256
     return CheckpointComparison(
-        verdict=write_verdict(names_of(a, b), identical, difference, behaviour),
+        verdict=write_verdict(name_both(a, b), identical, difference, behaviour),
         a=a,
         b=b,
         identical=identical,
@@ -152,11 +152,11 @@ def list_warnings(
         yield _suggest_probe("The weights of a GGUF file are compared with those of another one alone.", behaviour)
     if packed := [change for change in difference.structure if change.kind == "packed"] if difference else []:
         weights = "1 weight is" if len(packed) == 1 else f"{count(len(packed))} weights are"
-        form = f"{weights} packed in a form whose values cannot be read here, {plain(packed[0].name, _LONG)} for one,"
+        form = f"{weights} packed in a form whose values cannot be read here, {clean(packed[0].name, _LONG)} for one,"
         yield _suggest_probe(f"{form} and left out of all figures of weights.", behaviour)
     for tensor in difference.tensors if difference else ():
         if not tensor.sums.finite:
-            yield f"{plain(tensor.name, _LONG)} holds NaN or infinity: neither it nor what it is a part of has figures."
+            yield f"{clean(tensor.name, _LONG)} holds NaN or infinity: neither it nor what it is a part of has figures."
     if behaviour and not identical:
         yield from behaviour.warnings
 
@@ -193,7 +193,7 @@ def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str
     of_all = f"{count(len(changed))} of {_count_tensors(len(difference.tensors))}"
     if not total.energy_change:
         return f"{b} stores {of_all} otherwise than {a} does, with the same values{end}."
-    weights = percent(sum_tensors(changed).numel, total.numel)
+    weights = write_percent(sum_tensors(changed).numel, total.numel)
     error = f"relative error {number(total.relative_error, 4)}{_name_worst_group(difference)}"
     return f"{b} differs from {a} in {of_all} ({weights} of the weights): {error}{end}."
 
@@ -238,7 +238,7 @@ def _count_kept(counts: Counts) -> str:
     known = counts.known_before
     if not known:
         return "none of the 0 facts"
-    return f"{count(counts.both)} of the {count(known)} facts ({percent(counts.both, known)})"
+    return f"{count(counts.both)} of the {count(known)} facts ({write_percent(counts.both, known)})"
 
 
 def make_behaviour(answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
@@ -279,7 +279,7 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
 
     def order(pair: AnswerPair) -> tuple[object, ...]:
         place = get_args(KnownBy).index(pair.known_by)
-        return place, domain_order(pair.subject), pair.relation, pair.probe, pair.fact_id
+        return place, order_domains(pair.subject), pair.relation, pair.probe, pair.fact_id
 
     return sorted((_make_pair(*pair) for pair in pairs), key=order)
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.format import NONE, json_text, number, plain, share, size
+from compressknow.base.format import NONE, clean, dump_json, number, share, write_size
 from compressknow.comparison.diff import CheckpointDiff, Sums
-from compressknow.model.manifest import text_in_words
+from compressknow.model.manifest import describe_text
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.diff import tables
-from compressknow.pages.diff.make import Behaviour, CheckpointComparison, names_of, sum_by
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,
@@ -32,7 +32,7 @@ from compressknow.pages.parts import (
     make_name_entry,
     show_run,
 )
-from compressknow.pages.records import Checkpoint, comparison_to_json
+from compressknow.pages.records import Checkpoint, dump_comparison
 from compressknow.pages.svg import draw_heat_map
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
@@ -54,16 +54,16 @@ def make_comparison_page(
     comparison: CheckpointComparison, *, tensors: int, facts: int, shown: int, charts: bool
 ) -> Page:
     """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
-    a, b = names_of(comparison.a, comparison.b)
+    a, b = name_both(comparison.a, comparison.b)
     headline, difference = _write_headline(comparison), comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
     origin = (Entries(_describe_checkpoint(comparison.a), "A"), Entries(_describe_checkpoint(comparison.b), "B"))
-    method = (*METHOD, *(plain(sentence, 2000) for sentence in (there.method if there else ())))
+    method = (*METHOD, *(clean(sentence, 2000) for sentence in (there.method if there else ())))
     how = Shown("how", "How it was made", show_run(comparison.command, comparison.versions))
     weights: tuple[Shown, ...] = ()
     if difference and difference.tensors:
         groups = tables.sum_groups(difference)
-        table = tables.sums_table("What differs by group of layers", "Group", groups, difference.total)
+        table = tables.build_sums_table("What differs by group of layers", "Group", groups, difference.total)
         weights = (Shown("groups", "Weights", (table,)),)
     sections = (
         *(_show_behaviour(comparison, facts, shown, charts) if comparison.behaviour else ()),
@@ -75,8 +75,8 @@ def make_comparison_page(
         title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
         headline=headline,
-        verdict=plain(comparison.verdict, 1000),
-        warnings=tuple(plain(warning, 1000) for warning in comparison.warnings),
+        verdict=clean(comparison.verdict, 1000),
+        warnings=tuple(clean(warning, 1000) for warning in comparison.warnings),
         sections=tuple(section for section in sections if section.parts),
         counts=there.comparisons[0].counts if there else None,
         names=("both know", "only A", "only B", "neither"),
@@ -112,12 +112,12 @@ def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     entries = (
         make_name_entry("Name", side.name, side.revision),
         make_hash_entry(side.sha256),
-        make_name_entry("Made from", source, None) if plain(source) else None,
-        Entry("Setup", plain(side.setup, 80)) if side.setup else None,
-        Entry("Calibrated on", plain(text_in_words(side.calibration), 200)) if side.calibration else None,
-        Entry("Quantization", plain(side.quantization, 200)) if side.quantization else None,
-        Entry("Type", plain(side.dtype, 60)),
-        Entry("Size", size(side.bytes)),
+        make_name_entry("Made from", source, None) if clean(source) else None,
+        Entry("Setup", clean(side.setup, 80)) if side.setup else None,
+        Entry("Calibrated on", clean(describe_text(side.calibration), 200)) if side.calibration else None,
+        Entry("Quantization", clean(side.quantization, 200)) if side.quantization else None,
+        Entry("Type", clean(side.dtype, 60)),
+        Entry("Size", write_size(side.bytes)),
     )
     return tuple(entry for entry in entries if entry)
 
@@ -139,10 +139,10 @@ def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors
     if is_changed:
         yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
     if is_changed and (layers := tables.sum_layers(difference)):
-        table = tables.sums_table("Linear weights by layer", "Layer", layers)
+        table = tables.build_sums_table("Linear weights by layer", "Layer", layers)
         yield Shown("compare-layers", "By layer", (table,))
     yield Shown("compare-tensors", "By tensor", tuple(tables.tensor_parts(difference, tensors)))
-    stored = tables.settings_table(difference, files), tables.structure_table(difference)
+    stored = tables.build_settings_table(difference, files), tables.build_structure_table(difference)
     yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
@@ -153,18 +153,18 @@ def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
     for figures in back:
         kl, percentiles = (figures.moved.kl, figures.moved.kl_percentiles) if figures.moved else (None, None)
         p99 = number(percentiles["p99"], 4) if percentiles else NONE
-        rows.append((plain(figures.text, 60), write_measured(kl, 4), p99))
+        rows.append((clean(figures.text, 60), write_measured(kl, 4), p99))
     if rows:
         yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
 
 def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
     if probes:
-        yield tables.figures_table(probes)
+        yield tables.build_figures_table(probes)
     for there, _ in probes:
         if there.knowing:
             yield make_grades_table(
-                there.knowing, f"{plain(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
+                there.knowing, f"{clean(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
             )
     if groups := tables.group_tables(probes):
         yield Folded("By domain and by relation", groups)
@@ -200,7 +200,7 @@ def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *
     texts = {
         ".html": lambda: render_comparison_html(comparison),
         ".md": lambda: render_comparison_markdown(comparison),
-        ".json": lambda: json_text(diff_json(comparison)),
+        ".json": lambda: dump_json(diff_json(comparison)),
     }
     write_files(texts, paths, overwrite=overwrite)
 
@@ -215,15 +215,15 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "a": asdict(comparison.a),
         "b": asdict(comparison.b),
         "files": list(comparison.files),
-        **_difference_to_json(comparison.difference),
-        "behaviour": _behaviour_to_json(behaviour, comparison.show_facts) if behaviour else None,
+        **_dump_difference(comparison.difference),
+        "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),
         "versions": dict(comparison.versions),
         "command": comparison.command,
     }
 
 
-def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
+def _dump_difference(difference: CheckpointDiff | None) -> dict[str, Any]:
     if difference is None:
         return {"architecture": None, "config": [], "structure": [], "weights": None}
     blocks = sum_by(difference, lambda t: (t.stack, t.layer) if t.layer is not None else None)
@@ -233,35 +233,33 @@ def _difference_to_json(difference: CheckpointDiff | None) -> dict[str, Any]:
         "config": [asdict(change) for change in difference.config],
         "structure": [asdict(change) for change in difference.structure],
         "weights": {
-            "total": _sums_to_json(difference.total),
-            "groups": {name: _sums_to_json(sums) for name, sums in tables.sum_groups(difference).items()},
-            "layers": [
-                {"stack": stack, "layer": layer, **_sums_to_json(sums)} for (stack, layer), sums in blocks.items()
-            ],
+            "total": _dump_sums(difference.total),
+            "groups": {name: _dump_sums(sums) for name, sums in tables.sum_groups(difference).items()},
+            "layers": [{"stack": stack, "layer": layer, **_dump_sums(sums)} for (stack, layer), sums in blocks.items()],
             "modules": [
-                {"stack": stack, "layer": layer, "module": module, **_sums_to_json(sums)}
+                {"stack": stack, "layer": layer, "module": module, **_dump_sums(sums)}
                 for (stack, layer, module), sums in modules.items()
             ],
             "tensors": [
                 {key: value for key, value in asdict(tensor).items() if key != "sums"}
-                | {"shape": list(tensor.shape), **_sums_to_json(tensor.sums)}
+                | {"shape": list(tensor.shape), **_dump_sums(tensor.sums)}
                 for tensor in difference.tensors
             ],
         },
     }
 
 
-def _sums_to_json(sums: Sums) -> dict[str, Any]:
+def _dump_sums(sums: Sums) -> dict[str, Any]:
     names = ("numel", "zeros_a", "zeros_b", "relative_error", "cosine", "snr_db", "largest_change")
     return {name: getattr(sums, name) for name in names}
 
 
-def _behaviour_to_json(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
+def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
     there, back = behaviour.b_against_a, behaviour.a_against_b
     values: dict[str, Any] = {
         "known": behaviour.known,
-        "b_against_a": comparison_to_json(there.comparisons[0], show_facts=show_facts),
-        "a_against_b": comparison_to_json(back.comparisons[0], show_facts=show_facts),
+        "b_against_a": dump_comparison(there.comparisons[0], show_facts=show_facts),
+        "a_against_b": dump_comparison(back.comparisons[0], show_facts=show_facts),
         "method": list(there.method),
     }
     return values | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})

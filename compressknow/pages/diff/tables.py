@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from compressknow.base.format import NONE, answer, count, number, ordinal, p_value, percent, plain, share
+from compressknow.base.format import NONE, answer, clean, count, number, share, write_p_value, write_percent, write_rank
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
@@ -29,17 +29,17 @@ def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
     return tuple(zip(there, back, strict=True))
 
 
-def figures_table(probes: tuple[Both, ...]) -> Table:
+def build_figures_table(probes: tuple[Both, ...]) -> Table:
     """Return every figure that says something of two models on a level, one column per probe."""
     rows = tuple((name, *(write(both[side]) for both in probes)) for name, side, write in _FIGURES)
-    columns = ("Figure", *(plain(there.probe, 60) for there, _ in probes))
+    columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
     return Table("What each model knows, and how much their answers differ", columns, rows)
 
 
 def group_tables(probes: tuple[Both, ...]) -> tuple[Table, ...]:
     """Return tables by domain and by relation, of each probe."""
     tables = [
-        _groups_table(plain(there.probe, 60), kind, *groups)
+        _build_groups_table(clean(there.probe, 60), kind, *groups)
         for there, back in probes
         for kind, groups in (
             ("Domain", (there.by_subject, back.by_subject)),
@@ -53,12 +53,12 @@ def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Ite
     """Yield the facts that are answered differently, `shown` of them at once."""
     rows = tuple(
         (
-            plain(fact.prompt.replace(BLANK, "___"), 300),
-            plain(fact.gold),
+            clean(fact.prompt.replace(BLANK, "___"), 300),
+            clean(fact.gold),
             _list_answers(fact.top_a, fact.rank_a),
             _list_answers(fact.top_b, fact.rank_b),
             fact.known_by,
-            plain(fact.relation, 60),
+            clean(fact.relation, 60),
         )
         for fact in answers[:limit]
     )
@@ -67,15 +67,15 @@ def answer_parts(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Ite
 
 def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
     """Return the answers, best first, and the right one's rank where it is none of them."""
-    named = ", ".join(answer(plain(each, 60)) for each in answers)
-    return f"{named} (the right one is {ordinal(rank)})" if rank and rank > len(answers) else named
+    named = ", ".join(answer(clean(each, 60)) for each in answers)
+    return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(answers) else named
 
 
-def _groups_table(probe: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
+def _build_groups_table(probe: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
     others = {group.name: group for group in back}
     rows = tuple(
         (
-            plain(group.name, 80),
+            clean(group.name, 80),
             count(group.counts.n),
             count(group.counts.known_before),
             share(group.kept.value),
@@ -102,7 +102,7 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
     ("Of what A knows, B keeps", _THERE, lambda p: write_estimate(p.kept)),
     ("Of what B knows, A keeps", _BACK, lambda p: write_estimate(p.kept)),
     ("Flips (known by one alone)", _THERE, lambda p: share(p.counts.flips)),
-    ("Is one better?", _THERE, lambda p: p_value(p.certainty.test.p)),
+    ("Is one better?", _THERE, lambda p: write_p_value(p.certainty.test.p)),
     ("Top answer differs", _THERE, lambda p: share(p.answer_changed)),
     ("Mean reciprocal rank, A and B", _THERE, lambda p: write_pair(p.mrr, number, ", ")),
     ("Right answer among the top 5, A and B", _THERE, lambda p: write_pair(p.p_at_5, share, ", ")),
@@ -142,13 +142,13 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
     rows, modules = (tuple(dict.fromkeys(names)) for names in zip(*sums, strict=True))
     errors = {key: each.relative_error for key, each in sums.items()}
     cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
-    return Grid(rows, tuple(plain(name, 40) for name in short_names(modules)), cells)
+    return Grid(rows, tuple(clean(name, 40) for name in shorten_names(modules)), cells)
 
 
-def short_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the last parts of dotted names, as few as tell them apart.
 
-    >>> short_names(("attention.self.query", "attention.output.dense", "output.dense"))
+    >>> shorten_names(("attention.self.query", "attention.output.dense", "output.dense"))
     ('query', 'attention.output.dense', 'output.dense')
     """
     parts = [name.split(".") for name in names]
@@ -162,15 +162,15 @@ def short_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(shorten, parts))
 
 
-def sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
+def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
     """Return the figures of each part of the weights, and of all."""
-    rows = tuple(sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
+    rows = tuple(build_sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
     return Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
-def sums_row(name: str, sums: Sums) -> tuple[str, ...]:
+def build_sums_row(name: str, sums: Sums) -> tuple[str, ...]:
     """Return the name of some weights, and their figures."""
-    return plain(name, _NAME), *_figures(sums)
+    return clean(name, _NAME), *_format_figures(sums)
 
 
 def tensor_parts(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
@@ -178,7 +178,11 @@ def tensor_parts(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
     rows = tuple(
-        (plain(t.name, _NAME), t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} → {t.dtype_b}", *_figures(t.sums))
+        (
+            clean(t.name, _NAME),
+            t.dtype_a if t.dtype_a == t.dtype_b else f"{t.dtype_a} → {t.dtype_b}",
+            *_format_figures(t.sums),
+        )
         for t in changed[:limit]
     )
     if rows:
@@ -188,12 +192,12 @@ def tensor_parts(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
         yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
 
 
-def settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
+def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
     """Return the settings that differ, and the files beside config and weights that do."""
     rows = tuple(
-        (plain(change.key, 80), *(NONE if value is None else plain(value, 200) for value in (change.a, change.b)))
+        (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
         for change in difference.config
-    ) + tuple((plain(name, 80), "differs", "differs") for name in files)
+    ) + tuple((clean(name, 80), "differs", "differs") for name in files)
     return Table("Settings that differ", ("Setting", "A", "B"), rows, prose=True) if rows else None
 
 
@@ -208,7 +212,7 @@ _KINDS = {
 }
 
 
-def structure_table(difference: CheckpointDiff) -> Table | None:
+def build_structure_table(difference: CheckpointDiff) -> Table | None:
     """Return what the two store otherwise, tensors alike in that on one line."""
     alike: dict[tuple[str, str, str], list[StructureChange]] = {}
     for change in difference.structure:
@@ -218,9 +222,9 @@ def structure_table(difference: CheckpointDiff) -> Table | None:
             _KINDS[kind],
             count(len(changes)),
             # In full of one tensor, else what the kind has in common.
-            plain(changes[0].a if len(changes) == 1 else a),
-            plain(changes[0].b if len(changes) == 1 else b),
-            ", ".join(plain(change.name, 80) for change in changes[:_EXAMPLES])
+            clean(changes[0].a if len(changes) == 1 else a),
+            clean(changes[0].b if len(changes) == 1 else b),
+            ", ".join(clean(change.name, 80) for change in changes[:_EXAMPLES])
             + (", …" if len(changes) > _EXAMPLES else ""),
         )
         for (kind, a, b), changes in alike.items()
@@ -237,11 +241,11 @@ def _name_block(tensor: TensorDiff) -> str | None:
     return None if tensor.layer is None else f"{tensor.stack or 'layer'} {tensor.layer}"
 
 
-def _figures(sums: Sums) -> tuple[str, ...]:
+def _format_figures(sums: Sums) -> tuple[str, ...]:
     return (
         count(sums.numel),
-        percent(sums.zeros_a, sums.numel),
-        percent(sums.zeros_b, sums.numel),
+        write_percent(sums.zeros_a, sums.numel),
+        write_percent(sums.zeros_b, sums.numel),
         number(sums.relative_error, 4),
         format_cosine(sums.cosine),
         NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB",

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from compressknow.base.format import plain
-from compressknow.comparison.intervals import mean
+from compressknow.base.format import clean
+from compressknow.comparison.intervals import average_estimates
 from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes, mark_rounding
@@ -39,36 +39,38 @@ _MOST = 6  # lines and colours that can be told apart
 _MOST_BARS = 40
 
 
-def mean_drop(comparison: Comparison) -> Estimate:
+def compute_mean_drop(comparison: Comparison) -> Estimate:
     """Return accuracy before less accuracy after (0 to 1): the mean over probes, each averaged by its protocol."""
-    change = mean([p.macro_difference if p.average == "macro" else p.difference for p in comparison.probes])
+    change = average_estimates(
+        [p.macro_difference if p.average == "macro" else p.difference for p in comparison.probes]
+    )
     return Estimate(*(None if end is None else 0.0 - end for end in (change.value, change.high, change.low)))
 
 
-def mean_kept(comparison: Comparison) -> Estimate:
+def compute_mean_kept(comparison: Comparison) -> Estimate:
     """Return knowledge kept: the mean over the probes of which the original knows anything."""
-    return mean([probe.kept for probe in comparison.probes if probe.kept.value is not None])
+    return average_estimates([probe.kept for probe in comparison.probes if probe.kept.value is not None])
 
 
 def find_baselines(study: Study) -> dict[str, float]:
     """Return the drops that lead to the majority baseline and to guessing: means over probes, where each has them."""
-    before = _mean([probe.accuracy for probe in study.probes])
+    before = _compute_mean([probe.accuracy for probe in study.probes])
     levels = {
-        "majority baseline": _mean([probe.majority for probe in study.probes]),
-        "guessing": _mean([probe.chance for probe in study.probes]),
+        "majority baseline": _compute_mean([probe.majority for probe in study.probes]),
+        "guessing": _compute_mean([probe.chance for probe in study.probes]),
     }
     return {name: before - v for name, v in levels.items() if v is not None and before is not None}
 
 
 def find_marks(study: Study) -> dict[str, float]:
     """Return what kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
-    guessing = _mean([probe.chance for probe in study.probes])
+    guessing = _compute_mean([probe.chance for probe in study.probes])
     probes = list_probes(cell.comparison for cell in study.cells)
-    by_rounding = _mean([find_rounding_kept([probe]) for probe in probes if probe.counts.known_before])
+    by_rounding = _compute_mean([find_rounding_kept([probe]) for probe in probes if probe.counts.known_before])
     return ({} if guessing is None else {"guessing": guessing}) | mark_rounding(by_rounding)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _compute_mean(values: Sequence[float | None]) -> float | None:
     """Return the mean; None where there is no value, or one is not known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
@@ -82,7 +84,7 @@ def draw_by_amount(study: Study, scopes: Iterable[str], measure: Callable[[Compa
 def draw_by_method(study: Study, scope: str) -> tuple[Line, ...]:
     """Draw a line for each method that pruned the scope by at least two amounts, where there are several."""
     cells = {label_method(method): select_pruned(study, scope, method) for method in list_methods(study)}
-    lines = _draw_lines(cells, mean_kept)
+    lines = _draw_lines(cells, compute_mean_kept)
     return lines[:_MOST] if len(lines) > 1 else ()
 
 
@@ -97,7 +99,7 @@ def _draw_lines(
 def draw_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme, a bar for each scope."""
     return _keep_known(
-        Bar(scope, mean_drop(cell.comparison), series, plain(scheme, 60))
+        Bar(scope, compute_mean_drop(cell.comparison), series, clean(scheme, 60))
         for scheme in list_schemes(study)
         for series, scope in enumerate(scopes)
         if (cell := select_quantized(study, scope).get(scheme))
@@ -107,7 +109,7 @@ def draw_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
 def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme and amount, a bar for each scope."""
     return _keep_known(
-        Bar(scope, mean_drop(cell.comparison), series, f"{amount} % and {plain(scheme, 60)}")
+        Bar(scope, compute_mean_drop(cell.comparison), series, f"{amount} % and {clean(scheme, 60)}")
         for scheme in list_schemes(study)
         for amount in GPQ_AMOUNTS
         for series, scope in enumerate(scopes)
@@ -124,9 +126,9 @@ def draw_pruned_by_method(study: Study) -> tuple[Bar, ...]:
 def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tuple[Bar, ...]:
     """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
     methods = list_methods(study)[:_MOST]
-    quantized = f", {plain(scheme, 60)}" if scheme else ""
+    quantized = f", {clean(scheme, 60)}" if scheme else ""
     return _keep_known(
-        Bar(label_method(method), mean_drop(cell.comparison), series, f"{scope} {amount:g} %{quantized}")
+        Bar(label_method(method), compute_mean_drop(cell.comparison), series, f"{scope} {amount:g} %{quantized}")
         for scope in scopes
         if len(methods) > 1
         for amount in sorted({a for method in methods for a in select_pruned(study, scope, method, scheme)})
@@ -139,7 +141,7 @@ def draw_final_layer(study: Study) -> tuple[Bar, ...]:
     """Draw a group for each amount, a bar for each of the paper's methods."""
     by_method = {method: select_pruned(study, "final", method) for method in (UNSTRUCTURED, STRUCTURED)}
     return _keep_known(
-        Bar(label_method(method), mean_drop(cells[amount].comparison), series, f"{amount:g} %")
+        Bar(label_method(method), compute_mean_drop(cells[amount].comparison), series, f"{amount:g} %")
         for amount in sorted({amount for cells in by_method.values() for amount in cells})
         for series, (method, cells) in enumerate(by_method.items())
         if amount in cells
@@ -151,7 +153,7 @@ def draw_axis(axis: Axis) -> tuple[Bar, ...]:
     drawn: tuple[Bar, ...] = ()
     for name, cells in axis.groups:
         bars = _keep_known(
-            Bar(value, mean_kept(cell.comparison), series % _MOST, name)
+            Bar(value, compute_mean_kept(cell.comparison), series % _MOST, name)
             for series, (value, cell) in enumerate(cells.items())
         )
         if drawn and len(drawn) + len(bars) > _MOST_BARS:
@@ -163,7 +165,7 @@ def draw_axis(axis: Axis) -> tuple[Bar, ...]:
 def draw_amounts(axis: Axis) -> tuple[Line, ...]:
     """Draw a line for each group of an axis of amounts."""
     by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
-    return _draw_lines(by_amount, mean_kept)[:_MOST]
+    return _draw_lines(by_amount, compute_mean_kept)[:_MOST]
 
 
 def _keep_known(bars: Iterable[Bar]) -> tuple[Bar, ...]:
@@ -225,7 +227,7 @@ _FIGURES = (
         "pruning-drop",
         "Accuracy lost by how much was pruned, in points",
         _DROP,
-        lambda study: draw_by_amount(study, MODULES, mean_drop),
+        lambda study: draw_by_amount(study, MODULES, compute_mean_drop),
         {"masked": "figures 2 and 19", "causal": "figure 5", "seq2seq": "figures 6 and 12"},
         {"masked": "figures 20 to 22", "causal": "figure 23", "seq2seq": "figure 24"},
     ),
@@ -233,7 +235,7 @@ _FIGURES = (
         "pruning-kept",
         "Knowledge kept by how much was pruned",
         _KEPT,
-        lambda study: draw_by_amount(study, MODULES, mean_kept),
+        lambda study: draw_by_amount(study, MODULES, compute_mean_kept),
     ),
     *(
         _Figure(
@@ -271,7 +273,7 @@ _FIGURES = (
         "attention-kinds-drop",
         "Accuracy lost by kind of attention pruned, in points",
         _DROP,
-        lambda study: draw_by_amount(study, ATTENTION_KINDS, mean_drop),
+        lambda study: draw_by_amount(study, ATTENTION_KINDS, compute_mean_drop),
         {"seq2seq": "figures 8 and 11"},
         {"seq2seq": "figure 18"},
     ),
@@ -279,7 +281,7 @@ _FIGURES = (
         "attention-kinds-kept",
         "Knowledge kept by kind of attention pruned",
         _KEPT,
-        lambda study: draw_by_amount(study, ATTENTION_KINDS, mean_kept),
+        lambda study: draw_by_amount(study, ATTENTION_KINDS, compute_mean_kept),
     ),
     _Figure(
         "attention-kinds",
@@ -322,7 +324,7 @@ def _make_figure(axis: Axis) -> _Figure:
         return _Figure(axis.chart, "Knowledge kept by how much was pruned", look, lambda _: lines)
     look, bars = replace(_KEPT_BARS, scale=axis.chart), draw_axis(axis)
     first = f", the first {len(bars)} forms" if len(bars) < sum(len(cells) for _, cells in axis.groups) else ""
-    return _Figure(axis.chart, f"Knowledge kept by {plain(axis.name, 40)}{first}", look, lambda _: bars)
+    return _Figure(axis.chart, f"Knowledge kept by {clean(axis.name, 40)}{first}", look, lambda _: bars)
 
 
 def _draw_means(study: Study, figure: _Figure) -> Chart | None:
@@ -338,7 +340,7 @@ def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
     panels, studies = [], [_limit_to_probe(study, probe) for probe in study.probes]
     within = _find_range(studies, [figure])
     for i, of_probe in enumerate(studies, start=1):
-        name = plain(of_probe.probes[0].name, 60)
+        name = clean(of_probe.probes[0].name, 60)
         svg = _draw(of_probe, figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}", within)
         panels += [(name, svg)] if svg else []
     title = f"{figure.title}, by probe{_number_in_paper(study, figure.by_probe or {})}"

@@ -11,13 +11,13 @@ import numpy as np
 
 from compressknow.comparison.intervals import (
     SIGNIFICANT,
-    difference_by_cluster,
-    holm,
+    adjust_holm,
+    compare_rates,
+    estimate_difference,
+    estimate_difference_by_cluster,
+    estimate_proportion,
     number_clusters,
-    paired_difference,
-    paired_test,
-    proportion,
-    rate_difference,
+    run_paired_test,
     share_by_cluster,
     tally,
 )
@@ -134,9 +134,9 @@ def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
     """Return all claims of a table with p-values adjusted together (Holm); rates per million parameters apart."""
     pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
     limits = {claim.key: _test_limits(claim.bounds) for claim in claims if claim.bounds}
-    by_count = holm([*(each.p for each in pairs.values()), *limits.values()])
+    by_count = adjust_holm([*(each.p for each in pairs.values()), *limits.values()])
     p_holm = dict(zip([*pairs, *limits], by_count, strict=True))
-    rate_p_holm = dict(zip(pairs, holm([each.rate_p for each in pairs.values()]), strict=True))
+    rate_p_holm = dict(zip(pairs, adjust_holm([each.rate_p for each in pairs.values()]), strict=True))
 
     def adjust(pair: CellComparison) -> CellComparison:
         key = pair.less, pair.more
@@ -166,11 +166,11 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     original, cluster = _join([probe.correct for probe in probes]), _number_clusters(probes)
     first, second = (_join([cell.correct[probe.name] for probe in probes]) for cell in (less, more))
     lost_first, lost_second = (original.astype(np.int8) - right for right in (first, second))
-    rate, rate_p = rate_difference(lost_first, lost_second, cluster, (less.changed / 1e6, more.changed / 1e6))
+    rate, rate_p = compare_rates(lost_first, lost_second, cluster, (less.changed / 1e6, more.changed / 1e6))
     clusters = tally(first, second, cluster)
     known = [probe for probe in probes if _is_known(probe)]
     at_floor = not any(_is_above_floor([(p, cell.correct[p.name]) for p in known]) for cell in (less, more))
-    counts, p = sum(clusters, Counts()), paired_test(clusters).p
+    counts, p = sum(clusters, Counts()), run_paired_test(clusters).p
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 
@@ -181,14 +181,14 @@ def _is_known(probe: StudyProbe) -> bool:
 
 def _is_above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
     """Return whether what is right of all these probes together is above their floors, its whole interval."""
-    n, low = sum(probe.n for probe, _ in evaluated), _accuracy(evaluated, 0.95).low
+    n, low = sum(probe.n for probe, _ in evaluated), _estimate_accuracy(evaluated, 0.95).low
     return low is not None and low * n > sum(probe.n * probe.floor for probe, _ in evaluated)
 
 
-def _accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
+def _estimate_accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
     cluster, right = _number_clusters([p for p, _ in evaluated]), _join([correct for _, correct in evaluated])
     parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
-    simple = proportion(int(right.sum()), len(right), level)
+    simple = estimate_proportion(int(right.sum()), len(right), level)
     return simple.or_wider(share_by_cluster(parts, wholes, level))
 
 
@@ -233,7 +233,7 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
     counts = sum(clusters, Counts())
 
     def decline(level: float) -> Estimate:
-        change = paired_difference(counts, level).or_wider(difference_by_cluster(clusters, level))
+        change = estimate_difference(counts, level).or_wider(estimate_difference_by_cluster(clusters, level))
         if change.value is None or change.low is None or change.high is None or not counts.known_before:
             return Estimate(None)
         scale = counts.known_before / counts.n
@@ -256,7 +256,7 @@ def measure_remaining(study: Study, cell: StudyCell) -> Figure:
     evaluated = [(probe, cell.correct[probe.name]) for probe in probes]
 
     def remaining(level: float) -> Estimate:
-        after = _accuracy(evaluated, level)
+        after = _estimate_accuracy(evaluated, level)
         if not n or after.value is None or after.low is None or after.high is None:
             return Estimate(None)
         return Estimate(*((n * share - nothing) / known for share in (after.value, after.low, after.high)))

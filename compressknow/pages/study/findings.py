@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from compressknow.base.format import count, number, p_value, percent, share
+from compressknow.base.format import count, number, share, write_p_value, write_percent
 from compressknow.pages.records import write_estimate
 from compressknow.pages.study.claims import (
     CANNOT_TELL,
@@ -93,7 +93,9 @@ def evaluate_findings_by_method(study: Study) -> FindingsByMethod:
 
 
 def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
-    studies = {("", ""): study} | {of: replace(study, cells=cells) for of, cells in _cells_by_method(study).items()}
+    studies = {("", ""): study} | {
+        of: replace(study, cells=cells) for of, cells in _group_cells_by_method(study).items()
+    }
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     tested = [
         replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test in applicable
@@ -114,7 +116,7 @@ def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], FindingsByMetho
     )
 
 
-def _cells_by_method(study: Study) -> dict[tuple[str, str], tuple[StudyCell, ...]]:
+def _group_cells_by_method(study: Study) -> dict[tuple[str, str], tuple[StudyCell, ...]]:
     methods, schemes = list_methods(study), list_schemes(study)
     by_method = {
         # As if by the paper's method, which the tests look for.
@@ -328,7 +330,7 @@ def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
     )
     if pair.at_floor:
         return f"{sentence}; neither is clearly above the baseline, so it does not count."
-    return f"{sentence} ({p_value(pair.p_holm)})."
+    return f"{sentence} ({write_p_value(pair.p_holm)})."
 
 
 def _find_clearest(pairs: Sequence[CellComparison]) -> CellComparison:
@@ -344,11 +346,9 @@ def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, 
     """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
     best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
     tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
-    c, p = best.counts, "both near the baseline" if best.at_floor else p_value(best.p_holm)
-    right = (
-        f"{names[best.less]} {percent(c.known_before, c.n)} right, {names[best.more]} {percent(c.known_after, c.n)}, "
-        f"{p}"
-    )
+    c, p = best.counts, "both near the baseline" if best.at_floor else write_p_value(best.p_holm)
+    less, more = write_percent(c.known_before, c.n), write_percent(c.known_after, c.n)
+    right = f"{names[best.less]} {less} right, {names[best.more]} {more}, {p}"
     return f"{tally if len(pairs) > 1 else ''}{right}"
 
 
@@ -379,7 +379,7 @@ def _describe_rates(answer: str, pairs: Sequence[CellComparison], names: Mapping
     rate = 100 * (best.rate.value or 0.0)
     return (
         f"Per million parameters changed: {answer}. {names[best.more]} loses {number(abs(rate))} points of accuracy "
-        f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({p_value(best.rate_p_holm)})."
+        f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({write_p_value(best.rate_p_holm)})."
     )
 
 

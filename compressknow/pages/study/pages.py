@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.files import write_whole
-from compressknow.base.format import json_text
-from compressknow.comparison.intervals import mcnemar
-from compressknow.pages.as_json import interval_to_json, kept_to_json
+from compressknow.base.format import dump_json
+from compressknow.comparison.intervals import run_mcnemar
+from compressknow.pages.as_json import dump_interval, dump_kept
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
@@ -52,7 +52,7 @@ def write_study(study: Study, folder: Path) -> None:
     write_whole(folder / "cells.parquet", to_parquet(rows))
     _write_figures(charts, folder / "figures")
     texts = {
-        ".json": lambda: json_text(study_to_json(study)),
+        ".json": lambda: dump_json(dump_study(study)),
         ".md": lambda: render_study_markdown(study),
         ".html": lambda: render_study_html(study, charts),
     }
@@ -70,7 +70,7 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
             path.unlink()
 
 
-def study_to_json(study: Study) -> dict[str, Any]:
+def dump_study(study: Study) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order.
 
     Shares and accuracies lie between 0 and 1, sizes are bytes; what cannot be told is None; intervals are [low, high],
@@ -79,7 +79,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     findings, by_method = evaluate_findings(study), evaluate_findings_by_method(study)
     methods: dict[str, dict[str, Any]] = {}
     for (kind, name), of_method in by_method.items():
-        methods.setdefault(kind, {})[name] = {id: _finding_to_json(each) for id, each in of_method.items()}
+        methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates")
     return {
         "schema": SCHEMA,
@@ -88,15 +88,15 @@ def study_to_json(study: Study) -> dict[str, Any]:
         "found": [asdict(each) for each in draw_conclusions(study, findings)],
         "original": asdict(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
-        "findings": {finding.id: _finding_to_json(finding) for finding in findings},
+        "findings": {finding.id: _dump_finding(finding) for finding in findings},
         "findings_by_method": methods,
         "changes": describe_changes(by_method),
         "hurts_least": [asdict(least) for least in rank_cells(study)["modules"]],
         "cliffs": [asdict(cliff) for cliff in find_cliffs(study)],
         "kept": {
-            cell.key: kept_to_json(cell.comparison.counts)
+            cell.key: dump_kept(cell.comparison.counts)
             | {
-                "kept_cluster_interval": interval_to_json(cell.comparison.certainty.kept),
+                "kept_cluster_interval": dump_interval(cell.comparison.certainty.kept),
                 "p": cell.comparison.certainty.test.p,
             }
             for cell in study.cells
@@ -108,20 +108,20 @@ def study_to_json(study: Study) -> dict[str, Any]:
     }
 
 
-def _finding_to_json(finding: Finding) -> dict[str, Any]:
+def _dump_finding(finding: Finding) -> dict[str, Any]:
     keys = ("claim", "families", "answer", "statistic", "why", "per_million")
     return {
         **{key: getattr(finding, key) for key in keys},
-        "comparisons": [_comparison_to_json(pair) for pair in finding.comparisons],
+        "comparisons": [_dump_comparison(pair) for pair in finding.comparisons],
         "limits": [
-            {"of": bound.of, "value": bound.value.value, "interval": interval_to_json(bound.value)}
+            {"of": bound.of, "value": bound.value.value, "interval": dump_interval(bound.value)}
             | {"limit": bound.limit, "p": bound.p}
             for bound in finding.bounds
         ],
     }
 
 
-def _comparison_to_json(pair: CellComparison) -> dict[str, Any]:
+def _dump_comparison(pair: CellComparison) -> dict[str, Any]:
     return {
         "less": pair.less,
         "more": pair.more,
@@ -131,12 +131,12 @@ def _comparison_to_json(pair: CellComparison) -> dict[str, Any]:
         "only_less": pair.counts.lost,
         "only_more": pair.counts.gained,
         "neither": pair.counts.neither,
-        "mcnemar_p": mcnemar(pair.counts),
+        "mcnemar_p": run_mcnemar(pair.counts),
         "p": pair.p,
         "p_holm": pair.p_holm,
         "at_floor": pair.at_floor,
         "per_million": pair.rate.value,
-        "per_million_interval": interval_to_json(pair.rate),
+        "per_million_interval": dump_interval(pair.rate),
         "per_million_p": pair.rate_p,
         "per_million_p_holm": pair.rate_p_holm,
     }

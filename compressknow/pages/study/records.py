@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from compressknow.base.format import count, plain, size
+from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Summary, Tabular
-from compressknow.comparison.intervals import mcnemar
+from compressknow.comparison.intervals import run_mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.schemes import SCHEMES
 from compressknow.evaluate.grades import RECOGNIZED
-from compressknow.pages.as_json import finite
+from compressknow.pages.as_json import replace_not_finite
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, ModelFacts, write_estimate
 
@@ -126,13 +126,18 @@ class Study(Tabular):
     def _summary(self) -> Summary:
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
-        probes = ", ".join(plain(probe.name, 40) for probe in self.probes)
+        probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
         return Summary(
-            f"Study: {plain(self.original.name, 60)}",
+            f"Study: {clean(self.original.name, 60)}",
             f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
-                (cell.setup, write_estimate(cell.comparison.kept), size(cell.bytes), size(cell.sparse_bytes))
+                (
+                    cell.setup,
+                    write_estimate(cell.comparison.kept),
+                    write_size(cell.bytes),
+                    write_size(cell.sparse_bytes),
+                )
                 for cell in self.cells
             ),
         )
@@ -166,13 +171,13 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """
     rows = []
     for cell in study.cells:
-        rows += [_row_of_probe(cell, probe, study.known) for probe in cell.comparison.probes]
-        rows += [_row_of_text(cell, figures) for figures in cell.comparison.texts]
+        rows += [_build_probe_row(cell, probe, study.known) for probe in cell.comparison.probes]
+        rows += [_build_text_row(cell, figures) for figures in cell.comparison.texts]
     probes: list[str | None] = [probe.name for probe in study.probes]
     missing = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
     rows += [
-        {"key": plain(cell.key), "setup": plain(cell.setup), "probe": plain(probe) if probe else None}
-        | {"status": status, "error": plain(cell.why, _LONGEST)}
+        {"key": clean(cell.key), "setup": clean(cell.setup), "probe": clean(probe) if probe else None}
+        | {"status": status, "error": clean(cell.why, _LONGEST)}
         for status, cell in missing
         for probe in probes or [None]
     ]
@@ -182,7 +187,7 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
     columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
     # A column has one type: numbers beside texts become texts.
     texts = [name for name, kind in settings.items() if kind == _TEXT]
-    typed = (row | {name: plain(row[name]) for name in texts if row.get(name) is not None} for row in rows)
+    typed = (row | {name: clean(row[name]) for name in texts if row.get(name) is not None} for row in rows)
     return [{name: row.get(name) for name in columns} for row in typed]
 
 
@@ -193,10 +198,10 @@ def infer_type(values: Sequence[Setting]) -> str:
     return next((name for name, fitting in candidates if kinds and kinds <= fitting), _TEXT)
 
 
-def _row_of_probe(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
+def _build_probe_row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
     before, after = get_headline_accuracy(probe)
-    return _columns_of_cell(cell) | {
-        "probe": plain(probe.probe),
+    return _build_cell_columns(cell) | {
+        "probe": clean(probe.probe),
         "known": known,
         "n": probe.counts.n,
         **asdict(probe.counts),
@@ -207,7 +212,7 @@ def _row_of_probe(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str,
         "kept": probe.kept.value,
         "kept_low": probe.kept.low,
         "kept_high": probe.kept.high,
-        "mcnemar_p": mcnemar(probe.counts),
+        "mcnemar_p": run_mcnemar(probe.counts),
         "p": probe.certainty.test.p,
         "answer_changed": probe.answer_changed,
         "kl_mean": probe.movement.kl_mean if probe.movement else None,
@@ -215,7 +220,7 @@ def _row_of_probe(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str,
     }
 
 
-def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
+def _build_text_row(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
     kl = figures.moved.kl if figures.moved else None
     values = {
         "perplexity_original": figures.original.value.value,
@@ -223,15 +228,15 @@ def _row_of_text(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
         "kl_mean": kl.value if kl else None,
         "kl_is_lower_bound": False if kl else None,
     }
-    return _columns_of_cell(cell) | {"probe": plain(figures.text)} | finite(values)
+    return _build_cell_columns(cell) | {"probe": clean(figures.text)} | replace_not_finite(values)
 
 
-def _columns_of_cell(cell: StudyCell) -> dict[str, Any]:
+def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
     texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
     numbers = ("amount", "in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes")
     return {
         **cell.settings,
-        **{name: None if (text := getattr(cell, name)) is None else plain(text) for name in texts},
+        **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
         **{name: getattr(cell, name) for name in numbers},
         "status": "ok",
     }
@@ -287,12 +292,12 @@ def name_cells(study: Study) -> dict[str, str]:
     that does not tell it from another either.
     """
     several = len({cell.scheme for cell in study.cells} - {None}) > 1
-    names = {cell.key: plain(cell.setup, 80) for cell in study.cells}
+    names = {cell.key: clean(cell.setup, 80) for cell in study.cells}
     for cell in study.cells:
         if several and cell.scheme and cell.scheme not in cell.setup.split():
-            names[cell.key] += f" ({plain(cell.scheme, 20)})"
+            names[cell.key] += f" ({clean(cell.scheme, 20)})"
     repeated = Counter(names.values())
-    return {key: f"{name} [{plain(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
+    return {key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +342,10 @@ def _make_axis(study: Study, name: str) -> Axis:
     ]
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
-    widest = [rest for i, rest in enumerate(rests) if not any(_fits(rest, other) for other in rests[:i])]
+    widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
     groups = []
     for wide in widest:
-        members = [cell for cell, rest in cells if _fits(rest, wide)]
+        members = [cell for cell, rest in cells if _is_fit(rest, wide)]
         in_figures = name in (SCOPE, METHOD, AMOUNT) and all(c.plain and c.scope in _IN_FIGURES for c in members)
         if not in_figures and len({cell.settings[name] for cell in members}) > 1:
             groups.append((dict(sorted(wide)), members))
@@ -357,7 +362,7 @@ def _list_parameters(name: str) -> frozenset[str]:
     return frozenset(own | {each.name for thing in things for each in thing.parameters()})
 
 
-def _fits(rest: Rest, other: Rest) -> bool:
+def _is_fit(rest: Rest, other: Rest) -> bool:
     return rest <= other and {name for name, _ in other - rest} <= _CALIBRATION
 
 
@@ -367,7 +372,7 @@ def _sort_by_value(cells: Sequence[StudyCell], name: str) -> dict[str, StudyCell
     by_value = {}
     for cell in cells:
         with_parameters = {METHOD: cell.pruning, SCHEME: cell.quantization}.get(name)
-        value = plain(with_parameters, 60) if with_parameters else format_setting(name, cell.settings[name])
+        value = clean(with_parameters, 60) if with_parameters else format_setting(name, cell.settings[name])
         by_value[value] = cell
     return by_value
 
@@ -378,14 +383,14 @@ def format_setting(name: str, value: Setting) -> str:
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
         return f"{100 * value:.6g} %" if name in (AMOUNT, "drop_neurons") else f"{value:,.6g}"
-    return plain(value, 60)
+    return clean(value, 60)
 
 
 def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setting]]) -> str:
     differing = [name for name in rest if len({each.get(name) for each in of_all}) > 1]
     main = [format_setting(name, rest[name]) for name in MAIN_SETTINGS if name in differing]
     others = [name for name in differing if name not in MAIN_SETTINGS]
-    return ", ".join([*main, *(f"{plain(name, 30)} {format_setting(name, rest[name])}" for name in others)])
+    return ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
 
 
 def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:

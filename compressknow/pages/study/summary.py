@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TypeVar
 
-from compressknow.base.format import count, plain, points, share
+from compressknow.base.format import clean, count, share, write_points
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
@@ -106,8 +106,8 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
     by the same amounts; `level` is the module. ``schemes``: modules quantized by the same scheme, which is the `level`.
     And by the chart of each axis, which is the `level`, its values.
     """
-    by_module = {scope: _known(select_pruned(study, scope)) for scope in MODULES}
-    quantized = {scope: _known(select_quantized(study, scope)) for scope in MODULES}
+    by_module = {scope: _index_cells(select_pruned(study, scope)) for scope in MODULES}
+    quantized = {scope: _index_cells(select_quantized(study, scope)) for scope in MODULES}
     compared: dict[str, list[_Compared]] = {
         "modules": [
             _limit_to_same_amounts(level, {scope: limit_amounts(cells, limits) for scope, cells in by_module.items()})
@@ -115,7 +115,7 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
         ],
         "methods": [
             _limit_to_same_amounts(
-                module, {label_method(m): _known(select_pruned(study, module, m)) for m in list_methods(study)}
+                module, {label_method(m): _index_cells(select_pruned(study, module, m)) for m in list_methods(study)}
             )
             for module in MODULES
         ],
@@ -162,7 +162,7 @@ def _claim_ends(study: Study, cells: Mapping[str, Sequence[StudyCell]]) -> tuple
     return Claim(least, tuple(others)), Claim(most, tuple(rivals))
 
 
-def _known(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
+def _index_cells(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
     return {key: cell for key, cell in cells.items() if cell.comparison.kept.value is not None}
 
 
@@ -173,7 +173,7 @@ def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] |
     groups = sum(len(axis.groups) for axis in find_axes(study) if axis.name == AMOUNT)
     # All these intervals together hold with 95 % (Bonferroni).
     level = 1 - 0.05 / (len(MODULES) + groups)
-    known = {name: _known(cells) for name, cells in amounts.items()}
+    known = {name: _index_cells(cells) for name, cells in amounts.items()}
     return tuple(_find_cliff(name, cells, level) for name, cells in known.items() if len(cells) > 1)
 
 
@@ -216,7 +216,7 @@ def write_verdict(study: Study) -> str:
     parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:
         return _name_best_and_worst(study)
-    return f"{plain(study.original.name, _NAME)}: {'; '.join(parts)}."
+    return f"{clean(study.original.name, _NAME)}: {'; '.join(parts)}."
 
 
 def _summarize_modules(least: Sequence[Least]) -> str:
@@ -235,13 +235,13 @@ def _summarize_methods(least: Sequence[Least]) -> str:
     modules: dict[str, list[str]] = {}
     for each in least:
         if each.clear or each.clear_worst:
-            modules.setdefault(plain(each.claim, 80), []).append(IN_WORDS[each.level])
+            modules.setdefault(clean(each.claim, 80), []).append(IN_WORDS[each.level])
     claims = [f"{claim} ({join_words(names)})" for claim, names in modules.items()]
     return f"of the methods that prune, {join_words(claims) or 'none clearly hurts least'}"
 
 
 def _name_best_and_worst(study: Study) -> str:
-    name, names = plain(study.original.name, _NAME), name_cells(study)
+    name, names = clean(study.original.name, _NAME), name_cells(study)
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
     if not known:
         return f"Nothing can be said of what is left of {name}: it knew none of the facts, or no cell was made."
@@ -267,7 +267,7 @@ def describe_changes(by_method: FindingsByMethod) -> list[str]:
         for id in list_ids(of_kind.values()):
             answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
             holds, fails = (
-                [plain(method, 60) for method, answer in answers.items() if answer == wanted]
+                [clean(method, 60) for method, answer in answers.items() if answer == wanted]
                 for wanted in (HOLDS, DOES_NOT_HOLD)
             )
             if holds and fails:
@@ -320,7 +320,7 @@ def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclus
         *map(_conclude_cliff, find_cliffs(study)),
         *(_conclude_method(study, each) for each in orders["methods"]),
         *(
-            _conclude_modules(f"Quantized by {plain(each.level, 60)}", each, "kept", _QUANTIZED)
+            _conclude_modules(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED)
             for each in orders["schemes"]
         ),
         *(
@@ -341,7 +341,7 @@ def _conclude_modules(treated: str, least: Least, what: str, chart: str) -> Conc
 def _conclude_method(study: Study, least: Least) -> Conclusion:
     """Say that a method hurts least or, where only that is clear, that one hurts most."""
     amounts = " to ".join(f"{amount:g}" for amount in dict.fromkeys((least.amounts[0], least.amounts[-1])))
-    claim = plain(least.claim, 80) if least.clear_worst else _claim_least(least, "method")
+    claim = clean(least.claim, 80) if least.clear_worst else _claim_least(least, "method")
     return _conclude_order(
         least,
         f"With {IN_WORDS[least.level]} pruned by {amounts} %, {claim}",
@@ -357,7 +357,7 @@ def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterato
         groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
         yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, groups))
         return
-    name = plain(axis.name, 40)
+    name = clean(axis.name, 40)
     for least in orders:
         claim = f"All else equal, {_claim_least(least, f'{name} of these', f'{name} ')}"
         what = "kept on average" if len(axis.groups) > 1 else "kept"
@@ -366,11 +366,11 @@ def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterato
 
 def _claim_least(least: Least, kind: str, before: str = "") -> str:
     # Where all keep the same, to name the first of them would say what nobody saw.
-    return f"{before + plain(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
+    return f"{before + clean(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
 
 
 def _conclude_order(least: Least, claim: str, clear: bool, what: str, chart: str) -> Conclusion:
-    each = [f"{plain(name, 60)} {share(kept)}" for name, kept in least.kept.items()]
+    each = [f"{clean(name, 60)} {share(kept)}" for name, kept in least.kept.items()]
     numbers = join_words(each) if len(each) <= _MOST else f"from {each[0]} to {each[-1]}, of {count(len(each))}"
     return Conclusion("", claim, HOLDS if clear else CANNOT_TELL, f"{what}: {numbers}", chart)
 
@@ -382,6 +382,6 @@ def _conclude_cliff(cliff: Cliff, chart: str = _KEPT) -> Conclusion:
     else:
         claim, kept = f"Pruned by {cliff.below:g} %, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
     start, end = cliff.steepest
-    fall = f"falls fastest from {start:g} to {end:g} %, by {points(cliff.fall).removeprefix('+')}"
+    fall = f"falls fastest from {start:g} to {end:g} %, by {write_points(cliff.fall).removeprefix('+')}"
     numbers = "; ".join(filter(None, (kept, fall if cliff.fall > 0 else "")))
     return Conclusion("", claim, HOLDS if cliff.clear else CANNOT_TELL, numbers, chart)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from compressknow.base.format import NONE, count, number, plain, share, size
+from compressknow.base.format import NONE, clean, count, number, share, write_size
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
@@ -115,8 +115,8 @@ def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
     headline = write_headline(study)
     return Page(
         kind="study",
-        title=f"{headline}: {plain(study.original.name, 60)}",
-        models=f"{plain(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
+        title=f"{headline}: {clean(study.original.name, 60)}",
+        models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
         headline=headline,
         verdict=write_verdict(study),
         warnings=_write_warnings(study),
@@ -128,7 +128,7 @@ def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
 def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
     findings = evaluate_findings(study)
     conclusions = draw_conclusions(study, findings)
-    method = tuple(plain(sentence, 2000) for sentence in study.method)
+    method = tuple(clean(sentence, 2000) for sentence in study.method)
     run = show_run(study.command, study.versions, (*list_identity(study.original), *_describe_run(study)))
     yield Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
@@ -184,7 +184,7 @@ def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
     yield Claims("Each finding, whether it holds for this model, and why", shown)
     if without:
         yield Text(f"The study has no cells for {join_words([each.id for each in without])}.")
-    tables = (comparisons_table(study, findings), bounds_table(study, findings))
+    tables = (build_comparisons_table(study, findings), build_bounds_table(study, findings))
     if any(tables):
         title = "All comparisons and figures behind the findings"
         yield Folded(title, tuple(table for table in tables if table), in_text=False)
@@ -208,7 +208,7 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
         return
     kinds, ids = {PRUNING: "prunes", QUANTIZATION: "quantizes"}, list_ids(by_method.values())
     rows = tuple(
-        (plain(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
+        (clean(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
         for (kind, name), findings in by_method.items()
     )
     yield Sentences(tuple(describe_changes(by_method)), joined=True)
@@ -217,18 +217,18 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
 
 
 def _show_paper_tables(study: Study) -> Iterator[Part]:
-    if tables := paper_tables(study):
+    if tables := build_paper_tables(study):
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
         if known := [p for p in study.probes if p.majority is not None]:
             # As the paper sets them above its tables 4 and 5.
-            majorities = ", ".join(f"{plain(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in known)
+            majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in known)
             note += f" Majority baselines: {majorities}."
         yield Note(note)
         yield from tables
 
 
 def _show_cells(study: Study) -> Iterator[Part]:
-    yield cells_table(study)
+    yield build_cells_table(study)
     yield Note(_CELLS, drawn=BAR)
     if single := _find_single_warnings(study):
         terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
@@ -236,7 +236,7 @@ def _show_cells(study: Study) -> Iterator[Part]:
 
 
 def _show_failed(cells: Sequence[FailedCell]) -> tuple[Part, ...]:
-    terms = tuple((plain(cell.setup, 80), plain(cell.key, 80), plain(cell.why, 1000)) for cell in cells)
+    terms = tuple((clean(cell.setup, 80), clean(cell.key, 80), clean(cell.why, 1000)) for cell in cells)
     return (Terms(terms),) if terms else ()
 
 
@@ -247,7 +247,7 @@ def _write_warnings(study: Study) -> tuple[str, ...]:
         total = len(study.cells) + len(study.failed) + len(study.refused)
         warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
     warnings += _find_common_warnings(study)
-    return tuple(dict.fromkeys(plain(warning, 1000) for warning in warnings))
+    return tuple(dict.fromkeys(clean(warning, 1000) for warning in warnings))
 
 
 def _find_common_warnings(study: Study) -> list[str]:
@@ -262,7 +262,7 @@ def _find_single_warnings(study: Study) -> dict[str, list[str]]:
     for cell in study.cells:
         for warning in cell.comparison.warnings:
             if warning not in common:
-                cells.setdefault(plain(warning, 1000), []).append(names[cell.key])
+                cells.setdefault(clean(warning, 1000), []).append(names[cell.key])
     return cells
 
 
@@ -271,14 +271,14 @@ def _describe_run(study: Study) -> tuple[Entry, ...]:
     probes = []
     for probe in study.probes:
         each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
-        probes.append(f"{plain(probe.name, 60)} ({count(probe.n)} facts{each})")
+        probes.append(f"{clean(probe.name, 60)} ({count(probe.n)} facts{each})")
     return (
         Entry("Probes", ", ".join(probes) or NONE),
         Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
     )
 
 
-def paper_tables(study: Study) -> tuple[Table, ...]:
+def build_paper_tables(study: Study) -> tuple[Table, ...]:
     """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
 
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
@@ -291,20 +291,20 @@ def paper_tables(study: Study) -> tuple[Table, ...]:
             by_amount = select_pruned(study, module, scheme=scheme)
             cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
         if any(cells):
-            tables.append(_paper_table(study, scheme, cells))
+            tables.append(_build_paper_table(study, scheme, cells))
     return tuple(tables)
 
 
-def _paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
+def _build_paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
     family = study.original.family
     in_percent = family == "masked"
     rows = []
     for probe in study.probes:
-        after = [accuracy(cell, probe.name) if cell else None for cell in cells]
+        after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
         written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
-        rows.append((plain(study.original.name, 60), plain(probe.name, 60), *written))
+        rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
     unit = "accuracy in %" if in_percent else "accuracy"
-    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {plain(scheme, 60)}, {unit}"
+    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
     return Table(caption, PAPER_COLUMNS, tuple(rows))
 
 
@@ -314,12 +314,12 @@ def _write_accuracy(value: float | None, in_percent: bool) -> str:
     return f"{100 * value:.3f}" if in_percent else f"{value:.4f}"
 
 
-def accuracy(cell: StudyCell, probe: str) -> float | None:
+def average_accuracy(cell: StudyCell, probe: str) -> float | None:
     """Return that of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
     return next((get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 
-def cells_table(study: Study) -> Table:
+def build_cells_table(study: Study) -> Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
     names = name_cells(study)
     settings = [name for name in list_varying_settings(study) if name not in MAIN_SETTINGS]
@@ -328,23 +328,26 @@ def cells_table(study: Study) -> Table:
     columns = [
         ("Setup", ["original", *names.values()]),
         *(
-            (plain(name, 30).replace("_", " ").capitalize(), ["", *(_write_setting(c, name) for c in study.cells)])
+            (clean(name, 30).replace("_", " ").capitalize(), ["", *(_write_setting(c, name) for c in study.cells)])
             for name in settings
         ),
         ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
         *(
-            (f"Accuracy, {plain(p.name, 40)}", [share(p.accuracy), *(share(accuracy(c, p.name)) for c in study.cells)])
+            (
+                f"Accuracy, {clean(p.name, 40)}",
+                [share(p.accuracy), *(share(average_accuracy(c, p.name)) for c in study.cells)],
+            )
             for p in study.probes
         ),
         *(
-            (f"Perplexity, {plain(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
+            (f"Perplexity, {clean(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
             for text in original
         ),
         ("p", ["", *(write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
         ("Pruned", ["", *(_write_millions(cell.pruned) for cell in study.cells)]),
         ("Quantized", ["", *(_write_millions(cell.quantized) for cell in study.cells)]),
-        ("Size", [size(study.original.bytes), *(size(cell.bytes) for cell in study.cells)]),
-        ("Sparse size", ["", *(size(cell.sparse_bytes) for cell in study.cells)]),
+        ("Size", [write_size(study.original.bytes), *(write_size(cell.bytes) for cell in study.cells)]),
+        ("Sparse size", ["", *(write_size(cell.sparse_bytes) for cell in study.cells)]),
     ]
     return Table(
         "Every cell, and what it keeps",
@@ -367,7 +370,7 @@ def _write_millions(weights: int) -> str:
     return number(weights / 1e6, 1) if weights else NONE
 
 
-def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
     """Return every comparison of two cells behind the findings."""
     names = name_cells(study)
     rows = tuple(
@@ -397,7 +400,7 @@ def comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None
     return Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
 
 
-def bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+def build_bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
     """Return every figure that a finding holds against a limit."""
     names = name_cells(study)
     rows = tuple(

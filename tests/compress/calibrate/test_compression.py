@@ -20,14 +20,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.base.progress import quiet
+from compressknow.base.progress import silence_libraries
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import carry_out, convert, prepare
 from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
-from compressknow.model.manifest import calibrated_in_words, calibration_of, dropped_neurons
+from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
 from tests.long import long
@@ -48,7 +48,7 @@ def compressed(folder: Path, output: Path, *steps: Step, count: int = 5, threads
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    with quiet():
+    with silence_libraries():
         return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
@@ -149,7 +149,7 @@ def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path
     pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     (entry,) = manifest["removed"]["neurons"]
     refilled = {}
-    for module, gone in dropped_neurons(entry).items():
+    for module, gone in list_dropped_neurons(entry).items():
         name = f"{module}.weight"
         before = pruned[name][:, [n for n in range(entry["before"]) if not any(n in each for each in gone)]]
         refilled[name] = int(((before == 0) & (fitted[name] != 0)).sum())
@@ -274,7 +274,7 @@ def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
     monkeypatch.setattr(LlamaModel, "forward", outside)
     manifest = compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
     assert not manifest["calibration"]["blocks_apart"]
-    assert "cannot be run one by one" in " ".join(calibrated_in_words(calibration_of(manifest)))
+    assert "cannot be run one by one" in " ".join(describe_calibration(summarize_calibration(manifest)))
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
 

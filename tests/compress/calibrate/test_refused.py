@@ -120,7 +120,7 @@ def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
 ) -> None:
     bert, albert = knowing("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
     capsys.readouterr()
-    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", pytest.fail)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in refused(bert, "--quantize", "int8", "--smooth", "0.5")
     assert "share their weights" in refused(albert, "--quantize", "int8", "--smooth", "0.5")
 
@@ -145,7 +145,7 @@ def test_a_block_that_cannot_be_smoothed_is_told_before_the_text(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("compressknow.compress.calibrate.text.calibration_text", pytest.fail)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     smooth = ["--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes)]
     said = refused(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
     assert f"Nothing in {module} can be smoothed" in said

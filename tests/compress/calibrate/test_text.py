@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.sequences import count_hidden, draw_spans
-from compressknow.compress.calibrate.text import CalibrationText, calibration_text, count_facts
+from compressknow.compress.calibrate.text import CalibrationText, count_facts, read_calibration_text
 from compressknow.engine.language_model import load_language_model
-from compressknow.model.meta import meta_model
+from compressknow.model.meta import build_meta_model
 from tests.knowing import KNOWN_FACTS, knowing
 from tests.long import long
 from tests.models import save_tiny
@@ -38,7 +38,7 @@ def notes(tmp_path: Path) -> Path:
 
 
 def made(folder: Path, text: str | Path = "self", tokens: int = 640, seed: int = 0) -> CalibrationText:
-    return calibration_text(folder, meta_model(folder), text=str(text), tokens=tokens, seed=seed)
+    return read_calibration_text(folder, build_meta_model(folder), text=str(text), tokens=tokens, seed=seed)
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
@@ -149,7 +149,7 @@ def test_how_many_cores_write_changes_nothing(
     cores: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = made(folders["bert"], tokens=3200).sha256
-    monkeypatch.setattr("compressknow.compress.blocks.available_cores", lambda: cores)
+    monkeypatch.setattr("compressknow.compress.blocks.count_cores", lambda: cores)
     assert made(folders["bert"], tokens=3200).sha256 == expected
 
 
@@ -187,7 +187,7 @@ def test_progress_ends_at_all_tokens(folders: dict[str, Path]) -> None:
     def advance(done: int, total: int, left: float | None = None) -> None:
         told.append((done, total))
 
-    calibration_text(folders["llama"], meta_model(folders["llama"]), tokens=640, advance=advance)
+    read_calibration_text(folders["llama"], build_meta_model(folders["llama"]), tokens=640, advance=advance)
     assert told == sorted(told)
     assert told[-1][0] >= 0.95 * told[-1][1]
 

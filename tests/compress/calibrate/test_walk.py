@@ -20,7 +20,7 @@ from compressknow.compress.calibrate.gathering import Key, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, walk
 from compressknow.compress.sources import Sources
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
 from tests.models import save_tiny, tiny
@@ -59,7 +59,7 @@ def batches_of(model: PreTrainedModel, count: int = 5) -> Batches:
 
 def walked(folder: Path, batches: Batches, threads: int = 2) -> tuple[Seeing, dict[str, Any]]:
     checkpoint, tree = open_complete(folder)
-    structure = structure_of(tree)
+    structure = read_structure(tree)
     with OpenFiles() as files, Pool(threads) as pool:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
         weights = {
@@ -167,7 +167,7 @@ def test_while_blocks_run_neither_embedding_nor_head_is_in_memory(name: str, tmp
     checkpoint, tree = open_complete(save_tiny(name, tmp_path / "in"))
     held: list[list[str]] = []
     with OpenFiles() as files, Pool(2) as pool:
-        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure_of(tree)), files)
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
         rows = streamed.model.get_input_embeddings().weight.shape[0]
 
         class Looking(Seeing):

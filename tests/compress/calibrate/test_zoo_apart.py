@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.progress import quiet
+from compressknow.base.progress import silence_libraries
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compression import calibrate
 from compressknow.compress.calibrate.text import CalibrationText
@@ -18,7 +18,7 @@ from compressknow.compress.plan import make_plan
 from compressknow.compress.process import TensorWriter, Work
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where
-from compressknow.model.groups import structure_of
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
 from tests.compress.test_zoo_converts import CLASSES, built
@@ -42,13 +42,13 @@ def outcome_of(name: str, folder: Path) -> str:
     if made is None:
         return "not built"
     model, _ = made
-    with quiet():
+    with silence_libraries():
         model.save_pretrained(folder)
     batch = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
     text = CalibrationText("file", "drawn.txt", "0" * 64, 0, 24, 24, (batch, batch), ())
     checkpoint, tree = open_complete(folder)
     try:
-        plan = make_plan(checkpoint, tree, structure_of(tree), Recipe((Prune(0.5, "wanda", Where(("overall",))),)))
+        plan = make_plan(checkpoint, tree, read_structure(tree), Recipe((Prune(0.5, "wanda", Where(("overall",))),)))
     except UnsupportedError:
         return "refused"
     with Pool(1) as pool, OpenFiles() as files:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from compressknow.cli.convert import convert
-from compressknow.comparison.power import facts_to_decide
+from compressknow.comparison.power import count_facts_to_decide
 from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
@@ -49,7 +49,7 @@ class TestBranches:
 
     def test_more_facts_where_the_interval_spans_it(self) -> None:
         comparison = of(92, 8)
-        needed = facts_to_decide(comparison.counts, ENOUGH)
+        needed = count_facts_to_decide(comparison.counts, ENOUGH)
         assert needed > 100
         assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
         assert "it knew 100 of these." in comparison.next

@@ -13,7 +13,7 @@ import compressknow
 from compressknow.compress.steps import Prune
 from compressknow.engine.identity import describe, locate
 from compressknow.evaluate.records import FactsInText
-from compressknow.model.manifest import calibration_of
+from compressknow.model.manifest import summarize_calibration
 from compressknow.pages.card import warnings
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
@@ -158,7 +158,7 @@ def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
         "totals": {"in_scope": 100},
         "calibration": {**done, "unseen": ["experts[3]", "query"]},
     }
-    said = calibration_of(manifest)
+    said = summarize_calibration(manifest)
     assert said is not None
     assert (said["unseen"], said["unseen_share"], said["examples"]) == (2, 0.4, ["experts[3]", "query"])
 

@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 
-from compressknow.comparison.intervals import design_of_change, kept_by_cluster, mcnemar, paired_test, proportion
-from compressknow.comparison.power import facts_for, smallest_loss
+from compressknow.comparison.intervals import (
+    design_of_change,
+    estimate_kept,
+    estimate_proportion,
+    run_mcnemar,
+    run_paired_test,
+)
+from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
@@ -31,16 +37,16 @@ def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
     told = values(card_of(10))
     probe = told["probes"]["atlas"]
     relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
-    kept, total = kept_by_cluster(relations), sum(relations, Counts())
-    simple = proportion(total.both, total.known_before)
+    kept, total = estimate_kept(relations), sum(relations, Counts())
+    simple = estimate_proportion(total.both, total.known_before)
     for where in (told, probe):
         assert where["clusters"] == 10
         assert where["kept_cluster_interval"] == [kept.low, kept.high]
         assert where["kept_interval"] == [simple.low, simple.high]
-        assert where["smallest_detectable_loss"] == smallest_loss(total, design_of_change(relations))
-        assert where["known_facts_for_2_points"] == facts_for(total, design=design_of_change(relations))
-        assert PairedTest(where["p"], where["p_by"]) == paired_test(relations)
-        assert where["mcnemar_p"] == mcnemar(total)
+        assert where["smallest_detectable_loss"] == find_smallest_loss(total, design_of_change(relations))
+        assert where["known_facts_for_2_points"] == count_facts_to_show(total, design=design_of_change(relations))
+        assert PairedTest(where["p"], where["p_by"]) == run_paired_test(relations)
+        assert where["mcnemar_p"] == run_mcnemar(total)
 
 
 def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressknow.base.format import plain, share
+from compressknow.base.format import clean, share
 from compressknow.comparison.records import Counts, Estimate, Group
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.pages.card.pages import chart_costs, chart_setups, render_html, split_setups
@@ -39,7 +39,7 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
     comparisons = card_of_several((20, 40)).comparisons
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
-    names = [plain(c.model.setup, 80) for c in comparisons]
+    names = [clean(c.model.setup, 80) for c in comparisons]
     return chart_setups(comparisons, names, "overview")
 
 
@@ -126,15 +126,15 @@ def test_hostile_names_stay_text(text: str) -> None:
     harmless = popularity(bins("harmless {}"), "p1", "atlas")
     tags = [[element.tag for element in ElementTree.fromstring(chart).iter()] for chart in (shown, harmless)]
     assert tags[0] == tags[1]
-    assert plain(text + "top 20 %", 16) in texts(shown)
-    assert plain(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
+    assert clean(text + "top 20 %", 16) in texts(shown)
+    assert clean(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
     if "%" not in text:
         assert len(drawn(text)) == 1
 
 
 def test_dollar_signs_are_no_formula() -> None:
     chart = popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
-    assert plain("$x^2$ \\$ top 20 %", 16) in texts(chart)
+    assert clean("$x^2$ \\$ top 20 %", 16) in texts(chart)
 
 
 def test_colours_are_classes_and_nothing_is_styled_inline() -> None:

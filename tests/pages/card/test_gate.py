@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.comparison.intervals import proportion
+from compressknow.comparison.intervals import estimate_proportion
 from compressknow.pages.card.gate import (
     check_gates,
     check_names,
@@ -71,7 +71,7 @@ class TestGate:
         ]
         original, compressed = run(rows)
         card = make_card(original, [compressed])
-        assert proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
+        assert estimate_proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
         held(card, 0.93)
         with pytest.raises(GateUndecided, match="keeps 950 of 1,000"):
             held(card, 0.93, strict=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html
 from compressknow.pages.pages import isolate
@@ -188,7 +188,7 @@ def test_facts_are_left_out_on_request() -> None:
     html = render_html(replace(card, show_facts=False))
     assert html.count("The text of the facts was left out on request.") == 2
     for fact in (*card.comparisons[0].lost, *card.comparisons[0].gained):
-        assert plain(fact.prompt.replace("[MASK]", "___")) not in html
+        assert clean(fact.prompt.replace("[MASK]", "___")) not in html
     for text in ("Ljubljana", "Zagreb", "Naypyidaw"):
         assert text not in html
 
@@ -222,8 +222,8 @@ def test_hostile_text_stays_text(make: Callable[[], Card]) -> None:
         html = render_html(numbered(make(), text))
         page = read(html)
         assert page.shape == harmless, text
-        assert plain(text, 60)[:30] in page.one("main").text
-        assert plain(text, 60)[:30] in page.one("head").one("title").text
+        assert clean(text, 60)[:30] in page.one("main").text
+        assert clean(text, 60)[:30] in page.one("head").one("title").text
         html.encode("utf-8")
 
 

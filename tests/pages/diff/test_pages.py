@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
 from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
 from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
@@ -199,7 +199,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     html = render_comparison_html(hostile(text))
     page = read(html)
     assert page.shape == harmless
-    assert plain(text, 60)[:30] in page.one("main").text
+    assert clean(text, 60)[:30] in page.one("main").text
     assert [c for c in html if not c.isprintable() and c != "\n"] == []
 
 

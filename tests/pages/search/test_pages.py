@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import read
@@ -17,7 +17,7 @@ from tests.pages.search.searches import found, sized
 def test_hostile_text_stays_text(text: str) -> None:
     page = read(render_search_html(found(text)))
     assert page.shape == read(render_search_html(found("harmless"))).shape
-    assert plain(text, 60)[:30] in page.one("main").text
+    assert clean(text, 60)[:30] in page.one("main").text
 
 
 def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
@@ -26,7 +26,7 @@ def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() 
     for look in ("narrow", "broad"):
         (figure,) = [each for each in page.all("figure") if each.attributes.get("class") == look]
         told = [title.text for title in figure.all("title")]
-        assert all(any(plain(trial.setup, 60) in text for text in told) for trial in search.tried), told
+        assert all(any(clean(trial.setup, 60) in text for text in told) for trial in search.tried), told
         assert any(text.startswith("the winner, ") for text in told)
 
 

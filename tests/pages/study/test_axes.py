@@ -14,16 +14,16 @@ import pytest
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import (
+    dump_study,
     render_study_html,
     render_study_markdown,
-    study_to_json,
     to_csv,
     to_parquet,
     write_study,
 )
 from compressknow.pages.study.records import Study, find_axes, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
-from compressknow.pages.study.view import cells_table
+from compressknow.pages.study.view import build_cells_table
 from tests.pages.pages import read
 from tests.pages.study.studies import own_grid, study, two_methods, whole_grid
 from tests.shown import ROOT
@@ -100,7 +100,7 @@ def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: P
     told = {"scope": "scope", "method": "method", "quantize": "scheme"}.get(name, name)
     rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(made)).decode())))
     assert len({row[told] for row in rows}) == len(values)
-    columns = cells_table(made).columns
+    columns = build_cells_table(made).columns
     assert name in ("scope", "method", "quantize") or name.replace("_", " ").capitalize() in columns
 
 
@@ -146,7 +146,7 @@ def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
 
 def test_an_infinite_norm_is_a_text(tmp_path: Path) -> None:
     grid = '[axes]\nprune = [0.5]\nmethod = ["ln-structured"]\nnorm = [1, "inf"]\n'
-    told = json.dumps(study_to_json(own_grid(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
+    told = json.dumps(dump_study(own_grid(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
     assert [cell["norm"] for cell in json.loads(told)["cells"]] == ["1", "inf"]
 
 

@@ -10,18 +10,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.comparison.records import Estimate
 from compressknow.pages.drawing import Bar, Line, draw_bars, draw_lines
 from compressknow.pages.pages import read_source
 from compressknow.pages.study.charts import (
     Chart,
+    compute_mean_drop,
+    compute_mean_kept,
     draw_charts,
     find_baselines,
     find_marks,
     is_chart,
-    mean_drop,
-    mean_kept,
 )
 from compressknow.pages.study.records import Study
 from compressknow.pages.svg import COLOURS, make_standalone
@@ -74,9 +74,9 @@ def test_figures_are_means_over_the_probes() -> None:
     both = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200, probes=("a", "b")))
     one = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200))
     first, second = (made.cells[0].comparison for made in (both, one))
-    assert mean_drop(first).value == mean_drop(second).value == pytest.approx(0.25)
-    assert mean_kept(first).value == pytest.approx(0.75)
-    widths = [(fall.high or 0) - (fall.low or 0) for fall in (mean_drop(first), mean_drop(second))]
+    assert compute_mean_drop(first).value == compute_mean_drop(second).value == pytest.approx(0.25)
+    assert compute_mean_kept(first).value == pytest.approx(0.75)
+    widths = [(fall.high or 0) - (fall.low or 0) for fall in (compute_mean_drop(first), compute_mean_drop(second))]
     assert widths[0] == pytest.approx(widths[1] / 2**0.5)
 
 
@@ -237,14 +237,14 @@ def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
     def drawn(name: str) -> list[str]:
-        title, points = plain(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
+        title, points = clean(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
         line = draw_lines([Line(name, points)], "a", title, start=1, levels={name: 0.1})
         return [line, draw_bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
 
     for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
         tags = [[element.tag for element in ElementTree.fromstring(svg).iter()] for svg in (shown, harmless)]
         assert tags[0] == tags[1]
-        file = make_standalone([(plain(text, 60), shown)], plain(text, 60), read_source("style.css"))
+        file = make_standalone([(clean(text, 60), shown)], clean(text, 60), read_source("style.css"))
         assert ElementTree.fromstring(file.encode()).tag.endswith("svg")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from compressknow.comparison.intervals import mean, rate_difference
+from compressknow.comparison.intervals import average_estimates, compare_rates
 from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
@@ -191,23 +191,23 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
 def test_rate_difference_by_hand() -> None:
     # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5; each fact a cluster of its own.
     alone = np.arange(4)
-    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
+    estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
     expected = ttest_1samp([-1, 0, 0.5, 1.5], 0)
     assert estimate.value == pytest.approx(0.25)
     assert estimate.high == pytest.approx(expected.confidence_interval().high)
     assert p == pytest.approx(expected.pvalue)
     # Of two relations of two facts: means of relations of one size.
-    estimate, p = rate_difference(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
+    estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
     assert p == pytest.approx(ttest_1samp([-0.5, 1], 0).pvalue)
     same = np.zeros(2)
-    assert rate_difference(same, same, alone[:2], (1, 2))[1] == 1.0
-    assert rate_difference(same, same, alone[:2], (0, 2))[0].value is None
+    assert compare_rates(same, same, alone[:2], (1, 2))[1] == 1.0
+    assert compare_rates(same, same, alone[:2], (0, 2))[0].value is None
 
 
 def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
     made = study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
-    assert mean([made.kept]).value == pytest.approx(0.9)
-    assert mean([made.kept, made.kept_above_chance]).value is None
+    assert average_estimates([made.kept]).value == pytest.approx(0.9)
+    assert average_estimates([made.kept, made.kept_above_chance]).value is None
 
 
 def test_claim_of_several_parts_needs_each() -> None:

@@ -6,7 +6,7 @@ import json
 
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
-from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json
+from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown
 from compressknow.pages.study.records import FailedCell, tidy_rows
 from compressknow.pages.study.summary import describe_changes, draw_conclusions, list_ids, rank_cells, write_verdict
 from tests.pages.study.studies import Cell, gp, gq, study, two_methods, whole_grid
@@ -55,12 +55,12 @@ def test_a_study_of_one_method_has_no_such_section() -> None:
     assert evaluate_findings_by_method(made) == {}
     assert describe_changes({}) == []
     assert "The findings by method" not in render_study_html(made)
-    assert study_to_json(made)["findings_by_method"] == {}
+    assert dump_study(made)["findings_by_method"] == {}
 
 
 def test_all_formats_say_it() -> None:
     made = study(two_methods())
-    html, text, values = render_study_html(made), render_study_markdown(made), study_to_json(made)
+    html, text, values = render_study_html(made), render_study_markdown(made), dump_study(made)
     for page in (html, text):
         assert "F2 changes with the method that prunes" in page
         assert "The findings by method" in page

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.pages.study.charts import is_chart
 from compressknow.pages.study.findings import evaluate_findings
-from compressknow.pages.study.pages import render_study_html, render_study_markdown, study_to_json, write_study
+from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown, write_study
 from tests.long import one_in
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import Element, read
@@ -35,7 +35,7 @@ def test_same_study_gives_the_same_bytes(name: str) -> None:
     made = STUDIES[name]()
     assert render_study_html(made) == render_study_html(STUDIES[name]())
     assert render_study_markdown(made) == render_study_markdown(STUDIES[name]())
-    assert json.dumps(study_to_json(made)) == json.dumps(study_to_json(STUDIES[name]()))
+    assert json.dumps(dump_study(made)) == json.dumps(dump_study(STUDIES[name]()))
 
 
 def test_page_opens_with_what_is_kept_and_the_verdict() -> None:
@@ -98,7 +98,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     html = render_study_html(hostile(whole_grid(asked=TASKS), text))
     page = read(html)
     assert page.shape == harmless()[0]
-    assert plain(text, 60)[:30] in page.one("main").text
+    assert clean(text, 60)[:30] in page.one("main").text
     html.encode("utf-8")
 
 
@@ -124,7 +124,7 @@ def test_markdown_says_what_the_page_says() -> None:
 
 def test_json_has_every_figure_and_no_facts() -> None:
     made = whole_grid("seq2seq", TASKS)
-    found = json.loads(json.dumps(study_to_json(made), allow_nan=False))
+    found = json.loads(json.dumps(dump_study(made), allow_nan=False))
     assert found["schema"] == 1
     assert list(found["findings"]) == [f"F{i}" for i in range(1, 11)]
     assert len(found["cells"]) == 2 * (len(made.cells) + len(made.failed))

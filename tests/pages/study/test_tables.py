@@ -11,7 +11,12 @@ import pytest
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import render_study_markdown, to_csv, to_parquet
 from compressknow.pages.study.records import COLUMNS, FailedCell, name_cells, tidy_rows
-from compressknow.pages.study.view import bounds_table, cells_table, comparisons_table, paper_tables
+from compressknow.pages.study.view import (
+    build_bounds_table,
+    build_cells_table,
+    build_comparisons_table,
+    build_paper_tables,
+)
 from tests.pages.hostile import TEXTS
 from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid
 
@@ -19,7 +24,7 @@ TASKS = Asked(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={
 
 
 def test_columns_are_those_of_the_paper_in_its_order() -> None:
-    (table,) = paper_tables(whole_grid())
+    (table,) = build_paper_tables(whole_grid())
     assert table.columns == (
         "Model",
         "Dataset",
@@ -38,7 +43,7 @@ def test_columns_are_those_of_the_paper_in_its_order() -> None:
 
 def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
     made = study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], asked=Asked(n=90, known=70))
-    (table,) = paper_tables(made)
+    (table,) = build_paper_tables(made)
     assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
     dashes = ("-",) * 5
     assert table.rows == (("tiny-bert", "lama:trex", "77.778", "-", "66.667", "-", *dashes, "34.444"),)
@@ -46,7 +51,7 @@ def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
 
 @pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
 def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: int) -> None:
-    (table,) = paper_tables(study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS))
+    (table,) = build_paper_tables(study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS))
     assert f"Table {place} " in table.caption
     assert [row[:4] for row in table.rows] == [
         ("tiny-bert", "lm-eval:boolq", "0.8000", "0.5300"),
@@ -57,13 +62,13 @@ def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: in
 
 def test_each_scheme_has_a_table_of_its_own() -> None:
     made = study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
-    assert [table.rows[0][4] for table in paper_tables(made)] == ["50.000", "40.000"]
-    assert paper_tables(study([gp("attention", 0.2, range(9))])) == ()
+    assert [table.rows[0][4] for table in build_paper_tables(made)] == ["50.000", "40.000"]
+    assert build_paper_tables(study([gp("attention", 0.2, range(9))])) == ()
 
 
 def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
     made = whole_grid()
-    table = cells_table(made)
+    table = build_cells_table(made)
     assert table.rows[0][:3] == ("original", "", "66.7 %")
     assert [row[0] for row in table.rows[1:]] == [cell.setup for cell in made.cells]
     assert {len(row) for row in table.rows} == {len(table.columns)}
@@ -81,14 +86,14 @@ def test_cells_of_one_setup_are_told_apart() -> None:
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     made = whole_grid()
     found = evaluate_findings(made)
-    behind, figures = comparisons_table(made, found), bounds_table(made, found)
+    behind, figures = build_comparisons_table(made, found), build_bounds_table(made, found)
     assert behind is not None
     assert figures is not None
     assert len(behind.rows) == sum(len(finding.comparisons) for finding in found)
     assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
     assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
     nothing = study([])
-    assert comparisons_table(nothing, evaluate_findings(nothing)) is None
+    assert build_comparisons_table(nothing, evaluate_findings(nothing)) is None
 
 
 def test_failed_cells_have_their_reasons() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import plain
+from compressknow.base.format import clean
 from compressknow.base.packages import Registry
 from compressknow.comparison.paired import pair_answers
 from compressknow.comparison.records import Estimate
@@ -145,7 +145,7 @@ def find_sections() -> tuple[dict[str, Section], tuple[str, ...]]:
         if why := _find_flaw(name, found[name]):
             del found[name]
             reasons.append(_describe_failure(name, why))
-    return dict(sorted(found.items(), key=lambda item: item[1].order)), tuple(plain(why, 1000) for why in reasons)
+    return dict(sorted(found.items(), key=lambda item: item[1].order)), tuple(clean(why, 1000) for why in reasons)
 
 
 def _find_flaw(name: str, section: Section) -> str:
@@ -158,8 +158,8 @@ def _find_flaw(name: str, section: Section) -> str:
 
 def _describe_failure(name: str, why: str | Exception) -> str:
     package = SECTIONS.added_by(name)
-    reason = f"{type(why).__name__}: {plain(why, 500).rstrip('.')}." if isinstance(why, Exception) else why
-    return plain(f"The section {name!r} that {package} adds is left out: {reason} Update or uninstall {package}.", 1000)
+    reason = f"{type(why).__name__}: {clean(why, 500).rstrip('.')}." if isinstance(why, Exception) else why
+    return clean(f"The section {name!r} that {package} adds is left out: {reason} Update or uninstall {package}.", 1000)
 
 
 def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def add_sections(
         try:
             figures = _measure(name, section, comparison, answers)
             context = Context(original, comparison, figures, Limits(lost=0, gained=0))
-            warnings += [plain(warning, 1000) for warning in section.warnings(context)]
+            warnings += [clean(warning, 1000) for warning in section.warnings(context)]
             measured |= {name: figures} if figures else {}
         except Exception as error:
             # Whatever another package does; a failure of our own is to be seen.
@@ -232,7 +232,7 @@ def show_sections(
             failures.append(_describe_failure(name, error))
             continue
         if finished:
-            shown.append(Shown(f"{id}-{name}", plain(section.title, 80), finished))
+            shown.append(Shown(f"{id}-{name}", clean(section.title, 80), finished))
     return tuple(shown), tuple(failures)
 
 
@@ -253,9 +253,9 @@ def _check_part(part: Any) -> Any:
 
 
 def _make_plain(value: Any) -> Any:
-    # A text may be of a class that says it is HTML; what comes of `plain` is text alone.
+    # A text may be of a class that says it is HTML; what comes of `clean` is text alone.
     if isinstance(value, str):
-        return plain(value, _LONGEST)
+        return clean(value, _LONGEST)
     if isinstance(value, tuple | list):
         return tuple(map(_make_plain, value))
     if value is None or type(value) in (int, float, bool, Estimate) or (callable(value) and not is_dataclass(value)):

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, answer, count, ordinal, percent, plain, share
+from compressknow.base.format import NONE, answer, clean, count, share, write_percent, write_rank
 from compressknow.comparison.distributions import CALIBRATION_BINS
 from compressknow.comparison.records import (
     ChangedFact,
@@ -78,15 +78,17 @@ class Gained(Lost):
 
 def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
     back = ", comes back with one example" if fact.with_example else ""
-    grade = plain(fact.grade_after, 20) + back if fact.grade_after else NONE
+    grade = clean(fact.grade_after, 20) + back if fact.grade_after else NONE
     return (
-        plain(fact.prompt.replace(BLANK, "___"), 300),
-        plain(fact.gold),
+        clean(fact.prompt.replace(BLANK, "___"), 300),
+        clean(fact.gold),
         answer(fact.before),
         answer(fact.after),
-        f"{ordinal(fact.rank_before)} → {ordinal(fact.rank_after)}" if fact.rank_before or fact.rank_after else "-",
+        f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
+        if fact.rank_before or fact.rank_after
+        else "-",
         *([grade] if graded else []),
-        plain(fact.relation, 60),
+        clean(fact.relation, 60),
     )
 
 
@@ -97,9 +99,9 @@ class Dropped(Section):
     def parts(self, context: Context) -> Iterator[Part]:
         rows = []
         for probe in context.comparison.probes:
-            name, read = plain(probe.probe, 60), max(probe.facts_read, sum(probe.dropped.values()))
-            dropped = [(plain(reason, 120), number) for reason, number in probe.dropped.items() if number]
-            rows += [(reason, name, count(number), percent(number, read)) for reason, number in dropped]
+            name, read = clean(probe.probe, 60), max(probe.facts_read, sum(probe.dropped.values()))
+            dropped = [(clean(reason, 120), number) for reason, number in probe.dropped.items() if number]
+            rows += [(reason, name, count(number), write_percent(number, read)) for reason, number in dropped]
         if rows:
             columns = ("Reason", "Probe", "Facts", "Of those read")
             yield Table("Facts that were dropped", columns, tuple(rows), captioned=False)
@@ -124,7 +126,7 @@ class Relations(Section):
 
 
 def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
-    caption, groups = f"{plain(probe.probe, 60)} by relation", probe.by_relation
+    caption, groups = f"{clean(probe.probe, 60)} by relation", probe.by_relation
     if limit is not None and len(groups) > limit:
         caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
         groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
@@ -138,18 +140,18 @@ class Popularity(Section):
     def parts(self, context: Context) -> Iterator[Part]:
         for probe in context.comparison.probes:
             if bins := probe.by_popularity:
-                name = plain(probe.probe, 60)
+                name = clean(probe.probe, 60)
                 table = make_groups_table(bins, "Popularity", f"{name} by popularity", bars=False)
                 yield Beside(chart_popularity(bins, name), replace(table, sortable=False))
 
 
 def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
     """Chart knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
-    bins = [(plain(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
+    bins = [(clean(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
         return None
     told = ", ".join(f"{label} {share(kept.value)}" for label, kept in bins)
-    title = f"Knowledge kept by popularity, {plain(name, 60)}"
+    title = f"Knowledge kept by popularity, {clean(name, 60)}"
     return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
 
 
@@ -193,7 +195,7 @@ class Grades(Section):
             return
         for probe, knowing in graded:
             yield make_grades_table(
-                knowing, f"{plain(probe.probe, 60)}: the original's grades (rows), and what they became"
+                knowing, f"{clean(probe.probe, 60)}: the original's grades (rows), and what they became"
             )
             if told := " ".join(_describe_grades(knowing)):
                 yield Note(told)
@@ -212,7 +214,7 @@ def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> 
 
 def _describe_grades(knowing: Knowing) -> Iterator[str]:
     if knowing.shown:
-        back = f"{count(knowing.back)} ({percent(knowing.back, knowing.shown)})"
+        back = f"{count(knowing.back)} ({write_percent(knowing.back, knowing.shown)})"
         yield f"One solved example brings back {back} of {count(knowing.shown)} lost facts that were put after it."
     for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
         if not written:
@@ -247,7 +249,7 @@ class ByWording(Section):
             if (wordings := probe.wordings) and context.limits.relations is None:
                 rows = [_make_wording_row(str(number), *figures) for number, figures in wordings.by_template.items()]
                 rows.append(_make_wording_row("majority", probe.counts, probe.kept))
-                yield Table(f"{plain(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
+                yield Table(f"{clean(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
                 before, after = map(share, wordings.consistency)
                 yield Note(f"{_AGREEMENT}: {before} before, {after} after.")
 
@@ -256,8 +258,8 @@ def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, .
     return (
         name,
         count(counts.n),
-        percent(counts.known_before, counts.n),
-        percent(counts.known_after, counts.n),
+        write_percent(counts.known_before, counts.n),
+        write_percent(counts.known_after, counts.n),
         count(counts.lost),
         count(counts.gained),
         write_estimate(kept),
@@ -298,7 +300,7 @@ class Confident(Section):
             return
         for probe in context.comparison.probes:
             if confidence := probe.confidence:
-                name = plain(probe.probe, 60)
+                name = clean(probe.probe, 60)
                 if confidence.thirds:
                     yield _tabulate_thirds(name, confidence.thirds)
                 yield Note(_describe_wrong(name, confidence), _CALIBRATION)
@@ -314,7 +316,7 @@ def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
         ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
         tuple(
             (
-                plain(third.name, 40),
+                clean(third.name, 40),
                 write_range(third.low, third.high),
                 count(third.counts.known_before),
                 count(third.counts.lost),
@@ -329,7 +331,7 @@ def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
 
 def _describe_wrong(name: str, told: Confidence) -> str:
     sides = (
-        f"{count(part)} of the {whose}'s {count(wrong)} wrong answers ({percent(part, wrong)})"
+        f"{count(part)} of the {whose}'s {count(wrong)} wrong answers ({write_percent(part, wrong)})"
         for whose, part, wrong in (
             ("compressed model", told.confidently_wrong_compressed, told.wrong_compressed),
             ("original", told.confidently_wrong_original, told.wrong_original),
@@ -343,7 +345,9 @@ def _describe_wrong(name: str, told: Confidence) -> str:
 
 def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> Chart:
     told = ", ".join(
-        f"at {share(each.confidence)} confidence {percent(each.right, each.facts)} right" for each in bins if each.facts
+        f"at {share(each.confidence)} confidence {write_percent(each.right, each.facts)} right"
+        for each in bins
+        if each.facts
     )
     title = f"Calibration of the {side.lower()} model, {name}"
     return Chart(
@@ -369,6 +373,6 @@ def _tabulate_bins(name: str, original: Sequence[ReliabilityBin], compressed: Se
     for place, (before, after) in enumerate(zip(original, compressed, strict=True)):
         if before.facts or after.facts:
             ends = (100 * edge / CALIBRATION_BINS for edge in (place, place + 1))
-            cells = ((count(side.facts), percent(side.right, side.facts)) for side in (before, after))
+            cells = ((count(side.facts), write_percent(side.right, side.facts)) for side in (before, after))
             rows.append((" to ".join(f"{end:.0f}" for end in ends) + " %", *chain(*cells)))
     return Table(f"Calibration of both models, {name}", _BINS, tuple(rows))

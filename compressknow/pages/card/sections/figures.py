@@ -6,12 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressknow.base.format import NONE, at_least, count, number, p_value, percent, plain, points, share, size
-from compressknow.comparison.intervals import FEWEST, mcnemar, paired_difference, proportion
+from compressknow.base.format import (
+    NONE,
+    clean,
+    count,
+    number,
+    share,
+    write_bound,
+    write_p_value,
+    write_percent,
+    write_points,
+    write_size,
+)
+from compressknow.comparison.intervals import FEWEST, estimate_difference, estimate_proportion, run_mcnemar
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import FactsInText, NoiseFloor
-from compressknow.model.manifest import calibrated_in_words, removed_in_words
+from compressknow.model.manifest import describe_calibration, describe_removed
 from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
@@ -63,7 +74,7 @@ class Figures(Section):
         if missing:
             yield Remarks("Why some figures are missing", missing)
         subjects = tuple(
-            make_groups_table(probe.by_subject, "Domain", f"{plain(probe.probe, 60)} by domain", bars=False)
+            make_groups_table(probe.by_subject, "Domain", f"{clean(probe.probe, 60)} by domain", bars=False)
             for probe in probes
             if probe.by_subject
         )
@@ -79,11 +90,11 @@ def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[st
         if figure.optional and set(cells) <= {NONE}:
             continue
         rows.append((figure.name, *cells))
-        without = [plain(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
+        without = [clean(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
         if without and figure.why_none:
             where = f" ({', '.join(without)})" if len(probes) > 1 else ""
             missing.append(f"{figure.name}{where}: {figure.why_none}")
-    columns = ("Figure", *(plain(probe.probe, 60) for probe in probes))
+    columns = ("Figure", *(clean(probe.probe, 60) for probe in probes))
     return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
 
 
@@ -99,7 +110,7 @@ def write_rest(moved: Movement | None, then: str = " → ") -> str:
 
 def write_movement(moved: Movement | None, get: Callable[[Movement], float], digits: int = 3) -> str:
     """Write a figure of how far distributions moved, where that was measured."""
-    return NONE if moved is None else at_least(number(get(moved), digits), moved.is_lower_bound)
+    return NONE if moved is None else write_bound(number(get(moved), digits), moved.is_lower_bound)
 
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
@@ -118,16 +129,16 @@ def _write_facts(probe: ProbeFigures) -> str:
 def _write_suppressed(probe: ProbeFigures) -> str:
     if probe.lost_still_in_top5 is None or not probe.counts.lost:
         return NONE
-    share_of_lost = percent(probe.lost_still_in_top5, probe.counts.lost)
+    share_of_lost = write_percent(probe.lost_still_in_top5, probe.counts.lost)
     return f"{count(probe.lost_still_in_top5)} of {count(probe.counts.lost)} ({share_of_lost})"
 
 
 def _write_changes(floor: NoiseFloor | None) -> str:
-    return f"{percent(floor.changed, floor.n)} of {count(floor.n)} facts" if floor and floor.n else NONE
+    return f"{write_percent(floor.changed, floor.n)} of {count(floor.n)} facts" if floor and floor.n else NONE
 
 
 def _write_flips(floor: NoiseFloor | None) -> str:
-    return percent(floor.lost + floor.gained, floor.n) if floor else NONE
+    return write_percent(floor.lost + floor.gained, floor.n) if floor else NONE
 
 
 def _write_moves(floor: NoiseFloor | None) -> str:
@@ -136,13 +147,13 @@ def _write_moves(floor: NoiseFloor | None) -> str:
 
 def _write_lost(probe: ProbeFigures) -> str:
     counts = probe.counts
-    return f"{count(counts.lost)} of {count(counts.known_before)} ({percent(counts.lost, counts.known_before)})"
+    return f"{count(counts.lost)} of {count(counts.known_before)} ({write_percent(counts.lost, counts.known_before)})"
 
 
 def _write_gained(probe: ProbeFigures) -> str:
     counts = probe.counts
     unknown = counts.gained + counts.neither
-    return f"{count(counts.gained)} of {count(unknown)} ({percent(counts.gained, unknown)})"
+    return f"{count(counts.gained)} of {count(unknown)} ({write_percent(counts.gained, unknown)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +182,10 @@ _FIGURES = (
     _Figure("Facts evaluated", _write_facts),
     _Figure("Accuracy before", lambda p: write_estimate(p.accuracy_original), _NO_FACTS),
     _Figure("Accuracy after", lambda p: write_estimate(p.accuracy_compressed), _NO_FACTS),
-    _Figure("Difference", lambda p: write_estimate(p.difference, points), _NO_FACTS),
+    _Figure("Difference", lambda p: write_estimate(p.difference, write_points), _NO_FACTS),
     _Figure("Mean over relations before", lambda p: write_estimate(p.macro_original), _FEW_RELATIONS),
     _Figure("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
-    _Figure("Difference of these means", lambda p: write_estimate(p.macro_difference, points), _FEW_RELATIONS),
+    _Figure("Difference of these means", lambda p: write_estimate(p.macro_difference, write_points), _FEW_RELATIONS),
     _Figure("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
     _Figure(
         "Kept above chance",
@@ -184,7 +195,7 @@ _FIGURES = (
     _Figure("Lost", _write_lost),
     _Figure("Gained", _write_gained),
     _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    _Figure("Net change against chance", lambda p: p_value(p.certainty.test.p), "no fact was lost or gained."),
+    _Figure("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
     _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
     _Figure("Top answer changed by rounding alone", lambda p: _write_changes(p.noise_floor), _NO_NOISE),
     _Figure("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), optional=True),
@@ -208,10 +219,10 @@ _FIGURES = (
     _Figure("Brier score", lambda p: write_pair(p.brier, number), _NO_CONFIDENCE),
     _Figure("Right by chance", lambda p: share(p.chance), "the answer is free text."),
     _Figure("Majority baseline", lambda p: share(p.majority), _NO_FACTS),
-    _Figure("The paper's drop, absolute", lambda p: points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
+    _Figure("The paper's drop, absolute", lambda p: write_points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
     _Figure("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
-    _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, plain(p.average, 40))),
-    _Figure("Protocol", lambda p: plain(p.protocol, 60)),
+    _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, clean(p.average, 40))),
+    _Figure("Protocol", lambda p: clean(p.protocol, 60)),
     _Figure("Seed", lambda p: str(p.seed)),
 )
 
@@ -242,7 +253,7 @@ class HowSure(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         comparison = context.comparison
-        columns = [(plain(each.probe, 60), each.counts, each.certainty) for each in comparison.probes]
+        columns = [(clean(each.probe, 60), each.counts, each.certainty) for each in comparison.probes]
         columns += [("all", comparison.counts, comparison.certainty)] if len(columns) > 1 else []
         columns = [each for each in columns if each[1].known_before]
         # On a page of many models the verdict alone says it; the JSON has it all.
@@ -269,16 +280,19 @@ _ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
     ("Relations with known facts", lambda _, sure: count(sure.relations)),
     (
         "Knowledge kept, simple interval",
-        lambda counts, _: _write_interval(proportion(counts.both, counts.known_before)),
+        lambda counts, _: _write_interval(estimate_proportion(counts.both, counts.known_before)),
     ),
     ("Knowledge kept, interval over relations", lambda _, sure: _write_interval(sure.kept)),
-    ("Difference of accuracy, simple interval", lambda counts, _: write_estimate(paired_difference(counts), points)),
-    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, points)),
+    (
+        "Difference of accuracy, simple interval",
+        lambda counts, _: write_estimate(estimate_difference(counts), write_points),
+    ),
+    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, write_points)),
     (
         "Net change against chance, by relation",
-        lambda _, sure: p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
+        lambda _, sure: write_p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
     ),
-    ("Net change against chance, facts as independent", lambda counts, _: p_value(mcnemar(counts))),
+    ("Net change against chance, facts as independent", lambda counts, _: write_p_value(run_mcnemar(counts))),
     ("Smallest net loss seen", lambda _, sure: share(sure.smallest_loss)),
     (
         "Known facts to see a net loss of 2 %",
@@ -302,10 +316,10 @@ class Layers(Section):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
-        if removed := " ".join(removed_in_words(model.removed)):
-            yield Note(plain(removed, 1000))
-        if told := " ".join((*calibrated_in_words(model.calibration), *_describe_found(model.in_calibration))):
-            yield Note(plain(told, 1000))
+        if removed := " ".join(describe_removed(model.removed)):
+            yield Note(clean(removed, 1000))
+        if told := " ".join((*describe_calibration(model.calibration), *_describe_found(model.in_calibration))):
+            yield Note(clean(told, 1000))
 
 
 def _describe_found(facts: FactsInText | None) -> Iterator[str]:
@@ -322,10 +336,10 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     parameters = int(group["parameters"])
 
     def part(key: str) -> str:
-        return percent(int(group[key]), parameters) if group.get(key) is not None else NONE
+        return write_percent(int(group[key]), parameters) if group.get(key) is not None else NONE
 
     return (
-        plain(name, 60),
+        clean(name, 60),
         count(parameters),
         part("zeros_after"),
         part("pruned"),
@@ -342,11 +356,11 @@ class Speed(Section):
         rows = tuple(
             (
                 who,
-                plain(name_deployment(model), 60),
-                plain(model.speed.device, 60),
+                clean(name_deployment(model), 60),
+                clean(model.speed.device, 60),
                 f"{model.speed.facts_per_second:,.1f}",
                 f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
-                size(model.speed.peak_bytes),
+                write_size(model.speed.peak_bytes),
             )
             for who, model in (("original", context.original), ("compressed", context.comparison.model))
             if model.speed
