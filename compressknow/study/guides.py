@@ -54,6 +54,8 @@ from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_se
 FACTS, FEWEST = 200, 30
 # Of four facts that are evaluated, a small model may know two: so many, that there are enough.
 ASKED = 400
+# Of the probability of a fact's five best candidates, the share that those which guide have: KL hardly looks at others.
+MASS = 0.95
 # Tokens of the text that guide: more tell little more, and take as long as so many more facts.
 TOKENS = 2_048
 # Rows of decoders whose lengths differ by less than so many tokens are filled up at their ends, which nothing sees.
@@ -273,11 +275,17 @@ def batch_facts(scored: Sequence[ScoredFact]) -> FactBatches:
 
 
 def _list_best(scorer: Scorer, query: Query, answer: Answer) -> list[Ids]:
-    """Return the ids of the best answers to a fact, what was answered first."""
+    """Return the ids of the best answers to a fact, what was answered first: at least two."""
     if query.fact.candidates:
-        return [query.options[query.fact.candidates.index(text)] for text in answer.top5]
-    allowed = [int(token) for token in answer.first_ids if scorer.allowed is None or int(token) in scorer.words]
-    return [(token,) for token in allowed[: len(answer.top5)]]
+        best = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
+        logp = answer.top5_logp
+    else:
+        likeliest = zip(map(int, answer.first_ids), answer.first_logp, strict=True)
+        allowed = [(token, own) for token, own in likeliest if scorer.allowed is None or token in scorer.words]
+        best = [(token,) for token, _ in allowed[: len(answer.top5)]]
+        logp = tuple(own for _, own in allowed[: len(answer.top5)])
+    shares = torch.tensor(logp).softmax(0).cumsum(0)
+    return best[: max(2, 1 + int((shares < MASS).sum()))]
 
 
 def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Iterator[Row]:

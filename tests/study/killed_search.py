@@ -78,14 +78,14 @@ def life(run: Callable[[], None], changes: int | None) -> int:
         os._exit(status)
 
 
-def live_until_the_end(run: Callable[[], None], seed: int) -> int:
-    """The number of times that it was killed."""
+def live_until_the_end(run: Callable[[], None], seconds: float, seed: int) -> int:
+    """The number of times that it was killed; undisturbed, it takes so many seconds."""
     chance = random.Random(seed)
     for lives in range(MOST_LIVES):
         by_change = chance.random() < 0.7
         process = life(run, chance.randint(1, 400) if by_change else None)
         if not by_change:
-            time.sleep(chance.uniform(0.05, 5))
+            time.sleep(chance.uniform(0, 0.8 * seconds))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if not os.WIFSIGNALED(status):
@@ -109,10 +109,12 @@ def main(form: str, model: str, facts: str, folder: str, *seeds: str) -> None:
     guides.FEWEST = 16
     children.Popen = forks.popen
     searching = partial(searched, form, Path(model), Path(facts))
+    start = time.monotonic()
     _, status = os.waitpid(life(partial(searching, Path(folder) / "undisturbed"), None), 0)
     assert status == 0
+    seconds = time.monotonic() - start
     for seed in seeds:
-        print(live_until_the_end(partial(searching, Path(folder) / f"killed-{seed}"), int(seed)), flush=True)
+        print(live_until_the_end(partial(searching, Path(folder) / f"killed-{seed}"), seconds, int(seed)), flush=True)
 
 
 if __name__ == "__main__":

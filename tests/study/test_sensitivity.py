@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -72,12 +73,18 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Known]:
             prompts = make_prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             asked = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
-            logp = torch.tensor([value for each in asked for value in each.answer.top5_logp])
+            logp = torch.tensor([value for each in asked for value in likeliest(each.answer.top5_logp)])
             domains = [each.query.fact.subject for each in asked]
             made[family, answers_are] = Known(path, loaded.model, batch_facts(asked), logp, domains)
         return made[family, answers_are]
 
     return of
+
+
+def likeliest(logp: Sequence[float]) -> Sequence[float]:
+    """Those of the best answers that have 95 % of their probability, two at least."""
+    p = [exp(value) for value in logp]
+    return logp[: next(number for number in range(2, len(p) + 1) if sum(p[:number]) >= 0.95 * sum(p))]
 
 
 def scores_of(known: Known) -> torch.Tensor:
