@@ -65,10 +65,10 @@ format: $(VENV)/.stamp-dev
 docs: $(VENV)/.stamp-dev
 	NO_COLOR=1 $(BIN)/zensical build --clean --strict
 
+# allocation.py and domain.py compare what files keep, on a model that they are given.
 bench: $(VENV)/.stamp-dev
-	@for script in benchmarks/*.py; do \
-	    test -e "$$script" || { echo "No benchmarks yet."; break; }; \
-	    $(BIN)/python "$$script" || exit 1; \
+	@for name in calibrate convert inference probe runtimes sweep; do \
+	    $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 
 clean:

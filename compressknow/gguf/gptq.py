@@ -28,6 +28,7 @@ from compressknow.compress.calibrate.walk import Batches, observe
 from compressknow.gguf.grids import Bytes, dequantize, quantize
 from compressknow.gguf.importance import LEAST_TOKENS
 from compressknow.gguf.tensors import Tensors
+from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
 
 # Weights that are rounded at a time.
@@ -218,9 +219,9 @@ def round_file(
     import gguf
 
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
-    file = gguf.GGUFReader(output, "r+")
+    file = read_gguf(output, "r+")
     made = {tensor.name: tensor for tensor in file.tensors}
-    floats = {tensor.name: tensor for tensor in gguf.GGUFReader(exact).tensors}
+    floats = {tensor.name: tensor for tensor in read_gguf(exact).tensors}
     # Of what was merged, all parts read the same.
     names = {tensors.weights[name][0].parameter: name for name in same_channels if name in tensors.weights}
     rounded: set[str] = set()
@@ -245,5 +246,5 @@ def round_file(
 
     with begin("round") as advance:
         observe(checkpoint, tree, texts, visit, products=True, threads=threads, on_progress=advance or max)
-    file.data.flush()
+    file.mapped.flush()
     return len(rounded)

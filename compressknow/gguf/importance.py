@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.reading import open_regular
-from compressknow.model.gguf_file import check_gguf, read_value
+from compressknow.model.gguf_file import check_gguf, read_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Begin
@@ -151,7 +151,7 @@ def read_importance(path: Path) -> Importance:
     try:
         with open_regular(path) as file:
             is_gguf = file.read(4) == _MAGIC
-        return _read_gguf(path) if is_gguf else _read_dat(path)
+        return _read_matrix(path) if is_gguf else _read_dat(path)
     except FileNotFoundError:
         raise UsageError(f"--imatrix {path}: no such file.") from None
     except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
@@ -160,11 +160,9 @@ def read_importance(path: Path) -> Importance:
         ) from None
 
 
-def _read_gguf(path: Path) -> Importance:
-    import gguf
-
+def _read_matrix(path: Path) -> Importance:
     check_gguf(path)
-    reader = gguf.GGUFReader(path)
+    reader = read_gguf(path)
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     names = [name.removesuffix(SUMS) for name in stored if name.endswith(SUMS)]
     if not names:

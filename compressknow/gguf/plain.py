@@ -20,6 +20,7 @@ from compressknow.compress.output import lay_out_file, list_carried_files
 from compressknow.compress.weights import Side, Values
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
+from compressknow.model.gguf_file import read_gguf
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
@@ -109,13 +110,11 @@ def find_same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) ->
     The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
     channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
     """
-    import gguf
-
     by_name = {each.name: each for each in plain}
     names = []
     with Pool(1) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
-        for tensor in gguf.GGUFReader(exact).tensors:
+        for tensor in read_gguf(exact).tensors:
             parts = [by_name[name] for name in tensors.stored.get(tensor.name, ()) if name in by_name]
             if parts and _has_channels_of(parts, tensor, reader):
                 names.append(tensor.name)

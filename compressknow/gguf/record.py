@@ -22,7 +22,7 @@ from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
 from compressknow.gguf.choice import Choice
 from compressknow.model.checkpoint import read_json
-from compressknow.model.gguf_file import check_gguf, read_value
+from compressknow.model.gguf_file import open_gguf, read_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
@@ -246,7 +246,7 @@ def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path)
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-    reader = gguf.GGUFReader(source)
+    reader = read_gguf(source)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
     writer = gguf.GGUFWriter(output, architecture, endianess=reader.endianess)
     if (alignment := reader.get_field(gguf.Keys.General.ALIGNMENT)) is not None:
@@ -307,13 +307,7 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
 
 def _find_edited_keys(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the record says otherwise than the file, whose bytes are as they were."""
-    import gguf
-
-    try:
-        check_gguf(path)
-        reader = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}.", hint="Export it again.") from None
+    reader = open_gguf(path)
     for key, value in build_metadata(record).items():
         if read_value(reader, key) != value:
             yield key

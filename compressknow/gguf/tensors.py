@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, suggest_word
-from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, list_tensors
+from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, list_tensors, read_gguf
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[st
 
 def read_tensors(path: Path, side: Side) -> Tensors:
     """Read what a GGUF file holds, but for its weights."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
+    reader = read_gguf(path)
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
