@@ -38,6 +38,7 @@ from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, c
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.search import (
     LEVEL,
+    USUAL,
     Candidate,
     CandidateHandle,
     Candidates,
@@ -88,10 +89,10 @@ def search(
 ) -> Search:
     """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
 
-    Each weight gets the type by which all of them are predicted to lose least. A third of the facts guides that, and
-    the sizes that are tried; the winner is selected by another, by the lower end of its interval, and graded by the
-    last: the share that is told is of facts that had no part in the choice. A search that was stopped resumes, and ends
-    as it would have.
+    Each weight gets the type by which all of them are predicted to lose least. Some facts guide that, and the sizes
+    that are tried, 400 of a probe at most; the winner is selected by a third of all facts, by the lower end of its
+    interval, and graded by another third: the share that is told is of facts that had no part in the choice. A search
+    that was stopped resumes, and ends as it would have.
 
     Parameters
     ----------
@@ -176,11 +177,11 @@ def search(
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
-        def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), LEVEL)
+        def kept(found: Allocation, by: EvaluationSet, level: float) -> Estimate:
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), level)
 
         def evaluate(found: Allocation) -> Trial:
-            trial = candidates.trial(found, kept(found, guided))
+            trial = candidates.trial(found, kept(found, guided, USUAL))
             if on_result:
                 on_result(trial)
             return trial
@@ -188,7 +189,7 @@ def search(
         if keep is not None and selection is not None:
             chosen = SizeSearch(keep, form.choose, evaluate)
             chosen.explore(form.floor, form.ceiling)
-            chosen.confirm(lambda found: kept(found, selection))
+            chosen.confirm(lambda found: kept(found, selection, LEVEL))
             winner = chosen.winner
         else:
             chosen, found = None, form.choose(request.size or 0)
@@ -202,7 +203,7 @@ def search(
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
             after = grading.evaluate(handle)
-            trial = replace(winner.trial, graded=grading.estimate_kept(after))
+            trial = replace(winner.trial, graded=grading.estimate_kept(after, USUAL))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
             write_reports(card, [folder / name for name in REPORTS], overwrite=True)

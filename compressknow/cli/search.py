@@ -35,7 +35,7 @@ from compressknow.pages.records import write_estimate
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
 
-COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
+COLUMNS = f"{'Weights':<40}{'Kept (95 % interval)':<28}{'Size':>12}"
 
 
 @command(more=list_probes)
@@ -67,8 +67,8 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 
-    A third of the facts guides the search. The file that it finds must keep the share of another third, by the lower
-    end of its interval; the last third grades it. OUTPUT gets the page (search.html), the file (model.gguf, or the
+    Some of the facts guide the search. The file that it finds must keep the share of a third of all facts, by the lower
+    end of its interval; another third grades it. OUTPUT gets the page (search.html), the file (model.gguf, or the
     checkpoint model/), its recipe (recipe.toml) and its report card (report.html). Exits with 3 if nothing keeps as
     much.
 

@@ -74,7 +74,7 @@ class Search(notebook.Tabular):
     known_searched: int
     known_held_out: int
     known_graded: int
-    level: float  # of the intervals of facts that are not those that grade
+    level: float  # of the intervals of facts that select; all others are of 95 %
     bytes: int  # of the original's weights
     tried: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
@@ -157,7 +157,7 @@ def _make_sections(search: Search) -> Iterator[Shown]:
 def _describe_chart(search: Search) -> str:
     about = (
         "The share is measured on the facts of the search split. The broken line is the share to keep; the lower end "
-        f"of a file's interval ({100 * search.level:.3g} %, the stroke through its mark) must reach it."
+        "of a file's interval (95 %, the stroke through its mark) must reach it, before facts held out select it."
     )
     if search.rounding is None:
         return about
@@ -229,14 +229,17 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
 
 
 def _describe_method(search: Search) -> Iterator[str]:
-    third = f"A third of the facts of {', '.join(clean(p, 60) for p in search.probes)}, drawn by the seed, guided the "
-    guided = f"{third}search ({count(search.searched)}, of which the original knew {count(search.known_searched)})"
+    names = ", ".join(clean(p, 60) for p in search.probes)
+    guided = (
+        f"{count(search.searched)} facts of {names}, drawn by the seed, guided the search (the original knew "
+        f"{count(search.known_searched)})"
+    )
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
-        yield f"{guided}; the others grade what it found {graded}. {_describe_split(search)}"
+        yield f"{guided}; two thirds of all facts grade what it found {graded}. {_describe_split(search)}"
     else:
         yield (
-            f"{guided}; a third was held out to select the winner by ({count(search.held_out)}, "
+            f"{guided}; a third of all facts was held out to select the winner by ({count(search.held_out)}, "
             f"{count(search.known_held_out)} known), and a third to grade it {graded}. {_describe_split(search)}"
         )
     yield (

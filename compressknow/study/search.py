@@ -40,6 +40,9 @@ from compressknow.study.forms import GGUF, Form, Request
 
 # Parts of the facts: to search with, to select by and to grade by.
 _THIRDS = 3
+# Facts of a probe to search with, at most. They steer, and decide nothing: more tell little more, and each file that is
+# tried takes so much longer.
+SEARCHED = 400
 
 
 class Parts(NamedTuple):
@@ -57,7 +60,8 @@ class Parts(NamedTuple):
 
 
 def split_facts(probe: Opened, seed: int) -> Parts:
-    """Return a third of the facts to search with, a third to select by and a third to grade by, drawn by the seed.
+    """Return a third of the facts to select by, a third to grade by, and of a third some to search with, drawn by the
+    seed.
 
     Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
     together, so that a file that was lucky with a relation is lucky with all its facts. Else facts of each relation.
@@ -73,7 +77,12 @@ def split_facts(probe: Opened, seed: int) -> Parts:
     parts = _deal(probe.facts, seed, whole=whole)
     if not all(parts):
         raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
-    return Parts(*(replace(probe, facts=facts) for facts in parts))
+    search, selection, grading = (replace(probe, facts=facts) for facts in parts)
+    # All wordings of a fact, or none.
+    single = {name: replace(fact, id=name) for fact in search.facts for name in [_get_id(fact)]}
+    drawn = {fact.id for fact in replace(probe, facts=tuple(single.values())).sample(SEARCHED, seed).facts}
+    some = tuple(fact for fact in search.facts if _get_id(fact) in drawn)
+    return Parts(replace(search, facts=some), selection, grading)
 
 
 def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
@@ -137,7 +146,7 @@ class EvaluationSet:
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, folder=folder, reference=self.reference)
 
-    def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
+    def estimate_kept(self, answers: Answers, level: float) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
         return compare(self.original, grade(answers, self.known_as), show_facts=False).kept_at(level)
 
@@ -146,13 +155,17 @@ class EvaluationSet:
 HALVINGS = 7
 # Budgets so near each other, as a share, are one.
 CLOSE = 0.005
+# Sizes so near each other, as a share, are not told apart by the facts of the search.
+NEAR = 0.03
 # How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
 # put there after another is predicted to lose that much less, or would fall short too.
 CONFIRMED, APART = 3, 0.7
-# Of all intervals of a search (Bonferroni). Of one file it would be 99 %: the share kept is skewed where a few
-# relations lose much, so that an interval's lower end lies too high more often than its level says. So a file that
-# keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
+# Of the intervals by which a file is selected (Bonferroni). Of one file it would be 99 %: the share kept is skewed
+# where a few relations lose much, so that an interval's lower end lies too high more often than its level says. So a
+# file that keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
 LEVEL = 1 - 0.01 / CONFIRMED
+# Of all others. What steers is fewer facts than what selects: an interval of this level is about as wide there.
+USUAL = 0.95
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,8 @@ class SizeSearch:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
         worst, best = ends = self._choose(floor), self._choose(ceiling)
         for _ in range(HALVINGS):
+            if best.nbytes <= (1 + NEAR) * worst.nbytes:
+                break
             middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
             if any(each.found.types == middle.types for each in self.tried):
                 break

@@ -13,7 +13,7 @@ from compressknow.comparison.records import Estimate
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, LEVEL, Candidate, SizeSearch, split_facts
+from compressknow.study.search import APART, CONFIRMED, LEVEL, SEARCHED, USUAL, Candidate, SizeSearch, split_facts
 from tests.comparison.test_clusters import shares
 
 
@@ -54,11 +54,11 @@ class Searched(SizeSearch):
         super().__init__(keep, _file, lambda _: _trial(Estimate(None)))
         self._drawn, self._parts, self._chances = drawn, parts, chances
         for place, each in enumerate(chances):
-            kept = Estimate(1.0, 1.0, 1.0) if found else self.kept_of(parts.searched, each, LEVEL)
+            kept = Estimate(1.0, 1.0, 1.0) if found else self.kept_of(parts.searched, each)
             self.tried.append(Candidate(_file(place), _trial(kept)))
         self.confirm(lambda file: self.kept_of(parts.selection, chances[file.nbytes], LEVEL))
 
-    def kept_of(self, facts: np.ndarray, chances: np.ndarray, level: float = 0.95) -> Estimate:
+    def kept_of(self, facts: np.ndarray, chances: np.ndarray, level: float = USUAL) -> Estimate:
         both = self._drawn.binomial(facts, chances)
         return share_by_cluster(both.tolist(), facts.tolist(), level)
 
@@ -93,7 +93,9 @@ PARTS = split(63, 64, seed=0)
 
 
 def test_the_thirds_have_whole_relations_where_there_are_enough() -> None:
-    assert all(set(part.tolist()) == {0, 64} and part.sum() == 21 * 64 for part in PARTS)
+    assert all(set(part.tolist()) == {0, 64} and part.sum() == 21 * 64 for part in PARTS[1:])
+    assert (PARTS.searched > 0).sum() == 21
+    assert PARTS.searched.sum() == SEARCHED
     assert all((part > 0).all() for part in split(20, 20, seed=0))
 
 
