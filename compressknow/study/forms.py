@@ -264,7 +264,6 @@ class CheckpointForm(Form):
         from compressknow.model.tensors import DTYPE_SIZES
         from compressknow.study.measuring import SchemeRoundings
 
-        self.roundings = SchemeRoundings()
         self.label = f"{name_guide(guide)}, rounded to nearest"
         self._model, self._guide = model, guide
         maker = model.maker
@@ -276,10 +275,9 @@ class CheckpointForm(Form):
             for weight in structure.linears
             if SCOPES["blocks"](weight, "quantize") and weight.kind != "experts" and sources.of(weight)
         }
-        exact = {
-            module: prod(weight.shape) * DTYPE_SIZES[sources.of(weight)[0].dtype]
-            for module, weight in self._weights.items()
-        }
+        dtypes = {module: sources.of(weight)[0].dtype for module, weight in self._weights.items()}
+        self.roundings = SchemeRoundings(dtype=max(dtypes.values(), key=DTYPE_SIZES.__getitem__, default="BF16"))
+        exact = {module: prod(self._weights[module].shape) * DTYPE_SIZES[dtype] for module, dtype in dtypes.items()}
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)
         table = {}

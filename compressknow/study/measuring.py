@@ -99,12 +99,17 @@ class SchemeRoundings(Roundings):
     form = "checkpoint"
     candidates = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
 
+    def __init__(self, types: tuple[str, ...] | None = None, dtype: str = "BF16") -> None:
+        """Scales are stored in the `dtype` of the weights."""
+        super().__init__(types)
+        self._dtype = dtype
+
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return tuple(name for name in self.types if parse_scheme(name).misfit(tuple(shape)) is None)
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        # Scales are of the dtype of the weight: of 16 bits in what people compress. Shapes of what is packed are I64.
-        stored = [each for each in parse_scheme(name).stored(tuple(shape), "BF16") if each.dtype != "I64"]
+        # Shapes of what is packed are I64.
+        stored = [each for each in parse_scheme(name).stored(tuple(shape), self._dtype) if each.dtype != "I64"]
         return sum(prod(each.shape) * DTYPE_SIZES[each.dtype] for each in stored)
 
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
+import compressknow
 from compressknow.compress.calibrate.backward import Batch, choose_factors
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
@@ -42,6 +44,7 @@ from compressknow.study.sensitivity import (
 from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file, knowing
 from tests.long import long
+from tests.models import save_tiny, tiny
 
 SCHEMES = SchemeRoundings(("int8-weights", "int4/32"))
 GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
@@ -111,6 +114,22 @@ def rounded(known: Known, measured: ScoreChanges, roundings: Roundings, name: st
         return scores_of(known)
     finally:
         weight.data = before
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, "F32"), (torch.bfloat16, "BF16")])
+@pytest.mark.parametrize(("scheme", "type"), [("int8-weights", "int8-weights"), ("int4", "int4/32")])
+def test_bytes_of_a_type_are_those_of_the_converted_weight(
+    scheme: str, type: str, dtype: torch.dtype, stored: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"group_size": 32} if scheme == "int4" else {}
+    source = save_tiny("llama", tmp_path / "in", dtype)
+    compressknow.convert(source, tmp_path / "out", quantize=scheme, scope="attention", **options)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj"):
+        own = {name: each for name, each in tensors.items() if name.startswith(f"{module}.")}
+        nbytes = sum(each.nbytes for name, each in own.items() if not name.endswith("_shape"))
+        shape = tiny("llama").get_submodule(module).weight.shape
+        assert SchemeRoundings(dtype=stored).nbytes(type, shape) == nbytes
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ class Visitor:
         """Return the sums to which the inputs of what is watched are added."""
         raise NotImplementedError(module)
 
+    def keeps_output(self, module: str) -> bool:  # noqa: ARG002
+        """Return True if what a module gives while it is watched is what the next one reads. False if its visit changes
+        its weights, or its output is too large to be kept for all batches: then it runs once more."""
+        return False
+
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         """Act on what was seen of all batches. The module's weights are loaded, and what is changed of them counts.
         `rerun` runs the module on the first batch once more, and returns its output."""
@@ -139,14 +144,15 @@ def walk(
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
             run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
             with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
+                outputs: Sequence[Any] = [None] * len(stops)
                 if names := visitor.list_watched(module):
                     weights = {name: streamed.model.get_parameter(name) for name in names}
                     sums = visitor.get_sums(module)
                     sums.begin()
-                    pool.map(partial(_gather, run, weights, sums), stops)
+                    outputs = pool.map(partial(_gather, run, weights, sums, visitor.keeps_output(module)), stops)
                     visitor.visit(module, partial(_run_copy, run, here[0]))
                 if not visitor.is_done:
-                    calls = pool.map(partial(_advance, run, visitor), stops)
+                    calls = pool.map(partial(_advance, run, visitor), zip(stops, outputs, strict=True))
             streamed.release()
             on_module(module)
             if visitor.is_done:
@@ -171,31 +177,43 @@ def _run(forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
 
 def _run_copy(run: Run, call: Call) -> Any:
     """Run a module on a copy of its arguments, which it may overwrite: it will run once more."""
+    return run(_copy_call(call))
 
+
+def _copy_call(call: Call) -> Call:
     def copy_value(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.clone()
         return copy.deepcopy(value) if isinstance(value, Cache) else value
 
     args, kwargs = tuple(map(copy_value, call.args)), {key: copy_value(value) for key, value in call.kwargs.items()}
-    return run(Call(call.module, args, kwargs))
+    return Call(call.module, args, kwargs)
 
 
-def _gather(run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, stop: tuple[ForwardPass, Call]) -> None:
-    """Add what a module's weights read of one batch."""
+def _gather(
+    run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, keeps: bool, stop: tuple[ForwardPass, Call]
+) -> Any:
+    """Add what a module's weights read of one batch. Return what it gives if that is kept; None where the module is to
+    run again, also if it has changed what it was given, which the model may look at later."""
     forward_pass, call = stop
+    copied = _copy_call(call)
+    values = [*copied.args, *copied.kwargs.values()]
+    tensors = find_tensors(values)
+    versions = [tensor._version for tensor in tensors]
     with Watch(weights) as watch:
-        _run_copy(run, call)
+        output = run(copied)
     if watch.overwritten:
         with Watch(weights, copies=True) as watch:
             _run_copy(run, call)
     sums.add(forward_pass.number, watch.seen)
+    changed = versions != [tensor._version for tensor in tensors] or any(isinstance(each, Cache) for each in values)
+    return output if keeps and not changed else None
 
 
-def _advance(run: Run, visitor: Visitor, stop: tuple[ForwardPass, Call]) -> Any:
-    """Run a module on one batch, and take its pass to the next one."""
-    forward_pass, call = stop
-    output = run(call)
+def _advance(run: Run, visitor: Visitor, at: tuple[tuple[ForwardPass, Call], Any]) -> Any:
+    """Take a batch's pass from a module to the next one, with what the module gives; run it where that is None."""
+    (forward_pass, call), output = at
+    output = run(call) if output is None else output
     visitor.receive_output(call.module, forward_pass.number, call, output)
     return forward_pass.advance(output)
 
@@ -292,6 +310,9 @@ class _Observer(TargetVisitor[LinearWeight]):
         check = self._pool.check
         parts = [(len(text), Sums(names, products=self._products, peaks=False, check=check)) for text in self._texts]
         return parts[0][1] if len(parts) == 1 else MixedSums(parts)
+
+    def keeps_output(self, module: str) -> bool:
+        return module in self._streamed.blocks
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self._unvisited.pop(module, None)

@@ -30,10 +30,10 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 class Seeing(Visitor):
-    """Looks at every block, and changes none."""
+    """Looks at every block, and changes none; `keeps` what each gives, or has it run once more."""
 
-    def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None], keeps: bool = False) -> None:
+        self.weights, self.keeps = weights, keeps
         self.by_block = {block: Sums(names, products=True, peaks=True, check=check) for block, names in weights.items()}
         self.order: list[str] = []
 
@@ -42,6 +42,9 @@ class Seeing(Visitor):
 
     def get_sums(self, module: str) -> Sums:
         return self.by_block[module]
+
+    def keeps_output(self, module: str) -> bool:  # noqa: ARG002
+        return self.keeps
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self.order.append(module)
@@ -57,16 +60,24 @@ def batches_of(model: PreTrainedModel, count: int = 5) -> Batches:
     return [{"input_ids": drawn(11), **({"decoder_input_ids": drawn(7)} if two else {})} for _ in range(count)]
 
 
-def walked(folder: Path, batches: Batches, threads: int = 2) -> tuple[Seeing, dict[str, Any]]:
+def walked(
+    folder: Path,
+    batches: Batches,
+    threads: int = 2,
+    *,
+    keeps: bool = False,
+    change: Callable[[PreTrainedModel], object] = id,
+) -> tuple[Seeing, dict[str, Any]]:
     checkpoint, tree = open_complete(folder)
     structure = read_structure(tree)
     with OpenFiles() as files, Pool(threads) as pool:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
+        change(streamed.model)
         weights = {
             block: [w.parameter for w in structure.linears if f"{w.module}.".startswith(f"{block}.")]
             for block in streamed.blocks
         }
-        seeing = Seeing(weights, pool.check)
+        seeing = Seeing(weights, pool.check, keeps)
         walk(streamed, batches, seeing, pool)
     found = {name: seeing.by_block[block].get(Key(name)) for block, names in weights.items() for name in names}
     return seeing, found
@@ -92,12 +103,13 @@ def seen_by_hooks(model: PreTrainedModel, batches: Batches) -> dict[str, torch.T
     return products
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, tmp_path: Path) -> None:
+def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, keeps: bool, tmp_path: Path) -> None:
     folder = save_tiny(name, tmp_path / "in")
     model = copy.deepcopy(tiny(name))
     batches = batches_of(model)
-    seeing, found = walked(folder, batches)
+    seeing, found = walked(folder, batches, keeps=keeps)
     expected = seen_by_hooks(model, batches)
     assert len(set(seeing.order)) >= 2 or name == "albert"
     assert found
@@ -106,6 +118,31 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, tm
         assert statistics is not None, parameter
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
         assert torch.equal(statistics.squares, statistics.products.diagonal())
+
+
+@pytest.mark.parametrize(("keeps", "overwrites", "runs"), [(False, False, 2), (True, False, 1), (True, True, 2)])
+def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_what_it_reads(
+    keeps: bool, overwrites: bool, runs: int, tmp_path: Path
+) -> None:
+    folder, batches = save_tiny("llama", tmp_path / "in"), batches_of(tiny("llama"))
+    ran: list[int] = []
+
+    def change(tree: PreTrainedModel) -> None:
+        block = tree.model.layers[0]
+        forward = block.forward
+
+        def counted(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            ran.append(1)
+            if overwrites:
+                hidden_states.mul_(2)
+            return forward(hidden_states, **kwargs)
+
+        block.forward = counted
+
+    _, found = walked(folder, batches, keeps=keeps, change=change)
+    assert len(ran) == runs * len(batches)
+    _, expected = walked(folder, batches, change=change)
+    assert all(torch.equal(found[name].products, expected[name].products) for name in expected)
 
 
 def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -> None:
