@@ -111,7 +111,8 @@ def _get_id(fact: Fact) -> str:
 class EvaluationSet:
     """One part of the facts, with running texts that are read beside them, and what the original answers to them;
     making it evaluates the original. `folder` keeps all answers. Facts that grade have noise floors of the original,
-    whose distributions are kept then.
+    whose distributions are kept then; of others, files are asked those alone that the original knows: what a file keeps
+    shows in them.
 
     `reference` are the original's answers as they were given, to each wording; `original` the same as they count.
     """
@@ -127,11 +128,28 @@ class EvaluationSet:
         noise_floors: Collection[AddNoiseFloor] = (),
     ) -> None:
         self.known_as, self._folder = known, folder
-        self._evaluate = partial(study_model.evaluate, probes=probes, on_progress=on_progress, whole=bool(noise_floors))
+        self._evaluate = partial(study_model.evaluate, on_progress=on_progress, whole=bool(noise_floors))
         self.reference = self._evaluate(
-            study_model.original, folder=folder / ORIGINAL, reference=None, noise_floors=noise_floors
+            study_model.original, probes, folder / ORIGINAL, reference=None, noise_floors=noise_floors
         )
         self.original = grade(self.reference, known)
+        self._asked, self._answered = probes, self.reference
+        if not noise_floors and self.known:
+            self._ask_known()
+
+    def _ask_known(self) -> None:
+        known = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
+        some = [
+            replace(probe, facts=tuple(fact for fact in probe.facts if (probe.name, _get_id(fact)) in known))
+            for probe in self._asked
+            if isinstance(probe, Probe)
+        ]
+        self._asked = probes = [probe for probe in some if probe.facts]
+        asked = {(probe.name, fact.id) for probe in probes for fact in probe.facts}
+        answers = tuple(each for each in self.reference.answers if (each.probe, each.fact_id) in asked)
+        record = self.reference.record
+        entries = {each.name: replace(record.probes[each.name], fingerprint=each.fingerprint()) for each in probes}
+        self._answered = Answers(replace(record, probes=entries), answers)
 
     @property
     def known(self) -> int:
@@ -144,11 +162,12 @@ class EvaluationSet:
         Raises CompressknowError where it cannot be evaluated.
         """
         folder = self._folder / CELLS / handle.sha256[:16]
-        return self._evaluate(handle, folder=folder, reference=self.reference)
+        return self._evaluate(handle, self._asked, folder, reference=self._answered)
 
     def estimate_kept(self, answers: Answers, level: float) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
-        return compare(self.original, grade(answers, self.known_as), show_facts=False).kept_at(level)
+        before, after = (grade(side, self.known_as) for side in (self._answered, answers))
+        return compare(before, after, show_facts=False).kept_at(level)
 
 
 # Sizes that are evaluated: so many halvings of the predicted loss, and then an end that was not reached.
