@@ -278,12 +278,11 @@ def _list_best(scorer: Scorer, query: Query, answer: Answer) -> list[Ids]:
     """Return the ids of the best answers to a fact, what was answered first: at least two."""
     if query.fact.candidates:
         best = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
-        logp = answer.top5_logp
+        logp = list(answer.top5_logp)
     else:
         likeliest = zip(map(int, answer.first_ids), answer.first_logp, strict=True)
-        allowed = [(token, own) for token, own in likeliest if scorer.allowed is None or token in scorer.words]
-        best = [(token,) for token, _ in allowed[: len(answer.top5)]]
-        logp = tuple(own for _, own in allowed[: len(answer.top5)])
+        allowed = [each for each in likeliest if scorer.allowed is None or each[0] in scorer.words][: len(answer.top5)]
+        best, logp = [(token,) for token, _ in allowed], [own for _, own in allowed]
     shares = torch.tensor(logp).softmax(0).cumsum(0)
     return best[: max(2, 1 + int((shares < MASS).sum()))]
 
