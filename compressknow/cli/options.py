@@ -312,7 +312,7 @@ fit_options = join_options(
         "--rounding",
         group=FIT,
         type=OneOf(["gptq", "nearest"]),
-        help="How weights of a GGUF file are rounded: gptq or nearest.  [default: gptq]",
+        help="How weights are rounded: gptq or nearest.  [default: gptq; of checkpoints nearest]",
     ),
 )
 

@@ -92,14 +92,8 @@ class Request:
             raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
         if self.rounding not in (None, "gptq", "nearest"):
             raise UsageError(f"--rounding {self.rounding}: there is gptq, nearest.")
-        self.check_form(self.to or GGUF)
         if self.to == GGUF:
             check_types(self.must)
-
-    def check_form(self, form: str) -> None:
-        """Raise UsageError for what a form cannot do."""
-        if form == CHECKPOINT and self.rounding == "gptq":
-            raise UsageError("--rounding gptq goes with --to gguf: checkpoints are rounded to nearest.")
 
 
 class Form(ABC):
@@ -259,13 +253,14 @@ class CheckpointForm(Form):
 
     name, place = CHECKPOINT, "model"
 
-    def __init__(self, model: StudyModel, guide: Guide, must: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, model: StudyModel, request: Request) -> None:
         from compressknow.compress.sources import Sources
         from compressknow.model.tensors import DTYPE_SIZES
         from compressknow.study.measuring import SchemeRoundings
 
-        self.label = f"{name_guide(guide)}, rounded to nearest"
-        self._model, self._guide = model, guide
+        self._model, self._guide = model, request.guide
+        self._calibration = request.text if request.rounding == "gptq" else None
+        self.label = f"{name_guide(request.guide)}, rounded {'by GPTQ' if self._calibration else 'to nearest'}"
         maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
@@ -287,14 +282,14 @@ class CheckpointForm(Form):
             for kind in self.roundings.list_legal(shape):
                 table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         super().__init__(
-            _pin_modules(table, self._weights, must),
+            _pin_modules(table, self._weights, request.must),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
             _list_joined(self._weights),
         )
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
-        maker.plan(_build_recipe(self.choose(self.floor).types))
+        maker.plan(self._build_recipe(self.choose(self.floor).types))
 
     def _takes_several(self) -> bool:
         """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
@@ -304,7 +299,7 @@ class CheckpointForm(Form):
         types = {name: list(self.table[name])[-1] for name in units[0]}
         types |= {name: list(self.table[name])[1] for name in units[-1]}
         try:
-            self._model.maker.plan(_build_recipe(types))
+            self._model.maker.plan(self._build_recipe(types))
         except UnsupportedError:
             return False
         return True
@@ -336,24 +331,28 @@ class CheckpointForm(Form):
         from compressknow.compress.convert import convert
         from compressknow.pages.model_card import make_model_card
 
-        folder, recipe = self._model.maker.checkpoint.folder, _build_recipe(found.types)
-        convert(folder, place, recipe, render_card=make_model_card)
+        maker, recipe = self._model.maker, self._build_recipe(found.types)
+        text = maker.text(maker.plan(recipe))
+        convert(maker.checkpoint.folder, place, recipe, text=text, render_card=make_model_card)
+
+    def decides(self) -> list[Any]:
+        return [asdict(self._calibration)] if self._calibration else []
 
     def recipe(self, found: Allocation) -> str:
-        return to_toml(_build_recipe(found.types).to_dict())
+        return to_toml(self._build_recipe(found.types).to_dict())
 
+    def _build_recipe(self, types: Mapping[str, str]) -> Recipe:
+        """Return the recipe of a type for each module."""
+        from compressknow.study.measuring import parse_scheme
 
-def _build_recipe(types: Mapping[str, str]) -> Recipe:
-    """Return the recipe of a type for each module."""
-    from compressknow.study.measuring import parse_scheme
-
-    schemes = {kind: parse_scheme(kind) for kind in types.values() if kind != NONE}
-    steps = (
-        Quantize(schemes[kind].name, Where(("blocks",), tuple(patterns)), schemes[kind].values())
-        for kind, patterns in build_rules(types).items()
-        if kind in schemes
-    )
-    return Recipe(tuple(steps))
+        schemes = {kind: parse_scheme(kind) for kind in types.values() if kind != NONE}
+        rounding = "gptq" if self._calibration else "nearest"
+        steps = (
+            Quantize(schemes[kind].name, Where(("blocks",), tuple(patterns)), schemes[kind].values(), rounding)
+            for kind, patterns in build_rules(types).items()
+            if kind in schemes
+        )
+        return Recipe(tuple(steps), calibration=self._calibration)
 
 
 def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
@@ -424,9 +423,8 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     from compressknow.engine.language_model import find_family
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)
-    request.check_form(form)
     if form == CHECKPOINT:
-        yield CheckpointForm(model, request.guide, request.must)
+        yield CheckpointForm(model, request)
         return
     require(*NEEDED)
     from compressknow.gguf.export import prepare, write_floats

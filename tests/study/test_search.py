@@ -159,6 +159,21 @@ def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None
     assert weights == (folder / "model" / "model.safetensors").read_bytes()
 
 
+def test_a_checkpoint_is_rounded_by_gptq_where_that_is_asked_for(llama: Place, tmp_path: Path) -> None:
+    weights = {}
+    for rounding in ("nearest", "gptq"):
+        assert llama.search(rounding, "--size", "120kB", "--rounding", rounding) == 0
+        folder = llama.folder / rounding
+        assert llama.found(rounding)["by"].endswith("by GPTQ" if rounding == "gptq" else "to nearest")
+        again = tmp_path / rounding
+        compressknow.convert(llama.model, again, recipe=folder / "recipe.toml")
+        weights[rounding] = (folder / "model" / "model.safetensors").read_bytes()
+        assert (again / "model.safetensors").read_bytes() == weights[rounding]
+    chosen = [llama.found(rounding)["winner"]["types"] for rounding in weights]
+    assert chosen[0] == chosen[1]
+    assert weights["nearest"] != weights["gptq"]
+
+
 def test_facts_that_were_not_held_out_alone_guide(gguf: Place) -> None:
     folder, record = gguf.folder / "found", json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
     (searched,) = (read_answers(f) for f in (folder / "searched" / "original").iterdir())
@@ -434,7 +449,6 @@ def test_what_must_be_is(llama: Place) -> None:
         (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),
         (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
         (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
-        (["--keep", "0.9", "--rounding", "gptq"], "--rounding gptq goes with --to gguf", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
         (["--size", "50kB"], "50.0 kB cannot be kept: the smallest file has 10", 2),
