@@ -38,7 +38,6 @@ from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, c
 from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
 from compressknow.study.search import (
     LEVEL,
-    USUAL,
     Candidate,
     CandidateHandle,
     Candidates,
@@ -177,11 +176,11 @@ def search(
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
-        def kept(found: Allocation, by: EvaluationSet, level: float) -> Estimate:
-            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), level)
+        def kept(found: Allocation, by: EvaluationSet) -> Estimate:
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), LEVEL)
 
         def evaluate(found: Allocation) -> Trial:
-            trial = candidates.trial(found, kept(found, guided, USUAL))
+            trial = candidates.trial(found, kept(found, guided))
             if on_result:
                 on_result(trial)
             return trial
@@ -189,7 +188,7 @@ def search(
         if keep is not None and selection is not None:
             chosen = SizeSearch(keep, form.choose, evaluate)
             chosen.explore(form.floor, form.ceiling)
-            chosen.confirm(lambda found: kept(found, selection, LEVEL))
+            chosen.confirm(lambda found: kept(found, selection))
             winner = chosen.winner
         else:
             chosen, found = None, form.choose(request.size or 0)
@@ -203,7 +202,7 @@ def search(
             candidates.place(winner.found, folder / form.place)
             handle = ModelHandle(locate(folder / form.place), candidates.settings)
             after = grading.evaluate(handle)
-            trial = replace(winner.trial, graded=grading.estimate_kept(after, USUAL))
+            trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
             card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
             write_reports(card, [folder / name for name in REPORTS], overwrite=True)

@@ -35,7 +35,7 @@ from compressknow.pages.records import write_estimate
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
 
-COLUMNS = f"{'Weights':<40}{'Kept (95 % interval)':<28}{'Size':>12}"
+COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
 @command(more=list_probes)

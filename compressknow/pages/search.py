@@ -74,7 +74,7 @@ class Search(notebook.Tabular):
     known_searched: int
     known_held_out: int
     known_graded: int
-    level: float  # of the intervals of facts that select; all others are of 95 %
+    level: float  # of the intervals of facts that are not those that grade
     bytes: int  # of the original's weights
     tried: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
@@ -157,7 +157,7 @@ def _make_sections(search: Search) -> Iterator[Shown]:
 def _describe_chart(search: Search) -> str:
     about = (
         "The share is measured on the facts of the search split. The broken line is the share to keep; the lower end "
-        "of a file's interval (95 %, the stroke through its mark) must reach it, before facts held out select it."
+        f"of a file's interval ({100 * search.level:.3g} %, the stroke through its mark) must reach it."
     )
     if search.rounding is None:
         return about

@@ -164,7 +164,7 @@ class EvaluationSet:
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, self._asked, folder, reference=self._answered)
 
-    def estimate_kept(self, answers: Answers, level: float) -> Estimate:
+    def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
         before, after = (grade(side, self.known_as) for side in (self._answered, answers))
         return compare(before, after, show_facts=False).kept_at(level)
@@ -179,12 +179,10 @@ NEAR = 0.03
 # How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
 # put there after another is predicted to lose that much less, or would fall short too.
 CONFIRMED, APART = 3, 0.7
-# Of the intervals by which a file is selected (Bonferroni). Of one file it would be 99 %: the share kept is skewed
-# where a few relations lose much, so that an interval's lower end lies too high more often than its level says. So a
-# file that keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
+# Of the intervals by which files are tried and selected (Bonferroni). Of one file it would be 99 %: the share kept is
+# skewed where a few relations lose much, so that an interval's lower end lies too high more often than its level says.
+# So a file that keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
 LEVEL = 1 - 0.01 / CONFIRMED
-# Of all others. What steers is fewer facts than what selects: an interval of this level is about as wide there.
-USUAL = 0.95
 
 
 @dataclass(frozen=True)
