@@ -89,7 +89,7 @@ def search(
     """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
 
     Each weight gets the type by which all of them are predicted to lose least. Some facts guide that, and the sizes
-    that are tried, 400 of a probe at most; the winner is selected by a third of all facts, by the lower end of its
+    that are tried, 450 of a probe at most; the winner is selected by a third of all facts, by the lower end of its
     interval, and graded by another third: the share that is told is of facts that had no part in the choice. A search
     that was stopped resumes, and ends as it would have.
 

@@ -9,7 +9,7 @@ import pytest
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, HALVINGS, NEAR, SizeSearch, select_promising
+from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch, select_promising
 
 FLOOR, CEILING = 1_000_000, 3_000_000
 
@@ -45,7 +45,7 @@ def test_a_few_files_find_the_smallest_that_keeps_enough(enough: int) -> None:
     search, evaluated = explored(enough)
     assert len(evaluated.given) <= HALVINGS + 1
     smallest = min(each.nbytes for each in evaluated.given if each.nbytes >= enough)
-    assert enough <= smallest <= (1 + NEAR) * enough
+    assert enough <= smallest <= 1.03 * enough
     assert len({each.nbytes for each in evaluated.given}) == len(evaluated.given) == len(search.tried)
 
 
