@@ -5,6 +5,10 @@ those that llama.cpp's own search gives for the block as it is when its turn com
 then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
 like any other.
 
+A layer reads what the layers before it make once they are rounded. It makes up for part of what they lost (GPTAQ, Li et
+al. 2025, arXiv 2504.02692): the text runs through the original too, and the layer's weights move towards those that
+would give, of what is read now, what the original gives.
+
 The file has its types and sizes already, from llama.cpp; only codes and scales change.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +31,15 @@ from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import BATCH_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
 from compressknow.gguf.grids import Bytes, dequantize, quantize
-from compressknow.gguf.importance import LEAST_TOKENS
+from compressknow.gguf.importance import LEAST_TOKENS, Floats
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
 
 # Weights that are rounded at a time.
-_MOST = 1 << 25
+_MOST = 1 << 23
+# Of the way to the weights that make up for all that was lost before, which fit the text too well. GPTAQ's own share.
+_SHARE = 0.25
 
 
 class Field(NamedTuple):
@@ -86,7 +93,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     Parameters
     ----------
     weight : float32; left as it is.
-    inputs : with products.
+    inputs : with products; with a drift the layer makes up for a part of it.
 
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
@@ -99,19 +106,31 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
-    rounding = (_Rows(kind, layout, rows, order, importance) for rows in torch.split(weight, step))
-    return np.concatenate([rows.round(factor) for rows in rounding])
+    moved = (_move_weights(rows, inputs.drift, factor, order) for rows in torch.split(weight, step))
+    return np.concatenate([_Rows(kind, layout, rows, importance, order).round(factor) for rows in moved])
+
+
+def _move_weights(
+    weight: torch.Tensor, drift: torch.Tensor | None, factor: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Return weights [out, in] of which X makes more of what W made of the original's Y, float32 [in, out], its columns
+    in order: W + share W (Y - X)^T X (X^T X)^-1, by least squares."""
+    columns = weight.to(torch.float32).T[order]
+    if drift is not None:
+        missing = (weight.to(torch.float32) @ drift)[:, order] @ factor.T
+        columns.addmm_(factor.T, missing.T, alpha=_SHARE)
+    return columns.contiguous()
 
 
 class _Rows:
     """Rows of a weight, which do not depend on others."""
 
     def __init__(
-        self, kind: str, layout: Layout, weight: torch.Tensor, order: torch.Tensor, importance: torch.Tensor
+        self, kind: str, layout: Layout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
     ) -> None:
         self._kind, self._layout, self._order, self._importance = kind, layout, order, importance
-        self._columns = weight.to(torch.float32).T[order].contiguous()
-        self._codes = torch.empty(weight.shape[::-1], dtype=torch.int16)
+        self._columns = columns
+        self._codes = torch.empty(columns.shape, dtype=torch.int16)
         self._blocks: dict[int, Bytes] = {}
         self._levels = None if layout.levels is None else torch.tensor(layout.levels, dtype=torch.float32)
         self._offset = self._step = torch.empty(0)
@@ -226,25 +245,36 @@ def round_file(
     names = {tensors.weights[name][0].parameter: name for name in same_channels if name in tensors.weights}
     rounded: set[str] = set()
 
-    def round_matrix(job: tuple[Key, InputStatistics]) -> None:
+    def round_matrix(weights: Mapping[str, torch.Tensor], job: tuple[Key, InputStatistics]) -> None:
         (parameter, matrix), inputs = job
         name = names[parameter]
-        kind, stored, values = made[name].tensor_type.name.lower(), made[name].data, floats[name].data
-        if kind not in LAYOUTS:
-            return
+        kind, stored, values = made[name].tensor_type, made[name].data, floats[name].data
         if stored.ndim > 2:
             if inputs.tokens < LEAST_TOKENS:
                 return
             stored, values = stored[matrix], values[matrix]
         # A copy: torch takes no array that cannot be written to, such as one of a file.
         values = gguf.dequantize(values, floats[name].tensor_type).astype(np.float32, order="C")
-        stored[...] = round_gptq(torch.from_numpy(values), kind, inputs)
-        rounded.add(name)
+        if (layout := kind.name.lower()) in LAYOUTS:
+            stored[...] = round_gptq(torch.from_numpy(values), layout, inputs)
+            rounded.add(name)
+        if (weight := weights.get(parameter)) is not None and weight.dim() == 2:
+            transposed = tensors.weights[name][0].transposed
+            replace_rows(weight.T if transposed else weight, values, gguf.dequantize(stored, kind))
 
-    def visit(seen: Mapping[Key, InputStatistics], pool: Pool) -> None:
-        pool.map(round_matrix, [job for job in seen.items() if job[0].parameter in names])
+    def visit(seen: Mapping[Key, InputStatistics], weights: Mapping[str, torch.Tensor], pool: Pool) -> None:
+        pool.map(partial(round_matrix, weights), [job for job in seen.items() if job[0].parameter in names])
 
     with begin("round") as advance:
-        observe(checkpoint, tree, texts, visit, products=True, threads=threads, on_progress=advance or max)
+        observe(checkpoint, tree, texts, visit, products=True, pairs=True, threads=threads, on_progress=advance or max)
     file.mapped.flush()
     return len(rounded)
+
+
+def replace_rows(weight: torch.Tensor, exact: Floats, rounded: Floats) -> None:
+    """Overwrite rows of a weight, float32 [out, in], by what they are rounded to. They are found by their values, for
+    the converter turns rows round (Llama's queries and keys), splits and merges; what it has changed stays as it is."""
+    places = {row.tobytes(): place for place, row in enumerate(exact)}
+    found = [places.get(row.tobytes(), -1) for row in weight.numpy()]
+    known = [number for number, place in enumerate(found) if place >= 0]
+    weight[known] = torch.from_numpy(rounded[[found[number] for number in known]].astype(np.float32, copy=False))

@@ -93,7 +93,7 @@ def gather_inputs(
             checkpoint,
             tree,
             [text.batches],
-            lambda seen, _: statistics.update(seen),
+            lambda seen, *_: statistics.update(seen),
             threads=threads,
             on_progress=advance or max,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 pytest.importorskip("llama_cpp_py_sync")
 
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.gguf.gptq import LAYOUTS, pack, round_gptq
+from compressknow.gguf.gptq import LAYOUTS, pack, replace_rows, round_gptq
 from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize
 
 ROWS, COLUMNS = 24, 512
@@ -95,3 +97,34 @@ def test_inputs_that_do_not_depend_on_each_other_leave_nothing_to_make_up_for(ki
     )
     nearest = np.abs(grid - exact.numpy()).min(axis=0)
     np.testing.assert_allclose(np.abs(made - exact.numpy()), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q3_k"])
+def test_what_layers_before_have_lost_is_made_up_for_in_part(kind: str) -> None:
+    """Towards the weights that give, of what is read, what the original gives of its own inputs: by least squares, in
+    float64."""
+    exact, generator = weight(), torch.Generator().manual_seed(2)
+    original = torch.randn(2000, COLUMNS, generator=generator)
+    own = original + 0.3 * torch.randn(2000, COLUMNS, generator=generator) + 0.2 * original.roll(1, dims=1)
+    products = own.T @ own
+    inputs = InputStatistics("layer", 2000, products.diagonal().clone(), None, products, (original - own).T @ own)
+
+    def lost(made: np.ndarray) -> float:
+        return float((own @ torch.from_numpy(made).T - original @ exact.T).square().sum())
+
+    made = dequantize(round_gptq(exact, kind, inputs), kind, exact.shape)
+    without = dequantize(round_gptq(exact, kind, replace(inputs, drift=None)), kind, exact.shape)
+    assert lost(made) < 0.9 * lost(without)
+    if kind == "q8_0":
+        damped = products.double() + 0.01 * products.diagonal().double().mean() * torch.eye(COLUMNS)
+        target = exact + 0.25 * exact.double() @ torch.linalg.solve(damped, inputs.drift.double().T).T
+        assert float((torch.from_numpy(made) - target).norm() / target.norm()) < 0.02
+        assert float((torch.from_numpy(made) - exact).norm() / exact.norm()) > 0.04
+
+
+def test_rows_are_found_wherever_the_converter_has_put_them() -> None:
+    weight = torch.arange(24.0).reshape(6, 4)
+    exact = weight[[4, 0, 2]].numpy().copy()
+    replace_rows(weight, exact, -exact)
+    assert torch.equal(weight.sign()[1:, 0], torch.tensor([1.0, -1, 1, -1, 1]))
+    assert torch.equal(weight.abs(), torch.arange(24.0).reshape(6, 4))

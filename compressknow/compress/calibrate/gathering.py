@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ OPERANDS: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__), (0, 1)),
 }
 TURN_SECONDS = 0.05
+# After all keys of a batch.
+_END = (math.inf, 0)
 BAND = 128
 
 
@@ -39,6 +42,8 @@ class InputStatistics:
     squares : float32 [in], the sum of x^2 over rows: the diagonal of `products`.
     peaks : float32 [in], the largest magnitudes; None if nothing needs them.
     products : float32 [in, in], X^T X; None if nothing needs them.
+    drift : float32 [in, in], (Y - X)^T X of the inputs Y that the original's layer has there; None if they are not
+        known, or are the same.
     inverses, lock : what `compensation.get_inverse` has made of the products.
     """
 
@@ -47,6 +52,7 @@ class InputStatistics:
     squares: torch.Tensor
     peaks: torch.Tensor | None = None
     products: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
     inverses: dict[bool, tuple[torch.Tensor, torch.Tensor]] = field(init=False, repr=False, default_factory=dict)
     lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
@@ -62,12 +68,18 @@ class Key(NamedTuple):
 Seen = tuple[Key, torch.Tensor]
 
 
+class AllSeen(BaseException):
+    """End of a run whose output nobody needs: all is seen. No Exception, for models catch these."""
+
+
 class Watch(TorchFunctionMode):
     """Recorder of the inputs of some weights, given by name, while it is entered, in its thread alone; with `copies`,
-    of copies of them, for blocks that overwrite them after use."""
+    of copies of them, for blocks that overwrite them after use. It raises AllSeen, if it `ends` the run, before the
+    last of the weights is multiplied with anything."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False, ends: bool = False) -> None:
         super().__init__()
+        self._ends = ends
         self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.
@@ -83,6 +95,8 @@ class Watch(TorchFunctionMode):
             if left.dim() > 1 and right.dim() > 1:
                 # Mamba writes its products the other way round.
                 self._note(right.transpose(-1, -2), left)
+            if self._ends and len({key.parameter for key, _ in self.seen}) == len(self._names):
+                raise AllSeen
         return func(*args, **kwargs or {})
 
     def _note(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
@@ -118,11 +132,24 @@ class Sums:
     order : the parameters that may be seen; sums are added in it.
     products : keep X^T X; else the sums of squares alone.
     peaks : keep the largest magnitudes.
+    paired : None, or batches come in pairs, the original's inputs first, which are not summed: of these parameters it
+        is summed how far the second's are from them.
     check : called while a batch waits for its turn; raises if waiting is in vain.
     """
 
-    def __init__(self, order: Iterable[str], *, products: bool, peaks: bool, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        order: Iterable[str],
+        *,
+        products: bool,
+        peaks: bool,
+        check: Callable[[], None],
+        paired: Collection[str] | None = None,
+    ) -> None:
         self._order = {name: place for place, name in enumerate(order)}
+        self._paired = paired
+        # Inputs of the first of each pair that is under way.
+        self._originals: dict[int, dict[Key, list[torch.Tensor]]] = {}
         self._products, self._peaks, self._check = products, peaks, check
         self._sums: dict[Key, _Sum] = {}
         self._leaders: dict[str, str] = {}
@@ -140,16 +167,24 @@ class Sums:
             self._wait(batch, (0, 0))
             by_key = self._drop_twins(seen)
             self._pass(batch, (1, -1))
+            if self._paired is not None and batch % 2 == 0:
+                self._originals[batch] = {key: own for key, own in by_key.items() if key.parameter in self._paired}
+                by_key = {}
             for key in sorted(by_key, key=self._locate):
                 self._wait(batch, self._locate(key))
                 if key not in self._sums:
                     width = by_key[key][0].shape[-1]
                     self._sums[key] = _Sum(key.parameter, width, products=self._products, peaks=self._peaks)
-                for inputs in by_key[key]:
-                    self._sums[key].add(inputs)
+                own = by_key[key]
+                originals = self._originals.get(batch - 1, {}).get(key, ())
+                for inputs, original in zip_longest(own, originals):
+                    self._sums[key].add(inputs, original)
                 self._pass(batch, self._locate(key, after=True))
+            # The one before may have more keys than this one, which the one after has too.
+            self._wait(batch, _END)
         finally:
-            self._pass(batch, (float("inf"), 0))
+            self._originals.pop(batch - 1, None)
+            self._pass(batch, (math.inf, 1))
 
     def get(self, key: Key) -> InputStatistics | None:
         """Return what was seen of a weight's inputs; None if it was not used."""
@@ -225,17 +260,22 @@ class MixedSums:
 
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
+    """Mix statistics of the same inputs in several texts, in the memory of the first: the others' own end here."""
     scales = [1 / max(float(part.squares.mean()), torch.finfo(torch.float32).tiny) for part in parts]
-    scaled = list(zip(parts, scales, strict=True))
-    squares = sum(part.squares * scale for part, scale in scaled)
-    products = sum(part.products * scale for part, scale in scaled if part.products is not None)
-    assert isinstance(squares, torch.Tensor)
-    return InputStatistics(
-        parts[0].name,
-        sum(part.tokens for part in parts),
-        squares,
-        products=products if isinstance(products, torch.Tensor) else None,
-    )
+
+    def mix(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [(tensor, scale) for tensor, scale in zip(tensors, scales, strict=True) if tensor is not None]
+        for number, (tensor, scale) in enumerate(known):
+            if number:
+                known[0][0].add_(tensor, alpha=scale)
+            else:
+                tensor.mul_(scale)
+        return known[0][0] if known else None
+
+    tokens, squares = sum(part.tokens for part in parts), mix([part.squares for part in parts])
+    assert squares is not None
+    products, drift = mix([part.products for part in parts]), mix([part.drift for part in parts])
+    return InputStatistics(parts[0].name, tokens, squares, products=products, drift=drift)
 
 
 class _Sum:
@@ -244,10 +284,14 @@ class _Sum:
         self._squares = torch.zeros(width)
         self._peaks = torch.zeros(width) if peaks else None
         self._products = torch.zeros(width, width) if products else None
+        self._drift: torch.Tensor | None = None
         self._statistics: InputStatistics | None = None
 
-    def add(self, inputs: torch.Tensor) -> None:
+    def add(self, inputs: torch.Tensor, original: torch.Tensor | None = None) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        if original is not None:
+            self._drift = torch.zeros(rows.shape[1], rows.shape[1]) if self._drift is None else self._drift
+            self._drift.addmm_((original.reshape(rows.shape).to(torch.float32) - rows).T, rows)
         self._tokens += len(rows)
         self._statistics = None
         if self._products is not None:
@@ -272,5 +316,5 @@ class _Sum:
                     products[band.stop :, band] = products[band, band.stop :].T
                 squares = products.diagonal().clone()
             name = self._name.removesuffix(".weight")
-            self._statistics = InputStatistics(name, self._tokens, squares, self._peaks, products)
+            self._statistics = InputStatistics(name, self._tokens, squares, self._peaks, products, self._drift)
         return self._statistics

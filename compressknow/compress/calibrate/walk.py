@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums, Watch
+from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, Key, MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
     BlockwiseUnsupported,
@@ -38,8 +39,8 @@ from compressknow.model.tensors import OpenFiles
 Batches = Sequence[Mapping[str, torch.Tensor]]
 AnySums = Sums | MixedSums
 OnProgress = Callable[[int, int], object]
-# Gets what was seen of a block's weights, and a pool to work with.
-Visit = Callable[[dict[Key, InputStatistics], Pool], object]
+# Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
+Visit = Callable[[dict[Key, InputStatistics], Mapping[str, torch.Tensor], Pool], object]
 
 
 class Visitor:
@@ -61,7 +62,7 @@ class Visitor:
         """Return the sums to which the inputs of what is watched are added."""
         raise NotImplementedError(module)
 
-    def keeps_output(self, module: str) -> bool:  # noqa: ARG002
+    def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
         """Return True if what a module gives while it is watched is what the next one reads. False if its visit changes
         its weights, or its output is too large to be kept for all batches: then it runs once more."""
         return False
@@ -149,7 +150,7 @@ def walk(
                     weights = {name: streamed.model.get_parameter(name) for name in names}
                     sums = visitor.get_sums(module)
                     sums.begin()
-                    outputs = pool.map(partial(_gather, run, weights, sums, visitor.keeps_output(module)), stops)
+                    outputs = pool.map(partial(_gather, run, weights, sums, visitor), stops)
                     visitor.visit(module, partial(_run_copy, run, here[0]))
                 if not visitor.is_done:
                     calls = pool.map(partial(_advance, run, visitor), zip(stops, outputs, strict=True))
@@ -191,23 +192,27 @@ def _copy_call(call: Call) -> Call:
 
 
 def _gather(
-    run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, keeps: bool, stop: tuple[ForwardPass, Call]
+    run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, visitor: Visitor, stop: tuple[ForwardPass, Call]
 ) -> Any:
-    """Add what a module's weights read of one batch. Return what it gives if that is kept; None where the module is to
-    run again, also if it has changed what it was given, which the model may look at later."""
+    """Add what a module's weights read of one batch. Return what it gives if that is kept, else None: it runs again."""
     forward_pass, call = stop
     copied = _copy_call(call)
     values = [*copied.args, *copied.kwargs.values()]
     tensors = find_tensors(values)
     versions = [tensor._version for tensor in tensors]
-    with Watch(weights) as watch:
+    keeps, output = visitor.keeps_output(call.module, forward_pass.number), None
+    # What a head gives of a batch may be larger than all else.
+    with suppress(AllSeen), Watch(weights, ends=not keeps and call.module in visitor.lone_layers) as watch:
         output = run(copied)
     if watch.overwritten:
         with Watch(weights, copies=True) as watch:
             _run_copy(run, call)
     sums.add(forward_pass.number, watch.seen)
+    if not keeps:
+        return None
+    # The model may look later at what it gave the module, as the module has left it.
     changed = versions != [tensor._version for tensor in tensors] or any(isinstance(each, Cache) for each in values)
-    return output if keeps and not changed else None
+    return run(call) if changed else output
 
 
 def _advance(run: Run, visitor: Visitor, at: tuple[tuple[ForwardPass, Call], Any]) -> Any:
@@ -253,6 +258,7 @@ def observe(
     visit: Visit,
     *,
     products: bool = False,
+    pairs: bool = False,
     threads: int | None = None,
     on_progress: OnProgress = max,
 ) -> None:
@@ -265,24 +271,30 @@ def observe(
     visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
         does not reach are missing (experts, vision towers).
     products : gather X^T X too.
+    pairs : each batch runs twice side by side, through the original and through what `visit` has made of the blocks: it
+        also gets the block's weights, by parameter, float32, and may overwrite them. What is seen is then of the
+        second, with the `drift` from the first. Blocks that share weights, and models that do not run block by block,
+        are shown as they are, without weights.
     on_progress : called with the blocks that are done, and with how many there are.
     """
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
-    batches = [batch for text in texts for batch in text]
+    pairs = pairs and not any(weight.uses > 1 or weight.sharing for weight in weights)
     with OpenFiles() as files:
         try:
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files)
-                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                observer = _Observer(streamed, weights, texts, products, pairs, pool, visit, on_progress)
+                batches = [batch for text in texts for batch in text for _ in range(1 + pairs)]
                 walk(streamed, batches, observer, pool, observer.report)
                 observer.finish()
         except BlockwiseUnsupported:
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files, whole=True)
-                observer = _Observer(streamed, weights, texts, products, pool, visit, on_progress)
+                observer = _Observer(streamed, weights, texts, products, False, pool, visit, on_progress)
                 sums = observer.make_sums(weights)
+                batches = [batch for text in texts for batch in text]
                 gather_whole(streamed, [weight.parameter for weight in weights], batches, sums, on_progress)
                 observer.show(weights, sums)
 
@@ -296,37 +308,50 @@ class _Observer(TargetVisitor[LinearWeight]):
         weights: Sequence[LinearWeight],
         texts: Sequence[Batches],
         products: bool,
+        pairs: bool,
         pool: Pool,
         visit: Visit,
         on_progress: OnProgress,
     ) -> None:
         super().__init__(streamed, group_by_block(streamed, weights))
-        self._texts, self._products = texts, products
+        self._texts, self._products, self._pairs = texts, products, pairs
         self._pool, self._visit, self._on_progress = pool, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
         names = dict.fromkeys(weight.parameter for weight in targets)
+        # Of a pair, an expert may read other tokens.
+        paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self._pairs else None
         check = self._pool.check
-        parts = [(len(text), Sums(names, products=self._products, peaks=False, check=check)) for text in self._texts]
+        parts = [
+            (
+                len(text) * (1 + self._pairs),
+                Sums(names, products=self._products, peaks=False, paired=paired, check=check),
+            )
+            for text in self._texts
+        ]
         return parts[0][1] if len(parts) == 1 else MixedSums(parts)
 
-    def keeps_output(self, module: str) -> bool:
-        return module in self._streamed.blocks
+    def keeps_output(self, module: str, batch: int) -> bool:
+        return module in self._streamed.blocks and not (self._pairs and batch % 2)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self._unvisited.pop(module, None)
         if not self._repeats:
-            self.show(self._targets[module], self._sums.pop(module))
+            # What a lone layer gives is not kept: for the original it is still to run.
+            self.show(self._targets[module], self._sums.pop(module), changes=module in self._streamed.blocks)
 
-    def show(self, weights: Sequence[LinearWeight], sums: AnySums) -> None:
-        """Show what was seen of weights, but for those that the text does not reach."""
+    def show(self, weights: Sequence[LinearWeight], sums: AnySums, *, changes: bool = False) -> None:
+        """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
+        passes runs on with its `changes` of them."""
         keys = [
             Key(weight.parameter, matrix)
             for weight in weights
             for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
         ]
-        self._visit({key: seen for key in keys if (seen := sums.get(key)) is not None}, self._pool)
+        seen = {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
+        names = [weight.parameter for weight in weights] if changes and self._pairs else []
+        self._visit(seen, {name: self._streamed.model.get_parameter(name).data for name in names}, self._pool)
 
     def report(self, module: str) -> None:
         """Report a block that has run."""

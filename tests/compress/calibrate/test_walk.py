@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import StreamedModel
-from compressknow.compress.calibrate.walk import Visitor, walk
+from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
@@ -43,7 +44,7 @@ class Seeing(Visitor):
     def get_sums(self, module: str) -> Sums:
         return self.by_block[module]
 
-    def keeps_output(self, module: str) -> bool:  # noqa: ARG002
+    def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
         return self.keeps
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
@@ -143,6 +144,55 @@ def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_what_it_rea
     assert len(ran) == runs * len(batches)
     _, expected = walked(folder, batches, change=change)
     assert all(torch.equal(found[name].products, expected[name].products) for name in expected)
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_a_pair_of_passes_shows_how_far_inputs_have_drifted_from_the_originals(
+    overwrites: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a visit makes of a block is what the blocks after it read, in one pass of two."""
+    folder, model = save_tiny("llama", tmp_path / "in"), copy.deepcopy(tiny("llama"))
+    if overwrites:
+        forward = LlamaDecoderLayer.forward
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, x, **kwargs: forward(self, x.mul_(2), **kwargs))
+    found: dict[str, InputStatistics] = {}
+
+    def visit(seen: Mapping[Key, InputStatistics], weights: Mapping[str, torch.Tensor], _: Pool) -> None:
+        found.update({key.parameter: statistics for key, statistics in seen.items()})
+        for weight in weights.values():
+            weight.mul_(0.9)
+
+    texts = [batches_of(model, 3), batches_of(model, 2)]
+    observe(*open_complete(folder), texts, visit, products=True, pairs=True, threads=3)
+    for number in range(len(model.model.layers)):
+        changed = copy.deepcopy(model)
+        for parameter in changed.model.layers[:number].parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(0.9)
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            module = f"model.layers.{number}.{name}"
+            products, drift = torch.zeros(1), torch.zeros(1)
+            for text in texts:
+                own, original = (read_by(each, module, text) for each in (changed, model))
+                scale = own.square().sum(dim=0).mean()
+                products, drift = products + own.T @ own / scale, drift + (original - own).T @ own / scale
+            statistics = found[f"{module}.weight"]
+            for made, expected in ((statistics.products, products), (statistics.drift, drift)):
+                assert torch.allclose(made.double(), expected, rtol=1e-3, atol=1e-4 * float(products.max())), module
+            assert bool(statistics.drift.any()) == (number > 0)
+
+
+def read_by(model: PreTrainedModel, module: str, batches: Batches) -> torch.Tensor:
+    """What a layer reads, float64 [tokens, in]."""
+    rows: list[torch.Tensor] = []
+    hook = model.get_submodule(module).register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].reshape(-1, args[0].shape[-1]).double())
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    return torch.cat(rows)
 
 
 def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -> None:
