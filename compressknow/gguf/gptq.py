@@ -38,8 +38,9 @@ from compressknow.model.loading import open_complete
 
 # Weights that are rounded at a time.
 _MOST = 1 << 23
-# Of the way to the weights that make up for all that was lost before, which fit the text too well. GPTAQ's own share.
-_SHARE = 0.25
+# Of the way to the weights that make up for all that was lost before, which fit the text too well: GPTAQ's own share,
+# and less of it where the text has fewer tokens for each channel than this.
+_SHARE, _ENOUGH = 0.25, 4
 
 
 class Field(NamedTuple):
@@ -106,19 +107,20 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
-    moved = (_move_weights(rows, inputs.drift, factor, order) for rows in torch.split(weight, step))
+    moved = (_move_weights(rows, inputs, factor, order) for rows in torch.split(weight, step))
     return np.concatenate([_Rows(kind, layout, rows, importance, order).round(factor) for rows in moved])
 
 
 def _move_weights(
-    weight: torch.Tensor, drift: torch.Tensor | None, factor: torch.Tensor, order: torch.Tensor
+    weight: torch.Tensor, inputs: InputStatistics, factor: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
     """Return weights [out, in] of which X makes more of what W made of the original's Y, float32 [in, out], its columns
     in order: W + share W (Y - X)^T X (X^T X)^-1, by least squares."""
     columns = weight.to(torch.float32).T[order]
-    if drift is not None:
-        missing = (weight.to(torch.float32) @ drift)[:, order] @ factor.T
-        columns.addmm_(factor.T, missing.T, alpha=_SHARE)
+    if inputs.drift is not None:
+        share = _SHARE * min(inputs.tokens / (_ENOUGH * len(order)), 1)
+        missing = (weight.to(torch.float32) @ inputs.drift)[:, order] @ factor.T
+        columns.addmm_(factor.T, missing.T, alpha=share)
     return columns.contiguous()
 
 

@@ -99,27 +99,28 @@ def test_inputs_that_do_not_depend_on_each_other_leave_nothing_to_make_up_for(ki
     np.testing.assert_allclose(np.abs(made - exact.numpy()), nearest, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [2048, 512])
 @pytest.mark.parametrize("kind", ["q8_0", "q3_k"])
-def test_what_layers_before_have_lost_is_made_up_for_in_part(kind: str) -> None:
+def test_what_layers_before_have_lost_is_made_up_for_in_part(kind: str, tokens: int) -> None:
     """Towards the weights that give, of what is read, what the original gives of its own inputs: by least squares, in
-    float64."""
+    float64. Of a quarter of the tokens, they go a quarter of the way."""
     exact, generator = weight(), torch.Generator().manual_seed(2)
-    original = torch.randn(2000, COLUMNS, generator=generator)
-    own = original + 0.3 * torch.randn(2000, COLUMNS, generator=generator) + 0.2 * original.roll(1, dims=1)
+    original = torch.randn(2048, COLUMNS, generator=generator)
+    own = original + 0.3 * torch.randn(2048, COLUMNS, generator=generator) + 0.2 * original.roll(1, dims=1)
     products = own.T @ own
-    inputs = InputStatistics("layer", 2000, products.diagonal().clone(), None, products, (original - own).T @ own)
+    inputs = InputStatistics("layer", tokens, products.diagonal().clone(), None, products, (original - own).T @ own)
 
     def lost(made: np.ndarray) -> float:
         return float((own @ torch.from_numpy(made).T - original @ exact.T).square().sum())
 
     made = dequantize(round_gptq(exact, kind, inputs), kind, exact.shape)
     without = dequantize(round_gptq(exact, kind, replace(inputs, drift=None)), kind, exact.shape)
-    assert lost(made) < 0.9 * lost(without)
+    assert lost(made) < (0.9 if tokens == 2048 else 0.98) * lost(without)
     if kind == "q8_0":
         damped = products.double() + 0.01 * products.diagonal().double().mean() * torch.eye(COLUMNS)
-        target = exact + 0.25 * exact.double() @ torch.linalg.solve(damped, inputs.drift.double().T).T
-        assert float((torch.from_numpy(made) - target).norm() / target.norm()) < 0.02
-        assert float((torch.from_numpy(made) - exact).norm() / exact.norm()) > 0.04
+        change = exact.double() @ torch.linalg.solve(damped, inputs.drift.double().T).T * 0.25 * tokens / 2048
+        # Beside the change there is what rounding to 8 bits does.
+        assert float(((torch.from_numpy(made) - exact) * change).sum()) == pytest.approx(float((change**2).sum()), 0.05)
 
 
 def test_rows_are_found_wherever_the_converter_has_put_them() -> None:
