@@ -42,15 +42,14 @@ METHOD = (
 )
 
 
-def make_text_parts(texts: Sequence[TextFigures], names: tuple[str, str]) -> Iterator[Part]:
-    """Yield tables of each text, and a chart of how far its tokens moved; `names` are those of the two models."""
-    for figures in texts:
-        name = clean(figures.text, 60)
-        yield _make_perplexity_table(figures, name, names)
-        if figures.moved:
-            yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
-        if why := _WHY.get(figures.divergence):
-            yield Note(f"KL by token was not measured: {why}.")
+def make_text_parts(figures: TextFigures, names: tuple[str, str]) -> Iterator[Part]:
+    """Yield tables of a text, and a chart of how far its tokens moved; `names` are those of the two models."""
+    name = clean(figures.text, 60)
+    yield _make_perplexity_table(figures, name, names)
+    if figures.moved:
+        yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
+    if why := _WHY.get(figures.divergence):
+        yield Note(f"KL by token was not measured: {why}.")
 
 
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
@@ -113,16 +112,15 @@ def write_change(ratio: Measured) -> str:
 
 
 def list_text_warnings(
-    texts: Sequence[TextFigures], names: tuple[str, str] = ("The original", "The compressed model")
+    figures: TextFigures, names: tuple[str, str] = ("The original", "The compressed model")
 ) -> Iterator[str]:
     """Yield what a reader must know before trusting the figures."""
-    for figures in texts:
-        name = clean(figures.text, 60)
-        if figures.divergence == OTHER_TOKENS:
-            yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
-        for who, side in zip(names, (figures.original, figures.compressed), strict=True):
-            if not math.isfinite(side.value.value):
-                yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
+    name = clean(figures.text, 60)
+    if figures.divergence == OTHER_TOKENS:
+        yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
+    for who, side in zip(names, (figures.original, figures.compressed), strict=True):
+        if not math.isfinite(side.value.value):
+            yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
 
 
 def _make_perplexity_table(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:

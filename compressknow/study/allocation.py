@@ -78,7 +78,7 @@ def allocate(
         raise UsageError(
             f"{write_size(budget)} cannot be kept: the smallest file has {write_size(floor)}.",
             why=_explain_floor(units, overhead),
-            hint="Give more, or take back a --must.",
+            hint="Give more. What --must asks for counts too.",
         )
     chosen = _solve([options for _, options in units], budget - floor)
     _spend_rest([options for _, options in units], chosen, budget - overhead)

@@ -264,7 +264,8 @@ def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[
         comparison = card.comparisons[0]
         yield from warnings.warn_of_answers(name, of_model)
         yield from warnings.warn_of_figures(comparison.counts, (), comparison.probes, name=name)
-    yield from list_text_warnings(there.comparisons[0].texts, ("A", "B"))
+    for figures in there.comparisons[0].texts:
+        yield from list_text_warnings(figures, ("A", "B"))
 
 
 def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:

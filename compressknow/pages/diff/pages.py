@@ -147,7 +147,8 @@ def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors
 
 
 def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
-    yield from make_text_parts(behaviour.b_against_a.comparisons[0].texts, ("A", "B"))
+    for figures in behaviour.b_against_a.comparisons[0].texts:
+        yield from make_text_parts(figures, ("A", "B"))
     back = behaviour.a_against_b.comparisons[0].texts
     rows = []
     for figures in back:

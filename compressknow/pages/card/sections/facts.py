@@ -226,10 +226,12 @@ class Text(Section):
     order = 55
 
     def parts(self, context: Context) -> Iterator[Part]:
-        return make_text_parts(context.comparison.texts, ("original", "compressed"))
+        for figures in context.comparison.texts:
+            yield from make_text_parts(figures, ("original", "compressed"))
 
     def warnings(self, context: Context) -> Iterator[str]:
-        return list_text_warnings(context.comparison.texts)
+        for figures in context.comparison.texts:
+            yield from list_text_warnings(figures)
 
 
 _AGREEMENT = (
