@@ -71,13 +71,16 @@ class StreamedModel:
 
     def _hook_vocabulary(self) -> set[str]:
         """Have embeddings and heads, which have a row per token, read when they run; return their parameters' names."""
-        rows = getattr(self.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
+        embeddings = self.model.get_input_embeddings()
+        rows = getattr(embeddings, "weight", torch.empty(0)).shape[0]
         late: set[str] = set()
         for name, module in self.model.named_modules(remove_duplicate=False):
             names = self._list_parameters(name)
             is_large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
             if is_large and set(self.outside).issuperset(names) and all(map(self._sources.is_supplied, names)):
-                module.register_forward_pre_hook(lambda *_, names=names: self._hold(names))
+                # Llama 4 moves token ids to the embedding's device before it calls it.
+                for reader in (module, self.model) if module is embeddings else (module,):
+                    reader.register_forward_pre_hook(lambda *_, names=names: self._hold(names))
                 late.update(names)
         return late
 

@@ -24,6 +24,7 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
+from tests.compress.test_zoo_converts import built
 from tests.models import save_tiny, tiny
 
 FAMILIES = ("bert", "albert", "t5-gated", "bart", "gpt2", "llama-tied", "opt", "gpt-neox")
@@ -119,6 +120,17 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, ke
         assert statistics is not None, parameter
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
         assert torch.equal(statistics.squares, statistics.products.diagonal())
+
+
+def test_an_embedding_is_read_before_a_model_moves_token_ids_to_its_device(tmp_path: Path) -> None:
+    """As Llama 4 does: on no device ids have no values, and all that follows would be noise."""
+    model, _ = built("Llama4ForCausalLM")
+    model.save_pretrained(tmp_path / "in")
+    batches, found = batches_of(model, 2), {}
+    observe(*open_complete(tmp_path / "in"), [batches], lambda seen, *_: found.update(seen), products=True)
+    read = read_by(model, "model.layers.0.self_attn.q_proj", batches)
+    products = found[Key("model.layers.0.self_attn.q_proj.weight")].products
+    assert torch.allclose(products.double(), read.T @ read, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("keeps", "overwrites", "runs"), [(False, False, 2), (True, False, 1), (True, True, 2)])

@@ -13,7 +13,9 @@ from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import silence_libraries
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compression import calibrate
+from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.calibrate.walk import observe
 from compressknow.compress.plan import make_plan
 from compressknow.compress.process import TensorWriter, Work
 from compressknow.compress.recipe import Recipe
@@ -55,7 +57,31 @@ def outcome_of(name: str, folder: Path) -> str:
         done = calibrate(plan, Work(pool, files, lambda _: None, Nowhere().writer), {}, text)
     scope = {tensor.name for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
     assert set(done.measured) == scope, name
+    assert not list_drifting(folder, batch), name
     return "apart" if done.is_blockwise else "together"
+
+
+def list_drifting(folder: Path, batch: dict[str, torch.Tensor]) -> list[Key]:
+    """Weights that a pair of passes shows otherwise than one pass, though nothing changes the model on the way."""
+    alone: dict[Key, InputStatistics] = {}
+    paired: dict[Key, InputStatistics] = {}
+    for found, pairs in ((alone, False), (paired, True)):
+        observe(
+            *open_complete(folder),
+            [[batch, batch]],
+            lambda seen, *_, found=found: found.update(seen),
+            products=True,
+            pairs=pairs,
+            threads=2,
+        )
+    assert alone.keys() == paired.keys()
+    return [key for key in alone if not is_same(alone[key], paired[key])]
+
+
+def is_same(alone: InputStatistics, paired: InputStatistics) -> bool:
+    atol = 1e-5 * float(alone.products.abs().max())
+    still = paired.drift is None or float(paired.drift.abs().max()) <= atol
+    return still and torch.allclose(alone.products, paired.products, rtol=1e-4, atol=atol)
 
 
 def outcomes(names: list[str], folder: Path) -> Iterator[tuple[str, str]]:
