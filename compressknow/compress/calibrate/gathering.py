@@ -260,7 +260,7 @@ class MixedSums:
 
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
-    """Mix statistics of the same inputs in several texts, in the memory of the first: the others' own end here."""
+    """Mix statistics of the same inputs in several texts, in the memory of the first text's."""
     scales = [1 / max(float(part.squares.mean()), torch.finfo(torch.float32).tiny) for part in parts]
 
     def mix(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
