@@ -280,22 +280,20 @@ def observe(
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     sources = Sources(checkpoint, tree, structure)
-    pairs = pairs and not any(weight.uses > 1 or weight.sharing for weight in weights)
     with OpenFiles() as files:
         try:
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files)
                 observer = _Observer(streamed, weights, texts, products, pairs, pool, visit, on_progress)
-                batches = [batch for text in texts for batch in text for _ in range(1 + pairs)]
-                walk(streamed, batches, observer, pool, observer.report)
+                walk(streamed, observer.batches, observer, pool, observer.report)
                 observer.finish()
         except BlockwiseUnsupported:
             with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
                 streamed = StreamedModel(tree, sources, files, whole=True)
                 observer = _Observer(streamed, weights, texts, products, False, pool, visit, on_progress)
                 sums = observer.make_sums(weights)
-                batches = [batch for text in texts for batch in text]
-                gather_whole(streamed, [weight.parameter for weight in weights], batches, sums, on_progress)
+                names = [weight.parameter for weight in weights]
+                gather_whole(streamed, names, observer.batches, sums, on_progress)
                 observer.show(weights, sums)
 
 
@@ -314,9 +312,11 @@ class _Observer(TargetVisitor[LinearWeight]):
         on_progress: OnProgress,
     ) -> None:
         super().__init__(streamed, group_by_block(streamed, weights))
-        self._texts, self._products, self._pairs = texts, products, pairs
+        self._texts, self._products = texts, products
         self._pool, self._visit, self._on_progress = pool, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
+        self._pairs = pairs and not self._repeats
+        self.batches = [batch for text in texts for batch in text for _ in range(1 + self._pairs)]
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
         names = dict.fromkeys(weight.parameter for weight in targets)

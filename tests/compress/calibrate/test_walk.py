@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
@@ -214,6 +215,49 @@ def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -
     for parameter, statistics in one.items():
         assert torch.equal(statistics.products, several[parameter].products), parameter
         assert torch.equal(statistics.peaks, several[parameter].peaks), parameter
+
+
+def test_a_batch_ends_after_the_one_before_whatever_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the one after, which waits for this one alone, would add to the same sums at the same time."""
+    sums = Sums(["a", "b"], products=True, peaks=False, check=lambda: None)
+    begun, go = threading.Event(), threading.Event()
+    add = Tensor.addmm_
+
+    def slow(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(self) == 4:
+            begun.set()
+            assert go.wait(10)
+        return add(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "addmm_", slow)
+    few, many = (Key("a"), torch.ones(2, 3)), (Key("b"), torch.ones(2, 4))
+    threads = [
+        threading.Thread(target=sums.add, args=(number, seen)) for number, seen in enumerate([[few, many], [few]])
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(10)
+    threads[1].join(0.5)
+    assert threads[1].is_alive()
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert torch.equal(sums.get(Key("a")).products, torch.full((3, 3), 4.0))
+
+
+def test_a_head_whose_inputs_alone_are_wanted_is_not_multiplied(tmp_path: Path) -> None:
+    folder, model = save_tiny("llama", tmp_path / "in"), tiny("llama")
+    ran: list[str] = []
+    hook = register_module_forward_hook(
+        lambda module, *_: ran.append("head") if getattr(module, "out_features", 0) == model.config.vocab_size else None
+    )
+    found: dict[Key, InputStatistics] = {}
+    try:
+        observe(*open_complete(folder), [batches_of(model)], lambda seen, *_: found.update(seen), products=True)
+    finally:
+        hook.remove()
+    assert found[Key("lm_head.weight")].tokens == 5 * 2 * 11
+    assert not ran
 
 
 def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> None:
