@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
@@ -245,19 +244,23 @@ def test_a_batch_ends_after_the_one_before_whatever_it_has_seen(monkeypatch: pyt
     assert torch.equal(sums.get(Key("a")).products, torch.full((3, 3), 4.0))
 
 
-def test_a_head_whose_inputs_alone_are_wanted_is_not_multiplied(tmp_path: Path) -> None:
+def test_a_head_whose_inputs_alone_are_wanted_is_not_multiplied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = save_tiny("llama", tmp_path / "in"), tiny("llama")
-    ran: list[str] = []
-    hook = register_module_forward_hook(
-        lambda module, *_: ran.append("head") if getattr(module, "out_features", 0) == model.config.vocab_size else None
-    )
+    forward, widths = nn.Linear.forward, set()
+
+    def noted(self: nn.Linear, inputs: Tensor) -> Tensor:
+        output = forward(self, inputs)
+        widths.add(self.out_features)
+        return output
+
+    monkeypatch.setattr(nn.Linear, "forward", noted)
     found: dict[Key, InputStatistics] = {}
-    try:
-        observe(*open_complete(folder), [batches_of(model)], lambda seen, *_: found.update(seen), products=True)
-    finally:
-        hook.remove()
+    observe(*open_complete(folder), [batches_of(model)], lambda seen, *_: found.update(seen), products=True)
     assert found[Key("lm_head.weight")].tokens == 5 * 2 * 11
-    assert not ran
+    assert model.config.intermediate_size in widths
+    assert model.config.vocab_size not in widths
 
 
 def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> None:
