@@ -163,12 +163,14 @@ class Treatment:
     Attributes
     ----------
     rounding : to the grid of its scheme.
+    fit : gives the scales of groups [rows, groups] in place of those that their largest magnitudes give.
     whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
     factors : what its input channels [columns] are multiplied with before they are rounded (see `calibrate.smooth`).
     see : called with the rows of each block and its values as written (float32, dequantized).
     """
 
     rounding: Rounding = round_to_nearest
+    fit: Rounding | None = None
     whole: bool = False
     factors: torch.Tensor | None = None
     see: Callable[[slice, torch.Tensor], object] | None = None
@@ -196,6 +198,8 @@ class _Coder:
             absmax = torch.from_numpy(_find_largest(make_magnitude_keys(values), self.span)).view(values.dtype)
         with SCHEMES.explain_failures(self._scheme.name):
             scales = self._scheme.scales(absmax) if self._whole is None else self._whole
+            if self._treatment.fit and self.span:
+                scales = self._treatment.fit(values, scales, self._scheme)
             codes = self._treatment.rounding(values, scales, self._scheme)
             tally.quantize(block.values, codes, scales, self._scheme, factors)
             rows = self._scheme.pack(codes)

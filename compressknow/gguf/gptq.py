@@ -5,9 +5,7 @@ those that llama.cpp's own search gives for the block as it is when its turn com
 then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
 like any other.
 
-A layer reads what the layers before it make once they are rounded. It makes up for part of what they lost (GPTAQ, Li et
-al. 2025, arXiv 2504.02692): the text runs through the original too, and the layer's weights move towards those that
-would give, of what is read now, what the original gives.
+A layer also makes up for part of what the layers before it lost (`compensation.move_weights`).
 
 The file has its types and sizes already, from llama.cpp; only codes and scales change.
 """
@@ -26,7 +24,7 @@ import torch
 
 from compressknow.base.progress import Begin
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, move_weights
 from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import BATCH_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
@@ -38,9 +36,6 @@ from compressknow.model.loading import open_complete
 
 # Weights that are rounded at a time.
 _MOST = 1 << 23
-# Of the way to the weights that make up for all that was lost before, which fit the text too well: GPTAQ's own share,
-# and less of it where the text has fewer tokens for each channel than this.
-_SHARE, _ENOUGH = 0.25, 4
 
 
 class Field(NamedTuple):
@@ -107,21 +102,8 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
-    moved = (_move_weights(rows, inputs, factor, order) for rows in torch.split(weight, step))
+    moved = (move_weights(rows, inputs, factor, order) for rows in torch.split(weight, step))
     return np.concatenate([_Rows(kind, layout, rows, importance, order).round(factor) for rows in moved])
-
-
-def _move_weights(
-    weight: torch.Tensor, inputs: InputStatistics, factor: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Return weights [out, in] of which X makes more of what W made of the original's Y, float32 [in, out], its columns
-    in order: W + share W (Y - X)^T X (X^T X)^-1, by least squares."""
-    columns = weight.to(torch.float32).T[order]
-    if inputs.drift is not None:
-        share = _SHARE * min(inputs.tokens / (_ENOUGH * len(order)), 1)
-        missing = (weight.to(torch.float32) @ inputs.drift)[:, order] @ factor.T
-        columns.addmm_(factor.T, missing.T, alpha=share)
-    return columns.contiguous()
 
 
 class _Rows:

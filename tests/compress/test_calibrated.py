@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.compensation import factor_inverse, get_inverse, round_by_gptq
+from compressknow.compress.calibrate.compensation import factor_inverse, fit_scales, get_inverse, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme, repeat_scales, round_to_nearest
@@ -210,6 +210,22 @@ class TestSparseGPT:
 
 
 class TestGPTQ:
+    def test_scales_of_groups_are_those_of_the_least_error(self) -> None:
+        weight, inputs, scheme = weights_of(24, 96), correlated(600, 96), Groups4()
+        given = scales_of(weight, scheme)
+        found = fit_scales(weight, given, scheme, statistics_of(inputs))
+        squares = inputs.double().square().mean(0).view(-1, 1, scheme.scale_per)
+        groups = weight.double().view(24, -1, scheme.scale_per).transpose(0, 1)
+
+        def lost(scales: Tensor) -> Tensor:
+            steps = scales.double().T[:, :, None]
+            rounded = (groups / steps).round().clamp(-8, 7) * steps
+            return ((rounded - groups).square() * squares).sum(-1)
+
+        tried = torch.stack([lost(given * percent / 100) for percent in range(108, 56, -4)])
+        torch.testing.assert_close(lost(found), tried.amin(0), rtol=1e-4, atol=0)
+        assert float(lost(found).sum()) < 0.9 * float(lost(given).sum())
+
     @every_scheme
     @pytest.mark.parametrize("channels", [16, 112, 304])
     @pytest.mark.parametrize("zeros", [False, True], ids=["dense", "pruned"])

@@ -4,8 +4,12 @@ In GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorit
 inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
 ||X (W - W')^T|| down the most. Columns come in blocks, whose errors reach the rest of the matrix as one product.
 
-GPTQ keeps the scales as they are given. Columns whose inputs have the largest squares come first, while most others are
-left to make up for them; each keeps the scale of its own group.
+GPTQ keeps the scales as they are given; those of groups are fitted before (`fit_scales`). Columns whose inputs have the
+largest squares come first, while most others are left to make up for them; each keeps the scale of its own group.
+
+A layer reads what the layers before it make once they are rounded. It makes up for part of what they lost (GPTAQ, Li et
+al. 2025, arXiv 2504.02692): the text runs through the original too, and the layer's weights move towards those that
+would give, of what is read now, what the original gives.
 """
 
 from __future__ import annotations
@@ -85,6 +89,24 @@ def _invert_in_place(lower: torch.Tensor) -> None:
     left.copy_(below @ (left @ above)).neg_()
 
 
+# Of the way to the weights that make up for all that was lost before, which fit the text too well: GPTAQ's own share,
+# and less of it where the text has fewer tokens for each channel than this.
+_SHARE, _ENOUGH = 0.25, 4
+
+
+def move_weights(
+    weight: torch.Tensor, inputs: InputStatistics, factor: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Return weights [out, in] of which X makes more of what W made of the original's Y, float32 [in, out], its columns
+    in order: W + share W (Y - X)^T X (X^T X)^-1, by least squares. `factor` is that of X^T X in this order."""
+    columns = weight.to(torch.float32).T[order]
+    if inputs.drift is not None:
+        share = _SHARE * min(inputs.tokens / (_ENOUGH * len(order)), 1)
+        missing = (weight.to(torch.float32) @ inputs.drift)[:, order] @ factor.T
+        columns.addmm_(factor.T, missing.T, alpha=share)
+    return columns.contiguous()
+
+
 # Both papers' blocks; and finer ones, in which a column's error reaches the rest of its block.
 BLOCK, FINE = 128, 16
 # Takes the number of a column and its values [rows], and returns its new values.
@@ -124,6 +146,34 @@ def compensate(
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
 
 
+# Shares of the scales by the largest magnitudes: smaller ones round most weights better, and cut the largest.
+_SHARES = tuple(share / 100 for share in range(108, 56, -4))
+# Weights that are tried at a time.
+_TRIED = 1 << 20
+
+
+def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
+    """Return the scales of groups of weights [out, in] by which rounding them to nearest changes outputs least, [out,
+    groups] of the dtype of `scales`, of which they are 60 to 105 %.
+
+    What a layer gives changes by the squared errors of its weights, each times the mean square of its input, were
+    inputs independent of each other. For GPTQ too, which makes up for errors, that is a good guide.
+    """
+    rows = max(_TRIED // values.shape[1], 1)
+    importance = (inputs.squares / max(inputs.tokens, 1)).reshape(scales.shape[1], -1)
+    fitted = []
+    for part, given in zip(torch.split(values, rows), torch.split(scales, rows), strict=True):
+        best, least = given, torch.full(given.shape, torch.inf)
+        for share in _SHARES:
+            tried = given * share
+            codes = round_to_nearest(part, tried, scheme)
+            errors = scheme.dequantize(codes, tried).sub_(part.to(torch.float32)).square_()
+            error = (errors.view(*given.shape, -1) * importance).sum(-1)
+            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+        fitted.append(best)
+    return torch.cat(fitted)
+
+
 def round_by_gptq(
     values: torch.Tensor,
     scales: torch.Tensor,
@@ -145,7 +195,7 @@ def round_by_gptq(
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
     factor, order = get_inverse(inputs, by_activation=True)
-    columns = values.to(torch.float32).T[order]
+    columns = move_weights(values, inputs, factor, order)
     codes: list[torch.Tensor] = []
     zero = None if fixed is None else fixed.T[order]
     group_scales = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()

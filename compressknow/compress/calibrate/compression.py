@@ -17,7 +17,7 @@ from compressknow.base.format import write_size
 from compressknow.base.system import count_cores
 from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.calibrate import smooth
-from compressknow.compress.calibrate.compensation import round_by_gptq
+from compressknow.compress.calibrate.compensation import fit_scales, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
@@ -31,7 +31,7 @@ from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, T
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.schemes import Scheme, round_to_nearest
+from compressknow.compress.schemes import Scheme
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
@@ -86,14 +86,24 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
         squares[block] += width**2
     inside = {weight.parameter for weight in weights if weight.layer is not None}
     outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
-    memory = _count_bytes(weights, tokens, max(squares.values(), default=0), outside)
-    operations = _count_operations(weights, tokens, 2, [width for *_, width in reads])
+    # GPTQ runs the original too, and sums how far what is read has come from it.
+    pairs = 1 + any(map(_is_rounded_by_gptq, plan.tensors))
+    memory = _count_bytes(weights, pairs * tokens, pairs * max(squares.values(), default=0), outside)
+    operations = _count_operations(weights, tokens, 1 + pairs, [width for *_, width in reads for _ in range(pairs)])
     return len(set(map(_find_block, compressed))), memory, operations / pace
 
 
 def _is_sum_of_products(tensor: PlannedTensor) -> bool:
-    prune, quantize = tensor.prune, tensor.quantize
-    return bool((prune and prune.chosen.needs == "products") or (quantize and quantize.rounding == "gptq"))
+    prune = tensor.prune
+    return bool((prune and prune.chosen.needs == "products") or _is_rounded_by_gptq(tensor))
+
+
+def _is_rounded_by_gptq(tensor: PlannedTensor) -> bool:
+    return bool(tensor.quantize and tensor.quantize.rounding == "gptq")
+
+
+def _is_expert(tensor: PlannedTensor) -> bool:
+    return len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
 
 
 def _list_weights(structure: Structure) -> list[LinearWeight]:
@@ -206,7 +216,7 @@ def _compress_blockwise(
 
     for targets in filter(None, (repeated, once)):
         compressor = _Compressor(streamed, targets, plan, work, masks, result, waits=targets is repeated)
-        walk(streamed, batches, compressor, work.pool, report)
+        walk(streamed, compressor.repeat(batches), compressor, work.pool, report)
         compressor.finish()
     return result
 
@@ -243,13 +253,21 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         super().__init__(streamed, targets)
         self._plan, self._work, self._masks = plan, work, masks
         self._result, self._waits = result, waits
+        # What is rounded by GPTQ makes up for what was lost before it.
+        self.pairs = not waits and any(_is_rounded_by_gptq(tensor) for those in targets.values() for tensor in those)
+
+    def keeps_output(self, module: str, batch: int) -> bool:
+        return self.pairs and not batch % 2 and module in self._streamed.blocks
 
     def make_sums(self, targets: Sequence[PlannedTensor]) -> Sums:
+        # Of a pair, an expert may read other tokens.
+        paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return Sums(
             dict.fromkeys(tensor.parameter for tensor in targets),
             products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
             check=self._work.pool.check,
+            paired=paired if self.pairs else None,
         )
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
@@ -324,15 +342,15 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
-        rounding = round_to_nearest
-        if tensor.quantize and tensor.quantize.rounding == "gptq":
+        treatment = Treatment(whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
+        if _is_rounded_by_gptq(tensor):
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
 
-            def rounding(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+            def round_rows(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
                 # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
                 return round_by_gptq(values, scales, scheme, seen, values == 0)
 
-        treatment = Treatment(rounding, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
+            treatment = replace(treatment, rounding=round_rows, fit=partial(fit_scales, inputs=seen))
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 
@@ -340,12 +358,11 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         """Return the statistics of each matrix of a tensor; where nothing is known, all channels count alike."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)
-        is_expert = len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
         width = tensor.to_prune.matrices[1 if tensor.transposed else 2]
         known = []
         for matrix in range(first, first + matrices):
             statistics = sums.get(Key(tensor.parameter, matrix))
-            if statistics is None or (is_expert and statistics.tokens < LEAST_TOKENS):
+            if statistics is None or (_is_expert(tensor) and statistics.tokens < LEAST_TOKENS):
                 self._result.unseen.append(tensor.name if matrices == 1 else f"{tensor.name}[{matrix}]")
                 products = torch.eye(width) if _is_sum_of_products(tensor) else None
                 name = tensor.module or tensor.name

@@ -156,12 +156,16 @@ def divide_stored(weight: torch.Tensor, factors: torch.Tensor, offset: float) ->
 
 def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> InputStatistics:
     """Return the statistics of the same inputs divided by `factors`."""
-    products = statistics.products
+
+    def divide(products: torch.Tensor | None) -> torch.Tensor | None:
+        return None if products is None else products / factors[:, None] / factors[None, :]
+
     return replace(
         statistics,
         squares=statistics.squares / factors.square(),
         peaks=None if statistics.peaks is None else statistics.peaks / factors,
-        products=None if products is None else products / factors[:, None] / factors[None, :],
+        products=divide(statistics.products),
+        drift=divide(statistics.drift),
     )
 
 

@@ -97,6 +97,12 @@ class TargetVisitor(Visitor, Generic[T]):
         self.lone_layers = [module for module in targets if module not in streamed.blocks]
         self._sums: dict[str, AnySums] = {}
         self._unvisited = dict.fromkeys(targets)
+        # Each batch runs twice, side by side: first through the original, then through what is made of it.
+        self.pairs = False
+
+    def repeat(self, batches: Batches) -> Batches:
+        """Return the batches to walk with."""
+        return [batch for batch in batches for _ in range(1 + self.pairs)]
 
     def make_sums(self, targets: Sequence[T]) -> AnySums:
         """Begin sums over the inputs of targets that are visited together."""
@@ -315,17 +321,17 @@ class _Observer(TargetVisitor[LinearWeight]):
         self._texts, self._products = texts, products
         self._pool, self._visit, self._on_progress = pool, visit, on_progress
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
-        self._pairs = pairs and not self._repeats
-        self.batches = [batch for text in texts for batch in text for _ in range(1 + self._pairs)]
+        self.pairs = pairs and not self._repeats
+        self.batches = self.repeat([batch for text in texts for batch in text])
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
         names = dict.fromkeys(weight.parameter for weight in targets)
         # Of a pair, an expert may read other tokens.
-        paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self._pairs else None
+        paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
         check = self._pool.check
         parts = [
             (
-                len(text) * (1 + self._pairs),
+                len(text) * (1 + self.pairs),
                 Sums(names, products=self._products, peaks=False, paired=paired, check=check),
             )
             for text in self._texts
@@ -333,7 +339,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         return parts[0][1] if len(parts) == 1 else MixedSums(parts)
 
     def keeps_output(self, module: str, batch: int) -> bool:
-        return module in self._streamed.blocks and not (self._pairs and batch % 2)
+        return module in self._streamed.blocks and not (self.pairs and batch % 2)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         self._unvisited.pop(module, None)
@@ -350,7 +356,7 @@ class _Observer(TargetVisitor[LinearWeight]):
             for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
         ]
         seen = {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
-        names = [weight.parameter for weight in weights] if changes and self._pairs else []
+        names = [weight.parameter for weight in weights] if changes and self.pairs else []
         self._visit(seen, {name: self._streamed.model.get_parameter(name).data for name in names}, self._pool)
 
     def report(self, module: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import silence_libraries
+from compressknow.compress.calibrate.compensation import round_by_gptq
+from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import carry_out, convert, prepare
 from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
@@ -75,6 +79,17 @@ def norms_by_hook(model: PreTrainedModel, block: nn.Module, batches: list[dict[s
     return {name: found.sqrt() for name, found in squares.items()}
 
 
+def record_inputs(model: PreTrainedModel, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """What a layer reads, float32 [tokens, channels]."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
 def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compressed(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
@@ -87,6 +102,25 @@ def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: P
             layer.weight.data.scatter_(1, lowest, 0)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
+
+
+def test_what_gptq_rounds_makes_up_for_what_the_blocks_before_lost(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    steps = Prune(0.5, where=Where(layers="0")), Quantize("int8-weights", BLOCKS, rounding="gptq")
+    compressed(folder, tmp_path / "out", *steps, count=20)
+    original, made, name = tiny("llama"), loaded(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
+    batches = batches_of(original, 20)
+    before, now = (record_inputs(model, name, batches) for model in (original, made))
+    products = now.T @ now
+    inputs = InputStatistics(name, len(now), products.diagonal(), None, products, (before - now).T @ now)
+    weight, scheme = original.get_submodule(name).weight.data, SCHEMES["int8-weights"]
+    scales = scheme.scales(weight.abs().amax(1, keepdim=True))
+    expected, plain = (
+        scheme.dequantize(round_by_gptq(weight, scales, scheme, seen), scales)
+        for seen in (inputs, replace(inputs, drift=None))
+    )
+    found = made.get_submodule(name).weight.data
+    assert float((found - expected).norm()) < 0.1 * float((found - plain).norm())
 
 
 @pytest.mark.parametrize(
