@@ -101,8 +101,7 @@ def search(
         (``"90MB"``).
     to : ``gguf`` (for llama.cpp; by default for models that generate) or ``checkpoint``.
     guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
-        `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules; its
-        weights are rounded to nearest by default.
+        `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
     probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes. lm-eval's tasks cannot
         be held out. A running text beside the facts guides nothing: the winner reads it, and its report card says how.

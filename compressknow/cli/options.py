@@ -312,7 +312,7 @@ fit_options = join_options(
         "--rounding",
         group=FIT,
         type=OneOf(["gptq", "nearest"]),
-        help="How weights are rounded: gptq or nearest.  [default: gptq for GGUF files]",
+        help="How weights are rounded: gptq or nearest.  [default: gptq]",
     ),
 )
 

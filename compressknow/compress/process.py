@@ -170,7 +170,7 @@ class Treatment:
     """
 
     rounding: Rounding = round_to_nearest
-    fit: Rounding | None = None
+    fit: Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor] | None = None
     whole: bool = False
     factors: torch.Tensor | None = None
     see: Callable[[slice, torch.Tensor], object] | None = None

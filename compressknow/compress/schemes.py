@@ -351,8 +351,8 @@ class Int4(Packed):
     """Symmetric 4-bit weights with a scale per group of input channels.
 
     Bit for bit what compressed-tensors computes and packs (`calculate_qparams`, `quantize`, `pack_to_int32`): scale =
-    absmax / 7.5 in the weight's own dtype, and eight integers of a row, each plus 8, in 32 bits, the first in the
-    lowest ones.
+    absmax / 7.5 in the weight's own dtype (GPTQ fits it, `calibrate.compensation.fit_scales`), and eight integers of a
+    row, each plus 8, in 32 bits, the first in the lowest ones.
     """
 
     name = "int4"

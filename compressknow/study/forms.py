@@ -259,7 +259,7 @@ class CheckpointForm(Form):
         from compressknow.study.measuring import SchemeRoundings
 
         self._model, self._guide = model, request.guide
-        self._calibration = request.text if request.rounding == "gptq" else None
+        self._calibration = None if request.rounding == "nearest" else request.text
         self.label = f"{name_guide(request.guide)}, rounded {'by GPTQ' if self._calibration else 'to nearest'}"
         maker = model.maker
         structure = maker.structure()

@@ -159,7 +159,7 @@ def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None
     assert weights == (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_checkpoint_is_rounded_by_gptq_where_that_is_asked_for(llama: Place, tmp_path: Path) -> None:
+def test_a_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Place, tmp_path: Path) -> None:
     weights = {}
     for rounding in ("nearest", "gptq"):
         assert llama.search(rounding, "--size", "120kB", "--rounding", rounding) == 0
@@ -428,7 +428,7 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     assert "llama knows 22 of these facts, and 30 are needed to guide." in said
     assert not (llama.folder / "few" / ".parts").exists()
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
-    assert llama.found("few")["by"] == "text, rounded to nearest"
+    assert llama.found("few")["by"] == "text, rounded by GPTQ"
 
 
 def test_what_must_be_is(llama: Place) -> None:

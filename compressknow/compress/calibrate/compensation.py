@@ -146,15 +146,16 @@ def compensate(
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
 
 
-# Shares of the scales by the largest magnitudes: smaller ones round most weights better, and cut the largest.
-_SHARES = tuple(share / 100 for share in range(108, 56, -4))
+# Shares of the scales by the largest magnitudes: smaller ones round most weights better, and cut the largest. The first
+# stays where all are alike.
+_SHARES = tuple(percent / 100 for percent in (100, 108, 104, *range(96, 56, -4)))
 # Weights that are tried at a time.
 _TRIED = 1 << 20
 
 
 def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
     """Return the scales of groups of weights [out, in] by which rounding them to nearest changes outputs least, [out,
-    groups] of the dtype of `scales`, of which they are 60 to 105 %.
+    groups] of the dtype of `scales`, of which they are 60 to 108 %.
 
     What a layer gives changes by the squared errors of its weights, each times the mean square of its input, were
     inputs independent of each other. For GPTQ too, which makes up for errors, that is a good guide.
