@@ -5,7 +5,7 @@ those that llama.cpp's own search gives for the block as it is when its turn com
 then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
 like any other.
 
-A layer also makes up for part of what the layers before it lost (`compensation.move_weights`).
+A layer also makes up for part of what the layers before it lost (`compensation.find_moves`).
 
 The file has its types and sizes already, from llama.cpp; only codes and scales change.
 """
@@ -24,7 +24,7 @@ import torch
 
 from compressknow.base.progress import Begin
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, move_weights
+from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, find_moves
 from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import BATCH_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
@@ -102,8 +102,13 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
     step = max(_MOST // weight.shape[1], 1)
-    moved = (move_weights(rows, inputs, factor, order) for rows in torch.split(weight, step))
-    return np.concatenate([_Rows(kind, layout, rows, importance, order).round(factor) for rows in moved])
+    parts = []
+    for rows in torch.split(weight, step):
+        columns, moves = rows.T[order].contiguous(), find_moves(rows, inputs, factor, order)
+        if moves is not None:
+            columns.addmm_(factor.T, moves)
+        parts.append(_Rows(kind, layout, columns, importance, order).round(factor))
+    return np.concatenate(parts)
 
 
 class _Rows:

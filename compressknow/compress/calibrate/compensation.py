@@ -94,17 +94,18 @@ def _invert_in_place(lower: torch.Tensor) -> None:
 _SHARE, _ENOUGH = 0.25, 4
 
 
-def move_weights(
+def find_moves(
     weight: torch.Tensor, inputs: InputStatistics, factor: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Return weights [out, in] of which X makes more of what W made of the original's Y, float32 [in, out], its columns
-    in order: W + share W (Y - X)^T X (X^T X)^-1, by least squares. `factor` is that of X^T X in this order."""
-    columns = weight.to(torch.float32).T[order]
-    if inputs.drift is not None:
-        share = _SHARE * min(inputs.tokens / (_ENOUGH * len(order)), 1)
-        missing = (weight.to(torch.float32) @ inputs.drift)[:, order] @ factor.T
-        columns.addmm_(factor.T, missing.T, alpha=share)
-    return columns.contiguous()
+) -> torch.Tensor | None:
+    """Return how weights W [out, in] move so that X makes more of what they made of the original's Y: M, float32 [in,
+    out], where W^T + U^T M, its columns in order, is W + share W (Y - X)^T X (X^T X)^-1, by least squares.
+
+    None if the inputs have no drift. `factor` is U, that of X^T X in this order.
+    """
+    if inputs.drift is None:
+        return None
+    share = _SHARE * min(inputs.tokens / (_ENOUGH * len(order)), 1)
+    return (factor @ (weight.to(torch.float32) @ inputs.drift)[:, order].T).mul_(share)
 
 
 # Both papers' blocks; and finer ones, in which a column's error reaches the rest of its block.
@@ -149,8 +150,8 @@ def compensate(
 # Shares of the scales by the largest magnitudes: smaller ones round most weights better, and cut the largest. The first
 # stays where all are alike.
 _SHARES = tuple(percent / 100 for percent in (100, 108, 104, *range(96, 56, -4)))
-# Weights that are tried at a time.
-_TRIED = 1 << 20
+# Weights that are tried at a time: they fit a core's cache.
+_TRIED = 1 << 18
 
 
 def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
@@ -196,7 +197,9 @@ def round_by_gptq(
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
     factor, order = get_inverse(inputs, by_activation=True)
-    columns = move_weights(values, inputs, factor, order)
+    columns, moves = values.to(torch.float32).T[order].contiguous(), find_moves(values, inputs, factor, order)
+    if moves is not None:
+        moves.mul_(factor.diagonal()[:, None])
     codes: list[torch.Tensor] = []
     zero = None if fixed is None else fixed.T[order]
     group_scales = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()
@@ -204,6 +207,8 @@ def round_by_gptq(
 
     def settle(column: int, current: torch.Tensor) -> torch.Tensor:
         scale = group_scales[groups[column]][:, None]
+        # The error is that of the column before it moves: so later columns get their part of the move with it.
+        current = current if moves is None else current + moves[column]
         current = current if zero is None else current.masked_fill(zero[column], 0)
         codes.append(round_to_nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]

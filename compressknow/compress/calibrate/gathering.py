@@ -163,15 +163,23 @@ class Sums:
 
     def add(self, batch: int, seen: list[Seen]) -> None:
         """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
+        is_original = self._paired is not None and batch % 2 == 0
+        # Of an original nothing is summed, so that it waits for no sums; what is made of it waits for those of the pair
+        # before.
+        before = -1 if is_original else batch - 1 if self._paired is None else batch - 2
         try:
-            self._wait(batch, (0, 0))
+            # The first batch tells which weights read the same.
+            self._wait(0 if batch else -1, (0, 0))
             by_key = self._drop_twins(seen)
-            self._pass(batch, (1, -1))
-            if self._paired is not None and batch % 2 == 0:
+            if is_original:
+                assert self._paired is not None
                 self._originals[batch] = {key: own for key, own in by_key.items() if key.parameter in self._paired}
                 by_key = {}
+            elif self._paired is not None:
+                self._wait(batch - 1, (0, 0))
+            self._pass(batch, (1, -1))
             for key in sorted(by_key, key=self._locate):
-                self._wait(batch, self._locate(key))
+                self._wait(before, self._locate(key))
                 if key not in self._sums:
                     width = by_key[key][0].shape[-1]
                     self._sums[key] = _Sum(key.parameter, width, products=self._products, peaks=self._peaks)
@@ -181,7 +189,7 @@ class Sums:
                     self._sums[key].add(inputs, original)
                 self._pass(batch, self._locate(key, after=True))
             # The one before may have more keys than this one, which the one after has too.
-            self._wait(batch, _END)
+            self._wait(before, _END)
         finally:
             self._originals.pop(batch - 1, None)
             self._pass(batch, (math.inf, 1))
@@ -214,9 +222,9 @@ class Sums:
         return self._order[key.parameter] + 1, key.matrix + after
 
     def _wait(self, batch: int, place: tuple[float, float]) -> None:
-        """Wait until the batch before has passed that place."""
+        """Wait until a batch has passed that place; there is none before the first."""
         with self._turn:
-            while batch and not self._passed.get(batch - 1, (0, 0)) > place:
+            while batch >= 0 and not self._passed.get(batch, (0, 0)) > place:
                 self._check()
                 self._turn.wait(TURN_SECONDS)
 

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
+from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, Key, MixedSums, Sums, Watch
 from compressknow.compress.calibrate.model import (
@@ -161,6 +162,7 @@ def walk(
                 if not visitor.is_done:
                     calls = pool.map(partial(_advance, run, visitor), zip(stops, outputs, strict=True))
             streamed.release()
+            trim_heap()
             on_module(module)
             if visitor.is_done:
                 break
