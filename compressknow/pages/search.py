@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
+from compressknow.pages.diff.tables import shorten_names
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
@@ -20,8 +22,10 @@ from compressknow.pages.parts import (
     Code,
     Drawn,
     Entry,
+    Folded,
     Note,
     Page,
+    Part,
     Sentences,
     Shown,
     Table,
@@ -29,9 +33,18 @@ from compressknow.pages.parts import (
     show_run,
 )
 from compressknow.pages.records import ModelFacts, write_estimate
+from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99
+# Name of a weight in a layer: its stack, the layer's number and the module there.
+_IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
+# Bits at which the shades of the map of types change.
+_BITS = (3, 4, 5, 6, 8, 16)
+_BITS_NOTE = (
+    "Bits of each weight, from faint to full colour, or 16 where it stays as it is. The scales that go with them take "
+    "half a bit more."
+)
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
 
 
@@ -141,8 +154,8 @@ def _make_sections(search: Search) -> Iterator[Shown]:
         narrow = Drawn(draw_tradeoff(chart, "pareto-chart"), look="narrow")
         broad = Drawn(draw_tradeoff(chart, "broad-pareto", broad=True), look="broad")
         yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
-    if search.recipe:
-        yield Shown("winner", "The types of its weights", (Code(clean_lines(search.recipe), "toml"),))
+    if search.recipe and search.winner:
+        yield Shown("winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide")
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
         yield Shown("held-out", "On the facts held out to select by", (table,), look="wide")
@@ -152,6 +165,56 @@ def _make_sections(search: Search) -> Iterator[Shown]:
     entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
     yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
     yield Shown("run", "The run", show_run(search.command, search.versions, entries), look="text")
+
+
+def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
+    types = _place_types(winner.types)
+    within = dict.fromkeys(module for own in types.values() for module in own if module)
+    # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
+    modules = sorted(within, key=lambda module: module.startswith("ffn"))
+    outside = [""] if any("" in own for own in types.values()) else []
+    heads = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
+    cells = tuple(
+        tuple(_count_bits(own[module]) if module in own else None for module in (outside if "" in own else modules))
+        for own in types.values()
+    )
+    grid = Grid(tuple(types), heads, cells)
+    wide, narrow = (
+        draw_heat_map(
+            grid, id, "Bits of weights by layer and module", bounds=_BITS, write=lambda n: f"{n:g}", form=form
+        )
+        for id, form in (("types", WIDE), ("narrow-types", NARROW))
+    )
+    if wide and narrow:
+        yield Drawn(narrow, look="narrow")
+        yield Drawn(wide, look="broad")
+    yield Note("", drawn=_BITS_NOTE)
+    rows = tuple(
+        (name, *(clean(own.get(module, ""), 40) for module in (*modules, *outside))) for name, own in types.items()
+    )
+    columns = ("Layer", *heads, *("outside" for _ in outside))
+    table = Table("Types by layer and module", columns, rows, prose=True)
+    yield Folded("The map as a table of types", (table,))
+    yield Folded("The recipe", (Code(clean_lines(recipe), "toml"),))
+
+
+def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+    """Return types by layer and by module in it; what lies in no layer has a row of its own, and no module."""
+    places = {name: _IN_LAYER.fullmatch(name) for name in types}
+    stacks = {at[1]: clean(at[1].partition(".")[0], 20) for at in places.values() if at}
+    rows: dict[tuple[bool, str, int], dict[str, str]] = {}
+    for name, at in places.items():
+        if at:
+            rows.setdefault((False, stacks[at[1]] if len(stacks) > 1 else "layer", int(at[2])), {})[at[3]] = types[name]
+        else:
+            rows[True, clean(name.removesuffix(".weight"), 40), 0] = {"": types[name]}
+    return {name if alone else f"{name} {number}": rows[alone, name, number] for alone, name, number in sorted(rows)}
+
+
+def _count_bits(kind: str) -> int:
+    """Return the bits of a code, which the name of its type begins with; without any number, 16."""
+    found = re.search(r"\d+", kind)
+    return int(found[0]) if found else 16
 
 
 def _describe_chart(search: Search) -> str:

@@ -18,6 +18,17 @@ def tried(setup: str, size: int, kept: float, held_out: float | None = None) -> 
     return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, estimate(kept), known)
 
 
+def make_types(text: str) -> dict[str, str]:
+    """Types of two layers in the order of a GGUF file, and of what lies in none."""
+    return {
+        text: "q5_0",
+        "blk.0.ffn_up.weight": "q6_k",
+        "blk.0.attn_q.weight": "iq4_nl",
+        f"blk.1.attn_{text}.weight": "q2_k",
+        "blk.1.attn_q.weight": "q8_0",
+    }
+
+
 def found(text: str = "a-model") -> Search:
     all_tried = (
         tried("100 % q8_0", 80_000_000, 0.97),
@@ -43,7 +54,7 @@ def found(text: str = "a-model") -> Search:
         bytes=100_000_000,
         tried=all_tried,
         confirmed=(all_tried[2],),
-        winner=replace(all_tried[2], graded=estimate(0.94)),
+        winner=replace(all_tried[2], types=make_types(text), graded=estimate(0.94)),
         closest=None,
         recipe='[export]\ntype = "q4_k_s"',
         rounding=0.985,

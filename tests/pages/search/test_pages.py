@@ -24,7 +24,7 @@ def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() 
     search = found()
     page = read(render_search_html(search))
     for look in ("narrow", "broad"):
-        (figure,) = [each for each in page.all("figure") if each.attributes.get("class") == look]
+        figure = next(each for each in page.all("figure") if each.attributes.get("class") == look)
         told = [title.text for title in figure.all("title")]
         assert all(any(clean(trial.setup, 60) in text for text in told) for trial in search.tried), told
         assert any(text.startswith("the winner, ") for text in told)
@@ -47,11 +47,28 @@ def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> No
 
 def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
     page = read(render_search_html(sized()))
-    assert not page.all("figure")
+    assert "Knowledge kept against size" not in page.one("main").text
     text = page.one("main").text
     assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(sized())
     assert "held out to select" not in text
     assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
+
+
+def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
+    page = read(render_search_html(sized()))
+    *_, broad = page.all("figure")
+    drawn = [text.text for text in broad.all("text")]
+    # Attention first, though the file has it last; what lies in no layer has a row of its own.
+    assert drawn[:3] == ["attn_q", "attn_a-model", "ffn_up"]
+    assert drawn[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|5".split("|"), *"3 4 5 6 8 16".split()]
+    (table,) = page.all("table")
+    rows = [[cell.text for cell in row.children if not isinstance(cell, str)] for row in table.all("tr")]
+    assert rows == [
+        ["Layer", "attn_q", "attn_a-model", "ffn_up", "outside"],
+        ["layer 0", "iq4_nl", "", "q6_k", ""],
+        ["layer 1", "q8_0", "q2_k", "", ""],
+        ["a-model", "", "", "", "q5_0"],
+    ]
 
 
 def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
