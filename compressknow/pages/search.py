@@ -14,7 +14,6 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.pages.card.warnings import warn_of_known
-from compressknow.pages.diff.tables import shorten_names
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
@@ -33,7 +32,7 @@ from compressknow.pages.parts import (
     show_run,
 )
 from compressknow.pages.records import ModelFacts, write_estimate
-from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map
+from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99

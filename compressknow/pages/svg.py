@@ -210,6 +210,23 @@ class Grid:
         return [cell for row in self.cells for cell in row if cell]
 
 
+def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the last parts of dotted names, as few as tell them apart.
+
+    >>> shorten_names(("attention.self.query", "attention.output.dense", "output.dense"))
+    ('query', 'attention.output.dense', 'output.dense')
+    """
+    parts = [name.split(".") for name in names]
+
+    def shorten(own: list[str]) -> str:
+        others = [other for other in parts if other != own]
+        sizes = range(1, len(own) + 1)
+        enough = (size for size in sizes if all(other[-size:] != own[-size:] for other in others))
+        return ".".join(own[-next(enough, len(own)) :])
+
+    return tuple(map(shorten, parts))
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """Form of a map, in units of the drawing."""

@@ -18,7 +18,6 @@ import numpy as np
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, share, write_size
 from compressknow.comparison.diff import group_tensors
-from compressknow.pages.diff.tables import shorten_names
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
@@ -40,7 +39,7 @@ from compressknow.pages.parts import (
     make_name_entry,
     show_run,
 )
-from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds
+from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds, shorten_names
 from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 

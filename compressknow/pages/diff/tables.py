@@ -11,7 +11,7 @@ from compressknow.pages.card.sections.figures import write_movement, write_pair,
 from compressknow.pages.diff.make import AnswerPair, Behaviour, sum_by
 from compressknow.pages.parts import BLANK, Folded, Part, Table, make_fact_parts, make_rest_note, write_bare_p
 from compressknow.pages.records import write_estimate
-from compressknow.pages.svg import Grid
+from compressknow.pages.svg import Grid, shorten_names
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
@@ -143,23 +143,6 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
     errors = {key: each.relative_error for key, each in sums.items()}
     cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
     return Grid(rows, tuple(clean(name, 40) for name in shorten_names(modules)), cells)
-
-
-def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the last parts of dotted names, as few as tell them apart.
-
-    >>> shorten_names(("attention.self.query", "attention.output.dense", "output.dense"))
-    ('query', 'attention.output.dense', 'output.dense')
-    """
-    parts = [name.split(".") for name in names]
-
-    def shorten(own: list[str]) -> str:
-        others = [other for other in parts if other != own]
-        sizes = range(1, len(own) + 1)
-        enough = (size for size in sizes if all(other[-size:] != own[-size:] for other in others))
-        return ".".join(own[-next(enough, len(own)) :])
-
-    return tuple(map(shorten, parts))
 
 
 def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
