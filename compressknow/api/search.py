@@ -164,15 +164,15 @@ def search(
             selected_by = [part.selection for part in parts]
             selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
             check_enough_known(selection, keep)
-        graded_by = [part.grading if selection else part.held_out for part in parts]
-        grading = EvaluationSet(
-            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
-        )
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
         from compressknow.study.guides import measure_guides
 
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
+        graded_by = [part.grading if selection else part.held_out for part in parts]
+        grading = EvaluationSet(
+            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
+        )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
         def kept(found: Allocation, by: EvaluationSet) -> Estimate:
