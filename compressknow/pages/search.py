@@ -200,18 +200,20 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
 def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
     """Return types by layer and by module in it; what lies in no layer has a row of its own, and no module."""
     places = {name: _IN_LAYER.fullmatch(name) for name in types}
-    stacks = {at[1]: clean(at[1].partition(".")[0], 20) for at in places.values() if at}
-    rows: dict[tuple[bool, str, int], dict[str, str]] = {}
+    stacks = tuple(dict.fromkeys(at[1] for at in places.values() if at))
+    names = [clean(name.partition(".")[0], 20) for name in shorten_names(stacks)] if len(stacks) > 1 else ["layer"]
+    rows: dict[tuple[int, int, str], dict[str, str]] = {}
     for name, at in places.items():
         if at:
-            rows.setdefault((False, stacks[at[1]] if len(stacks) > 1 else "layer", int(at[2])), {})[at[3]] = types[name]
+            stack, number = stacks.index(at[1]), int(at[2])
+            rows.setdefault((stack, number, f"{names[stack]} {number}"), {})[at[3]] = types[name]
         else:
-            rows[True, clean(name.removesuffix(".weight"), 40), 0] = {"": types[name]}
-    return {name if alone else f"{name} {number}": rows[alone, name, number] for alone, name, number in sorted(rows)}
+            rows[len(stacks), 0, clean(name.removesuffix(".weight"), 40)] = {"": types[name]}
+    return {place[-1]: rows[place] for place in sorted(rows)}
 
 
 def _count_bits(kind: str) -> int:
-    """Return the bits of a code, which the name of its type begins with; without any number, 16."""
+    """Return the bits of a code: the first number in the name of its type, or 16 where there is none."""
     found = re.search(r"\d+", kind)
     return int(found[0]) if found else 16
 

@@ -71,6 +71,15 @@ def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     ]
 
 
+def test_the_layers_of_an_encoder_stand_before_those_of_a_decoder_whatever_both_lie_in() -> None:
+    search = sized()
+    assert search.winner is not None
+    types = {f"model.{stack}.layers.{n}.fc1": "int4/64" for stack in ("encoder", "decoder") for n in (0, 10, 2)}
+    page = read(render_search_html(replace(search, winner=replace(search.winner, types=types))))
+    names = [row.children[0].text for row in page.one("table").all("tr") if not isinstance(row.children[0], str)]
+    assert names == ["Layer", *(f"{stack} {n}" for stack in ("encoder", "decoder") for n in (0, 2, 10))]
+
+
 def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
     text = read(render_search_html(found())).one("main").text
     table = text[text.index("Evaluated files, smallest first") :]
