@@ -157,13 +157,13 @@ def search(
             place = folder / GRADING / ORIGINAL
             floors = NOISE[CHECKPOINT]
             study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=floors)
-        guided_by = [part.search for part in parts]
-        guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         selection = None
         if keep is not None:
             selected_by = [part.selection for part in parts]
             selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
             check_enough_known(selection, keep)
+        guided_by = [part.search for part in parts]
+        guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
         from compressknow.study.guides import measure_guides
 
@@ -185,8 +185,8 @@ def search(
             return trial
 
         if keep is not None and selection is not None:
-            chosen = SizeSearch(keep, form.choose, evaluate)
-            chosen.explore(form.floor, form.ceiling)
+            chosen = SizeSearch(keep, (form.floor, form.ceiling), form.choose, evaluate)
+            chosen.explore()
             chosen.confirm(lambda found: kept(found, selection))
             winner = chosen.winner
         else:

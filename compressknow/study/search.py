@@ -19,7 +19,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import count, share
 from compressknow.base.progress import Begin, Listener
 from compressknow.base.system import move
-from compressknow.comparison.intervals import FEWEST_SIGNS, estimate_proportion
+from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
 from compressknow.engine.identity import Located, describe
@@ -164,6 +164,11 @@ class EvaluationSet:
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, self._asked, folder, reference=self._answered)
 
+    @property
+    def most(self) -> float:
+        """Return the least that a file is certain to keep which keeps all, at `LEVEL`: 0 where nothing is certain."""
+        return self.estimate_kept(self._answered, LEVEL).low or 0.0
+
     def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
         before, after = (grade(side, self.known_as) for side in (self._answered, answers))
@@ -177,7 +182,8 @@ CLOSE = 0.005
 # Sizes so near each other, as a share, are not told apart by the facts of the search.
 NEAR = 0.03
 # How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
-# put there after another is predicted to lose that much less, or would fall short too.
+# put there after another is predicted to lose that much less, or would fall short too. (What comes next depends on the
+# one before, and on nothing that it kept: else the intervals would not hold.)
 CONFIRMED, APART = 3, 0.7
 # Of the intervals by which files are tried and selected (Bonferroni). Of one file it would be 99 %: the share kept is
 # skewed where a few relations lose much, so that an interval's lower end lies too high more often than its level says.
@@ -197,33 +203,37 @@ class SizeSearch:
     """Trials of a search, and what comes of them. It reads and writes nothing: `choose` gives the types of a file of so
     many bytes, `evaluate` makes a file and its trial, on the facts of the search; none is made twice.
 
-    `tried` are in the order in which they were chosen, `confirmed` those that were put to the held-out facts, the
-    smallest first.
+    `sizes` are the bytes of the smallest file and of the largest. `tried` are in the order in which they were chosen,
+    `confirmed` those that were put to the held-out facts, the smallest first.
     """
 
     def __init__(
-        self, keep: float, choose: Callable[[int], Allocation], evaluate: Callable[[Allocation], Trial]
+        self,
+        keep: float,
+        sizes: tuple[int, int],
+        choose: Callable[[int], Allocation],
+        evaluate: Callable[[Allocation], Trial],
     ) -> None:
         self.keep = keep
         self.tried: list[Candidate] = []
         self.confirmed: list[Candidate] = []
-        self._choose, self._evaluate = choose, evaluate
+        self._sizes, self._choose, self._evaluate = sizes, choose, evaluate
 
     @property
     def winner(self) -> Candidate | None:
         """Return the smallest that keeps enough of the held-out facts too."""
         return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
-    def explore(self, floor: int, ceiling: int) -> None:
+    def explore(self) -> None:
         """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
-        worst, best = ends = self._choose(floor), self._choose(ceiling)
+        worst, best = ends = [self._choose(nbytes) for nbytes in self._sizes]
         for _ in range(HALVINGS):
             if best.nbytes <= (1 + NEAR) * worst.nbytes:
                 break
             middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
             if any(each.found.types == middle.types for each in self.tried):
                 break
-            if self._try_file(middle):
+            if is_enough(self._try_file(middle).trial.kept, self.keep):
                 best = middle
             else:
                 worst = middle
@@ -233,11 +243,27 @@ class SizeSearch:
             self._try_file(worst)
 
     def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
-        """Put the promising files to the held-out facts, the smallest first, until one keeps enough there too."""
-        for each in select_promising(self.tried, self.keep):
+        """Put the smallest file that keeps enough to the held-out facts, and then larger ones, until one keeps enough
+        there too. Where none keeps enough of the facts of the search, begin with the one that keeps most."""
+        by_size = sorted(self.tried, key=lambda each: each.found.nbytes, reverse=True)
+        enough = [each for each in by_size if is_enough(each.trial.kept, self.keep)]
+        each = enough[-1] if enough else max(by_size, key=_get_lowest)
+        while True:
             self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.found))))
-            if self.winner:
+            safer = self._find_safer(each.found)
+            if self.winner or len(self.confirmed) == CONFIRMED or safer is None:
                 return
+            each = self._try_file(safer)
+
+    def _find_safer(self, found: Allocation) -> Allocation | None:
+        """Return the smallest file that loses so much less that it may keep enough where this one does not, a tried one
+        where one is near; None where this is the largest."""
+        largest = self._choose(self._sizes[1])
+        if largest.loss >= found.loss:
+            return None
+        safer = self._find_losing(APART * found.loss, found.nbytes, largest.nbytes)
+        near = [each.found for each in self.tried if 1 <= each.found.nbytes / safer.nbytes <= 1 + NEAR]
+        return min(near, key=lambda each: each.nbytes, default=safer)
 
     def _find_losing(self, loss: float, low: int, high: int) -> Allocation:
         """Return the smallest file between two sizes that loses no more."""
@@ -249,23 +275,10 @@ class SizeSearch:
                 low = middle
         return self._choose(high)
 
-    def _try_file(self, found: Allocation) -> bool:
-        if not any(each.found.types == found.types for each in self.tried):
+    def _try_file(self, found: Allocation) -> Candidate:
+        if all(each.found.types != found.types for each in self.tried):
             self.tried.append(Candidate(found, self._evaluate(found)))
-        trial = next(each.trial for each in self.tried if each.found.types == found.types)
-        return is_enough(trial.kept, self.keep)
-
-
-def select_promising(tried: Sequence[Candidate], keep: float) -> list[Candidate]:
-    """Return the candidates to confirm on held-out facts, the smallest first: they keep enough of the facts of the
-    search. Where none does, the one that keeps most, to be told."""
-    known = [each for each in tried if each.trial.kept.low is not None]
-    chosen: list[Candidate] = []
-    for each in sorted(known, key=lambda each: each.found.nbytes):
-        apart = not chosen or each.found.loss <= APART * chosen[-1].found.loss
-        if is_enough(each.trial.kept, keep) and apart and len(chosen) < CONFIRMED:
-            chosen.append(each)
-    return chosen or sorted(known, key=_get_lowest, reverse=True)[:1]
+        return next(each for each in self.tried if each.found.types == found.types)
 
 
 def _get_lowest(each: Candidate) -> float:
@@ -281,8 +294,7 @@ def is_enough(kept: Estimate | None, keep: float) -> bool:
 
 def check_enough_known(selection: EvaluationSet, keep: float) -> None:
     """Raise GateNotMet where no outcome at all could show that as much is kept."""
-    best = estimate_proportion(selection.known, selection.known, LEVEL).low or 0.0
-    if best < keep:
+    if (best := selection.most) < keep:
         raise GateNotMet(
             f"No file can be certain to keep {100 * keep:g} %: the model knows {count(selection.known)} of the facts "
             "that select it.",

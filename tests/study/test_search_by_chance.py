@@ -51,12 +51,17 @@ class Searched(SizeSearch):
     def __init__(
         self, drawn: np.random.Generator, parts: Split, chances: np.ndarray, keep: float, *, found: bool
     ) -> None:
-        super().__init__(keep, _file, lambda _: _trial(Estimate(None)))
+        super().__init__(
+            keep,
+            (STEP, STEP * len(chances)),
+            lambda nbytes: _file(nbytes // STEP - 1),
+            lambda _: _trial(Estimate(None)),
+        )
         self._drawn, self._parts, self._chances = drawn, parts, chances
         for place, each in enumerate(chances):
             kept = Estimate(1.0, 1.0, 1.0) if found else self.kept_of(parts.searched, each, LEVEL)
             self.tried.append(Candidate(_file(place), _trial(kept)))
-        self.confirm(lambda file: self.kept_of(parts.selection, chances[file.nbytes], LEVEL))
+        self.confirm(lambda file: self.kept_of(parts.selection, chances[file.nbytes // STEP - 1], LEVEL))
 
     def kept_of(self, facts: np.ndarray, chances: np.ndarray, level: float = 0.95) -> Estimate:
         both = self._drawn.binomial(facts, chances)
@@ -66,12 +71,16 @@ class Searched(SizeSearch):
         """Return what the winner keeps of the facts that grade; None without one."""
         if not self.winner:
             return None
-        return self.kept_of(self._parts.grading, self._chances[self.winner.found.nbytes])
+        return self.kept_of(self._parts.grading, self._chances[self.winner.found.nbytes // STEP - 1])
 
 
-def _file(nbytes: int) -> Allocation:
+# Bytes from one file to the next.
+STEP = 1000
+
+
+def _file(place: int) -> Allocation:
     """One of files that lose so much less than the one before that each may be put to the held-out facts."""
-    return Allocation({"weight": str(nbytes)}, nbytes, (APART - 0.01) ** nbytes)
+    return Allocation({"weight": str(place)}, STEP * (place + 1), (APART - 0.01) ** place)
 
 
 def _trial(kept: Estimate) -> Trial:

@@ -9,7 +9,7 @@ import pytest
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch, select_promising
+from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch
 
 FLOOR, CEILING = 1_000_000, 3_000_000
 
@@ -35,8 +35,8 @@ class Evaluated:
 
 def explored(enough: float) -> tuple[SizeSearch, Evaluated]:
     evaluated = Evaluated(enough)
-    search = SizeSearch(0.9, choose, evaluated)
-    search.explore(FLOOR, CEILING)
+    search = SizeSearch(0.9, (FLOOR, CEILING), choose, evaluated)
+    search.explore()
     return search, evaluated
 
 
@@ -51,27 +51,43 @@ def test_a_few_files_find_the_smallest_that_keeps_enough(enough: int) -> None:
 
 def test_the_ends_are_tried_where_all_or_none_keeps_enough() -> None:
     assert explored(0)[1].given[-1] == choose(FLOOR)
-    search, evaluated = explored(2 * CEILING)
-    assert evaluated.given[-1] == choose(CEILING)
-    assert [each.found for each in select_promising(search.tried, 0.9)] != []
+    assert explored(2 * CEILING)[1].given[-1] == choose(CEILING)
 
 
-def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_far_from_it_then() -> None:
-    search, _ = explored(1_050_000)
+def confirm_with(search: SizeSearch, low: float, last: float) -> list[Allocation]:
+    """Confirm where the last file that may be put to the held-out facts keeps `last`, and others `low`."""
     put: list[Allocation] = []
 
     def confirm(found: Allocation) -> Estimate:
         put.append(found)
-        low = 0.95 if len(put) == CONFIRMED else 0.8
-        return Estimate(low, low, 1.0)
+        own = last if len(put) == CONFIRMED else low
+        return Estimate(own, own, 1.0)
 
     search.confirm(confirm)
-    enough = sorted(each.found.nbytes for each in search.tried if each.trial.kept.low >= 0.9)
-    assert put[0].nbytes == enough[0]
-    assert len(put) == CONFIRMED < len(enough)
-    assert all(after.loss <= APART * before.loss for before, after in pairwise(put))
+    return put
+
+
+@pytest.mark.parametrize("enough", [1_050_000, 1_800_000])
+def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_less_then(enough: int) -> None:
+    search, evaluated = explored(enough)
+    before = len(evaluated.given)
+    put = confirm_with(search, 0.8, 0.95)
+    assert put[0].nbytes == min(each.nbytes for each in evaluated.given[:before] if each.nbytes >= enough)
+    assert len(put) == CONFIRMED
+    for small, large in pairwise(put):
+        # Never far beyond what it takes: one that was tried is put there where it is near, else one is made.
+        assert APART**2 * small.loss <= large.loss <= APART * small.loss
+    assert all(found in [each.found for each in search.tried] for found in put)
     assert search.winner is search.confirmed[-1]
     assert search.winner.found == put[-1]
+
+
+def test_the_largest_file_is_the_last_that_is_put_to_the_held_out_facts() -> None:
+    search, _ = explored(2_900_000)
+    put = confirm_with(search, 0.8, 0.8)
+    assert put[-1] == choose(CEILING)
+    assert len(put) <= CONFIRMED
+    assert search.winner is None
 
 
 def test_where_nothing_keeps_enough_the_one_that_keeps_most_is_told() -> None:
@@ -84,6 +100,6 @@ def test_where_nothing_keeps_enough_the_one_that_keeps_most_is_told() -> None:
 
 def test_files_of_one_choice_are_evaluated_once() -> None:
     evaluated = Evaluated(0)
-    search = SizeSearch(0.9, lambda _: choose(FLOOR), evaluated)
-    search.explore(FLOOR, FLOOR)
+    search = SizeSearch(0.9, (FLOOR, FLOOR), lambda _: choose(FLOOR), evaluated)
+    search.explore()
     assert len(evaluated.given) == len(search.tried) == 1
