@@ -328,7 +328,7 @@ class ModelHandle:
         """Return the same model in bfloat16, or float32 where it runs in less; None where it has one precision."""
         if self.runtime.name != TRANSFORMERS:
             return None
-        dtype = "bfloat16" if self.settings.computed_in == "float32" else "float32"
+        dtype = "bfloat16" if self.loaded.computed_in.startswith("float32") else "float32"
         other = ModelHandle(self.located, replace(self.settings, dtype=dtype))
         other.contents = self.contents
         return other

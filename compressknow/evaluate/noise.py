@@ -78,10 +78,10 @@ class NoiseFloors:
             return answers
         entries = answers.record.probes
         lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
-        other = self._original.copy_in_other_precision() if lacking else None
-        if other is None:
-            return answers
         try:
+            other = self._original.copy_in_other_precision() if lacking else None
+            if other is None:
+                return answers
             found = self._measure(other, "noise", lacking, answers)
         except (CheckpointError, UnsupportedError):
             return answers

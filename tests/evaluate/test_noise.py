@@ -54,6 +54,12 @@ def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(fam
     assert floor.kl_mean > 0
 
 
+def test_a_model_that_runs_in_its_own_precision_answers_in_another_one(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    floor = floor_of(probe(model, tmp_path / "a", facts, settings=Settings(dtype="auto")))
+    assert floor.computed_in == "bfloat16"
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path: Path) -> None:
     model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
