@@ -271,7 +271,9 @@ class _Run:
         answers += self._keep(batches, parts, write_table)
         order = {fact.id: number for number, fact in enumerate(probe.facts)}
         answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
-        answers = add_examples(prompts.scorer, answers, reference.of(probe.name) if reference else ())
+        # Also where its tokens are others: what it says is a text.
+        original = self._context.reference
+        answers = add_examples(prompts.scorer, answers, original.of(probe.name) if original else ())
         return answers, make_facts_entry(probe, answers, prompts.dropped)
 
     def _keep(

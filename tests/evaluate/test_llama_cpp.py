@@ -234,6 +234,20 @@ def test_the_card_names_the_runtime_and_what_is_its_own(place: Path, tmp_path: P
     assert again.verdict == card.verdict
 
 
+def test_a_file_with_tokens_of_its_own_is_asked_after_an_example_for_what_it_lost(place: Path, tmp_path: Path) -> None:
+    compressknow.convert(place / "llama", tmp_path / "pruned", prune=0.7)
+    write_gguf(tmp_path / "pruned", tmp_path / "pruned.gguf", F32)
+    facts, kept = [f"facts:{place / 'facts.jsonl'}"], tmp_path / "kept"
+    compressknow.report(place / "llama", tmp_path / "pruned.gguf", facts, answers=kept)
+    before, after = sorted(
+        map(read_answers, kept.iterdir()), key=lambda answers: answers.record.model.runtime is not None
+    )
+    known = {answer.fact_id for answer in before.answers if answer.correct}
+    lost = {answer.fact_id for answer in after.answers if not answer.correct} & known
+    assert lost
+    assert {answer.fact_id for answer in after.answers if answer.with_example is not None} == lost
+
+
 def test_two_files_are_compared(place: Path, tmp_path: Path) -> None:
     facts = [f"facts:{place / 'facts.jsonl'}"]
     comparison = compressknow.compare(place / "F16.gguf", place / "Q8_0.gguf", facts, answers=tmp_path / "kept")
