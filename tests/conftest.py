@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def converter() -> Iterator[Path]:
         # Tests have homes of their own.
         patch.setenv(VARIABLE, str(script))
         yield script
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of someone who has a script there that is named as a module of Python's; what runs in a
+    process of its own begins anew in it."""
+    from compressknow.gguf import children
+
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "warnings.py").write_text("raise SystemExit('this script was run')")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(children, "Popen", subprocess.Popen)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,6 +30,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import Speed
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import DEFAULT, Options, open_all
+from compressknow.gguf.children import put_first
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
@@ -44,9 +45,16 @@ def measure(located: Located, settings: Settings) -> Speed:
     Raises CompressknowError where the measuring process fails.
     """
     arguments = [str(located.path), json.dumps(asdict(settings))]
-    # Whatever the locale is, both write and read UTF-8.
-    command = [sys.executable, "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="backslashreplace", check=False)
+    # Whatever the locale is, both write and read UTF-8. Nothing is imported from the working directory.
+    command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        env=put_first(Path(__file__).parents[2]),
+        check=False,
+    )
     if done.returncode:
         silent = f"The process that measures it ended with {done.returncode}."
         reason = (done.stderr.strip().splitlines() or [silent])[-1]

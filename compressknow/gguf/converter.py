@@ -111,7 +111,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
 def _find_installer() -> list[str | Path]:
     """Return the command that installs into this Python's environment."""
     if is_installed("pip"):
-        return [sys.executable, "-m", "pip", "install", "--no-input"]
+        return [sys.executable, "-P", "-m", "pip", "install", "--no-input"]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
     raise _build_error("There is neither pip nor uv.")

@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
-from compressknow.gguf.children import put_first
+from compressknow.gguf.children import build_python_command, put_first, read_tail, run
 from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, list_parts
 
 MODULE = "llama_cpp_py_sync"
@@ -134,15 +133,10 @@ def check_no_crash(path: Path) -> None:
 @cache
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
     """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"{__package__}.context", path],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=put_first(Path(__file__).parents[2]),
-        check=False,
-    )
-    return done.returncode, done.stdout.decode("utf-8", "replace")
+    with TemporaryDirectory(prefix="compressknow-") as scratch:
+        log = Path(scratch) / "trial.log"
+        command = build_python_command("-m", f"{__package__}.context", path)
+        return run(command, log, environment=put_first(Path(__file__).parents[2])), read_tail(log)
 
 
 # The values of the metadata that are read are names, numbers and flags.

@@ -189,6 +189,11 @@ def test_who_interrupts_does_not_wait_until_a_file_is_loaded(place: Path) -> Non
     GgufModel(place / "F32.gguf", trial=True).close()
 
 
+@pytest.mark.usefixtures("scripts")
+def test_a_trial_runs_no_script_of_the_working_directory(place: Path, tmp_path: Path) -> None:
+    native.check_no_crash(shutil.copy(place / "Q8_0.gguf", tmp_path / "copy.gguf"))
+
+
 def test_distributions_are_those_over_all_tokens(place: Path, tmp_path: Path) -> None:
     card = compressknow.report(
         place / "F16.gguf", place / "Q8_0.gguf", [f"facts:{place / 'facts.jsonl'}"], answers=tmp_path / "kept"

@@ -81,6 +81,11 @@ def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path:
     assert measure(locate(model), Settings()).tokens_per_second is None
 
 
+@pytest.mark.usefixtures("scripts")
+def test_measuring_runs_no_script_of_the_working_directory(place: Path) -> None:
+    assert measure(locate(place / "llama"), Settings()).facts_per_second > 0
+
+
 def test_a_model_that_cannot_be_measured_is_one_message(place: Path, tmp_path: Path) -> None:
     model = shutil.copytree(place / "llama", tmp_path / "model")
     (model / "tokenizer.json").unlink()

