@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.answers import SERVER_TOKENS
@@ -305,8 +306,9 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 
     Raises CompressknowError where the server completes no text.
     """
-    if about := _request_about(client, "/props", _PROPS):
-        longest = about["default_generation_settings"]["n_ctx"]
+    # A router with several models passes it on; of itself it says 0.
+    if about := _request_about(client, f"/props?model={quote(model, safe='')}", _PROPS):
+        longest = about["default_generation_settings"]["n_ctx"] or None
         listed = {**about, **(listed.get("meta") or {})}
         return LlamaServer(client, model, listed, build=about.get("build_info"), longest=longest)
     version = _request_about(client, "/version", _VERSION)

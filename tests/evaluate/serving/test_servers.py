@@ -28,6 +28,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes import client as clients
+from compressknow.evaluate.runtimes.kinds import detect_server
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
@@ -435,6 +436,17 @@ def test_models_by_name(served: Callable[[str], ModelServer]) -> None:
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), FAST).loaded
+
+
+def test_a_router_is_asked_about_the_model_by_its_name(served: Callable[[str], ModelServer]) -> None:
+    """llama-server with several models says of itself that it reads no token."""
+    server, bodies = (
+        served("writes"),
+        [b'{"default_generation_settings": {"n_ctx": %d}}' % tokens for tokens in (0, 64)],
+    )
+    server.faults = {"/props": bodies[:1], "/props?model=some%2Fmodel%3AQ8_0": bodies[::-1]}
+    client = clients.Client(server.url, timeout=20.0)
+    assert [detect_server(client, "some/model:Q8_0", {}).longest for _ in bodies] == [64, None]
 
 
 @pytest.mark.parametrize(
