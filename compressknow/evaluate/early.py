@@ -99,7 +99,9 @@ def _evaluate_until(
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     listen = [relabel_progress(evaluation.on_progress, number=number, of=2) for number in (1, 2)]
     # Divergences over all tokens cost no second look at the original where both are evaluated side by side.
-    of = first.handle if not first.stored and not second.stored else None
+    # A server does not tell them.
+    local = first.handle is not None and first.handle.located.url is None
+    of = first.handle if local and not first.stored and not second.stored else None
     known: list[bool] = []
     kept: list[bool] = []
     found, drawn = None, 0

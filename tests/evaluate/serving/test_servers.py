@@ -486,6 +486,23 @@ def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     assert server.count("/tokenize") <= asked + 8
 
 
+def test_an_original_on_a_server_is_asked_once_for_an_early_end(
+    served: Callable[[str], ModelServer], checkpoint: Path, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    compressknow.report(
+        served("vllm").url,
+        checkpoint,
+        [f"facts:{facts_file(tmp_path / 'f.jsonl')}"],
+        answers=tmp_path / "answers",
+        fail_under=0.5,
+        early=True,
+        on_progress=seen.append,
+    )
+    assert seen
+    assert not any(progress.stage.again for progress in seen)
+
+
 def test_speed_on_a_server_is_refused_before_any_work(
     served: Callable[[str], ModelServer], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
