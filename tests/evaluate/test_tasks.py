@@ -344,6 +344,18 @@ def test_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
 
 
+def test_what_git_and_desktops_keep_beside_a_task_is_no_part_of_it(tmp_path: Path) -> None:
+    folder = cloze(tmp_path / "tasks")
+    first = open_task("lm-eval:cloze", include=folder).fingerprint()
+    (folder / ".git").mkdir()
+    for name in (".git/HEAD", ".DS_Store"):
+        (folder / name).write_text("changed")
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() == first
+    # lm-eval reads these.
+    (folder / ".git" / "other.yaml").write_text("task: other")
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() != first
+
+
 def test_data_is_looked_for_in_the_folder_of_data_first(tmp_path: Path) -> None:
     folder = cloze(tmp_path / "tasks")
     assert open_task("lm-eval:cloze", include=folder).data == folder

@@ -123,9 +123,9 @@ class LmEvalTask(Task):
         digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
         files = [(path, split) for split, path in self.local_files().items()]
         if self.include:
-            # YAML and code, and included files, which may have no suffix.
-            paths = [path for path in sorted(self.include.rglob("*")) if path.suffix in (".yaml", ".yml", ".py", "")]
-            files = [(path, path.relative_to(self.include).as_posix()) for path in paths if path.is_file()] + files
+            paths = [path for path in sorted(self.include.rglob("*")) if path.is_file()]
+            named = [(path, path.relative_to(self.include)) for path in paths]
+            files = [(path, name.as_posix()) for path, name in named if _is_part(name)] + files
         for path, name in files:
             digest.update(json.dumps([name, compute_sha256(path)]).encode())
         return digest.hexdigest()
@@ -184,6 +184,13 @@ def list_names_without(task: str) -> list[str] | None:
 def read_own_tasks() -> Any:
     """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
     return _read_index(None, own=True)
+
+
+def _is_part(name: Path) -> bool:
+    """Return whether a file may be a part of a task: YAML and code, and included files, which may have no suffix; what
+    git and desktops keep has none either."""
+    is_hidden = any(part.startswith(".") for part in name.parts)
+    return name.suffix in (".yaml", ".yml", ".py") or not (name.suffix or is_hidden)
 
 
 def find_entry(folder: Path, task: str) -> Any:
