@@ -70,10 +70,12 @@ def _check_type(name: str, known: Collection[str], option: str) -> str:
 def find_base_type(file_type: str) -> str:
     """Return the tensor type that most of a file's weights get.
 
-    >>> [find_base_type(name) for name in ("q4_k_m", "q8_0", "f16")]
-    ['q4_k', 'q8_0', 'f16']
+    >>> [find_base_type(name) for name in ("q4_k_m", "q8_0", "f16", "iq3_xs")]
+    ['q4_k', 'q8_0', 'f16', 'iq3_s']
     """
-    return max((name for name in list_tensor_types() if file_type.startswith(name)), key=len, default="f16")
+    # Those without one of their own are mixes around the small one of their kind.
+    mixed = f"{file_type.rpartition('_')[0]}_s"
+    return max((name for name in list_tensor_types() if file_type.startswith(name)), key=len, default=mixed)
 
 
 def estimate_bytes(tensor_type: str, numel: int) -> int:
