@@ -24,8 +24,9 @@ _OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 def check_device(name: str) -> None:
     """Raise UsageError for a name of no device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
     the machine has it is not checked: that takes torch."""
-    kind, _, number = name.partition(":")
-    if kind not in DEVICES or not re.fullmatch(r"[0-9]{0,4}", number) or (number and kind in (AUTO, CPU)):
+    kind, colon, number = name.partition(":")
+    is_numbered = kind not in (AUTO, CPU) and re.fullmatch("0|[1-9][0-9]{0,3}", number)
+    if kind not in DEVICES or (colon and not is_numbered):
         other = _OTHER_WORDS.get(kind.lower())
         near = f"Did you mean {other}? " if other else suggest_word(kind, DEVICES)
         raise UsageError(f"There is no device {name!r}.", hint=f"{near}There is {', '.join(DEVICES)}, and cuda:1.")

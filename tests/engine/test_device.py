@@ -30,6 +30,10 @@ def test_a_device_may_be_named_without_being_there(name: str) -> None:
         ("meta", "There is auto, cpu"),
         ("cuda:x", "There is auto, cpu"),
         ("cpu:1", "There is auto, cpu"),
+        ("cpu:", "There is auto, cpu"),
+        ("auto:", "There is auto, cpu"),
+        ("cuda:", "There is auto, cpu"),
+        ("cuda:00", "There is auto, cpu"),
         ("", "There is auto, cpu"),
     ],
 )
