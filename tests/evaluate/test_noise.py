@@ -14,6 +14,7 @@ from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.distributions import compute_kl
 from compressknow.comparison.paired import compare_probe
+from compressknow.engine.identity import locate
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answers, read_answers
 from compressknow.evaluate.facts import strip_wording
@@ -126,6 +127,19 @@ def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.Mo
     one, other = (floor_of(probe(model, tmp_path / name, facts)) for name in "ab")
     assert one.n == 3
     assert one == other
+
+
+def test_that_of_a_sample_is_not_kept_with_the_answers_of_another_run_to_another_one(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    samples = [Options(limit=limit) for limit in (10, 30)]
+    # The second run has the folder before the first one measures.
+    found = [
+        probe(model, tmp_path / "a", facts, options=options, settings=Settings(noise_floor=False))
+        for options in samples
+    ]
+    floors = noise.NoiseFloors(ModelHandle(locate(model), Settings()), tmp_path / "a")
+    assert floor_of(floors.add_precision(open_all([facts], samples[0]), found[0])).n == 10
+    assert read_answers(tmp_path / "a").record.probes == found[1].record.probes
 
 
 def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(tmp_path: Path) -> None:
