@@ -47,10 +47,8 @@ from compressknow.model.tensors import (
     read_torch_file,
 )
 
-_EXPORTED = {
-    "sha256": str,
-    "source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str},
-}
+# What an export says of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
+SOURCE_FORM = {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}
 # What decides the answers beside the weights.
 DECISIVE = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -191,13 +189,19 @@ def describe(located: Located) -> dict[str, Any]:
     }
 
 
+def get_record_path(output: Path) -> Path:
+    """Return where the record of a GGUF file lies."""
+    return output.with_name(f"{output.name}.json")
+
+
 def record_beside(path: Path) -> dict[str, Any]:
     """Return "sha256" and "source" of the record that an export writes beside a GGUF file; nothing without one."""
     try:
-        record = read_json(path.with_name(f"{path.name}.json"), MANIFEST)
+        record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
         return {}
-    return {} if find_mismatch(record, _EXPORTED) else {key: record[key] for key in ("sha256", "source")}
+    form = {"sha256": str, "source": SOURCE_FORM}
+    return {} if find_mismatch(record, form) else {key: record[key] for key in form}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +94,18 @@ class LanguageModel:
     def vocabulary(self) -> str:
         """Return a short hash of the tokens that the model has, and their ids.
 
-        A GGUF's tokenizer has more than its original's: names for rows that no token has, and the end of text that
-        transformers adds to those of GPT-2's kind, beyond the last row.
+        A GGUF's tokenizer has one more than its original's: the end of text that transformers adds to those of GPT-2's
+        kind, beyond the last row.
         """
         rows = count_embedding_rows(self.model)
-        ids = self.tokenizer.get_vocab().items()
-        tokens = sorted((token, number) for token, number in ids if number < rows and token != f"[PAD{number}]")
-        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+        return hash_vocabulary(pair for pair in self.tokenizer.get_vocab().items() if pair[1] < rows)
+
+
+def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
+    """Return a short hash of tokens and their ids, without the names that llama.cpp's converter gives to rows that no
+    token has."""
+    named = sorted((token, number) for token, number in tokens if token != f"[PAD{number}]")
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
 def load_language_model(

@@ -200,7 +200,7 @@ class Server(Runtime):
         served = self._served
         build = " ".join(filter(None, (served.name, served.build)))
         where = {"url": served.client.url, "model": served.model}
-        return {"name": "server", "build": build, **where, "scores": served.scores, "distribution": served.tokens}
+        return {"name": SERVER, "build": build, **where, "scores": served.scores, "distribution": served.tokens}
 
     def describe(self) -> Mapping[str, Any]:
         known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}

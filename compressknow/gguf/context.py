@@ -194,7 +194,11 @@ def _get_token(number: int) -> int | None:
     return None if number == _NONE else int(number)
 
 
-def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
+# Of an answer that shows that a file works.
+_ANSWER_TOKENS = 8
+
+
+def complete_prompt(path: Path, prompt: str) -> str:
     """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early. The file is taken
     as sound: one that llama.cpp has just written.
 
@@ -205,8 +209,8 @@ def complete_prompt(path: Path, prompt: str, tokens: int = 8) -> str:
         read: list[int] = tokenizer(prompt)["input_ids"] or [0]
         written: list[int] = []
         start, following = 0, read
-        with closing(Context(model, cells=len(read) + tokens, sequences=1, threads=1)) as context:
-            while len(written) < tokens:
+        with closing(Context(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
+            while len(written) < _ANSWER_TOKENS:
                 logits = context.read([Span(0, start, following, 1)])[0]
                 if not np.isfinite(logits).all():
                     raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")

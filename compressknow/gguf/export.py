@@ -23,7 +23,7 @@ from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.weights import Side, read_side
-from compressknow.engine.identity import find_source, locate, read_contents
+from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
@@ -57,7 +57,6 @@ from compressknow.gguf.record import (
     check_room,
     collect_versions,
     compare_to_record,
-    get_record_path,
     read_record,
     write_with_metadata,
 )

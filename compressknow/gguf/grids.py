@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from compressknow.gguf.choice import list_tensor_types
+from compressknow.gguf.importance import Floats
 from compressknow.gguf.llama_cpp import load_native
 
-Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 # What a tensor may be rounded to, the largest first. Left out: types with a minimum (q5_1, q4_1), which off such a grid

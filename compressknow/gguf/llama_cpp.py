@@ -5,7 +5,6 @@ What it logs is kept, not printed; what cannot be evaluated is refused with the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
+from compressknow.engine.language_model import hash_vocabulary
 from compressknow.gguf.children import build_python_command, put_first, read_tail, run
 from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, list_parts
 
@@ -205,10 +205,7 @@ class GgufModel:
         """Return the hash that `engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
         ffi, lib, _ = self.native
         texts = (ffi.string(lib.llama_vocab_get_text(self.vocab, number)) for number in range(self.rows))
-        named = ((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
-        # Names that the converter gives to rows that no token has.
-        tokens = sorted((token, number) for token, number in named if token != f"[PAD{number}]")
-        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+        return hash_vocabulary((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
 
     def meta(self, key: str) -> str | None:
         """Return a value of the file's metadata as text, or None."""

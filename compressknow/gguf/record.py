@@ -20,6 +20,7 @@ from compressknow.base.progress import Advance, count_progress, silence_librarie
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
+from compressknow.engine.identity import SOURCE_FORM, get_record_path
 from compressknow.gguf.choice import Choice
 from compressknow.model.checkpoint import read_json
 from compressknow.model.gguf_file import open_gguf, read_gguf, read_value
@@ -30,22 +31,17 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # What its keys in the metadata of a GGUF file begin with.
 PREFIX = "compressknow"
-# What both say of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
-SOURCE = ("name", "revision", "sha256", "original_sha256")
+# What both say of the checkpoint that it was made of.
+SOURCE = tuple(key.rstrip("?") for key in SOURCE_FORM)
 COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
     **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: COUNTS}}},
-    **{"source": {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}, "totals": COUNTS},
+    **{"source": SOURCE_FORM, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
 # Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
 IMPORTANCE, OLD_RECORD = "importance", "old"
 SUFFIX = ".gguf"
-
-
-def get_record_path(output: Path) -> Path:
-    """Return where the record of a GGUF file lies."""
-    return output.with_name(f"{output.name}.json")
 
 
 def check_recorded(output: Path) -> None:
@@ -116,7 +112,8 @@ def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
 
 def finish(output: Path, folder: Path, importance: Path | None) -> None:
     """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
-    only taken the old file's record away, that is put back."""
+    only taken the old file's record away, that is put back. `importance` is where this run is to put the importance
+    matrix (--imatrix-out), if anywhere: the dead run's goes there."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return

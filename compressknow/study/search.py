@@ -22,14 +22,13 @@ from compressknow.base.system import move
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
-from compressknow.engine.identity import Located, describe
+from compressknow.engine.identity import Located, describe, get_record_path
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
-from compressknow.gguf.record import get_record_path
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.warnings import find_rounding_kept
