@@ -133,7 +133,7 @@ class Int8Linear(EngineLinear):
 
 
 def has_rounded_activations(model: nn.Module) -> bool:
-    """Return whether some layer rounds what comes in to integers: here, or in compressed-tensors' floats."""
+    """Return whether some layer rounds what comes in to fewer bits: here, or in compressed-tensors' floats."""
     return any(map(_is_rounding, model.modules()))
 
 
