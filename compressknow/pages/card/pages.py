@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
@@ -102,7 +103,7 @@ def _chart_cost(
     if len({mark.cost for mark in marks}) < _FEWEST:
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
+    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
     if cost := get_cost(card.original):
         amount, written, runtime = cost
         name = f"the original, in {runtime}"
