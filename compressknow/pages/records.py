@@ -274,18 +274,25 @@ def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
-    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    repeated = Counter(setups)
-    labels = [f"{setup} ({name})" if repeated[setup] > 1 else setup for setup, name in zip(setups, names, strict=True)]
+    labels = _label_models(comparisons)
     repeated = Counter(labels)
     return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 
 
 def name_models(card: Card) -> tuple[str, ...]:
     """Return a name for each compressed model of a card: its label, numbered where there are several."""
-    labels = label_models(card.comparisons)
+    labels = _label_models(card.comparisons)
     return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
+
+
+def _label_models(comparisons: Sequence[Comparison]) -> list[str]:
+    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    repeated = Counter(setups)
+    return [
+        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
+        for setup, name in zip(setups, names, strict=True)
+    ]
 
 
 def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
