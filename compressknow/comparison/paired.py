@@ -58,21 +58,20 @@ def compare_probe(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
     *,
-    probe: str | None = None,
-    ran_in: str = "",
+    probe: str,
+    ran_in: str,
 ) -> ProbeFigures:
     """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
     The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model.
 
     Raises CompressknowError where the two sides were evaluated on different prompts.
     """
-    name = probe or (original[0].probe if original else "the probe")
-    pairs = pair_answers(name, original, compressed, entry_original, entry_compressed)
+    pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     # Both models gave the probabilities of the same model's most likely tokens.
     has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
     return ProbeFigures(
-        probe=name,
+        probe=probe,
         protocol=entry_original.protocol,
         average=entry_original.average,
         chance=entry_original.chance,

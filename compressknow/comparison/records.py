@@ -205,11 +205,6 @@ class EarlyStop:
     kept: Estimate
     met: bool
 
-    @property
-    def saved(self) -> int:
-        """Return the number of facts that did not have to be evaluated."""
-        return self.of - self.facts
-
 
 @dataclass(frozen=True, slots=True)
 class Knowing:
