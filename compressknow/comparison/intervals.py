@@ -331,6 +331,17 @@ def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
 
 
 def estimate_kept(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
+    """Return knowledge kept with the interval to go by: over clusters where there is one, else the simple one.
+
+    >>> estimate_kept([Counts(both=9, lost=1)]) == estimate_proportion(9, 10)
+    True
+    """
+    total = sum(clusters, Counts())
+    simple = estimate_proportion(total.both, total.known_before, level)
+    return simple.or_by_relation(estimate_kept_by_cluster(clusters, level))
+
+
+def estimate_kept_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
     """Return knowledge kept with its interval over clusters; see `share_by_cluster`."""
     return share_by_cluster([c.both for c in clusters], [c.known_before for c in clusters], level)
 

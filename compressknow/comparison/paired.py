@@ -36,6 +36,7 @@ from compressknow.comparison.intervals import (
     estimate_difference,
     estimate_difference_by_cluster,
     estimate_kept,
+    estimate_kept_by_cluster,
     estimate_proportion,
     list_clusters,
     number_clusters,
@@ -100,9 +101,9 @@ def compare_probe(
 def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """Count right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
-    before, after, difference = average_relations([group.counts for group in by_relation])
-    sure = measure_certainty([[group.counts for group in by_relation]])
-    kept = estimate_proportion(total.both, total.known_before).or_wider(sure.kept)
+    relations = [group.counts for group in by_relation]
+    before, after, difference = average_relations(relations)
+    kept = estimate_kept(list_clusters(relations))
     drop_absolute, drop_relative = _compute_drop(total, (before, after) if average == "macro" else None)
     return {
         "counts": total,
@@ -117,7 +118,7 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "drop_absolute": drop_absolute,
         "drop_relative": drop_relative,
         "by_relation": by_relation,
-        "certainty": sure,
+        "certainty": measure_certainty([relations]),
     }
 
 
@@ -130,7 +131,7 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     return Certainty(
         test=run_paired_test(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
-        kept=estimate_kept(clusters),
+        kept=estimate_kept_by_cluster(clusters),
         difference=estimate_difference_by_cluster(clusters),
         smallest_loss=find_smallest_loss(total, change),
         facts_for_two=count_facts_to_show(total, design=change),
@@ -198,7 +199,7 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         name=name,
         counts=total,
         relations=clusters,
-        kept=estimate_proportion(total.both, total.known_before).or_wider(estimate_kept(clusters)),
+        kept=estimate_kept(clusters),
         p=run_paired_test(clusters).p,
         p_holm=None,
         answer_changed=_share_changed(pairs),

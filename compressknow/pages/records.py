@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, clean, count, share, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
-from compressknow.comparison.intervals import estimate_kept, estimate_proportion, list_clusters, run_mcnemar
+from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -58,7 +58,7 @@ class Grade:
     """Line of the report card: knowledge kept of one domain over all probes.
 
     `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
-    `unsure` says that the interval spans several grades, `range` names them ("A to C"). The interval is over
+    `range` names the grades that the interval spans, where these are several ("A to C"). The interval is over
     `relations` where there are enough of them, else the simple one.
     """
 
@@ -66,12 +66,20 @@ class Grade:
     relations: tuple[Counts, ...]
     kept: Estimate
     grade: str
-    unsure: bool = False
     range: str | None = None
 
     @property
     def counts(self) -> Counts:
         return sum(self.relations, Counts())
+
+    @property
+    def unsure(self) -> bool:
+        """Return whether the interval spans several grades."""
+        return self.range is not None
+
+    @property
+    def mark(self) -> str:
+        return self.grade + "?" * self.unsure
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +157,7 @@ class Comparison(Shown):
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        simple = estimate_proportion(self.counts.both, self.counts.known_before, level)
-        return simple.or_wider(estimate_kept(self.clusters, level))
+        return estimate_kept(self.clusters, level)
 
     @property
     def only_texts(self) -> bool:
@@ -164,7 +171,7 @@ class Comparison(Shown):
                 count(grade.counts.known_before),
                 count(grade.counts.both),
                 write_estimate(grade.kept),
-                grade.grade + ("?" if grade.unsure else ""),
+                grade.mark,
             )
             for grade in self.grades
         )

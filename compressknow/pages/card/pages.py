@@ -275,7 +275,7 @@ def _make_grades_section(comparison: Comparison, id: str) -> Shown:
             clean(grade.subject, 80),
             *_write_kept(grade.counts, grade.kept),
             clean(grade.grade, 4),
-            clean(grade.range or "", 20) if grade.unsure else "",
+            clean(grade.range or "", 20),
         )
         for grade in comparison.grades
     ]
@@ -354,7 +354,7 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]
-        letters = [clean(grade.grade, 4) + ("?" if grade.unsure else "") if grade else NONE for grade in grades]
+        letters = [clean(grade.mark, 4) if grade else NONE for grade in grades]
         yield clean(name, 40), ["", *letters]
     texts = [{figures.text: figures for figures in each.texts} for each in comparisons]
     for name in dict.fromkeys(name for of_model in texts for name in of_model):
