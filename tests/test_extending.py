@@ -343,7 +343,8 @@ class TestSection:
                 def parts(self, context):
                     T = self.text
                     table = Table(T, (T, T), ((T, T), (T, T)), sortable=True)
-                    yield from (Text(T), Note(T), Remarks(T, [T]), table, Facts(table, T), Folded(T, (Note(T), table)))
+                    facts = Facts(Table(T, (T, T, T), ((T, T, T),)), T)
+                    yield from (Text(T), Note(T), Remarks(T, [T]), table, facts, Folded(T, (Note(T), table)))
                     yield Chart(T, T, lambda axes: axes.set_title(" ".join(T.split()).strip(chr(0xD800))))
                     yield Beside(None, table)
 
@@ -408,15 +409,20 @@ class TestSection:
             (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
             (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
             (("yield Note(", "yield (lambda text: Folded('', (text,)))("), "TypeError: `parts` gives str"),
-            (("yield Note(", "yield (lambda text: Facts(Table('', ('',), ())))("), "ValueError: facts have one column"),
+            (("yield Note(", "yield (lambda text: Facts(Table('', ('', ''), ())))("), "ValueError: facts have fewer"),
             (('("Probe", "Original", "Compressed")', '("Probe", "Original")'), "ValueError: a row of the table"),
+            (('"Compressed"), rows', '"Compressed"), rows, (None, None)'), "ValueError: the table"),
+            (('"Compressed"), rows', '"Compressed"), rows, links=("a", "b")'), "fewer bars, or links, than rows"),
+            (("yield Note(", "yield (lambda text: Beside(None, None))("), "UndefinedError"),
+            (("yield Note(", "yield (lambda text: Remarks('', None))("), "TypeError: 'NoneType' object"),
             (("axes.barh(**bars)", "axes.barh(bars)"), "TypeError"),
             (("def parts(", "def part("), "NotImplementedError"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
     def test_one_that_fails_to_show_itself_is_left_out_of_the_page(self, change: tuple[str, str], says: str, install):
-        code = example("A section of the report").replace("Chart, Note", "Chart, Drawn, Facts, Folded, Note")
+        imported = "Beside, Chart, Drawn, Facts, Folded, Note, Remarks"
+        code = example("A section of the report").replace("Chart, Note", imported)
         install(SECTIONS, "favourites", code.replace(*change), "Favourites")
         page, _, figures = self.report()
         assert "m1-favourites" not in self.sections(page)

@@ -148,10 +148,9 @@ def _list_grades(comparison: Comparison) -> Iterator[str]:
     yield GRADES
     yield "-" * len(GRADES)
     for grade in comparison.grades:
-        mark = grade.grade + ("?" if grade.unsure else "")
         yield (
             f"{clean(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
-            f"{write_estimate(grade.kept):<27}{mark:>6}"
+            f"{write_estimate(grade.kept):<27}{grade.mark:>6}"
         )
     if any(grade.unsure for grade in comparison.grades):
         yield "? the interval spans several grades"

@@ -85,7 +85,7 @@ class TensorDiff:
     Attributes
     ----------
     name : of the parameter in the module tree, or as stored where the tree has none.
-    group : ``attention``, ``feed-forward``, ``final``, ``other`` or ``not-linear``.
+    group : ``attention``, ``feed-forward``, ``final``, ``other``, ``vision`` or ``not-linear``.
     stack, layer, module : of a Linear weight in a block: the stack of an encoder-decoder model, the block's number, and
         what it is inside the block (``self_attn.q_proj``).
     bytes_a, bytes_b : on disk, scales included.

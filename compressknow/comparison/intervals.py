@@ -166,7 +166,7 @@ def correct_for_chance(kept: Estimate, chance: float | None) -> Estimate:
     return Estimate(*(None if share is None else min(1.0, max(0.0, share)) for share in beyond))
 
 
-def average_relations(relations: Sequence[Counts], seed: int = SEED) -> tuple[Estimate, Estimate, Estimate]:
+def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, Estimate]:
     """Return the accuracy of the original, of the compressed model, and their difference, as means over relations;
     those without facts are left out.
 
@@ -180,7 +180,7 @@ def average_relations(relations: Sequence[Counts], seed: int = SEED) -> tuple[Es
     if not len(table):
         return Estimate(None), Estimate(None), Estimate(None)
     sizes = table.sum(axis=1)
-    drawn = np.random.default_rng(seed).multinomial(sizes, table / sizes[:, None], size=(RESAMPLES, len(table)))
+    drawn = np.random.default_rng(SEED).multinomial(sizes, table / sizes[:, None], size=(RESAMPLES, len(table)))
     estimates = []
     for value, samples in zip(_average_relations(table, sizes), _average_relations(drawn, sizes), strict=True):
         ends = np.percentile(samples, _QUANTILES) if np.ptp(samples) else ()
@@ -331,6 +331,17 @@ def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
 
 
 def estimate_kept(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
+    """Return knowledge kept with the interval to go by: over clusters where there is one, else the simple one.
+
+    >>> estimate_kept([Counts(both=9, lost=1)]) == estimate_proportion(9, 10)
+    True
+    """
+    total = sum(clusters, Counts())
+    simple = estimate_proportion(total.both, total.known_before, level)
+    return simple.or_by_relation(estimate_kept_by_cluster(clusters, level))
+
+
+def estimate_kept_by_cluster(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
     """Return knowledge kept with its interval over clusters; see `share_by_cluster`."""
     return share_by_cluster([c.both for c in clusters], [c.known_before for c in clusters], level)
 

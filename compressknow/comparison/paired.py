@@ -36,6 +36,7 @@ from compressknow.comparison.intervals import (
     estimate_difference,
     estimate_difference_by_cluster,
     estimate_kept,
+    estimate_kept_by_cluster,
     estimate_proportion,
     list_clusters,
     number_clusters,
@@ -58,21 +59,20 @@ def compare_probe(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
     *,
-    probe: str | None = None,
-    ran_in: str = "",
+    probe: str,
+    ran_in: str,
 ) -> ProbeFigures:
     """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
     The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model.
 
     Raises CompressknowError where the two sides were evaluated on different prompts.
     """
-    name = probe or (original[0].probe if original else "the probe")
-    pairs = pair_answers(name, original, compressed, entry_original, entry_compressed)
+    pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     # Both models gave the probabilities of the same model's most likely tokens.
     has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
     return ProbeFigures(
-        probe=name,
+        probe=probe,
         protocol=entry_original.protocol,
         average=entry_original.average,
         chance=entry_original.chance,
@@ -101,9 +101,9 @@ def compare_probe(
 def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """Count right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
-    before, after, difference = average_relations([group.counts for group in by_relation])
-    sure = measure_certainty([[group.counts for group in by_relation]])
-    kept = estimate_proportion(total.both, total.known_before).or_wider(sure.kept)
+    relations = [group.counts for group in by_relation]
+    before, after, difference = average_relations(relations)
+    kept = estimate_kept(list_clusters(relations))
     drop_absolute, drop_relative = _compute_drop(total, (before, after) if average == "macro" else None)
     return {
         "counts": total,
@@ -118,7 +118,7 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "drop_absolute": drop_absolute,
         "drop_relative": drop_relative,
         "by_relation": by_relation,
-        "certainty": sure,
+        "certainty": measure_certainty([relations]),
     }
 
 
@@ -131,7 +131,7 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     return Certainty(
         test=run_paired_test(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
-        kept=estimate_kept(clusters),
+        kept=estimate_kept_by_cluster(clusters),
         difference=estimate_difference_by_cluster(clusters),
         smallest_loss=find_smallest_loss(total, change),
         facts_for_two=count_facts_to_show(total, design=change),
@@ -199,7 +199,7 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         name=name,
         counts=total,
         relations=clusters,
-        kept=estimate_proportion(total.both, total.known_before).or_wider(estimate_kept(clusters)),
+        kept=estimate_kept(clusters),
         p=run_paired_test(clusters).p,
         p_holm=None,
         answer_changed=_share_changed(pairs),

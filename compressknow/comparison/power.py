@@ -38,11 +38,12 @@ def compute_power(known: float, loss: float, gained: float, unknown: float) -> f
     """
     from scipy.special import bdtr
 
-    facts = round(known + unknown)
+    facts = max(1, round(known + unknown))
     up, down = gained * known, (gained + loss) * known
-    if not 0 < up + down <= facts:
+    # Facts that count as fewer independent ones are no whole number, which all of them may exceed.
+    if not 0 < up + down <= known + unknown + 1e-9:
         return 0.0
-    changed, chances = _list_binomial(facts, (up + down) / facts)
+    changed, chances = _list_binomial(facts, min(1.0, (up + down) / facts))
     most = _find_most_gained(changed)
     shown = most >= 0
     if not shown.any():

@@ -53,15 +53,15 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Figure with its 95 % interval. `value` is None where there is nothing to estimate from (no fact known, ...);
-    `low` and `high` are None where there are too few facts for an interval.
+    """Figure with its interval, of the level asked for. `value` is None where there is nothing to estimate from (no
+    fact known, ...); `low` and `high` are None where there are too few facts for an interval.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
 
-    def or_wider(self, by_relation: Estimate) -> Estimate:
+    def or_by_relation(self, by_relation: Estimate) -> Estimate:
         """Return the estimate to go by: the one with the interval over relations, where there is such an interval."""
         return self if by_relation.low is None else by_relation
 
@@ -204,11 +204,6 @@ class EarlyStop:
     of: int
     kept: Estimate
     met: bool
-
-    @property
-    def saved(self) -> int:
-        """Return the number of facts that did not have to be evaluated."""
-        return self.of - self.facts
 
 
 @dataclass(frozen=True, slots=True)

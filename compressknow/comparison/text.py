@@ -52,7 +52,7 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
     # The error is that of the mean of the paired differences, which is the same as the square root of both variances
     # less twice the covariance.
     log_ratio = measure_mean(before - after)
-    ratio = math.exp(min(log_ratio.value, 700.0))
+    ratio = math.exp(log_ratio.value) if log_ratio.value < 700 else math.inf
     one, other = compute_perplexity(original).value, compute_perplexity(compressed).value
     covariance = float(np.mean((before - before.mean()) * (after - after.mean())))
     spread = float(np.std(before) * np.std(after))

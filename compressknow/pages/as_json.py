@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from compressknow.comparison.intervals import adjust_holm, estimate_kept, estimate_proportion, run_mcnemar
+from compressknow.comparison.intervals import adjust_holm, estimate_kept_by_cluster, estimate_proportion, run_mcnemar
 from compressknow.comparison.records import (
     Certainty,
     Confidence,
@@ -54,7 +54,7 @@ def dump_kept(counts: Counts) -> dict[str, Any]:
 
 def dump_clusters(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
-    by_cluster = dump_interval(estimate_kept(relations))
+    by_cluster = dump_interval(estimate_kept_by_cluster(relations))
     return {**dump_counts(counts), **dump_kept(counts), "kept_cluster_interval": by_cluster}
 
 

@@ -382,7 +382,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
         left = 0.0 if low < high / 4 else min(low, high / 2)
         # A line across alone would not widen the axis.
         lows = [to_percents(mark.kept)[1] for mark in chart.marks]
-        lows += [] if chart.rounding is None else [100 * chart.rounding]
+        lows += [100 * across for across in (chart.keep, chart.rounding) if across is not None]
         bottom = max(0.0, min(round_range(lows, low=min(lows))[0], 100 - _SPAN))
         cut = [f"across from {left:,.3g}"] if left else []
         cut += [f"up from {bottom:g}{PERCENT}"] if bottom else []

@@ -215,7 +215,8 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
 def add_results(front_matter: str, comparison: Comparison) -> str:
     """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
     metadata = check_metadata(front_matter)
-    added = to_yaml({_KEY: _merge_results(metadata.get(_KEY) or [], comparison)})
+    index = _merge_results(metadata.get(_KEY) or [], comparison)
+    added = to_yaml({_KEY: index}) if index else ""
     others = _cut_index(front_matter, metadata)
     return f"{others.rstrip()}\n{added}" if others.strip() else added
 
@@ -241,7 +242,8 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them the comparison's: accuracy and knowledge kept of each probe."""
+    """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe;
+    nothing where there are neither."""
     task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
     ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
@@ -259,7 +261,7 @@ def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[
     others = [model | {"results": [r for r in model["results"] if not is_ours(r)]} for model in index]
     others = [model for model in others if model["results"]]
     if not others:
-        return [{"name": comparison.model.name, "results": ours}]
+        return [{"name": comparison.model.name, "results": ours}] if ours else []
     # The Hub knows one model a card: its name is the user's.
     others[0]["results"] += ours
     return others
@@ -321,7 +323,8 @@ def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
         body = _SECTION.sub(lambda _: section, body, count=1)
     else:
         body = f"{body.rstrip()}\n\n{section}\n" if body.strip() else f"{section}\n"
-    return f"---\n{add_results(head, comparison)}---\n\n{body}"
+    metadata = add_results(head, comparison)
+    return f"---\n{metadata}---\n\n{body}" if metadata else body
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -62,12 +62,12 @@ def escape_markdown(text: object) -> str:
 
 
 def to_code_span(text: object) -> str:
-    """Return `text` as a Markdown code span, whatever backticks are in it; fit for a table cell too.
+    """Return `text` as a Markdown code span, whatever backticks are in it; a bar in it would end a table cell.
 
     >>> to_code_span("a`b")
     '``a`b``'
     """
-    line = _join_lines(text).replace("|", "\\|")
+    line = _join_lines(text)
     fence = _make_fence(line, least=1)
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"

@@ -166,14 +166,13 @@ class Code(Part):
 
     text: str | None
     language: str
-    look: str = ""
 
 
 def show_run(command: str | None, versions: Mapping[str, str], entries: Sequence[Entry] = ()) -> tuple[Part, ...]:
     """Return how a page was made, for making it again: the command, and the versions after other entries."""
     listed = ", ".join(f"{clean(name, 40)} {clean(version, 40)}" for name, version in versions.items())
     text = clean(command, 2000) if command else None
-    return Code(text, "sh", look="command"), Entries((*entries, Entry("Versions", listed or NONE)))
+    return Code(text, "sh"), Entries((*entries, Entry("Versions", listed or NONE)))
 
 
 @dataclass(frozen=True, slots=True)

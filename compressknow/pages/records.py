@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, clean, count, share, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
-from compressknow.comparison.intervals import estimate_kept, estimate_proportion, list_clusters, run_mcnemar
+from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
     NOT_MEASURED,
     Certainty,
@@ -58,7 +58,7 @@ class Grade:
     """Line of the report card: knowledge kept of one domain over all probes.
 
     `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
-    `unsure` says that the interval spans several grades, `range` names them ("A to C"). The interval is over
+    `range` names the grades that the interval spans, where these are several ("A to C"). The interval is over
     `relations` where there are enough of them, else the simple one.
     """
 
@@ -66,12 +66,20 @@ class Grade:
     relations: tuple[Counts, ...]
     kept: Estimate
     grade: str
-    unsure: bool = False
     range: str | None = None
 
     @property
     def counts(self) -> Counts:
         return sum(self.relations, Counts())
+
+    @property
+    def unsure(self) -> bool:
+        """Return whether the interval spans several grades."""
+        return self.range is not None
+
+    @property
+    def mark(self) -> str:
+        return self.grade + "?" * self.unsure
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +157,7 @@ class Comparison(Shown):
 
     def kept_at(self, level: float) -> Estimate:
         """Return knowledge kept with its interval of another level."""
-        simple = estimate_proportion(self.counts.both, self.counts.known_before, level)
-        return simple.or_wider(estimate_kept(self.clusters, level))
+        return estimate_kept(self.clusters, level)
 
     @property
     def only_texts(self) -> bool:
@@ -164,7 +171,7 @@ class Comparison(Shown):
                 count(grade.counts.known_before),
                 count(grade.counts.both),
                 write_estimate(grade.kept),
-                grade.grade + ("?" if grade.unsure else ""),
+                grade.mark,
             )
             for grade in self.grades
         )
@@ -274,18 +281,25 @@ def label_models(comparisons: Sequence[Comparison]) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
     it from another either, its number.
     """
-    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    repeated = Counter(setups)
-    labels = [f"{setup} ({name})" if repeated[setup] > 1 else setup for setup, name in zip(setups, names, strict=True)]
+    labels = _label_models(comparisons)
     repeated = Counter(labels)
     return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
 
 
 def name_models(card: Card) -> tuple[str, ...]:
     """Return a name for each compressed model of a card: its label, numbered where there are several."""
-    labels = label_models(card.comparisons)
+    labels = _label_models(card.comparisons)
     return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
+
+
+def _label_models(comparisons: Sequence[Comparison]) -> list[str]:
+    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    repeated = Counter(setups)
+    return [
+        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
+        for setup, name in zip(setups, names, strict=True)
+    ]
 
 
 def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:

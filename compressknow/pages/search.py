@@ -17,7 +17,6 @@ from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
-    BAR,
     Code,
     Drawn,
     Entry,
@@ -160,7 +159,8 @@ def _make_sections(search: Search) -> Iterator[Shown]:
         yield Shown("held-out", "On the facts held out to select by", (table,), look="wide")
     if search.tried:
         table = _tabulate_files(search.tried, held_out=False)
-        yield Shown("tried", "All files", (table, Note("", drawn=BAR)), look="wide")
+        bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
+        yield Shown("tried", "All files", (table, Note("", drawn=bar)), look="wide")
     entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
     yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
     yield Shown("run", "The run", show_run(search.command, search.versions, entries), look="text")
@@ -287,7 +287,7 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
             for t in rows
         ),
         bars=() if held_out else tuple(t.kept for t in rows),
-        bars_after=4,
+        bars_after=3,
         sortable=len(rows) > 1,
     )
 

@@ -59,7 +59,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     if moved is None:
         before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
-    before, after = number(figures.original.value.value, 2), number(figures.compressed.value.value, 2)
+    before, after = write_perplexity(figures.original), write_perplexity(figures.compressed)
     change = "unchanged" if moved.ratio.value == 1 else f"{write_change(moved.ratio)}, from {before}"
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
     same = share(moved.same_top.value)
@@ -94,10 +94,11 @@ def write_perplexity(found: Perplexity | None) -> str:
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
     """Write one text as a sentence of the verdict on several models, each with its label."""
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
-    return (
-        f"On {clean(text, 60)}, where the original's perplexity is {write_perplexity(original)}, {best[0]} has the "
-        f"lowest ({write_perplexity(best[1])}) and {worst[0]} the highest ({write_perplexity(worst[1])})."
-    )
+    place = f"On {clean(text, 60)}, where the original's perplexity is {write_perplexity(original)}"
+    lowest, highest = write_perplexity(best[1]), write_perplexity(worst[1])
+    if best is worst:
+        return f"{place}, {best[0] if len(found) == 1 else 'each model'} has {lowest}."
+    return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
 
 
 def write_change(ratio: Measured) -> str:

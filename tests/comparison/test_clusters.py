@@ -14,7 +14,7 @@ from compressknow.comparison.intervals import (
     FEWEST,
     FEWEST_SIGNS,
     estimate_difference_by_cluster,
-    estimate_kept,
+    estimate_kept_by_cluster,
     estimate_proportion,
     list_clusters,
     number_clusters,
@@ -118,20 +118,20 @@ def test_a_probe_of_one_relation_is_of_single_facts() -> None:
 def test_facts_that_hang_together_tell_less() -> None:
     alike = [Counts(both=18, lost=2)] * 10 + [Counts(both=17, lost=3)] * 10
     apart = [Counts(both=20)] * 10 + [Counts(both=15, lost=5)] * 10
-    near, far = (estimate_kept(each) for each in (alike, apart))
+    near, far = (estimate_kept_by_cluster(each) for each in (alike, apart))
     assert near.value == far.value == 0.875
     assert far.high - far.low > 1.3 * (near.high - near.low)
 
 
 def test_few_relations_have_no_interval() -> None:
     few = [Counts(both=9 + number, lost=1) for number in range(FEWEST)]
-    assert estimate_kept(few[1:]).low is None
-    assert estimate_kept(few).low is not None
+    assert estimate_kept_by_cluster(few[1:]).low is None
+    assert estimate_kept_by_cluster(few).low is not None
 
 
 def test_relations_of_which_nothing_was_known_say_nothing_of_what_was_kept() -> None:
     known = [Counts(both=9 + number, lost=number) for number in range(8)]
-    assert estimate_kept([*known, Counts(neither=50)]) == estimate_kept(known)
+    assert estimate_kept_by_cluster([*known, Counts(neither=50)]) == estimate_kept_by_cluster(known)
     assert estimate_difference_by_cluster([*known, Counts(neither=50)]) != estimate_difference_by_cluster(known)
 
 
@@ -154,7 +154,7 @@ def test_intervals_hold_their_figure_and_are_nowhere_narrower_than_the_simple_on
     counts: list[Counts], level: float
 ) -> None:
     total = sum(counts, Counts())
-    kept, difference = estimate_kept(counts, level), estimate_difference_by_cluster(counts, level)
+    kept, difference = estimate_kept_by_cluster(counts, level), estimate_difference_by_cluster(counts, level)
     assert kept.value == total.kept
     assert difference.value == ((total.gained - total.lost) / total.n if total.n else None)
     if kept.low is not None:

@@ -19,7 +19,7 @@ from tests.pages.answering import answer, entry, sides
 
 
 def compared(rows: Any, **changes: Any) -> ProbeFigures:
-    return compare_probe(*rows, entry(**changes), entry(**changes))
+    return compare_probe(*rows, entry(**changes), entry(**changes), probe="atlas", ran_in="")
 
 
 class TestCounts:
@@ -37,7 +37,7 @@ class TestCounts:
         assert compared((before, after[::-1])).counts == Counts(3, 2, 1, 4)
 
     def test_no_facts_give_no_figures_and_no_error(self) -> None:
-        figures = compare_probe([], [], entry(), entry(), probe="atlas")
+        figures = compare_probe([], [], entry(), entry(), probe="atlas", ran_in="")
         assert figures.counts == Counts()
         assert figures.kept == figures.difference == figures.macro_difference == Estimate(None)
         assert figures.certainty.test.p is figures.answer_changed is None
@@ -50,10 +50,10 @@ class TestCounts:
     ) -> None:
         rows = sides(*cells)
         rows = tuple([replace(row, popularity=float(number)) for number, row in enumerate(side)] for side in rows)
-        figures = compare_probe(*rows, entry(), entry(), probe="atlas")
+        figures = compare_probe(*rows, entry(), entry(), probe="atlas", ran_in="")
         for side in rows:
             shuffler.shuffle(side)
-        assert compare_probe(*rows, entry(), entry(), probe="atlas") == figures
+        assert compare_probe(*rows, entry(), entry(), probe="atlas", ran_in="") == figures
         for groups in (figures.by_relation, figures.by_subject, figures.by_popularity):
             assert sum((group.counts for group in groups), Counts()) == (figures.counts if groups else Counts())
 
@@ -164,7 +164,7 @@ class TestMovement:
 
     def test_not_where_other_tokens_were_asked_for(self) -> None:
         rows = sides(both=2)
-        assert compare_probe(*rows, entry(), entry(reference="b" * 64)).movement is None
+        assert compare_probe(*rows, entry(), entry(reference="b" * 64), probe="atlas", ran_in="").movement is None
         before, after = rows
         after[0] = replace(after[0], first_ids=(5, 8))
         assert compared((before, after)).movement.n == 1
@@ -237,16 +237,16 @@ class TestRefused:
         with pytest.raises(
             CompressknowError, match=r"evaluated on atlas in the same way.*\n.*protocol closed/1 and paper/1"
         ):
-            compare_probe(*rows, entry(), entry(protocol="paper/1", fingerprint="e" * 64))
+            compare_probe(*rows, entry(), entry(protocol="paper/1", fingerprint="e" * 64), probe="atlas", ran_in="")
 
     def test_other_questions(self) -> None:
         rows = sides(both=1)
         with pytest.raises(CompressknowError, match=r"--limit None and 50"):
-            compare_probe(*rows, entry(), entry(fingerprint="e" * 64, limit=50))
+            compare_probe(*rows, entry(), entry(fingerprint="e" * 64, limit=50), probe="atlas", ran_in="")
         with pytest.raises(CompressknowError, match=r"prompts or candidates themselves"):
-            compare_probe(*rows, entry(), entry(fingerprint="e" * 64))
+            compare_probe(*rows, entry(), entry(fingerprint="e" * 64), probe="atlas", ran_in="")
 
     def test_other_facts(self) -> None:
         before, after = sides(both=3)
         with pytest.raises(CompressknowError, match=r"2 only the original, 0 only the compressed model \('fact-0001'"):
-            compare_probe(before, after[:1], entry(), entry())
+            compare_probe(before, after[:1], entry(), entry(), probe="atlas", ran_in="")

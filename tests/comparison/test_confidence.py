@@ -98,4 +98,5 @@ def test_without_probabilities_of_answers_nothing_is_told() -> None:
 
 def test_it_is_among_the_figures_of_a_probe() -> None:
     rows = sides(60, 10, 5, 25)
-    assert compare_probe(*rows, entry(), entry()).confidence == compare_confidence(list(zip(*rows, strict=True)))
+    figures = compare_probe(*rows, entry(), entry(), probe="atlas", ran_in="")
+    assert figures.confidence == compare_confidence(list(zip(*rows, strict=True)))

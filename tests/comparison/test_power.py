@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from compressknow.comparison.intervals import design_of_change, estimate_proportion, run_mcnemar, run_paired_test
+from compressknow.comparison.intervals import (
+    Design,
+    design_of_change,
+    estimate_proportion,
+    run_mcnemar,
+    run_paired_test,
+)
 from compressknow.comparison.power import (
     POWER,
     compute_power,
@@ -56,6 +62,13 @@ def test_by_hand_where_nothing_is_gained() -> None:
     assert compute_power(100, 0.08, 0.0, 50) == pytest.approx(binom.sf(5, 150, 8 / 150))
     assert find_smallest_loss(Counts(both=5)) is None
     assert find_smallest_loss(Counts(both=6)) == pytest.approx(POWER ** (1 / 6), abs=1e-4)
+
+
+def test_facts_that_are_all_known_show_a_loss_where_they_count_as_fewer() -> None:
+    # The 200 known facts tell as much as 115.1 independent ones.
+    counts, design = Counts(both=190, lost=10), Design(1.6, 10, 30)
+    other = find_smallest_loss(counts + Counts(neither=5), design)
+    assert find_smallest_loss(counts, design) == pytest.approx(other, abs=1e-3)
 
 
 def test_no_loss_is_shown_less_often_than_the_level() -> None:

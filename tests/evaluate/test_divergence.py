@@ -45,7 +45,7 @@ def movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[Movement,
             p, q = (model(input_ids=ids).logits[0, -1].double().log_softmax(-1) for model in (before, after))
         whole.append(float(functional.kl_div(q, p, log_target=True, reduction="sum")))
     entry = ProbeEntry(protocol="p/1", fingerprint="f", facts=1, asked=1, reference="a")
-    figures = compare_probe(list(originals.values()), list(others.values()), entry, entry)
+    figures = compare_probe(list(originals.values()), list(others.values()), entry, entry, probe="atlas", ran_in="")
     assert figures.movement is not None
     return figures.movement, float(np.mean(whole))
 

@@ -162,7 +162,7 @@ def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
 
 
 def test_the_verdict_sets_what_changed_beside_it() -> None:
-    figures = replace(compare_probe(*sides(80, 20), entry(), entry()), answer_changed=0.25)
+    figures = replace(compare_probe(*sides(80, 20), entry(), entry(), probe="atlas", ran_in=""), answer_changed=0.25)
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
     said = compare_with_rounding([replace(figures, noise_floor=few)])

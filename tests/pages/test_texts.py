@@ -19,7 +19,7 @@ from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, 
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
-from compressknow.pages.texts import summarize_text
+from compressknow.pages.texts import summarize_text, write_joint_sentence, write_sentence
 
 SCORED, CHUNKS = 15, 20
 
@@ -198,6 +198,25 @@ def test_several_models_have_a_column_per_text() -> None:
     assert "b has the lowest" in card.verdict
     assert "c the highest" in card.verdict
     assert "| Perplexity, text:" in render_markdown(card)
+
+
+def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> None:
+    perplexity = compute_perplexity(chunks(1))
+    said = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
+    assert "perplexity is " in said[0]
+    assert said[0].endswith(f", b has {perplexity.value.value:.2f}.")
+    assert said[1].endswith(f", each model has {perplexity.value.value:.2f}.")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
+    first, *others = chunks(2, kl=False)
+    side = (replace(first, logp=np.where(np.arange(SCORED) == 3, -np.inf, first.logp)), *others)
+    figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), side)
+    assert figures.moved is not None
+    assert figures.moved.ratio.value == math.inf
+    assert "its perplexity is - (-, from " in write_sentence(figures)
+    assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
 
 
 def test_a_broken_model_is_told_and_the_report_is_written() -> None:

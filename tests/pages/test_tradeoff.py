@@ -43,11 +43,10 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
     assert {mark.told for mark in (*apart, *heap)} <= told
 
 
-def drawn_with(*kept: Estimate, costs: tuple[float, ...]) -> ElementTree.Element:
+def drawn_with(*kept: Estimate, costs: tuple[float, ...], keep: float | None = None) -> ElementTree.Element:
     marks = [Mark(cost, each, "made", str(each)) for cost, each in zip(costs, kept, strict=True)]
-    return ElementTree.fromstring(
-        draw_tradeoff(Tradeoff("Kept", "MB", marks, {"made": ("o", SERIES[0], 5.0)}, (), "Told."), "x")
-    )
+    chart = Tradeoff("Kept", "MB", marks, {"made": ("o", SERIES[0], 5.0)}, (), "Told.", keep=keep)
+    return ElementTree.fromstring(draw_tradeoff(chart, "x"))
 
 
 def heights(drawn: ElementTree.Element, width: str) -> list[float]:
@@ -74,4 +73,9 @@ def test_models_that_are_alike_are_drawn_near_each_other_and_a_cut_axis_says_so(
 
 def test_an_interval_below_all_marks_is_not_cut() -> None:
     texts = [text.text for text in drawn_with(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
+    assert any("up from 60 %" in str(text) for text in texts)
+
+
+def test_the_share_to_keep_is_not_cut() -> None:
+    texts = [text.text for text in drawn_with(Estimate(0.93, 0.9, 0.95), costs=(200,), keep=0.6).iter("text")]
     assert any("up from 60 %" in str(text) for text in texts)

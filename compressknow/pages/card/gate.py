@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, suggest_word
 from compressknow.base.format import count, share, write_percent, write_size
-from compressknow.comparison.intervals import estimate_kept, estimate_proportion
+from compressknow.comparison.intervals import estimate_kept
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
@@ -148,8 +148,7 @@ def measure_kept(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
         if grade.subject == gate.of:
             return grade.counts, grade.kept
     clusters = [group.counts for probe in comparison.probes for group in probe.by_relation if group.name == gate.of]
-    total = sum(clusters, Counts())
-    return total, estimate_proportion(total.both, total.known_before).or_wider(estimate_kept(clusters))
+    return sum(clusters, Counts()), estimate_kept(clusters)
 
 
 def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool | None:

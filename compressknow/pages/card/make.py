@@ -174,7 +174,7 @@ def compare(
     counts = sum((probe.counts for probe in figures), Counts())
     graded = grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
-    kept = estimate_proportion(counts.both, counts.known_before).or_wider(sure.kept)
+    kept = estimate_proportion(counts.both, counts.known_before).or_by_relation(sure.kept)
     outcome = write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures) if probes else ""
     compared = Comparison(
         model=model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
@@ -102,7 +103,7 @@ def _chart_cost(
     if len({mark.cost for mark in marks}) < _FEWEST:
         return None
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, _SHAPES, strict=False)}
+    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
     if cost := get_cost(card.original):
         amount, written, runtime = cost
         name = f"the original, in {runtime}"
@@ -274,7 +275,7 @@ def _make_grades_section(comparison: Comparison, id: str) -> Shown:
             clean(grade.subject, 80),
             *_write_kept(grade.counts, grade.kept),
             clean(grade.grade, 4),
-            clean(grade.range or "", 20) if grade.unsure else "",
+            clean(grade.range or "", 20),
         )
         for grade in comparison.grades
     ]
@@ -353,7 +354,7 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]
-        letters = [clean(grade.grade, 4) + ("?" if grade.unsure else "") if grade else NONE for grade in grades]
+        letters = [clean(grade.mark, 4) if grade else NONE for grade in grades]
         yield clean(name, 40), ["", *letters]
     texts = [{figures.text: figures for figures in each.texts} for each in comparisons]
     for name in dict.fromkeys(name for of_model in texts for name in of_model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import clean, count, share, write_p_value, write_percent
-from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept, estimate_proportion
+from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
@@ -59,14 +59,13 @@ def find_grade(part: float, whole: float = 1) -> str:
 
 def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
     counts = sum(relations, Counts())
-    kept = estimate_proportion(counts.both, counts.known_before).or_wider(estimate_kept(relations))
+    kept = estimate_kept(relations)
     best, worst = (NOTHING_KNOWN if end is None else find_grade(end) for end in (kept.high, kept.low))
     return Grade(
         subject=subject,
         relations=relations,
         kept=kept,
         grade=find_grade(counts.both, counts.known_before),
-        unsure=best != worst,
         range=f"{best} to {worst}" if best != worst else None,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from compressknow.base.format import NONE, answer, clean, count, number, share, write_p_value, write_percent, write_rank
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
 from compressknow.comparison.records import Group, ProbeFigures
+from compressknow.model.structure import GROUPS, NOT_LINEAR
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
 from compressknow.pages.diff.make import AnswerPair, Behaviour, sum_by
 from compressknow.pages.parts import BLANK, Folded, Part, Table, make_fact_parts, make_rest_note, write_bare_p
@@ -117,7 +118,6 @@ _FIGURES: tuple[tuple[str, int, Callable[[ProbeFigures], str]], ...] = (
 )
 
 
-GROUPS = ("attention", "feed-forward", "final", "other", "vision", "not-linear")
 _WEIGHT_COLUMNS = ("Weights", "Zeros A", "Zeros B", "Relative error", "Cosine", "Signal to noise", "Largest change")
 _NAME = 120
 _EXAMPLES = 3
@@ -126,7 +126,7 @@ _EXAMPLES = 3
 def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
     """Return the sums of each group of layers that there is, in their usual order."""
     groups = sum_by(difference, lambda tensor: tensor.group)
-    return {name: groups[name] for name in GROUPS if name in groups}
+    return {name: groups[name] for name in (*GROUPS, NOT_LINEAR) if name in groups}
 
 
 def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:

@@ -189,7 +189,7 @@ def _estimate_accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], l
     cluster, right = _number_clusters([p for p, _ in evaluated]), _join([correct for _, correct in evaluated])
     parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
     simple = estimate_proportion(int(right.sum()), len(right), level)
-    return simple.or_wider(share_by_cluster(parts, wholes, level))
+    return simple.or_by_relation(share_by_cluster(parts, wholes, level))
 
 
 def _number_clusters(probes: Sequence[StudyProbe]) -> np.ndarray:
@@ -233,7 +233,7 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
     counts = sum(clusters, Counts())
 
     def decline(level: float) -> Estimate:
-        change = estimate_difference(counts, level).or_wider(estimate_difference_by_cluster(clusters, level))
+        change = estimate_difference(counts, level).or_by_relation(estimate_difference_by_cluster(clusters, level))
         if change.value is None or change.low is None or change.high is None or not counts.known_before:
             return Estimate(None)
         scale = counts.known_before / counts.n

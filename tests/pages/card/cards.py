@@ -105,8 +105,7 @@ def letter(share: float | None) -> str:
 def grade(subject: str, counts: Counts) -> Grade:
     estimate = kept(counts)
     low, high = letter(estimate.low), letter(estimate.high)
-    unsure = low != high
-    return Grade(subject, (counts,), estimate, letter(estimate.value), unsure, f"{high} to {low}" if unsure else None)
+    return Grade(subject, (counts,), estimate, letter(estimate.value), f"{high} to {low}" if low != high else None)
 
 
 def by_subject(groups: tuple[tuple[str, str, Counts], ...]) -> dict[str, Counts]:

@@ -8,7 +8,7 @@ import pytest
 
 from compressknow.comparison.intervals import (
     design_of_change,
-    estimate_kept,
+    estimate_kept_by_cluster,
     estimate_proportion,
     run_mcnemar,
     run_paired_test,
@@ -37,7 +37,7 @@ def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
     told = values(card_of(10))
     probe = told["probes"]["atlas"]
     relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
-    kept, total = estimate_kept(relations), sum(relations, Counts())
+    kept, total = estimate_kept_by_cluster(relations), sum(relations, Counts())
     simple = estimate_proportion(total.both, total.known_before)
     for where in (told, probe):
         assert where["clusters"] == 10

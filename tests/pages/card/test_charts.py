@@ -105,6 +105,15 @@ def test_speeds_say_in_what_they_were_measured() -> None:
     assert '<th scope="col">Timed in</th>' in render_html(card)
 
 
+def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> None:
+    card = card_of_several()
+    ran = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
+    pairs = zip(card.comparisons, ran, strict=True)
+    card = replace(card, comparisons=tuple(replace(c, model=replace(c.model, runtime=each)) for c, each in pairs))
+    sized, _ = chart_costs(card, name_models(card))
+    assert {mark.kind for mark in sized.marks} == set(sized.looks)
+
+
 def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:
     few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
     comparisons = floors(few, many)

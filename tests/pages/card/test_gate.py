@@ -141,7 +141,7 @@ class TestForMachines:
 
     def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
         original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
-        card = make_card(original, [compressed])
+        card = replace(make_card(original, [compressed]), versions={"compressknow": "<b>[x](http://y)|"})
         summary = render_job_summary(card, parse_gates(0.9), strict=False)
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary

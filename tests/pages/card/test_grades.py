@@ -35,35 +35,35 @@ def test_thresholds_are_exact(kept: int, known: int, grade: str) -> None:
 
 
 def test_a_subject_is_graded_over_all_probes() -> None:
-    probes = [compare_probe(*sides(both=8, lost=2), entry(), entry()) for _ in range(2)]
+    probes = [compare_probe(*sides(both=8, lost=2), entry(), entry(), probe="atlas", ran_in="") for _ in range(2)]
     (grade,) = grade_domains(probes)
     assert (grade.subject, grade.counts, grade.grade) == ("geography", Counts(16, 4), "D")
 
 
 def test_subjects_in_the_order_of_the_report_card_and_tasks_after_them() -> None:
     rows = [answer(n, True, subject=s) for n, s in enumerate(["boolq", "common sense", "geography"])]
-    graded = grade_domains([compare_probe(rows, rows, entry(), entry())])
+    graded = grade_domains([compare_probe(rows, rows, entry(), entry(), probe="atlas", ran_in="")])
     assert [grade.subject for grade in graded] == ["geography", "common sense", "boolq"]
 
 
 def test_few_facts_leave_the_grade_unsure() -> None:
-    (grade,) = grade_domains([compare_probe(*sides(both=19, lost=1), entry(), entry())])
+    (grade,) = grade_domains([compare_probe(*sides(both=19, lost=1), entry(), entry(), probe="atlas", ran_in="")])
     assert (grade.grade, grade.unsure, grade.range) == ("B", True, "A+ to D")
 
 
 def test_many_facts_make_it_sure() -> None:
-    (grade,) = grade_domains([compare_probe(*sides(both=1000), entry(), entry())])
+    (grade,) = grade_domains([compare_probe(*sides(both=1000), entry(), entry(), probe="atlas", ran_in="")])
     assert (grade.grade, grade.unsure, grade.range) == ("A+", False, None)
 
 
 def test_nothing_known_is_not_graded() -> None:
-    (grade,) = grade_domains([compare_probe(*sides(neither=5), entry(), entry())])
+    (grade,) = grade_domains([compare_probe(*sides(neither=5), entry(), entry(), probe="atlas", ran_in="")])
     assert (grade.grade, grade.unsure, grade.range) == ("-", False, None)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_the_grade_lies_within_its_range(both: int, lost: int) -> None:
     order = ["A+", "A", "B", "C", "D", "F"]
-    for grade in grade_domains([compare_probe(*sides(both, lost), entry(), entry(), probe="atlas")]):
+    for grade in grade_domains([compare_probe(*sides(both, lost), entry(), entry(), probe="atlas", ran_in="")]):
         best, worst = (grade.range or f"{grade.grade} to {grade.grade}").split(" to ")
         assert order.index(best) <= order.index(grade.grade) <= order.index(worst)

@@ -17,7 +17,7 @@ from compressknow.base.format import clean
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html
 from compressknow.pages.pages import isolate
-from compressknow.pages.records import Card
+from compressknow.pages.records import Card, label_models, name_models
 from tests.pages.answering import run, sides
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.pages.hostile import TEXTS, hostile, numbered
@@ -109,6 +109,17 @@ def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each()
     assert rows[2][:2] == ["1. Att_GP 10%", "269.0 MB"]
     assert len(rows) == 2 + 27
     assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
+
+
+def test_models_of_one_name_are_numbered_once_and_named_once() -> None:
+    card = card_of_several((20, 40))
+    unset = tuple(replace(c, model=replace(c.model, name="model.gguf", setup=None)) for c in card.comparisons[:2])
+    assert name_models(replace(card, comparisons=unset)) == ("1. model.gguf", "2. model.gguf")
+    assert label_models(unset) == ["1. model.gguf", "2. model.gguf"]
+    of_one_setup = tuple(
+        replace(c, model=replace(c.model, name=name, setup="Q4")) for c, name in zip(unset, "ab", strict=True)
+    )
+    assert label_models(of_one_setup) == ["Q4 (a)", "Q4 (b)"]
 
 
 def test_every_link_leads_to_an_id_and_ids_are_unique(page: Element) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> 
     assert "| geography | 100 | 90.0 % (82.6 to 94.5 %) |" in text
     assert "| atlas | 120 | " in text
     assert MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1]).count("<table>") == 2
+
+
+def test_a_report_on_a_text_alone_has_neither_tables_nor_results(folder: Path, tmp_path: Path) -> None:
+    original, text = knowing("llama", tmp_path / "original"), tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 400, encoding="utf-8")
+    shutil.copytree(original, folder, dirs_exist_ok=True)
+    assert main(["report", str(original), str(folder), "-p", f"text:{text}", "--into-model-card"]) == 0
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(f"{BEGIN}\n## What it still knows\n\nOn text:text.txt its perplexity is ")
+    assert "| --- |" not in card
+    assert "model-index" not in card
 
 
 def test_a_later_report_takes_the_place_of_the_earlier_one(card: Card, worse: Card, folder: Path) -> None:

@@ -87,3 +87,11 @@ def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lo
     assert places == sorted(places)
     assert "Predicted KL, nats" in table
     assert "0.0167" in table
+
+
+def test_a_bar_beside_each_file_shows_its_share_and_the_note_its_level() -> None:
+    page = read(render_search_html(found()))
+    section = next(each for each in page.all("section") if each.attributes["aria-labelledby"] == "tried")
+    bars = [each for each in section.all("svg") if each.attributes.get("class") == "bar"]
+    assert [bar.one("rect").attributes["width"] for bar in bars] == ["10.0", "96.0", "96.5", "97.0"]
+    assert "the line on it the 99.7 % interval" in section.text

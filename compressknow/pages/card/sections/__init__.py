@@ -17,6 +17,7 @@ from compressknow.base.packages import Registry
 from compressknow.comparison.paired import pair_answers
 from compressknow.comparison.records import Estimate
 from compressknow.pages.as_json import probe_to_json
+from compressknow.pages.pages import render_html
 from compressknow.pages.parts import (
     NO_FACTS,
     Beside,
@@ -24,6 +25,7 @@ from compressknow.pages.parts import (
     Facts,
     Folded,
     Note,
+    Page,
     Part,
     Remarks,
     Shown,
@@ -226,6 +228,9 @@ def show_sections(
                 parts = section.parts(context)
                 parts = parts if SECTIONS.is_built_in(name) else tuple(map(_check_part, parts))
             finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
+            if not SECTIONS.is_built_in(name):
+                # What is missing in a part is seen here, or it would take the whole page with it.
+                render_html(Page("", (Shown("", "", finished),)))
         except Exception as error:
             if SECTIONS.is_built_in(name):
                 raise
@@ -240,15 +245,17 @@ def _check_part(part: Any) -> Any:
     """Return a part with all its text plain.
 
     Raises TypeError where it is no part, or holds what is neither text nor a number; ValueError where a row of a table
-    has more or fewer cells than there are columns, or facts have no answers.
+    has more or fewer cells than there are columns, a table more or fewer bars than rows, or facts too few columns.
     """
     for each in (part, *(part.parts if type(part) is Folded else ())):
         if type(each) not in _KINDS:
             raise TypeError(f"`parts` gives {type(each).__name__}, which is no part of a section")
     if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
         raise ValueError(f"a row of the table {part.caption!r} has more or fewer cells than there are columns")
-    if isinstance(part, Facts) and len(part.table.columns) < 2:
-        raise ValueError("facts have one column, and need another for answers")
+    if isinstance(part, Table) and any(each and len(each) != len(part.rows) for each in (part.bars, part.links)):
+        raise ValueError(f"the table {part.caption!r} has more or fewer bars, or links, than rows")
+    if isinstance(part, Facts) and len(part.table.columns) < 3:
+        raise ValueError("facts have fewer than three columns, the fact, one answer and another")
     return replace(part, **{each.name: _make_plain(getattr(part, each.name)) for each in fields(part)})
 
 
