@@ -269,12 +269,18 @@ class StudyModel:
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
+    @property
+    def source(self) -> tuple[str | Path, str | None]:
+        """Return what opens the original once more under its name: its hub id and commit, or its path."""
+        located = self.original.located
+        return located.name if located.revision else located.path, located.revision
+
     @cached_property
     def maker(self) -> VariantMaker:
         """Return the maker of cells; it is opened when it is first needed, for it needs torch."""
         from compressknow.compress.convert import VariantMaker
 
-        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
+        return VariantMaker(*self.source, trust_remote_code=self._trusted, texts=self._texts)
 
     def close(self) -> None:
         """Give back the disk that the original's distributions take."""
@@ -410,12 +416,9 @@ class CellHandle(ModelHandle):
 
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
-    from compressknow.compress.convert import convert
     from compressknow.pages.model_card import make_model_card
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
-        maker, recipe = study_model.maker, cell.recipe
-        text = maker.text(maker.plan(recipe)) if recipe.calibration else None
-        convert(maker.checkpoint.folder, folder, recipe, text=text, render_card=make_model_card)
+        study_model.maker.write(cell.recipe, folder, make_model_card)

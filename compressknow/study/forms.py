@@ -328,12 +328,9 @@ class CheckpointForm(Form):
         return table
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
-        from compressknow.compress.convert import convert
         from compressknow.pages.model_card import make_model_card
 
-        maker, recipe = self._model.maker, self._build_recipe(found.types)
-        text = maker.text(maker.plan(recipe))
-        convert(maker.checkpoint.folder, place, recipe, text=text, render_card=make_model_card)
+        self._model.maker.write(self._build_recipe(found.types), place, make_model_card)
 
     def decides(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []
@@ -429,13 +426,13 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     require(*NEEDED)
     from compressknow.gguf.export import prepare, write_floats
 
-    original = model.original
     # Of a share, the size is yet to be chosen.
     target = Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
-    trusted = original.settings.trust_remote_code
-    job = prepare(original.located.path, choice, find_converter(None, fetch=True), trust_remote_code=trusted)
+    (source, revision), trusted = model.source, model.original.settings.trust_remote_code
+    found = find_converter(None, fetch=True)
+    job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)

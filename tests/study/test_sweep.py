@@ -25,7 +25,8 @@ from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import RECORD, CellResult, claim
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
+from tests.models import put_into_hub_cache
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -274,6 +275,33 @@ def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
     assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
     llama.grid.write_text(GRID, encoding="utf-8")
+
+
+def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
+    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    own, study = knowing_by_own_code(tmp_path / "own"), tmp_path / "study"
+    words = ["sweep", str(own), "-o", str(study), "-p", llama.probe, "--grid", str(tmp_path / "one.toml"), "--save"]
+    assert main([*words, "--trust-remote-code"]) == 0
+    (saved,) = (study / "models").iterdir()
+    assert compressknow.verify(saved)
+    compressknow.convert(own, tmp_path / "same", prune=0.3, trust_remote_code=True)
+    assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
+
+
+def test_a_saved_checkpoint_names_the_hub_id_that_it_was_made_from(
+    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = put_into_hub_cache(llama.model, tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    compressknow.sweep("org/tiny", tmp_path / "study", grid=tmp_path / "one.toml", probe=llama.probe, save=True)
+    (saved,) = (tmp_path / "study" / "models").iterdir()
+    source = json.loads((saved / "compressknow.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == ("org/tiny", commit)
 
 
 CALIBRATED = """
