@@ -92,7 +92,8 @@ def measure_guides(
     model, trusted = handle.located, handle.settings.trust_remote_code
     if answers is None:
         probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
-        folder = find_answers_folder() / handle.sha256[:16]
+        # The answers of reports, to all facts of a probe of this name, stay as they are.
+        folder = find_answers_folder() / f"{handle.sha256[:16]}-guides"
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     facts = select_known_facts(answers, probes)
