@@ -19,7 +19,6 @@ from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whol
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, relabel_progress
 from compressknow.base.reading import find_mismatch
-from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
@@ -78,13 +77,7 @@ class CellResult:
     @property
     def kept(self) -> Estimate:
         """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
-        if self.answers is None:
-            return Estimate(None)
-        knew, knows = (
-            {(answer.probe, answer.fact_id) for answer in side.answers if answer.correct}
-            for side in (self.original, self.answers)
-        )
-        return estimate_proportion(len(knew & knows), len(knew))
+        return Estimate(None) if self.answers is None else compare(self.original, self.answers, show_facts=False).kept
 
 
 def build_study(
