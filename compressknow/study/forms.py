@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
 from compressknow.base.packages import require
-from compressknow.base.progress import Begin
+from compressknow.base.progress import Begin, Listener
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
@@ -412,7 +412,9 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -> Iterator[Form]:
+def open_form(
+    model: StudyModel, request: Request, folder: Path, begin: Begin, on_progress: Listener | None = None
+) -> Iterator[Form]:
     """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
 
     Raises CompressknowError where there can be none.
@@ -431,7 +433,7 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
-    found = find_converter(None, fetch=True)
+    found = find_converter(fetch=True, on_progress=on_progress)
     job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
