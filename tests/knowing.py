@@ -292,6 +292,27 @@ def knowing(family: str, folder: Path) -> Path:
     return folder
 
 
+_OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def knowing_by_own_code(folder: Path) -> Path:
+    """Write the checkpoint of the Llama that knows, as one whose classes stand in a file beside it."""
+    config = json.loads((knowing("llama", folder) / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(_OWN_CODE)
+    return folder
+
+
 def knowing_as(folder: Path, config: hf.LlamaConfig) -> Path:
     """Have a Llama of this config, in whose folder its tokenizer lies, know all of KNOWN_FACTS, and write it there."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder, pad_token="<unk>")

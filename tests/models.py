@@ -12,6 +12,11 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+from compressknow.compress.convert import carry_out, make_text, prepare
+from compressknow.compress.manifest import Manifest
+from compressknow.compress.output import NewFolder
+from compressknow.compress.recipe import Recipe
+
 VOCABULARY = 99
 _BERT = {
     "hidden_size": 32,
@@ -118,6 +123,25 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **opt
     model.load_state_dict(source.state_dict())
     model.to(dtype).save_pretrained(folder, **options)
     return folder
+
+
+def convert(source: Path, output: Path, recipe: Recipe, *, threads: int | None = None) -> Manifest:
+    """Convert a checkpoint into a new folder, without a card."""
+    plan = prepare(source, recipe)
+    return carry_out(plan, NewFolder(output, plan.checkpoint), make_text(plan), threads=threads)
+
+
+def put_into_hub_cache(source: Path, hub: Path, name: str) -> str:
+    """Lay a checkpoint into a cache of the hub as huggingface_hub does, and return its commit."""
+    repository, commit = hub / f"models--{name.replace('/', '--')}", "f" * 40
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for path in source.iterdir():
+        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return commit
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

@@ -17,7 +17,7 @@ from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.recipe import check_beside_recipe
 from compressknow.compress.staging import clean
 from compressknow.compress.steps import Calibration
-from compressknow.engine.identity import locate
+from compressknow.engine.identity import Located, locate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
@@ -144,7 +144,9 @@ def export(
         check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        job = replace(job, fit=_make_fit(job, target, deciding, text, listener))
+        # As it was opened, where a branch has moved since.
+        located = locate(model, job.checkpoint.revision)
+        job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     record = write(
@@ -184,14 +186,14 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
 
 
 def _make_fit(
-    job: Export, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
+    job: Export, located: Located, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
-    handle = ModelHandle(locate(job.checkpoint.folder), Settings(trust_remote_code=job.trust_remote_code))
+    handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(
         target.label,

@@ -148,7 +148,7 @@ def search(
     with (
         closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
         claim(folder, study_model.original, known),
-        open_form(study_model, request, folder, begin) as form,
+        open_form(study_model, request, folder, begin, listener) as form,
     ):
         _check_winners_place(folder / form.place)
         if request.size is not None:

@@ -93,7 +93,8 @@ def get_command() -> str:
     words = ["compressknow", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if ctx.get_parameter_source(name) not in _SET:
+        # What is accepted and does nothing has a source, and no value.
+        if name not in ctx.params or ctx.get_parameter_source(name) not in _SET:
             continue
         value = ctx.params[name]
         values = value if isinstance(value, tuple) else (value,)
@@ -102,7 +103,8 @@ def get_command() -> str:
         elif isinstance(value, bool):
             words += [parameter.opts[-1]] if value else []
         else:
-            words += [word for each in values for word in (parameter.opts[0], str(each))]
+            written = ("=".join(each) if isinstance(each, tuple) else str(each) for each in values)
+            words += [word for each in written for word in (parameter.opts[0], each)]
     return shlex.join(map(escape_name, words))
 
 

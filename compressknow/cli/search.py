@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, wrap
+from compressknow.cli.terminal import WIDTH, Lines, Rows, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
             probe=probe or None,
             command=get_command(),
             on_progress=Lines(),
-            on_result=None if as_json else _Lines(),
+            on_result=None if as_json else Rows(lambda _: (COLUMNS, "-" * len(COLUMNS)), _describe_trial),
             **options,
         )
     if as_json:
@@ -105,18 +106,9 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
         )
 
 
-class _Lines:
-    """Printer of a line per file, as it comes."""
-
-    def __init__(self) -> None:
-        self._has_head = False
-
-    def __call__(self, trial: Trial) -> None:
-        if not self._has_head:
-            self._has_head = True
-            show(COLUMNS, "-" * len(COLUMNS))
-        name = clean(trial.setup, WIDTH)
-        if len(name) > 39:
-            show(name)
-            name = ""
-        show(f"{name:<40}{write_estimate(trial.kept):<28}{write_size(trial.bytes):>12}")
+def _describe_trial(trial: Trial) -> Iterator[str]:
+    name = clean(trial.setup, WIDTH)
+    if len(name) > 39:
+        yield name
+        name = ""
+    yield f"{name:<40}{write_estimate(trial.kept):<28}{write_size(trial.bytes):>12}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from compressknow.cli.options import (
     templates_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import Lines, show, show_json_text, wrap
+from compressknow.cli.terminal import Lines, Rows, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
             probe=probe or None,
             command=get_command(),
             on_progress=Lines(),
-            on_result=None if as_json else _Lines(options["known"]),
+            on_result=None if as_json else Rows(partial(_describe_original, known=options["known"]), _describe_result),
             **options,
         )
     if as_json:
@@ -111,22 +112,13 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     return 1 if study.failed else 0
 
 
-class _Lines:
-    """Printer of a line per cell, as it comes."""
-
-    def __init__(self, known: str) -> None:
-        self._known, self._has_head = known, False
-
-    def __call__(self, result: CellResult) -> None:
-        if not self._has_head:
-            self._has_head = True
-            original = result.original
-            right = sum(answer.correct for answer in original.answers)
-            name, of = clean(original.record.model.name, 40), len(original.answers)
-            does, how = ("produces", "") if self._known == "produced" else ("answers", " right")
-            show(f"{name} {does} {count(right)} of {count(of)} facts{how} ({write_percent(right, of)}).\n")
-            show(COLUMNS, "-" * len(COLUMNS))
-        show(*_describe_result(result))
+def _describe_original(result: CellResult, known: str) -> Iterator[str]:
+    original = result.original
+    right = sum(answer.correct for answer in original.answers)
+    name, of = clean(original.record.model.name, 40), len(original.answers)
+    does, how = ("produces", "") if known == "produced" else ("answers", " right")
+    yield f"{name} {does} {count(right)} of {count(of)} facts{how} ({write_percent(right, of)}).\n"
+    yield from (COLUMNS, "-" * len(COLUMNS))
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -275,6 +275,19 @@ class Lines:
         self._announced = True
         if (text := announce(progress)) is not None:
             line.say(text)
+
+
+class Rows:
+    """Rows of a table, printed as results come; what `write_head` makes of the first result stands before them."""
+
+    def __init__(self, write_head: Callable[[Any], Iterable[str]], write_row: Callable[[Any], Iterable[str]]) -> None:
+        self._write_head, self._write_row, self._has_head = write_head, write_row, False
+
+    def __call__(self, result: Any) -> None:
+        if not self._has_head:
+            self._has_head = True
+            show(*self._write_head(result))
+        show(*self._write_row(result))
 
 
 class _State:

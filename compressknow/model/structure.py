@@ -85,6 +85,12 @@ class Structure:
     prefix: str = ""
 
     @property
+    def stored(self) -> int:
+        """Return how many parameters a checkpoint of it stores: those that share their storage once."""
+        left_out = self.buffers | self.tied.keys()
+        return sum(prod(shape) for name, shape in self.parameters.items() if name not in left_out)
+
+    @property
     def unplaced(self) -> tuple[str, ...]:
         """Return the modules that hold a Linear weight which no rule places."""
         return tuple(weight.module for weight in self.linears if weight.group is None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +115,6 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
     final layer tied to the embedding counts in `final`, and once in `parameters`.
     """
-    left_out = structure.buffers | structure.tied.keys()
-    stored = sum(prod(shape) for name, shape in structure.parameters.items() if name not in left_out)
     shared = sum(weight.used - weight.stored for weight in structure.linears)
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
@@ -131,7 +128,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
             "module_map": structure.module_map,
             "groups": {group: _group(weights, structure, dtypes) for group, weights in groups.items()},
             "scopes": count_scope_parameters(structure),
-            "parameters": {"stored": stored, "used": stored + shared},
+            "parameters": {"stored": structure.stored, "used": structure.stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),
             "unplaced": list(dict.fromkeys(structure.unplaced)),
             "opaque": dict(structure.opaque),

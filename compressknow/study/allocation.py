@@ -20,7 +20,7 @@ from compressknow.base.format import write_size
 from compressknow.gguf.choice import Fitted, Rounding, check_types
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
-from compressknow.study.sensitivity import GUIDES, Guidance, Guide, Sensitivity, name_guide
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
 # Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
@@ -33,6 +33,12 @@ def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None
     """Raise UsageError for a budget that a model does not pass with all weights as they are."""
     if budget >= whole:
         raise UsageError(f"{write_size(budget)} is no less than the model has in full, {write_size(whole)}.", hint=hint)
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise UsageError for what rounds no weights of a file of a size."""
+    if rounding not in ("gptq", "nearest"):
+        raise UsageError(f"--rounding {rounding}: there is gptq, nearest.")
 
 
 class Option(NamedTuple):
@@ -198,8 +204,8 @@ class Target:
             raise UsageError("Give --size or --bits, not both: each says how large the file is to be.")
         if self.bits is not None and not 1 <= self.bits < _MOST_BITS:
             raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
-        if self.guide not in GUIDES:
-            raise UsageError(f"--guide {self.guide}: there is {', '.join(GUIDES)}.")
+        check_guide(self.guide)
+        check_rounding(self.rounding)
         object.__setattr__(self, "must", check_types(self.must))
 
     def budget(self, numel: int) -> int:
@@ -242,7 +248,9 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
     whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
     check_below_whole(budget, whole, f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.")
-    allocation = allocate(pin_types(table, tensors, target.must), budget, overhead=overhead)
+    rows = {name: each.shape[0] for name, each in tensors.tensors.items()}
+    table = pin_types(table, resolve_types(tensors, target.must), rows)
+    allocation = allocate(table, budget, overhead=overhead)
     return describe_fit(allocation, budget, target, sensitivity.guidance)
 
 
@@ -289,14 +297,14 @@ def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: st
     return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]
 
 
-def pin_types(table: OptionTable, tensors: Tensors, must: Sequence[tuple[str, str]]) -> OptionTable:
-    """Return the table without a choice where rules name a type. Raises UsageError for a type that is not in it."""
-    pins: Mapping[str, str] = resolve_types(tensors, must)
+def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, int]) -> OptionTable:
+    """Return the table without a choice where a type is given. Raises UsageError for one that is not in it; `rows` are
+    the weights of a row."""
     for name, kind in pins.items():
         if name in table and kind not in table[name]:
             raise UsageError(
                 f"--must {kind}: {name} cannot be of that type.",
-                f"Its rows have {tensors.tensors[name].shape[0]} weights.",
+                f"Its rows have {rows[name]} weights.",
                 f"It can be {', '.join(table[name])}.",
             )
     return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}

@@ -19,7 +19,6 @@ from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whol
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, relabel_progress
 from compressknow.base.reading import find_mismatch
-from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
@@ -78,13 +77,7 @@ class CellResult:
     @property
     def kept(self) -> Estimate:
         """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
-        if self.answers is None:
-            return Estimate(None)
-        knew, knows = (
-            {(answer.probe, answer.fact_id) for answer in side.answers if answer.correct}
-            for side in (self.original, self.answers)
-        )
-        return estimate_proportion(len(knew & knows), len(knew))
+        return Estimate(None) if self.answers is None else compare(self.original, self.answers, show_facts=False).kept
 
 
 def build_study(
@@ -269,12 +262,18 @@ class StudyModel:
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
+    @property
+    def source(self) -> tuple[str | Path, str | None]:
+        """Return what opens the original once more under its name: its hub id and commit, or its path."""
+        located = self.original.located
+        return located.name if located.revision else located.path, located.revision
+
     @cached_property
     def maker(self) -> VariantMaker:
         """Return the maker of cells; it is opened when it is first needed, for it needs torch."""
         from compressknow.compress.convert import VariantMaker
 
-        return VariantMaker(self.original.located.path, trust_remote_code=self._trusted, texts=self._texts)
+        return VariantMaker(*self.source, trust_remote_code=self._trusted, texts=self._texts)
 
     def close(self) -> None:
         """Give back the disk that the original's distributions take."""
@@ -410,12 +409,9 @@ class CellHandle(ModelHandle):
 
 def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
     """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
-    from compressknow.compress.convert import convert
     from compressknow.pages.model_card import make_model_card
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
         models.mkdir(exist_ok=True)
-        maker, recipe = study_model.maker, cell.recipe
-        text = maker.text(maker.plan(recipe)) if recipe.calibration else None
-        convert(maker.checkpoint.folder, folder, recipe, text=text, render_card=make_model_card)
+        study_model.maker.write(cell.recipe, folder, make_model_card)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
 from compressknow.base.packages import require
-from compressknow.base.progress import Begin
+from compressknow.base.progress import Begin, Listener
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
+from compressknow.compress.runtimes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter
-from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
+from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors, resolve_types
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
     Allocation,
@@ -33,6 +34,7 @@ from compressknow.study.allocation import (
     build_table,
     build_units,
     check_below_whole,
+    check_rounding,
     describe_fit,
     pin_types,
 )
@@ -50,8 +52,6 @@ GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
 NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
 # A weight that stays as it is.
 NONE = "none"
-# What vLLM computes with as one matrix, which has one scheme.
-JOINED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # Of a tensor in a header of safetensors, beside its name; each that is quantized becomes three.
 _HEADER, _PARTS = 130, 3
 # Bytes of the tensor that says the shape of one that is packed.
@@ -90,8 +90,7 @@ class Request:
         check_guide(self.guide)
         if self.to not in (None, *FORMS):
             raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
-        if self.rounding not in (None, "gptq", "nearest"):
-            raise UsageError(f"--rounding {self.rounding}: there is gptq, nearest.")
+        check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
             check_types(self.must)
 
@@ -216,7 +215,9 @@ class GgufForm(Form):
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
 
     def predict_losses(self, sensitivity: Sensitivity | None) -> OptionTable:
-        return pin_types(build_table(sensitivity, self._tensors, self._target.guide), self._tensors, self._target.must)
+        table = build_table(sensitivity, self._tensors, self._target.guide)
+        rows = {name: each.shape[0] for name, each in self._tensors.tensors.items()}
+        return pin_types(table, resolve_types(self._tensors, self._target.must), rows)
 
     def decides(self) -> list[Any]:
         return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, self._job.converter.version]
@@ -275,14 +276,15 @@ class CheckpointForm(Form):
         exact = {module: prod(self._weights[module].shape) * DTYPE_SIZES[dtype] for module, dtype in dtypes.items()}
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)
-        table = {}
+        table, rows = {}, {}
         for module, weight in self._weights.items():
             shape = weight.shape[::-1] if weight.transposed else weight.shape
+            rows[module] = shape[-1]
             table[module] = {NONE: Option(exact[module], 0.0)}
             for kind in self.roundings.list_legal(shape):
                 table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         super().__init__(
-            _pin_modules(table, self._weights, request.must),
+            pin_types(table, _resolve_modules(self._weights, request.must), rows),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
             _list_joined(self._weights),
@@ -328,12 +330,9 @@ class CheckpointForm(Form):
         return table
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
-        from compressknow.compress.convert import convert
         from compressknow.pages.model_card import make_model_card
 
-        maker, recipe = self._model.maker, self._build_recipe(found.types)
-        text = maker.text(maker.plan(recipe))
-        convert(maker.checkpoint.folder, place, recipe, text=text, render_card=make_model_card)
+        self._model.maker.write(self._build_recipe(found.types), place, make_model_card)
 
     def decides(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []
@@ -356,19 +355,18 @@ class CheckpointForm(Form):
 
 
 def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
-    """List modules that are parts of one matrix in vLLM."""
+    """List modules that are parts of one matrix in vLLM, which has one scheme."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for module in weights:
         parent, _, leaf = module.rpartition(".")
-        for parts in JOINED:
+        for parts in FUSED:
             if leaf in parts:
                 groups.setdefault((parent, parts), []).append(module)
     return [modules for modules in groups.values() if len(modules) > 1]
 
 
-def _pin_modules(
-    table: OptionTable, weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]
-) -> OptionTable:
+def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the type of each module that a rule names. Raises UsageError for a rule that names none."""
     pins: dict[str, str] = {}
     for which, kind in must:
         pattern = None if which in SCOPES else compile_pattern("--must", which)
@@ -382,13 +380,8 @@ def _pin_modules(
                 f"--must: {which!r} is no scope, and matches no module of the blocks.",
                 hint=suggest_word(which, SCOPES) or None,
             )
-        for module in modules:
-            if kind not in table[module]:
-                raise UsageError(
-                    f"--must {kind}: {module} cannot be that.", hint=f"It can be {', '.join(table[module])}."
-                )
-            pins[module] = kind
-    return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}
+        pins |= dict.fromkeys(modules, kind)
+    return pins
 
 
 def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
@@ -415,7 +408,9 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -> Iterator[Form]:
+def open_form(
+    model: StudyModel, request: Request, folder: Path, begin: Begin, on_progress: Listener | None = None
+) -> Iterator[Form]:
     """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
 
     Raises CompressknowError where there can be none.
@@ -429,13 +424,13 @@ def open_form(model: StudyModel, request: Request, folder: Path, begin: Begin) -
     require(*NEEDED)
     from compressknow.gguf.export import prepare, write_floats
 
-    original = model.original
     # Of a share, the size is yet to be chosen.
     target = Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
-    trusted = original.settings.trust_remote_code
-    job = prepare(original.located.path, choice, find_converter(None, fetch=True), trust_remote_code=trusted)
+    (source, revision), trusted = model.source, model.original.settings.trust_remote_code
+    found = find_converter(fetch=True, on_progress=on_progress)
+    job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)

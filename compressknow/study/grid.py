@@ -328,13 +328,22 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
         )
     if not _has_effect(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
-    if not _is_given(point.get("quantize")) and (idle := [key for key in ROUNDED if _is_given(point.get(key))]):
-        raise UsageError(f"{where}: {idle[0]} applies to quantization, and it does not quantize.", hint="Add quantize.")
+    prunes, quantizes = (_is_given(point.get(key)) for key in ("prune", "quantize"))
+    for keys, does, what, hint in (
+        (ROUNDED, quantizes, "quantization, and it does not quantize", "Add quantize."),
+        (PRUNED, prunes, "pruning, and it does not prune", "Add prune."),
+        (("seed",), prunes or _is_calibrated(point), "pruning, and it does not prune", "Add prune."),
+    ):
+        if idle := [key for key in keys if _is_given(point.get(key)) and not does]:
+            raise UsageError(f"{where}: {idle[0]} applies to {what}.", hint=hint)
     return name, _build_recipe(point, where)
 
 
 def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
-    given = {name: value for name, value in point.items() if _is_given(value) or name == "seed"}
+    # The first layer is a layer, and the first seed a seed.
+    given = {
+        name: value for name, value in point.items() if _is_given(value) or (name in ("layers", "seed") and value == 0)
+    }
     # What may be nothing is a text where there is something: "none" is nothing.
     parameters = {name: value for name, value in point.items() if value != "none"}
     place = _select(given, *(each.key for each in list_options(Where)))

@@ -92,7 +92,8 @@ def measure_guides(
     model, trusted = handle.located, handle.settings.trust_remote_code
     if answers is None:
         probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
-        folder = find_answers_folder() / handle.sha256[:16]
+        # The answers of reports, to all facts of a probe of this name, stay as they are.
+        folder = find_answers_folder() / f"{handle.sha256[:16]}-guides"
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     facts = select_known_facts(answers, probes)
@@ -172,18 +173,11 @@ def _measure_sensitivity(
     domains = [each.query.fact.subject for each in scored]
     rows = measured.build_rows(roundings, domains)
     known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
-    others = _count_weights(tree) - sum(prod(row.shape) for row in rows)
+    others = read_structure(tree).stored - sum(prod(row.shape) for row in rows)
     sensitivity = Sensitivity(handle.sha256, guidance, rows, known, others)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_sensitivity(sensitivity, place)
     return sensitivity
-
-
-def _count_weights(tree: PreTrainedModel) -> int:
-    """Count the weights of a model, those that share their storage once."""
-    structure = read_structure(tree)
-    others = {*structure.tied, *structure.buffers}
-    return sum(prod(shape) for name, shape in structure.parameters.items() if name not in others)
 
 
 def _score_facts(

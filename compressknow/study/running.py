@@ -108,8 +108,8 @@ def describe_error(error: BaseException) -> str:
 def _run_on_ray(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:
     model, maker = batch.study_model.original, batch.study_model.maker
     # A hub id is downloaded by the worker; a folder must be on storage that it shares.
-    name = model.located.name if model.located.revision else str(model.located.path.resolve())
-    original = (name, model.located.revision, model.sha256, model.settings)
+    source, revision = batch.study_model.source
+    original = (source if isinstance(source, str) else str(source.resolve()), revision, model.sha256, model.settings)
     shared = {probe.name: (ray.put(probe), ray.put(batch.original.only([probe.name]))) for probe in batch.probes}
     run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
     texts: dict[Calibration | None, Any] = {None: None}

@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
-from compressknow.cli.options import read_project_defaults
+from compressknow.cli.options import read_project_defaults, read_type_of
 from compressknow.cli.report import get_command
 
 
@@ -64,6 +64,26 @@ def test_the_nearest_file_the_commands_own_table_and_the_command_line_win(projec
     # What is printed to be repeated holds elsewhere too.
     assert command.startswith("compressknow ask M -p a -p b --limit 4 --answers ")
     assert called("--limit", "5", "-p", "z")[0] | {"answers": 0} == {**given, "limit": 5, "probe": ("z",), "answers": 0}
+
+
+@click.command()
+@click.option("--must", multiple=True, type=read_type_of)
+@click.option("--no-facts", is_flag=True, expose_value=False)
+def fit(must: tuple[tuple[str, str], ...]) -> tuple[Any, str]:
+    return must, get_command()
+
+
+def test_a_command_is_printed_as_it_may_be_repeated() -> None:
+    words = ["--must", "attention=q8_0", "--must", "a=b=q4_k", "--no-facts"]
+    given, command = fit.main(words, prog_name="fit", standalone_mode=False)
+    assert given == (("attention", "q8_0"), ("a=b", "q4_k"))
+    assert command == "compressknow fit --must attention=q8_0 --must a=b=q4_k"
+
+
+def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_file(project: Path) -> None:
+    (project / "compressknow.toml").write_text("no_facts = true\n")
+    values = read_project_defaults("fit", fit, ["fit"], {"fit": fit}.get)
+    assert fit.main([], prog_name="fit", standalone_mode=False, default_map=values) == ((), "compressknow fit")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 import compressknow
 from compressknow.cli import main
 from compressknow.compress.recipe import read_recipe, to_toml
-from tests.models import logits, save_tiny, tiny
+from tests.models import logits, put_into_hub_cache, save_tiny, tiny
 
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 BOTH = {"prune": 0.3, "quantize": "int8"}
@@ -162,14 +162,8 @@ def test_bin_checkpoints_become_what_safetensors_become(
 def test_a_snapshot_of_the_hubs_cache_becomes_files_of_its_own(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository, commit = tmp_path / "hub" / "models--org--tiny", "f" * 40
-    snapshot = repository / "snapshots" / commit
-    for folder in (snapshot, repository / "blobs", repository / "refs"):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for path in checkpoints["llama"].iterdir():
-        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    commit = put_into_hub_cache(checkpoints["llama"], tmp_path / "hub", "org/tiny")
+    snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / commit
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     named = compressknow.convert("org/tiny", tmp_path / "named", **BOTH)
     assert (named["source"]["name"], named["source"]["revision"]) == ("org/tiny", commit)

@@ -21,7 +21,6 @@ from compressknow.cli import main
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.gathering import InputStatistics
-from compressknow.compress.convert import convert
 from compressknow.compress.pruning import METHODS, Calibrated, Weights
 from compressknow.compress.pruning.masks import mask_smallest_of_rows
 from compressknow.compress.recipe import Recipe, read_recipe
@@ -29,7 +28,7 @@ from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_pruning import GPT_OSS, feed_forward
-from tests.models import save_tiny
+from tests.models import convert, save_tiny
 
 
 def by_magnitude(weight: Tensor, keep: int, of: int) -> Tensor:

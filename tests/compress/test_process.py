@@ -15,7 +15,6 @@ from torch import Tensor
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Block, Pool
-from compressknow.compress.convert import convert
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.process import Measured, Work
@@ -24,7 +23,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, Where
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.long import one_in
-from tests.models import save_tiny
+from tests.models import convert, save_tiny
 
 PRUNES = {
     "5 %": Prune(0.05),

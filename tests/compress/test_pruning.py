@@ -17,14 +17,13 @@ from torch.nn.utils import prune
 from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.convert import convert
 from compressknow.compress.pruning import Weights
 from compressknow.compress.pruning.masks import make_generator
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
-from tests.models import save_tiny
+from tests.models import convert, save_tiny
 
 STEPS = {
     "L1 global": Prune(0.3),

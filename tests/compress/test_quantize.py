@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Pool
-from compressknow.compress.convert import convert
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.process import Work
@@ -36,7 +35,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, round_to_nearest
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.model.tensors import OpenFiles, read_header
-from tests.models import logits, save_tiny, tiny
+from tests.models import convert, logits, save_tiny, tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EVERYWHERE = Where(("overall",))

@@ -16,12 +16,11 @@ from torch import Tensor
 from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.convert import convert
 from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, choose_masks
 from compressknow.model.tensors import OpenFiles, StoredTensor, view_bytes
-from tests.models import save_tiny
+from tests.models import convert, save_tiny
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 KINDS = ("normal", "few values", "one value", "zeros", "half zeros", "denormal", "all magnitudes")

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from compressknow.base.errors import CheckpointError
-from compressknow.compress.convert import convert
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Quantize, Where
 from compressknow.engine import layers
 from compressknow.engine.load import load, load_tokenizer
 from tests.knowing import knowing
+from tests.models import convert
 
 IDS = torch.tensor([[5, 7, 11, 2]])
 

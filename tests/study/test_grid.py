@@ -147,6 +147,15 @@ def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path:
     assert [cell.plain for cell in cells] == [True] * 6 + [False] * 2
 
 
+def test_the_first_layer_is_a_layer_and_the_seed_of_a_calibrated_cell_is_its_own(tmp_path: Path) -> None:
+    axes = grid(tmp_path / "axes.toml", "[axes]\nprune = [0.5]\nlayers = [0, 1, 2]")
+    assert [cell.settings["layers"] for cell in axes] == ["0", "1", "2"]
+    text = "[[cells]]\nprune = 0.5\nlayers = 0\n[[cells]]\nquantize = 'int8'\nrounding = 'gptq'\nseed = 3"
+    one, calibrated = grid(tmp_path / "cells.toml", text)
+    assert one.settings["layers"] == "0"
+    assert calibrated.settings["seed"] == 3
+
+
 def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured"]\n'
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
@@ -268,6 +277,9 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[[cells]]\nquantize = "int8-paper"\nrounding = "gptq"', "rounded to nearest alone"),
         ('[[cells]]\nprune = 0.5\ncalibration = "self"', "nothing to calibrate"),
         ("[[cells]]\nprune = 0.5\nscope = []", "No scope is given"),
+        ('[[cells]]\nquantize = "int8"\nmethod = "wanda"', "method applies to pruning, and it does not prune"),
+        ('[[cells]]\nquantize = "int8"\nprune = 0\nmethod = "wanda"', "method applies to pruning"),
+        ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to pruning"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:

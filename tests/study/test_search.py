@@ -15,21 +15,26 @@ import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
+from compressknow.base.progress import ignore_progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
+from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import read_answers
 from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.pages.search import Trial
-from compressknow.study.cells import RECORD
+from compressknow.study.cells import RECORD, StudyModel
+from compressknow.study.forms import Request, open_form
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
+from tests.models import put_into_hub_cache
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -430,6 +435,31 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     assert not {".parts", "grading"} & {each.name for each in (llama.folder / "few").iterdir()}
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
     assert llama.found("few")["by"] == "text, rounded by GPTQ"
+
+
+def test_a_checkpoint_that_runs_its_own_code_is_written(
+    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    own, trusted = knowing_by_own_code(tmp_path / "own"), Settings(trust_remote_code=True)
+    request = Request(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
+    with open_form(StudyModel(own, trusted), request, tmp_path, ignore_progress) as form:
+        form.make(form.choose(form.floor), tmp_path / "model", ignore_progress)
+    assert compressknow.verify(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("form", "size"), [("gguf", "600kB"), ("checkpoint", "250kB")])
+def test_a_file_names_the_hub_id_that_it_was_made_from(
+    form: str, size: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = request.getfixturevalue("gguf" if form == "gguf" else "llama")
+    commit = put_into_hub_cache(place.model, tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    compressknow.search("org/tiny", tmp_path / "found", size=size, rounding="nearest", **place.options)
+    record = tmp_path / "found" / ("model.gguf.json" if form == "gguf" else "model/compressknow.json")
+    source = json.loads(record.read_text())["source"]
+    assert (source["name"], source["revision"]) == ("org/tiny", commit)
 
 
 def test_what_must_be_is(llama: Place) -> None:

@@ -45,6 +45,27 @@ def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 WORDS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibration-tokens", "512")
 
 
+def test_the_answers_of_a_report_stay_where_some_of_its_facts_guide(
+    at_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.study.guides.ASKED", 40)
+    compressknow.convert("llama", at_home / "pruned", prune=0.3)
+
+    def report() -> set[str]:
+        works: set[str] = set()
+        compressknow.report(
+            "llama",
+            at_home / "pruned",
+            "facts:facts.jsonl",
+            on_progress=lambda progress: works.add(progress.stage.work),
+        )
+        return works
+
+    assert "evaluate" in report()
+    compressknow.sensitivity("llama", facts="facts:facts.jsonl", calibration="text.txt", calibration_tokens=512)
+    assert "evaluate" not in report()
+
+
 def test_the_command_prints_and_writes_the_map_and_measures_once(
     at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,16 +16,22 @@ import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.cli import main
+from compressknow.comparison.intervals import estimate_proportion
 from compressknow.compress.calibrate import text
 from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Prune
 from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
-from compressknow.study.cells import RECORD, CellResult, claim
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
+from compressknow.study.cells import RECORD, CellResult, build_study, claim
+from compressknow.study.grid import Cell
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
+from tests.models import put_into_hub_cache
+from tests.pages.answering import answer, run
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -126,6 +132,20 @@ def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:
     assert int(rows["overall-gp-90"]["sparse_bytes"]) < int(rows["overall-gp-30"]["sparse_bytes"])
 
 
+def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> None:
+    # Of ten relations, two are lost as a whole.
+    rows = [
+        [answer(number, correct=side == 0 or number >= 40, relation=f"r{number // 20}") for number in range(200)]
+        for side in (0, 1)
+    ]
+    counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
+    original, after = run(rows, totals=counts)
+    result = CellResult(Cell("overall", Recipe((Prune(0.3),))), original, after)
+    (cell,) = build_study(original, [result]).cells
+    assert result.kept == cell.comparison.kept
+    assert result.kept.low < estimate_proportion(160, 200).low - 0.1
+
+
 def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
     study = swept.folder / "study"
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
@@ -194,9 +214,9 @@ def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known:
     assert cell.comparison.counts.both < cell.comparison.counts.known_before < 32
 
     most: dict[str, int] = {}
-    for answer in stored_in(tmp_path / "study", cell.key):
-        right = answer.correct if known == "recognized" else answer.grade == PRODUCED
-        most[strip_wording(answer.fact_id)] = most.get(strip_wording(answer.fact_id), 0) + right
+    for each in stored_in(tmp_path / "study", cell.key):
+        right = each.correct if known == "recognized" else each.grade == PRODUCED
+        most[strip_wording(each.fact_id)] = most.get(strip_wording(each.fact_id), 0) + right
     assert sum(2 * right > 3 for right in most.values()) == cell.comparison.counts.known_after
     page = (tmp_path / "study" / "study.md").read_text(encoding="utf-8")
     assert "each in 3 wordings, and known if more than half are right" in page
@@ -274,6 +294,33 @@ def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
     assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
     llama.grid.write_text(GRID, encoding="utf-8")
+
+
+def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
+    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    own, study = knowing_by_own_code(tmp_path / "own"), tmp_path / "study"
+    words = ["sweep", str(own), "-o", str(study), "-p", llama.probe, "--grid", str(tmp_path / "one.toml"), "--save"]
+    assert main([*words, "--trust-remote-code"]) == 0
+    (saved,) = (study / "models").iterdir()
+    assert compressknow.verify(saved)
+    compressknow.convert(own, tmp_path / "same", prune=0.3, trust_remote_code=True)
+    assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
+
+
+def test_a_saved_checkpoint_names_the_hub_id_that_it_was_made_from(
+    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = put_into_hub_cache(llama.model, tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    compressknow.sweep("org/tiny", tmp_path / "study", grid=tmp_path / "one.toml", probe=llama.probe, save=True)
+    (saved,) = (tmp_path / "study" / "models").iterdir()
+    source = json.loads((saved / "compressknow.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == ("org/tiny", commit)
 
 
 CALIBRATED = """

@@ -25,7 +25,7 @@ from compressknow.base.progress import silence_libraries
 from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.convert import carry_out, convert, prepare
+from compressknow.compress.convert import carry_out, prepare
 from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
@@ -35,7 +35,7 @@ from compressknow.model.manifest import describe_calibration, list_dropped_neuro
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
 from tests.long import long
-from tests.models import save_tiny, tiny
+from tests.models import convert, save_tiny, tiny
 
 OVERALL, BLOCKS = Where(("overall",)), Where(("blocks",))
 
