@@ -292,6 +292,9 @@ def diff_gguf(
     )
 
 
+_STACKS = {"enc": "encoder", "dec": "decoder"}
+
+
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) -> TensorDiff:
     # As of a checkpoint: an embedding is no Linear layer, and a vector is none.
     linear = group not in (EMBEDDING, NOT_LINEAR)
@@ -299,9 +302,9 @@ def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) 
     return TensorDiff(
         name=a.name,
         group=group if linear else NOT_LINEAR,
-        stack=None,
+        stack=_STACKS.get(a.name.partition(".")[0]) if in_block else None,
         layer=a.layer if in_block else None,
-        module=a.name.split(".", 2)[2].removesuffix(".weight") if in_block else None,
+        module=a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight") if in_block else None,
         shape=a.shape[::-1],
         dtype_a=a.type,
         dtype_b=b.type,

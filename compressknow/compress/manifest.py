@@ -144,7 +144,7 @@ def _describe_calibration(text: CalibrationText, done: Calibrated | None, remova
     return {
         **{"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed},
         "blocks_apart": (done is None or done.is_blockwise) and (removal is None or removal.is_blockwise),
-        "unseen": done.unseen if done else [],
+        "unseen": sorted(done.unseen) if done else [],
         **({"smoothed": done.smoothed} if done and done.smoothed else {}),
     }
 

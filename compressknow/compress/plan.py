@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
@@ -23,6 +23,7 @@ from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.loading import list_headers, load_report
+from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
@@ -172,7 +173,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     tied = ((weight.parameter, sources.find_tied_embedding(weight)) for weight in assigned)
     shared_with = {parameter: embedding for parameter, embedding in tied if embedding}
     config = untie_config(checkpoint.config, model) if shared_with else dict(checkpoint.config)
-    extra = _find_untied(model, config, set(sources.supply)) if shared_with else {}
+    path = checkpoint.folder / "config.json"
+    extra = _find_untied(model, config, path, set(sources.supply)) if shared_with else {}
     _check_sharing(changed, extra, structure)
     # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
     needed = [*extra.items(), *((embedding, parameter) for parameter, embedding in shared_with.items())]
@@ -346,14 +348,12 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
     return changed
 
 
-def _find_untied(model: PreTrainedModel, config: dict[str, Any], supplied: set[str]) -> dict[str, str]:
+def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
     """Return the parameters that the untied model no longer takes from another, with the name of that one.
 
     BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
     """
-    with torch.device("meta"):
-        untied = type(model)(type(model.config).from_dict(config))
-    still_tied = untied.all_tied_weights_keys
+    still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
         target: source
         for target, source in model.all_tied_weights_keys.items()

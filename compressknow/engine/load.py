@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,8 @@ def load_variant(
     variant: Variant, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load the model of a conversion in memory, as `load` does that of a converted folder."""
+    from compressknow.model.meta import parse_config
+
     path, tree = variant.folder, variant.tree
     with silence_libraries(), _translate_errors(path):
         _, named = _find_class(tree.config, False, True)
@@ -101,7 +104,7 @@ def load_variant(
             model_class,
             path,
             pretrained_model_name_or_path=None,
-            config=type(tree.config).from_dict(variant.config),
+            config=parse_config(tree, copy.deepcopy(variant.config)),
             state_dict=dict(variant.tensors),
             dtype=dtype or "auto",
         )

@@ -102,7 +102,7 @@ class Checkpoint:
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
-    `weights` the config alone, and downloads nothing more.
+    `weights` the config alone, and downloads nothing more than that and the model's own code.
 
     Raises CheckpointError where there is no such folder or id, where config.json is missing or not an object, or where
     weight files are missing or damaged.
@@ -257,10 +257,10 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
             return Path(get(local_files_only=True))
 
     try:
-        folder = fetch("config.json")
+        folder = fetch("config.json", "*.py")
         if weights:
             fetch(*HUB_PATTERNS, "model*.safetensors")
-            if not find_weight_files(folder):
+            if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
                 fetch("pytorch_model*.bin")
             if modules := list_module_folders(folder):
                 fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))

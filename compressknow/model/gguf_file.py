@@ -196,11 +196,13 @@ class _Header:
 
 EMBEDDING, UNPLACED = "embedding", "other"
 ORDER = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
-# By the names that llama.cpp gives to tensors (llama-arch.cpp).
+# By the names that llama.cpp gives to tensors (llama-arch.cpp, clip-impl.h): positions and routers are of no group.
+_SIDE = r"(?:enc\.|dec\.)?"
 NAMED = (
-    ("attention", re.compile(r"blk\.\d+\.attn_(?!norm|.*_norm)")),
-    ("feed-forward", re.compile(r"blk\.\d+\.ffn_(?!norm|.*_norm)")),
+    ("attention", re.compile(_SIDE + r"blk\.\d+\.(?:cross_)?attn_(?!norm|rel_b|.*_norm)")),
+    ("feed-forward", re.compile(_SIDE + r"blk\.\d+\.ffn_(?!norm|gate_inp|.*_norm)")),
     ("final", re.compile(r"output\.(?:weight|bias)")),
+    ("vision", re.compile(r"[av]\.blk\.")),
 )
 
 
@@ -216,8 +218,8 @@ class Tensor:
 
     @property
     def layer(self) -> int | None:
-        """Return the number of its block."""
-        found = _BLOCK.match(self.name)
+        """Return the number of its block, on its side."""
+        found = re.match(r"(?:(?:enc|dec|a|v)\.)?" + _BLOCK.pattern, self.name)
         return int(found[1]) if found else None
 
 

@@ -279,9 +279,12 @@ def load_report(
         for name, (dtype, shape) in tensors.items()
     }
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    config = copy.deepcopy(config)
+    # As in `compressknow.model.meta`: a kernel that is not installed here decides nothing.
+    config._attn_implementation = "eager"
     try:
         with silence_libraries():
-            model, found = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=state, **options)
+            model, found = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     # What is tied though both are stored is compared first, on other devices than this one.

@@ -86,7 +86,7 @@ def inspect_checkpoint(
     Raises CheckpointError where the checkpoint is missing or damaged, or its config describes no model that can be
     built.
     """
-    # Of a hub id the config alone: nobody wants to download a model to count its parameters.
+    # Of a hub id no weights: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import read_structure
     from compressknow.model.loading import find_missing_weights

@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     import torch
 
 
-# Bytes per element by the safetensors name of a dtype, and torch's name of the same, where every torch here has it.
+# Bytes per element by the safetensors name of a dtype, and torch's name of the same.
 _DTYPES = {
     **{"F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16")},
-    **{"F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, None), "C64": (8, "complex64")},
-    **{"I64": (8, "int64"), "I32": (4, "int32"), "I16": (2, "int16"), "I8": (1, "int8"), "BOOL": (1, "bool")},
+    **{"F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, "float8_e8m0fnu")},
+    **{"I64": (8, "int64"), "I32": (4, "int32"), "I16": (2, "int16"), "I8": (1, "int8")},
     **{"U64": (8, "uint64"), "U32": (4, "uint32"), "U16": (2, "uint16"), "U8": (1, "uint8")},
+    **{"C64": (8, "complex64"), "BOOL": (1, "bool")},
 }
 DTYPE_SIZES = {name: size for name, (size, _) in _DTYPES.items()}
-TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items() if torch_name}
+TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
 # Those that can be compressed.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def get_torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a safetensors name. Raises KeyError for F8_E8M0, which torch 2.6 lacks."""
+    """Return the dtype of a safetensors name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
@@ -126,7 +127,7 @@ class OpenFiles:
         if tensor.loaded is not None:
             buffer[:] = tensor.loaded[start : start + len(buffer)]
         elif read_at(self._open(tensor.file), buffer, tensor.offset + start) < len(buffer):
-            raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read: it changed under the conversion.")
+            raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read: it changed meanwhile.")
 
     def chunks(self, tensor: StoredTensor, size: int) -> Iterator[memoryview]:
         """Yield the tensor's bytes in pieces of at most `size`, each valid until the next is asked for."""

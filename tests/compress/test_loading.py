@@ -39,6 +39,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_tiny(name, root / name) for name in BUILDERS}
 
 
+@pytest.mark.parametrize("scope", ["attention", "final"])
+def test_a_kernel_that_is_not_installed_is_not_needed_to_convert(scope: str, tmp_path: Path) -> None:
+    source = save_tiny("llama-tied", tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    compressknow.convert(source, tmp_path / "out", scope=scope, quantize="int8")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["attn_implementation"] == "flash_attention_2"
+
+
 def load(folder: Path) -> transformers.PreTrainedModel:
     """By transformers alone; nothing may be missing, left over, or filled in at random."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]

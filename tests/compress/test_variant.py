@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 
 from compressknow import convert
@@ -48,6 +49,20 @@ def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: st
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
         expected = logits(load(written, dtype="float32", language_model=True))
         assert torch.equal(logits(load_variant(variant, dtype="float32")), expected)
+
+
+def test_a_variant_of_a_model_whose_config_has_an_infinity_loads(tmp_path: Path) -> None:
+    """JSON has none: transformers writes the default `time_step_limit` of Mamba2 as objects of its own."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 2, "vocab_size": 99}
+    torch.manual_seed(0)
+    hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    assert "Infinity" in (tmp_path / "model" / "config.json").read_text()
+    recipe = Recipe((Prune(0.4, where=Where(("final",))),))
+    manifest = convert(tmp_path / "model", tmp_path / "out", recipe=recipe)
+    assert [untied["name"] for untied in manifest["untied"]] == ["lm_head.weight"]
+    maker = VariantMaker(tmp_path / "model")
+    expected = logits(load(tmp_path / "out", dtype="float32", language_model=True))
+    assert torch.equal(logits(load_variant(maker.make(maker.plan(recipe)), dtype="float32")), expected)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])

@@ -32,6 +32,7 @@ from compressknow.base.errors import (
 from compressknow.base.format import write_size
 from compressknow.base.progress import Progress
 from compressknow.cli import main
+from compressknow.comparison.checkpoints import diff_gguf
 from compressknow.engine.identity import locate, read_contents
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.record import read_record
@@ -187,10 +188,25 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     """Every Linear weight of the checkpoint has its group in the file."""
     source = checkpoint(name, tmp_path / "model")
     record = compressknow.export(source, tmp_path / "out.gguf")
-    inspected = compressknow.inspect(source)
+    inspected, of_file = compressknow.inspect(source), compressknow.inspect(tmp_path / "out.gguf")
     for group in ("attention", "feed-forward"):
         found = sum(counts["parameters"] for counts in record.groups[group].values())
-        assert found == inspected["groups"][group]["stored"], group
+        assert found == inspected["groups"][group]["stored"] == of_file["groups"][group]["stored"], group
+        # The sides of T5 have the same numbers.
+        assert {weight["layer"] for weight in of_file["groups"][group]["weights"]} == {0, 1}
+
+
+@needs_converter
+def test_the_sides_of_a_file_with_an_encoder_are_compared_apart(tmp_path: Path) -> None:
+    compressknow.export(checkpoint("t5", tmp_path / "model"), tmp_path / "a.gguf", type="f32")
+    compressknow.export(tmp_path / "model", tmp_path / "b.gguf", type="q8_0")
+    tensors = {tensor.name: tensor for tensor in diff_gguf([tmp_path / "a.gguf"], [tmp_path / "b.gguf"]).tensors}
+    for name, place in {
+        "enc.blk.0.attn_q.weight": ("attention", "encoder", 0, "attn_q"),
+        "dec.blk.1.cross_attn_v.weight": ("attention", "decoder", 1, "cross_attn_v"),
+        "dec.blk.1.ffn_up.weight": ("feed-forward", "decoder", 1, "ffn_up"),
+    }.items():
+        assert (tensors[name].group, tensors[name].stack, tensors[name].layer, tensors[name].module) == place
 
 
 @needs_converter

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the Hub's protocol, as far as an upload needs it, and fails where it is told to.
+"""A server on this machine that speaks the Hub's protocol, as up- and downloads need it, and fails where it is told to.
 
 The protocol: https://huggingface.co/docs/hub/api, and Git LFS's batch API (basic transfers) for large files.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_aTokenThatNobodyMaySee"
+COMMIT = "1" * 40
 LARGE = (".safetensors", ".bin", ".gguf")
 
 
@@ -86,16 +87,41 @@ class _Handler(BaseHTTPRequestHandler):
         {"preupload": self._preupload, "commit": self._commit, "batch": self._batch}[step]()
 
     def do_GET(self) -> None:
-        if "/tree/" not in self.path:
+        path = unquote(urlsplit(self.path).path)
+        if "/resolve/" in path:
+            self._file(path)
+            return
+        if "/revision/" in path:
+            name = path.split("/api/models/")[1].split("/revision/")[0]
+            files = [{"rfilename": file} for file in self.server.repositories[name]]
+            self._answer({"id": name, "sha": COMMIT, "siblings": files})
+            return
+        if "/tree/" not in path:
             self._answer({}, 404)
             return
         if self._fails("list"):
             return
-        name = unquote(self.path).split("/api/models/")[1].split("/tree/")[0]
-        files = self.server.repositories[name]
+        files = self.server.repositories[path.split("/api/models/")[1].split("/tree/")[0]]
         self._answer(
-            [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for path, data in files.items()
+            ]
         )
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _file(self, path: str) -> None:
+        name, _, file = path[1:].partition("/resolve/")
+        data = self.server.repositories[name][file.partition("/")[2]]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
 
     def do_PUT(self) -> None:
         if self._fails("put"):
@@ -153,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = self.server.objects[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
             self.server.repositories[name][value["path"]] = data
         self.server.commits.append(header["value"]["summary"])
-        self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
+        self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _fails(self, step: str) -> bool:
         self.server.steps.append(step)

@@ -7,14 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 
 import compressknow
 from compressknow.base import hub as uploads
@@ -25,20 +22,6 @@ from tests.hub.hub_server import TOKEN, Hub, serving
 from tests.models import save_tiny
 
 REPO = "me/tiny-int8"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        # Attempts follow one another at once.
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
-        yield server
-        _http.close_session()
 
 
 @pytest.fixture(scope="module")

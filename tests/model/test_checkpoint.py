@@ -640,9 +640,9 @@ def test_bin_file_that_is_something_else_is_refused(content: bytes, tmp_path: Pa
     assert len(message.splitlines()) == 2
 
 
-def test_sharded_bin_files_hold_what_one_file_would(tmp_path: Path) -> None:
-    folder = save_tiny("llama", tmp_path / "llama")
-    state = load_file(folder / "model.safetensors")
+def save_bin_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Write a tiny Llama as two `.bin` files with an index; return its weights."""
+    state = load_file(save_tiny("llama", folder) / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = list(state)
     shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
@@ -650,8 +650,14 @@ def test_sharded_bin_files_hold_what_one_file_would(tmp_path: Path) -> None:
         torch.save({name: state[name] for name in held}, folder / file)
     index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return state
+
+
+def test_sharded_bin_files_hold_what_one_file_would(tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    state = save_bin_shards(folder)
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.shards == tuple(shards)
+    assert checkpoint.shards == ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
     assert_same(values(checkpoint.tensors), state)
     edit_index(folder, lambda places: places.update(extra="../x.bin"), "pytorch_model.bin.index.json")
     assert "places extra outside the folder" in refused(lambda: open_checkpoint(folder))

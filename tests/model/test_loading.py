@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import compressknow
 from compressknow.base.errors import CheckpointError
 from compressknow.cli import main
 from compressknow.compress.convert import VariantMaker
@@ -103,6 +105,18 @@ def test_inspect_lists_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Missing from the weight files\n  model.norm.weight\n" in capsys.readouterr().out
     assert main(["inspect", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == ["model.norm.weight"]
+
+
+def test_scales_of_mx_formats_beside_the_weights_stop_nothing(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "in")
+    scale = torch.full((8,), 2.0).to(torch.float8_e8m0fnu)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "scale": scale}, folder / "model.safetensors", {"format": "pt"})
+    assert compressknow.inspect(folder)["missing"] == []
+    compressknow.convert(folder, tmp_path / "out", prune=0.2, scope="attention")
+    kept = load_file(tmp_path / "out" / "model.safetensors")["scale"]
+    assert kept.dtype == scale.dtype
+    assert torch.equal(kept.view(torch.uint8), scale.view(torch.uint8))
 
 
 def test_a_tied_weight_is_given_by_its_partner_under_either_name(tmp_path: Path) -> None:

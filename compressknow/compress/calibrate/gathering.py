@@ -197,7 +197,9 @@ class Sums:
     def get(self, key: Key) -> InputStatistics | None:
         """Return what was seen of a weight's inputs; None if it was not used."""
         found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
-        return None if found is None else found.summarize()
+        # Several threads may ask for what they share.
+        with self._turn:
+            return None if found is None else found.summarize()
 
     def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
         """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
@@ -242,6 +244,7 @@ class MixedSums:
     def __init__(self, parts: Sequence[tuple[int, Sums]]) -> None:
         self._parts = parts
         self._mixed: dict[tuple[int, ...], InputStatistics] = {}
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Begin another round of batches, numbered from 0."""
@@ -262,9 +265,10 @@ class MixedSums:
         if not found:
             return None
         which = tuple(map(id, found))
-        if which not in self._mixed:
-            self._mixed[which] = _mix(found)
-        return self._mixed[which]
+        with self._lock:
+            if which not in self._mixed:
+                self._mixed[which] = _mix(found)
+            return self._mixed[which]
 
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:

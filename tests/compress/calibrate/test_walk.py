@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
@@ -286,6 +287,28 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
         assert statistics.products is not None
         assert torch.allclose(statistics.products.double(), rows.T @ rows, atol=1e-4)
         assert torch.equal(statistics.products[:128, 128:], statistics.products[128:, :128].T)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_threads_that_ask_at_once_get_one_object(texts: int) -> None:
+    key, width, askers = Key("a"), 2048, 4
+    parts = [(1, Sums([key.parameter], products=True, peaks=False, check=lambda: None)) for _ in range(texts)]
+    for number, (_, sums) in enumerate(parts):
+        sums.add(0, [(key, torch.full((4, width), number + 1.0))])
+    asked = parts[0][1] if texts == 1 else MixedSums(parts)
+    start = threading.Barrier(askers)
+
+    def ask(_: int) -> InputStatistics:
+        start.wait()
+        found = asked.get(key)
+        assert found is not None
+        return found
+
+    with ThreadPoolExecutor(askers) as pool:
+        found = list(pool.map(ask, range(askers)))
+    assert len(set(map(id, found))) == 1
+    # Of several texts, each is divided by its mean square.
+    torch.testing.assert_close(found[0].squares, torch.full((width,), 4.0 if texts == 1 else 2.0))
 
 
 def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:

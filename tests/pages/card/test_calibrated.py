@@ -177,6 +177,7 @@ def share_of_unseen(folder: Path) -> float:
     manifest = json.loads((folder / "compressknow.json").read_text("utf-8"))
     unseen = manifest["calibration"]["unseen"]
     assert unseen
+    assert unseen == sorted(unseen)
     sizes = {row["name"]: row["numel"] for row in manifest["tensors"] if row["in_scope"]}
     parts = [sizes[name.partition("[")[0]] / (4 if "[" in name else 1) for name in unseen]
     return sum(parts) / sum(sizes.values())

@@ -1,0 +1,44 @@
+"""Models that are named by a hub id: what of them is downloaded, from a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from huggingface_hub import constants
+
+import compressknow
+from compressknow.model.checkpoint import open_checkpoint
+from tests.hub.hub_server import COMMIT, Hub
+from tests.model.test_checkpoint import save_bin_shards
+from tests.model.test_structure import REMOTE, REMOTE_CODE
+
+NAME = "org/tiny"
+
+
+@pytest.fixture
+def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
+
+
+def test_a_hub_model_in_sharded_bin_files_is_opened(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    """The index is among the files that come first, its shards are not."""
+    weights = save_bin_shards(tmp_path / "llama")
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
+    checkpoint = open_checkpoint(NAME)
+    assert checkpoint.folder == cache
+    assert checkpoint.tensors.keys() == weights.keys()
+
+
+def test_inspect_downloads_a_models_own_code_and_no_weights(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    files = {"config.json": json.dumps(REMOTE), "tiny.py": REMOTE_CODE, "model.safetensors": ""}
+    hub.repositories[NAME] = {name: text.encode() for name, text in files.items()}
+    assert compressknow.inspect(NAME, trust_remote_code=True).architecture == "TinyModel"
+    assert {path.name for path in cache.iterdir()} == {"config.json", "tiny.py"}
