@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,8 +94,8 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
     check_smoothable(plan)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.original[1] if plan.removal else plan.tree
-    folder, options = plan.checkpoint.folder, asdict(calibration)
-    return read_calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
+    folder = plan.checkpoint.folder
+    return read_calibration_text(folder, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
 
 
 def carry_out(
