@@ -233,11 +233,12 @@ def calibration_job(source: Path, folder: Path, tokens: int) -> Job:
     from pydoc_data.topics import topics
 
     from compressknow.compress.calibrate.text import read_calibration_text
+    from compressknow.compress.steps import Calibration
     from compressknow.model.loading import open_complete
 
     text, rows = folder / "calibration.txt", folder / f"rows-{source.name}-{tokens}.json"
     text.write_text("\n".join(topics.values()), encoding="utf-8")
-    made = read_calibration_text(source, open_complete(source)[1], text=str(text), tokens=tokens)
+    made = read_calibration_text(source, open_complete(source)[1], Calibration(str(text), tokens))
     rows.write_text(json.dumps([row for batch in made.batches for row in batch["input_ids"].tolist()]))
     return Job(OURS, source, folder / "output", text, rows, tokens)
 

@@ -68,6 +68,16 @@ def test_each_verb_tells_its_stages(place: Path, tmp_path: Path) -> None:
     assert {(progress.stage.probe, progress.stage.facts) for progress in told} == {("facts:facts.jsonl", 64)}
 
 
+@pytest.mark.parametrize(
+    "how", [{"prune_method": "ln-structured"}, {"prune_method": "random-structured"}, {"pattern": "2:4"}]
+)
+def test_a_conversion_reads_as_often_as_it_said(how: dict[str, str], place: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    compressknow.convert(place / "llama", tmp_path / "out", prune=0.5, **how, on_progress=told.append)
+    read = [progress.done for progress in told if progress.state == "advances"]
+    assert read[-1] == told[-1].total
+
+
 def test_a_calibration_text_is_read_from_a_file_and_written_by_the_model(place: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
     (tmp_path / "notes.txt").write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS) * 10)

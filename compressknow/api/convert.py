@@ -108,7 +108,7 @@ def convert(
     if chosen.calibration is not None:
         from compressknow.compress.calibrate.text import check_text
 
-        check_text(chosen.calibration.text, chosen.calibration.tokens)
+        check_text(chosen.calibration)
     from compressknow.compress.convert import carry_out, make_text, prepare
     from compressknow.compress.manifest import Manifest
     from compressknow.compress.manifest import predict_manifest as preview

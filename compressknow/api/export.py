@@ -226,7 +226,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
         matrix = None if options["imatrix"] is None else Path(options["imatrix"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
-        check_text(choice.calibration.text, choice.calibration.tokens)
+        check_text(choice.calibration)
     return choice
 
 

@@ -136,7 +136,7 @@ def search(
     _check_minimize(minimize)
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
-    check_text(request.text.text, request.text.tokens)
+    check_text(request.text)
     folder, listener = Path(output), resolve_progress(on_progress)
     check_study_folder(folder)
     opened = open_named([*list_names(probe), *list_names(facts)], options, known)

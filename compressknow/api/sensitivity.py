@@ -75,7 +75,7 @@ def sensitivity(
         raise UsageError(f"--to {to}: there is gguf and checkpoint.")
     check_guide(guide)
     text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
-    check_text(text.text, text.tokens)
+    check_text(text)
     files = list_files(output)
     require_for(files, *(["llama_cpp_py_sync"] if to == "gguf" else []), "pyarrow")
     check_outputs(files, overwrite=overwrite, formats=FORMATS)

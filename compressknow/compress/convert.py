@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
-from compressknow.compress.pruning import Mask
+from compressknow.compress.pruning import Mask, Patterned
+from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.model.groups import read_structure
@@ -73,8 +74,8 @@ def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance |
     check_smoothable(plan)
     # What is smaller writes worse, and its text would depend on what is to be chosen by it.
     tree = plan.removal.original[1] if plan.removal else plan.tree
-    folder, options = plan.checkpoint.folder, asdict(calibration)
-    return read_calibration_text(folder, tree, **options, trust_remote_code=trust_remote_code, advance=advance)
+    folder = plan.checkpoint.folder
+    return read_calibration_text(folder, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
 
 
 def carry_out(
@@ -181,9 +182,15 @@ def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
 
 def _count_bytes(plan: Plan) -> int:
     hashed = sum((plan.checkpoint.folder / name).stat().st_size for name in plan.checkpoint.shards)
+    return hashed + sum(tensor.source.nbytes * (1 + _count_passes_before(tensor)) for tensor in plan.tensors)
+
+
+def _count_passes_before(tensor: PlannedTensor) -> int:
+    method = tensor.prune.chosen if tensor.prune else None
+    if method is None or method.needs != "magnitudes" or (isinstance(method, Patterned) and method.groups):
+        return 0
     # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
-    thresholds = sum(t.source.nbytes * (t.source.itemsize // 2) for t in plan.tensors if t.prune is not None)
-    return hashed + thresholds + sum(tensor.source.nbytes for tensor in plan.tensors)
+    return tensor.source.itemsize // 2 if isinstance(method, Unstructured) else 1
 
 
 class VariantMaker:

@@ -169,7 +169,8 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
     each lies aligned without holes, which the format forbids.
     """
-    shard_of = {tensor.name: _find_shard(tensor.source, shards) for tensor in tensors}
+    by_path = {PurePath(shard).as_posix(): shard for shard in shards}
+    shard_of = {tensor.name: _find_shard(tensor.source, by_path) for tensor in tensors}
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
@@ -192,11 +193,11 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     return Layout(headers, sizes, places, index)
 
 
-def _find_shard(source: StoredTensor, shards: Sequence[str]) -> str:
+def _find_shard(source: StoredTensor, shards: Mapping[str, str]) -> str:
     # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-    parts, names = source.file.parts, {PurePath(shard).as_posix(): shard for shard in shards}
+    parts = source.file.parts
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next(names[end] for end in ends if end in names)
+    return next(shards[end] for end in ends if end in shards)
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:

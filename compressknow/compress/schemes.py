@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 class Scheme(Parametric, abc.ABC):
-    """Way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.recipe`).
+    """Way to store weights [rows, columns]; its parameters are its fields (`compressknow.compress.parameters`).
 
     Attributes
     ----------

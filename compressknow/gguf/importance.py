@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -84,9 +84,7 @@ def gather_inputs(
 
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
     with begin(calibration.work) as advance:
-        text = read_calibration_text(
-            source, tree, **asdict(calibration), trust_remote_code=trust_remote_code, advance=advance
-        )
+        text = read_calibration_text(source, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
     statistics: dict[Key, InputStatistics] = {}
     with begin("gather") as advance:
         observe(

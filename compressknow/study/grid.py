@@ -144,7 +144,7 @@ def list_cells(
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
             )
     if calibration is not None:
-        check_text(calibration, calibration_tokens or TOKENS)
+        check_text(Calibration(calibration, calibration_tokens or TOKENS))
     chosen = module_map or "paper"
     if str(grid) == PAPER:
         return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
@@ -153,7 +153,7 @@ def list_cells(
     cells = read_grid(Path(grid))
     for each in dict.fromkeys(cell.recipe.calibration for cell in cells):
         if each is not None:
-            check_text(each.text, each.tokens)
+            check_text(each)
     return cells
 
 

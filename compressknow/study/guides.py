@@ -220,9 +220,7 @@ def _get_text(
     def make() -> CalibrationText:
         folder, trusted = handle.located.path, handle.settings.trust_remote_code
         with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
-            return read_calibration_text(
-                folder, tree, **asdict(calibration), trust_remote_code=trusted, advance=advance
-            )
+            return read_calibration_text(folder, tree, calibration, trust_remote_code=trusted, advance=advance)
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
     file = cache_folder() / "texts" / f"{key[:32]}.json"

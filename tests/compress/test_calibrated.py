@@ -74,7 +74,7 @@ class TestInverse:
     @pytest.mark.parametrize("channels", [1, 7, 256, 601])
     def test_it_is_an_upper_factor_of_the_damped_inverse(self, channels: int) -> None:
         inputs = correlated(400, 2 * channels)[:, :channels]
-        factor = factor_inverse(statistics_of(inputs)).double()
+        factor = factor_inverse(statistics_of(inputs), torch.arange(channels)).double()
         assert torch.equal(factor, factor.triu())
         assert bool((factor.diagonal() > 0).all())
         identity = factor.T @ factor @ damped(inputs)
@@ -85,13 +85,15 @@ class TestInverse:
     def test_channels_may_come_in_any_order(self) -> None:
         inputs, order = correlated(300, 40), torch.randperm(40)
         assert torch.allclose(
-            factor_inverse(statistics_of(inputs), order), factor_inverse(statistics_of(inputs[:, order])), atol=1e-5
+            factor_inverse(statistics_of(inputs), order),
+            factor_inverse(statistics_of(inputs[:, order]), torch.arange(40)),
+            atol=1e-5,
         )
 
     def test_fewer_tokens_than_channels_and_dead_channels_are_damped(self) -> None:
         inputs = correlated(20, 64)
         inputs[:, 5] = 0
-        assert bool(torch.isfinite(factor_inverse(statistics_of(inputs))).all())
+        assert bool(torch.isfinite(factor_inverse(statistics_of(inputs), torch.arange(64))).all())
 
     def test_more_damping_is_tried_once(self) -> None:
         # An eigenvalue of -0.05 times the mean diagonal: 1 % does not make up for it, 10 % does.
@@ -99,7 +101,7 @@ class TestInverse:
         products[0, 1] = products[1, 0] = 105
         inputs = InputStatistics("layer", 9, products.diagonal().clone(), products=products)
         exact = torch.linalg.inv(products.double() + 10 * torch.eye(4, dtype=torch.float64))
-        factor = factor_inverse(inputs).double()
+        factor = factor_inverse(inputs, torch.arange(4)).double()
         assert torch.allclose(factor.T @ factor, exact, rtol=1e-4)
 
     @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -234,7 +236,7 @@ class TestGPTQ:
         fixed = weights_of(24, channels, seed=4) > 0 if zeros else None
         weight = weight if fixed is None else weight.masked_fill(fixed, 0)
         scales = scales_of(weight, scheme)
-        found = round_by_gptq(weight, scales, scheme, statistics_of(inputs), fixed)
+        found = round_by_gptq(weight, scales, scheme, statistics_of(inputs))
         bounds = (scheme.lowest, scheme.highest)
         assert found.dtype == torch.int8
         assert torch.equal(found, gptq_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
@@ -253,7 +255,7 @@ class TestGPTQ:
         fixed = weights_of(24, 112, seed=4) > 0
         weight = weight.masked_fill(fixed, 0)
         scales = scales_of(weight, scheme)
-        codes = round_by_gptq(weight, scales, scheme, statistics_of(inputs), fixed)
+        codes = round_by_gptq(weight, scales, scheme, statistics_of(inputs))
         assert codes.dtype == torch.float8_e4m3fn
         found, plain = (scheme.dequantize(each, scales) for each in (codes, round_to_nearest(weight, scales, scheme)))
         assert not bool(found[fixed].any())
@@ -341,7 +343,7 @@ def check_rounding(weight: Tensor, inputs: Tensor) -> None:
     for scheme in ROUNDED.values():
         for start, fixed in ((weight, None), (pruned, pruned == 0)):
             scales = scales_of(start, scheme)
-            by_gptq = round_by_gptq(start, scales, scheme, statistics_of(inputs), fixed)
+            by_gptq = round_by_gptq(start, scales, scheme, statistics_of(inputs))
             by_nearest = round_to_nearest(start, scales, scheme)
             made, plain = (scheme.dequantize(each, scales) for each in (by_gptq, by_nearest))
             assert error(inputs, start, made) < error(inputs, start, plain)

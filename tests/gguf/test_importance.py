@@ -16,6 +16,7 @@ import compressknow
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.cli import main
 from compressknow.compress.calibrate.text import read_calibration_text
+from compressknow.compress.steps import Calibration
 from compressknow.gguf.importance import read_importance, write_importance
 from compressknow.model.loading import open_complete
 from tests.gguf.making import (
@@ -53,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _batches(world: Path) -> list[torch.Tensor]:
     _, tree = open_complete(world / "model")
-    text = read_calibration_text(world / "model", tree, text=str(world / "text.txt"), tokens=4096)
+    text = read_calibration_text(world / "model", tree, Calibration(str(world / "text.txt"), 4096))
     return [batch["input_ids"] for batch in text.batches]
 
 

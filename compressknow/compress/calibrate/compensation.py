@@ -29,7 +29,7 @@ DAMPINGS = (0.01, 0.1)
 TRIANGLE = 256
 
 
-def factor_inverse(inputs: InputStatistics, order: torch.Tensor | None = None) -> torch.Tensor:
+def factor_inverse(inputs: InputStatistics, order: torch.Tensor) -> torch.Tensor:
     """Return U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its
     rows and columns in this `order` (int64 [in]).
 
@@ -67,12 +67,11 @@ def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tupl
         return inputs.inverses[by_activation]
 
 
-def _damp_reversed(inputs: InputStatistics, share: float, order: torch.Tensor | None) -> torch.Tensor:
+def _damp_reversed(inputs: InputStatistics, share: float, order: torch.Tensor) -> torch.Tensor:
     """Return H with its damping, last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse.
     That takes one decomposition; by way of the inverse it takes two, and squares the condition number."""
     assert inputs.products is not None
-    places = torch.arange(len(inputs.products)) if order is None else order
-    damped = inputs.products[places.flip(0)[:, None], places.flip(0)]
+    damped = inputs.products[order.flip(0)[:, None], order.flip(0)]
     damped.diagonal().add_(share * damped.diagonal().mean())
     return damped
 
@@ -176,23 +175,17 @@ def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, input
     return torch.cat(fitted)
 
 
-def round_by_gptq(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    scheme: Scheme,
-    inputs: InputStatistics,
-    fixed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def round_by_gptq(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
     """Round weights [out, in] to codes of a scheme's grid, of the same shape; the weights are left as they are.
 
-    Rows do not depend on each other: a block of them gives what all would.
+    What is zero was pruned, by this recipe or in the source: it stays zero, for a pattern outlives the rounding, and
+    other columns make up for its error too. Rows do not depend on each other: a block of them gives what all would.
 
     Parameters
     ----------
     values : float32, or of 16 bits; the work is done in float32.
     scales : of the rows given: [out, 1], [1] or [out, groups].
     inputs : with products.
-    fixed : bool [out, in], weights that were pruned: they stay zero, and other columns make up for their error too.
 
     Raises CompressknowError naming the layer where X^T X cannot be inverted.
     """
@@ -201,7 +194,7 @@ def round_by_gptq(
     if moves is not None:
         moves.mul_(factor.diagonal()[:, None])
     codes: list[torch.Tensor] = []
-    zero = None if fixed is None else fixed.T[order]
+    zero = columns == 0
     group_scales = scales.to(torch.float32).reshape(-1, scales.shape[-1]).T.contiguous()
     groups = (order * len(group_scales) // len(columns)).tolist()
 
@@ -209,7 +202,7 @@ def round_by_gptq(
         scale = group_scales[groups[column]][:, None]
         # The error is that of the column before it moves: so later columns get their part of the move with it.
         current = current if moves is None else current + moves[column]
-        current = current if zero is None else current.masked_fill(zero[column], 0)
+        current = current.masked_fill(zero[column], 0)
         codes.append(round_to_nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 

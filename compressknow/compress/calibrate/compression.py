@@ -31,7 +31,6 @@ from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, T
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.schemes import Scheme
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
@@ -345,12 +344,8 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         treatment = Treatment(whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
         if _is_rounded_by_gptq(tensor):
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
-
-            def round_rows(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-                # What is zero was pruned, by this recipe or in the source: a pattern outlives the rounding.
-                return round_by_gptq(values, scales, scheme, seen, values == 0)
-
-            treatment = replace(treatment, rounding=round_rows, fit=partial(fit_scales, inputs=seen))
+            rounding, fit = partial(round_by_gptq, inputs=seen), partial(fit_scales, inputs=seen)
+            treatment = replace(treatment, rounding=rounding, fit=fit)
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 

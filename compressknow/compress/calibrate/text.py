@@ -173,19 +173,11 @@ class CalibrationText:
     texts: tuple[str, ...]
 
 
-def check_text(text: str, tokens: int) -> None:
+def check_text(calibration: Calibration) -> None:
     """Raise UsageError if a request can give no text or its file is not found, CompressknowError if that is no regular
-    one.
-
-    >>> check_text("self", 0)
-    Traceback (most recent call last):
-    compressknow.base.errors.UsageError: 0 tokens to calibrate on.
-    Give 1 or more; 32,768 is usual.
-    """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise UsageError(f"{tokens!r} tokens to calibrate on.", hint=f"Give 1 or more; {TOKENS:,} is usual.")
-    if find_kind(text) == "file":
-        path = Path(text).expanduser()
+    one."""
+    if find_kind(calibration.text) == "file":
+        path = Path(calibration.text).expanduser()
         with _explain_failures(path):
             reading.check_regular(path)
 
@@ -193,10 +185,8 @@ def check_text(text: str, tokens: int) -> None:
 def read_calibration_text(
     folder: Path,
     tree: PreTrainedModel,
+    calibration: Calibration,
     *,
-    text: str = SELF,
-    tokens: int = TOKENS,
-    seed: int = 0,
     trust_remote_code: bool = False,
     advance: Advance | None = None,
 ) -> CalibrationText:
@@ -209,19 +199,18 @@ def read_calibration_text(
     ----------
     folder : the checkpoint. Its weights are read for ``self`` alone.
     tree : its module tree, perhaps on the meta device.
-    text : ``self`` (the model's own samples), ``FILE.txt``, ``FILE.jsonl`` (key ``text``) or ``hf:DATASET``.
-    tokens : rounded down to whole sequences. A text of fewer is taken whole, from 2,048 tokens on.
-    seed : of the samples, and of what is hidden from models that fill blanks.
+    calibration : its tokens are rounded down to whole sequences; a text of fewer is taken whole, from 2,048 tokens on.
+        Its seed is that of the samples, and of what is hidden from models that fill blanks.
     advance : called with the tokens that the model has written, and is to write, by one thread at a time.
 
     Raises
     ------
-    UsageError : the text is not found, or `tokens` make no sequence.
+    UsageError : the text is not found, or the tokens make no sequence.
     CompressknowError : the text cannot be read, is too short, or has tokens that the model does not have.
     CheckpointError : the checkpoint has no tokenizer; or, for ``self``, no head.
     UnsupportedError : for ``self``, a model that writes no text.
     """
-    check_text(text, tokens)
+    check_text(calibration)
     import torch
 
     from compressknow.base.progress import silence_libraries
@@ -231,31 +220,33 @@ def read_calibration_text(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with silence_libraries():
         form = find_form(tree, tokenizer)
-        if not (sequences := tokens // form.length):
+        if not (sequences := calibration.tokens // form.length):
             raise UsageError(
-                f"{tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
+                f"{calibration.tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
-        if text == SELF:
+        if calibration.text == SELF:
             from compressknow.compress.calibrate.samples import write_samples
 
             own = sequences * form.body
-            pieces: Iterable[Sequence[int]] = write_samples(folder, form, own, seed, trust_remote_code, advance)
+            pieces: Iterable[Sequence[int]] = write_samples(
+                folder, form, own, calibration.seed, trust_remote_code, advance
+            )
         else:
-            pieces = _read(text, tokenizer, form)
-        bodies = _pack(pieces, form, sequences, text, tokenizer)
-        inputs = build_inputs(bodies, form, tree, torch.Generator().manual_seed(seed))
+            pieces = _read(calibration.text, tokenizer, form)
+        bodies = _pack(pieces, form, sequences, calibration.text, tokenizer)
+        inputs = build_inputs(bodies, form, tree, torch.Generator().manual_seed(calibration.seed))
     rows = max(1, BATCH_TOKENS // form.length)
     batches = tuple(
         {name: ids[start : start + rows] for name, ids in inputs.items()} for start in range(0, len(bodies), rows)
     )
     return CalibrationText(
-        kind=find_kind(text),
-        source=text,
+        kind=find_kind(calibration.text),
+        source=calibration.text,
         sha256=hash_batches(batches),
-        seed=seed,
+        seed=calibration.seed,
         tokens=len(bodies) * form.length,
-        asked=tokens,
+        asked=calibration.tokens,
         batches=batches,
         texts=tuple(tokenizer.batch_decode(bodies.tolist(), skip_special_tokens=True)),
     )
@@ -270,6 +261,7 @@ def reread_texts(
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
     """
+    from compressknow.compress.steps import Calibration
     from compressknow.model.checkpoint import open_checkpoint
     from compressknow.model.meta import build_meta_model
 
@@ -282,9 +274,7 @@ def reread_texts(
         again = read_calibration_text(
             folder,
             build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
-            text=source,
-            tokens=calibration["tokens"],
-            seed=calibration["seed"],
+            Calibration(source, calibration["tokens"], calibration["seed"]),
             trust_remote_code=trust_remote_code,
         )
     except (CompressknowError, OSError, RuntimeError, ValueError):

@@ -86,7 +86,7 @@ class EachBlock:
 
 
 class PruningMethod(Parametric, abc.ABC):
-    """Way to choose the weights to zero; its parameters are its fields (`compressknow.compress.recipe`).
+    """Way to choose the weights to zero; its parameters are its fields (`compressknow.compress.parameters`).
 
     Attributes
     ----------

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.sequences import count_hidden, draw_spans
 from compressknow.compress.calibrate.text import CalibrationText, count_facts, read_calibration_text
+from compressknow.compress.steps import Calibration
 from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import build_meta_model
 from tests.knowing import KNOWN_FACTS, knowing
@@ -38,7 +39,7 @@ def notes(tmp_path: Path) -> Path:
 
 
 def made(folder: Path, text: str | Path = "self", tokens: int = 640, seed: int = 0) -> CalibrationText:
-    return read_calibration_text(folder, build_meta_model(folder), text=str(text), tokens=tokens, seed=seed)
+    return read_calibration_text(folder, build_meta_model(folder), Calibration(str(text), tokens, seed))
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
@@ -187,7 +188,9 @@ def test_progress_ends_at_all_tokens(folders: dict[str, Path]) -> None:
     def advance(done: int, total: int, left: float | None = None) -> None:
         told.append((done, total))
 
-    read_calibration_text(folders["llama"], build_meta_model(folders["llama"]), tokens=640, advance=advance)
+    read_calibration_text(
+        folders["llama"], build_meta_model(folders["llama"]), Calibration(tokens=640), advance=advance
+    )
     assert told == sorted(told)
     assert told[-1][0] >= 0.95 * told[-1][1]
 
@@ -231,7 +234,7 @@ def test_a_bad_text_is_one_message(
         ("notes.pdf", 640, "There is no calibration text 'notes.pdf'"),
         ("hf:", 640, "There is no calibration text 'hf:'"),
         ("hf:./nothing", 640, "There is no folder or file"),
-        ("self", 0, "0 tokens to calibrate on"),
+        ("self", 0, "calibration: tokens must be a whole number of at least 1: 0"),
         ("self", 63, "63 tokens to calibrate on make no sequence: this model's have 64"),
     ],
 )
