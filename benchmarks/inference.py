@@ -40,7 +40,7 @@ from compressknow.comparison.intervals import (
 from compressknow.comparison.power import LEVEL, compute_capitals
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.claims import CANNOT_TELL
-from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
+from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import rank_cells
 from compressknow.study.search import CONFIRMED, HALVINGS
@@ -168,10 +168,8 @@ def _drawn_anew(made: Study, drawn: np.random.Generator, icc: float, relations: 
 
 def says_anything(made: Study) -> tuple[bool, bool]:
     """Whether a study tells cells apart: in a finding, of one method or of the paper's; and of what hurts least."""
-    told = [
-        *evaluate_findings(made),
-        *(finding for of in evaluate_findings_by_method(made).values() for finding in of.values()),
-    ]
+    findings, by_method = evaluate_findings(made)
+    told = [*findings, *(finding for of in by_method.values() for finding in of.values())]
     ranked = rank_cells(made)
     orders = [*ranked["modules"], *ranked["methods"]]
     return (

@@ -138,7 +138,7 @@ def _end(study: Study, output: Path) -> Iterator[str]:
     from compressknow.pages.study.summary import draw_conclusions
 
     yield ""
-    for each in draw_conclusions(study, evaluate_findings(study)):
+    for each in draw_conclusions(study, evaluate_findings(study)[0]):
         yield from wrap(str(each), break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"

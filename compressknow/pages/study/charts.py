@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -98,22 +98,18 @@ def _draw_lines(
 
 def draw_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme, a bar for each scope."""
-    return _keep_known(
-        Bar(scope, compute_mean_drop(cell.comparison), series, clean(scheme, 60))
+    return _draw_groups(
+        (clean(scheme, 60), {scope: select_quantized(study, scope).get(scheme) for scope in scopes})
         for scheme in list_schemes(study)
-        for series, scope in enumerate(scopes)
-        if (cell := select_quantized(study, scope).get(scheme))
     )
 
 
 def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme and amount, a bar for each scope."""
-    return _keep_known(
-        Bar(scope, compute_mean_drop(cell.comparison), series, f"{amount} % and {clean(scheme, 60)}")
+    return _draw_groups(
+        (f"{amount} % and {clean(scheme, 60)}", {s: select_pruned(study, s, scheme=scheme).get(amount) for s in scopes})
         for scheme in list_schemes(study)
         for amount in GPQ_AMOUNTS
-        for series, scope in enumerate(scopes)
-        if (cell := select_pruned(study, scope, scheme=scheme).get(amount))
     )
 
 
@@ -127,35 +123,33 @@ def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tu
     """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
     methods = list_methods(study)[:_MOST]
     quantized = f", {clean(scheme, 60)}" if scheme else ""
-    return _keep_known(
-        Bar(label_method(method), compute_mean_drop(cell.comparison), series, f"{scope} {amount:g} %{quantized}")
+    return _draw_groups(
+        (f"{scope} {amount:g} %{quantized}", cells)
         for scope in scopes
         if len(methods) > 1
-        for amount in sorted({a for method in methods for a in select_pruned(study, scope, method, scheme)})
-        for series, method in enumerate(methods)
-        if (cell := select_pruned(study, scope, method, scheme).get(amount))
+        for amount, cells in _list_by_amount(study, scope, methods, scheme)
     )
 
 
 def draw_final_layer(study: Study) -> tuple[Bar, ...]:
     """Draw a group for each amount, a bar for each of the paper's methods."""
-    by_method = {method: select_pruned(study, "final", method) for method in (UNSTRUCTURED, STRUCTURED)}
-    return _keep_known(
-        Bar(label_method(method), compute_mean_drop(cells[amount].comparison), series, f"{amount:g} %")
-        for amount in sorted({amount for cells in by_method.values() for amount in cells})
-        for series, (method, cells) in enumerate(by_method.items())
-        if amount in cells
-    )
+    by_amount = _list_by_amount(study, "final", (UNSTRUCTURED, STRUCTURED))
+    return _draw_groups((f"{amount:g} %", cells) for amount, cells in by_amount)
+
+
+def _list_by_amount(
+    study: Study, scope: str, methods: Iterable[str], scheme: str | None = None
+) -> Iterator[tuple[float, dict[str, StudyCell | None]]]:
+    by_method = {label_method(method): select_pruned(study, scope, method, scheme) for method in methods}
+    for amount in sorted({amount for cells in by_method.values() for amount in cells}):
+        yield amount, {name: cells.get(amount) for name, cells in by_method.items()}
 
 
 def draw_axis(axis: Axis) -> tuple[Bar, ...]:
     """Draw a group for each group of an axis, a bar for each value; as many whole groups as a reader looks at."""
     drawn: tuple[Bar, ...] = ()
-    for name, cells in axis.groups:
-        bars = _keep_known(
-            Bar(value, compute_mean_kept(cell.comparison), series % _MOST, name)
-            for series, (value, cell) in enumerate(cells.items())
-        )
+    for group in axis.groups:
+        bars = _draw_groups([group], compute_mean_kept)
         if drawn and len(drawn) + len(bars) > _MOST_BARS:
             break
         drawn += bars
@@ -168,7 +162,17 @@ def draw_amounts(axis: Axis) -> tuple[Line, ...]:
     return _draw_lines(by_amount, compute_mean_kept)[:_MOST]
 
 
-def _keep_known(bars: Iterable[Bar]) -> tuple[Bar, ...]:
+def _draw_groups(
+    groups: Iterable[tuple[str, Mapping[str, StudyCell | None]]],
+    measure: Callable[[Comparison], Estimate] = compute_mean_drop,
+) -> tuple[Bar, ...]:
+    """Draw a bar for each cell of each group by its name; a name has its colour where another group lacks its cell."""
+    bars = (
+        Bar(name, measure(cell.comparison), series % _MOST, group)
+        for group, cells in groups
+        for series, (name, cell) in enumerate(cells.items())
+        if cell
+    )
     return tuple(bar for bar in bars if bar.value.value is not None)
 
 

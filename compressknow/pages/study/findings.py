@@ -80,19 +80,13 @@ PRUNING, QUANTIZATION = "pruning", "quantization"
 FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
-def evaluate_findings(study: Study) -> tuple[Finding, ...]:
-    """Return all ten, in order. Needs plain cells by scope; what is missing makes a finding "cannot tell"."""
-    return _evaluate_tables(study)[0]
+def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
+    """Return all ten, in order, and those of the cells of one method alone, in the place of the paper's.
 
-
-def evaluate_findings_by_method(study: Study) -> FindingsByMethod:
-    """Return the findings of the cells of one method alone, in the place of the paper's: of each method that modules
-    are pruned by, and each scheme; of kinds of which the study has several. Findings without cells are left out.
+    The ten need plain cells by scope; what is missing makes a finding "cannot tell". Of one method there are those of
+    each that modules are pruned by, and of each scheme; of kinds of which the study has several. Findings without cells
+    are left out there.
     """
-    return _evaluate_tables(study)[1]
-
-
-def _evaluate_tables(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
     studies = {("", ""): study} | {
         of: replace(study, cells=cells) for of, cells in _group_cells_by_method(study).items()
     }

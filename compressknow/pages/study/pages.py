@@ -16,7 +16,7 @@ from compressknow.pages.as_json import dump_interval, dump_kept
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
-from compressknow.pages.study.findings import Finding, evaluate_findings, evaluate_findings_by_method
+from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.records import COLUMNS, Study, infer_type, tidy_rows
 from compressknow.pages.study.summary import (
     describe_changes,
@@ -76,7 +76,7 @@ def dump_study(study: Study) -> dict[str, Any]:
     Shares and accuracies lie between 0 and 1, sizes are bytes; what cannot be told is None; intervals are [low, high],
     95 %. ``cells`` are the rows of the tidy table, one per cell and probe. No fact's text is in it.
     """
-    findings, by_method = evaluate_findings(study), evaluate_findings_by_method(study)
+    findings, by_method = evaluate_findings(study)
     methods: dict[str, dict[str, Any]] = {}
     for (kind, name), of_method in by_method.items():
         methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}

@@ -45,7 +45,6 @@ from compressknow.pages.study.findings import (
     Finding,
     FindingsByMethod,
     evaluate_findings,
-    evaluate_findings_by_method,
 )
 from compressknow.pages.study.records import (
     MAIN_SETTINGS,
@@ -126,7 +125,7 @@ def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
 
 
 def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
-    findings = evaluate_findings(study)
+    findings, by_method = evaluate_findings(study)
     conclusions = draw_conclusions(study, findings)
     method = tuple(clean(sentence, 2000) for sentence in study.method)
     run = show_run(study.command, study.versions, (*list_identity(study.original), *_describe_run(study)))
@@ -139,9 +138,7 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
         tuple(_show_findings(study, findings)),
         short="The paper's findings",
     )
-    yield Shown(
-        "methods", "The findings by method", tuple(_show_methods(evaluate_findings_by_method(study))), short="By method"
-    )
+    yield Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
     yield Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
     yield Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
     yield Shown("failed", "Cells that failed", _show_failed(study.failed))

@@ -93,7 +93,7 @@ def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: P
     assert [list(cells) for _, cells in axis.groups] == [values] * len(axis.groups)
     (chart,) = [chart for chart in draw_charts(made) if chart.name == axis.chart]
     assert all(value in chart.panels[0][1] for value in values)
-    (found,) = [each for each in draw_conclusions(made, evaluate_findings(made)) if each.chart == axis.chart]
+    (found,) = [each for each in draw_conclusions(made, evaluate_findings(made)[0]) if each.chart == axis.chart]
     best = max(values, key=lambda value: sum(cells[value].comparison.kept.value or 0 for _, cells in axis.groups))
     assert found.answer == "holds"
     assert f"{best} hurts least" in found.claim
@@ -109,7 +109,7 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
     by_layers, by_amount = {axis.name: axis for axis in find_axes(made)}["layers"], find_axes(made)[-1]
     assert [name for name, _ in by_layers.groups] == ["20 %", "50 %"]
     assert (by_amount.name, [name for name, _ in by_amount.groups]) == ("prune", ["layers 0-5", "layers 6-11"])
-    found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
+    found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
     assert found["All else equal, layers 0-5 hurts least"].numbers == "kept on average: 0-5 85.0 % and 6-11 40.0 %"
     assert found["Pruned by 50 %, layers 0-5 keeps less than 90 %"].answer == "holds"
     assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"

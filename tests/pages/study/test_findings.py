@@ -88,7 +88,7 @@ def of(found: tuple[Finding, ...], id: str) -> Finding:
 def test_finding_is_what_the_data_make_evident(
     id: str, family: str, cells: list[Cell], asked: Asked | None, answer: str
 ) -> None:
-    finding = of(evaluate_findings(study(cells, family, asked)), id)
+    finding = of(evaluate_findings(study(cells, family, asked))[0], id)
     assert finding.answer == answer, (finding.why, finding.statistic)
     assert finding.why
 
@@ -98,41 +98,41 @@ def test_finding_is_what_the_data_make_evident(
     [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],
 )
 def test_findings_are_asked_of_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
-    found = evaluate_findings(whole_grid(family))
+    found = evaluate_findings(whole_grid(family))[0]
     assert [finding.id for finding in found] == [f"F{i}" for i in range(1, 11)]
     assert {finding.id for finding in found if finding.answer == "not asked of this family"} == ids
 
 
 def test_a_study_without_cells_can_tell_nothing() -> None:
-    found = evaluate_findings(study([], "masked"))
+    found = evaluate_findings(study([], "masked"))[0]
     assert {finding.answer for finding in found} == {"cannot tell", "not asked of this family"}
     assert of(found, "F4").why == "The study has no cells for it."
 
 
 def test_cells_that_are_not_plain_are_left_out() -> None:
     cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
-    assert of(evaluate_findings(study(cells)), "F6").comparisons == ()
+    assert of(evaluate_findings(study(cells))[0], "F6").comparisons == ()
 
 
 def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     # Facts 0 to 6 only the first answers right, fact 7 only the second: 2 (1 + 8) / 2^8.
     made = study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
-    (pair,) = of(evaluate_findings(made), "F2").comparisons
+    (pair,) = of(evaluate_findings(made)[0], "F2").comparisons
     assert (pair.counts.both, pair.counts.lost, pair.counts.gained, pair.counts.neither) == (92, 7, 1, 200)
     assert pair.p == pytest.approx(18 / 256)
-    assert "99 of 300 right" in of(evaluate_findings(made), "F2").statistic
-    assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made), "F2").statistic
+    assert "99 of 300 right" in of(evaluate_findings(made)[0], "F2").statistic
+    assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made)[0], "F2").statistic
 
 
 def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
     # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
-    finding = of(evaluate_findings(study(cells)), "F2")
+    finding = of(evaluate_findings(study(cells))[0], "F2")
     assert [pair.p for pair in finding.comparisons] == [pytest.approx(2 / 64)] * 2
     assert [pair.p_holm for pair in finding.comparisons] == [pytest.approx(4 / 64)] * 2
     assert finding.answer == "cannot tell"
-    assert of(evaluate_findings(study(cells[:2])), "F2").answer == "holds"
-    both = evaluate_findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))
+    assert of(evaluate_findings(study(cells[:2]))[0], "F2").answer == "holds"
+    both = evaluate_findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))[0]
     assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
 
 
@@ -140,7 +140,7 @@ def test_a_finding_goes_by_relations() -> None:
     # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
     for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
         cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
-        finding = of(evaluate_findings(study(cells, asked=Asked(relations=20))), "F2")
+        finding = of(evaluate_findings(study(cells, asked=Asked(relations=20)))[0], "F2")
         assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
 
 
@@ -153,7 +153,7 @@ def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: fl
     wrong = 0
     for _ in range(DRAWN):
         by_chance = (replace(cell, correct={"lama:trex": answers(drawn, icc)}) for cell in made.cells)
-        found = evaluate_findings(replace(made, cells=tuple(by_chance)))
+        found = evaluate_findings(replace(made, cells=tuple(by_chance)))[0]
         wrong += any(finding.answer != "cannot tell" for finding in found if finding.comparisons)
     assert wrong / DRAWN <= 0.06
 
@@ -170,17 +170,17 @@ def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
 def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
     # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
     cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
-    finding = of(evaluate_findings(study(cells, "causal", CAUSAL_TASK)), "F4")
+    finding = of(evaluate_findings(study(cells, "causal", CAUSAL_TASK))[0], "F4")
     assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.comparisons)
     assert finding.answer == "cannot tell"
     assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
     # Where any text may be answered, as little is knowledge.
-    assert of(evaluate_findings(study(cells, "causal", Asked(n=400, known=350))), "F4").answer == "does not hold"
+    assert of(evaluate_findings(study(cells, "causal", Asked(n=400, known=350)))[0], "F4").answer == "does not hold"
 
 
 def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> None:
     # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
-    finding = of(evaluate_findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))])), "F2")
+    finding = of(evaluate_findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))]))[0], "F2")
     assert finding.answer == "holds"
     (pair,) = finding.comparisons
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))

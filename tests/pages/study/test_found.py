@@ -14,7 +14,7 @@ from tests.pages.study.studies import STUDIES, TASKS, Asked, gp, gq, study, whol
 
 
 def found(made: Study) -> dict[str, Conclusion]:
-    return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made))}
+    return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
 
 
 def test_lines_say_what_the_figures_say() -> None:
@@ -73,7 +73,7 @@ def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
     drawn = {chart.name for chart in draw_charts(made)}
     blocks = [each for each in page.all("div") if each.attributes.get("class") == "found"]
     charts = [svg.attributes["id"] for block in blocks for svg in block.all("svg")]
-    lines = draw_conclusions(made, evaluate_findings(made))
+    lines = draw_conclusions(made, evaluate_findings(made)[0])
     assert charts == [each for each in dict.fromkeys(line.chart for line in lines) if each in drawn]
     said = [each.text for block in blocks for each in block.all("li")]
     for line, text in zip(lines, said, strict=True):
@@ -85,6 +85,6 @@ def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
 def test_markdown_and_terminal_have_the_same_lines() -> None:
     made = whole_grid(asked=Asked(n=200, known=100))
     markdown = render_study_markdown(made)
-    for line in draw_conclusions(made, evaluate_findings(made)):
+    for line in draw_conclusions(made, evaluate_findings(made)[0]):
         assert f"- **{line.answer}**: {f'{line.id} '.lstrip()}{line.claim} (" in markdown
         assert str(line).startswith(f"{line.answer}: {f'{line.id} '.lstrip()}{line.claim} (")

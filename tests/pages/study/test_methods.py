@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from compressknow.pages.study.charts import draw_charts
-from compressknow.pages.study.findings import evaluate_findings, evaluate_findings_by_method
+from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown
 from compressknow.pages.study.records import FailedCell, tidy_rows
 from compressknow.pages.study.summary import describe_changes, draw_conclusions, list_ids, rank_cells, write_verdict
@@ -18,31 +18,31 @@ L1, WANDA = "l1-unstructured", "wanda"
 
 def test_each_method_is_tested_by_its_own_cells() -> None:
     made = study(two_methods())
-    found = evaluate_findings_by_method(made)
+    found = evaluate_findings(made)[1]
     assert list(found) == [("pruning", L1), ("pruning", WANDA)]
     assert list_ids(found.values()) == ["F2", "F4"]
     assert [of["F2"].answer for of in found.values()] == ["holds", "does not hold"]
     assert [of["F4"].answer for of in found.values()] == ["holds", "holds"]
     # The paper's findings are of its own method, with the same figures.
-    (f2,) = (finding for finding in evaluate_findings(made) if finding.id == "F2")
+    (f2,) = (finding for finding in evaluate_findings(made)[0] if finding.id == "F2")
     assert f2.comparisons == found["pruning", L1]["F2"].comparisons
     of_wanda = found["pruning", WANDA].values()
     assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in made.cells}
 
 
 def test_what_changes_is_said_and_what_does_not_is_not() -> None:
-    assert describe_changes(evaluate_findings_by_method(study(two_methods()))) == [
+    assert describe_changes(evaluate_findings(study(two_methods()))[1]) == [
         "F2 changes with the method that prunes: it holds with l1-unstructured, and does not hold with wanda.",
     ]
     alike = [gp(s, 0.5, right, m) for m in (L1, WANDA) for s, right in ((ATT, GOOD), (FF, BAD))]
-    assert describe_changes(evaluate_findings_by_method(study(alike))) == [
+    assert describe_changes(evaluate_findings(study(alike))[1]) == [
         "No finding holds with one method and fails with another.",
     ]
 
 
 def test_schemes_are_told_apart_too() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
-    found = evaluate_findings_by_method(study(cells))
+    found = evaluate_findings(study(cells))[1]
     assert {of: findings["F6"].answer for of, findings in found.items()} == {
         ("quantization", "int8"): "holds",
         ("quantization", "int4"): "does not hold",
@@ -52,7 +52,7 @@ def test_schemes_are_told_apart_too() -> None:
 
 def test_a_study_of_one_method_has_no_such_section() -> None:
     made = whole_grid()
-    assert evaluate_findings_by_method(made) == {}
+    assert evaluate_findings(made)[1] == {}
     assert describe_changes({}) == []
     assert "The findings by method" not in render_study_html(made)
     assert dump_study(made)["findings_by_method"] == {}
@@ -71,7 +71,7 @@ def test_all_formats_say_it() -> None:
         WANDA: {"F2": "does not hold", "F4": "holds"},
     }
     assert by_name[WANDA]["F2"]["comparisons"]
-    assert values["changes"] == describe_changes(evaluate_findings_by_method(made))
+    assert values["changes"] == describe_changes(evaluate_findings(made)[1])
 
 
 def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
@@ -85,7 +85,7 @@ def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
 
 def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
     made = study([*two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
-    said = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)) if "With" in each.claim}
+    said = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim}
     # Ten facts of 200 are kept by Wanda alone of everything pruned, and none by L1 alone.
     everything = said["With everything pruned by 40 to 50 %, wanda hurts least"]
     assert (everything.answer, everything.chart) == ("holds", "methods-overall")
@@ -98,7 +98,7 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
         "(attention)."
     )
     alike = study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
-    (line,) = draw_conclusions(alike, evaluate_findings(alike))[:1]
+    (line,) = draw_conclusions(alike, evaluate_findings(alike)[0])[:1]
     assert line.claim == "With everything pruned by 50 %, one method hurts least"
     assert line.answer == "cannot tell"
     assert "of the methods that prune, none clearly hurts least" in write_verdict(alike)
@@ -109,7 +109,7 @@ def test_where_two_methods_are_alike_the_worst_is_named() -> None:
     made = study([gp(ALL, 0.5, of, method) for method, of in right.items()])
     (least,) = rank_cells(made)["methods"]
     assert (least.clear, least.clear_worst, list(least.kept)[-1]) == (False, True, "L1-unstructured")
-    line = next(each for each in draw_conclusions(made, evaluate_findings(made)) if "With" in each.claim)
+    line = next(each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim)
     assert (line.answer, line.claim) == ("holds", "With everything pruned by 50 %, L1-unstructured hurts most")
     assert "of the methods that prune, L1-unstructured hurts most (everything)" in write_verdict(made)
 
@@ -126,7 +126,7 @@ def test_one_amount_has_a_bar_for_each_method() -> None:
     assert chart.name == "methods-pruned"
     for text in ("overall 50 %", "attention 50 %", "L1-unstructured", "wanda"):
         assert text in chart.panels[0][1]
-    assert {each.chart for each in draw_conclusions(made, evaluate_findings(made)) if "With" in each.claim} == {
+    assert {each.chart for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim} == {
         "methods-pruned"
     }
 

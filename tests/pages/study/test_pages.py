@@ -49,7 +49,7 @@ def test_findings_table_has_the_ten_with_their_answers() -> None:
     made = whole_grid()
     (table,) = with_class(read(render_study_html(made)), "findings")
     rows = [body.all("tr") for body in table.all("tbody")]
-    assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(made)]
+    assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(made)[0]]
     assert rows[1][0].one("th").text.startswith("F2 Pruned by 30 to 50 %, attention hurts less than feed-forward")
     compared = "Att_GP 40% answers 187 of 300 right, FF_GP 40% 174: 13 only the first, 0 only the second (p = 0.0022)."
     assert compared in rows[1][1].text
@@ -116,7 +116,7 @@ def test_markdown_says_what_the_page_says() -> None:
     page = read(render_study_html(made))
     assert root.one("h1").text == page.one("h1").text
     answers = [[cell.text for cell in row.all("td")][2] for row in root.all("table")[0].all("tr")[1:]]
-    assert answers == [finding.answer for finding in evaluate_findings(made)]
+    assert answers == [finding.answer for finding in evaluate_findings(made)[0]]
     cells = root.all("table")[-1]
     assert len(cells.all("tr")) == 2 + len(made.cells)
     assert with_class(page, "verdict")[0].text in root.text

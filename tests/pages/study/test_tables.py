@@ -85,7 +85,7 @@ def test_cells_of_one_setup_are_told_apart() -> None:
 
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     made = whole_grid()
-    found = evaluate_findings(made)
+    found = evaluate_findings(made)[0]
     behind, figures = build_comparisons_table(made, found), build_bounds_table(made, found)
     assert behind is not None
     assert figures is not None
@@ -93,7 +93,7 @@ def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
     assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
     nothing = study([])
-    assert build_comparisons_table(nothing, evaluate_findings(nothing)) is None
+    assert build_comparisons_table(nothing, evaluate_findings(nothing)[0]) is None
 
 
 def test_failed_cells_have_their_reasons() -> None:
