@@ -168,14 +168,15 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None
+    given = "bits" if options["size"] is None else "size"
     for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
         if options[name]:
             raise UsageError(
-                f"--{name.replace('_', '-')} and --size cannot be combined.",
-                hint="--size chooses the types. Give --must for weights that get this type in any case.",
+                f"--{name.replace('_', '-')} and --{given} cannot be combined.",
+                hint=f"--{given} chooses the types. Give --must for weights that get this type in any case.",
             )
     if options["type"] != "q8_0":
-        raise UsageError("--type and --size cannot be combined: --size chooses the types.")
+        raise UsageError(f"--type and --{given} cannot be combined: --{given} chooses the types.")
     return Target(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],

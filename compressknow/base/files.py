@@ -26,7 +26,7 @@ _SUFFIX = ".compressknow-"
 _ATTEMPTS = 100
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
 
@@ -175,7 +175,7 @@ def remove_strays(folder: Path) -> None:
     _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
 
 
-def name_of(path: Path) -> str:
+def write_name(path: Path) -> str:
     """Return the name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
     return escape_name(path.name)
 

@@ -169,10 +169,10 @@ class Progress:
     def __str__(self) -> str:
         far = f"{self.done:,} of {self.total:,} {self.stage.unit}" if self.total else self.state
         left = f", {self.left:.0f} s left" if self.left else ""
-        return f"{self.stage.work} {name_of(self.stage)}: {far}{left}"
+        return f"{self.stage.work} {name_stage(self.stage)}: {far}{left}"
 
 
-def name_of(stage: Stage) -> str:
+def name_stage(stage: Stage) -> str:
     """Return which model, and what it is evaluated on, fit to be shown."""
     return clean(stage.model, 40) + (f" on {clean(stage.probe, 40)}" if stage.probe else "")
 
@@ -216,7 +216,7 @@ def _make_bar(stage: Stage) -> Any:
         # In a notebook without ipywidgets it is a line of text, which is what there is.
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
-    name = f"{stage.work} {name_of(stage)}"
+    name = f"{stage.work} {name_stage(stage)}"
     if stage.unit == "bytes":
         return tqdm(desc=name, unit="B", unit_scale=True)
     return tqdm(desc=name, unit=f" {stage.unit}")

@@ -246,7 +246,9 @@ probe_options = join_options(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
     add_data_option(EVALUATE),
     _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
-    _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample."),
+    _facts(
+        "--seed", type=int, default=0, show_default=True, help="Seed of that sample, and of all else that is drawn."
+    ),
     _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
     _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
     _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
@@ -367,11 +369,14 @@ def read_project_defaults(
         if not any(key in _list_options(other) for other in map(open_command, commands) if other is not None):
             raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
-    return {key: _resolve_paths(value, options[key], file.parent) for key, value in values.items()}
+    return {str(options[key].name): _resolve_paths(value, options[key], file) for key, value in values.items()}
 
 
 def _list_options(command: click.Command) -> dict[str, click.Option]:
-    return {str(each.name): each for each in command.params if isinstance(each, click.Option)}
+    """List options by their names in Python, and by what the command line calls them: ``as_json``, and ``json``."""
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    long = {word[2:].replace("-", "_"): each for each in options for word in each.opts if word.startswith("--")}
+    return long | {str(each.name): each for each in options}
 
 
 def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -395,9 +400,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is no TOML.", why=str(error), hint="Mend it, or remove it.") from None
 
 
-def _resolve_paths(value: Any, option: click.Option, folder: Path) -> Any:
-    """Return a path as seen from the file's folder; several values as a list."""
+def _resolve_paths(value: Any, option: click.Option, file: Path) -> Any:
+    """Return a path as seen from the file's folder; several values as a list. Raises UsageError for what is no value of
+    the option."""
+    if isinstance(value, list | dict) and not option.multiple:
+        raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
     values = value if isinstance(value, list) else [value]
     if isinstance(option.type, click.Path):
-        values = [str(folder / each) if isinstance(each, str) else each for each in values]
-    return values if option.multiple or isinstance(value, list) else values[0]
+        values = [str(file.parent / each) if isinstance(each, str) else each for each in values]
+    return values if option.multiple else values[0]

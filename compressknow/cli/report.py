@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +90,25 @@ def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
 def get_command() -> str:
     """Return the command as the user may repeat it: what was given, in the order of the help page."""
     ctx = click.get_current_context()
-    words = ["compressknow", str(ctx.command.name)]
+    return shlex.join(map(escape_name, ["compressknow", str(ctx.command.name), *list_given(ctx.params)]))
+
+
+def list_given(names: Collection[str]) -> Iterator[str]:
+    """Yield the words that were given for these parameters, in the order of the help page."""
+    ctx = click.get_current_context()
     for parameter in ctx.command.params:
-        name = str(parameter.name)
         # What is accepted and does nothing has a source, and no value.
-        if name not in ctx.params or ctx.get_parameter_source(name) not in _SET:
+        if (name := str(parameter.name)) not in names or ctx.get_parameter_source(name) not in _SET:
             continue
         value = ctx.params[name]
         values = value if isinstance(value, tuple) else (value,)
         if isinstance(parameter, click.Argument):
-            words += [str(each) for each in values]
+            yield from map(str, values)
         elif isinstance(value, bool):
-            words += [parameter.opts[-1]] if value else []
+            yield from [parameter.opts[-1]] if value else []
         else:
-            written = ("=".join(each) if isinstance(each, tuple) else str(each) for each in values)
-            words += [word for each in written for word in (parameter.opts[0], each)]
-    return shlex.join(map(escape_name, words))
+            for each in values:
+                yield from (parameter.opts[0], "=".join(each) if isinstance(each, tuple) else str(each))
 
 
 # By the user, or by the project's file.

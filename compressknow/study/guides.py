@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
-from compressknow.base.files import cache_folder
+from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.compress.calibrate.backward import Batch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
@@ -156,7 +156,7 @@ def _measure_sensitivity(
         text=text.sha256,
     )
     key = hashlib.sha256(repr(guidance).encode()).hexdigest()
-    place = cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
+    place = find_cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
         return stored
     model, trusted = handle.located, handle.settings.trust_remote_code
@@ -223,7 +223,7 @@ def _get_text(
             return read_calibration_text(folder, tree, calibration, trust_remote_code=trusted, advance=advance)
 
     key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
-    file = cache_folder() / "texts" / f"{key[:32]}.json"
+    file = find_cache_folder() / "texts" / f"{key[:32]}.json"
     return load_or_make_text(file, make) if calibration.text == "self" else make()
 
 

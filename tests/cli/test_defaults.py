@@ -93,6 +93,9 @@ def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_fil
         ("[asks]\nlimit = 1", "there is no command asks.*Did you mean ask"),
         ("[ask]\nlimits = 1", "ask has no option limits.*Did you mean limit"),
         ("limits = 1", "no command has an option limits"),
+        ("limit = [300]", "limit takes one value"),
+        ('answers = ["x"]', "answers takes one value"),
+        ("[ask]\nlimit = {least = 3}", "limit takes one value"),
         ('converter = "theirs.py"', "converter is for the command line alone"),
         ("trust-remote-code = true", "trust_remote_code is for the command line alone"),
         ("[ask]\ntrust_remote_code = true", "trust_remote_code is for the command line alone"),
@@ -102,6 +105,22 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
     (project / "compressknow.toml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
         called()
+
+
+@click.command()
+@click.option("--model", "model_name")
+@click.option("--json", "as_json", is_flag=True)
+def serve(**given: Any) -> dict[str, Any]:
+    return given
+
+
+@pytest.mark.parametrize(
+    "text", ['model = "x"\njson = true', '[serve]\nmodel = "x"\njson = true', 'model-name = "x"\nas_json = true']
+)
+def test_an_option_is_known_by_what_the_command_line_calls_it(project: Path, text: str) -> None:
+    (project / "compressknow.toml").write_text(text)
+    values = read_project_defaults("serve", serve, ["serve"], {"serve": serve}.get)
+    assert serve.main([], standalone_mode=False, default_map=values) == {"model_name": "x", "as_json": True}
 
 
 def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

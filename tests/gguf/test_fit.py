@@ -20,7 +20,7 @@ pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
 from compressknow.base.errors import OutputError
-from compressknow.base.files import cache_folder
+from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
 from compressknow.gguf.converter import find_converter
@@ -212,7 +212,7 @@ def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stag
         "compressknow.export(sys.argv[1], sys.argv[2], **eval(sys.argv[4]), on_progress=dies)\n"
     )
     kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    shutil.copytree(cache_folder() / "converter", tmp_path / "cache" / "compressknow" / "converter")
+    shutil.copytree(find_cache_folder() / "converter", tmp_path / "cache" / "compressknow" / "converter")
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "a.gguf"
     for number, killed_at in enumerate([stage, "nothing"]):

@@ -110,8 +110,8 @@ def test_the_command_prints_and_writes_the_map_and_measures_once(
 def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "bert", *WORDS, "--guide", "facts", "-o", str(at_home / "map.json")]) == 0
     printed = capsys.readouterr().out
-    proposed = "compressknow search bert -o found --keep 0.95 --to checkpoint -p facts:facts.jsonl"
-    assert f"Next: {proposed}\n" in printed
+    proposed = "compressknow search bert -o found --keep 0.95 --to checkpoint --guide facts --facts facts:facts.jsonl"
+    assert f"Next: {proposed} --calibration text.txt --calibration-tokens 512\n" in printed
     found = json.loads((at_home / "map.json").read_text())
     assert found["guidance"]["form"] == "checkpoint"
     assert next(iter(found["rows"][0]["by_type"])) == "int8-weights"
@@ -122,7 +122,9 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
     assert main(words) == 2
     assert "llama knows 20 of these facts, and 30 are needed to guide." in capsys.readouterr().err
     assert main([*words, "--guide", "text", "-o", str(at_home / "map.md")]) == 0
-    assert "16 weights by text: 0 known facts, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "16 weights by text: 0 known facts, " in printed
+    assert " --guide text --facts facts:few.jsonl --calibration text.txt --calibration-tokens 512\n" in printed
     assert "Facts at risk" not in (at_home / "map.md").read_text().partition("## The most")[0]
 
 
@@ -132,7 +134,8 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("./nowhere", "no such folder"),
         ("quantized", "is quantized already (gptq)"),
         ("bert --to gguf", "there is no GGUF file of it"),
-        ("llama --to onnx", "'onnx' is not one of"),
+        ("llama --to onnx", "'onnx' is not known. Choose one of gguf, checkpoint"),
+        ("llama --to checkpont", "Did you mean checkpoint?"),
         ("llama --guide fact", "'fact' is not known. Did you mean"),
         ("llama --facts text:text.txt", "text.txt: facts guide, and it has none"),
         ("llama --facts atlass", "Did you mean atlas?"),
