@@ -88,8 +88,6 @@ def report(
     files = list_files(output)
     check_gates(gates, strict=strict, early=early, models=len(models))
     most = None if within is None else parse_size(within, "--within")
-    if most is not None and len(models) == 1:
-        raise UsageError("--within recommends one of several models.", hint="Give several, or leave it out.")
     require_for(files, "pyarrow", "scipy")
     check_outputs(files, overwrite=overwrite, formats=(*FORMATS, ".xml"))
     if not gates and (of_gates := next((file for file in files if file.suffix.lower() == ".xml"), None)):

@@ -147,7 +147,6 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         2,
         ("--early decides for one compressed model, not for 2", "Give one"),
     ),
-    "a size of one model": ((*REPORT, "--within", "1MB"), 2, ("--within recommends one of several models",)),
     "an early gate without a gate": ((*REPORT, "--early"), 2, ("--early needs a gate", "--fail-under")),
     "a strict gate without a gate": ((*REPORT, "--strict"), 2, ("--strict needs a gate", "--fail-under")),
     "an early and strict gate": (
