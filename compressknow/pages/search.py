@@ -40,7 +40,7 @@ _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
 _BITS_NOTE = (
-    "Bits of each weight, from faint to full colour, or 16 where it stays as it is. The scales that go with them take "
+    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Scales, beside them, take "
     "half a bit more."
 )
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
@@ -260,15 +260,26 @@ def write_verdict(search: Search) -> str:
 
 
 def list_warnings(search: Search) -> tuple[str, ...]:
-    """Return that rounding alone keeps less than is asked for, and what counts as known, where that is to be said."""
-    warnings = tuple(warn_of_known(search.known))
-    if search.rounding is None or search.keep is None or search.rounding >= search.keep:
-        return warnings
-    below_rounding = (
-        f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
-        f"another precision): {100 * search.keep:.6g} % is more than the same weights keep there."
-    )
-    return below_rounding, *warnings
+    """Return what may have cost a smaller file: that more is asked for than rounding alone keeps, or that there are too
+    few facts; and what counts as known, where that is to be said."""
+    of_keep = () if search.keep is None else _warn_of_keep(search, search.keep)
+    return (*of_keep, *warn_of_known(search.known))
+
+
+def _warn_of_keep(search: Search, keep: float) -> Iterator[str]:
+    if search.rounding is not None and search.rounding < keep:
+        yield (
+            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
+            f"another precision): {100 * keep:.6g} % is more than the same weights keep there."
+        )
+    most = search.winner.bytes if search.winner else search.bytes
+    unsure = [t for t in search.tried if t.bytes < most and (t.kept.low or 0.0) < keep <= (t.kept.value or 0.0)]
+    if unsure:
+        least = min(unsure, key=lambda each: each.bytes)
+        yield (
+            f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
+            "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
+        )
 
 
 def _write_kept(kept: Estimate | None) -> str:

@@ -45,6 +45,16 @@ def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> No
     assert ("99 % is more than the same weights keep there" in warnings) == told
 
 
+@pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.95, True), (0.99, False)])
+def test_a_smaller_file_that_too_few_facts_tell_is_named(keep: float, told: bool) -> None:
+    search = found()
+    largest = max(search.tried, key=lambda each: each.bytes)
+    for winner in (largest, None):
+        warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner)))
+        assert ("The file of 60.0 MB kept 96.0 % (92.0 to 100 %) of the facts of the search." in warnings) == told
+    assert "With more facts" not in " ".join(list_warnings(replace(search, keep=0.9)))
+
+
 def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
     page = read(render_search_html(sized()))
     assert "Knowledge kept against size" not in page.one("main").text
