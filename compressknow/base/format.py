@@ -38,14 +38,7 @@ def write_percent(part: int, whole: int) -> str:
     >>> [write_percent(part, 10**6) for part in (333_333, 1, 10**6 - 1, 0, 10**6)], write_percent(0, 0)
     (['33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %'], '-')
     """
-    if not whole:
-        return "-"
-    if part in (0, whole):
-        return "100 %" if part else "0 %"
-    share = 100 * part / whole
-    if share < 0.1:
-        return "< 0.1 %"
-    return "> 99.9 %" if share > 99.9 else f"{share:.1f} %"
+    return _write_hundredths(100 * part / whole) if whole else NONE
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -78,29 +71,21 @@ def write_size(number: int | None) -> str:
     return f"{number} bytes"
 
 
-def write_bound(figure: str, bound: bool) -> str:
-    """Write a figure that is text already as a lower bound, if `bound`.
-
-    >>> write_bound("0.2870", True), write_bound("0.2870", False)
-    ('at least 0.2870', '0.2870')
-    """
-    return f"at least {figure}" if bound else figure
-
-
 def share(value: float | None) -> str:
     """Write a share of 1 as `write_percent` does; `-` where there is none.
 
     >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
     """
-    if value is None:
-        return NONE
-    if value in (0, 1, -1):
-        return f"{_write_signed(100 * value, '.0f')} %"
-    size = 100 * abs(value)
-    if size < 0.1:
-        return "< 0.1 %" if value > 0 else f"> {MINUS}0.1 %"
-    return "> 99.9 %" if 99.9 < 100 * value < 100 else f"{_write_signed(100 * value, '.1f')} %"
+    return NONE if value is None else _write_hundredths(100 * value)
+
+
+def _write_hundredths(percent: float) -> str:
+    if percent in (0, 100, -100):
+        return f"{_write_signed(percent, '.0f')} %"
+    if abs(percent) < 0.1:
+        return "< 0.1 %" if percent > 0 else f"> {MINUS}0.1 %"
+    return "> 99.9 %" if 99.9 < percent < 100 else f"{_write_signed(percent, '.1f')} %"
 
 
 def write_points(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.files import escape_name
-from compressknow.base.format import clean, count, share, write_bound, write_p_value, write_size
+from compressknow.base.format import clean, count, share, write_p_value, write_size
 from compressknow.cli import RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     EVALUATE,
@@ -174,9 +174,8 @@ def _list_probes(comparison: Comparison) -> Iterator[str]:
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:
-            mean, p99 = (f"{figure:.4f}" for figure in (probe.movement.kl_mean, probe.movement.kl_p99))
-            bound = probe.movement.is_lower_bound
-            yield f"  KL mean {write_bound(mean, bound)}, p99 {write_bound(p99, bound)} nats"
+            least = "at least " if probe.movement.is_lower_bound else ""
+            yield f"  KL mean {least}{probe.movement.kl_mean:.4f}, p99 {least}{probe.movement.kl_p99:.4f} nats"
         if probe.knowing:
             yield f"  before: {describe_grades(probe.knowing.original)}"
             yield f"  after:  {describe_grades(probe.knowing.compressed)}"

@@ -12,7 +12,6 @@ from compressknow.base.format import (
     count,
     number,
     share,
-    write_bound,
     write_p_value,
     write_percent,
     write_points,
@@ -110,7 +109,9 @@ def write_rest(moved: Movement | None, then: str = " → ") -> str:
 
 def write_movement(moved: Movement | None, get: Callable[[Movement], float], digits: int = 3) -> str:
     """Write a figure of how far distributions moved, where that was measured."""
-    return NONE if moved is None else write_bound(number(get(moved), digits), moved.is_lower_bound)
+    if moved is None:
+        return NONE
+    return f"{'at least ' if moved.is_lower_bound else ''}{number(get(moved), digits)}"
 
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
