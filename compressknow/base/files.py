@@ -175,13 +175,9 @@ def remove_strays(folder: Path) -> None:
     _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
 
 
-def write_name(path: Path) -> str:
-    """Return the name of a file or folder as a text that any file can hold: bytes that are no UTF-8 become escapes."""
-    return escape_name(path.name)
-
-
 def escape_name(words: str) -> str:
-    r"""Return what the system gave as a name or an argument, with an escape for what is no character.
+    r"""Return what the system gave as a name or an argument as a text that any file can hold: bytes that are no UTF-8
+    become escapes.
 
     >>> escape_name("model\udcff")
     'model\\udcff'

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -58,16 +57,9 @@ def require(*modules: str) -> None:
 
 def can_read_gguf() -> bool:
     """Return whether the transformers that is installed reads a GGUF file as what it is."""
-    return _release(version("transformers")) >= _release(GGUF_TRANSFORMERS)
-
-
-def _release(text: str) -> tuple[int, ...]:
-    """Return the two numbers by which releases are ordered.
-
-    >>> _release("5.9.0") < _release("5.23") <= _release("5.23.0.dev0")
-    True
-    """
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+    releases = version("transformers"), GGUF_TRANSFORMERS
+    installed, needed = ([int(number) for number in release.split(".")[:2]] for release in releases)
+    return installed >= needed
 
 
 def is_installed(module: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
-from compressknow.base.files import write_name
+from compressknow.base.files import escape_name
 from compressknow.base.packages import is_installed
 from compressknow.base.reading import (
     MANIFEST,
@@ -107,7 +107,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
             # A minute's work on the original may come before this file is opened.
             for part in list_parts(path):
                 check_whole(part)
-        return Located(write_name(path), path)
+        return Located(escape_name(path.name), path)
     checkpoint = open_checkpoint(model, revision)
     if not checkpoint.shards:
         raise CheckpointError(

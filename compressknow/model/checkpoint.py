@@ -13,7 +13,7 @@ from typing import Any
 
 from compressknow.base import reading
 from compressknow.base.errors import CheckpointError, find_nearest
-from compressknow.base.files import write_name
+from compressknow.base.files import escape_name
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, get_state
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
@@ -120,7 +120,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
                 f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
             )
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
-    name = str(model) if commit else write_name(folder.resolve())
+    name = str(model) if commit else escape_name(folder.resolve().name)
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compressknow.base.files import write_name
+from compressknow.base.files import escape_name
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.sources.custom import Hub, OwnFacts
@@ -42,7 +42,7 @@ def read_bear(folder: Path, template: int = 1) -> Probe:
 
 
 def read_facts_file(path: Path) -> Probe:
-    return OwnFacts().open(f"facts:{write_name(path)}", str(path), Options())
+    return OwnFacts().open(f"facts:{escape_name(path.name)}", str(path), Options())
 
 
 def read_hub_facts(dataset: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Probe:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError
-from compressknow.base.files import escape_name, write_name
+from compressknow.base.files import escape_name
 from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, compute_sha256, load_tables, parse_json
 from compressknow.evaluate.facts import (
     BLANK,
@@ -65,7 +65,7 @@ candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
         """Return the file's own name: a fact is the same wherever the file lies."""
-        return write_name(Path(part))
+        return escape_name(Path(part).name)
 
     def meant(self, text: str) -> bool:
         return Path(text).suffix.lower() in (".jsonl", ".csv")
@@ -105,7 +105,7 @@ candidates as Paris|Rome|Madrid."""
             protocol=FACTS_PROTOCOL,
             facts=tuple(facts.values()),
             vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
-            source={"files": {write_name(path): compute_sha256(path)}},
+            source={"files": {escape_name(path.name): compute_sha256(path)}},
         )
 
 
@@ -314,7 +314,7 @@ class Text(ProbeSource):
 
     def named(self, part: str) -> str:
         """Return the file's own name: a text is the same wherever the file lies."""
-        return write_name(Path(part))
+        return escape_name(Path(part).name)
 
     def meant(self, text: str) -> bool:
         return Path(text).suffix.lower() in (".txt", ".raw")
