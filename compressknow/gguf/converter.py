@@ -126,12 +126,22 @@ def _build_error(why: str) -> CompressknowError:
     )
 
 
-@cache
-def list_architectures(converter: Converter) -> tuple[str, ...]:
-    """Return the language models that a converter knows, by the names of their classes.
+def check_architecture(architecture: str, converter: Converter) -> None:
+    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture.
 
     Raises CompressknowError where it does not run.
     """
+    known = _list_architectures(converter)
+    if architecture not in known:
+        raise UnsupportedError(
+            f"llama.cpp's converter does not know {architecture}.",
+            hint=f"{suggest_word(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
+        )
+
+
+@cache
+def _list_architectures(converter: Converter) -> tuple[str, ...]:
+    """Return the language models that a converter knows, by the names of their classes."""
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
         command = build_python_command(converter.script, "--print-supported-models")
@@ -145,15 +155,6 @@ def list_architectures(converter: Converter) -> tuple[str, ...]:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
         check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)
     return names
-
-
-def check_architecture(architecture: str, known: tuple[str, ...]) -> None:
-    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture."""
-    if architecture not in known:
-        raise UnsupportedError(
-            f"llama.cpp's converter does not know {architecture}.",
-            hint=f"{suggest_word(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
-        )
 
 
 def convert(

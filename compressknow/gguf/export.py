@@ -31,7 +31,6 @@ from compressknow.gguf.converter import (
     Request,
     check_architecture,
     convert,
-    list_architectures,
     quantize,
     read_planned_types,
 )
@@ -166,7 +165,7 @@ def prepare(
         check_inside(checkpoint.folder, card)
     side = read_side(checkpoint, trust_remote_code=trust_remote_code)
     _check_family(side.structure.architecture)
-    check_architecture(side.structure.architecture, list_architectures(converter))
+    check_architecture(side.structure.architecture, converter)
     tensors = list_plain_tensors(side, checkpoint)
     # The smallest type that holds every matrix exactly.
     dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOATS}

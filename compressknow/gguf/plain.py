@@ -61,17 +61,17 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
     Raises UnsupportedError where values cannot be read: another tool has packed them.
     """
     plain: dict[str, Plain] = {}
+    unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():
         values = side.values(key)
-        if values is None or not (values.scale or values.tensor.dtype in PLAIN_DTYPES):
-            raise UnsupportedError(
-                f"{tensor.name} is stored as {side.packed(key) or tensor.dtype}, which cannot be unpacked here.",
-                hint="Export the original, or what `compressknow convert` wrote.",
-            )
-        plain[tensor.name] = Plain(tensor.name, values)
-    for name in side.packed_weights():
+        if values is not None and (values.scale or values.tensor.dtype in PLAIN_DTYPES):
+            plain[tensor.name] = Plain(tensor.name, values)
+        else:
+            unreadable[tensor.name] = side.packed(key) or tensor.dtype
+    unreadable |= {name: side.packed(name) for name in side.packed_weights()}
+    for name, kind in unreadable.items():
         raise UnsupportedError(
-            f"{name} is stored as {side.packed(name)}, which cannot be unpacked here.",
+            f"{name} is stored as {kind}, which cannot be unpacked here.",
             hint="Export the original, or what `compressknow convert` wrote.",
         )
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
