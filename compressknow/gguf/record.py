@@ -278,12 +278,11 @@ def read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Verification:
+def compare_to_record(path: Path, *, advance: Advance | None = None) -> Verification:
     """Rehash a GGUF file that export wrote, and compare what it says of itself with its record.
 
     Raises CheckpointError where it has no record, or one that this version cannot read.
     """
-    path = Path(path)
     record = read_record(path)
     # They import torch, which takes a second: what is wrong with the record is said before.
     from compressknow.compress.blocks import Pool
@@ -296,15 +295,8 @@ def compare_to_record(path: str | Path, *, advance: Advance | None = None) -> Ve
     if sha256 != record.get("sha256"):
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
-        beside = get_record_path(path).name
-        edited = (f"it was edited: {key} is another in the file" for key in _find_edited_keys(path, record))
-        differences = [Difference(beside, None, text) for text in edited]
+        # The bytes are as they were: the record says otherwise.
+        reader, beside = open_gguf(path), get_record_path(path).name
+        edited = [key for key, value in build_metadata(record).items() if read_value(reader, key) != value]
+        differences = [Difference(beside, None, f"it was edited: {key} is another in the file") for key in edited]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))
-
-
-def _find_edited_keys(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the record says otherwise than the file, whose bytes are as they were."""
-    reader = open_gguf(path)
-    for key, value in build_metadata(record).items():
-        if read_value(reader, key) != value:
-            yield key
