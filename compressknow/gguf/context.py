@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +43,8 @@ class Context:
         # float32 depend on the batch by up to 0.011, without it by 0.000002.
         parameters.flash_attn_type = _NO_FLASH_ATTENTION
         parameters.n_threads = parameters.n_threads_batch = threads
-        with collect_errors() as errors:
-            self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
+        errors = collect_errors()
+        self._handle: Any = self._lib.llama_init_from_model(model.handle, parameters)
         if self._handle == self._ffi.NULL:
             raise CompressknowError(
                 f"llama.cpp cannot run {model.path}.", why=(errors or [""])[0].strip() or None, hint="Free some memory."
@@ -94,8 +93,8 @@ class Context:
         batch.n_seq_id = ffi.cast("int32_t *", counts.ctypes.data)
         batch.seq_id = ffi.cast("llama_seq_id **", addresses.ctypes.data)
         batch.logits = ffi.cast("int8_t *", wanted.ctypes.data)
-        with collect_errors() as errors:
-            failed = self._lib.llama_decode(self._handle, batch[0])
+        errors = collect_errors()
+        failed = self._lib.llama_decode(self._handle, batch[0])
         if self._raised:
             raise self._raised.pop()
         if failed:
@@ -111,11 +110,23 @@ _NONE = -1
 
 
 class GgufTokenizer:
-    """Tokenizer that splits texts as llama.cpp does where the file is deployed."""
+    """Tokenizer that splits texts as llama.cpp does where the file is deployed.
+
+    Attributes
+    ----------
+    adds_bos : whether `bos_token_id` is put before every text.
+    bos_token_id, eos_token_id, unk_token_id : the token that begins a text, the one that ends it, and the one for a
+        text that the vocabulary cannot spell; None where there is none.
+    """
 
     def __init__(self, model: GgufModel) -> None:
         self._model, self._vocab = model, model.vocab
         self._ffi, self._lib, _ = model.native
+        self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+        ends = self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab)
+        self.bos_token_id, self.eos_token_id = (None if number == _NONE else int(number) for number in ends)
+        unknown = model.meta("tokenizer.ggml.unknown_token_id")
+        self.unk_token_id = None if unknown is None else int(unknown)
 
     def __len__(self) -> int:
         return self._model.rows
@@ -164,34 +175,9 @@ class GgufTokenizer:
             size = -count
         return buffer, count
 
-    @property
-    def adds_bos(self) -> bool:
-        """Return whether `bos_token_id` is put before every text."""
-        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
-
     def is_end(self, token: int) -> bool:
         """Return whether llama.cpp stops at this token: an end of text, of a turn, of a message."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
-
-    @cached_property
-    def bos_token_id(self) -> int | None:
-        """Return the token that begins a text, if any."""
-        return _get_token(self._lib.llama_vocab_bos(self._vocab))
-
-    @cached_property
-    def eos_token_id(self) -> int | None:
-        """Return the token that ends a text, if any."""
-        return _get_token(self._lib.llama_vocab_eos(self._vocab))
-
-    @cached_property
-    def unk_token_id(self) -> int | None:
-        """Return the token for a text that the vocabulary cannot spell, if any."""
-        found = self._model.meta("tokenizer.ggml.unknown_token_id")
-        return int(found) if found is not None else None
-
-
-def _get_token(number: int) -> int | None:
-    return None if number == _NONE else int(number)
 
 
 # Of an answer that shows that a file works.

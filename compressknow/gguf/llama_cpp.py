@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, cached_property
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
 from compressknow.engine.language_model import hash_vocabulary
 from compressknow.gguf.children import build_python_command, put_first, read_tail, run
-from compressknow.model.gguf_file import NAMED, PART, UNPLACED, count_values, list_parts
+from compressknow.model.gguf_file import NAMED, PART, UNPLACED, list_parts, read_header
 
 MODULE = "llama_cpp_py_sync"
 # enum ggml_log_level of ggml.h.
@@ -90,11 +90,10 @@ def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[Base
     return callback, raised
 
 
-@contextmanager
-def collect_errors() -> Iterator[list[str]]:
-    """Collect what llama.cpp logs as errors meanwhile: the list is filled as it does, one message per entry."""
+def collect_errors() -> list[str]:
+    """Return the list of what llama.cpp logs as errors from now on: it is filled as it does, one message per entry."""
     _errors.clear()
-    yield _errors
+    return _errors
 
 
 def count_types(path: Path) -> dict[str, dict[str, int]]:
@@ -106,9 +105,9 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     # One with more entries than any model needs is not counted: llama.cpp has read it all the same.
     with suppress(NotReadable):
         for part in list_parts(path):
-            for name, kind, parameters in count_values(part):
-                group = next((group for group, pattern in NAMED if pattern.match(name)), UNPLACED)
-                counts[group][types[kind]] += parameters
+            for tensor in read_header(part).tensors:
+                group = next((group for group, pattern in NAMED if pattern.match(tensor.name)), UNPLACED)
+                counts[group][types[tensor.kind]] += prod(tensor.shape)
     return {group: dict(of_group.most_common()) for group, of_group in counts.items() if of_group}
 
 
@@ -147,6 +146,14 @@ class GgufModel:
     """Decoder of text with its vocabulary. Before the file is loaded, a trial tells whether it crashes llama.cpp;
     `trial` is this trial.
 
+    Attributes
+    ----------
+    handle : llama.cpp's ``struct llama_model *``.
+    architecture : as the file names it: ``llama``, ``qwen2``.
+    parameters : how many are stored; a head that is tied to the embedding counts once.
+    rows : the number of tokens that it reads.
+    most_tokens : the length of text that it was trained for.
+
     Raises CheckpointError where llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a
     part lacks; UnsupportedError where it holds no decoder-only language model, or one that llama.cpp does not know.
     """
@@ -157,9 +164,13 @@ class GgufModel:
         _check_parts(path)
         if not trial:
             check_no_crash(path)
-        # llama.cpp's ``struct llama_model *``.
         self.handle = _open_model(path, self.native, copies=not trial)
-        self.vocab = self.native.lib.llama_model_get_vocab(self.handle)
+        lib = self.native.lib
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.architecture = self.meta("general.architecture") or "unknown"
+        self.parameters = int(lib.llama_model_n_params(self.handle))
+        self.rows = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.most_tokens = int(lib.llama_model_n_ctx_train(self.handle))
         try:
             _check_decoder(self)
         except UnsupportedError:
@@ -172,33 +183,13 @@ class GgufModel:
             self.native.lib.llama_model_free(self.handle)
             self.handle = None
 
-    @cached_property
-    def architecture(self) -> str:
-        """Return the architecture as the file names it: ``llama``, ``qwen2``."""
-        return self.meta("general.architecture") or "unknown"
-
-    @cached_property
+    @property
     def file_type(self) -> str:
         """Return llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
         ffi, lib, _ = self.native
         name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self.handle))).decode("utf-8", "replace")
         # Said of a file whose metadata does not name its type: its tensors tell.
         return str(name).removeprefix("(guessed) ")
-
-    @cached_property
-    def parameters(self) -> int:
-        """Count the stored parameters; a head that is tied to the embedding counts once."""
-        return int(self.native.lib.llama_model_n_params(self.handle))
-
-    @cached_property
-    def rows(self) -> int:
-        """Return the number of tokens that it reads."""
-        return int(self.native.lib.llama_vocab_n_tokens(self.vocab))
-
-    @cached_property
-    def most_tokens(self) -> int:
-        """Return the length of text that it was trained for."""
-        return int(self.native.lib.llama_model_n_ctx_train(self.handle))
 
     @cached_property
     def vocabulary(self) -> str:
@@ -242,8 +233,8 @@ def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     # Called before each tensor.
     goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)
     parameters.progress_callback = goes_on
-    with collect_errors() as errors:
-        handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
+    errors = collect_errors()
+    handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
     if raised:
         raise raised.pop()
     if handle != llama.ffi.NULL:

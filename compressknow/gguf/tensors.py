@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, suggest_word
-from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, list_tensors, read_gguf
+from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, count_by_type, list_tensors, read_gguf
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
 if TYPE_CHECKING:
@@ -134,20 +134,13 @@ def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> 
     """Count tensors, parameters and bytes by group and type. `types` are those that a dry run has chosen."""
     import gguf
 
-    summed: dict[str, dict[str, dict[str, int]]] = {}
+    groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.tensors.items():
-        kind, nbytes = tensor.type, tensor.nbytes
-        if types and types.get(name, kind) != kind:
-            kind = types[name]
+        if types and (kind := types.get(name, tensor.type)) != tensor.type:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
-            nbytes = tensor.numel // block * size
-        counts = summed.setdefault(tensors.groups[name], {}).setdefault(
-            kind, {"tensors": 0, "parameters": 0, "bytes": 0}
-        )
-        counts["tensors"] += 1
-        counts["parameters"] += tensor.numel
-        counts["bytes"] += nbytes
-    return {group: summed[group] for group in ORDER if group in summed}
+            tensor = replace(tensor, type=kind, nbytes=tensor.numel // block * size)
+        groups.setdefault(tensors.groups[name], []).append(tensor)
+    return {group: count_by_type(groups[group]) for group in ORDER if group in groups}
 
 
 def align(nbytes: int) -> int:

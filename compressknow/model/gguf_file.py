@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -53,7 +53,7 @@ def check_whole(path: Path) -> None:
 def check_gguf(path: Path) -> None:
     """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
     where its tensors do not lie as it says; OSError where it cannot be opened."""
-    _read_header(path).check_places()
+    read_header(path).check_places()
 
 
 def list_plain_tensors(path: Path) -> list[StoredTensor]:
@@ -61,7 +61,7 @@ def list_plain_tensors(path: Path) -> list[StoredTensor]:
 
     Raises NotReadable and OSError as `check_gguf` does.
     """
-    header = _read_header(path)
+    header = read_header(path)
     stored = [
         StoredTensor(tensor.name, _PLAIN[tensor.kind], tensor.shape[::-1], path, header.data_start + tensor.offset)
         for tensor in header.tensors
@@ -70,16 +70,8 @@ def list_plain_tensors(path: Path) -> list[StoredTensor]:
     return [each for each in stored if each.offset + each.nbytes <= header.size]
 
 
-def count_values(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, number of the type, and number of values of each tensor of a GGUF file.
-
-    Raises NotReadable and OSError as `check_gguf` does.
-    """
-    for tensor in _read_header(path).tensors:
-        yield tensor.name, tensor.kind, math.prod(tensor.shape)
-
-
-def _read_header(path: Path) -> _Header:
+def read_header(path: Path) -> _Header:
+    """Read what stands before the values of a GGUF file. Raises NotReadable and OSError as `check_gguf` does."""
     with open_regular(path) as file:
         try:
             return _Header(file)
@@ -271,6 +263,17 @@ def list_tensors(*readers: Any) -> dict[str, Tensor]:
         for reader in readers
         for each in reader.tensors
     }
+
+
+def count_by_type(tensors: Iterable[Tensor]) -> dict[str, dict[str, int]]:
+    """Count tensors, parameters and bytes by type."""
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        counts = types.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["parameters"] += tensor.numel
+        counts["bytes"] += tensor.nbytes
+    return types
 
 
 def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:

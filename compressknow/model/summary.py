@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.format import clean, count
 from compressknow.base.notebook import Shown, Summary
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint
-from compressknow.model.gguf_file import ORDER, Tensor, find_groups, list_tensors, open_gguf, read_value
+from compressknow.model.gguf_file import ORDER, Tensor, count_by_type, find_groups, list_tensors, open_gguf, read_value
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, count_scope_parameters
 from compressknow.model.tensors import find_grid
 
@@ -195,7 +195,7 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
             "bytes": sum(part.stat().st_size for part in parts),
             **({"made_of": {key: value for key, value in made.items() if value}} if any(made.values()) else {}),
             "groups": {
-                group: _count_by_type([tensor for name, tensor in tensors.items() if groups[name] == group])
+                group: _describe_group([tensor for name, tensor in tensors.items() if groups[name] == group])
                 for group in ORDER
                 if group in groups.values()
             },
@@ -208,16 +208,10 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     )
 
 
-def _count_by_type(tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _describe_group(tensors: Sequence[Tensor]) -> dict[str, Any]:
     stored = sum(tensor.numel for tensor in tensors)
-    types: dict[str, dict[str, int]] = {}
-    for tensor in tensors:
-        counts = types.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
-        counts["tensors"] += 1
-        counts["parameters"] += tensor.numel
-        counts["bytes"] += tensor.nbytes
     return {
-        **{"modules": len(tensors), "stored": stored, "used": stored, "types": types},
+        **{"modules": len(tensors), "stored": stored, "used": stored, "types": count_by_type(tensors)},
         "weights": [
             {"name": each.name, "shape": list(each.shape[::-1]), "dtype": each.type, "layer": each.layer}
             for each in tensors
