@@ -45,7 +45,7 @@ def converter() -> Iterator[Path]:
     from compressknow.gguf.converter import VARIABLE, find_converter
 
     try:
-        script = find_converter(fetch=True).script
+        script = find_converter(fetch=True)
     except NotInstalled as error:
         pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:

