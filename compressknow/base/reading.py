@@ -13,14 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
 from compressknow.base.packages import require
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-
 
 MIB = 1 << 20
 # The most bytes of a file, by its kind. The index of a model of 100,000 tensors takes 15 MB, its manifest 70 MB; the
@@ -334,34 +330,27 @@ def check_parquet(path: Path) -> None:
     none."""
     import pyarrow.parquet as pq
 
-    check_regular(path)
-    size = path.stat().st_size
+    size = check_regular(path).st_size
+    most = MOST_BYTES + EXPANSION * size
     with pq.ParquetFile(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         texts = sorted({chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"})
     if sum(chunk.num_values for chunk in chunks) > TABLE_VALUES + size:
         raise NotReadable(f"it holds more than {TABLE_VALUES:,} values in {size:,} bytes")
-    if sum(chunk.total_uncompressed_size for chunk in chunks) > MOST_BYTES + EXPANSION * size:
+    if sum(chunk.total_uncompressed_size for chunk in chunks) > most:
         raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
     # As dictionaries, in which a text that is repeated is held once; pyarrow reads those in lists plainly alone.
     with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
-        if _count_text_bytes(file, texts, most := MOST_BYTES + EXPANSION * size) > most:
-            raise NotReadable(f"its texts would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
-
-
-def _count_text_bytes(file: pq.ParquetFile, texts: list[str], most: int) -> int:
-    """Count the bytes of all texts, each as often as it stands; no more is counted once there are too many."""
-    total = 0
-    for text in texts:
-        for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
-            total += _count_bytes(batch.column(0))
-            if total > most:
-                return total
-    return total
+        for text in texts:
+            for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
+                most -= _count_bytes(batch.column(0))
+                if most < 0:
+                    raise NotReadable(f"its texts would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
 
 
 def _count_bytes(column: Any) -> int:
+    """Count the bytes of all texts of a column, each as often as it stands."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -303,7 +303,6 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError where the pickle wants more than tensors (it could run code), is damaged, or holds no flat
     state dict.
     """
-    _check_packed(path)
     if records := _list_records_in_place(path):
         state = _load_pickle(path, map_location="meta")
         if all(_is_in_place(records, tensor) for tensor in state.values()):
@@ -313,17 +312,12 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     return {name: _make_stored(path, name, tensor, in_place=False) for name, tensor in state.items()}
 
 
-def _check_packed(path: Path) -> None:
+def _check_packed(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     """Raise CheckpointError for an archive that unpacks to far more than lies in it.
 
     torch.save compresses nothing. Other tools may, and weights compress to a half at best: a few megabytes that
     unpack to gigabytes are no weights.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception:  # No archive, or a damaged one: torch will say.
-        return
     size = path.stat().st_size
     if (unpacked := sum(entry.file_size for entry in entries)) > EXPANSION * size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
@@ -384,17 +378,21 @@ def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
 def _list_records_in_place(path: Path) -> dict[int, int]:
     """Return the records of a zip archive that lie in it as they are: size in bytes by offset.
 
-    Empty where the file is no such archive, or was written on a machine of the other byte order.
+    Empty where the file is no such archive, or was written on a machine of the other byte order. Raises CheckpointError
+    as `_check_packed` does.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()
+            _check_packed(path, entries)
             # All but the storages: reading them compares their checksums, which torch does not.
             small = {entry.filename: archive.read(entry) for entry in entries if "/data/" not in entry.filename}
             if any(order.decode() != sys.byteorder for name, order in small.items() if name.endswith("/byteorder")):
                 return {}
             plain = [e for e in entries if e.compress_type == zipfile.ZIP_STORED and not e.flag_bits & ENCRYPTED]
             return {_find_data_offset(file, entry): entry.file_size for entry in plain}
+    except CheckpointError:
+        raise
     except Exception:  # A damaged archive may fail anywhere; what is wrong with it, torch will say.
         return {}
 
