@@ -80,22 +80,14 @@ def check_login() -> None:
         )
 
 
-def upload(
-    place: Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    message: str = "Upload",
-    card: str | None = None,
-    bars: bool = False,
-) -> Upload:
+def upload(place: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
     """Upload a folder, or a file and what lies beside it under its name (``OUT.gguf.json``), to a repository, which is
     made where there is none.
 
     Parameters
     ----------
     card : of a file, the text of the README.md, where the repository has none.
-    private : of a repository that is made; by default as the Hub does it: public, unless its organization says else.
+    private : of a repository that is made; None as the Hub does it: public, unless its organization says else.
     message : of the commit.
     bars : show those of huggingface_hub, on a terminal.
 

@@ -24,7 +24,7 @@ from typing import Any
 from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, suggest_word
 from compressknow.base.files import claim_folder, find_cache_folder
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import Advance, Listener, Stage, report_progress
+from compressknow.base.progress import Advance, Begin, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
 from compressknow.gguf.children import build_python_command, check_exit, put_first, read_reason, read_tail, run
 
@@ -151,28 +151,22 @@ def _run(converter: Path, *arguments: str | Path, log: Path, look: Callable[[], 
 
 
 def convert(
-    converter: Path,
-    folder: Path,
-    output: Path,
-    float_type: str,
-    *,
-    name: str | None = None,
-    expected: int = 0,
-    advance: Advance | None = None,
+    converter: Path, folder: Path, output: Path, float_type: str, *, name: str | None, expected: int, begin: Begin
 ) -> None:
     """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
-    called `name` in it where its card does not say, by default after the folder.
+    called `name` in it where its card does not say; None is for the folder's. `begin` begins the stage ``export``.
 
     Raises CompressknowError where the converter fails: it does not know the tokenizer, for one.
     """
 
     def look() -> None:
-        if advance and expected and output.exists():
+        if advance and output.exists():
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
     named = ("--model-name", name) if name else ()
-    code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *named, log=log, look=look)
+    with begin("export") as advance:
+        code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *named, log=log, look=look)
     check_exit("llama.cpp's converter failed", log, code, _NEWER if _UNKNOWN.search(read_tail(log)) else None)
 
 

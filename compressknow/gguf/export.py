@@ -358,16 +358,8 @@ def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
 
 def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> None:
     """Write the file in between, of the weights in the folder `source`."""
-    with begin("export") as advance:
-        convert(
-            export.converter,
-            source,
-            exact,
-            export.exact,
-            name=export.checkpoint.name if export.checkpoint.revision else None,
-            expected=export.exact_bytes,
-            advance=advance,
-        )
+    name = export.checkpoint.name if export.checkpoint.revision else None
+    convert(export.converter, source, exact, export.exact, name=name, expected=export.exact_bytes, begin=begin)
 
 
 def _find_importance(

@@ -72,11 +72,7 @@ class Inspection(Shown, dict[str, Any]):
 
 
 def inspect_checkpoint(
-    model: str | Path,
-    *,
-    module_map: ModuleMap = "structural",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    model: str | Path, *, module_map: ModuleMap, revision: str | None, trust_remote_code: bool
 ) -> Inspection:
     """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of.
 

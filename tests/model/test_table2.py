@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compressknow.model.summary import inspect_checkpoint
+import compressknow
 
 BERT = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 30522}
 ROBERTA = {
@@ -90,7 +90,7 @@ TABLE = {
 
 def exact(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     (folder / "config.json").write_text(json.dumps(config))
-    scopes = inspect_checkpoint(folder, module_map="paper")["scopes"]
+    scopes = compressknow.inspect(folder, module_map="paper")["scopes"]
     return (
         scopes["overall"]["prune"],
         scopes["attention"]["prune"],
@@ -120,8 +120,8 @@ def test_the_slip_of_the_paper_is_one_by_its_own_sum() -> None:
 
 def test_the_paper_counts_berts_attention_output_as_feed_forward(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Bert-base"]))
-    structural = inspect_checkpoint(tmp_path)["groups"]
-    paper = inspect_checkpoint(tmp_path, module_map="paper")["groups"]
+    structural = compressknow.inspect(tmp_path)["groups"]
+    paper = compressknow.inspect(tmp_path, module_map="paper")["groups"]
     moved = 12 * 768 * 768
     assert structural["attention"]["used"] - paper["attention"]["used"] == moved
     assert paper["feed-forward"]["used"] - structural["feed-forward"]["used"] == moved
@@ -129,7 +129,7 @@ def test_the_paper_counts_berts_attention_output_as_feed_forward(tmp_path: Path)
 
 def test_albert_is_stored_once_and_counted_once_a_use(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Albert-base-v2"]))
-    summary = inspect_checkpoint(tmp_path)
+    summary = compressknow.inspect(tmp_path)
     attention = summary["groups"]["attention"]
     assert attention["stored"] == 4 * 768 * 768
     assert attention["used"] == 12 * attention["stored"]
