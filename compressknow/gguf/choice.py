@@ -202,12 +202,8 @@ def _parse_record(record: Any) -> dict[str, Any] | None:
     return values
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Type of each matrix of a file, and what a record says of the choice."""
-
-    types: Mapping[str, str]
-    record: Mapping[str, Any]
+# The type of each matrix of a file, and what a record says of the choice.
+Fitted = tuple[Mapping[str, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

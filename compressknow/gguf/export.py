@@ -341,10 +341,10 @@ def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str]
     """Return the type of the file, those of single tensors, and what a record says of them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
-    fitted = export.fit.choose(tensors, measure_overhead(tensors))
-    kind = find_main_type(fitted.types, tensors)
-    rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in fitted.types.items()]
-    return kind, dict(fitted.types), {"type": kind, "types": rules, "fit": dict(fitted.record)}
+    types, record = export.fit.choose(tensors, measure_overhead(tensors))
+    kind = find_main_type(types, tensors)
+    rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in types.items()]
+    return kind, dict(types), {"type": kind, "types": rules, "fit": dict(record)}
 
 
 def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:

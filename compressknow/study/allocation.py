@@ -262,7 +262,7 @@ def describe_fit(allocation: Allocation, budget: int, target: Target, guidance: 
         **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint},
         **{"tokens": guidance.tokens, "text_sha256": guidance.text},
     }
-    return Fitted(allocation.types, record)
+    return allocation.types, record
 
 
 def build_table(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:
