@@ -193,7 +193,7 @@ def _make_fit(
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
-    check_budget(target.budget(job.numel), [each.shape for each in job.tensors], job.exact_bytes)
+    check_budget(target.budget(job.numel), [each.shape for each in job.tensors.values()], job.exact_bytes)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(

@@ -22,7 +22,7 @@ from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
-from compressknow.compress.weights import Side, read_side
+from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
@@ -45,7 +45,7 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
-from compressknow.gguf.plain import PLAIN_DTYPES, Plain, find_same_channels, list_plain_tensors, write_plain
+from compressknow.gguf.plain import PLAIN_DTYPES, find_same_channels, get_dtype, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
     IMPORTANCE,
@@ -80,7 +80,7 @@ class Export:
 
     checkpoint: Checkpoint
     side: Side
-    tensors: list[Plain]
+    tensors: dict[str, Values]
     choice: Choice
     converter: Path
     exact: str
@@ -114,7 +114,7 @@ class Export:
 
     @property
     def numel(self) -> int:
-        return sum(each.nbytes // DTYPE_SIZES[each.dtype] for each in self.tensors)
+        return sum(values.tensor.numel for values in self.tensors.values())
 
     @property
     def exact_bytes(self) -> int:
@@ -134,7 +134,9 @@ class Export:
     @property
     def plain_bytes(self) -> int:
         """Return the size of the weights as floats, where the converter needs them unpacked first."""
-        return 0 if self.is_plain else sum(each.nbytes for each in self.tensors)
+        if self.is_plain:
+            return 0
+        return sum(values.tensor.numel * DTYPE_SIZES[get_dtype(values)] for values in self.tensors.values())
 
     @property
     def needed_bytes(self) -> int:
@@ -168,7 +170,7 @@ def prepare(
     check_architecture(side.structure.architecture, converter)
     tensors = list_plain_tensors(side, checkpoint)
     # The smallest type that holds every matrix exactly.
-    dtypes = {each.dtype for each in tensors if len(each.shape) > 1 and each.dtype in FLOATS}
+    dtypes = {get_dtype(values) for values in tensors.values() if len(values.shape) > 1} & FLOATS.keys()
     exact = FLOATS[dtypes.pop()] if len(dtypes) == 1 and choice.type != "f32" else "f32"
     export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
     if choice.importance is not None:
@@ -390,7 +392,7 @@ def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
     plain = folder / _PLAIN / (export.checkpoint.folder.resolve().name or "model")
     plain.parent.mkdir()
     with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
-        total = sum(each.values.stored.nbytes for each in export.tensors)
+        total = sum(values.stored.nbytes for values in export.tensors.values())
         write_plain(export.checkpoint, export.tensors, Reader(pool, files, count_progress(advance, total)), plain)
     return plain
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +32,23 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
 _BLOCK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Tensor to write: its name in the files, and its values. Integers become float32, in which they are multiplied
-    with their scale; all else stays as it is."""
-
-    name: str
-    values: Values
-
-    @property
-    def dtype(self) -> str:
-        return "F32" if self.values.scale else self.values.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.tensor.shape
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * 4 if self.values.scale else self.values.tensor.nbytes
+def get_dtype(values: Values) -> str:
+    """Return the dtype of plain values: integers become float32, in which they are multiplied with their scale; all
+    else stays as it is."""
+    return "F32" if values.scale else values.tensor.dtype
 
 
-def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
+def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> dict[str, Values]:
     """Return a checkpoint's tensors without quantization, by its stored names, in their order.
 
     Raises UnsupportedError where values cannot be read: another tool has packed them.
     """
-    plain: dict[str, Plain] = {}
+    plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():
         values = side.values(key)
         if values is not None and (values.scale or values.tensor.dtype in PLAIN_DTYPES):
-            plain[tensor.name] = Plain(tensor.name, values)
+            plain[tensor.name] = values
         else:
             unreadable[tensor.name] = side.packed(key) or tensor.dtype
     unreadable |= {name: side.packed(name) for name in side.packed_weights()}
@@ -75,10 +58,10 @@ def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> list[Plain]:
             hint="Export the original, or what `compressknow convert` wrote.",
         )
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
-    return sorted(plain.values(), key=lambda each: place.get(each.values.stored.name, len(place)))
+    return dict(sorted(plain.items(), key=lambda item: place.get(item[1].stored.name, len(place))))
 
 
-def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, folder: Path) -> None:
+def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, Values], reader: Reader, folder: Path) -> None:
     """Write a folder of plain weights, with the small files of the checkpoint; `reader` is told the bytes read."""
     folder.mkdir()
     for name in (*list_carried_files(checkpoint.folder), CARD_NAME):
@@ -87,45 +70,45 @@ def write_plain(checkpoint: Checkpoint, tensors: list[Plain], reader: Reader, fo
             (folder / name).write_bytes(source.read_bytes())
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    ordered = sorted(tensors, key=lambda each: -DTYPE_SIZES[each.dtype])
+    ordered = sorted(tensors.items(), key=lambda item: -DTYPE_SIZES[get_dtype(item[1])])
     with (folder / SAFETENSORS).open("xb") as file:
-        file.write(lay_out_file([(each.name, each.dtype, each.shape) for each in ordered])[0])
-        for tensor in ordered:
-            for piece in _read_pieces(tensor, reader):
+        file.write(lay_out_file([(name, get_dtype(values), values.shape) for name, values in ordered])[0])
+        for _, values in ordered:
+            for piece in _read_pieces(values, reader):
                 file.write(view_bytes(piece.contiguous()))
 
 
-def _read_pieces(tensor: Plain, reader: Reader) -> Iterator[torch.Tensor]:
-    if not prod(tensor.shape):
+def _read_pieces(values: Values, reader: Reader) -> Iterator[torch.Tensor]:
+    if not values.tensor.numel:
         return iter(())
-    if tensor.values.scale is None:
-        return (block.values for block in reader.blocks(tensor.values.stored))
-    return (floats.to(torch.float32) for _, floats in tensor.values.floats(reader))
+    if values.scale is None:
+        return (block.values for block in reader.blocks(values.stored))
+    return (floats.to(torch.float32) for _, floats in values.floats(reader))
 
 
-def find_same_channels(exact: Path, tensors: Tensors, plain: Sequence[Plain]) -> list[str]:
+def find_same_channels(exact: Path, tensors: Tensors, plain: Mapping[str, Values]) -> list[str]:
     """Return the names of tensors of a GGUF file in 32 or 16 bits whose input channels are those of the checkpoint, in
     its order.
 
     The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
     channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
     """
-    by_name = {each.name: each for each in plain}
     names = []
     with Pool(1) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         for tensor in read_gguf(exact).tensors:
-            parts = [by_name[name] for name in tensors.stored.get(tensor.name, ()) if name in by_name]
-            if parts and _has_channels_of(parts, tensor, reader):
+            stored = [name for name in tensors.stored.get(tensor.name, ()) if name in plain]
+            # Experts are stacked by their number.
+            stored.sort(key=lambda name: int(expert[1]) if (expert := _EXPERT.search(name)) else 0)
+            if stored and _has_channels_of([plain[name] for name in stored], tensor, reader):
                 names.append(tensor.name)
     return names
 
 
-def _has_channels_of(parts: Sequence[Plain], tensor: Any, reader: Reader) -> bool:
+def _has_channels_of(parts: Sequence[Values], tensor: Any, reader: Reader) -> bool:
     """Return whether a tensor has the energies of what a checkpoint stores for it, with channels along either axis."""
     stored = _sum_tensor_squares(tensor)
-    ordered = sorted(parts, key=lambda part: int(expert[1]) if (expert := _EXPERT.search(part.name)) else 0)
-    by_part = [_sum_plain_squares(part, reader) for part in ordered]
+    by_part = [_sum_plain_squares(part, reader) for part in parts]
     for own in zip(*by_part, strict=True):
         if len(tensor.shape) > 2:
             energies = np.concatenate(own)
@@ -152,12 +135,12 @@ def _sum_tensor_squares(tensor: Any) -> Energies:
     return energies
 
 
-def _sum_plain_squares(plain: Plain, reader: Reader) -> tuple[Energies, Energies]:
+def _sum_plain_squares(plain: Values, reader: Reader) -> tuple[Energies, Energies]:
     """Return the energies with channels along the last axis, and along the one before it."""
     *_, height, columns = plain.shape
     matrices = plain.shape[0] if len(plain.shape) > 2 else 1
     last, first = np.zeros((matrices, columns)), np.zeros(matrices * height)
-    for block, floats in plain.values.floats(reader):
+    for block, floats in plain.floats(reader):
         squares = np.square(floats.numpy())
         first[block.rows] = squares.sum(axis=1)
         for matrix in range(matrices):
