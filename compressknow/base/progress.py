@@ -257,9 +257,8 @@ def begin_stages(listener: Listener | None, model: object) -> Begin:
     return lambda work: report_progress(listener, Stage(work, str(model)))
 
 
-def ignore_progress(_: Work) -> contextlib.AbstractContextManager[Advance | None]:
-    """Begin a stage that is reported to nobody."""
-    return contextlib.nullcontext()
+# Begins stages that are reported to nobody.
+ignore_progress = begin_stages(None, "")
 
 
 def relabel_progress(listener: Listener | None, **changes: Any) -> Listener | None:

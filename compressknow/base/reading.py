@@ -181,7 +181,9 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
-        return None if None in wrong else _find_complaint(value, form, wrong)
+        # The form that was probably meant is the first one of the value's kind.
+        kinds = [isinstance(value, (dict, list)) == isinstance(each, (dict, list)) for each in form]
+        return None if None in wrong else wrong[kinds.index(True) if True in kinds else 0]
     if form is None or isinstance(form, type):
         kind = "not null" if form is None else f"no {_NAMES[form]}"
         return None if _is(value, form) else f"{where} is {kind}"
@@ -214,12 +216,6 @@ def _is(value: Any, form: type | None) -> bool:
     if form in (int, float) and isinstance(value, int):
         return abs(value) <= LARGEST
     return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
-
-
-def _find_complaint(value: Any, forms: tuple[Any, ...], wrong: list[str | None]) -> str | None:
-    """Return the complaint of the form that was probably meant: the first one of the value's kind."""
-    kinds = [isinstance(value, (dict, list)) == isinstance(form, (dict, list)) for form in forms]
-    return wrong[kinds.index(True) if True in kinds else 0]
 
 
 # Files of rows, and what `datasets` calls their kind.

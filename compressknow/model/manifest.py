@@ -83,18 +83,17 @@ def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return what the weight files must hold, by name: ``dtype``, ``shape``, ``sha256``, and ``zeros`` of a weight."""
-    return {name: row for each in manifest["tensors"] for name, row in _list_stored(each)}
-
-
-def _list_stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the tensor of a row, and its scale where it has one; or all that its scheme stores for it."""
-    if "stored" in row:
-        yield from ((part["name"], part) for part in row["stored"])
-        return
-    yield row["name"], {**row, "dtype": row["dtype_after"]}
-    if scale := row.get("scale"):
-        for name in (scale["name"], *scale.get("also", ())):
-            yield name, {key: scale[key] for key in ("shape", "dtype", "sha256")}
+    expected: dict[str, Mapping[str, Any]] = {}
+    for row in manifest["tensors"]:
+        # All that its scheme stores for it; or the tensor, and its scale where it has one.
+        if "stored" in row:
+            expected |= {part["name"]: part for part in row["stored"]}
+            continue
+        expected[row["name"]] = {**row, "dtype": row["dtype_after"]}
+        if scale := row.get("scale"):
+            values = {key: scale[key] for key in ("shape", "dtype", "sha256")}
+            expected |= dict.fromkeys((scale["name"], *scale.get("also", ())), values)
+    return expected
 
 
 def summarize_calibration(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
