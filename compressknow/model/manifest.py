@@ -21,12 +21,11 @@ MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
 SEAL = "sha256"
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 _SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
-_PART = {"name": str, "shape": [int], "dtype": str, "sha256": str}
-_SCALE = {**_PART, "also?": [str]}
+_PART = {"name": str, "shape": [int], "dtype": str, "sha256": str, "also?": [str]}
 _ROW = {
     **{"name": str, "group": str, "shape": [int], "dtype_after": str, "in_scope": bool, "scheme": (str, None)},
     **dict.fromkeys(("numel", "pruned", "zeros", "zeros_before", "bytes_before", "bytes_after"), int),
-    **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _SCALE},
+    **{"norm?": float, "relative_error": float, "sha256": str, "scale?": _PART},
     **{"refilled?": int, "stored?": [_PART], "bits?": int, "name_before?": str, "shape_before?": [int]},
 }
 _BLOCKS = {"stack": str, "key": str, "before": int, "after": int, "dropped": [int], "similarities?": [float]}
@@ -86,13 +85,12 @@ def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str,
     expected: dict[str, Mapping[str, Any]] = {}
     for row in manifest["tensors"]:
         # All that its scheme stores for it; or the tensor, and its scale where it has one.
-        if "stored" in row:
-            expected |= {part["name"]: part for part in row["stored"]}
-            continue
-        expected[row["name"]] = {**row, "dtype": row["dtype_after"]}
-        if scale := row.get("scale"):
-            values = {key: scale[key] for key in ("shape", "dtype", "sha256")}
-            expected |= dict.fromkeys((scale["name"], *scale.get("also", ())), values)
+        parts = row.get("stored", [row["scale"]] if "scale" in row else [])
+        if "stored" not in row:
+            expected[row["name"]] = {**row, "dtype": row["dtype_after"]}
+        for part in parts:
+            values = {key: part[key] for key in ("shape", "dtype", "sha256")}
+            expected |= dict.fromkeys((part["name"], *part.get("also", ())), values)
     return expected
 
 

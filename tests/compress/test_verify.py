@@ -55,6 +55,11 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     (folder / "compressknow.json").write_text(json.dumps(manifest))
 
 
+def say_stored(row: dict[str, Any], **more: object) -> None:
+    names = {"name": "name", "shape": "shape", "dtype": "dtype_after", "sha256": "sha256"}
+    row["stored"] = [{key: row[name] for key, name in names.items()} | more]
+
+
 def test_what_convert_wrote_is_as_its_manifest_says(converted: Path) -> None:
     result = compressknow.verify(converted)
     rows = json.loads((converted / "compressknow.json").read_text())["tensors"]
@@ -94,6 +99,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a count": (
         lambda folder: edit_manifest(folder, lambda manifest: manifest["totals"].update(pruned=1)),
         "compressknow.json: totals.pruned is 1, its tensors add up to",
+    ),
+    "what is stored for a weight": (
+        lambda folder: edit_manifest(folder, lambda manifest: say_stored(manifest["tensors"][0], zeros="some")),
+        "compressknow.json: it was edited",
     ),
 }
 
