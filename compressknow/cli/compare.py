@@ -28,7 +28,7 @@ from compressknow.cli.options import (
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
-from compressknow.pages.diff.tables import (
+from compressknow.pages.diff.pages import (
     build_figures_table,
     build_settings_table,
     build_structure_table,

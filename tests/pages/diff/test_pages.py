@@ -18,8 +18,7 @@ from markdown_it import MarkdownIt
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
 from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
-from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.pages.diff.tables import make_grid
+from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
 from compressknow.pages.records import Checkpoint
 from compressknow.pages.svg import Grid, draw_heat_map
 from tests.pages.diff.contrasts import comparison_of, identical, make_diff
