@@ -87,14 +87,9 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     each that modules are pruned by, and of each scheme; of kinds of which the study has several. Findings without cells
     are left out there.
     """
-    studies = {("", ""): study} | {
-        of: replace(study, cells=cells) for of, cells in _group_cells_by_method(study).items()
-    }
+    studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
-    tested = [
-        replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test in applicable
-    ]
-    adjusted = iter(adjust_claims(tested))
+    adjusted = iter(adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
     by_study = {
         of: {finding.id: _word_finding(each, finding, next(adjusted)) for finding, _ in applicable}
         for of, each in studies.items()
@@ -110,18 +105,18 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     )
 
 
-def _group_cells_by_method(study: Study) -> dict[tuple[str, str], tuple[StudyCell, ...]]:
-    methods, schemes = list_methods(study), list_schemes(study)
-    by_method = {
-        # As if by the paper's method, which the tests look for.
-        (PRUNING, name): tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
-        for name in (methods if len(methods) > 1 else ())
-    }
-    by_scheme = {
-        (QUANTIZATION, name): tuple(cell for cell in study.cells if cell.quantization == name)
-        for name in (schemes if len(schemes) > 1 else ())
-    }
-    return by_method | by_scheme
+def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
+    parts = {}
+    if len(methods := list_methods(study)) > 1:
+        for name in methods:
+            # As if by the paper's method, which the tests look for.
+            cells = tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
+            parts[PRUNING, name] = replace(study, cells=cells)
+    if len(schemes := list_schemes(study)) > 1:
+        for name in schemes:
+            cells = tuple(cell for cell in study.cells if cell.quantization == name)
+            parts[QUANTIZATION, name] = replace(study, cells=cells)
+    return parts
 
 
 def _claim_low_decline(study: Study) -> Claim:
