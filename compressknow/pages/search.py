@@ -13,6 +13,8 @@ from compressknow.base.format import clean, clean_lines, compare_sizes, count, d
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.records import ModelRecord
+from compressknow.pages.as_json import dump_model
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
@@ -30,7 +32,7 @@ from compressknow.pages.parts import (
     list_identity,
     show_run,
 )
-from compressknow.pages.records import ModelFacts, write_estimate
+from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
 
 # A search's page is short enough to have no table of contents.
@@ -73,7 +75,7 @@ class Trial:
 class Search(notebook.Tabular):
     """Whole search. Its rows are the files that were evaluated."""
 
-    original: ModelFacts
+    original: ModelRecord
     form: str  # ``gguf`` or ``checkpoint``
     keep: float | None  # share of knowledge that must be kept; None where `budget` was asked for
     budget: int | None  # bytes that a file may have
@@ -379,9 +381,10 @@ SCHEMA = 2
 
 def write_search(search: Search, folder: Path) -> None:
     """Write ``search.html`` and ``search.json``, which has shares from 0 to 1 and bytes, into `folder`."""
+    values = {"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}
     texts = {
         ".html": lambda: render_search_html(search),
-        ".json": lambda: dump_json({"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}),
+        ".json": lambda: dump_json(values | {"original": dump_model(search.original)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages import drawing, pages
 from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_summary, render_junit
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
@@ -42,7 +43,7 @@ from compressknow.pages.parts import (
     list_identity,
     show_run,
 )
-from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate, write_range
+from compressknow.pages.records import Card, Comparison, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 
 _FEWEST = 3  # fewer models are told apart at a glance at the table
@@ -51,12 +52,12 @@ _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
 
 
-def name_runtime(model: ModelFacts) -> str:
+def name_runtime(model: ModelRecord) -> str:
     """Return what ran a model, in a word or two."""
     return str(model.runtime["name"]) if model.runtime else "transformers"
 
 
-def name_deployment(model: ModelFacts) -> str:
+def name_deployment(model: ModelRecord) -> str:
     """Return the runtime and precision, or build, that a model's speed was measured in."""
     computed_in = str(model.speed.computed_in or "") if model.speed else ""
     name = name_runtime(model)
@@ -76,11 +77,11 @@ def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
     return tuple(chart for chart in charts if chart)
 
 
-def _get_size(model: ModelFacts) -> _Cost | None:
+def _get_size(model: ModelRecord) -> _Cost | None:
     return None if model.bytes is None else (model.bytes / 1e6, write_size(model.bytes), name_runtime(model))
 
 
-def _get_speed(model: ModelFacts) -> _Cost | None:
+def _get_speed(model: ModelRecord) -> _Cost | None:
     rate = model.speed.tokens_per_second if model.speed else None
     return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
 
@@ -88,7 +89,7 @@ def _get_speed(model: ModelFacts) -> _Cost | None:
 def _chart_cost(
     card: Card,
     names: Sequence[str],
-    get_cost: Callable[[ModelFacts], _Cost | None],
+    get_cost: Callable[[ModelRecord], _Cost | None],
     title: str,
     axis: str,
     more_is_better: bool = False,
@@ -334,7 +335,7 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
     )
 
 
-def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
+def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list[str]]]:
     """Yield what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
     if any(model.runtime for model in models):
         yield "Runs in", [clean(name_runtime(model), 30) for model in models]

@@ -290,7 +290,7 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     except CompressknowError:
         # Of another version, or of a package that is not installed.
         recipe = None
-    found = next(list_milder(recipe, model.groups), None) if recipe else None
+    found = next(list_milder(recipe, model.groups or {}), None) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
     name = clean(str((model.source or {}).get("name") or ""), 120)

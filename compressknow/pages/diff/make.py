@@ -16,9 +16,10 @@ from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
-from compressknow.pages.records import Card, Checkpoint
+from compressknow.pages.records import Card
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
 # In the order in which pages show such facts.
@@ -62,8 +63,8 @@ class CheckpointComparison(Shown):
     """
 
     verdict: str
-    a: Checkpoint
-    b: Checkpoint
+    a: ModelRecord
+    b: ModelRecord
     identical: bool
     files: tuple[str, ...]  # others than weights and config that differ, such as those of the tokenizer
     difference: CheckpointDiff | None
@@ -92,7 +93,7 @@ def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) 
     return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 
 
-def name_both(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+def name_both(a: ModelRecord, b: ModelRecord) -> tuple[str, str]:
     """Return what sentences call the two: their names where these differ."""
     names = clean(a.name, 60), clean(b.name, 60)
     return names if names[0] != names[1] else ("A", "B")
@@ -102,15 +103,9 @@ TOP = 3
 _LONG = 120
 
 
-def make_checkpoint(described: Mapping[str, Any], sha256: str) -> Checkpoint:
-    """Make the record of a checkpoint that `compressknow.engine.identity.describe` described."""
-    known: dict[str, Any] = {key: described.get(key) for key in Checkpoint.__dataclass_fields__}
-    return Checkpoint(**known | {"sha256": sha256})
-
-
 def make_comparison(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: ModelRecord,
+    b: ModelRecord,
     difference: CheckpointDiff | None,
     behaviour: Behaviour | None,
     *,
@@ -136,7 +131,7 @@ def make_comparison(
 
 
 def list_warnings(
-    a: Checkpoint, b: Checkpoint, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
+    a: ModelRecord, b: ModelRecord, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
     """Yield what stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
     if warnings.is_made_from(a, b):

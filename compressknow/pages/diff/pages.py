@@ -24,6 +24,7 @@ from compressknow.base.format import (
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
 from compressknow.comparison.records import Group, ProbeFigures
+from compressknow.evaluate.records import ModelRecord
 from compressknow.model.manifest import describe_text
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 from compressknow.pages.card.sections.facts import make_grades_table
@@ -52,7 +53,7 @@ from compressknow.pages.parts import (
     show_run,
     write_bare_p,
 )
-from compressknow.pages.records import Checkpoint, dump_comparison, write_estimate
+from compressknow.pages.records import dump_comparison, write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
@@ -130,7 +131,7 @@ def _write_headline(comparison: CheckpointComparison) -> str:
     return f"Relative error {number(total.relative_error, 4)}"
 
 
-def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
+def _describe_checkpoint(side: ModelRecord) -> tuple[Entry, ...]:
     source = (side.source or {}).get("name") or ""
     entries = (
         make_name_entry("Name", side.name, side.revision),
@@ -446,8 +447,8 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": comparison.verdict,
         "identical": comparison.identical,
-        "a": asdict(comparison.a),
-        "b": asdict(comparison.b),
+        "a": _dump_checkpoint(comparison.a),
+        "b": _dump_checkpoint(comparison.b),
         "files": list(comparison.files),
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
@@ -455,6 +456,11 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "versions": dict(comparison.versions),
         "command": comparison.command,
     }
+
+
+def _dump_checkpoint(side: ModelRecord) -> dict[str, Any]:
+    names = "name revision sha256 bytes dtype quantization setup source calibration".split()
+    return {name: getattr(side, name) for name in names}
 
 
 def _dump_difference(difference: CheckpointDiff | None) -> dict[str, Any]:

@@ -378,5 +378,5 @@ def _limit_to_probe(study: Study, probe: StudyProbe) -> Study:
 
 
 def _number_in_paper(study: Study, numbers: Mapping[str, str]) -> str:
-    number = numbers.get(study.original.family)
+    number = numbers.get(study.original.family or "")
     return f" ({number} of the paper)" if number else ""

@@ -17,7 +17,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import NONE, clean, count, dump_json, number, share, write_size
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
-from compressknow.pages.as_json import dump_interval, dump_kept
+from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
@@ -309,7 +309,7 @@ def build_paper_tables(study: Study) -> tuple[Table, ...]:
 
 
 def _build_paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
-    family = study.original.family
+    family = study.original.family or ""
     in_percent = family == "masked"
     rows = []
     for probe in study.probes:
@@ -488,7 +488,7 @@ def dump_study(study: Study) -> dict[str, Any]:
         "verdict": write_verdict(study),
         "known": study.known,
         "found": [asdict(each) for each in draw_conclusions(study, findings)],
-        "original": asdict(study.original),
+        "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
         "findings": {finding.id: _dump_finding(finding) for finding in findings},
         "findings_by_method": methods,

@@ -19,9 +19,10 @@ from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.schemes import SCHEMES
 from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.as_json import replace_not_finite
 from compressknow.pages.parts import get_headline_accuracy
-from compressknow.pages.records import Comparison, ModelFacts, write_estimate
+from compressknow.pages.records import Comparison, write_estimate
 
 Setting = str | int | float | bool | None
 # Settings that columns of their own have, in the order in which a reader asks for them.
@@ -110,7 +111,7 @@ class FailedCell:
 class Study(Tabular):
     """Whole study, in the order of its grid. Its rows are those of ``cells.csv``."""
 
-    original: ModelFacts
+    original: ModelRecord
     probes: tuple[StudyProbe, ...]
     cells: tuple[StudyCell, ...]
     failed: tuple[FailedCell, ...]

@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
 from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
-from compressknow.pages.records import Checkpoint
 from compressknow.pages.svg import Grid, draw_heat_map
 from tests.pages.diff.contrasts import comparison_of, identical, make_diff
 from tests.pages.hostile import TEXTS
@@ -239,7 +239,7 @@ def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
     plain = comparison_of().a
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
-    def told(a: Checkpoint, b: Checkpoint) -> list[str]:
+    def told(a: ModelRecord, b: ModelRecord) -> list[str]:
         return list(list_warnings(a, b, False, make_diff(), None))
 
     assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1

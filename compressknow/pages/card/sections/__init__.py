@@ -33,12 +33,12 @@ from compressknow.pages.parts import (
     Text,
     draw_charts,
 )
-from compressknow.pages.records import Comparison, ModelFacts
+from compressknow.pages.records import Comparison
 
 if TYPE_CHECKING:
     from compressknow.comparison.paired import Pair
     from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.records import ProbeEntry
+    from compressknow.evaluate.records import ModelRecord, ProbeEntry
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
@@ -72,7 +72,7 @@ class Limits:
 class Context:
     """Context that a section speaks of: one compressed model against the original."""
 
-    original: ModelFacts
+    original: ModelRecord
     comparison: Comparison
     measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty where it measures nothing
     limits: Limits
@@ -171,7 +171,7 @@ def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
 
 
 def add_sections(
-    original: ModelFacts, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
+    original: ModelRecord, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
 ) -> Comparison:
     """Return the comparison with what its sections measure, of both models' `answers`, and their warnings."""
     warnings = [*comparison.warnings]
@@ -216,7 +216,7 @@ def _pair_answers(probe: str, original: Answers, compressed: Answers) -> ProbeAn
 
 
 def show_sections(
-    original: ModelFacts, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
+    original: ModelRecord, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
 ) -> tuple[tuple[Shown, ...], tuple[str, ...]]:
     """Return the sections of one comparison, whose ids begin with `id`, and why others are left out."""
     shown, failures = [], []

@@ -310,9 +310,8 @@ class Layers(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         model = context.comparison.model
-        if rows := tuple(
-            _make_group_row(name, group) for name, group in model.groups.items() if group.get("parameters")
-        ):
+        groups = model.groups or {}
+        if rows := tuple(_make_group_row(name, group) for name, group in groups.items() if group.get("parameters")):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
