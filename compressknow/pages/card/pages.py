@@ -6,7 +6,7 @@ All texts of models and facts go through `clean` here; the templates escape for 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -68,13 +68,37 @@ def name_deployment(model: ModelRecord) -> str:
 _Cost = tuple[float, str, str]
 
 
-def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
-    """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
-    charts = (
-        _chart_cost(card, names, _get_size, "size on disk", "size on disk, MB"),
-        _chart_cost(card, names, _get_speed, "tokens a second", "tokens a second", more_is_better=True),
-    )
-    return tuple(chart for chart in charts if chart)
+def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
+    """Yield knowledge kept by size and by speed, each where three or more models of these names differ in it."""
+    for title, axis, get_cost in (
+        ("size on disk", "size on disk, MB", _get_size),
+        ("tokens a second", "tokens a second", _get_speed),
+    ):
+        marks = []
+        for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
+            if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
+                amount, written, runtime = cost
+                text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
+                marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
+        if len({mark.cost for mark in marks}) < _FEWEST:
+            continue
+        kinds = list(dict.fromkeys(mark.kind for mark in marks))
+        looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
+        if cost := get_cost(card.original):
+            amount, written, runtime = cost
+            name = f"the original, in {runtime}"
+            marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
+            looks[name] = ("D", INK, 6.0)
+        yield Tradeoff(
+            f"Knowledge kept by {title}",
+            axis,
+            marks,
+            looks,
+            edge=kinds,
+            told="The best",
+            more_is_better=get_cost is _get_speed,
+            rounding=find_rounding_kept(list_probes(card.comparisons)),
+        )
 
 
 def _get_size(model: ModelRecord) -> _Cost | None:
@@ -84,42 +108,6 @@ def _get_size(model: ModelRecord) -> _Cost | None:
 def _get_speed(model: ModelRecord) -> _Cost | None:
     rate = model.speed.tokens_per_second if model.speed else None
     return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
-
-
-def _chart_cost(
-    card: Card,
-    names: Sequence[str],
-    get_cost: Callable[[ModelRecord], _Cost | None],
-    title: str,
-    axis: str,
-    more_is_better: bool = False,
-) -> Tradeoff | None:
-    """Chart costs where enough compressed models differ in them."""
-    marks = []
-    for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
-        if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
-            amount, written, runtime = cost
-            text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
-            marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
-    if len({mark.cost for mark in marks}) < _FEWEST:
-        return None
-    kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
-    if cost := get_cost(card.original):
-        amount, written, runtime = cost
-        name = f"the original, in {runtime}"
-        marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
-        looks[name] = ("D", INK, 6.0)
-    return Tradeoff(
-        f"Knowledge kept by {title}",
-        axis,
-        marks,
-        looks,
-        edge=kinds,
-        told="The best",
-        more_is_better=more_is_better,
-        rounding=find_rounding_kept(list_probes(card.comparisons)),
-    )
 
 
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
@@ -296,7 +284,7 @@ def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
 
 def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Iterator[Part]:
     by_setup = chart_setups(card.comparisons, names, "overview-chart") if charts else ()
-    by_cost = chart_costs(card, names) if charts else ()
+    by_cost = tuple(chart_costs(card, names)) if charts else ()
     mark = describe_mark(list_probes(card.comparisons), "The line across the charts")
     if by_setup:
         yield Charts(tuple(Drawn(chart) for chart in by_setup))
