@@ -187,7 +187,6 @@ class Terms(Part):
 class Claims(Part):
     """Claims about models: id, claim, families, answer, why, the statistic, and that per million parameters of each."""
 
-    caption: str
     claims: tuple[tuple[str, ...], ...]
 
 
@@ -293,13 +292,6 @@ class Sizes(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Models(Part):
-    """Pages of several models, one below the other, each unfolded by a click."""
-
-    pages: tuple[Page, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Shown:
     """Section as it stands on a page."""
 
@@ -312,12 +304,12 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """Page of sections, one below the other; or what a page holds of one of several models."""
+class Page(Part):
+    """Page of sections, one below the other; or part of a page on one of several models, unfolded by a click."""
 
     headline: str
     sections: tuple[Shown, ...]
-    kind: str = ""  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
+    what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
     title: str = ""
     models: str = ""  # which models it is about
     verdict: str = ""

@@ -230,29 +230,25 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
     return f"{write(low).removesuffix(' %')} to {write(high)}"
 
 
-def label_models(comparisons: Sequence[Comparison]) -> list[str]:
+def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
-    it from another either, its number.
+    it from another either, its number; `numbered`, each of several has one.
     """
-    labels = _label_models(comparisons)
-    repeated = Counter(labels)
-    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
+    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    repeated = Counter(setups)
+    labels = [
+        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
+        for setup, name in zip(setups, names, strict=True)
+    ]
+    alike = Counter(labels)
+    is_numbered = numbered and len(labels) > 1
+    return [f"{i}. {label}" if is_numbered or alike[label] > 1 else label for i, label in enumerate(labels, start=1)]
 
 
 def name_models(card: Card) -> tuple[str, ...]:
     """Return a name for each compressed model of a card: its label, numbered where there are several."""
-    labels = _label_models(card.comparisons)
-    return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
-
-
-def _label_models(comparisons: Sequence[Comparison]) -> list[str]:
-    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    repeated = Counter(setups)
-    return [
-        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
-        for setup, name in zip(setups, names, strict=True)
-    ]
+    return tuple(label_models(card.comparisons, numbered=True))
 
 
 def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:

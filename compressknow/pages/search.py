@@ -137,7 +137,7 @@ class Search(notebook.Tabular):
 def make_search_page(search: Search) -> Page:
     """Return the search as text, with its chart."""
     return Page(
-        kind="search",
+        what="search",
         title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
         headline=write_headline(search),
@@ -306,6 +306,12 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
 
 
 def _describe_method(search: Search) -> Iterator[str]:
+    split = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
+    if search.templates > 1:
+        split += (
+            f" Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than "
+            "half of them are answered right."
+        )
     names = ", ".join(clean(p, 60) for p in search.probes)
     guided = (
         f"{count(search.searched)} facts of {names}, drawn by the seed, guided the search (the original knew "
@@ -313,11 +319,11 @@ def _describe_method(search: Search) -> Iterator[str]:
     )
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
-        yield f"{guided}; two thirds of all facts grade what it found {graded}. {_describe_split(search)}"
+        yield f"{guided}; two thirds of all facts grade what it found {graded}. {split}"
     else:
         yield (
             f"{guided}; a third of all facts was held out to select the winner by ({count(search.held_out)}, "
-            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {_describe_split(search)}"
+            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {split}"
         )
     yield (
         "What rounding each weight to each type changes of the answers was measured once (KL divergence, to second "
@@ -335,16 +341,6 @@ def _describe_method(search: Search) -> Iterator[str]:
     yield (
         "What chose the file proves nothing about it: its share and its report card are of the facts that grade; its "
         "interval there is of 95 %."
-    )
-
-
-def _describe_split(search: Search) -> str:
-    whole = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
-    if search.templates == 1:
-        return whole
-    return (
-        f"{whole} Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than "
-        "half of them are answered right."
     )
 
 

@@ -30,7 +30,6 @@ from compressknow.pages.parts import (
     Entry,
     Folded,
     Graded,
-    Models,
     Note,
     Page,
     Part,
@@ -184,14 +183,14 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
             Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
             Shown("from", "Where they came from", (Entries(list_identity(card.original)),)),
             how,
-            Shown("models", "Each compressed model", (Models(tuple(models)),)),
+            Shown("models", "Each compressed model", tuple(models)),
             *about,
         )
         page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
     decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
-        kind="report card",
+        what="report card",
         title=f"{page.headline}: {clean(card.original.name, 60)}",
         models=f"{clean(card.original.name, 80)} {others}",
         verdict=clean(card.verdict, 1000),

@@ -348,12 +348,11 @@ def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
     this was not found for every probe of which it knows something.
     """
     known = [probe for probe in probes if probe.counts.known_before]
-    shares = [probe.noise_floor.kept for probe in known if probe.noise_floor]
-    weights = [probe.counts.known_before for probe in known]
-    measured = [each for each in shares if each is not None]
-    if not known or len(measured) < len(known):
+    shares = [probe.noise_floor.kept if probe.noise_floor else None for probe in known]
+    if not known or None in shares:
         return None
-    return sum(weight * each for weight, each in zip(weights, measured, strict=True)) / sum(weights)
+    weights = [probe.counts.known_before for probe in known]
+    return sum(weight * (share or 0.0) for weight, share in zip(weights, shares, strict=True)) / sum(weights)
 
 
 def mark_rounding(kept: float | None) -> dict[str, float]:

@@ -95,7 +95,7 @@ def make_comparison_page(
         Shown("compare-method", "Method", (Sentences(method),), look="text"),
     )
     return Page(
-        kind="comparison",
+        what="comparison",
         title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
         headline=headline,

@@ -129,7 +129,7 @@ def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
     """Return the study as text, with its charts where they are given; no fact's text is in it."""
     headline = write_headline(study)
     return Page(
-        kind="study",
+        what="study",
         title=f"{headline}: {clean(study.original.name, 60)}",
         models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
         headline=headline,
@@ -194,7 +194,7 @@ def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
         return
     without = [each for each in findings if each.answer != NOT_EVALUATED and not each.has_cells]
     shown = tuple(_show_finding(each) for each in findings if each not in without)
-    yield Claims("Each finding, whether it holds for this model, and why", shown)
+    yield Claims(shown)
     if without:
         yield Text(f"The study has no cells for {join_words([each.id for each in without])}.")
     tables = (build_comparisons_table(study, findings), build_bounds_table(study, findings))

@@ -202,17 +202,17 @@ def _measure(
     """
     if type(section).measure is Section.measure:
         return {}
-    figures = {probe.probe: section.measure(_pair_answers(probe.probe, *answers)) for probe in comparison.probes}
+    original, compressed = answers
+    figures = {}
+    for probe in (each.probe for each in comparison.probes):
+        entries = original.record.probes[probe], compressed.record.probes[probe]
+        pairs = pair_answers(probe, original.of(probe), compressed.of(probe), *entries)
+        figures[probe] = section.measure(ProbeAnswers(probe, tuple(pairs), *entries))
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")
     # As they will be read back: keys are text, tuples are lists.
     values: dict[str, Any] = json.loads(json.dumps(figures, allow_nan=False))
     return {probe: value for probe, value in values.items() if value is not None}
-
-
-def _pair_answers(probe: str, original: Answers, compressed: Answers) -> ProbeAnswers:
-    entries = original.record.probes[probe], compressed.record.probes[probe]
-    return ProbeAnswers(probe, tuple(pair_answers(probe, original.of(probe), compressed.of(probe), *entries)), *entries)
 
 
 def show_sections(
