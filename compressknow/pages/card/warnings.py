@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from compressknow.base.format import clean, count, share, write_percent
 from compressknow.comparison.intervals import FEWEST, estimate_proportion
@@ -15,10 +14,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
 from compressknow.pages.card.verdict import count_facts
-from compressknow.pages.records import Grade, write_estimate
-
-if TYPE_CHECKING:
-    from compressknow.pages.records import Comparison
+from compressknow.pages.records import Comparison, Grade, write_estimate
 
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100
@@ -88,7 +84,7 @@ def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
     does not say so, or where the original's files are on a server.
     """
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
-    if not hashes or (original.runtime or {}).get("name") == "server":
+    if not hashes or is_on_server(original):
         return None
     return not hashes.isdisjoint(others)
 

@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.format import clean
 from compressknow.base.packages import Registry
-from compressknow.comparison.paired import pair_answers
+from compressknow.comparison.paired import Pair, pair_answers
 from compressknow.comparison.records import Estimate
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.records import ModelRecord, ProbeEntry
 from compressknow.pages.as_json import probe_to_json
 from compressknow.pages.pages import render_html
 from compressknow.pages.parts import (
@@ -34,11 +36,6 @@ from compressknow.pages.parts import (
     draw_charts,
 )
 from compressknow.pages.records import Comparison
-
-if TYPE_CHECKING:
-    from compressknow.comparison.paired import Pair
-    from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.records import ModelRecord, ProbeEntry
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
