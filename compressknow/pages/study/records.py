@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from compressknow.base.format import clean, count, write_size
@@ -356,11 +355,10 @@ def _make_axis(study: Study, name: str) -> Axis:
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 
-@cache
-def _list_parameters(name: str) -> frozenset[str]:
+def _list_parameters(name: str) -> set[str]:
     own = {"rounding", "smooth"} if name == SCHEME else set()
     things = (METHODS if name == METHOD else SCHEMES).usable()[0].values()
-    return frozenset(own | {each.name for thing in things for each in thing.parameters()})
+    return own | {each.name for thing in things for each in thing.parameters()}
 
 
 def _is_fit(rest: Rest, other: Rest) -> bool:
