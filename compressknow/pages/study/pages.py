@@ -357,10 +357,10 @@ def build_cells_table(study: Study) -> Table:
             for text in original
         ),
         ("p", ["", *(write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
-        ("Pruned", ["", *(_write_millions(cell.pruned) for cell in study.cells)]),
-        ("Quantized", ["", *(_write_millions(cell.quantized) for cell in study.cells)]),
-        ("Size", [write_size(study.original.bytes), *(write_size(cell.bytes) for cell in study.cells)]),
-        ("Sparse size", ["", *(write_size(cell.sparse_bytes) for cell in study.cells)]),
+        ("Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in study.cells)]),
+        ("Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in study.cells)]),
+        ("Size", [write_size(m.bytes) for m in (study.original, *(cell.comparison.model for cell in study.cells))]),
+        ("Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in study.cells)]),
     ]
     return Table(
         "Every cell, and what it keeps",
