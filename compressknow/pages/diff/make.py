@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.paired import order_domains, pair_answers
+from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
@@ -22,26 +21,6 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.records import Card
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
-# In the order in which pages show such facts.
-KnownBy = Literal["only A", "only B", "neither"]
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """Fact that the two models answer differently, with the answers that each holds most likely, best first."""
-
-    probe: str
-    fact_id: str
-    relation: str
-    subject: str
-    prompt: str
-    gold: str
-    known_by: KnownBy
-    top_a: tuple[str, ...]
-    top_b: tuple[str, ...]
-    rank_a: int | None
-    rank_b: int | None
-
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
@@ -49,7 +28,7 @@ class Behaviour:
 
     b_against_a: Card  # A as the original: what of A's knowledge B keeps, and KL(A || B)
     a_against_b: Card
-    answers: tuple[AnswerPair, ...]  # facts whose top answer differs; empty where the text of facts is left out
+    answers: tuple[Pair, ...]  # to facts whose top answer differs; empty where the text of facts is left out
     warnings: tuple[str, ...]
     known: str = "recognized"  # as in `Card`
 
@@ -99,7 +78,6 @@ def name_both(a: ModelRecord, b: ModelRecord) -> tuple[str, str]:
     return names if names[0] != names[1] else ("A", "B")
 
 
-TOP = 3
 _LONG = 120
 
 
@@ -263,8 +241,17 @@ def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[
         yield from list_text_warnings(figures, ("A", "B"))
 
 
-def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
-    """Return the facts that the two answer differently: by which one knows them, then by domain and relation."""
+# In the order in which pages show such facts.
+_KNOWERS = ("only A", "only B", "neither")
+
+
+def name_knower(a: Answer, b: Answer) -> str:
+    """Say which model knows a fact that the two answer differently."""
+    return "neither" if a.correct == b.correct else "only A" if a.correct else "only B"
+
+
+def _pair_answers(a: Answers, b: Answers) -> list[Pair]:
+    """Return answers to facts that the two answer differently: by which one knows them, then by domain and relation."""
     pairs = [
         pair
         for probe, entry in a.record.probes.items()
@@ -273,20 +260,9 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
 
-    def order(pair: AnswerPair) -> tuple[object, ...]:
-        place = get_args(KnownBy).index(pair.known_by)
-        return place, order_domains(pair.subject), pair.relation, pair.probe, pair.fact_id
+    def order(pair: Pair) -> tuple[object, ...]:
+        fact = pair[0]
+        place = _KNOWERS.index(name_knower(*pair))
+        return place, order_domains(fact.subject), fact.relation, fact.probe, fact.fact_id
 
-    return sorted((_make_pair(*pair) for pair in pairs), key=order)
-
-
-def _make_pair(a: Answer, b: Answer) -> AnswerPair:
-    named: Any = {name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")}
-    return AnswerPair(
-        **named,
-        known_by="neither" if a.correct == b.correct else "only A" if a.correct else "only B",
-        top_a=a.top5[:TOP] or (a.predicted,),
-        top_b=b.top5[:TOP] or (b.predicted,),
-        rank_a=a.rank,
-        rank_b=b.rank,
-    )
+    return sorted(pairs, key=order)

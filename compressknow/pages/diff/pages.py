@@ -23,13 +23,15 @@ from compressknow.base.format import (
     write_size,
 )
 from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
+from compressknow.comparison.paired import Pair
 from compressknow.comparison.records import Group, ProbeFigures
+from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.records import ModelRecord
 from compressknow.model.manifest import describe_text
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
-from compressknow.pages.diff.make import AnswerPair, Behaviour, CheckpointComparison, name_both, sum_by
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     BLANK,
@@ -232,26 +234,32 @@ def _tabulate_groups(probes: tuple[Both, ...]) -> Iterator[Table]:
             yield _build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation)
 
 
-def _show_answers(answers: tuple[AnswerPair, ...], limit: int, shown: int) -> Iterator[Part]:
+def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[Part]:
     """Yield the facts that are answered differently, `shown` of them at once."""
     rows = tuple(
         (
-            clean(fact.prompt.replace(BLANK, "___"), 300),
-            clean(fact.gold),
-            _list_answers(fact.top_a, fact.rank_a),
-            _list_answers(fact.top_b, fact.rank_b),
-            fact.known_by,
-            clean(fact.relation, 60),
+            clean(a.prompt.replace(BLANK, "___"), 300),
+            clean(a.gold),
+            _write_best(a),
+            _write_best(b),
+            name_knower(a, b),
+            clean(a.relation, 60),
         )
-        for fact in answers[:limit]
+        for a, b in answers[:limit]
     )
     return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
 
 
-def _list_answers(answers: tuple[str, ...], rank: int | None) -> str:
-    """Return the answers, best first, and the right one's rank where it is none of them."""
-    named = ", ".join(answer(clean(each, 60)) for each in answers)
-    return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(answers) else named
+def _list_best(given: Answer) -> tuple[str, ...]:
+    """Return the answers that a model holds most likely, best first."""
+    return given.top5[:3] or (given.predicted,)
+
+
+def _write_best(given: Answer) -> str:
+    """Write these answers, and the right one's rank where it is none of them."""
+    best, rank = _list_best(given), given.rank
+    named = ", ".join(answer(clean(each, 60)) for each in best)
+    return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
 
 
 def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
@@ -502,4 +510,15 @@ def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
         "a_against_b": dump_comparison(back.comparisons[0], show_facts=show_facts),
         "method": list(there.method),
     }
-    return values | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})
+    return values | ({"answers": [_dump_answers(*pair) for pair in behaviour.answers]} if show_facts else {})
+
+
+def _dump_answers(a: Answer, b: Answer) -> dict[str, Any]:
+    return {
+        **{name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")},
+        "known_by": name_knower(a, b),
+        "top_a": list(_list_best(a)),
+        "top_b": list(_list_best(b)),
+        "rank_a": a.rank,
+        "rank_b": b.rank,
+    }

@@ -185,8 +185,11 @@ def hostile(text: str) -> CheckpointComparison:
         behaviour=replace(
             behaviour,
             answers=tuple(
-                replace(row, prompt=text, gold=text, relation=text, top_a=(text,), top_b=(text, text))
-                for row in behaviour.answers
+                tuple(
+                    replace(answer, prompt=text, gold=text, relation=text, top5=top)
+                    for answer, top in zip(pair, ((text,), (text, text)), strict=True)
+                )
+                for pair in behaviour.answers
             ),
         ),
     )
