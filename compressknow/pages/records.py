@@ -59,13 +59,8 @@ class Grade:
         return sum(self.relations, Counts())
 
     @property
-    def unsure(self) -> bool:
-        """Return whether the interval spans several grades."""
-        return self.range is not None
-
-    @property
     def mark(self) -> str:
-        return self.grade + "?" * self.unsure
+        return self.grade + "?" * (self.range is not None)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

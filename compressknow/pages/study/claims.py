@@ -106,10 +106,6 @@ class Claim:
             return below if clear else CANNOT_TELL
         return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
 
-    @property
-    def answer_per_million(self) -> str:
-        return decide([(each.part, each.rate_direction) for each in self.comparisons], self.parts)
-
 
 def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
     """Return the answer to a claim from its comparisons, given as pairs of part and direction.

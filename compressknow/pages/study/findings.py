@@ -24,6 +24,7 @@ from compressknow.pages.study.claims import (
     adjust_claims,
     average,
     compare_cells,
+    decide,
     hold_to_limit,
     measure_decline,
     measure_remaining,
@@ -288,7 +289,7 @@ def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
         answer=answer,
         statistic=_describe_comparisons(pairs, names),
         why=_explain_comparisons(answer, pairs, tested.parts),
-        per_million=_describe_rates(tested.answer_per_million, pairs, names),
+        per_million=_describe_rates(pairs, tested.parts, names),
         comparisons=pairs,
         numbers=_summarize_comparisons(pairs, names),
     )
@@ -359,13 +360,14 @@ def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Se
     return f"Chance could explain the differences{where}."
 
 
-def _describe_rates(answer: str, pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names: Mapping[str, str]) -> str:
     """Answer the same question by million parameters changed, with the clearest comparison."""
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
         return ""
     best = min(known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
+    answer = decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
     return (
         f"Per million parameters changed: {answer}. {names[best.more]} loses {number(abs(rate))} points of accuracy "
         f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({write_p_value(best.rate_p_holm)})."
