@@ -12,10 +12,11 @@ from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
 from compressknow.evaluate.gather import evaluate_both, find_answers_folder, find_both, open_named
 from compressknow.evaluate.grades import check_known
+from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
-from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, make_checkpoint, make_comparison
+from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, make_comparison
 from compressknow.pages.diff.pages import write_comparisons
 from compressknow.pages.pages import check_outputs, require_for
 
@@ -102,8 +103,8 @@ def compare(
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(
-        make_checkpoint(describe(first.located), first.sha256),
-        make_checkpoint(describe(second.located), second.sha256),
+        ModelRecord.from_dict({**describe(first.located), "sha256": first.sha256}),
+        ModelRecord.from_dict({**describe(second.located), "sha256": second.sha256}),
         difference,
         behaviour,
         files=tuple(find_other_files(first.located, second.located)),

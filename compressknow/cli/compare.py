@@ -28,7 +28,7 @@ from compressknow.cli.options import (
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
-from compressknow.pages.diff.tables import (
+from compressknow.pages.diff.pages import (
     build_figures_table,
     build_settings_table,
     build_structure_table,
@@ -37,11 +37,11 @@ from compressknow.pages.diff.tables import (
     sum_groups,
     sum_layers,
 )
-from compressknow.pages.records import Checkpoint
 from compressknow.pages.texts import summarize_text
 
 if TYPE_CHECKING:
     from compressknow.comparison.diff import CheckpointDiff
+    from compressknow.evaluate.records import ModelRecord
     from compressknow.pages.parts import Table
 
 
@@ -122,7 +122,7 @@ def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
         yield from wrap(f"! {warning}")
 
 
-def _list_sizes(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+def _list_sizes(a: ModelRecord, b: ModelRecord) -> Iterator[str]:
     names = name_both(a, b)
     for letter, side, name in zip("AB", (a, b), names, strict=True):
         what = f"{clean(side.dtype, 16)}, {write_size(side.bytes)}"

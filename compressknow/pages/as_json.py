@@ -26,7 +26,19 @@ from compressknow.comparison.records import (
     TextFigures,
     Wordings,
 )
-from compressknow.evaluate.records import NoiseFloor
+from compressknow.evaluate.records import ModelRecord, NoiseFloor
+
+# What a page's JSON says of a model, in its order.
+_MODEL = (
+    "name revision sha256 architecture family parameters bytes dtype setup quantization runtime recipe source zeros "
+    "groups removed calibration speed in_calibration changed grid"
+).split()
+
+
+def dump_model(model: ModelRecord) -> dict[str, Any]:
+    """Return what a model is, its size, and what was done to it."""
+    values = asdict(model)
+    return {key: values[key] for key in _MODEL}
 
 
 def dump_counts(counts: Counts) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
-from math import nan
+from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import clean, number, share
@@ -165,7 +165,7 @@ def _draw_levels(
     plot: Axes, levels: Mapping[str, float], largest: float, limits: tuple[float, float], start: float
 ) -> None:
     gap = _APART * (limits[1] - limits[0])
-    places = move_apart([100 * level for level in levels.values()], gap, float("-inf"))
+    places = move_apart([100 * level for level in levels.values()], gap, -inf)
     for (name, level), place in zip(levels.items(), places, strict=True):
         y, label = 100 * level, _shorten(name, 40)
         # On the left, but for a level near the start: there all lines lie.
@@ -282,15 +282,15 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
     >>> move_apart([50, 49, 10], gap=7)
     [50, 43, 10]
     """
-    moved = list(places)
-    order = sorted(range(len(places)), key=lambda i: -places[i])
-    for above, below in pairwise(order):
-        moved[below] = min(moved[below], moved[above] - gap)
+    moved, order = list(places), sorted(range(len(places)), key=lambda i: -places[i])
+    highest, lowest = inf, bottom
+    for i in order:
+        moved[i] = min(moved[i], highest)
+        highest = moved[i] - gap
     # Labels pushed below the axis go up again from its foot.
-    for below, above in pairwise(order[::-1]):
-        if below == order[-1]:
-            moved[below] = max(moved[below], bottom)
-        moved[above] = max(moved[above], moved[below] + gap)
+    for i in reversed(order):
+        moved[i] = max(moved[i], lowest)
+        lowest = moved[i] + gap
     return moved
 
 

@@ -24,7 +24,8 @@ from compressknow.model.manifest import describe_calibration, describe_removed, 
 from compressknow.pages.pages import render, to_code_span, to_yaml
 
 if TYPE_CHECKING:
-    from compressknow.pages.records import Card, Comparison, ModelFacts
+    from compressknow.evaluate.records import ModelRecord
+    from compressknow.pages.records import Card, Comparison
 
 
 # What stays true of a model when it is compressed.
@@ -306,7 +307,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
         write_whole(path, text.encode("utf-8"))
 
 
-def add_report(text: str, original: ModelFacts, comparison: Comparison) -> str:
+def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
     """Return a model card with the report in it: its section replaced or added, its results in the metadata too.
 
     Raises OutputError where the card's metadata cannot be read: writing would lose it.

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, clean, count, share, write_millions, write_p_value, write_percent
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.drawing import open_axes
-from compressknow.pages.records import ModelFacts, write_estimate
+from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,13 +63,13 @@ def make_name_entry(label: str, name: object, revision: object) -> Entry:
     return Entry(label, clean(name, 120) + (f"@{clean(revision, 60)}" if revision else ""), code=True)
 
 
-def make_hash_entry(sha256: str, label: str = "SHA-256") -> Entry:
+def make_hash_entry(sha256: object, label: str = "SHA-256") -> Entry:
     """Return a hash, shortened to the digits that tell any two apart."""
     hash = clean(sha256, 80)
     return Entry(label, hash[:12], code=True, full=hash)
 
 
-def list_identity(model: ModelFacts) -> tuple[Entry, ...]:
+def list_identity(model: ModelRecord) -> tuple[Entry, ...]:
     """Return which checkpoint this is, where it came from and what was done to it."""
     entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry(model.sha256)]
     if source := model.source:
@@ -186,7 +187,6 @@ class Terms(Part):
 class Claims(Part):
     """Claims about models: id, claim, families, answer, why, the statistic, and that per million parameters of each."""
 
-    caption: str
     claims: tuple[tuple[str, ...], ...]
 
 
@@ -292,13 +292,6 @@ class Sizes(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Models(Part):
-    """Pages of several models, one below the other, each unfolded by a click."""
-
-    pages: tuple[Page, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Shown:
     """Section as it stands on a page."""
 
@@ -311,12 +304,12 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """Page of sections, one below the other; or what a page holds of one of several models."""
+class Page(Part):
+    """Page of sections, one below the other; or part of a page on one of several models, unfolded by a click."""
 
     headline: str
     sections: tuple[Shown, ...]
-    kind: str = ""  # what the page is: ``report card``, ``study``, ``search``; empty of one of several models
+    what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
     title: str = ""
     models: str = ""  # which models it is about
     verdict: str = ""

@@ -20,13 +20,14 @@ from compressknow.comparison.records import (
     ProbeFigures,
     TextFigures,
 )
-from compressknow.evaluate.records import FactsInText, Speed
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.as_json import (
     dump_certainty,
     dump_clusters,
     dump_counts,
     dump_early,
     dump_kept,
+    dump_model,
     dump_texts,
     probe_to_json,
 )
@@ -36,21 +37,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # of a name that a sentence can carry
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Checkpoint that one side is; `bytes` are those of its weight files, `calibration` is as in `ModelFacts`."""
-
-    name: str
-    revision: str | None
-    sha256: str
-    bytes: int
-    dtype: str
-    quantization: str | None = None
-    setup: str | None = None
-    source: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,46 +59,8 @@ class Grade:
         return sum(self.relations, Counts())
 
     @property
-    def unsure(self) -> bool:
-        """Return whether the interval spans several grades."""
-        return self.range is not None
-
-    @property
     def mark(self) -> str:
-        return self.grade + "?" * self.unsure
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Facts known of a model: identity, size, and what was done to it.
-
-    A server that runs it may not tell `parameters` and `bytes`. `recipe`, `groups` and `removed` are as the manifest
-    has them, `calibration` is as `summarize_calibration` says it.
-    """
-
-    name: str
-    revision: str | None
-    sha256: str
-    architecture: str
-    family: str
-    parameters: int | None
-    bytes: int | None
-    dtype: str
-    setup: str | None = None  # the paper's name of it (`Att_GPQ 20%`); None where compressknow did not make it
-    quantization: str | None = None  # what its config names, in words
-    runtime: Mapping[str, Any] | None = None  # where not transformers: "name", "build", "types" by group of layers
-    recipe: Mapping[str, Any] | None = None
-    source: Mapping[str, Any] | None = None
-    zeros: int | None = None
-    # By group of layers: parameters, zeros_after, pruned, quantized, relative_error.
-    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    removed: Mapping[str, Any] | None = None  # blocks and neurons that were dropped
-    calibration: Mapping[str, Any] | None = None
-    speed: Speed | None = None
-    in_calibration: FactsInText | None = None  # the facts in that text; None where it was not at hand
-    changed: bool | None = None  # whether its files differ from what its manifest, or its export's record, says
-    # Of weights that lie on a grid already: `weights` `of` so many matrices, and the most `values` in 32 neighbours.
-    grid: Mapping[str, int] | None = None
+        return self.grade + "?" * (self.range is not None)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -133,7 +81,7 @@ class Comparison(Shown):
     texts : what both gave to running texts; these are none of `probes`, which have facts.
     """
 
-    model: ModelFacts
+    model: ModelRecord
     verdict: str
     kept: Estimate
     counts: Counts
@@ -197,7 +145,7 @@ class Card(Tabular):
     """
 
     verdict: str
-    original: ModelFacts
+    original: ModelRecord
     comparisons: tuple[Comparison, ...]
     warnings: tuple[str, ...]
     show_facts: bool
@@ -218,7 +166,7 @@ class Card(Tabular):
             "verdict": self.verdict,
             "known": self.known,
             "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
-            "original": _dump_model(self.original),
+            "original": _dump_run_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
             "warnings": list(self.warnings),
             "method": list(self.method),
@@ -240,7 +188,7 @@ class Card(Tabular):
         return Summary(title, self.verdict, ("Model", "Setup", "Size", "Kept (95 % interval)"), rows)
 
 
-def _make_frame_row(model: ModelFacts, probe: ProbeFigures) -> dict[str, Any]:
+def _make_frame_row(model: ModelRecord, probe: ProbeFigures) -> dict[str, Any]:
     counts, kept = probe.counts, probe.kept
     return {
         **{"model": model.name, "setup": model.setup, "probe": probe.probe},
@@ -277,29 +225,25 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
     return f"{write(low).removesuffix(' %')} to {write(high)}"
 
 
-def label_models(comparisons: Sequence[Comparison]) -> list[str]:
+def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
     """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
-    it from another either, its number.
+    it from another either, its number; `numbered`, each of several has one.
     """
-    labels = _label_models(comparisons)
-    repeated = Counter(labels)
-    return [f"{i}. {label}" if repeated[label] > 1 else label for i, label in enumerate(labels, start=1)]
+    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
+    repeated = Counter(setups)
+    labels = [
+        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
+        for setup, name in zip(setups, names, strict=True)
+    ]
+    alike = Counter(labels)
+    is_numbered = numbered and len(labels) > 1
+    return [f"{i}. {label}" if is_numbered or alike[label] > 1 else label for i, label in enumerate(labels, start=1)]
 
 
 def name_models(card: Card) -> tuple[str, ...]:
     """Return a name for each compressed model of a card: its label, numbered where there are several."""
-    labels = _label_models(card.comparisons)
-    return tuple(labels if len(labels) == 1 else (f"{i}. {label}" for i, label in enumerate(labels, start=1)))
-
-
-def _label_models(comparisons: Sequence[Comparison]) -> list[str]:
-    names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
-    repeated = Counter(setups)
-    return [
-        f"{setup} ({name})" if repeated[setup] > 1 and setup != name else setup
-        for setup, name in zip(setups, names, strict=True)
-    ]
+    return tuple(label_models(card.comparisons, numbered=True))
 
 
 def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, Any]:
@@ -309,7 +253,7 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
         "setup": model.setup,
         "source": model.source,
         "source_matches": comparison.source_matches,
-        "model": _dump_model(model),
+        "model": _dump_run_model(model),
         "verdict": comparison.verdict,
         **dump_counts(comparison.counts),
         **dump_kept(comparison.counts),
@@ -337,9 +281,9 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
     return values | ({"texts": dump_texts(comparison.texts)} if comparison.texts else {})
 
 
-def _dump_model(model: ModelFacts) -> dict[str, Any]:
+def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
     """Return all that is known of a model; what ran it is named where that was not transformers."""
-    values = asdict(model)
+    values = dump_model(model)
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 
 

@@ -13,6 +13,8 @@ from compressknow.base.format import clean, clean_lines, compare_sizes, count, d
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.records import ModelRecord
+from compressknow.pages.as_json import dump_model
 from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
@@ -30,7 +32,7 @@ from compressknow.pages.parts import (
     list_identity,
     show_run,
 )
-from compressknow.pages.records import ModelFacts, write_estimate
+from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
 
 # A search's page is short enough to have no table of contents.
@@ -73,7 +75,7 @@ class Trial:
 class Search(notebook.Tabular):
     """Whole search. Its rows are the files that were evaluated."""
 
-    original: ModelFacts
+    original: ModelRecord
     form: str  # ``gguf`` or ``checkpoint``
     keep: float | None  # share of knowledge that must be kept; None where `budget` was asked for
     budget: int | None  # bytes that a file may have
@@ -135,7 +137,7 @@ class Search(notebook.Tabular):
 def make_search_page(search: Search) -> Page:
     """Return the search as text, with its chart."""
     return Page(
-        kind="search",
+        what="search",
         title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
         headline=write_headline(search),
@@ -304,6 +306,12 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
 
 
 def _describe_method(search: Search) -> Iterator[str]:
+    split = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
+    if search.templates > 1:
+        split += (
+            f" Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than "
+            "half of them are answered right."
+        )
     names = ", ".join(clean(p, 60) for p in search.probes)
     guided = (
         f"{count(search.searched)} facts of {names}, drawn by the seed, guided the search (the original knew "
@@ -311,11 +319,11 @@ def _describe_method(search: Search) -> Iterator[str]:
     )
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
-        yield f"{guided}; two thirds of all facts grade what it found {graded}. {_describe_split(search)}"
+        yield f"{guided}; two thirds of all facts grade what it found {graded}. {split}"
     else:
         yield (
             f"{guided}; a third of all facts was held out to select the winner by ({count(search.held_out)}, "
-            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {_describe_split(search)}"
+            f"{count(search.known_held_out)} known), and a third to grade it {graded}. {split}"
         )
     yield (
         "What rounding each weight to each type changes of the answers was measured once (KL divergence, to second "
@@ -333,16 +341,6 @@ def _describe_method(search: Search) -> Iterator[str]:
     yield (
         "What chose the file proves nothing about it: its share and its report card are of the facts that grade; its "
         "interval there is of 95 %."
-    )
-
-
-def _describe_split(search: Search) -> str:
-    whole = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
-    if search.templates == 1:
-        return whole
-    return (
-        f"{whole} Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than "
-        "half of them are answered right."
     )
 
 
@@ -379,9 +377,10 @@ SCHEMA = 2
 
 def write_search(search: Search, folder: Path) -> None:
     """Write ``search.html`` and ``search.json``, which has shares from 0 to 1 and bytes, into `folder`."""
+    values = {"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}
     texts = {
         ".html": lambda: render_search_html(search),
-        ".json": lambda: dump_json({"schema": SCHEMA, "verdict": write_verdict(search), **asdict(search)}),
+        ".json": lambda: dump_json(values | {"original": dump_model(search.original)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, clean, count, number, share, write_percent, write_points
-from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
+from compressknow.comparison.records import Measured, Moved, Perplexity, TextFigures
 from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
 from compressknow.pages.parts import Beside, Chart, Note, Part, Table
@@ -161,21 +161,16 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
         ("Same top token", write_measured(moved.same_top, 1, " %")),
         ("Change of the text's token's probability, mean", write_measured(moved.change, 2, " points")),
         ("Change, root mean square", write_measured(moved.change_rms, 2, " points")),
-        *_list_divergent_rows(moved.divergent),
     ]
+    if divergent := moved.divergent:
+        middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
+        middle = middle if divergent.middle is None else f"{divergent.middle:g}"
+        same = f"{count(divergent.same)} of {count(divergent.n)} ({write_percent(divergent.same, divergent.n)})"
+        rows += [
+            (f"First different token of {count(divergent.n)} greedy continuations, median", middle),
+            (f"Continuations alike in all {divergent.tokens} tokens", same),
+        ]
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
-
-
-def _list_divergent_rows(divergent: Divergent | None) -> Iterator[tuple[str, str]]:
-    if divergent is None:
-        return
-    middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
-    yield (
-        f"First different token of {count(divergent.n)} greedy continuations, median",
-        middle if divergent.middle is None else f"{divergent.middle:g}",
-    )
-    same = f"{count(divergent.same)} of {count(divergent.n)} ({write_percent(divergent.same, divergent.n)})"
-    yield f"Continuations alike in all {divergent.tokens} tokens", same
 
 
 def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:

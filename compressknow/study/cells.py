@@ -108,7 +108,7 @@ def build_study(
 
 def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
     """Return a cell's record, all figures included; with its calibration text where cells have several."""
-    totals, prune, quantize = answers.record.model.totals, cell.prune, cell.quantize
+    prune, quantize = cell.prune, cell.quantize
     on = ""
     if has_texts and (text := cell.recipe.calibration):
         seed = f", seed {text.seed}" if text.seed else ""
@@ -124,12 +124,6 @@ def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: b
         quantization=f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
         settings=cell.settings,
         plain=cell.plain,
-        in_scope=totals["in_scope"],
-        pruned=totals["pruned"],
-        quantized=totals["quantized"],
-        nonzero=totals["nonzero"],
-        bytes=answers.record.model.bytes or 0,
-        sparse_bytes=totals["sparse_bytes"],
         comparison=compare(original, answers, show_facts=False),
         correct={p: _list_correct(answers, original, p) for p in answers.probes if p not in answers.texts},
     )

@@ -251,7 +251,7 @@ def build_page(map: Map, *, charts: bool) -> Page:
         for (id, title), section in parts.items()
     )
     return Page(
-        kind="map",
+        what="map",
         title=f"{write_headline(map)}: {clean(map.model, 60)}",
         models=clean(map.model, 80),
         headline=write_headline(map),

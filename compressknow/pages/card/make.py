@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import clean, count
@@ -29,7 +28,7 @@ from compressknow.pages.card.verdict import (
     write_joint_verdict,
     write_verdict,
 )
-from compressknow.pages.records import Card, Comparison, Decision, ModelFacts, label_models
+from compressknow.pages.records import Card, Comparison, Decision, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
@@ -137,8 +136,8 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     return " ".join(sentences)
 
 
-def read_model_facts(record: ModelRecord) -> ModelFacts:
-    """Return the "model" entry of a ``probe.json`` as a record. Raises CompressknowError where it says too little."""
+def read_model_facts(record: ModelRecord) -> ModelRecord:
+    """Return the model of a ``probe.json``, fit to be shown. Raises CompressknowError where it says too little."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
@@ -146,8 +145,7 @@ def read_model_facts(record: ModelRecord) -> ModelFacts:
             f"The record of the answers does not say the model's {', '.join(missing)}.",
             hint="Probe the model again with this version.",
         )
-    known: dict[str, Any] = {key: getattr(record, key) for key in ModelFacts.__dataclass_fields__}
-    return ModelFacts(**known | {"groups": dict(record.groups or {}), "dtype": record.dtype or UNKNOWN})
+    return replace(record, groups=record.groups or {}, dtype=record.dtype or UNKNOWN)
 
 
 def compare(

@@ -6,7 +6,7 @@ All texts of models and facts go through `clean` here; the templates escape for 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages import drawing, pages
 from compressknow.pages.card.gate import SUMMARY, Gate, mark_models, render_job_summary, render_junit
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
@@ -29,7 +30,6 @@ from compressknow.pages.parts import (
     Entry,
     Folded,
     Graded,
-    Models,
     Note,
     Page,
     Part,
@@ -42,7 +42,7 @@ from compressknow.pages.parts import (
     list_identity,
     show_run,
 )
-from compressknow.pages.records import Card, Comparison, ModelFacts, name_models, write_estimate, write_range
+from compressknow.pages.records import Card, Comparison, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 
 _FEWEST = 3  # fewer models are told apart at a glance at the table
@@ -51,12 +51,12 @@ _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
 
 
-def name_runtime(model: ModelFacts) -> str:
+def name_runtime(model: ModelRecord) -> str:
     """Return what ran a model, in a word or two."""
     return str(model.runtime["name"]) if model.runtime else "transformers"
 
 
-def name_deployment(model: ModelFacts) -> str:
+def name_deployment(model: ModelRecord) -> str:
     """Return the runtime and precision, or build, that a model's speed was measured in."""
     computed_in = str(model.speed.computed_in or "") if model.speed else ""
     name = name_runtime(model)
@@ -67,58 +67,46 @@ def name_deployment(model: ModelFacts) -> str:
 _Cost = tuple[float, str, str]
 
 
-def chart_costs(card: Card, names: Sequence[str]) -> tuple[Tradeoff, ...]:
-    """Return knowledge kept by size and by speed, each where three or more models of these names differ in it."""
-    charts = (
-        _chart_cost(card, names, _get_size, "size on disk", "size on disk, MB"),
-        _chart_cost(card, names, _get_speed, "tokens a second", "tokens a second", more_is_better=True),
-    )
-    return tuple(chart for chart in charts if chart)
+def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
+    """Yield knowledge kept by size and by speed, each where three or more models of these names differ in it."""
+    for title, axis, get_cost in (
+        ("size on disk", "size on disk, MB", _get_size),
+        ("tokens a second", "tokens a second", _get_speed),
+    ):
+        marks = []
+        for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
+            if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
+                amount, written, runtime = cost
+                text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
+                marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
+        if len({mark.cost for mark in marks}) < _FEWEST:
+            continue
+        kinds = list(dict.fromkeys(mark.kind for mark in marks))
+        looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
+        if cost := get_cost(card.original):
+            amount, written, runtime = cost
+            name = f"the original, in {runtime}"
+            marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
+            looks[name] = ("D", INK, 6.0)
+        yield Tradeoff(
+            f"Knowledge kept by {title}",
+            axis,
+            marks,
+            looks,
+            edge=kinds,
+            told="The best",
+            more_is_better=get_cost is _get_speed,
+            rounding=find_rounding_kept(list_probes(card.comparisons)),
+        )
 
 
-def _get_size(model: ModelFacts) -> _Cost | None:
+def _get_size(model: ModelRecord) -> _Cost | None:
     return None if model.bytes is None else (model.bytes / 1e6, write_size(model.bytes), name_runtime(model))
 
 
-def _get_speed(model: ModelFacts) -> _Cost | None:
+def _get_speed(model: ModelRecord) -> _Cost | None:
     rate = model.speed.tokens_per_second if model.speed else None
     return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
-
-
-def _chart_cost(
-    card: Card,
-    names: Sequence[str],
-    get_cost: Callable[[ModelFacts], _Cost | None],
-    title: str,
-    axis: str,
-    more_is_better: bool = False,
-) -> Tradeoff | None:
-    """Chart costs where enough compressed models differ in them."""
-    marks = []
-    for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
-        if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
-            amount, written, runtime = cost
-            text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
-            marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
-    if len({mark.cost for mark in marks}) < _FEWEST:
-        return None
-    kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    looks = {kind: (*shape, 6.0) for kind, shape in zip(kinds, cycle(_SHAPES), strict=False)}
-    if cost := get_cost(card.original):
-        amount, written, runtime = cost
-        name = f"the original, in {runtime}"
-        marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
-        looks[name] = ("D", INK, 6.0)
-    return Tradeoff(
-        f"Knowledge kept by {title}",
-        axis,
-        marks,
-        looks,
-        edge=kinds,
-        told="The best",
-        more_is_better=more_is_better,
-        rounding=find_rounding_kept(list_probes(card.comparisons)),
-    )
 
 
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
@@ -195,14 +183,14 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
             Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
             Shown("from", "Where they came from", (Entries(list_identity(card.original)),)),
             how,
-            Shown("models", "Each compressed model", (Models(tuple(models)),)),
+            Shown("models", "Each compressed model", tuple(models)),
             *about,
         )
         page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
     decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
-        kind="report card",
+        what="report card",
         title=f"{page.headline}: {clean(card.original.name, 60)}",
         models=f"{clean(card.original.name, 80)} {others}",
         verdict=clean(card.verdict, 1000),
@@ -295,7 +283,7 @@ def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
 
 def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Iterator[Part]:
     by_setup = chart_setups(card.comparisons, names, "overview-chart") if charts else ()
-    by_cost = chart_costs(card, names) if charts else ()
+    by_cost = tuple(chart_costs(card, names)) if charts else ()
     mark = describe_mark(list_probes(card.comparisons), "The line across the charts")
     if by_setup:
         yield Charts(tuple(Drawn(chart) for chart in by_setup))
@@ -334,7 +322,7 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
     )
 
 
-def _list_run_columns(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
+def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list[str]]]:
     """Yield what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
     if any(model.runtime for model in models):
         yield "Runs in", [clean(name_runtime(model), 30) for model in models]

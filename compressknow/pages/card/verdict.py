@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import clean, count, share, write_p_value, write_percent
+from compressknow.base.format import NONE, clean, count, share, write_p_value, write_percent
 from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
@@ -31,7 +31,6 @@ from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label
 # The least that must be kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 LOWEST = "F"
-NOTHING_KNOWN = "-"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
 LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
@@ -43,7 +42,13 @@ def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     for probe in probes:
         for group in probe.by_subject:
             relations[group.name] = relations.get(group.name, ()) + group.relations
-    return tuple(_grade_domain(subject, relations[subject]) for subject in sorted(relations, key=order_domains))
+    grades = []
+    for subject in sorted(relations, key=order_domains):
+        counts, kept = sum(relations[subject], Counts()), estimate_kept(relations[subject])
+        best, worst = (NONE if end is None else find_grade(end) for end in (kept.high, kept.low))
+        spanned = f"{best} to {worst}" if best != worst else None
+        grades.append(Grade(subject, relations[subject], kept, find_grade(counts.both, counts.known_before), spanned))
+    return tuple(grades)
 
 
 def find_grade(part: float, whole: float = 1) -> str:
@@ -53,21 +58,8 @@ def find_grade(part: float, whole: float = 1) -> str:
     ('A+', 'A', 'D', 'F', '-')
     """
     if not whole:
-        return NOTHING_KNOWN
+        return NONE
     return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
-
-
-def _grade_domain(subject: str, relations: tuple[Counts, ...]) -> Grade:
-    counts = sum(relations, Counts())
-    kept = estimate_kept(relations)
-    best, worst = (NOTHING_KNOWN if end is None else find_grade(end) for end in (kept.high, kept.low))
-    return Grade(
-        subject=subject,
-        relations=relations,
-        kept=kept,
-        grade=find_grade(counts.both, counts.known_before),
-        range=f"{best} to {worst}" if best != worst else None,
-    )
 
 
 def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
@@ -290,7 +282,7 @@ def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     except CompressknowError:
         # Of another version, or of a package that is not installed.
         recipe = None
-    found = next(list_milder(recipe, model.groups), None) if recipe else None
+    found = next(list_milder(recipe, model.groups or {}), None) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
     name = clean(str((model.source or {}).get("name") or ""), 120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from compressknow.base.format import clean, count, share, write_percent
 from compressknow.comparison.intervals import FEWEST, estimate_proportion
@@ -15,10 +14,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
 from compressknow.pages.card.verdict import count_facts
-from compressknow.pages.records import Grade, ModelFacts, write_estimate
-
-if TYPE_CHECKING:
-    from compressknow.pages.records import Checkpoint, Comparison
+from compressknow.pages.records import Comparison, Grade, write_estimate
 
 # Fewer known facts than this leave an interval of several points.
 FEW_FACTS = 100
@@ -37,7 +33,7 @@ def warn_of_known(known: str) -> Iterator[str]:
         )
 
 
-def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     """Warn of what is odd about the two checkpoints."""
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
@@ -63,7 +59,7 @@ def warn_of_models(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
         )
 
 
-def warn_of_provenance(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     """Warn that the compressed model was made from other files than the original's, that files changed since, or that
     the model taken for the original was made from the other one.
     """
@@ -83,23 +79,23 @@ def warn_of_provenance(original: ModelFacts, model: ModelFacts) -> Iterator[str]
         )
 
 
-def check_source(original: ModelFacts, model: ModelFacts) -> bool | None:
+def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
     """Return whether a model says that it was made from the original, or from what that was made from; None where it
     does not say so, or where the original's files are on a server.
     """
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
-    if not hashes or (original.runtime or {}).get("name") == "server":
+    if not hashes or is_on_server(original):
         return None
     return not hashes.isdisjoint(others)
 
 
-def _list_source_hashes(model: ModelFacts) -> set[str]:
+def _list_source_hashes(model: ModelRecord) -> set[str]:
     """Return the hashes of what it was made from, and of what that was converted from."""
     values = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
     return {value for value in values if isinstance(value, str) and value}
 
 
-def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
+def warn_of_changes(*models: ModelRecord) -> Iterator[str]:
     """Warn that files differ from what their manifest says of them."""
     for model in models:
         if model.changed:
@@ -109,20 +105,20 @@ def warn_of_changes(*models: ModelFacts | ModelRecord) -> Iterator[str]:
             )
 
 
-def is_made_from(one: ModelFacts | Checkpoint, other: ModelFacts | Checkpoint) -> bool:
+def is_made_from(one: ModelRecord, other: ModelRecord) -> bool:
     """Return whether the one says that it was made from the other, and not the other way round too."""
     return _is_source(other, one) and not _is_source(one, other)
 
 
-def _is_source(model: ModelFacts | Checkpoint, made: ModelFacts | Checkpoint) -> bool:
+def _is_source(model: ModelRecord, made: ModelRecord) -> bool:
     """Return whether what `made` says that it was made from has the name or the content of `model`."""
     source = made.source or {}
     return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
-def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
+def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
     """Warn of what a converted checkpoint's recipe makes of its answers."""
-    changed = any(group.get("pruned") or group.get("quantized") for group in model.groups.values())
+    changed = any(group.get("pruned") or group.get("quantized") for group in (model.groups or {}).values())
     if model.groups and not model.removed and not changed:
         yield "Nothing of this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
@@ -133,7 +129,7 @@ def warn_of_recipe(model: ModelFacts) -> Iterator[str]:
         )
 
 
-def warn_of_calibration(original: ModelFacts, model: ModelFacts) -> Iterator[str]:
+def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     """Warn that the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
     if not model.calibration:
         return
@@ -348,12 +344,11 @@ def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
     this was not found for every probe of which it knows something.
     """
     known = [probe for probe in probes if probe.counts.known_before]
-    shares = [probe.noise_floor.kept for probe in known if probe.noise_floor]
-    weights = [probe.counts.known_before for probe in known]
-    measured = [each for each in shares if each is not None]
-    if not known or len(measured) < len(known):
+    shares = [probe.noise_floor.kept if probe.noise_floor else None for probe in known]
+    if not known or None in shares:
         return None
-    return sum(weight * each for weight, each in zip(weights, measured, strict=True)) / sum(weights)
+    weights = [probe.counts.known_before for probe in known]
+    return sum(weight * (share or 0.0) for weight, share in zip(weights, shares, strict=True)) / sum(weights)
 
 
 def mark_rounding(kept: float | None) -> dict[str, float]:

@@ -5,41 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, TensorDiff, group_tensors, sum_tensors
-from compressknow.comparison.paired import order_domains, pair_answers
+from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import PairedAnswers
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
-from compressknow.pages.records import Card, Checkpoint
+from compressknow.pages.records import Card
 from compressknow.pages.texts import list_text_warnings, write_sentence
-
-# In the order in which pages show such facts.
-KnownBy = Literal["only A", "only B", "neither"]
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """Fact that the two models answer differently, with the answers that each holds most likely, best first."""
-
-    probe: str
-    fact_id: str
-    relation: str
-    subject: str
-    prompt: str
-    gold: str
-    known_by: KnownBy
-    top_a: tuple[str, ...]
-    top_b: tuple[str, ...]
-    rank_a: int | None
-    rank_b: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +28,7 @@ class Behaviour:
 
     b_against_a: Card  # A as the original: what of A's knowledge B keeps, and KL(A || B)
     a_against_b: Card
-    answers: tuple[AnswerPair, ...]  # facts whose top answer differs; empty where the text of facts is left out
+    answers: tuple[Pair, ...]  # to facts whose top answer differs; empty where the text of facts is left out
     warnings: tuple[str, ...]
     known: str = "recognized"  # as in `Card`
 
@@ -62,8 +42,8 @@ class CheckpointComparison(Shown):
     """
 
     verdict: str
-    a: Checkpoint
-    b: Checkpoint
+    a: ModelRecord
+    b: ModelRecord
     identical: bool
     files: tuple[str, ...]  # others than weights and config that differ, such as those of the tokenizer
     difference: CheckpointDiff | None
@@ -92,25 +72,18 @@ def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) 
     return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 
 
-def name_both(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+def name_both(a: ModelRecord, b: ModelRecord) -> tuple[str, str]:
     """Return what sentences call the two: their names where these differ."""
     names = clean(a.name, 60), clean(b.name, 60)
     return names if names[0] != names[1] else ("A", "B")
 
 
-TOP = 3
 _LONG = 120
 
 
-def make_checkpoint(described: Mapping[str, Any], sha256: str) -> Checkpoint:
-    """Make the record of a checkpoint that `compressknow.engine.identity.describe` described."""
-    known: dict[str, Any] = {key: described.get(key) for key in Checkpoint.__dataclass_fields__}
-    return Checkpoint(**known | {"sha256": sha256})
-
-
 def make_comparison(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: ModelRecord,
+    b: ModelRecord,
     difference: CheckpointDiff | None,
     behaviour: Behaviour | None,
     *,
@@ -136,7 +109,7 @@ def make_comparison(
 
 
 def list_warnings(
-    a: Checkpoint, b: Checkpoint, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
+    a: ModelRecord, b: ModelRecord, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
     """Yield what stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
     if warnings.is_made_from(a, b):
@@ -268,8 +241,17 @@ def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[
         yield from list_text_warnings(figures, ("A", "B"))
 
 
-def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
-    """Return the facts that the two answer differently: by which one knows them, then by domain and relation."""
+# In the order in which pages show such facts.
+_KNOWERS = ("only A", "only B", "neither")
+
+
+def name_knower(a: Answer, b: Answer) -> str:
+    """Say which model knows a fact that the two answer differently."""
+    return "neither" if a.correct == b.correct else "only A" if a.correct else "only B"
+
+
+def _pair_answers(a: Answers, b: Answers) -> list[Pair]:
+    """Return answers to facts that the two answer differently: by which one knows them, then by domain and relation."""
     pairs = [
         pair
         for probe, entry in a.record.probes.items()
@@ -278,20 +260,9 @@ def _pair_answers(a: Answers, b: Answers) -> list[AnswerPair]:
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
 
-    def order(pair: AnswerPair) -> tuple[object, ...]:
-        place = get_args(KnownBy).index(pair.known_by)
-        return place, order_domains(pair.subject), pair.relation, pair.probe, pair.fact_id
+    def order(pair: Pair) -> tuple[object, ...]:
+        fact = pair[0]
+        place = _KNOWERS.index(name_knower(*pair))
+        return place, order_domains(fact.subject), fact.relation, fact.probe, fact.fact_id
 
-    return sorted((_make_pair(*pair) for pair in pairs), key=order)
-
-
-def _make_pair(a: Answer, b: Answer) -> AnswerPair:
-    named: Any = {name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")}
-    return AnswerPair(
-        **named,
-        known_by="neither" if a.correct == b.correct else "only A" if a.correct else "only B",
-        top_a=a.top5[:TOP] or (a.predicted,),
-        top_b=b.top5[:TOP] or (b.predicted,),
-        rank_a=a.rank,
-        rank_b=b.rank,
-    )
+    return sorted(pairs, key=order)

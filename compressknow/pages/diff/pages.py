@@ -1,20 +1,40 @@
-"""Page of a comparison of two checkpoints: HTML that requests nothing from any server, Markdown, JSON."""
+"""Page of a comparison of two checkpoints: what both models know of the same facts, weights, settings and structure, as
+HTML that requests nothing from any server, Markdown, JSON.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.format import NONE, clean, dump_json, number, share, write_size
-from compressknow.comparison.diff import CheckpointDiff, Sums
+from compressknow.base.format import (
+    NONE,
+    answer,
+    clean,
+    count,
+    dump_json,
+    number,
+    share,
+    write_p_value,
+    write_percent,
+    write_rank,
+    write_size,
+)
+from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
+from compressknow.comparison.paired import Pair
+from compressknow.comparison.records import Group, ProbeFigures
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.records import ModelRecord
 from compressknow.model.manifest import describe_text
+from compressknow.model.structure import GROUPS, NOT_LINEAR
 from compressknow.pages.card.sections.facts import make_grades_table
-from compressknow.pages.diff import tables
-from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, sum_by
+from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
+from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
+    BLANK,
     NO_FACTS,
     Drawn,
     Entries,
@@ -28,14 +48,19 @@ from compressknow.pages.parts import (
     Sizes,
     Table,
     draw_charts,
+    make_fact_parts,
     make_hash_entry,
     make_name_entry,
+    make_rest_note,
     show_run,
+    write_bare_p,
 )
-from compressknow.pages.records import Checkpoint, dump_comparison
-from compressknow.pages.svg import draw_heat_map
+from compressknow.pages.records import dump_comparison, write_estimate
+from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
+# A probe's figures with A as the original, and with B.
+Both = tuple[ProbeFigures, ProbeFigures]
 _MAP_NOTE = (
     "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
     "under the map are the errors at which the shades change."
@@ -62,16 +87,17 @@ def make_comparison_page(
     how = Shown("how", "How it was made", show_run(comparison.command, comparison.versions))
     weights: tuple[Shown, ...] = ()
     if difference and difference.tensors:
-        groups = tables.sum_groups(difference)
-        table = tables.build_sums_table("What differs by group of layers", "Group", groups, difference.total)
+        groups = sum_groups(difference)
+        table = build_sums_table("What differs by group of layers", "Group", groups, difference.total)
         weights = (Shown("groups", "Weights", (table,)),)
+    behaviour, show_facts = comparison.behaviour, comparison.show_facts
     sections = (
-        *(_show_behaviour(comparison, facts, shown, charts) if comparison.behaviour else ()),
+        *(_show_behaviour(behaviour, facts, shown, show_facts=show_facts, charts=charts) if behaviour else ()),
         *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
         Shown("compare-method", "Method", (Sentences(method),), look="text"),
     )
     return Page(
-        kind="comparison",
+        what="comparison",
         title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
         headline=headline,
@@ -107,7 +133,7 @@ def _write_headline(comparison: CheckpointComparison) -> str:
     return f"Relative error {number(total.relative_error, 4)}"
 
 
-def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
+def _describe_checkpoint(side: ModelRecord) -> tuple[Entry, ...]:
     source = (side.source or {}).get("name") or ""
     entries = (
         make_name_entry("Name", side.name, side.revision),
@@ -122,36 +148,32 @@ def _describe_checkpoint(side: Checkpoint) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry)
 
 
-def _show_behaviour(comparison: CheckpointComparison, facts: int, shown: int, charts: bool) -> Iterator[Shown]:
-    behaviour = comparison.behaviour
-    assert behaviour is not None
-    probes = tables.pair_probes(behaviour)
+def _show_behaviour(behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool) -> Iterator[Shown]:
+    probes = pair_probes(behaviour)
     yield Shown("compare-knowledge", "Knowledge", tuple(_show_knowledge(probes)))
     texts = draw_charts(_show_texts(behaviour), "compare-text", charts)
     yield Shown("compare-text", "Running text", tuple(texts))
     if probes:
-        answers = tables.answer_parts(behaviour.answers, facts, shown)
-        yield Shown("compare-answers", "Answers side by side", tuple(answers) if comparison.show_facts else (NO_FACTS,))
+        answers = _show_answers(behaviour.answers, facts, shown) if show_facts else (NO_FACTS,)
+        yield Shown("compare-answers", "Answers side by side", tuple(answers))
 
 
 def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool) -> Iterator[Shown]:
-    is_changed = bool(difference.total.energy_change) or not difference.total.finite
-    if is_changed:
+    if difference.total.energy_change or not difference.total.finite:
         yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
-    if is_changed and (layers := tables.sum_layers(difference)):
-        table = tables.build_sums_table("Linear weights by layer", "Layer", layers)
-        yield Shown("compare-layers", "By layer", (table,))
-    yield Shown("compare-tensors", "By tensor", tuple(tables.tensor_parts(difference, tensors)))
-    stored = tables.build_settings_table(difference, files), tables.build_structure_table(difference)
+        if layers := sum_layers(difference):
+            table = build_sums_table("Linear weights by layer", "Layer", layers)
+            yield Shown("compare-layers", "By layer", (table,))
+    yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+    stored = build_settings_table(difference, files), build_structure_table(difference)
     yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
 def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
     for figures in behaviour.b_against_a.comparisons[0].texts:
         yield from make_text_parts(figures, ("A", "B"))
-    back = behaviour.a_against_b.comparisons[0].texts
     rows = []
-    for figures in back:
+    for figures in behaviour.a_against_b.comparisons[0].texts:
         kl, percentiles = (figures.moved.kl, figures.moved.kl_percentiles) if figures.moved else (None, None)
         p99 = number(percentiles["p99"], 4) if percentiles else NONE
         rows.append((clean(figures.text, 60), write_measured(kl, 4), p99))
@@ -159,20 +181,20 @@ def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
         yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
 
-def _show_knowledge(probes: tuple[tables.Both, ...]) -> Iterator[Part]:
+def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[Part]:
     if probes:
-        yield tables.build_figures_table(probes)
+        yield build_figures_table(probes)
     for there, _ in probes:
         if there.knowing:
             yield make_grades_table(
                 there.knowing, f"{clean(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
             )
-    if groups := tables.group_tables(probes):
-        yield Folded("By domain and by relation", groups)
+    if tables := tuple(_tabulate_groups(probes)):
+        yield Folded("By domain and by relation", tables)
 
 
 def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
-    grid = tables.make_grid(difference)
+    grid = make_grid(difference)
     if grid is None:
         return
     if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
@@ -181,6 +203,226 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
     table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
     yield Folded("The map as a table", (table,))
+
+
+_COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
+_GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
+_ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
+# Words for a page that is cut, and the file that has all of it.
+_OF_COMPARISON = ("comparison", "compare.json")
+
+
+def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
+    """Return each probe's figures in both directions."""
+    there, back = behaviour.b_against_a.comparisons[0].probes, behaviour.a_against_b.comparisons[0].probes
+    return tuple(zip(there, back, strict=True))
+
+
+def build_figures_table(probes: tuple[Both, ...]) -> Table:
+    """Return every figure that says something of two models on a level, one column per probe."""
+    rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
+    columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
+    return Table("What each model knows, and how much their answers differ", columns, rows)
+
+
+def _tabulate_groups(probes: tuple[Both, ...]) -> Iterator[Table]:
+    for there, back in probes:
+        name = clean(there.probe, 60)
+        if there.by_subject:
+            yield _build_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject)
+        if there.by_relation:
+            yield _build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation)
+
+
+def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[Part]:
+    """Yield the facts that are answered differently, `shown` of them at once."""
+    rows = tuple(
+        (
+            clean(a.prompt.replace(BLANK, "___"), 300),
+            clean(a.gold),
+            _write_best(a),
+            _write_best(b),
+            name_knower(a, b),
+            clean(a.relation, 60),
+        )
+        for a, b in answers[:limit]
+    )
+    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
+
+
+def _list_best(given: Answer) -> tuple[str, ...]:
+    """Return the answers that a model holds most likely, best first."""
+    return given.top5[:3] or (given.predicted,)
+
+
+def _write_best(given: Answer) -> str:
+    """Write these answers, and the right one's rank where it is none of them."""
+    best, rank = _list_best(given), given.rank
+    named = ", ".join(answer(clean(each, 60)) for each in best)
+    return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
+
+
+def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
+    others = {group.name: group for group in back}
+    rows = tuple(
+        (
+            clean(group.name, 80),
+            count(group.counts.n),
+            count(group.counts.known_before),
+            share(group.kept.value),
+            count(group.counts.known_after),
+            share(others[group.name].kept.value),
+            share(group.answer_changed),
+            write_bare_p(group.p_holm),
+        )
+        for group in there
+    )
+    return Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
+
+
+_FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = (
+    ("Facts evaluated", lambda there, _: count(there.counts.n)),
+    ("A is right", lambda there, _: write_estimate(there.accuracy_original)),
+    ("B is right", lambda there, _: write_estimate(there.accuracy_compressed)),
+    ("Both know", lambda there, _: count(there.counts.both)),
+    ("Only A knows", lambda there, _: count(there.counts.lost)),
+    ("Only B knows", lambda there, _: count(there.counts.gained)),
+    ("Neither knows", lambda there, _: count(there.counts.neither)),
+    ("Of what A knows, B keeps", lambda there, _: write_estimate(there.kept)),
+    ("Of what B knows, A keeps", lambda _, back: write_estimate(back.kept)),
+    ("Flips (known by one alone)", lambda there, _: share(there.counts.flips)),
+    ("Is one better?", lambda there, _: write_p_value(there.certainty.test.p)),
+    ("Top answer differs", lambda there, _: share(there.answer_changed)),
+    ("Mean reciprocal rank, A and B", lambda there, _: write_pair(there.mrr, number, ", ")),
+    ("Right answer among the top 5, A and B", lambda there, _: write_pair(there.p_at_5, share, ", ")),
+    ("KL(A‖B), nats, mean", lambda there, _: write_movement(there.movement, lambda m: m.kl_mean, 4)),
+    ("KL(A‖B), median", lambda there, _: write_movement(there.movement, lambda m: m.kl_median, 4)),
+    ("KL(A‖B), 99th percentile", lambda there, _: write_movement(there.movement, lambda m: m.kl_p99, 4)),
+    ("KL(A‖B): rest's probability, A and B", lambda there, _: write_rest(there.movement, ", ")),
+    ("KL(B‖A), nats, mean", lambda _, back: write_movement(back.movement, lambda m: m.kl_mean, 4)),
+    ("KL(B‖A), median", lambda _, back: write_movement(back.movement, lambda m: m.kl_median, 4)),
+    ("KL(B‖A), 99th percentile", lambda _, back: write_movement(back.movement, lambda m: m.kl_p99, 4)),
+    ("KL(B‖A): rest's probability, B and A", lambda _, back: write_rest(back.movement, ", ")),
+)
+
+
+_WEIGHT_COLUMNS = ("Weights", "Zeros A", "Zeros B", "Relative error", "Cosine", "Signal to noise", "Largest change")
+_EXAMPLES = 3
+
+
+def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
+    """Return the sums of each group of layers that there is, in their usual order."""
+    groups = sum_by(difference, lambda tensor: tensor.group)
+    return {name: groups[name] for name in (*GROUPS, NOT_LINEAR) if name in groups}
+
+
+def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:
+    """Return the sums of the Linear weights of each block, in the order of the module tree."""
+    return sum_by(difference, _name_block)
+
+
+def make_grid(difference: CheckpointDiff) -> Grid | None:
+    """Return what the heat map shows; None where no Linear weight lies in a block."""
+    sums = sum_by(difference, lambda tensor: (_name_block(tensor) or "", tensor.module) if tensor.module else None)
+    if not sums:
+        return None
+    rows, modules = (tuple(dict.fromkeys(names)) for names in zip(*sums, strict=True))
+    errors = {key: each.relative_error for key, each in sums.items()}
+    cells = tuple(tuple(errors.get((row, module)) for module in modules) for row in rows)
+    return Grid(rows, tuple(clean(name, 40) for name in shorten_names(modules)), cells)
+
+
+def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
+    """Return the figures of each part of the weights, and of all."""
+    rows = tuple(build_sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
+    return Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
+
+
+def build_sums_row(name: str, sums: Sums) -> tuple[str, ...]:
+    """Return the name of some weights, and their figures."""
+    return (
+        clean(name, 120),
+        count(sums.numel),
+        write_percent(sums.zeros_a, sums.numel),
+        write_percent(sums.zeros_b, sums.numel),
+        number(sums.relative_error, 4),
+        format_cosine(sums.cosine),
+        NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB",
+        number(sums.largest_change, 4),
+    )
+
+
+def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
+    """Yield the tensors that differ, those first that changed most, if there are any."""
+    changed = [t for t in difference.tensors if not t.same_bytes]
+    changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
+    rows = []
+    for tensor in changed[:limit]:
+        name, *figures = build_sums_row(tensor.name, tensor.sums)
+        a, b = tensor.dtype_a, tensor.dtype_b
+        rows.append((name, a if a == b else f"{a} → {b}", *figures))
+    if rows:
+        table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1)
+        left_out = len(changed) - len(rows)
+        rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
+
+
+def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
+    """Return the settings that differ, and the files beside config and weights that do."""
+    rows = tuple(
+        (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
+        for change in difference.config
+    ) + tuple((clean(name, 80), "differs", "differs") for name in files)
+    return Table("Settings that differ", ("Setting", "A", "B"), rows, prose=True) if rows else None
+
+
+_KINDS = {
+    "added": "only in B",
+    "missing": "only in A",
+    "retyped": "another type",
+    "reshaped": "another shape",
+    "untied": "tied in A, untied in B",
+    "tied": "untied in A, tied in B",
+    "packed": "packed: not compared",
+}
+
+
+def build_structure_table(difference: CheckpointDiff) -> Table | None:
+    """Return what the two store otherwise, tensors alike in that on one line."""
+    alike: dict[tuple[str, ...], list[StructureChange]] = {}
+    for change in difference.structure:
+        without_shapes = (form.partition(" [")[0] for form in (change.a, change.b))
+        alike.setdefault((change.kind, *without_shapes), []).append(change)
+    rows = tuple(
+        (
+            _KINDS[kind],
+            count(len(changes)),
+            # In full of one tensor, else what the kind has in common.
+            clean(changes[0].a if len(changes) == 1 else a),
+            clean(changes[0].b if len(changes) == 1 else b),
+            ", ".join(clean(change.name, 80) for change in changes[:_EXAMPLES])
+            + (", …" if len(changes) > _EXAMPLES else ""),
+        )
+        for (kind, a, b), changes in alike.items()
+    )
+    columns = ("What", "Tensors", "A", "B", "Which")
+    return Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
+
+
+def _name_block(tensor: TensorDiff) -> str | None:
+    return None if tensor.layer is None else f"{tensor.stack or 'layer'} {tensor.layer}"
+
+
+def format_cosine(value: float | None) -> str:
+    """Return a cosine as text; 1 is shown only where it is exact.
+
+    >>> [format_cosine(value) for value in (1.0, 0.999999, 0.99875, None)]
+    ['1', '> 0.99999', '0.99875', '-']
+    """
+    if value is not None and 0.999995 <= value < 1:
+        return "> 0.99999"
+    return "1" if value == 1 else number(value, 5)
 
 
 SCHEMA = 1
@@ -213,8 +455,8 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": comparison.verdict,
         "identical": comparison.identical,
-        "a": asdict(comparison.a),
-        "b": asdict(comparison.b),
+        "a": _dump_checkpoint(comparison.a),
+        "b": _dump_checkpoint(comparison.b),
         "files": list(comparison.files),
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
@@ -222,6 +464,11 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "versions": dict(comparison.versions),
         "command": comparison.command,
     }
+
+
+def _dump_checkpoint(side: ModelRecord) -> dict[str, Any]:
+    names = "name revision sha256 bytes dtype quantization setup source calibration".split()
+    return {name: getattr(side, name) for name in names}
 
 
 def _dump_difference(difference: CheckpointDiff | None) -> dict[str, Any]:
@@ -235,7 +482,7 @@ def _dump_difference(difference: CheckpointDiff | None) -> dict[str, Any]:
         "structure": [asdict(change) for change in difference.structure],
         "weights": {
             "total": _dump_sums(difference.total),
-            "groups": {name: _dump_sums(sums) for name, sums in tables.sum_groups(difference).items()},
+            "groups": {name: _dump_sums(sums) for name, sums in sum_groups(difference).items()},
             "layers": [{"stack": stack, "layer": layer, **_dump_sums(sums)} for (stack, layer), sums in blocks.items()],
             "modules": [
                 {"stack": stack, "layer": layer, "module": module, **_dump_sums(sums)}
@@ -263,4 +510,15 @@ def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
         "a_against_b": dump_comparison(back.comparisons[0], show_facts=show_facts),
         "method": list(there.method),
     }
-    return values | ({"answers": [asdict(answer) for answer in behaviour.answers]} if show_facts else {})
+    return values | ({"answers": [_dump_answers(*pair) for pair in behaviour.answers]} if show_facts else {})
+
+
+def _dump_answers(a: Answer, b: Answer) -> dict[str, Any]:
+    return {
+        **{name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")},
+        "known_by": name_knower(a, b),
+        "top_a": list(_list_best(a)),
+        "top_b": list(_list_best(b)),
+        "rank_a": a.rank,
+        "rank_b": b.rank,
+    }

@@ -197,19 +197,14 @@ class Chart:
         return self.name.endswith(_BY_PROBE)
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """Drawing of figures of a kind, and the levels that they are measured by; `scale` is its name."""
-
-    scale: str
-    draw: Callable[..., str]
-    levels: Callable[[Study], Mapping[str, float]]
-
-
-_DROP = _Look("drop", partial(drawing.draw_lines, start=0, unit=drawing.POINTS), find_baselines)
-_KEPT = _Look("kept", partial(drawing.draw_lines, start=1), find_marks)
-_BARS = _Look("bars", partial(drawing.draw_bars, high=10, unit=drawing.POINTS), find_baselines)
-_KEPT_BARS = _Look("kept-bars", drawing.draw_bars, find_marks)
+# How figures of a kind are drawn, and what gives the levels that they are measured by.
+_DROP, _KEPT, _BARS, _KEPT_BARS = "drop", "kept", "bars", "kept-bars"
+_LOOKS: Mapping[str, tuple[Callable[..., str], Callable[[Study], Mapping[str, float]]]] = {
+    _DROP: (partial(drawing.draw_lines, start=0, unit=drawing.POINTS), find_baselines),
+    _KEPT: (partial(drawing.draw_lines, start=1), find_marks),
+    _BARS: (partial(drawing.draw_bars, high=10, unit=drawing.POINTS), find_baselines),
+    _KEPT_BARS: (drawing.draw_bars, find_marks),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +213,7 @@ class _Figure:
 
     name: str
     title: str
-    look: _Look
+    look: str
     plotted: Callable[[Study], Sequence[Any]]  # its lines or bars, means over the probes
     means: Mapping[str, str] = field(default_factory=dict)  # the paper's figures that are means over the data sets
     by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None where there is no such chart
@@ -324,19 +319,21 @@ def draw_charts(study: Study) -> tuple[Chart, ...]:
 
 def _make_figure(axis: Axis) -> _Figure:
     if axis.name == AMOUNT:
-        look, lines = replace(_KEPT, scale=axis.chart), draw_amounts(axis)
-        return _Figure(axis.chart, "Knowledge kept by how much was pruned", look, lambda _: lines)
-    look, bars = replace(_KEPT_BARS, scale=axis.chart), draw_axis(axis)
+        lines = draw_amounts(axis)
+        return _Figure(axis.chart, "Knowledge kept by how much was pruned", _KEPT, lambda _: lines)
+    bars = draw_axis(axis)
     first = f", the first {len(bars)} forms" if len(bars) < sum(len(cells) for _, cells in axis.groups) else ""
-    return _Figure(axis.chart, f"Knowledge kept by {clean(axis.name, 40)}{first}", look, lambda _: bars)
+    return _Figure(axis.chart, f"Knowledge kept by {clean(axis.name, 40)}{first}", _KEPT_BARS, lambda _: bars)
 
 
 def _draw_means(study: Study, figure: _Figure) -> Chart | None:
     over = f"mean over {len(study.probes)} probes" if len(study.probes) > 1 else "one probe"
     title = f"{figure.title}, {over}{_number_in_paper(study, figure.means)}"
-    of_one_scale = [figure, *(each for each in _FIGURES if each.look is figure.look)]
+    # A grid's own axis has a scale of its own.
+    is_of_axis = figure not in _FIGURES
+    of_one_scale = [figure] if is_of_axis else [each for each in _FIGURES if each.look == figure.look]
     svg = _draw(study, figure, figure.name, title, _find_range([study], of_one_scale))
-    return Chart(figure.name, title, (("", svg),), figure.look.scale) if svg else None
+    return Chart(figure.name, title, (("", svg),), figure.name if is_of_axis else figure.look) if svg else None
 
 
 def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
@@ -348,7 +345,7 @@ def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
         svg = _draw(of_probe, figure, f"probe-{i}-{figure.name}", f"{figure.title}, {name}", within)
         panels += [(name, svg)] if svg else []
     title = f"{figure.title}, by probe{_number_in_paper(study, figure.by_probe or {})}"
-    return Chart(figure.name + _BY_PROBE, title, tuple(panels), figure.look.scale) if panels else None
+    return Chart(figure.name + _BY_PROBE, title, tuple(panels), figure.look) if panels else None
 
 
 def _find_range(studies: Iterable[Study], figures: Iterable[_Figure]) -> tuple[float, float]:
@@ -357,14 +354,14 @@ def _find_range(studies: Iterable[Study], figures: Iterable[_Figure]) -> tuple[f
         end
         for study, figure in product(studies, figures)
         if (plotted := figure.plotted(study))
-        for end in drawing.find_reach(plotted, figure.look.levels(study))
+        for end in drawing.find_reach(plotted, _LOOKS[figure.look][1](study))
     ]
     return min(ends, default=0.0), max(ends, default=0.0)
 
 
 def _draw(study: Study, figure: _Figure, id: str, title: str, within: tuple[float, float]) -> str | None:
-    plotted, look = figure.plotted(study), figure.look
-    return look.draw(plotted, id, title, levels=look.levels(study), within=within) if plotted else None
+    plotted, (draw, find_levels) = figure.plotted(study), _LOOKS[figure.look]
+    return draw(plotted, id, title, levels=find_levels(study), within=within) if plotted else None
 
 
 def _limit_to_probe(study: Study, probe: StudyProbe) -> Study:
@@ -378,5 +375,5 @@ def _limit_to_probe(study: Study, probe: StudyProbe) -> Study:
 
 
 def _number_in_paper(study: Study, numbers: Mapping[str, str]) -> str:
-    number = numbers.get(study.original.family)
+    number = numbers.get(study.original.family or "")
     return f" ({number} of the paper)" if number else ""

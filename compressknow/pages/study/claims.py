@@ -89,15 +89,13 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits.
-
-    `key` tells it from the others of its table; `p_holm` is that of its limits.
+    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits, which
+    have the p-value `p_holm` together.
     """
 
     comparisons: tuple[CellComparison, ...] = ()
     parts: tuple[str, ...] = ("",)
     bounds: tuple[Bound, ...] = ()
-    key: tuple[str, ...] = ()
     p_holm: float | None = None
 
     @property
@@ -107,10 +105,6 @@ class Claim:
             below = HOLDS if all(bound.is_below for bound in self.bounds) else DOES_NOT_HOLD
             return below if clear else CANNOT_TELL
         return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
-
-    @property
-    def answer_per_million(self) -> str:
-        return decide([(each.part, each.rate_direction) for each in self.comparisons], self.parts)
 
 
 def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
@@ -133,7 +127,7 @@ def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
 def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
     """Return all claims of a table with p-values adjusted together (Holm); rates per million parameters apart."""
     pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
-    limits = {claim.key: _test_limits(claim.bounds) for claim in claims if claim.bounds}
+    limits = {place: _test_limits(claim.bounds) for place, claim in enumerate(claims) if claim.bounds}
     by_count = adjust_holm([*(each.p for each in pairs.values()), *limits.values()])
     p_holm = dict(zip([*pairs, *limits], by_count, strict=True))
     rate_p_holm = dict(zip(pairs, adjust_holm([each.rate_p for each in pairs.values()]), strict=True))
@@ -143,8 +137,8 @@ def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
         return pair if pair.at_floor else replace(pair, p_holm=p_holm[key], rate_p_holm=rate_p_holm[key])
 
     return [
-        replace(claim, comparisons=tuple(map(adjust, claim.comparisons)), p_holm=p_holm.get(claim.key))
-        for claim in claims
+        replace(claim, comparisons=tuple(map(adjust, claim.comparisons)), p_holm=p_holm.get(place))
+        for place, claim in enumerate(claims)
     ]
 
 

@@ -24,6 +24,7 @@ from compressknow.pages.study.claims import (
     adjust_claims,
     average,
     compare_cells,
+    decide,
     hold_to_limit,
     measure_decline,
     measure_remaining,
@@ -87,14 +88,9 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     each that modules are pruned by, and of each scheme; of kinds of which the study has several. Findings without cells
     are left out there.
     """
-    studies = {("", ""): study} | {
-        of: replace(study, cells=cells) for of, cells in _group_cells_by_method(study).items()
-    }
+    studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
-    tested = [
-        replace(test(each), key=(finding.id, *of)) for of, each in studies.items() for finding, test in applicable
-    ]
-    adjusted = iter(adjust_claims(tested))
+    adjusted = iter(adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
     by_study = {
         of: {finding.id: _word_finding(each, finding, next(adjusted)) for finding, _ in applicable}
         for of, each in studies.items()
@@ -110,18 +106,18 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     )
 
 
-def _group_cells_by_method(study: Study) -> dict[tuple[str, str], tuple[StudyCell, ...]]:
-    methods, schemes = list_methods(study), list_schemes(study)
-    by_method = {
-        # As if by the paper's method, which the tests look for.
-        (PRUNING, name): tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
-        for name in (methods if len(methods) > 1 else ())
-    }
-    by_scheme = {
-        (QUANTIZATION, name): tuple(cell for cell in study.cells if cell.quantization == name)
-        for name in (schemes if len(schemes) > 1 else ())
-    }
-    return by_method | by_scheme
+def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
+    parts = {}
+    if len(methods := list_methods(study)) > 1:
+        for name in methods:
+            # As if by the paper's method, which the tests look for.
+            cells = tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
+            parts[PRUNING, name] = replace(study, cells=cells)
+    if len(schemes := list_schemes(study)) > 1:
+        for name in schemes:
+            cells = tuple(cell for cell in study.cells if cell.quantization == name)
+            parts[QUANTIZATION, name] = replace(study, cells=cells)
+    return parts
 
 
 def _claim_low_decline(study: Study) -> Claim:
@@ -293,7 +289,7 @@ def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
         answer=answer,
         statistic=_describe_comparisons(pairs, names),
         why=_explain_comparisons(answer, pairs, tested.parts),
-        per_million=_describe_rates(tested.answer_per_million, pairs, names),
+        per_million=_describe_rates(pairs, tested.parts, names),
         comparisons=pairs,
         numbers=_summarize_comparisons(pairs, names),
     )
@@ -364,13 +360,14 @@ def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Se
     return f"Chance could explain the differences{where}."
 
 
-def _describe_rates(answer: str, pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names: Mapping[str, str]) -> str:
     """Answer the same question by million parameters changed, with the clearest comparison."""
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
         return ""
     best = min(known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
+    answer = decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
     return (
         f"Per million parameters changed: {answer}. {names[best.more]} loses {number(abs(rate))} points of accuracy "
         f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({write_p_value(best.rate_p_holm)})."

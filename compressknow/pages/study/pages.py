@@ -1,32 +1,434 @@
-"""Study on disk: its page, the same in Markdown and JSON, a row per cell and probe (CSV, Parquet), the figures."""
+"""Page of a study, the one source of its HTML and Markdown; and the study on disk: pages, JSON, rows, figures.
+
+The tables are the paper's (3, 4 and 5) in its layout, all cells, the findings' comparisons, and failed cells.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from compressknow.base.files import write_whole
-from compressknow.base.format import dump_json
+from compressknow.base.format import NONE, clean, count, dump_json, number, share, write_size
 from compressknow.comparison.intervals import run_mcnemar
-from compressknow.pages.as_json import dump_interval, dump_kept
+from compressknow.compress.steps import PAPER_SCOPES
+from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
+from compressknow.pages.card.verdict import join_words
+from compressknow.pages.card.warnings import warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
-from compressknow.pages.study.charts import Chart, draw_charts, is_chart
+from compressknow.pages.parts import (
+    BAR,
+    Charts,
+    Claims,
+    Drawn,
+    Entry,
+    Findings,
+    Folded,
+    Note,
+    Page,
+    Part,
+    Sentences,
+    Shown,
+    Table,
+    Terms,
+    Text,
+    get_headline_accuracy,
+    list_identity,
+    show_run,
+    write_bare_p,
+)
+from compressknow.pages.records import write_estimate
+from compressknow.pages.study.charts import GPQ_AMOUNTS, Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
-from compressknow.pages.study.findings import Finding, evaluate_findings
-from compressknow.pages.study.records import COLUMNS, Study, infer_type, tidy_rows
+from compressknow.pages.study.findings import (
+    FAMILIES,
+    MINIMAL,
+    NEAR,
+    NOT_EVALUATED,
+    PRUNING,
+    QUANTIZATION,
+    Finding,
+    FindingsByMethod,
+    evaluate_findings,
+)
+from compressknow.pages.study.records import (
+    COLUMNS,
+    MAIN_SETTINGS,
+    MODULES,
+    FailedCell,
+    Study,
+    StudyCell,
+    format_setting,
+    infer_type,
+    list_schemes,
+    list_varying_settings,
+    name_cells,
+    select_pruned,
+    select_quantized,
+    tidy_rows,
+)
 from compressknow.pages.study.summary import (
+    CLIFF,
+    Conclusion,
     describe_changes,
     draw_conclusions,
     find_cliffs,
+    list_ids,
     rank_cells,
+    write_headline,
     write_verdict,
 )
-from compressknow.pages.study.view import make_study_page
 from compressknow.pages.svg import make_standalone
+from compressknow.pages.texts import write_measured
+
+_DEFINITIONS = (
+    "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
+    "change falls out (sign flips; exact McNemar where a probe has one relation). All that the findings claim, by "
+    "method too, is adjusted together (Holm): the chance that any of it is not so is 5 % at most. A finding holds if "
+    "all significant comparisons (p < 0.05) agree with the claim, with at least one for each part of it. It does not "
+    "hold if one contradicts the claim. Otherwise, the study cannot tell.",
+    "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "
+    "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
+    "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
+    "answer is free text.",
+    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 requires "
+    "that what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights "
+    f"left, and at the largest amount less than {100 * NEAR:g} %, as F10 does. Each figure must lie clearly below its "
+    "limit; for a finding to fail, one must lie clearly above it (Bonferroni over its figures).",
+    "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
+    "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
+    "t), adjusted over all findings (Holm).",
+    f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
+    "holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
+    "hurts least, or a method of those that prune one, where it is significantly better than each other at one "
+    "amount at least, and nowhere worse (by relation; Holm over all of these claims); likewise, a method hurts most. "
+    "30 % counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol "
+    "does. The line called rounding alone is at what the original keeps of its own knowledge in another precision.",
+    "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
+    "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
+)
+_CELLS = "Pruned and quantized are in millions of parameters; p is of the net change against the original, by relation."
+_BARS = "The lines across the bars show 95 % intervals."
+PAPER_COLUMNS = (
+    "Model",
+    "Dataset",
+    "Baseline",
+    *(f"{PAPER_SCOPES[module]}_GQ" for module in MODULES),
+    *(f"{PAPER_SCOPES[module]}_GPQ {amount}%" for module in MODULES for amount in GPQ_AMOUNTS),
+)
+# Numbers of the paper's tables. That of encoder-only models gives accuracies in percent.
+_TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
+
+
+def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
+    """Return the study as text, with its charts where they are given; no fact's text is in it."""
+    headline = write_headline(study)
+    return Page(
+        what="study",
+        title=f"{headline}: {clean(study.original.name, 60)}",
+        models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
+        headline=headline,
+        verdict=write_verdict(study),
+        warnings=_write_warnings(study),
+        sections=tuple(section for section in _make_sections(study, charts) if section.parts),
+        unlisted=1,
+    )
+
+
+def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
+    findings, by_method = evaluate_findings(study)
+    conclusions = draw_conclusions(study, findings)
+    method = tuple(clean(sentence, 2000) for sentence in study.method)
+    run = show_run(study.command, study.versions, (*list_identity(study.original), *_describe_run(study)))
+    yield Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
+    shown = {each.chart for each in conclusions}
+    yield Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
+    yield Shown(
+        "findings",
+        "The paper's ten findings, tested on this model",
+        tuple(_show_findings(study, findings)),
+        short="The paper's findings",
+    )
+    yield Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
+    yield Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
+    yield Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
+    yield Shown("failed", "Cells that failed", _show_failed(study.failed))
+    yield Shown("refused", "Cells that this model cannot have", _show_failed(study.refused))
+    yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
+    yield Shown("run", "The run", run, look="text")
+
+
+def _show_conclusions(study: Study, conclusions: Sequence[Conclusion], charts: Sequence[Chart]) -> Iterator[Part]:
+    """Yield the conclusions, each with those that the same chart shows."""
+    drawn = {chart.name: _show_chart(chart) for chart in charts if not chart.by_probe}
+    for name, group in groupby(conclusions, key=lambda each: each.chart):
+        yield Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
+    if conclusions:
+        yield Note("The section on method and limits says how each is decided.", _BARS)
+    else:
+        yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
+
+
+def _show_charts(charts: Sequence[Chart]) -> Iterator[Part]:
+    if means := [chart for chart in charts if not chart.by_probe]:
+        for scale in dict.fromkeys(chart.scale for chart in means):
+            yield Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
+        yield Note(_BARS)
+    if by_probe := [chart for chart in charts if chart.by_probe]:
+        panels = [Charts(tuple(Drawn(svg, probe) for probe, svg in chart.panels), chart.title) for chart in by_probe]
+        yield Folded("The same for each probe", (Note("The plots of a figure have one scale."), *panels))
+
+
+def _show_chart(chart: Chart) -> Drawn:
+    return Drawn(chart.panels[0][1], chart.title)
+
+
+def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
+    if not any(each.has_cells for each in findings):
+        yield Text("The study has no cells for the paper's findings.")
+        return
+    without = [each for each in findings if each.answer != NOT_EVALUATED and not each.has_cells]
+    shown = tuple(_show_finding(each) for each in findings if each not in without)
+    yield Claims(shown)
+    if without:
+        yield Text(f"The study has no cells for {join_words([each.id for each in without])}.")
+    tables = (build_comparisons_table(study, findings), build_bounds_table(study, findings))
+    if any(tables):
+        title = "All comparisons and figures behind the findings"
+        yield Folded(title, tuple(table for table in tables if table), in_text=False)
+
+
+def _show_finding(finding: Finding) -> tuple[str, ...]:
+    families = ", ".join(FAMILIES[family] for family in finding.families)
+    return (
+        finding.id,
+        finding.claim,
+        "all families" if set(finding.families) == set(FAMILIES) else families,
+        finding.answer,
+        finding.why,
+        "" if finding.statistic == NONE else finding.statistic,
+        finding.per_million,
+    )
+
+
+def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
+    if not by_method:
+        return
+    kinds, ids = {PRUNING: "prunes", QUANTIZATION: "quantizes"}, list_ids(by_method.values())
+    rows = tuple(
+        (clean(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
+        for (kind, name), findings in by_method.items()
+    )
+    yield Sentences(tuple(describe_changes(by_method)), joined=True)
+    yield Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
+    yield Note("Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it.")
+
+
+def _show_paper_tables(study: Study) -> Iterator[Part]:
+    if tables := build_paper_tables(study):
+        note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
+        if known := [p for p in study.probes if p.majority is not None]:
+            # As the paper sets them above its tables 4 and 5.
+            majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in known)
+            note += f" Majority baselines: {majorities}."
+        yield Note(note)
+        yield from tables
+
+
+def _show_cells(study: Study) -> Iterator[Part]:
+    yield build_cells_table(study)
+    yield Note(_CELLS, drawn=BAR)
+    if single := _find_single_warnings(study):
+        terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
+        yield Folded("Warnings about single cells", (Terms(terms),))
+
+
+def _show_failed(cells: Sequence[FailedCell]) -> tuple[Part, ...]:
+    terms = tuple((clean(cell.setup, 80), clean(cell.key, 80), clean(cell.why, 1000)) for cell in cells)
+    return (Terms(terms),) if terms else ()
+
+
+def _write_warnings(study: Study) -> tuple[str, ...]:
+    """Say what counts as known, that some cells failed, and what holds for every cell, once."""
+    warnings = [*warn_of_known(study.known)]
+    if study.failed:
+        total = len(study.cells) + len(study.failed) + len(study.refused)
+        warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
+    warnings += _find_common_warnings(study)
+    return tuple(dict.fromkeys(clean(warning, 1000) for warning in warnings))
+
+
+def _find_common_warnings(study: Study) -> list[str]:
+    of_cells = [cell.comparison.warnings for cell in study.cells]
+    return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
+
+
+def _find_single_warnings(study: Study) -> dict[str, list[str]]:
+    """Return each warning that only some cells have, and their names."""
+    common, names = _find_common_warnings(study), name_cells(study)
+    cells: dict[str, list[str]] = {}
+    for cell in study.cells:
+        for warning in cell.comparison.warnings:
+            if warning not in common:
+                cells.setdefault(clean(warning, 1000), []).append(names[cell.key])
+    return cells
+
+
+def _describe_run(study: Study) -> tuple[Entry, ...]:
+    refused = f", {count(len(study.refused))} refused" if study.refused else ""
+    probes = []
+    for probe in study.probes:
+        each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
+        probes.append(f"{clean(probe.name, 60)} ({count(probe.n)} facts{each})")
+    return (
+        Entry("Probes", ", ".join(probes) or NONE),
+        Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
+    )
+
+
+def build_paper_tables(study: Study) -> tuple[Table, ...]:
+    """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
+
+    "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
+    that the study has not are "-"; a scheme without any is left out.
+    """
+    tables = []
+    for scheme in list_schemes(study):
+        cells = [select_quantized(study, module).get(scheme) for module in MODULES]
+        for module in MODULES:
+            by_amount = select_pruned(study, module, scheme=scheme)
+            cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
+        if any(cells):
+            tables.append(_build_paper_table(study, scheme, cells))
+    return tuple(tables)
+
+
+def _build_paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
+    family = study.original.family or ""
+    in_percent = family == "masked"
+    rows = []
+    for probe in study.probes:
+        after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
+        written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
+        rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
+    unit = "accuracy in %" if in_percent else "accuracy"
+    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
+    return Table(caption, PAPER_COLUMNS, tuple(rows))
+
+
+def _write_accuracy(value: float | None, in_percent: bool) -> str:
+    if value is None:
+        return NONE
+    return f"{100 * value:.3f}" if in_percent else f"{value:.4f}"
+
+
+def average_accuracy(cell: StudyCell, probe: str) -> float | None:
+    """Return that of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
+    return next((get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
+
+
+def build_cells_table(study: Study) -> Table:
+    """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
+    names = name_cells(study)
+    settings = [name for name in list_varying_settings(study) if name not in MAIN_SETTINGS]
+    original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
+    compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
+    columns = [
+        ("Setup", ["original", *names.values()]),
+        *(
+            (clean(name, 30).replace("_", " ").capitalize(), ["", *(_write_setting(c, name) for c in study.cells)])
+            for name in settings
+        ),
+        ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
+        *(
+            (
+                f"Accuracy, {clean(p.name, 40)}",
+                [share(p.accuracy), *(share(average_accuracy(c, p.name)) for c in study.cells)],
+            )
+            for p in study.probes
+        ),
+        *(
+            (f"Perplexity, {clean(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
+            for text in original
+        ),
+        ("p", ["", *(write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
+        ("Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in study.cells)]),
+        ("Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in study.cells)]),
+        ("Size", [write_size(m.bytes) for m in (study.original, *(cell.comparison.model for cell in study.cells))]),
+        ("Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in study.cells)]),
+    ]
+    return Table(
+        "Every cell, and what it keeps",
+        tuple(name for name, _ in columns),
+        tuple(zip(*(cells for _, cells in columns), strict=True)),
+        bars=(None, *(cell.comparison.kept for cell in study.cells)),
+        bars_after=1 + len(settings),
+        pinned=1,
+        sortable=len(study.cells) > 1,
+        captioned=False,
+    )
+
+
+def _write_setting(cell: StudyCell, name: str) -> str:
+    return format_setting(name, cell.settings[name]) if name in cell.settings else ""
+
+
+def _write_millions(weights: int) -> str:
+    """Write a number of weights in one unit throughout, so that a column sorts."""
+    return number(weights / 1e6, 1) if weights else NONE
+
+
+def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+    """Return every comparison of two cells behind the findings."""
+    names = name_cells(study)
+    rows = tuple(
+        (
+            f"{finding.id} {names[pair.less]} / {names[pair.more]}",
+            count(pair.counts.n),
+            count(pair.counts.lost),
+            count(pair.counts.gained),
+            write_bare_p(pair.p),
+            "not counted" if pair.at_floor else write_bare_p(pair.p_holm),
+            write_estimate(pair.rate, lambda points: number(100 * points)),
+            "not counted" if pair.at_floor else write_bare_p(pair.rate_p_holm),
+        )
+        for finding in findings
+        for pair in finding.comparisons
+    )
+    columns = (
+        "Finding: said to hurt less / more",
+        "Facts",
+        "Only the first right",
+        "Only the second right",
+        "p",
+        "p (Holm)",
+        "Points lost more, a million",
+        "p of that (Holm)",
+    )
+    return Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
+
+
+def build_bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+    """Return every figure that a finding holds against a limit."""
+    names = name_cells(study)
+    rows = tuple(
+        (
+            f"{finding.id} {names.get(bound.of, bound.of)}",
+            write_estimate(bound.value),
+            share(bound.limit),
+            write_bare_p(bound.p),
+        )
+        for finding in findings
+        for bound in finding.bounds
+    )
+    columns = ("Finding", "Figure (95 %)", "Limit", "p that it lies there")
+    return Table("Figures held against a limit", columns, rows) if rows else None
+
 
 SCHEMA = 1
 
@@ -86,7 +488,7 @@ def dump_study(study: Study) -> dict[str, Any]:
         "verdict": write_verdict(study),
         "known": study.known,
         "found": [asdict(each) for each in draw_conclusions(study, findings)],
-        "original": asdict(study.original),
+        "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
         "findings": {finding.id: _dump_finding(finding) for finding in findings},
         "findings_by_method": methods,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from compressknow.base.format import clean, count, write_size
@@ -19,9 +18,10 @@ from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.schemes import SCHEMES
 from compressknow.evaluate.grades import RECOGNIZED
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.as_json import replace_not_finite
 from compressknow.pages.parts import get_headline_accuracy
-from compressknow.pages.records import Comparison, ModelFacts, write_estimate
+from compressknow.pages.records import Comparison, write_estimate
 
 Setting = str | int | float | bool | None
 # Settings that columns of their own have, in the order in which a reader asks for them.
@@ -77,12 +77,6 @@ class StudyCell:
     # Made by scope, pruning, amount and quantization alone, in one step each, as what the figures draw; not narrowed by
     # layers or patterns, nor of several steps.
     plain: bool
-    in_scope: int  # parameters that the recipe acts on; the next two are those that it changed
-    pruned: int
-    quantized: int
-    nonzero: int  # weights of the whole model
-    bytes: int  # on disk, where pruned weights are dense
-    sparse_bytes: int  # of a sparse store: the non-zero weights at their width plus one bit a weight
     comparison: Comparison
     correct: Mapping[str, tuple[bool, ...]]  # by probe, by fact in the order of `StudyProbe.correct`
 
@@ -92,9 +86,14 @@ class StudyCell:
         return round(100 * (self.amount or 0.0), 6)
 
     @property
+    def totals(self) -> Mapping[str, int]:
+        """Those of the manifest: of parameters, and the `sparse_bytes` of a store of all that is not zero."""
+        return self.comparison.model.totals
+
+    @property
     def changed(self) -> int:
         """Parameters that the recipe changed: quantized, or pruned where nothing was quantized."""
-        return self.quantized or self.pruned
+        return self.totals["quantized"] or self.totals["pruned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ class FailedCell:
 class Study(Tabular):
     """Whole study, in the order of its grid. Its rows are those of ``cells.csv``."""
 
-    original: ModelFacts
+    original: ModelRecord
     probes: tuple[StudyProbe, ...]
     cells: tuple[StudyCell, ...]
     failed: tuple[FailedCell, ...]
@@ -135,8 +134,8 @@ class Study(Tabular):
                 (
                     cell.setup,
                     write_estimate(cell.comparison.kept),
-                    write_size(cell.bytes),
-                    write_size(cell.sparse_bytes),
+                    write_size(cell.comparison.model.bytes),
+                    write_size(cell.totals["sparse_bytes"]),
                 )
                 for cell in self.cells
             ),
@@ -233,11 +232,12 @@ def _build_text_row(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
 
 def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
     texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
-    numbers = ("amount", "in_scope", "pruned", "quantized", "nonzero", "bytes", "sparse_bytes")
     return {
         **cell.settings,
+        **cell.totals,
         **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
-        **{name: getattr(cell, name) for name in numbers},
+        "amount": cell.amount,
+        "bytes": cell.comparison.model.bytes,
         "status": "ok",
     }
 
@@ -355,11 +355,10 @@ def _make_axis(study: Study, name: str) -> Axis:
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 
-@cache
-def _list_parameters(name: str) -> frozenset[str]:
+def _list_parameters(name: str) -> set[str]:
     own = {"rounding", "smooth"} if name == SCHEME else set()
     things = (METHODS if name == METHOD else SCHEMES).usable()[0].values()
-    return frozenset(own | {each.name for thing in things for each in thing.parameters()})
+    return own | {each.name for thing in things for each in thing.parameters()}
 
 
 def _is_fit(rest: Rest, other: Rest) -> bool:

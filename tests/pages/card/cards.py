@@ -20,8 +20,8 @@ from compressknow.comparison.records import (
     Third,
 )
 from compressknow.evaluate.answers import GRADES as KNOWING
-from compressknow.evaluate.records import NoiseFloor
-from compressknow.pages.records import Card, Comparison, Grade, ModelFacts, Speed
+from compressknow.evaluate.records import ModelRecord, NoiseFloor, Speed
+from compressknow.pages.records import Card, Comparison, Grade
 
 # Relation, school subject, and its facts by what both models knew.
 ATLAS = (
@@ -237,8 +237,8 @@ def group_of_layers(parameters: int, pruned: int = 0, quantized: int = 0, error:
     }
 
 
-def original() -> ModelFacts:
-    return ModelFacts(
+def original() -> ModelRecord:
+    return ModelRecord(
         name="HuggingFaceTB/SmolLM2-135M",
         revision="93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
         sha256="5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
@@ -248,11 +248,12 @@ def original() -> ModelFacts:
         bytes=269_030_016,
         dtype="bfloat16",
         zeros=42,
+        groups={},
         speed=Speed("cpu, 2 threads", 31.62, 1_104_000_000, computed_in="bfloat16"),
     )
 
 
-def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelFacts:
+def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelRecord:
     return replace(
         original(),
         name="smollm2-" + setup.lower().replace(" ", "-").replace("%", ""),
@@ -290,7 +291,7 @@ def scaled(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tu
 
 
 def comparison(
-    model: ModelFacts, probes: dict[str, tuple[tuple[str, str, Counts], ...]], *, lost: int, gained: int
+    model: ModelRecord, probes: dict[str, tuple[tuple[str, str, Counts], ...]], *, lost: int, gained: int
 ) -> Comparison:
     counts = sum((total(groups) for groups in probes.values()), Counts())
     estimate = kept(counts)
@@ -354,7 +355,7 @@ def card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
     return card(*comparisons, verdict=verdict)
 
 
-def _deployed(model: ModelFacts) -> ModelFacts:
+def _deployed(model: ModelRecord) -> ModelRecord:
     """Those that were only quantized are of sizes of their own, were measured, and one ran in llama.cpp."""
     if model.setup not in ("Att_GQ", "FF_GQ", "All_GQ"):
         return model

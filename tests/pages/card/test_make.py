@@ -12,8 +12,9 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Counts
+from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card, read_model_facts
-from compressknow.pages.records import Card, Speed
+from compressknow.pages.records import Card
 from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, answer, answers, entry, model, run, sides
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.evaluate.gather import PairedAnswers
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, write_verdict
-from compressknow.pages.records import Checkpoint
 from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")
@@ -53,9 +53,15 @@ def make_diff(layers: int = 3) -> CheckpointDiff:
 
 
 def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> CheckpointComparison:
-    a = Checkpoint("tiny-t5", "main", ORIGINAL_HASH, 4_000_000, "F32")
-    b = Checkpoint(
-        "tiny-t5-int8", None, COMPRESSED_HASH, 1_100_000, "I8 + F32", "int8", "Overall_GQ", {"name": "tiny-t5"}
+    a = ModelRecord(name="tiny-t5", revision="main", sha256=ORIGINAL_HASH, bytes=4_000_000, dtype="F32")
+    b = ModelRecord(
+        name="tiny-t5-int8",
+        sha256=COMPRESSED_HASH,
+        bytes=1_100_000,
+        dtype="I8 + F32",
+        quantization="int8",
+        setup="Overall_GQ",
+        source={"name": "tiny-t5"},
     )
     of_a, of_b = run(sides(140, 30, 2, 60))
     behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None

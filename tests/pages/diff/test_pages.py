@@ -17,10 +17,9 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
-from compressknow.pages.diff.pages import diff_json, render_comparison_html, render_comparison_markdown
-from compressknow.pages.diff.tables import make_grid
-from compressknow.pages.records import Checkpoint
+from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
 from compressknow.pages.svg import Grid, draw_heat_map
 from tests.pages.diff.contrasts import comparison_of, identical, make_diff
 from tests.pages.hostile import TEXTS
@@ -186,8 +185,11 @@ def hostile(text: str) -> CheckpointComparison:
         behaviour=replace(
             behaviour,
             answers=tuple(
-                replace(row, prompt=text, gold=text, relation=text, top_a=(text,), top_b=(text, text))
-                for row in behaviour.answers
+                tuple(
+                    replace(answer, prompt=text, gold=text, relation=text, top5=top)
+                    for answer, top in zip(pair, ((text,), (text, text)), strict=True)
+                )
+                for pair in behaviour.answers
             ),
         ),
     )
@@ -240,7 +242,7 @@ def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
     plain = comparison_of().a
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
-    def told(a: Checkpoint, b: Checkpoint) -> list[str]:
+    def told(a: ModelRecord, b: ModelRecord) -> list[str]:
         return list(list_warnings(a, b, False, make_diff(), None))
 
     assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1

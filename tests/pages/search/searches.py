@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compressknow.comparison.records import Estimate
-from compressknow.pages.records import ModelFacts
+from compressknow.pages.card.make import read_model_facts
 from compressknow.pages.search import Search, Trial
+from tests.pages.answering import model as model_entry
 
 
 def estimate(value: float) -> Estimate:
@@ -36,9 +37,10 @@ def found(text: str = "a-model") -> Search:
         tried("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
         tried("100 % q2_k", 30_000_000, 0.1),
     )
-    model = ModelFacts(text, None, "0" * 64, "LlamaForCausalLM", "causal", 50_000_000, 100_000_000, "BF16")
+    facts = {"sha256": "0" * 64, "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 50_000_000}
+    model = model_entry(name=text, revision=None, bytes=100_000_000, dtype="BF16", **facts)
     return Search(
-        original=model,
+        original=read_model_facts(model),
         form="gguf",
         keep=0.9,
         budget=None,

@@ -133,9 +133,14 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
     )
     setup, of_grid = recipe.setup, grid.Cell("", recipe)
     key = "-".join(filter(None, [setup.lower().replace(" ", "-").replace("%", ""), cell.scheme]))
-    record = model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=1_100_000, setup=setup)
     in_scope = 1_000_000 * MILLIONS.get(cell.scope, 7)
     pruned, quantized = round(in_scope * (cell.amount or 0)), in_scope if cell.scheme else 0
+    totals = {
+        **{"in_scope": in_scope, "pruned": pruned, "quantized": quantized, "nonzero": WHOLE - pruned},
+        "sparse_bytes": 4 * (WHOLE - pruned) + WHOLE // 8,
+    }
+    nbytes = 4 * WHOLE - 3 * quantized
+    record = model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=nbytes, setup=setup, totals=totals)
     return StudyCell(
         key=key,
         setup=setup,
@@ -147,12 +152,6 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         quantization=of_grid.quantization,
         settings=of_grid.settings,
         plain=cell.plain and of_grid.plain,
-        in_scope=in_scope,
-        pruned=pruned,
-        quantized=quantized,
-        nonzero=WHOLE - pruned,
-        bytes=4 * WHOLE - 3 * quantized,
-        sparse_bytes=4 * (WHOLE - pruned) + WHOLE // 8,
         comparison=compare(original, _answers(asked, cell.right, record), show_facts=False),
         correct={probe: tuple(i in cell.right for i in range(asked.n)) for probe in asked.probes},
     )

@@ -14,6 +14,7 @@ import pytest
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import (
+    build_cells_table,
     dump_study,
     render_study_html,
     render_study_markdown,
@@ -23,7 +24,6 @@ from compressknow.pages.study.pages import (
 )
 from compressknow.pages.study.records import Study, find_axes, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
-from compressknow.pages.study.view import build_cells_table
 from tests.pages.pages import read
 from tests.pages.study.studies import own_grid, study, two_methods, whole_grid
 from tests.shown import ROOT

@@ -9,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.pages.study.findings import evaluate_findings
-from compressknow.pages.study.pages import render_study_markdown, to_csv, to_parquet
-from compressknow.pages.study.records import COLUMNS, FailedCell, name_cells, tidy_rows
-from compressknow.pages.study.view import (
+from compressknow.pages.study.pages import (
     build_bounds_table,
     build_cells_table,
     build_comparisons_table,
     build_paper_tables,
+    render_study_markdown,
+    to_csv,
+    to_parquet,
 )
+from compressknow.pages.study.records import COLUMNS, FailedCell, name_cells, tidy_rows
 from tests.pages.hostile import TEXTS
 from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid
 

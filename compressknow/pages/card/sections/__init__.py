@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressknow.base.format import clean
 from compressknow.base.packages import Registry
-from compressknow.comparison.paired import pair_answers
+from compressknow.comparison.paired import Pair, pair_answers
 from compressknow.comparison.records import Estimate
+from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.records import ModelRecord, ProbeEntry
 from compressknow.pages.as_json import probe_to_json
 from compressknow.pages.pages import render_html
 from compressknow.pages.parts import (
@@ -33,12 +35,7 @@ from compressknow.pages.parts import (
     Text,
     draw_charts,
 )
-from compressknow.pages.records import Comparison, ModelFacts
-
-if TYPE_CHECKING:
-    from compressknow.comparison.paired import Pair
-    from compressknow.evaluate.answers import Answers
-    from compressknow.evaluate.records import ProbeEntry
+from compressknow.pages.records import Comparison
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
@@ -72,7 +69,7 @@ class Limits:
 class Context:
     """Context that a section speaks of: one compressed model against the original."""
 
-    original: ModelFacts
+    original: ModelRecord
     comparison: Comparison
     measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty where it measures nothing
     limits: Limits
@@ -171,7 +168,7 @@ def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
 
 
 def add_sections(
-    original: ModelFacts, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
+    original: ModelRecord, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
 ) -> Comparison:
     """Return the comparison with what its sections measure, of both models' `answers`, and their warnings."""
     warnings = [*comparison.warnings]
@@ -202,7 +199,12 @@ def _measure(
     """
     if type(section).measure is Section.measure:
         return {}
-    figures = {probe.probe: section.measure(_pair_answers(probe.probe, *answers)) for probe in comparison.probes}
+    original, compressed = answers
+    figures = {}
+    for probe in (each.probe for each in comparison.probes):
+        entries = original.record.probes[probe], compressed.record.probes[probe]
+        pairs = pair_answers(probe, original.of(probe), compressed.of(probe), *entries)
+        figures[probe] = section.measure(ProbeAnswers(probe, tuple(pairs), *entries))
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")
     # As they will be read back: keys are text, tuples are lists.
@@ -210,13 +212,8 @@ def _measure(
     return {probe: value for probe, value in values.items() if value is not None}
 
 
-def _pair_answers(probe: str, original: Answers, compressed: Answers) -> ProbeAnswers:
-    entries = original.record.probes[probe], compressed.record.probes[probe]
-    return ProbeAnswers(probe, tuple(pair_answers(probe, original.of(probe), compressed.of(probe), *entries)), *entries)
-
-
 def show_sections(
-    original: ModelFacts, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
+    original: ModelRecord, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
 ) -> tuple[tuple[Shown, ...], tuple[str, ...]]:
     """Return the sections of one comparison, whose ids begin with `id`, and why others are left out."""
     shown, failures = [], []

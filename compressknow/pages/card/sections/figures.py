@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from compressknow.base.format import (
@@ -84,15 +83,15 @@ class Figures(Section):
 def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
     """Return the table, and why some figures are missing, a sentence each."""
     rows, missing = [], []
-    for figure in _FIGURES:
-        cells = tuple(figure.write(probe) for probe in probes)
-        if figure.optional and set(cells) <= {NONE}:
+    for name, write, why_none in _FIGURES:
+        cells = tuple(map(write, probes))
+        if why_none is None and set(cells) <= {NONE}:
             continue
-        rows.append((figure.name, *cells))
+        rows.append((name, *cells))
         without = [clean(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
-        if without and figure.why_none:
+        if without and why_none:
             where = f" ({', '.join(without)})" if len(probes) > 1 else ""
-            missing.append(f"{figure.name}{where}: {figure.why_none}")
+            missing.append(f"{name}{where}: {why_none}")
     columns = ("Figure", *(clean(probe.probe, 60) for probe in probes))
     return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
 
@@ -157,15 +156,6 @@ def _write_gained(probe: ProbeFigures) -> str:
     return f"{count(counts.gained)} of {count(unknown)} ({write_percent(counts.gained, unknown)})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    name: str
-    write: Callable[[ProbeFigures], str]
-    why_none: str = ""
-    # Left out where no probe has it: it is of some models alone.
-    optional: bool = False
-
-
 _NO_FACTS = "there is nothing to count."
 _NOTHING_KNOWN = "the original knew none of the facts."
 _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
@@ -179,52 +169,53 @@ _NO_CONFIDENCE = (
     "older versions do not tell."
 )
 
-_FIGURES = (
-    _Figure("Facts evaluated", _write_facts),
-    _Figure("Accuracy before", lambda p: write_estimate(p.accuracy_original), _NO_FACTS),
-    _Figure("Accuracy after", lambda p: write_estimate(p.accuracy_compressed), _NO_FACTS),
-    _Figure("Difference", lambda p: write_estimate(p.difference, write_points), _NO_FACTS),
-    _Figure("Mean over relations before", lambda p: write_estimate(p.macro_original), _FEW_RELATIONS),
-    _Figure("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
-    _Figure("Difference of these means", lambda p: write_estimate(p.macro_difference, write_points), _FEW_RELATIONS),
-    _Figure("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
-    _Figure(
+# Name, what writes it, and why it may be missing; where that is None, so is the row if no probe has the figure.
+_FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
+    ("Facts evaluated", _write_facts, ""),
+    ("Accuracy before", lambda p: write_estimate(p.accuracy_original), _NO_FACTS),
+    ("Accuracy after", lambda p: write_estimate(p.accuracy_compressed), _NO_FACTS),
+    ("Difference", lambda p: write_estimate(p.difference, write_points), _NO_FACTS),
+    ("Mean over relations before", lambda p: write_estimate(p.macro_original), _FEW_RELATIONS),
+    ("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
+    ("Difference of these means", lambda p: write_estimate(p.macro_difference, write_points), _FEW_RELATIONS),
+    ("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
+    (
         "Kept above chance",
         lambda p: write_estimate(p.kept_above_chance),
         "the answer is free text, so that nothing is right by chance, or the original was no better than chance.",
     ),
-    _Figure("Lost", _write_lost),
-    _Figure("Gained", _write_gained),
-    _Figure("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    _Figure("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
-    _Figure("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
-    _Figure("Top answer changed by rounding alone", lambda p: _write_changes(p.noise_floor), _NO_NOISE),
-    _Figure("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), optional=True),
-    _Figure("Flips by rounding alone", lambda p: _write_flips(p.noise_floor)),
-    _Figure("Flips by the runtime alone", lambda p: _write_flips(p.runtime_noise_floor), optional=True),
-    _Figure("Lost, but still among the top 5", _write_suppressed, "nothing was lost, or " + _NO_RANK),
-    _Figure("Mean reciprocal rank", lambda p: write_pair(p.mrr, number), _NO_RANK),
-    _Figure("Right answer among the top 5", lambda p: write_pair(p.p_at_5, share), _NO_RANK),
-    _Figure("Movement (KL, nats), mean", lambda p: write_movement(p.movement, lambda m: m.kl_mean), _NO_DISTRIBUTION),
-    _Figure("Movement by rounding alone, mean", lambda p: _write_moves(p.noise_floor)),
-    _Figure("Movement by the runtime alone, mean", lambda p: _write_moves(p.runtime_noise_floor), optional=True),
-    _Figure("Movement, median", lambda p: write_movement(p.movement, lambda m: m.kl_median)),
-    _Figure("Movement, 99th percentile", lambda p: write_movement(p.movement, lambda m: m.kl_p99)),
-    _Figure("Movement, largest", lambda p: write_movement(p.movement, lambda m: m.kl_max)),
-    _Figure("Probability of the tokens taken together", lambda p: write_rest(p.movement)),
-    _Figure(f"{_LOGP}, median", lambda p: _write_logp_change(p, "p50", "p50"), _NO_LOGP),
-    _Figure(f"{_LOGP}, middle half", lambda p: _write_logp_change(p, "p25", "p75")),
-    _Figure(f"{_LOGP}, 5th to 95th percentile", lambda p: _write_logp_change(p, "p5", "p95")),
-    _Figure(f"{_LOGP}, 1st to 99th percentile", lambda p: _write_logp_change(p, "p1", "p99")),
-    _Figure("Calibration error (ECE)", lambda p: write_pair(p.ece, number), _NO_CONFIDENCE),
-    _Figure("Brier score", lambda p: write_pair(p.brier, number), _NO_CONFIDENCE),
-    _Figure("Right by chance", lambda p: share(p.chance), "the answer is free text."),
-    _Figure("Majority baseline", lambda p: share(p.majority), _NO_FACTS),
-    _Figure("The paper's drop, absolute", lambda p: write_points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
-    _Figure("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
-    _Figure("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, clean(p.average, 40))),
-    _Figure("Protocol", lambda p: clean(p.protocol, 60)),
-    _Figure("Seed", lambda p: str(p.seed)),
+    ("Lost", _write_lost, ""),
+    ("Gained", _write_gained, ""),
+    ("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
+    ("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
+    ("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
+    ("Top answer changed by rounding alone", lambda p: _write_changes(p.noise_floor), _NO_NOISE),
+    ("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), None),
+    ("Flips by rounding alone", lambda p: _write_flips(p.noise_floor), ""),
+    ("Flips by the runtime alone", lambda p: _write_flips(p.runtime_noise_floor), None),
+    ("Lost, but still among the top 5", _write_suppressed, "nothing was lost, or " + _NO_RANK),
+    ("Mean reciprocal rank", lambda p: write_pair(p.mrr, number), _NO_RANK),
+    ("Right answer among the top 5", lambda p: write_pair(p.p_at_5, share), _NO_RANK),
+    ("Movement (KL, nats), mean", lambda p: write_movement(p.movement, lambda m: m.kl_mean), _NO_DISTRIBUTION),
+    ("Movement by rounding alone, mean", lambda p: _write_moves(p.noise_floor), ""),
+    ("Movement by the runtime alone, mean", lambda p: _write_moves(p.runtime_noise_floor), None),
+    ("Movement, median", lambda p: write_movement(p.movement, lambda m: m.kl_median), ""),
+    ("Movement, 99th percentile", lambda p: write_movement(p.movement, lambda m: m.kl_p99), ""),
+    ("Movement, largest", lambda p: write_movement(p.movement, lambda m: m.kl_max), ""),
+    ("Probability of the tokens taken together", lambda p: write_rest(p.movement), ""),
+    (f"{_LOGP}, median", lambda p: _write_logp_change(p, "p50", "p50"), _NO_LOGP),
+    (f"{_LOGP}, middle half", lambda p: _write_logp_change(p, "p25", "p75"), ""),
+    (f"{_LOGP}, 5th to 95th percentile", lambda p: _write_logp_change(p, "p5", "p95"), ""),
+    (f"{_LOGP}, 1st to 99th percentile", lambda p: _write_logp_change(p, "p1", "p99"), ""),
+    ("Calibration error (ECE)", lambda p: write_pair(p.ece, number), _NO_CONFIDENCE),
+    ("Brier score", lambda p: write_pair(p.brier, number), _NO_CONFIDENCE),
+    ("Right by chance", lambda p: share(p.chance), "the answer is free text."),
+    ("Majority baseline", lambda p: share(p.majority), _NO_FACTS),
+    ("The paper's drop, absolute", lambda p: write_points(p.drop_absolute).removeprefix("+"), _NO_FACTS),
+    ("The paper's drop, relative", lambda p: share(p.drop_relative), _NOTHING_KNOWN),
+    ("Headline accuracy is the", lambda p: _AVERAGES.get(p.average, clean(p.average, 40)), ""),
+    ("Protocol", lambda p: clean(p.protocol, 60), ""),
+    ("Seed", lambda p: str(p.seed), ""),
 )
 
 
@@ -311,9 +302,8 @@ class Layers(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         model = context.comparison.model
-        if rows := tuple(
-            _make_group_row(name, group) for name, group in model.groups.items() if group.get("parameters")
-        ):
+        groups = model.groups or {}
+        if rows := tuple(_make_group_row(name, group) for name, group in groups.items() if group.get("parameters")):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to which layers", columns, rows, captioned=False)
