@@ -50,17 +50,12 @@ def gather_early(
     revision: str | None = None,
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, drawn by `evaluation.options.seed`, until `decide` knows enough;
-    return both models' answers to these facts, and what is known of all; None where they do not tell.
+    return both models' answers to these facts, and what is known of all; None where they do not tell. `revision` is
+    that of the original, if it is a hub id.
 
     Both are in memory at the same time, but for one whose answers are stored. What is evaluated is stored, chunk by
-    chunk, so that a run that was stopped resumes.
-
-    Parameters
-    ----------
-    decide : called after each chunk.
-    revision : of the original, if it is a hub id.
-
-    Raises UsageError for a task or a text, which are run as a whole, and CompressknowError as `gather` does.
+    chunk, so that a run that was stopped resumes. Raises UsageError for a task or a text, which are run as a whole, and
+    CompressknowError as `gather` does.
     """
     models = (original, compressed)
     stored = [read_if_stored(model) for model in models]

@@ -144,8 +144,7 @@ class Probe:
     def sample(self, limit: int | None, seed: int = 0) -> Probe:
         """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
         one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
-        proportions allow.
-        """
+        proportions allow."""
         if limit is None or limit >= len(self.facts):
             return self
         chosen = _draw_stratified(self.facts, limit, seed)

@@ -149,8 +149,7 @@ class ProbeEntry(_Part):
 class Speed:
     """Measured on this machine, in the same run: facts per second, peak memory in bytes and, of a model that goes on
     with texts, the tokens per second that it writes. `computed_in` is what it was deployed in: ``bfloat16``, or the
-    runtime and its build.
-    """
+    runtime and its build."""
 
     device: str
     facts_per_second: float
