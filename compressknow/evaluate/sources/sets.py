@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,9 @@ from compressknow.evaluate.facts import (
     WIKIDATA,
     Fact,
     Probe,
-    UniqueIds,
     capitalize,
     check_blanks,
+    collect_facts,
     fill,
     find_domain,
     map_relations,
@@ -231,7 +229,15 @@ class Lama(ProbeSource):
         official, by_template = options.protocol == "lama", part in ("trex", "google-re")
         paths, rows = _read_lama_rows(folder, part)
         words = _read_vocabulary(folder / VOCABULARY) if official else ()
-        facts, dropped = _select_facts(part, rows, frozenset(words) if official else None)
+        allowed = frozenset(words) if official else None
+
+        def get_key(fact: Fact) -> tuple[str, ...] | None:
+            if not official:
+                return (fact.prompt,)
+            return (fact.relation, fact.sub_label, fact.obj_label) if by_template else None
+
+        twin = "same subject and object" if official else "same sentence"
+        facts, dropped = collect_facts((_make_lama_fact(part, row, allowed) for row in rows), get_key, twin)
         extra = [folder / VOCABULARY] if official else []
         templates = [folder / RELATIONS] if part == "trex" else []
         return Probe(
@@ -295,31 +301,9 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for line in lines if (word := line.strip())))
 
 
-def _select_facts(
-    name: str, rows: Iterable[_Row], words: frozenset[str] | None
-) -> tuple[tuple[Fact, ...], dict[str, int]]:
-    """Select the rows that make facts, by the official rules where the common vocabulary is given, else by the
-    paper's; and count the others by reason."""
-    facts, dropped, unique = [], Counter[str](), UniqueIds()
-    seen: set[tuple[str, ...]] = set()
-    for row in rows:
-        fact = _make_lama_fact(name, row, words)
-        if isinstance(fact, str):
-            dropped[fact] += 1
-            continue
-        _, template, *_ = row
-        if words is None or template is not None:
-            key = (fact.prompt,) if words is None else (fact.relation, fact.sub_label, fact.obj_label)
-            if key in seen:
-                dropped["same sentence" if words is None else "same subject and object"] += 1
-                continue
-            seen.add(key)
-        facts.append(replace(fact, id=unique(fact.id)))
-    return tuple(facts), dict(dropped)
-
-
 def _make_lama_fact(name: str, row: _Row, words: frozenset[str] | None) -> Fact | str:
-    """Return the row's fact, or the reason to drop it; the official code, which has `words`, drops more."""
+    """Return the row's fact, or the reason to drop it: by the official rules where the common vocabulary is given, else
+    by the paper's."""
     relation, template, number, values = row
     # SQuAD's rows have no other subject than the set's name, ConceptNet's call it `sub`.
     obj_label, sub_label = values.get("obj_label"), values.get("sub_label", values.get("sub"))
