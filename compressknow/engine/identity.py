@@ -22,7 +22,6 @@ from compressknow.base.reading import (
     FileState,
     NotReadable,
     check_regular,
-    check_unchanged,
     find_mismatch,
     get_state,
     open_regular,
@@ -66,14 +65,8 @@ class Located:
     url: str | None = None
 
     @property
-    def folder(self) -> Path:
-        return self.path.parent if self.path.suffix == ".gguf" else self.path
-
-    @property
     def files(self) -> list[Path]:
-        """Return the files that decide what the model answers, weights first; none of one on a server."""
-        if self.url is not None:
-            return []
+        """Return the files that decide what the model answers, weights first."""
         if self.path.suffix == ".gguf":
             from compressknow.model.gguf_file import list_parts
 
@@ -86,10 +79,7 @@ class Located:
 
 def locate(model: str | Path, revision: str | None = None) -> Located:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
-    which is not contacted yet.
-
-    Raises CheckpointError where there is none, UsageError where an address cannot be one.
-    """
+    which is not contacted yet. Raises CheckpointError where there is none, UsageError for what cannot be an address."""
     if is_address(model):
         return locate_server(str(model))
     path = Path(model)
@@ -323,10 +313,6 @@ class Contents:
     not_finite: tuple[tuple[StoredTensor, str], ...] = ()
     changed: bool = False
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError where a file was replaced or written to since it was read."""
-        check_unchanged(self.states)
-
     def check_finite(self, located: Located, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
 
@@ -342,10 +328,8 @@ class Contents:
 
 
 def read_contents(located: Located, on_bytes: Callable[[int], None] | None = None) -> Contents:
-    """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece.
-
-    Raises CheckpointError where a weight file is damaged.
-    """
+    """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece. Raises
+    CheckpointError where a weight file is damaged."""
     hashes: dict[str, str] = {}
     small: dict[str, str] = {}
     states: dict[Path, FileState] = {}
@@ -378,8 +362,7 @@ def _read_file(
     path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[int], None] | None
 ) -> tuple[str, FileState, dict[str, str], dict[str, str]]:
     """Return the hash of a file, its state, by name which tensors hold what is no number, and hashes of those of at
-    most `READ_BYTES`.
-    """
+    most `READ_BYTES`."""
     in_place = [tensor for tensor in tensors if tensor.loaded is None]
     flaws = {
         tensor.name: what for tensor in tensors if tensor.loaded and (what := find_not_finite(tensor.loaded, tensor))
@@ -441,15 +424,14 @@ def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str,
     if located.path.suffix == ".gguf":
         recorded = record_beside(located.path).get("sha256")
         return recorded is not None and len(hashes) == 1 and recorded not in hashes.values()
-    if located.url is not None or not (located.path / MANIFEST_NAME).is_file():
+    if not (located.path / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(located.path)
     stored, expected = open_checkpoint(located.path).tensors, dict(list_expected_tensors(manifest))
     return (
         manifest.get(SEAL, hash_manifest(manifest)) != hash_manifest(manifest)
         or any(manifest["files"].get(name, sha256) != sha256 for name, sha256 in hashes.items())
-        or any(not (located.path / name).is_file() for name in manifest["files"] if name in DECISIVE)
-        or any(name in DECISIVE and name not in manifest["files"] for name in hashes)
+        or not (hashes.keys() ^ manifest["files"].keys()).isdisjoint(DECISIVE)
         or stored.keys() != expected.keys()
         or any(
             (stored[name].dtype, list(stored[name].shape)) != (row["dtype"], row["shape"])

@@ -165,6 +165,16 @@ def count_embedding_rows(model: PreTrainedModel) -> int:
     )
 
 
+def check_tokens(largest: int, rows: int, where: str) -> None:
+    """Raise CheckpointError for an id beyond the embedding: those of a tokenizer may have gaps."""
+    if largest >= rows:
+        raise CheckpointError(
+            f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
+            f"It stands in {where}.",
+            "Put the tokenizer that the model was trained with beside its weights.",
+        )
+
+
 # Tokenizers without a length of their own say 10^30.
 _NO_LIMIT = 1 << 24
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")

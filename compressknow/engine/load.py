@@ -267,8 +267,7 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
 def _unpack(model: Any, device: str | torch.device) -> None:
     """Put the engine's layers in place of compressed-tensors' where the device runs them, and unpack the rest to
     floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
-    device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output.
-    """
+    device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output."""
     from compressknow.engine.layers import LAYERS
     from compressknow.model.meta import find_direct_reads
 

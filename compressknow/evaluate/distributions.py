@@ -7,6 +7,7 @@ they are kept on disk as long as the run lasts, in files that have no name: what
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import shutil
 import tempfile
@@ -59,10 +60,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
 
     def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
         """Have those of all facts and texts of these probes, as far as the disk has room; `answers` are the original's
-        to them. Tasks have none.
-
-        The original is in memory no longer than that.
-        """
+        to them. Tasks have none. The original is in memory no longer than that."""
         kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
         lacking = [probe for probe in kept if not self.find_rows(probe).holds(_list_keys(probe, answers))]
         try:
@@ -156,9 +154,8 @@ def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
 
 
 class Rows:
-    """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in.
-
-    Those of a text's tokens take 16 bits each: half the disk.
+    """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in; `short`,
+    as those of a text's tokens are, it has 16 bits for each.
 
     Read and written, not mapped: a mapped file that outgrows its disk kills the process, and its pages count as its
     memory.
@@ -168,7 +165,8 @@ class Rows:
         self._folder, self._most, self._short = folder, most, short
         self._file: Any = None
         self._places: dict[str, int] = {}
-        self._width = self._written = 0
+        # Of a row, in tokens and in bytes.
+        self._width = self._row = 0
         self.gave_up = False
 
     @property
@@ -189,8 +187,7 @@ class Rows:
 
     def measure(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
         """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
-        the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size.
-        """
+        the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size."""
         if not self.holds(facts) or log_probs.shape[1] != self._width:
             return [None] * len(facts)
         found: list[float | None] = []
@@ -216,30 +213,25 @@ class Rows:
                 self._file.close()
             self._file = None
 
-    @property
-    def _row(self) -> int:
-        """Return the bytes of one row."""
-        return self._width * (2 if self._short else 4)
-
     def _append(self, facts: Sequence[str], rows: np.ndarray) -> None:
         if self._file is None:
             self._width = rows.shape[1]
+            self._row = self._width * (2 if self._short else 4)
             if shutil.disk_usage(self._folder).free < self._most * self._row + RESERVE:
                 self.give_up()
                 return
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._file.seek(self._written * self._row)
+        start = self._file.seek(0, io.SEEK_END)
         self._file.write((shorten(rows) if self._short else rows).data)
         self._file.flush()
-        self._places |= {fact: self._written + row for row, fact in enumerate(facts)}
-        self._written += len(facts)
+        self._places |= {fact: start + row * self._row for row, fact in enumerate(facts)}
 
     def _read(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
         rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
         for row, fact in zip(rows, facts, strict=True):
-            self._file.seek(self._places[fact] * self._row)
+            self._file.seek(self._places[fact])
             if self._file.readinto(row.data) != row.nbytes:
                 raise OSError("the file is cut short")
         return torch.from_numpy(lengthen(rows) if self._short else rows)
@@ -250,8 +242,7 @@ _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 def shorten(log_probs: np.ndarray) -> np.ndarray:
     """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
-    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number.
-    """
+    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number."""
     roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 

@@ -50,24 +50,19 @@ def gather_early(
     revision: str | None = None,
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, drawn by `evaluation.options.seed`, until `decide` knows enough;
-    return both models' answers to these facts, and what is known of all; None where they do not tell.
+    return both models' answers to these facts, and what is known of all; None where they do not tell. `revision` is
+    that of the original, if it is a hub id.
 
     Both are in memory at the same time, but for one whose answers are stored. What is evaluated is stored, chunk by
-    chunk, so that a run that was stopped resumes.
-
-    Parameters
-    ----------
-    decide : called after each chunk.
-    revision : of the original, if it is a hub id.
-
-    Raises UsageError for a task or a text, which are run as a whole, and CompressknowError as `gather` does.
+    chunk, so that a run that was stopped resumes. Raises UsageError for a task or a text, which are run as a whole, and
+    CompressknowError as `gather` does.
     """
     models = (original, compressed)
     stored = [read_if_stored(model) for model in models]
     probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
     first, second = map(_Side, open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
-    if first.stored:
+    if first.stored or second.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
     found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
     before = finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
@@ -172,11 +167,9 @@ class _Side:
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         if self.stored is not None:
             # As if these facts alone had been evaluated.
-            wanted = {(probe.name, fact.id) for probe in chunk for fact in probe.facts}
             record = self.stored.record
             entries = {each.name: replace(record.probes[each.name], fingerprint=each.fingerprint()) for each in chunk}
-            own = tuple(each for each in self.stored.answers if (each.probe, each.fact_id) in wanted)
-            answers = Answers(replace(record, probes=entries), own)
+            answers = Answers(replace(record, probes=entries), self.stored.answers)
         else:
             assert self.handle is not None
             place = choose_folder(folder, self.handle, context)

@@ -144,11 +144,11 @@ def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[A
     shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.make_query, shown) if not isinstance(query, str)]
     batches = chain.from_iterable(map(scorer.split, batch_by_shape(queries)))
-    texts: dict[str, str | None] = {}
+    texts: dict[str, str] = {}
     for batch, written in scorer.run_each(scorer.say, batches):
         texts |= zip((query.fact.id for query in batch), written, strict=True)
     answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
-    return [answer if answer.grade is None else replace(answer, grade=grade_answer(answer)) for answer in answers]
+    return [replace(answer, grade=grade_answer(answer)) for answer in answers]
 
 
 def put_after_example(fact: Fact, probe: Probe) -> Fact | None:

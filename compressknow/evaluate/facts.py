@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -144,8 +144,7 @@ class Probe:
     def sample(self, limit: int | None, seed: int = 0) -> Probe:
         """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
         one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
-        proportions allow.
-        """
+        proportions allow."""
         if limit is None or limit >= len(self.facts):
             return self
         chosen = _draw_stratified(self.facts, limit, seed)
@@ -208,21 +207,36 @@ def check_blanks(prompt: str) -> str | None:
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
 
 
-class UniqueIds:
-    """Ids that differ, by a number behind those that were there already.
+def collect_facts(
+    made: Iterable[Fact | str], get_key: Callable[[Fact], Hashable], twin: str
+) -> tuple[tuple[Fact, ...], dict[str, int]]:
+    """Return the facts, under ids that differ, and how many rows made none by reason, which stands in place of a fact;
+    `twin` is that of a fact whose key was there already, unless it is None."""
+    facts, dropped, ids = [], Counter[str](), Counter[str]()
+    seen: set[Hashable] = set()
+    # One tuple for all facts with the same candidates: tables repeat a relation's list in each row.
+    shared: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
+    for fact in made:
+        key = get_key(fact) if isinstance(fact, Fact) else None
+        if isinstance(fact, str) or (key is not None and key in seen):
+            dropped[fact if isinstance(fact, str) else twin] += 1
+            continue
+        seen.add(key)
+        candidates = shared.setdefault(fact.candidates, fact.candidates)
+        facts.append(replace(fact, id=_number_twin(fact.id, ids), candidates=candidates))
+    return tuple(facts), dict(dropped)
 
-    >>> unique = UniqueIds()
-    >>> unique("a"), unique("b"), unique("a")
-    ('a', 'b', 'a#2')
+
+def _number_twin(identifier: str, seen: Counter[str]) -> str:
+    """Return the id, with a number behind it where it was there already.
+
+    >>> seen = Counter()
+    >>> [_number_twin(identifier, seen) for identifier in "aba"]
+    ['a', 'b', 'a#2']
     """
-
-    def __init__(self) -> None:
-        self._seen: Counter[str] = Counter()
-
-    def __call__(self, identifier: str) -> str:
-        self._seen[identifier] += 1
-        count = self._seen[identifier]
-        return identifier if count == 1 else self(f"{identifier}#{count}")
+    seen[identifier] += 1
+    count = seen[identifier]
+    return identifier if count == 1 else _number_twin(f"{identifier}#{count}", seen)
 
 
 def strip_wording(identifier: str) -> str:

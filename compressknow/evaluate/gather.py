@@ -1,8 +1,4 @@
-"""Gather the answers that a report or a comparison needs: read those that are stored, and evaluate the models.
-
-A comparison evaluates two models side by side: each on the facts, and each for the probabilities of the other's likely
-tokens.
-"""
+"""Gather the answers that a report or a comparison needs: read those that are stored, and evaluate the models."""
 
 from __future__ import annotations
 
@@ -33,18 +29,14 @@ from compressknow.model.checkpoint import build_server_error, is_address
 
 def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
     """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
-    that is at hand. (Stored answers may be those of another folder with the same weights.)
-
-    Parameters
-    ----------
-    known_by : what the model that it is compared with answered to the same facts; None for the original.
-    """
+    that is at hand. (Stored answers may be those of another folder with the same weights.) `known_by` is what the model
+    that it is compared with answered to the same facts; None for the original."""
     calibration, found = model.describe().get("calibration"), None
     if calibration and known_by:
         from compressknow.compress.calibrate.text import reread_texts
 
         trusted = model.settings.trust_remote_code
-        texts = reread_texts(model.located.folder, calibration, trust_remote_code=trusted)
+        texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
         found = count_facts_in_text(texts, known_by) if texts else None
     record = replace(answers.record.model, calibration=calibration, in_calibration=found)
     return replace(answers, record=replace(answers.record, model=record))
@@ -68,10 +60,8 @@ def find_answers_folder() -> Path:
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
-    """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading.
-
-    Raises UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that.
-    """
+    """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading. Raises
+    UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that."""
     opened = open_all(list_names(probes) or DEFAULT, options or Options())
     check_unique(opened)
     _check_known(opened, known)
@@ -119,9 +109,8 @@ class Evaluation:
     ----------
     probes : names; by default those of the answers folders, or atlas.
     keep_in : a folder that gets one answers folder per model.
-    known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
     timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
-    on_progress : called with each `compressknow.base.progress.Progress`.
+    known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
     """
 
     probes: Sequence[str]
@@ -136,16 +125,12 @@ class Evaluation:
 def gather(
     original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation, *, revision: str | None = None
 ) -> tuple[Answers, list[Answers]]:
-    """Return the original's answers and those of each compressed model, to the same probes.
+    """Return the original's answers and those of each compressed model, to the same probes. `revision` is that of the
+    original, if it is a hub id.
 
     Models are evaluated on what is not kept yet, the original first: the others are scored on its most likely tokens,
-    so that distributions can be compared. Answers folders are taken as they are.
-
-    Parameters
-    ----------
-    revision : of the original, if it is a hub id.
-
-    Raises CompressknowError where a model cannot be found, loaded or evaluated.
+    so that distributions can be compared. Answers folders are taken as they are. Raises CompressknowError where a model
+    cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
@@ -165,7 +150,11 @@ def gather(
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, whole=whole)
-            gathered.append(_evaluate(side, probes, context, sides[1:], replace(evaluation, on_progress=watched)))
+            folder = choose_folder(evaluation.keep_in, side, context)
+            answers = probe_model(side, probes, folder, context, on_progress=watched, wait=True)
+            if not gathered:
+                answers = NoiseFloors(side, folder, watched, whole=whole).add(probes, answers, sides[1:])
+            gathered.append(finish_answers(answers, side, context.reference, replace(evaluation, on_progress=watched)))
     return gathered[0], gathered[1:]
 
 
@@ -181,33 +170,16 @@ def open_models(
     evaluation: Evaluation,
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
-    """Find, hash and check the models whose answers are not stored; `revision` is the first one's.
-
-    Before the first is evaluated: a wrong name is told at once. Raise what `make_handles` does, and CheckpointError
-    where a weight is no number.
-    """
-    revisions = [revision, *(None for _ in models[1:])]
-    missing = [pair for pair, answers in zip(zip(models, revisions, strict=True), stored, strict=True) if not answers]
-    located = [locate(model, of) for model, of in missing]
+    """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
+    `make_handles` does, and CheckpointError where a weight is no number."""
+    pairs = enumerate(zip(models, stored, strict=True))
+    # Before the first is evaluated: a wrong name is told at once.
+    located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     for handle in handles:
         handle.check_sound()
     remaining = iter(handles)
     return [answers or next(remaining) for answers in stored]
-
-
-def _evaluate(
-    handle: ModelHandle,
-    probes: Sequence[Opened],
-    context: Context,
-    others: Sequence[ModelHandle | Answers],
-    evaluation: Evaluation,
-) -> Answers:
-    folder, on_progress = choose_folder(evaluation.keep_in, handle, context), evaluation.on_progress
-    answers = probe_model(handle, probes, folder, context, on_progress=on_progress, wait=True)
-    if context.reference is None:
-        answers = NoiseFloors(handle, folder, on_progress, whole=context.whole).add(probes, answers, others)
-    return finish_answers(answers, handle, context.reference, evaluation)
 
 
 def finish_answers(
@@ -264,10 +236,8 @@ def find_both(
     settings: Settings,
     on_progress: Listener | None = None,
 ) -> tuple[ModelHandle, ModelHandle]:
-    """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once.
-
-    Raises CompressknowError where one is not found, UsageError where it is a folder of answers.
-    """
+    """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
+    CompressknowError where one is not found, UsageError where it is a folder of answers."""
     for model, _ in (a, b):
         if is_address(model):
             raise build_server_error(model)
@@ -299,34 +269,28 @@ def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
 ) -> PairedAnswers:
     """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
-    other's tokens. What `keep_in` holds already is not evaluated again.
+    other's tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot
+    be loaded or evaluated, or where the two have no vocabulary in common."""
 
-    Raises CompressknowError where a model cannot be loaded or evaluated, or where the two have no vocabulary in common.
-    """
-
-    def evaluate(
-        model: ModelHandle, reference: Answers | None, whole: Distributions | None, known: Answers | None = None
-    ) -> Answers:
-        context = Context(reference, known, whole)
+    def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
-        return probe_model(
-            model, probes, choose_folder(keep_in, model, context), context, on_progress=watched, wait=True
-        )
+        folder = choose_folder(keep_in, model, context)
+        return probe_model(model, probes, folder, context, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
-        alone = evaluate(a, None, None)
+        alone = evaluate(a, Context())
         a.release()
         return PairedAnswers(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
-        of_a = evaluate(a, None, whole_a)
+        of_a = evaluate(a, Context(whole=whole_a))
         folder = choose_folder(keep_in, a, Context())
         of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
         a.release()
-        b_like_a = evaluate(b, of_a, whole_a)
+        b_like_a = evaluate(b, Context(of_a, whole=whole_a))
         whole_a.close()
-        of_b = evaluate(b, None, whole_b, known=b_like_a)
+        of_b = evaluate(b, Context(known=b_like_a, whole=whole_b))
         b.release()
-        a_like_b = evaluate(a, of_b, whole_b, known=of_a)
+        a_like_b = evaluate(a, Context(of_b, known=of_a, whole=whole_b))
         a.release()
     of_b = add_calibration(of_b, b, of_a)
     return PairedAnswers(of_a, b_like_a, of_b, a_like_b)

@@ -31,8 +31,6 @@ PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 KNOWN = (RECOGNIZED, PRODUCED)
 # Being among the best so many makes a fact demoted, where there are more to choose from.
 NEAR = 5
-# A choice that a text does not begin with ends there.
-NOWHERE = (0, False)
 _END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
 # What may stand before an answer and is no part of it: articles, quotes and other punctuation, but for the signs of a
 # number.
@@ -95,15 +93,14 @@ def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str]
     ('New York City', 'a city')
     """
     text = text.strip()
-    ends = {
-        # Where it ends in the text, and whether it stands there to the letter.
-        choice: max(
-            (find_end(text, label) or 0, _match_label(text, label) is not None) for label in {choice, spelled(choice)}
-        )
-        for choice in choices
-    }
-    choice = max(ends, key=lambda each: ends[each], default="")
-    return choice if ends.get(choice, NOWHERE) > NOWHERE else cut(text)
+
+    def find_place(choice: str) -> tuple[int, bool]:
+        """Return where it ends in the text, and whether it stands there to the letter."""
+        labels = {choice, spelled(choice)}
+        return max((find_end(text, label) or 0, _match_label(text, label) is not None) for label in labels)
+
+    choice = max(choices, key=find_place)
+    return choice if any(find_place(choice)) else cut(text)
 
 
 def judge(text: str, gold: str) -> tuple[str, bool]:
@@ -120,8 +117,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
 
 def grade_answer(answer: Answer) -> str:
     """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
-    being among the best five says nothing.
-    """
+    being among the best five says nothing."""
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
     few = answer.choices is not None and answer.choices <= NEAR
@@ -129,10 +125,9 @@ def grade_answer(answer: Answer) -> str:
     return DEMOTED if near or answer.gold in (answer.produced, answer.with_example) else GONE
 
 
-def add_grade(answer: Answer, fact: Fact, text: str | None, spelled: Callable[[str], str] = str) -> Answer:
-    """Add what the model says greedily and its grade; `text` is None where it cannot write."""
-    produced = None if text is None else find_choice(text, list_choices(fact), spelled)
-    answer = replace(answer, produced=produced, with_example=None)
+def add_grade(answer: Answer, fact: Fact, text: str, spelled: Callable[[str], str] = str) -> Answer:
+    """Add what the model says greedily, and its grade."""
+    answer = replace(answer, produced=find_choice(text, list_choices(fact), spelled))
     return replace(answer, grade=grade_answer(answer))
 
 

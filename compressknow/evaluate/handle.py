@@ -13,7 +13,7 @@ from compressknow.base.errors import CheckpointError, UnsupportedError, UsageErr
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import PanicError, translate_panics
-from compressknow.base.reading import find_mismatch
+from compressknow.base.reading import check_unchanged, find_mismatch
 from compressknow.engine.identity import Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, load_language_model
 from compressknow.engine.load import find_reason
@@ -195,8 +195,7 @@ class Server(Runtime):
 
     def make_record(self) -> Mapping[str, Any]:
         """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
-        (log-probabilities of candidates) and ``distribution`` (of the first token).
-        """
+        (log-probabilities of candidates) and ``distribution`` (of the first token)."""
         served = self._served
         build = " ".join(filter(None, (served.name, served.build)))
         where = {"url": served.client.url, "model": served.model}
@@ -285,7 +284,7 @@ class ModelHandle:
     def check_unchanged(self) -> None:
         """Raise CheckpointError where what it answers may not be that of the files that were hashed, if they were."""
         if "contents" in self.__dict__:
-            self.contents.check_unchanged()
+            check_unchanged(self.contents.states)
 
     def make_prompts(self, probe: Probe) -> Prompts:
         """Build the prompts of the probe as this model reads them."""
@@ -302,8 +301,7 @@ class ModelHandle:
 
     def make_reader(self) -> TextReader:
         """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its
-        runtime does not give the probabilities of all tokens.
-        """
+        runtime does not give the probabilities of all tokens."""
         check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.make_reader()
 
@@ -316,13 +314,12 @@ class ModelHandle:
     def check_tasks(self, probes: Sequence[Opened]) -> None:
         """Raise UnsupportedError where there is a task among the probes, and no runtime of tasks runs the model."""
         task = next((probe for probe in probes if isinstance(probe, Task)), None)
-        if task is None or self.runtime.name == TRANSFORMERS:
-            return
-        raise UnsupportedError(
-            f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
-            why="Tasks are run by lm-eval, on models of transformers.",
-            hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
-        )
+        if task is not None and self.runtime.name != TRANSFORMERS:
+            raise UnsupportedError(
+                f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
+                why="Tasks are run by lm-eval, on models of transformers.",
+                hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
+            )
 
     def copy_in_other_precision(self) -> ModelHandle | None:
         """Return the same model in bfloat16, or float32 where it runs in less; None where it has one precision."""
@@ -360,11 +357,9 @@ def make_handles(
     located: Sequence[Located], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
     """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
-    the settings name a runtime, it runs those that it reads, and the others run as if none was named.
-
-    Raises UsageError where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so,
-    then CompressknowError where a server does not answer: before any model is evaluated.
-    """
+    the settings name a runtime, it runs those that it reads, and the others run as if none was named. Raises UsageError
+    where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so, then
+    CompressknowError where a server does not answer."""
     named, unnamed = settings.runtime, replace(settings, runtime=None)
     reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
     if located and not any(reads):

@@ -33,8 +33,6 @@ from compressknow.evaluate.sources import Opened
 # from 3 %.
 PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
 _SEED = 20_231
-
-
 _INSTEAD = "an f16 GGUF file as the original."
 
 
@@ -69,11 +67,7 @@ class NoiseFloors:
         return self.add_runtime(probes, answers)
 
     def add_precision(self, probes: Sequence[Opened], answers: Answers) -> Answers:
-        """Add that of another precision.
-
-        A model that does not run in another precision has none. What runs elsewhere than in transformers has no other
-        precision here.
-        """
+        """Add that of another precision; a model that does not run in one has none, as outside of transformers."""
         if not self._original.settings.noise_floor:
             return answers
         entries = answers.record.probes
@@ -118,9 +112,7 @@ class NoiseFloors:
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
         """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts; stages are of `work`.
-
-        Both are released.
-        """
+        Both are released."""
         original, whole = self._original, self._whole
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())
@@ -163,10 +155,8 @@ class NoiseFloors:
 
     @contextmanager
     def _open_in_llama_cpp(self, answers: Answers) -> Iterator[ModelHandle]:
-        """Open the original in llama.cpp, from a file that lies in the folder meanwhile.
-
-        Raises CompressknowError where the converter is missing, or does not take it.
-        """
+        """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError where
+        the converter is missing, or does not take it."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import Choice
         from compressknow.gguf.converter import find_converter
@@ -175,8 +165,7 @@ class NoiseFloors:
         if answers.record.model.family != "causal":
             raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
         located, settings = self._original.located, self._original.settings
-        trusted = settings.trust_remote_code
-        export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=trusted)
+        export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code)
         # The converter takes memory of its own.
         self._original.release()
         with make_scratch(self._folder / "in-llama-cpp") as place:
@@ -206,8 +195,6 @@ def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
 
 def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows, advance: Advance | None) -> Answers:
     prompts = other.make_prompts(sample)
-    # What it would write is of no use where the original writes nothing.
-    prompts.scorer.says = all(answer.produced is not None for answer in known.answers)
     alike = has_same_tokens(known, other.loaded)
     batches = evaluate(
         prompts,
@@ -220,10 +207,8 @@ def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows,
 
 def _count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
-    floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
-    if any(answer.produced is None for each in (before, after) for answer in each.answers):
-        return floor
     said, said_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
+    floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
     return replace(floor, produced=_count(said, said_again, computed_in))
 
 

@@ -149,8 +149,7 @@ class ProbeEntry(_Part):
 class Speed:
     """Measured on this machine, in the same run: facts per second, peak memory in bytes and, of a model that goes on
     with texts, the tokens per second that it writes. `computed_in` is what it was deployed in: ``bfloat16``, or the
-    runtime and its build.
-    """
+    runtime and its build."""
 
     device: str
     facts_per_second: float
@@ -337,8 +336,9 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
     """Read the chunks of a file, in their order. Raise DamagedAnswers where it is none, or damaged."""
+    schema = _make_schema()
     with open_rows(path, "the tokens of a text", "Probe the model again, into another folder.") as file:
-        rows = file.read(columns=_make_schema().names).cast(_make_schema()).to_pylist()
+        rows = file.read(columns=schema.names).cast(schema).to_pylist()
         return tuple(sorted(map(_parse_chunk, rows), key=lambda chunk: chunk.number))
 
 
@@ -346,18 +346,17 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
     """Read the chunks of each text, by probe. Raise DamagedAnswers where a file is not the one of the record."""
     texts = {}
     for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
-        name = str(text.get("file", ""))
-        # A name of a folder elsewhere is none of ours.
-        if not name.startswith(TEXTS) or name != Path(name).name or not (folder / name).is_file():
+        path = folder / name_text_file(probe)
+        if not path.is_file():
             raise DamagedAnswers(
                 f"{folder} lacks the tokens of a text.", hint="The folder is damaged: probe the model again."
             )
-        if compute_sha256(folder / name) != text.get("sha256"):
+        if compute_sha256(path) != text.get("sha256"):
             raise DamagedAnswers(
-                f"{folder / name} does not match probe.json: its hash differs.",
+                f"{path} does not match probe.json: its hash differs.",
                 hint="Probe the model again, into another folder.",
             )
-        texts[probe] = read_chunks(folder / name)
+        texts[probe] = read_chunks(path)
     return texts
 
 

@@ -78,7 +78,7 @@ def probe_model(
     handle: ModelHandle,
     probes: Sequence[Opened],
     folder: Path,
-    context: Context | None = None,
+    context: Context,
     *,
     on_progress: Listener | None = None,
     wait: bool = False,
@@ -91,8 +91,6 @@ def probe_model(
     Parameters
     ----------
     folder : an answers folder of this model, or a new one.
-    context : the original's answers, and what else is known; by default this model is the original.
-    on_progress : called with each `compressknow.base.progress.Progress`.
     wait : wait for another run that uses the folder, rather than raise OutputError.
 
     Raises
@@ -104,7 +102,6 @@ def probe_model(
     check_unique(probes)
     handle.check_tasks(probes)
     handle.check_sound()
-    context = context or Context()
     if handle.located.url is not None:
         # No server tells the distribution over all tokens in time.
         context = replace(context, whole=None)
@@ -133,8 +130,7 @@ def find_answers(
 
 def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
     """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
-    whose answers lack a divergence over the whole vocabulary that can be had.
-    """
+    whose answers lack a divergence over the whole vocabulary that can be had."""
     with _explain_damage(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
@@ -235,7 +231,7 @@ class _Run:
             reader,
             chunks,
             done=read,
-            known={chunk.number: chunk for chunk in known.texts.get(text.name, ())} if known else None,
+            known={chunk.number: chunk for chunk in known.texts.get(text.name, ())} if known else {},
             whole=whole,
             advance=advance,
         )
@@ -357,16 +353,14 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
 
 
 def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) -> Answers:
-    """Read the answers to these probes alone; the folder may hold those to others.
-
-    They are kept by the content of the model, which may have another name by now, or another manifest.
-    """
+    """Read the answers to these probes alone; the folder may hold those to others."""
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
+        # They are kept by the content of the model, which may have another name by now, or another manifest.
         described = handle.describe()
-        model = replace(model, name=located.name, revision=located.revision, changed=described.get("changed"))
-        model = replace(model, source=described.get("source", model.source))
+        changed, source = described.get("changed"), described.get("source", model.source)
+        model = replace(model, name=located.name, revision=located.revision, changed=changed, source=source)
     entries = {probe.name: record.probes[probe.name] for probe in probes}
     return gather_answers(folder, replace(record, model=model, probes=entries))
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.format import count
 from compressknow.base.progress import Advance
 from compressknow.base.reading import NotReadable, open_regular
+from compressknow.engine.language_model import check_tokens
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, OTHER_TOKENS, Chunk, ProbeEntry
 
 if TYPE_CHECKING:
@@ -56,13 +57,11 @@ class TextReader(Protocol):
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
-        first, vocabulary].
-        """
+        first, vocabulary]."""
 
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
-        whatever follows the end of the text is the end again, and takes no time.
-        """
+        whatever follows the end of the text is the end again, and takes no time."""
 
     def ends(self, token: int) -> bool:
         """Return whether a text ends with this token."""
@@ -75,8 +74,7 @@ class RunningText:
     Attributes
     ----------
     name : ``text:`` and the file's own name.
-    sha256 : of the whole file.
-    size : of the file, in bytes.
+    sha256, size : of the whole file; in bytes.
     context : tokens per chunk; None for 512, or as many as the model has positions for.
     limit : at most so many chunks, the first ones; None for 64.
     """
@@ -99,15 +97,12 @@ class RunningText:
 
     def fingerprint(self) -> str:
         """Hash all that decides what is evaluated: answers with the same hash can be compared."""
-        return hashlib.sha256(
-            json.dumps([PROTOCOL, self.name, self.sha256, self.context, self.chunks]).encode()
-        ).hexdigest()
+        decides = [PROTOCOL, self.name, self.sha256, self.context, self.chunks]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def read(self, context: int) -> str:
-        """Read as much as the chunks can take, without the line end of the last line, as llama.cpp reads it.
-
-        Raises UsageError where the file is not UTF-8, or cannot be read any more.
-        """
+        """Read as much as the chunks can take, without the line end of the last line, as llama.cpp reads it. Raises
+        UsageError where the file is not UTF-8, or cannot be read any more."""
         most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
         try:
             with open_regular(self.path) as file:
@@ -169,10 +164,8 @@ def find_first_scored(context: int) -> int:
 
 
 def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
-    """Cut the text into chunks of `context` tokens.
-
-    Raises UsageError where it is too short for one, CheckpointError where a token is none of the model's.
-    """
+    """Cut the text into chunks of `context` tokens. Raises UsageError where it is too short for one, CheckpointError
+    where a token is none of the model's."""
     ids, ends = reader.encode(text.read(context))
     if reader.bos is not None:
         # It stands before the text too, and is counted.
@@ -186,17 +179,12 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
     cut = np.array(ids[: number * context], dtype=np.int32).reshape(number, context)
     if reader.bos is not None:
         cut[:, 0] = reader.bos
-    if int(cut.max()) >= reader.rows:
-        raise CheckpointError(
-            f"The tokenizer gives token {int(cut.max()):,}, the model's embedding has {reader.rows:,} rows: no pair.",
-            f"It stands in {text.name}.",
-            "Put the tokenizer that the model was trained with beside its weights.",
-        )
+    check_tokens(int(cut.max()), reader.rows, text.name)
     lengths = None
     if ends is not None:
-        first = find_first_scored(context)
-        starts = range(0, number * context, context)
-        lengths = tuple(ends[start + context - 1] - ends[start + first] for start in starts)
+        # Of the scored tokens, those after the first of the second half.
+        table = np.array(ends[: number * context]).reshape(number, context)
+        lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
     return Chunks(cut, lengths)
 
 
@@ -217,10 +205,10 @@ def read_text(
     reader: TextReader,
     chunks: Chunks,
     *,
-    done: Mapping[int, Chunk] | None = None,
-    known: Mapping[int, Chunk] | None = None,
-    whole: Whole | None = None,
-    advance: Advance | None = None,
+    done: Mapping[int, Chunk],
+    known: Mapping[int, Chunk],
+    whole: Whole | None,
+    advance: Advance | None,
 ) -> Iterator[Chunk]:
     """Yield what the model gives to each chunk that is not `done`, one after the other.
 
@@ -232,11 +220,11 @@ def read_text(
         `compressknow.evaluate.distributions`.
     """
     total = len(chunks.ids)
-    left = [number for number in range(total) if number not in (done or {})]
+    left = [number for number in range(total) if number not in done]
     if advance:
         advance(total - len(left), total)
     first = [number for number in left if number < CONTINUED]
-    written = {number: known[number].greedy.tolist() for number in first if number in known} if known else {}
+    written = {number: known[number].greedy.tolist() for number in first if number in known}
     if new := [number for number in first if number not in written]:
         middle = find_first_scored(chunks.context)
         room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
@@ -275,7 +263,6 @@ def list_keys(number: int, context: int) -> list[str]:
 
 def make_text_entry(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
     """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
-    lengths = [chunk.bytes for chunk in read if chunk.bytes is not None]
     return ProbeEntry(
         protocol=PROTOCOL,
         fingerprint=text.fingerprint(),
@@ -287,7 +274,7 @@ def make_text_entry(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], 
             "context": chunks.context,
             "chunks": len(read),
             "tokens": sum(len(chunk.ids) for chunk in read),
-            "bytes": sum(lengths) if len(lengths) == len(read) else None,
+            "bytes": None if chunks.bytes is None else sum(chunks.bytes),
             "divergence": compared,
         },
     )

@@ -160,13 +160,13 @@ def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: 
     assert loads == []
 
 
-def test_answers_to_other_facts_are_refused(place: Path, tmp_path: Path) -> None:
-    original = tmp_path / "original"
-    probe = f"facts:{place / 'facts.jsonl'}"
-    compressknow.probe(place / "llama", original, probe, options=Options(limit=20))
-    other = evaluation(place, tmp_path / "kept", limit=30)
-    with pytest.raises(UsageError, match="llama was evaluated on other facts or prompts"):
-        gather_early(original, place / "llama-6", other, after(FIRST))
+@pytest.mark.parametrize("stored", [0, 1], ids=["original", "compressed"])
+def test_answers_to_other_facts_are_refused(place: Path, tmp_path: Path, stored: int) -> None:
+    models = [place / "llama", place / "llama-6"]
+    compressknow.probe(models[stored], tmp_path / "stored", f"facts:{place / 'facts.jsonl'}", options=Options(limit=20))
+    name, models[stored] = models[stored].name, tmp_path / "stored"
+    with pytest.raises(UsageError, match=f"{name} was evaluated on other facts or prompts"):
+        gather_early(*models, evaluation(place, tmp_path / "kept", limit=30), after(FIRST))
 
 
 def test_tasks_are_refused(place: Path, tmp_path: Path) -> None:

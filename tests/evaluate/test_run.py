@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "make_scorer", counting)
-        resumed = probe_model(handle, [probe], tmp_path / "killed")
+        resumed = probe_model(handle, [probe], tmp_path / "killed", Context())
 
     assert sum(rows) == len(KNOWN_FACTS) - len(kept)
     assert (tmp_path / "killed" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()

@@ -118,8 +118,7 @@ class Runtime(abc.ABC):
 
     def make_reader(self) -> TextReader:
         """Return the model, which is causal, as a reader of text. Raise UnsupportedError where the runtime does not
-        give the probabilities of all tokens.
-        """
+        give the probabilities of all tokens."""
         raise UnsupportedError(
             f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
             hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
@@ -127,8 +126,7 @@ class Runtime(abc.ABC):
 
     def make_record(self) -> Mapping[str, Any] | None:
         """Return the "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types":
-        {group of layers: {type: parameters}}. None for transformers.
-        """
+        {group of layers: {type: parameters}}. None for transformers."""
         return None
 
     def describe(self) -> Mapping[str, Any]:

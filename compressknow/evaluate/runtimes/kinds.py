@@ -33,24 +33,17 @@ LEAST, ABOVE = -3.5e38, 1e-3
 TRIAL = "The capital of France is Paris"
 # Forms of what servers answer, as far as it is read (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
-_WRITTEN = {"choices": [{"text": str}], "model?": (str, None)}
 _STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}
 _STEPS = {"completion_probabilities?": [_STEP], "content?": str}
 _PROPS = {"default_generation_settings": {"n_ctx": int}, "build_info?": str}
 _VERSION = {"version": str}
 _ECHO = {"tokens": [str], "token_logprobs": [(float, None)], "text_offset": [int]}
-# Of a server that may know nothing of log-probabilities.
-_MAYBE_ECHO = {f"{key}?": (form, None) for key, form in _ECHO.items()}
 
 
 @dataclass(frozen=True)
 class First:
-    """Distribution at the answer's first position, as far as the server tells it.
-
-    Attributes
-    ----------
-    logp : token id -> log-probability, the likeliest first; `texts` of the same tokens.
-    """
+    """Distribution at the answer's first position, as far as the server tells it: log-probabilities by token id, the
+    likeliest first, texts of the same tokens, and whether these are all that there are."""
 
     logp: Mapping[int, float] = field(default_factory=dict)
     texts: Mapping[int, str] = field(default_factory=dict)
@@ -79,13 +72,7 @@ class Served(abc.ABC):
     tokens: ClassVar[bool] = True
 
     def __init__(
-        self,
-        client: Client,
-        model: str,
-        about: Mapping[str, Any],
-        *,
-        build: str | None = None,
-        longest: int | None = None,
+        self, client: Client, model: str, about: Mapping[str, Any], build: str | None = None, longest: int | None = None
     ) -> None:
         self.client, self.model, self.about = client, model, about
         self.build, self.longest = _mend(build[:80]) if build else None, longest
@@ -96,25 +83,21 @@ class Served(abc.ABC):
         """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
-    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:
         """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
-    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
         """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
         """Return what the model writes greedily, of at most so many tokens."""
-        return _mend(self._complete({"prompt": self._make_prompt(prompt), "max_tokens": tokens}, _WRITTEN)["text"])
+        return _mend(self.complete(prompt, {"text": str}, max_tokens=tokens)["text"])
 
-    def _request_logprobs(self, prompt: Ids, form: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what is told beside one token that the model writes, or of the prompt, in that form."""
-        body = {"prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
-        found = self._complete(body, {"choices": [{"logprobs": form}], "model?": (str, None)})
-        return dict(found["logprobs"])
-
-    def _complete(self, body: Mapping[str, Any], form: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self.client.post("/v1/completions", {"model": self.model, "temperature": 0, **body}, form)
+    def complete(self, prompt: Ids, form: Mapping[str, Any], **how: Any) -> Mapping[str, Any]:
+        """Return the completion of a prompt, in that form; of one token, where `how` does not say otherwise."""
+        body = {"model": self.model, "temperature": 0, "prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
+        answer = self.client.post("/v1/completions", body, {"choices": [form], "model?": (str, None)})
         if not answer["choices"]:
             raise self.make_error("has no choices")
         # A date may follow the name.
@@ -155,14 +138,14 @@ class LlamaServer(Served):
         body = {"content": text, "add_special": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:
         found = self._find_likeliest(prompt, LLAMA_TOKENS)
         if found.whole or all(number in found.logp for number in wanted):
             return found
         # A second request for all tokens: a second of work, and 5 MB, seldom needed.
         return self._find_likeliest(prompt, self._vocabulary)
 
-    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
         for place, number in enumerate(ids):
             before = (*prompt, *ids[:place])
             step = self._request_step(before, number, 1)
@@ -188,8 +171,7 @@ class LlamaServer(Served):
 
     def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
         """Return what is told of the next position, where the server writes the token `forced`: None where that token
-        ends in the middle of a letter, of which the server tells nothing.
-        """
+        ends in the middle of a letter, of which the server tells nothing."""
         how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         how["response_fields"] = ["completion_probabilities", "content"]
         answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
@@ -216,10 +198,10 @@ class Vllm(Served):
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
-        how = {"logprobs": SERVER_TOKENS, "return_tokens_as_token_ids": True}
-        top = self._request_logprobs(prompt, {"top_logprobs": [{str: float}]}, how)["top_logprobs"]
-        if not top:
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:  # noqa: ARG002
+        form = {"logprobs": {"top_logprobs": [{str: float}]}}
+        answer = self.complete(prompt, form, logprobs=SERVER_TOKENS, return_tokens_as_token_ids=True)
+        if not (top := answer["logprobs"]["top_logprobs"]):
             raise self.make_error("has no top_logprobs")
         found: dict[int, float] = {}
         for name, value in top[0].items():
@@ -230,9 +212,9 @@ class Vllm(Served):
             found[self.check_token(int(digits))] = self.check_logp(value)
         return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
 
-    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        form, how = {"token_logprobs": [(float, None)]}, {"logprobs": 1, "echo": True}
-        read = self._request_logprobs((*prompt, *ids), form, how)["token_logprobs"]
+    def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
+        form = {"logprobs": {"token_logprobs": [(float, None)]}}
+        read = self.complete((*prompt, *ids), form, logprobs=1, echo=True)["logprobs"]["token_logprobs"]
         end = len(prompt) + len(ids)
         if len(read) < end:
             raise self.make_error("has too few token_logprobs")
@@ -252,10 +234,10 @@ class Writing(Served):
     def _make_prompt(self, prompt: Ids) -> Any:
         return "".join(map(chr, prompt))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int] = ()) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:  # noqa: ARG002
         return First()
 
-    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:
+    def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
         raise NotImplementedError
 
 
@@ -265,8 +247,8 @@ class Echoing(Writing):
     name = "a server that echoes"
     scores = True
 
-    def score_rest(self, prompt: Ids, ids: Ids, score: float = 0.0, bar: float = -math.inf) -> float:  # noqa: ARG002
-        found = self._request_logprobs((*prompt, *ids), _ECHO, {"logprobs": 1, "echo": True})
+    def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
+        found = self.complete((*prompt, *ids), {"logprobs": _ECHO}, logprobs=1, echo=True)["logprobs"]
         tokens, values, offsets = (found[key] for key in _ECHO)
         if not len(tokens) == len(values) == len(offsets) > 0:
             raise self.make_error("has a text_offset that fits no token")
@@ -315,16 +297,16 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, listed, build=version["version"], longest=listed.get("max_model_len"))
     echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
-    body = {"prompt": TRIAL, "max_tokens": 1, "logprobs": 1, "echo": True}
-    form = {"choices": [{"logprobs?": (_MAYBE_ECHO, None)}], "model?": (str, None)}
+    # It may know nothing of log-probabilities.
+    trial, form = writing.encode(TRIAL, True), {f"{key}?": (form, None) for key, form in _ECHO.items()}
     try:
-        found = echoing._complete(body, form).get("logprobs") or {}
+        found = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
         if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
             return echoing
     except Refused as refused:
         if refused.status not in (400, 422, 501):
             raise
-    writing.write(writing.encode(TRIAL, True), 1)
+    writing.write(trial, 1)
     return writing
 
 

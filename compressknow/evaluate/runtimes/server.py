@@ -95,8 +95,11 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """Answer queries; no server tells whole distributions in time: `whole` is not called."""
-        return [self._answer_one(*pair) for pair in _pair(batch, reference)]
+        """Answer a query, alone in its batch; no server tells whole distributions in time: `whole` is not called."""
+        (query,), wanted = batch, _get_wanted(reference)
+        text, first = self._write(query), self._served.predict(query.prompt, wanted or ())
+        answer = self._choose(query, first) if query.options else self._judge(query, first, text)
+        return [_add_first(add_grade(answer, query.fact, text), first, wanted)]
 
     def answer_anew(
         self,
@@ -105,16 +108,10 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         whole: Whole | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        known = {answer.fact_id: answer for answer in answers}
-        pairs = _pair(batch, reference)
-        return [_add_first(known[query.fact.id], self._read_first(query, wanted), wanted) for query, wanted in pairs]
+        (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
+        return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]
 
-    def _answer_one(self, query: Query, wanted: Ids | None) -> Answer:
-        text, first = self._write(query), self._read_first(query, wanted)
-        answer = self._choose(query, first) if query.options else self._judge(query, first, text)
-        return _add_first(add_grade(answer, query.fact, text), first, wanted)
-
-    def say(self, batch: Sequence[Query]) -> list[str | None]:
+    def say(self, batch: Sequence[Query]) -> list[str]:
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
     def _write(self, query: Query) -> str:
@@ -124,14 +121,10 @@ class ServedScorer(CausalScorer):
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
-    def _read_first(self, query: Query, wanted: Ids | None) -> First:
-        return self._served.predict(query.prompt, () if wanted is None else [int(number) for number in wanted])
-
     def _choose(self, query: Query, first: First) -> Answer:
         """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
         least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
-        server told no token, so that each is read anyway.
-        """
+        server told no token, so that each is read anyway."""
         options = query.options
         heads = [first.logp.get(ids[0]) for ids in options]
         scores = np.array([first.bound if head is None else head for head in heads])
@@ -149,7 +142,7 @@ class ServedScorer(CausalScorer):
     def _score(self, query: Query, ids: Ids, first: First, bar: float) -> float:
         head = first.logp.get(ids[0])
         if head is None:
-            return self._served.score_rest(query.prompt, ids, bar=bar)
+            return self._served.score_rest(query.prompt, ids, 0.0, bar)
         if len(ids) == 1 or head < bar:
             return head
         return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
@@ -166,13 +159,13 @@ class ServedScorer(CausalScorer):
         return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
 
 
-def _pair(batch: Sequence[Query], reference: Sequence[Ids] | None) -> Iterator[tuple[Query, Ids | None]]:
-    return zip(batch, reference if reference is not None else [None] * len(batch), strict=True)
+def _get_wanted(reference: Sequence[Ids] | None) -> list[int] | None:
+    return None if reference is None else [int(number) for number in reference[0]]
 
 
-def _add_first(answer: Answer, first: First, wanted: Ids | None) -> Answer:
+def _add_first(answer: Answer, first: First, wanted: list[int] | None) -> Answer:
     """Add the distribution at the first position, of the `wanted` tokens or the likeliest, if all are told."""
-    ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else [int(number) for number in wanted]
+    ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else wanted
     if not all(number in first.logp for number in ids):
         ids = []
     values = np.array([first.logp[number] for number in ids], dtype=np.float32)

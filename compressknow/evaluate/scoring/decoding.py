@@ -37,18 +37,12 @@ Encoded = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Batch of texts that a decoder has read.
-
-    Attributes
-    ----------
-    ids : [batch, tokens].
-    cache : keys and values of these tokens, or None where the architecture keeps none that can be split by rows.
-    encoder : what a forward pass takes of the encoder (see `select_encoded`), or None.
-    """
+    """Batch of texts that a decoder has read: ids [batch, tokens], keys and values of these tokens, or None where the
+    architecture keeps none that can be split by rows, and what a forward pass takes of an encoder."""
 
     ids: torch.Tensor
     cache: Any
-    encoder: Encoded | None = None
+    encoder: Encoded | None
 
 
 class DecodingScorer(Scorer):
@@ -64,8 +58,7 @@ class DecodingScorer(Scorer):
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
         """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards, if it can be
-        split by rows.
-        """
+        split by rows."""
 
     @abstractmethod
     def ends(self, token: int) -> bool:
@@ -88,8 +81,7 @@ class DecodingScorer(Scorer):
     ) -> None:
         """Finish the rows `walking`, a token per pass, so that a row stops where it falls below its bar; `scores` are
         changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
-        where activations are rounded: how many rows there are would show in the scores (see `_is_rounding`).
-        """
+        where activations are rounded: how many rows there are would show in the scores (see `_is_rounding`)."""
         cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
         while walking:
             left = max(len(rows[row][1]) for row in walking) - known
@@ -102,7 +94,7 @@ class DecodingScorer(Scorer):
             places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
             walking = [walking[place] for place in places]
 
-    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:
         written = self.generate(batch, log_probs, state)
         return [self.encoder.decode(list(takewhile(lambda token: not self.ends(token), ids))) for ids in written]
 
@@ -126,8 +118,7 @@ class DecodingScorer(Scorer):
 
     def goes_on(self, query: Query, written: Sequence[int]) -> bool:
         """Return whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate
-        has, and one more, which shows whether the last word ends there; and two where a quote or an article opens it.
-        """
+        has, and one more, which shows whether the last word ends there; two more where quotes or an article open it."""
         if len(written) >= self._count_room(query, written) or self.ends(written[-1]):
             return False
         return tuple(written[:-1]) not in query.options
@@ -165,8 +156,7 @@ class DecodingScorer(Scorer):
     @cached_property
     def _is_rounding(self) -> bool:
         """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
-        in another order than over one, so each pass takes one.
-        """
+        in another order than over one, so each pass takes one."""
         return has_rounded_activations(self.model)
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
@@ -192,8 +182,7 @@ class DecodingScorer(Scorer):
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
     ) -> tuple[Scores, Any]:
         """Sum the log-probabilities of the next `width` tokens after `known` ones, [rows], and return them with the
-        cache afterwards. Shorter options are filled up at their ends, which no token before sees.
-        """
+        cache afterwards. Shorter options are filled up at their ends, which no token before sees."""
         device, end = prefix.ids.device, known + width
         ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
         real = torch.tensor([[place < len(option) for place in range(known, end)] for _, option in rows], device=device)
@@ -227,8 +216,7 @@ Forward = Callable[[torch.Tensor, Any, int, bool], tuple[torch.Tensor, Any]]
 
 def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> tuple[bool, bool]:
     """Find out on prefixes [batch, tokens] and what follows them, [batch, TRIED], whether a model's texts may be scored
-    from the cache of their beginning, and whether it reads ahead (see `DecodingScorer`).
-    """
+    from the cache of their beginning, and whether it reads ahead (see `DecodingScorer`)."""
     whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
     expected, _ = forward(whole, None, whole.shape[1], False)
     if not is_same(forward(prefix, None, known, False)[0], expected[:, :known]):
@@ -277,8 +265,7 @@ def check_splittable(cache: Any) -> Any:
 
 def select_encoded(encoder: Encoded | None, rows: Any) -> Encoded | None:
     """Return these rows of what an encoder has read. Its output is of its own class, with no other field: decoders look
-    for some that others have not.
-    """
+    for some that others have not."""
     if encoder is None:
         return None
     output = encoder["encoder_outputs"]
@@ -390,8 +377,7 @@ class TransformersReader:
 
 def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:
     """Return how many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character
-    ends where the character does.
-    """
+    ends where the character does."""
     points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
     until = np.concatenate([[0], np.cumsum(widths)])

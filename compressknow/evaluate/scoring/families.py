@@ -71,18 +71,15 @@ class MaskedScorer(Scorer):
 
     def bound_options(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Scores]:
         scores = [np.empty(len(query.options)) for query in batch]
-        groups = [_group_by_length(query.options) for query in batch]
-        for length in sorted({length for group in groups for length in group}):
-            chosen = [index for index, group in enumerate(groups) if length in group]
-            masked = (
-                log_probs[chosen]
-                if length == 1
-                else self._compute_log_probs([self.step(batch[i], length, ()) for i in chosen])
-            )
+        lengths = [np.array([len(ids) for ids in query.options]) for query in batch]
+        for length in sorted({length for query in batch for length in map(len, query.options)}):
+            chosen = [index for index, own in enumerate(lengths) if length in own]
+            rows = [self.step(batch[index], length, ()) for index in chosen]
+            masked = log_probs[chosen] if length == 1 else self._compute_log_probs(rows)
             for row, index in zip(masked, chosen, strict=True):
-                options = groups[index][length]
-                heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
-                scores[index][options] = row[heads].double().cpu().numpy()
+                places = np.flatnonzero(lengths[index] == length)
+                heads = torch.tensor([batch[index].options[place][0] for place in places], device=row.device)
+                scores[index][places] = row[heads].double().cpu().numpy()
         return scores
 
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
@@ -99,10 +96,9 @@ class MaskedScorer(Scorer):
             place += 1
         return scores
 
-    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str | None]:  # noqa: ARG002
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:  # noqa: ARG002
         """Return the first of the whole vocabulary at the mask; where the object has several tokens, at as many masks
-        from left to right: its length is told to the model, as candidates' lengths are where they are scored.
-        """
+        from left to right: its length is told to the model, as candidates' lengths are where they are scored."""
         found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
         for length in {len(query.gold) for query in batch} - {0, 1}:
             chosen = [index for index, query in enumerate(batch) if len(query.gold) == length]
@@ -313,13 +309,6 @@ class Seq2SeqScorer(DecodingScorer):
 
     def _find_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
-
-
-def _group_by_length(options: Sequence[Ids]) -> dict[int, list[int]]:
-    groups: dict[int, list[int]] = {}
-    for index, ids in enumerate(options):
-        groups.setdefault(len(ids), []).append(index)
-    return groups
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:

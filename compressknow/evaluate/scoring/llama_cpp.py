@@ -168,8 +168,7 @@ class GgufReader:
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
         """Tokenize; names of special tokens are text like any other. None for bytes where the pieces do not spell the
-        text, as where the tokenizer puts a space before it.
-        """
+        text, as where the tokenizer puts a space before it."""
         ids = self._tokenizer.encode(text, special=False, parse_special=False)
         pieces = [self._tokenizer.decode_token(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None

@@ -41,8 +41,7 @@ class Ranking:
 
     def compute_bar(self) -> float | None:
         """Return what a candidate must reach to matter: the lowest of the object's score, that of the fifth best and,
-        for the sum, an even part of the tail of what is finished. None while they are not known. It only rises.
-        """
+        for the sum, an even part of the tail of what is finished. None while they are not known. It only rises."""
         known = self.scores[self.finished]
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
             return None
@@ -52,8 +51,7 @@ class Ranking:
     def compute_total(self) -> float | None:
         """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
         that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
-        batch.
-        """
+        batch."""
         return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
     def find_wanted(self) -> NDArray[np.intp]:
@@ -79,8 +77,7 @@ def sum_logs(scores: Scores) -> float:
 
 def find_rank(gold: int, scores: Scores) -> int | None:
     """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
-    where the model computes no number for it (NaN): a broken model knows nothing.
-    """
+    where the model computes no number for it (NaN): a broken model knows nothing."""
     if np.isnan(scores[gold]):
         return None
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
-from compressknow.engine.language_model import count_embedding_rows, count_positions
+from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe, capitalize
@@ -133,8 +133,6 @@ class Scorer(ABC):
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
-    # Whether what the model says is wanted; without, facts with candidates are only chosen.
-    says = True
     _tried = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
@@ -172,8 +170,8 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> Sequence[str | None]:
-        """Return what the model says to each query, decoded greedily; None where it cannot write."""
+    def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:
+        """Return what the model says to each query, decoded greedily."""
 
     def find_obstacle(self, fact: Fact) -> str | None:
         """Return why this family cannot be evaluated on such a fact, or None."""
@@ -232,25 +230,21 @@ class Scorer(ABC):
         """
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
-            free = not self.one_token and not all(query.options for query in batch)
-            texts = self.produce(batch, log_probs, state) if self.says or free else [None] * len(batch)
-            found = [
-                *self._answer_closed(batch, log_probs, state),
-                *self._answer_by_word(batch, log_probs),
-                *self._answer_freely(batch, log_probs, state, texts),
-            ]
-            by_id = {query.fact.id: (query.fact, text) for query, text in zip(batch, texts, strict=True)}
-            found = [add_grade(answer, *by_id[answer.fact_id], self.encoder.spelled) for answer in found]
-            return self._add_distributions(batch, found, log_probs, reference, whole)
+            texts = self.produce(batch, log_probs, state)
+            found = {
+                **self._answer_closed(batch, log_probs, state),
+                **self._answer_by_word(batch, log_probs),
+                **self._answer_freely(batch, log_probs, state, texts),
+            }
+            facts = [query.fact for query in batch]
+            graded = [add_grade(found[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
+            return self._add_distributions(graded, log_probs, reference, whole)
 
-    def say(self, batch: Sequence[Query]) -> list[str | None]:
-        """Return what the model says to queries of one shape: a choice, or the first sentence; None where it cannot."""
+    def say(self, batch: Sequence[Query]) -> list[str]:
+        """Return what the model says to queries of one shape: a choice, or the first sentence."""
         with torch.inference_mode():
-            texts = self.produce(batch, *self._begin(batch))
-        return [
-            text if text is None else find_choice(text, list_choices(query.fact), self.encoder.spelled)
-            for query, text in zip(batch, texts, strict=True)
-        ]
+            pairs = zip(batch, self.produce(batch, *self._begin(batch)), strict=True)
+        return [find_choice(text, list_choices(query.fact), self.encoder.spelled) for query, text in pairs]
 
     def answer_anew(
         self,
@@ -261,11 +255,13 @@ class Scorer(ABC):
     ) -> list[Answer]:
         """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._add_distributions(batch, answers, self._begin(batch)[0], reference, whole)
+            return self._add_distributions(answers, self._begin(batch)[0], reference, whole)
 
     def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return what `read_first` does, tried on two queries before any other."""
-        self._check_ids(batch)
+        for query in batch:
+            largest = max(chain(query.prompt, query.gold, *query.options), default=0)
+            check_tokens(largest, self._rows, f"the fact {query.fact.id}")
         if not self._tried:
             try:
                 self.read_first(batch[:2])
@@ -280,21 +276,8 @@ class Scorer(ABC):
             self._tried = True
         return self.read_first(batch)
 
-    def _check_ids(self, batch: Sequence[Query]) -> None:
-        """Raise CheckpointError for ids beyond the embedding: those of a tokenizer may have gaps."""
-        rows = self._rows
-        for query in batch:
-            largest = max(chain(query.prompt, query.gold, *query.options), default=0)
-            if largest >= rows:
-                raise CheckpointError(
-                    f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
-                    f"It stands in the fact {query.fact.id}.",
-                    "Put the tokenizer that the model was trained with beside its weights.",
-                )
-
     def _add_distributions(
         self,
-        batch: Sequence[Query],
         answers: Sequence[Answer],
         log_probs: torch.Tensor,
         reference: Sequence[Ids] | None,
@@ -305,13 +288,12 @@ class Scorer(ABC):
         else:
             ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
         kept = log_probs.gather(1, ids).float().cpu().numpy()
-        divergences = whole([query.fact.id for query in batch], log_probs) if whole else [None] * len(batch)
-        found = {answer.fact_id: answer for answer in answers}
+        divergences = whole([answer.fact_id for answer in answers], log_probs) if whole else [None] * len(answers)
         # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
-        rows = zip(batch, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
+        rows = zip(answers, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
         return [
-            replace(found[query.fact.id], first_ids=ids, first_logp=log_probs, first_kl=divergence)
-            for query, ids, log_probs, divergence in rows
+            replace(answer, first_ids=ids, first_logp=log_probs, first_kl=divergence)
+            for answer, ids, log_probs, divergence in rows
         ]
 
     def _find_misfit(self, query: Query) -> str | None:
@@ -370,7 +352,8 @@ class Scorer(ABC):
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
-    def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[Answer]:
+    def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> dict[int, Answer]:
+        """Answer the queries with options; by their places in the batch, as the next two do."""
         chosen = [index for index, query in enumerate(batch) if query.options]
         bounds = self.bound_options([batch[index] for index in chosen], log_probs[chosen])
         rankings = [
@@ -385,15 +368,15 @@ class Scorer(ABC):
             return self.finish(state, rows, first, bars)
 
         rank_candidates(rankings, finish)
-        return [make_choice(batch[index].fact, ranking) for index, ranking in zip(chosen, rankings, strict=True)]
+        return {index: make_choice(batch[index].fact, each) for index, each in zip(chosen, rankings, strict=True)}
 
-    def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> list[Answer]:
+    def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> dict[int, Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
         scores, ids = log_probs[chosen], np.arange(log_probs.shape[1])
         if self.allowed is not None:
             scores, ids = scores[:, self.allowed], self.allowed
         values = scores.double().cpu().numpy()
-        return [self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)]
+        return {i: self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)}
 
     def _make_word_answer(self, query: Query, scores: Scores, ids: Any) -> Answer:
         best = find_best(scores)
@@ -406,20 +389,20 @@ class Scorer(ABC):
         return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
 
     def _answer_freely(
-        self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str | None]
-    ) -> list[Answer]:
+        self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str]
+    ) -> dict[int, Answer]:
         chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
         zeros = np.zeros(len(chosen))
         rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
-        answers = []
+        answers = {}
         for index, more in zip(chosen, rest, strict=True):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
             rank = find_rank(first, scores)
-            text, correct = judge(texts[index] or "", query.fact.obj_label)
+            text, correct = judge(texts[index], query.fact.obj_label)
             known = correct and rank is not None
             best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             logp = float(scores[first] + more)
-            answers.append(make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known))
+            answers[index] = make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known)
         return answers

@@ -1,9 +1,4 @@
-"""Sources of facts, tasks and texts: a registry, and how a probe is opened by its name.
-
-A source says what users call it, which options it takes and where its data comes from, and gives a `Probe` of facts,
-a `Task` or a `RunningText`. It is registered by its name in `compressknow.evaluate.sources`, or by an entry point of
-another package.
-"""
+"""Sources of facts, tasks and texts: a registry, to which other packages add, and how a probe is opened by its name."""
 
 from __future__ import annotations
 
@@ -59,9 +54,7 @@ class Options:
 
 class Task(ABC):
     """Items that another harness puts to the model and judges one by one; what it says of each is kept as an answer.
-
-    A task has a `name`, as the user names it, and can be pickled.
-    """
+    Its `name` is as the user names it, and it can be pickled."""
 
     name: str
 
@@ -72,6 +65,9 @@ class Task(ABC):
     @abstractmethod
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """Return the answers of a model, and the task's entry in ``probe.json``."""
+
+
+Opened = Probe | Task | RunningText
 
 
 class ProbeSource(ABC):
@@ -104,7 +100,7 @@ class ProbeSource(ABC):
     details: ClassVar[str] = ""
 
     @abstractmethod
-    def open(self, name: str, part: str, options: Options) -> Probe | Task | RunningText:
+    def open(self, name: str, part: str, options: Options) -> Opened:
         """Read the probe.
 
         Parameters
@@ -150,7 +146,6 @@ class ProbeSource(ABC):
 
 
 DEFAULT = ("atlas",)
-Opened = Probe | Task | RunningText
 PROBES = Registry(
     "compressknow.probes",
     "probe",
@@ -215,7 +210,16 @@ def _open_by_name(name: str, options: Options) -> Opened:
     full = _join_name(kind, source.named(part))
     if options.templates > 1:
         return _open_in_wordings(full, name, source, options)
-    opened = _check_opened(kind, full, _open_source(kind, source, full, part, _select_options(source, options)))
+    try:
+        opened = source.open(full, part, _select_options(source, options))
+    except CompressknowError:
+        raise
+    except Exception as error:
+        if not PROBES.is_added(kind):
+            raise
+        # Whatever the code of another package does.
+        raise PROBES.incompatible(kind, f"{type(error).__name__}: {error}") from error
+    _check_opened(kind, full, opened)
     return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened
 
 
@@ -261,30 +265,15 @@ def _select_options(source: ProbeSource, options: Options) -> Options:
     return replace(options, **others)
 
 
-def _open_source(kind: str, source: ProbeSource, name: str, part: str, options: Options) -> Opened:
-    try:
-        return source.open(name, part, options)
-    except CompressknowError:
-        raise
-    except Exception as error:
-        if not PROBES.is_added(kind):
-            raise
-        # Whatever the code of another package does.
-        raise PROBES.incompatible(kind, f"{type(error).__name__}: {error}") from error
-
-
-def _check_opened(kind: str, name: str, opened: object) -> Opened:
-    """Return what a source gives, if it can be evaluated. Raise CompressknowError where it cannot."""
-    if isinstance(opened, Task | RunningText):
-        return opened
-    if not isinstance(opened, Probe):
+def _check_opened(kind: str, name: str, opened: object) -> None:
+    """Raise CompressknowError where what a source gives cannot be evaluated."""
+    if not isinstance(opened, Opened):
         raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
-    if not opened.facts:
+    if isinstance(opened, Probe) and not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
-    if PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
+    if isinstance(opened, Probe) and PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
         raise PROBES.incompatible(kind, flaw)
-    return opened
 
 
 def _find_flaw(name: str, probe: Probe) -> str | None:

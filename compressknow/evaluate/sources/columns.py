@@ -7,7 +7,7 @@ import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,8 @@ class Columns:
     relation, where no column holds any; `known_as` names the kind of table that was recognised."""
 
     of: Mapping[str, str]
-    templates: Mapping[str, str] = field(default_factory=dict)
-    known_as: str | None = None
+    templates: Mapping[str, str]
+    known_as: str | None
 
     @property
     def fixed_template(self) -> str | None:
@@ -187,16 +187,14 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     present = set(there)
     for key in wanted:
         check_key(key)
-    known = _recognise(present)
-    recognized, templates = known.of, known.templates
+    kind, recognized, templates = _recognise(present)
     if {"prompt", "template"} & set(wanted):
         # Who names a prompt or a template does not want that of the known table.
         recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
         templates = {}
-    columns = Columns({**recognized, **wanted}, templates, known.known_as)
+    columns = Columns({**recognized, **wanted}, templates, kind)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
-    missing = [name for name in columns.names if name not in present]
-    if missing:
+    if missing := [name for name in columns.names if name not in present]:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
     by_template = "prompt" not in columns.of and ("template" in columns.of or columns.templates)
     for key in ("object", "subject" if by_template else "prompt"):
@@ -205,11 +203,10 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     return columns
 
 
-def _recognise(present: set[str]) -> Columns:
+def _recognise(present: set[str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """Return the kind of table (None of one that is not known), the column of each key, and templates by relation."""
     for kind, (known_by, keys, templates) in _KNOWN.items():
         if present.issuperset(known_by.split()):
-            found = {
-                key: next((name for name in names.split() if name in present), None) for key, names in keys.items()
-            }
-            return Columns({key: name for key, name in found.items() if name}, templates, kind)
-    return Columns({})
+            there = {key: [name for name in names.split() if name in present] for key, names in keys.items()}
+            return kind, {key: names[0] for key, names in there.items() if names}, templates
+    return None, {}, {}

@@ -10,9 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,9 @@ from compressknow.evaluate.facts import (
     SUBJECT,
     Fact,
     Probe,
-    UniqueIds,
     add_blank,
     check_blanks,
+    collect_facts,
     fill,
     find_domain,
     is_open,
@@ -205,7 +203,8 @@ class Hub(ProbeSource):
         chosen = _choose_split(list(splits), options.split, part)
         table = splits[chosen]
         named = choose_columns(table.column_names, options.columns, name)
-        facts, dropped = _select_facts(name, _read_rows(table, named), named)
+        made = (_make_hub_fact(name, *row, named) for row in enumerate(_read_rows(table, named)))
+        facts, dropped = collect_facts(made, lambda fact: (fact.prompt, fact.obj_label), "same sentence and object")
         return Probe(
             name=name,
             protocol=HUB_PROTOCOL,
@@ -231,25 +230,6 @@ def _read_rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
     for batch in table.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         for row in batch.to_pylist():
             yield {key: row[name] for key, name in pairs}
-
-
-def _select_facts(
-    probe: str, rows: Iterator[dict[str, Any]], columns: Columns
-) -> tuple[tuple[Fact, ...], dict[str, int]]:
-    facts, dropped, unique = [], Counter[str](), UniqueIds()
-    seen: set[tuple[str, str]] = set()
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for number, row in enumerate(rows):
-        fact = _make_hub_fact(probe, number, row, columns)
-        if isinstance(fact, Fact) and (fact.prompt, fact.obj_label) in seen:
-            fact = "same sentence and object"
-        if isinstance(fact, str):
-            dropped[fact] += 1
-            continue
-        seen.add((fact.prompt, fact.obj_label))
-        candidates = shared.setdefault(fact.candidates, fact.candidates) if fact.candidates else None
-        facts.append(replace(fact, id=unique(fact.id), candidates=candidates))
-    return tuple(facts), dict(dropped)
 
 
 def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Columns) -> Fact | str:

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,9 @@ from compressknow.evaluate.facts import (
     WIKIDATA,
     Fact,
     Probe,
-    UniqueIds,
     capitalize,
     check_blanks,
+    collect_facts,
     fill,
     find_domain,
     map_relations,
@@ -231,7 +229,15 @@ class Lama(ProbeSource):
         official, by_template = options.protocol == "lama", part in ("trex", "google-re")
         paths, rows = _read_lama_rows(folder, part)
         words = _read_vocabulary(folder / VOCABULARY) if official else ()
-        facts, dropped = _select_facts(part, rows, frozenset(words) if official else None)
+        allowed = frozenset(words) if official else None
+
+        def get_key(fact: Fact) -> tuple[str, ...] | None:
+            if not official:
+                return (fact.prompt,)
+            return (fact.relation, fact.sub_label, fact.obj_label) if by_template else None
+
+        twin = "same subject and object" if official else "same sentence"
+        facts, dropped = collect_facts((_make_lama_fact(part, row, allowed) for row in rows), get_key, twin)
         extra = [folder / VOCABULARY] if official else []
         templates = [folder / RELATIONS] if part == "trex" else []
         return Probe(
@@ -252,31 +258,9 @@ class Lama(ProbeSource):
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One line of a file, with its relation and the template (None: the row has its own sentence; "": none)."""
-
-    relation: str
-    template: str | None
-    number: int
-    values: Mapping[str, Any]
-
-    @property
-    def obj_label(self) -> Any:
-        return self.values.get("obj_label")
-
-    @property
-    def sub_label(self) -> Any:
-        """Return the subject; SQuAD's rows have no other than the set's name, ConceptNet's call it `sub`."""
-        label = self.values.get("sub_label", self.values.get("sub"))
-        return "" if label == "Squad" else label
-
-    @property
-    def prompt(self) -> str:
-        if self.template is not None:
-            return fill(self.template.strip(), self.sub_label.strip())
-        sentences = self.values.get("masked_sentences") or [""]
-        return sentences if isinstance(sentences, str) else str(sentences[0])
+# A row: its relation, the template of that (None: the row has its own sentence; "": none), its number in the file, and
+# what it holds.
+_Row = tuple[str, str | None, int, Mapping[str, Any]]
 
 
 def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
@@ -296,7 +280,7 @@ def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]
     if not found:
         raise UsageError(f"{place} holds no facts of lama:{name}.", hint=f"Get them from {LAMA_FROM}.")
     rows = (
-        _Row(str(values.get("pred", name)) if template is None else relation, template, number, values)
+        (str(values.get("pred", name)) if template is None else relation, template, number, values)
         for relation, (path, template) in found.items()
         for number, values in enumerate(read_rows(path))
     )
@@ -317,51 +301,38 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for line in lines if (word := line.strip())))
 
 
-def _select_facts(
-    name: str, rows: Iterator[_Row], words: frozenset[str] | None
-) -> tuple[tuple[Fact, ...], dict[str, int]]:
-    """Select the rows that make facts, by the official rules where the common vocabulary is given, else by the
-    paper's; and count the others by reason.
-    """
-    facts, dropped, unique = [], Counter[str](), UniqueIds()
-    seen: set[tuple[str, ...]] = set()
-    for row in rows:
-        if reason := _find_reason(row, words):
-            dropped[reason] += 1
-            continue
-        if words is None or row.template is not None:
-            key = (row.prompt,) if words is None else (row.relation, row.sub_label, row.obj_label)
-            if key in seen:
-                dropped["same sentence" if words is None else "same subject and object"] += 1
-                continue
-            seen.add(key)
-        identifier = row.values.get("uuid", row.values.get("id", row.number))
-        facts.append(
-            Fact(
-                id=unique(f"{row.relation}/{identifier}"),
-                probe=f"lama:{name}",
-                relation=row.relation,
-                subject=_DOMAINS_OF_SETS.get(name) or find_domain(row.relation, LAMA),
-                sub_label=row.sub_label,
-                obj_label=row.obj_label,
-                prompt=row.prompt,
-            )
-        )
-    return tuple(facts), dict(dropped)
-
-
-def _find_reason(row: _Row, words: frozenset[str] | None) -> str | None:
-    """Return why a row makes no fact; the official code, which has `words`, drops more."""
-    if not (isinstance(row.obj_label, str) and isinstance(row.sub_label, str)):
+def _make_lama_fact(name: str, row: _Row, words: frozenset[str] | None) -> Fact | str:
+    """Return the row's fact, or the reason to drop it: by the official rules where the common vocabulary is given, else
+    by the paper's."""
+    relation, template, number, values = row
+    # SQuAD's rows have no other subject than the set's name, ConceptNet's call it `sub`.
+    obj_label, sub_label = values.get("obj_label"), values.get("sub_label", values.get("sub"))
+    if not (isinstance(obj_label, str) and isinstance(sub_label, str)):
         return "no label of subject or object"
-    if row.template == "":
+    sub_label = "" if sub_label == "Squad" else sub_label
+    if template == "":
         return f"no template for its relation in {RELATIONS}"
+    if template is not None:
+        prompt = fill(template.strip(), sub_label.strip())
+    else:
+        sentences = values.get("masked_sentences") or [""]
+        prompt = sentences if isinstance(sentences, str) else str(sentences[0])
     if words is not None:
-        if row.template is None and len(row.prompt.split()) > _LONGEST_SENTENCE:
+        if template is None and len(prompt.split()) > _LONGEST_SENTENCE:
             return f"sentence of more than {_LONGEST_SENTENCE} words"
-        if not words.issuperset(row.obj_label.split(" ")):
+        if not words.issuperset(obj_label.split(" ")):
             return "object outside the common vocabulary"
-        judgments = [judgment.get("judgment") == "yes" for judgment in row.values.get("judgments", [])]
+        judgments = [judgment.get("judgment") == "yes" for judgment in values.get("judgments", [])]
         if judgments.count(False) > judgments.count(True):
             return "rejected by its raters"
-    return check_blanks(row.prompt)
+    if reason := check_blanks(prompt):
+        return reason
+    return Fact(
+        id=f"{relation}/{values.get('uuid', values.get('id', number))}",
+        probe=f"lama:{name}",
+        relation=relation,
+        subject=_DOMAINS_OF_SETS.get(name) or find_domain(relation, LAMA),
+        sub_label=sub_label,
+        obj_label=obj_label,
+        prompt=prompt,
+    )

@@ -18,7 +18,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -61,25 +61,24 @@ class LmEval(ProbeSource):
         return text.lower() in COLUMNS
 
     def open(self, name: str, part: str, options: Options) -> LmEvalTask:
-        """Open one of lm-eval's tasks or one of a task folder; nothing is downloaded yet.
+        """Open one of lm-eval's tasks or one of a task folder, which is searched first; nothing is downloaded yet.
 
-        `options.data` holds the local files, itself or in its folder ``tasks/``. With BoolQ's, PIQA's or WinoGrande's
-        there (``boolq.jsonl``, ...), these are run; otherwise lm-eval's own task loads its set from the Hugging Face
-        hub. The task folder is searched first. Relative `data_files` in its YAML are looked for in `options.data`, then
-        beside the YAML. Its Python files are run, as lm-eval does.
+        `options.data` holds local files, itself or in its folder ``tasks/``: ``boolq.jsonl``, ``piqa.jsonl``,
+        ``winogrande.jsonl``, in place of the sets on the Hugging Face hub, and those that the YAML of a task folder
+        names, or they lie beside it. Its Python files are run, as lm-eval does.
         """
         require("datasets", "lm_eval")
         task, data, include = part, options.data, options.tasks
-        limit, seed = options.limit, options.seed
+        opened = LmEvalTask(name, task, limit=options.limit, seed=options.seed)
         for folder, option in ((data, "--data"), (include, "the task folder")):
             if folder is not None and not folder.is_dir():
                 raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
         places = [data, data / "tasks"] if data else []
         if include and (entry := find_entry(include, task)):
-            return LmEvalTask(name, task, include, _find_data(name, entry, places), limit, seed)
+            return replace(opened, include=include, data=_find_data(name, entry, places))
         if task in COLUMNS:
             place = next((place for place in places if (place / f"{task}.jsonl").is_file()), None)
-            return LmEvalTask(name, task, SHIPPED if place else None, place, limit, seed)
+            return replace(opened, include=SHIPPED, data=place) if place else opened
         others = list_names_without(task)
         if others is None and task not in read_own_tasks().all_tasks:
             others = read_own_tasks().all_tasks
@@ -88,7 +87,7 @@ class LmEval(ProbeSource):
             near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
             suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
             raise UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
-        return LmEvalTask(name, task, None, None, limit, seed)
+        return opened
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class LmEvalTask(Task):
 
     Attributes
     ----------
-    name : as the user names it: ``lm-eval:boolq``.
-    task : lm-eval's name for it.
+    name, task : as the user names it, ``lm-eval:boolq``, and as lm-eval does.
     include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
     data : the folder of the local files that the YAML names; None where it names none.
     limit : only the first so many items of each task, as lm-eval takes them; None for all.
@@ -119,8 +117,8 @@ class LmEvalTask(Task):
         return {split: self.data / file for split, file in list_data_files(find_entry(self.include, self.task)).items()}
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        digest.update(json.dumps([self.name, self.task, self.limit, self.seed, version("lm_eval")]).encode())
+        decides = [self.name, self.task, self.limit, self.seed, version("lm_eval")]
+        digest = hashlib.sha256(json.dumps(decides).encode())
         files = [(path, split) for split, path in self.local_files().items()]
         if self.include:
             paths = [path for path in sorted(self.include.rglob("*")) if path.is_file()]
