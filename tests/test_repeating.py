@@ -44,11 +44,21 @@ with Pool(1) as pool:
 print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
 """,
     ),
-    "a line of progress": (
-        "from compressknow.cli.terminal import Line\n",
+    "a pool of threads": (
+        "from compressknow.compress.blocks import Pool\n",
         """
-with Line(lambda: "far", 0.0):
-    print("header")
+with Pool(2) as pool:
+    assert [sum(pool.map(int, range(1000))) for _ in range(2)] == [499500, 499500]
+print("header")
+""",
+    ),
+    "a line of progress": (
+        "from compressknow.base.progress import Stage\nfrom compressknow.cli.terminal import Line\n",
+        """
+line = Line(Stage("convert", "llama"), 0.0)
+line.start()
+print("header")
+line.end()
 """,
     ),
 }

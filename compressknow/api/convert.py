@@ -104,7 +104,13 @@ def convert(
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
     chosen = _choose_recipe(locals())
-    _check_places(model, Path(output), overwrite=overwrite, writes=not dry_run)
+    # What is wrong with the places is said before torch is imported, which takes seconds.
+    check_is_checkpoint(model)
+    check_links(Path(output).parent)
+    if not dry_run:
+        # What a dead run has left goes, whatever becomes of this one.
+        clean(Path(output))
+    check_output(Path(output), overwrite=overwrite, source=Path(model))
     if chosen.calibration is not None:
         from compressknow.compress.calibrate.text import check_text
 
@@ -150,13 +156,3 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     )
     where = Where(scope, include, exclude, None if layers is None else str(layers))
     return build_recipe(where, parameters={**others, **parameters}, **options)
-
-
-def _check_places(model: str | Path, output: Path, *, overwrite: bool, writes: bool) -> None:
-    """Raise what is wrong with the two places before torch is imported, which takes seconds."""
-    check_is_checkpoint(model)
-    check_links(output.parent)
-    if writes:
-        # What a dead run has left goes, whatever becomes of this one.
-        clean(output)
-    check_output(output, overwrite=overwrite, source=Path(model))

@@ -115,11 +115,14 @@ def export(
     if target is not None and target.rounding == "gptq":
         # Only llama.cpp's own rounding needs an importance matrix.
         choice = replace(choice, calibration=None)
-    # What a size comes to is not known before it is measured.
-    repeats = target is None and not overwrite
-    is_there = _check_places(
-        model, place, matrix_place, choice, overwrite=overwrite, repeats=repeats, writes=not dry_run
-    )
+    check_is_checkpoint(model)
+    check_links(place.parent)
+    if not dry_run:
+        # What a dead run has left is ended or goes, whatever becomes of this one.
+        clean(place, lambda folder: finish(place, folder, matrix_place))
+    # By the same export, it seems. What a size comes to is not known before it is measured.
+    is_there = not (target or overwrite or dry_run) and is_recorded(place, choice)
+    check_destination(place, overwrite=overwrite or is_there, source=Path(model))
     if matrix_place is not None:
         _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
@@ -244,27 +247,3 @@ def _is_importance(file: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _check_places(
-    model: str | Path,
-    output: Path,
-    importance: Path | None,
-    choice: Choice,
-    *,
-    overwrite: bool,
-    repeats: bool,
-    writes: bool,
-) -> bool:
-    """Raise an error for what is wrong with the two places. What a dead run has left is ended or goes, whatever becomes
-    of this one.
-
-    Returns whether a file is there that the same export may have made, if it may stand for this one's.
-    """
-    check_is_checkpoint(model)
-    check_links(output.parent)
-    if writes:
-        clean(output, lambda folder: finish(output, folder, importance))
-    is_there = writes and repeats and is_recorded(output, choice)
-    check_destination(output, overwrite=overwrite or is_there, source=Path(model))
-    return is_there

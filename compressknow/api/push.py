@@ -34,7 +34,8 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
     compressknow.CompressknowError : the name cannot be one, there is no token, or the upload failed; `output`
         stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
     """
-    check_push(repo)
+    check_repo(repo)
+    check_login()
     place, card = Path(output), None
     if place.suffix == ".gguf":
         record = read_record(place)
@@ -43,10 +44,3 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
         record = read_manifest(place)
     message = f"{record['setup']} of {record['source']['name']}, by compressknow"
     return upload(place, repo, private=private, message=message, card=card, bars=bars)
-
-
-def check_push(repo: str, *, dry_run: bool = False) -> None:
-    """Raise CompressknowError where an upload to `repo` cannot succeed, as far as is known without asking the Hub."""
-    check_repo(repo)
-    if not dry_run:
-        check_login()

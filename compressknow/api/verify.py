@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compressknow.api.words import verb
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.packages import require
-from compressknow.base.progress import OnProgress, Stage, report_progress, resolve_progress
+from compressknow.base.progress import Listener, OnProgress, Stage, report_progress, resolve_progress
 from compressknow.gguf.record import check_recorded, compare_to_record
 from compressknow.model.manifest import check_converted
 
@@ -38,28 +38,28 @@ def verify(
     compressknow.CheckpointError : the folder has no manifest, or one that this version cannot read.
     compressknow.VerificationError : the weights differ from what the manifest says.
     """
-    if Path(folder).suffix == ".gguf":
-        return _verify_gguf(Path(folder), on_progress, check)
+    path, listener = Path(folder), resolve_progress(on_progress)
+    if path.suffix == ".gguf":
+        return _verify_gguf(path, listener, check)
 
     # Said before torch is imported, which takes a second.
-    check_converted(Path(folder))
+    check_converted(path)
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 
-    with report_progress(resolve_progress(on_progress), Stage("verify", str(folder))) as advance:
+    with report_progress(listener, Stage("verify", str(folder))) as advance:
         result = compare_to_manifest(folder, threads=threads, advance=advance)
     if check:
         raise_if_different(folder, result)
     return result
 
 
-def _verify_gguf(path: Path, on_progress: OnProgress | None, check: bool) -> Verification:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file.", hint="Give a file that `compressknow export` wrote.")
+def _verify_gguf(path: Path, listener: Listener | None, check: bool) -> Verification:
     if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file.", hint="Give a file that `compressknow export` wrote.")
+        what = f"{path} is no regular file." if path.exists() else f"{path}: no such file."
+        raise CheckpointError(what, hint="Give a file that `compressknow export` wrote.")
     require("gguf")
     check_recorded(path)
-    with report_progress(resolve_progress(on_progress), Stage("verify", str(path))) as advance:
+    with report_progress(listener, Stage("verify", str(path))) as advance:
         result = compare_to_record(path, advance=advance)
     if check and result.differences:
         raise VerificationError(

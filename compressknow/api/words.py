@@ -109,28 +109,22 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _spell_out(signature: inspect.Signature) -> inspect.Signature:
-    """Return the signature with each of the words as a parameter, as `help` and editors show it."""
+    """Return the signature with each of the words as a parameter, as `help` and editors show it. What a word is when it
+    is left out the records say."""
     *named, last = signature.parameters.values()
     if last.kind is not inspect.Parameter.VAR_KEYWORD:
         return signature
-    words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(last.annotation))
-    defaults = _list_defaults()
-    for name, kind in words.__annotations__.items():
-        kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-        named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind))
-    return signature.replace(parameters=named)
-
-
-def _list_defaults() -> dict[str, Any]:
-    """Return what each word is when it is left out, as the records have it."""
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
-    values = vars(Options()) | vars(Settings())
-    names = {record: word for word, record in _RENAMED.items()}
-    return {names.get(name, name): value for name, value in values.items()} | {
-        "no_noise_floor": not values["noise_floor"]
-    }
+    words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(last.annotation))
+    defaults = vars(Options()) | vars(Settings())
+    defaults["no_noise_floor"] = not defaults["noise_floor"]
+    for name, kind in words.__annotations__.items():
+        kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+        default = defaults[_RENAMED.get(name, name)]
+        named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return signature.replace(parameters=named)
 
 
 def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:

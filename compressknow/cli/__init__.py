@@ -9,7 +9,6 @@ import io
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,22 +49,15 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Group whose commands are imported when they are called, so that `--help` is there at once.
-
-    `help_by_command` is in the order of the help page. A command has the name of its module in this package.
-    """
-
-    def __init__(self, *args: Any, help_by_command: dict[str, str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._help = help_by_command
+    """Group of `COMMANDS`, which are imported when they are called, so that `--help` is there at once."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return names in the order given: the order in which one needs them."""
-        return list(self._help)
+        """Return names in the order in which one needs them."""
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import the command of that name; None where there is none."""
-        if cmd_name not in self._help:
+        if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"compressknow.cli.{cmd_name}"), cmd_name)
         return command
@@ -73,19 +65,19 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the list of commands without importing any of them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(self._help.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
-        if not ctx.resilient_parsing and args[0] not in self._help and not args[0].startswith("-"):
-            near = suggest_word(args[0], self._help)
-            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(self._help)}.")
+        if not ctx.resilient_parsing and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = suggest_word(args[0], COMMANDS)
+            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(COMMANDS)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
-            ctx.default_map = {name: read_project_defaults(name, command, self._help, open_command)}
+            ctx.default_map = {name: read_project_defaults(name, command, COMMANDS, open_command)}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -158,13 +150,11 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         return _report_os_error(error)
     except ModuleNotFoundError as error:
         return _report_missing(error)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            return _report_bug(error)
-        hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
-        return _report_failure("There is not enough memory.", hint)
     except BaseException as error:
-        if not is_panic(error):
+        if is_out_of_memory(error):
+            hint = "Use a machine with more memory, or a smaller --batch-size where a model answers."
+            return _report_failure("There is not enough memory.", hint)
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         return _report_bug(error)
     return returned if isinstance(returned, int) else 0
@@ -241,17 +231,12 @@ def _repeat_dropped_signals() -> Iterator[None]:
         stop = dropped.exc_value
         if isinstance(stop, (KeyboardInterrupt, _Stopped)):
             number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
-            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
+            # Not while this hook runs: the signal would be dropped in it.
+            again = threading.Timer(0.1, signal.raise_signal, (number,))
+            again.daemon = True
+            again.start()
         else:
             before(dropped)
-
-    def again(number: int, thread: int) -> None:
-        # Not while this hook runs: the signal would be dropped in it.
-        while any(
-            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
-        ):
-            time.sleep(0.01)
-        signal.raise_signal(number)
 
     sys.unraisablehook = hook
     try:
@@ -266,45 +251,42 @@ push_options = join_options(
 )
 
 
-# Uploads an output and says so or, of a dry run, says what it would upload: bytes by name of file. `err` prints it on
-# standard error.
-Uploads = Callable[[Path, Mapping[str, int | None] | None, bool], None]
-
-
-def prepare_upload(repo: str | None, private: bool, *, dry_run: bool) -> Uploads | None:
-    """Return what uploads to `repo`, None where nothing is to be. What is wrong with its name or the login is raised
-    here, before any work."""
+def check_upload(repo: str | None, private: bool, *, dry_run: bool) -> None:
+    """Raise what is wrong with the name of the repository, or with the login, before any work."""
     if repo is None:
         if private:
             raise click.UsageError("--private goes with --push REPO.")
-        return None
-    from compressknow.api.push import check_push, push
+        return
+    from compressknow.base.hub import check_login, check_repo
+
+    check_repo(repo)
+    if not dry_run:
+        check_login()
+
+
+def upload(
+    output: Path, repo: str, private: bool, *, planned: Mapping[str, int | None] | None = None, err: bool = False
+) -> None:
+    """Upload an output and say so or, of a dry run, say what would be uploaded: `planned`, bytes by name of file. `err`
+    prints it on standard error."""
+    from compressknow.api.push import push
     from compressknow.base.hub import describe_upload
 
-    check_push(repo, dry_run=dry_run)
-
-    def uploads(output: Path, files: Mapping[str, int | None] | None, err: bool) -> None:
-        if dry_run:
-            show("", *describe_upload(files or {}, repo, private), err=err)
-            return
-        done = push(output, repo, private=private or None, bars=True)
-        show(f"\nUploaded to {done.url}", err=err)
-        if names := done.others:
-            more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
-            warning = (
-                f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
-                "Some loaders read all weight files that they find: delete those there if they are of an older upload."
-            )
-            show(*wrap_whole(warning), err=True)
-
-    return uploads
+    if planned is not None:
+        show("", *describe_upload(planned, repo, private), err=err)
+        return
+    done = push(output, repo, private=private or None, bars=True)
+    show(f"\nUploaded to {done.url}", err=err)
+    if names := done.others:
+        more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
+        warning = (
+            f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
+            "Some loaders read all weight files that they find: delete those there if they are of an older upload."
+        )
+        show(*wrap_whole(warning), err=True)
 
 
-@click.group(
-    cls=LazyGroup,
-    help_by_command=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version and exit.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

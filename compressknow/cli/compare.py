@@ -16,13 +16,10 @@ from compressknow.cli.options import (
     answers_option,
     command,
     known_option,
-    list_probes,
     no_facts_option,
     option,
     probe_options,
-    runtime_option,
     strict_option,
-    templates_option,
     threads_option,
 )
 from compressknow.cli.report import get_command
@@ -45,13 +42,11 @@ if TYPE_CHECKING:
     from compressknow.pages.parts import Table
 
 
-@command(more=list_probes)
+@command()
 @click.argument("a")
 @click.argument("b")
 @add_output_files("File, repeatable: .html, .md or .json.")
 @probe_options
-@runtime_option
-@templates_option
 @known_option
 @option(
     "--fail-under",

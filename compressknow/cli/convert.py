@@ -12,7 +12,7 @@ import click
 from compressknow.base.errors import UsageError
 from compressknow.base.format import count, write_percent, write_size
 from compressknow.base.packages import Registry
-from compressknow.cli import NOTHING_WRITTEN, explain_interrupt, prepare_upload, push_options
+from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
 from compressknow.cli.options import (
     HOW,
     Decorator,
@@ -121,7 +121,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     """
     from compressknow.api.convert import convert as run
 
-    uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
+    repo, private = options.pop("push"), options.pop("private")
+    check_upload(repo, private, dry_run=dry_run)
     if options["recipe"]:
         # An option that was given as it is when left out too: the recipe may say another value.
         source = ctx.get_parameter_source
@@ -140,8 +141,8 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         show_json(manifest)
     else:
         show(*build_manifest_page(manifest, model, output, dry_run=dry_run))
-    if uploads:
-        uploads(output, manifest.get("planned_files"), as_json)
+    if repo:
+        upload(output, repo, private, planned=manifest.get("planned_files"), err=as_json)
 
 
 def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import clean, count, write_size
-from compressknow.cli import NOTHING_WRITTEN, explain_interrupt, prepare_upload, push_options
+from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
 from compressknow.cli.options import (
     CALIBRATION,
     FIT,
@@ -101,16 +101,17 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     """
     from compressknow.api.export import export as run
 
-    uploads = prepare_upload(options.pop("push"), options.pop("private"), dry_run=dry_run)
+    repo, private = options.pop("push"), options.pop("private")
+    check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
         record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
     if as_json:
         show_json(record)
     else:
         show(*_build_page(record, model, output, options["modelfile"], dry_run=dry_run))
-    if uploads:
+    if repo:
         planned = {output.name: record["totals"]["bytes"], f"{output.name}.json": None, "README.md": None}
-        uploads(output, planned, as_json)
+        upload(output, repo, private, planned=planned if dry_run else None, err=as_json)
 
 
 def _build_page(

@@ -60,20 +60,16 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """Command whose options are shown in groups; `more`, called for the help page, gives what follows the epilog."""
-
-    def __init__(self, *args: Any, more: Callable[[], str] | None = None, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._more = more
+    """Command whose options are shown in groups, and with `--probe` the probes that there are."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the epilog, and what follows it."""
-        if self._more is None:
+        """Write the epilog, and the probes."""
+        if not any(each.name == "probe" for each in self.params):
             super().format_epilog(ctx, formatter)
             return
         formatter.write_paragraph()
         with formatter.indentation():
-            formatter.write_text((self.epilog or "") + self._more())
+            formatter.write_text((self.epilog or "") + list_probes())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups that have options, in their order; `--help` closes the last."""
@@ -124,8 +120,6 @@ def _read_blocks(value: Any) -> int | str:
 
 def read_type_of(value: Any) -> tuple[str, str]:
     """Split SCOPE=TYPE or REGEX=TYPE at the last equals sign."""
-    if isinstance(value, tuple):
-        return value
     which, sign, chosen = str(value).rpartition("=")
     if not sign or not which or not chosen:
         raise click.BadParameter(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.")
@@ -222,12 +216,6 @@ answers_option = option(
     group=EVALUATE,
     help="Where answers are stored.  [default: ~/.cache/compressknow/answers]",
 )
-runtime_option = _runs(
-    "--runtime", metavar="NAME", help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]"
-)
-templates_option = _facts(
-    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them."
-)
 known_option = _facts(
     "--known",
     type=OneOf(["recognized", "produced"]),
@@ -242,7 +230,7 @@ def add_data_option(group: str) -> Decorator:
     return option("--data", group=group, type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
 
 
-probe_options = join_options(
+_probe_options = join_options(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
     add_data_option(EVALUATE),
     _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
@@ -270,6 +258,20 @@ probe_options = join_options(
     _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
     _trust_option,
 )
+_templates_option = _facts(
+    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them."
+)
+# Of commands that are given all models, and of those that make them of one.
+probe_options = join_options(
+    _probe_options,
+    _runs(
+        "--runtime",
+        metavar="NAME",
+        help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]",
+    ),
+    _templates_option,
+)
+study_options = join_options(_probe_options, _templates_option, known_option)
 
 
 server_options = join_options(

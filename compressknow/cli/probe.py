@@ -15,13 +15,10 @@ from compressknow.cli.options import (
     EVALUATE,
     add_output_folder,
     command,
-    list_probes,
     option,
     probe_options,
     revision_option,
-    runtime_option,
     server_options,
-    templates_option,
 )
 from compressknow.cli.report import describe_grades
 from compressknow.cli.terminal import Lines, show, show_json, wrap
@@ -36,12 +33,10 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@command(more=list_probes)
+@command()
 @click.argument("model")
 @add_output_folder("Folder for the answers; a stopped run resumes.")
 @probe_options
-@runtime_option
-@templates_option
 @server_options
 @option(
     "--reference",

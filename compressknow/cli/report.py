@@ -19,27 +19,22 @@ from compressknow.cli.options import (
     answers_option,
     command,
     known_option,
-    list_probes,
     no_facts_option,
     option,
     probe_options,
-    runtime_option,
     server_options,
     strict_option,
-    templates_option,
 )
 from compressknow.cli.terminal import Lines, show, show_json, show_written, wrap, wrap_whole
 from compressknow.pages.records import Card, Comparison, write_estimate
 from compressknow.pages.texts import summarize_text
 
 
-@command(more=list_probes)
+@command()
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
 @add_output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
 @probe_options
-@runtime_option
-@templates_option
 @server_options
 @known_option
 @option("--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%.")

@@ -20,14 +20,11 @@ from compressknow.cli.options import (
     add_output_folder,
     command,
     fit_options,
-    known_option,
-    list_probes,
     no_facts_option,
     option,
-    probe_options,
     read_share,
     revision_option,
-    templates_option,
+    study_options,
 )
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, Lines, Rows, show, show_json_text, wrap
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 
 
-@command(more=list_probes)
+@command()
 @click.argument("model")
 @add_output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
@@ -59,9 +56,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @option(
     "--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Another name of --probe, the one that export has."
 )
-@probe_options
-@templates_option
-@known_option
+@study_options
 @no_facts_option
 @revision_option
 @option("--json", "as_json", is_flag=True, help="Print the search as JSON.")

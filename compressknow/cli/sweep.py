@@ -15,14 +15,11 @@ from compressknow.cli.options import (
     HOW,
     add_output_folder,
     command,
-    known_option,
-    list_probes,
     make_recipe_option,
     option,
-    probe_options,
     ray_options,
     revision_option,
-    templates_option,
+    study_options,
 )
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import Lines, Rows, show, show_json_text, wrap
@@ -56,7 +53,7 @@ single cells:
 """
 
 
-@command(epilog=GRID, more=list_probes)
+@command(epilog=GRID)
 @click.argument("model")
 @add_output_folder("Folder of the study; a stopped one resumes.")
 @option(
@@ -74,9 +71,7 @@ single cells:
 @option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
-@probe_options
-@templates_option
-@known_option
+@study_options
 @revision_option
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> int:

@@ -166,64 +166,6 @@ def _get_descriptor(stream: Any) -> int | None:
         return None
 
 
-class Line:
-    """Line of what `text` returns, written anew by a thread until the context ends; nothing of it stays on a terminal.
-
-    `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
-    though another stage may have begun.
-    """
-
-    def __init__(self, text: Callable[[], str], written: float) -> None:
-        self._text = text
-        self.written = written
-        self._terminal = sys.stderr.isatty()
-        self._shown = 0
-        # Of what is written: a line that stays must not come in the middle of one that changes.
-        self._writing = threading.Lock()
-
-    def __enter__(self) -> Line:
-        first, seconds = DELAY_SECONDS, SECONDS_ON_A_TERMINAL
-        if not self._terminal:
-            seconds = SECONDS_ELSEWHERE
-            first = max(min(first, seconds), self.written + seconds - time.monotonic())
-        self._repeating = Repeating(self._show, chain([first], repeat(seconds)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._repeating.end()
-        self._repeating.wait()
-        with self._writing:
-            self._write(self._clear())
-
-    def say(self, text: str) -> None:
-        """Write a line that stays."""
-        with self._writing:
-            self._write(f"{self._clear()}{text}\n")
-
-    def _show(self) -> None:
-        with self._writing:
-            self._write(self._overwrite(self._text()) if self._terminal else f"{self._text()}\n")
-            self.written = time.monotonic()
-
-    def _overwrite(self, text: str) -> str:
-        columns = 80
-        with contextlib.suppress(OSError, ValueError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
-        text = text[: max(columns - 1, 1)]
-        before, self._shown = self._shown, len(text)
-        return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
-
-    def _clear(self) -> str:
-        before, self._shown = self._shown, 0
-        return f"\r{' ' * before}\r" if before else ""
-
-    def _write(self, text: str) -> None:
-        # Whoever read it may have gone; the work goes on.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-
 # What work that evaluates nothing is called on its line.
 _LABELS = {
     **{"read": "Reading the text", "time": "Measuring the speed", "convert": "Converting"},
@@ -239,68 +181,48 @@ _LABELS = {
 _OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
-class Lines:
-    """Lines, one for each stage of a run, while it lasts; of a long run one that says about how long it takes, which
-    stays.
+class Line:
+    """Line of a stage, written anew by a thread from `start` to `end`; nothing of it stays on a terminal.
 
-    It is what the verbs take as `on_progress`.
+    `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
+    though another stage may have begun.
     """
 
-    def __init__(self) -> None:
-        self._announced = False
-        self._written = time.monotonic()
-        self._open: dict[Stage, tuple[_State, Line]] = {}
-
-    def __call__(self, progress: Progress) -> None:
-        stage = progress.stage
-        if progress.state == "begins":
-            state = _State(stage)
-            line = Line(state.text, self._written).__enter__()
-            self._open[stage] = state, line
-            if stage.work == "fetch":
-                # From the network, unasked: once, and always said.
-                line.say(f"{_LABELS[stage.work]}, once, into {clean(stage.model, 200)}")
-        elif progress.state == "ends":
-            _, line = self._open.pop(stage)
-            line.__exit__()
-            self._written = max(self._written, line.written)
-        else:
-            state, line = self._open[stage]
-            state.update(progress)
-            self._announce(progress, line)
-
-    def _announce(self, progress: Progress, line: Line) -> None:
-        if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _OTHERWISE:
-            return
-        self._announced = True
-        if (text := announce(progress)) is not None:
-            line.say(text)
-
-
-class Rows:
-    """Rows of a table, printed as results come; what `write_head` makes of the first result stands before them."""
-
-    def __init__(self, write_head: Callable[[Any], Iterable[str]], write_row: Callable[[Any], Iterable[str]]) -> None:
-        self._write_head, self._write_row, self._has_head = write_head, write_row, False
-
-    def __call__(self, result: Any) -> None:
-        if not self._has_head:
-            self._has_head = True
-            show(*self._write_head(result))
-        show(*self._write_row(result))
-
-
-class _State:
-    """State of a stage: nothing is known at first, while the model is loaded."""
-
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, written: float) -> None:
+        self.written = written
         self._stage, self._start = stage, time.monotonic()
+        # Nothing is known at first, while the model is loaded.
         self._far: tuple[int, int] | None = None
         self._end: float | None = None
+        self._terminal = sys.stderr.isatty()
+        self._shown = 0
+        # Of what is written: a line that stays must not come in the middle of one that changes.
+        self._writing = threading.Lock()
+
+    def start(self) -> None:
+        """Write it from now on, again and again."""
+        first, seconds = DELAY_SECONDS, SECONDS_ON_A_TERMINAL
+        if not self._terminal:
+            seconds = SECONDS_ELSEWHERE
+            first = max(min(first, seconds), self.written + seconds - time.monotonic())
+        self._repeating = Repeating(self._show, chain([first], repeat(seconds)))
+
+    def end(self) -> None:
+        """Write it no more, and take it away."""
+        self._repeating.end()
+        self._repeating.wait()
+        with self._writing:
+            self._write(self._clear())
 
     def update(self, progress: Progress) -> None:
+        """Take how far the stage is."""
         self._far = progress.done, progress.total
         self._end = None if progress.left is None else time.monotonic() + progress.left
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        with self._writing:
+            self._write(f"{self._clear()}{text}\n")
 
     def text(self) -> str:
         """Return the line: which model, which probe, how far, how long still."""
@@ -332,6 +254,78 @@ class _State:
         done, total = self._far
         facts = f"{name}: {count(done)} of {count(total)} facts"
         return facts if self._end is None else f"{facts}, {format_duration(max(self._end - now, 0))} left"
+
+    def _show(self) -> None:
+        with self._writing:
+            self._write(self._overwrite(self.text()) if self._terminal else f"{self.text()}\n")
+            self.written = time.monotonic()
+
+    def _overwrite(self, text: str) -> str:
+        columns = 80
+        with contextlib.suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        text = text[: max(columns - 1, 1)]
+        before, self._shown = self._shown, len(text)
+        return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
+
+    def _clear(self) -> str:
+        before, self._shown = self._shown, 0
+        return f"\r{' ' * before}\r" if before else ""
+
+    def _write(self, text: str) -> None:
+        # Whoever read it may have gone; the work goes on.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class Lines:
+    """Lines, one for each stage of a run, while it lasts; of a long run one that says about how long it takes, which
+    stays.
+
+    It is what the verbs take as `on_progress`.
+    """
+
+    def __init__(self) -> None:
+        self._announced = False
+        self._written = time.monotonic()
+        self._open: dict[Stage, Line] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        stage = progress.stage
+        if progress.state == "begins":
+            line = self._open[stage] = Line(stage, self._written)
+            line.start()
+            if stage.work == "fetch":
+                # From the network, unasked: once, and always said.
+                line.say(f"{_LABELS[stage.work]}, once, into {clean(stage.model, 200)}")
+        elif progress.state == "ends":
+            line = self._open.pop(stage)
+            line.end()
+            self._written = max(self._written, line.written)
+        else:
+            self._open[stage].update(progress)
+            self._announce(progress)
+
+    def _announce(self, progress: Progress) -> None:
+        if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _OTHERWISE:
+            return
+        self._announced = True
+        if (text := announce(progress)) is not None:
+            self._open[progress.stage].say(text)
+
+
+class Rows:
+    """Rows of a table, printed as results come; what `write_head` makes of the first result stands before them."""
+
+    def __init__(self, write_head: Callable[[Any], Iterable[str]], write_row: Callable[[Any], Iterable[str]]) -> None:
+        self._write_head, self._write_row, self._has_head = write_head, write_row, False
+
+    def __call__(self, result: Any) -> None:
+        if not self._has_head:
+            self._has_head = True
+            show(*self._write_head(result))
+        show(*self._write_row(result))
 
 
 def announce(progress: Progress) -> str | None:

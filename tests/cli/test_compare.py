@@ -6,9 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,24 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.base.progress import Progress
-from compressknow.cli import main
 from compressknow.evaluate.answers import Answers, read_answers
+from tests.cli.conftest import Run, refused
 from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
-from tests.models import save_tiny
+from tests.models import edit_config, edit_tensors, save_tiny
 from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +42,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `compare` in an empty folder; ``{place}`` stands for the folder of models."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        code = main(["compare", *(str(argument).replace("{place}", str(place)) for argument in arguments)])
-        return Ended(code, *capsys.readouterr())
-
-    return run
+def run(run: Run) -> Run:
+    return lambda *arguments: run("compare", *arguments)
 
 
 FACTS = ("-p", "facts:{place}/facts.jsonl", "--answers", "{place}/kept")
 LLAMAS = ("{place}/llama", "{place}/llama-int8")
 OUTPUTS = ("-o", "c.html", "-o", "c.md", "-o", "c.json")
-
-
-def refused(ended: Ended, code: int, *words: str) -> None:
-    """One message on stderr, without a traceback, that says these words; nothing on stdout."""
-    assert ended.code == code, ended.err
-    assert ended.out == ""
-    assert len(re.findall(r"^Error: ", ended.err, re.MULTILINE)) == 1
-    assert "Traceback" not in ended.err
-    assert "bug in compressknow" not in ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def answers_of(place: Path, model: str, like: str | None = None) -> Answers:
@@ -273,13 +244,10 @@ def test_the_command_that_the_page_shows_makes_it_again(run: Run, place: Path, t
 
 def test_packed_weights_are_told_and_behaviour_is_pointed_to(run: Run, place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "llama", tmp_path / "packed"))
-    tensors = load_file(folder / "model.safetensors")
     module = "model.layers.0.mlp.down_proj"
-    del tensors[f"{module}.weight"]
-    tensors[f"{module}.weight_packed"] = torch.ones(64, 16, dtype=torch.int32)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "x"}}))
+    packed = {f"{module}.weight_packed": torch.ones(64, 16, dtype=torch.int32)}
+    edit_tensors(folder, lambda tensors: (tensors.pop(f"{module}.weight"), tensors.update(packed)))
+    edit_config(folder, quantization_config={"quant_method": "x"})
     ended = run("{place}/llama", "packed")
     said = " ".join(ended.out.split())
     assert ended.code == 0
@@ -342,9 +310,7 @@ def test_a_gguf_file_is_compared_by_what_it_knows(run: Run, place: Path, tmp_pat
 
 def test_broken_weights_are_told(run: Run, place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "llama", tmp_path / "broken"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("inf")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"][0].fill_(float("inf")))
     ended = run("{place}/llama", "broken", *OUTPUTS)
     assert ended.code == 0
     assert "model.norm.weight holds NaN or infinity" in ended.out
@@ -416,9 +382,8 @@ def test_hostile_names_are_shown_harmless(run: Run, tmp_path: Path) -> None:
     name = "\x1b[31mred\u202e<script>"
     save_tiny("bert", tmp_path / "a")
     folder = save_tiny("bert", tmp_path / name)
-    tensors = load_file(folder / "model.safetensors")
-    tensors |= {f"{name}|`x`": torch.ones(2), "bert.pooler.dense.bias": torch.ones(2)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    added = {f"{name}|`x`": torch.ones(2), "bert.pooler.dense.bias": torch.ones(2)}
+    edit_tensors(folder, lambda tensors: tensors.update(added))
     ended = run("a", name, "-o", "c.html", "-o", "c.md")
     assert ended.code == 0, ended.err
     for text in (ended.out, (tmp_path / "c.html").read_text(), (tmp_path / "c.md").read_text()):

@@ -25,19 +25,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
 
 
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def group_with(callback: object) -> click.Group:
-    """The real group's manners around one command that does what `callback` does."""
-    group = LazyGroup(help_by_command={"act": "Act."}, params=cli.params, callback=cli.callback)
-    command = click.Command("act", callback=callback)  # type: ignore[arg-type]
-    group.get_command = lambda _ctx, name: command if name == "act" else None  # type: ignore[method-assign]
+    """The real group's manners where `verify` does what `callback` does."""
+    group = LazyGroup(params=cli.params, callback=cli.callback)
+    command = click.Command("verify", callback=callback)  # type: ignore[arg-type]
+    group.get_command = lambda *_: command  # type: ignore[method-assign]
     return group
 
 
@@ -120,26 +112,26 @@ def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str
 def test_error_is_one_message_on_stderr(
     error: CompressknowError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(group_with(raiser(error)), ["act"]) == code
+    assert run(group_with(raiser(error)), ["verify"]) == code
     assert capsys.readouterr() == ("", "Error: It broke.\n  Because.\n  Mend it.\n")
 
 
 def test_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> None:
     group = group_with(raiser(ZeroDivisionError("by zero")))
-    assert run(group, ["act"]) == 1
+    assert run(group, ["verify"]) == 1
     assert "Traceback" not in (plain := capsys.readouterr().err)
     assert "unexpected ZeroDivisionError: by zero" in plain
-    assert run(group, ["--debug", "act"]) == 1
+    assert run(group, ["--debug", "verify"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(group_with(lambda: open("/no/such/file", encoding="utf-8").close()), ["act"]) == 1  # noqa: PTH123
+    assert run(group_with(lambda: open("/no/such/file", encoding="utf-8").close()), ["verify"]) == 1  # noqa: PTH123
     assert capsys.readouterr().err == "Error: No such file or directory: /no/such/file\n"
 
 
 def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(group_with(raiser(KeyboardInterrupt())), ["act"]) == 130
+    assert run(group_with(raiser(KeyboardInterrupt())), ["verify"]) == 130
     assert capsys.readouterr().err.split() == ["Interrupted"]
 
 
@@ -164,7 +156,7 @@ def test_an_interrupted_command_says_what_became_of_its_work(
             os.kill(os.getpid(), number)
             time.sleep(60)
 
-    assert run(group_with(work), ["act"]) == code
+    assert run(group_with(work), ["verify"]) == code
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
 
 

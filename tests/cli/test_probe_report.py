@@ -6,12 +6,11 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import transformers as hf
@@ -21,27 +20,11 @@ import compressknow
 from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
 from compressknow.evaluate.answers import RECORD
+from tests.cli.conftest import Run, refused
 from tests.evaluate.layouts import read_facts_file
 from tests.knowing import facts_file, knowing
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -58,31 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["-p", f"facts:{facts}", "-o", folder / f"on-{name}", "--reference", folder / "on-llama"]
         assert main(["probe", str(folder / name), *map(str, options)]) == 0
     return folder
-
-
-@pytest.fixture
-def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in an empty folder; ``{place}`` stands for the folder of models."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        code = main([str(argument).replace("{place}", str(place)) for argument in arguments])
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-def refused(ended: Ended, code: int, *words: str) -> None:
-    """One message on stderr, without a traceback, that says these words; nothing on stdout."""
-    assert ended.code == code, ended.err
-    assert ended.out == ""
-    assert len(re.findall(r"^Error: ", ended.err, re.MULTILINE)) == 1
-    assert "Traceback" not in ended.err
-    assert "bug in compressknow" not in ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def nothing_written(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from compressknow.base import progress
 from compressknow.base.progress import Pace, Progress, Stage, relabel_progress, report_progress
 from compressknow.cli import terminal
-from compressknow.cli.terminal import Lines, announce
+from compressknow.cli.terminal import Line, Lines, announce
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
 CONVERTING = Stage("convert", "smollm2")
@@ -140,9 +140,9 @@ def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: 
 @pytest.mark.parametrize("work", progress.Work.__args__)  # type: ignore[attr-defined]
 def test_all_work_has_a_line(work: Any) -> None:
     stage = Stage(work, "llama")
-    state = terminal._State(stage)
-    state.update(Progress(stage, "advances", 1, 2))
-    assert " 1 of 2 " in state.text() or "bytes" in state.text()
+    line = Line(stage, 0.0)
+    line.update(Progress(stage, "advances", 1, 2))
+    assert " 1 of 2 " in line.text() or "bytes" in line.text()
 
 
 @pytest.mark.usefixtures("often")
@@ -164,8 +164,8 @@ def test_the_first_bytes_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:
-    state = terminal._State(Stage("evaluate", "\x1b[31mred", "atlas", facts=1))
-    assert "\x1b" not in state.text()
+    line = Line(Stage("evaluate", "\x1b[31mred", "atlas", facts=1), 0.0)
+    assert "\x1b" not in line.text()
 
 
 def test_an_announcement_counts_the_models_that_are_still_to_be_asked() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
 
 from compressknow.cli import main
 from tests.compress.conftest import Refused, state
-from tests.models import save_tiny
+from tests.models import edit_config, edit_tensors, save_tiny
 
 PRUNE = ["--prune", "0.2"]
 
@@ -26,19 +25,6 @@ def source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     folder = save_tiny("bert", tmp_path / "in")
     capsys.readouterr()
     return folder
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config.update(changes)
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_a_missing_folder_and_a_file_for_a_folder(source: Path, refused: Refused, tmp_path: Path) -> None:
@@ -63,7 +49,7 @@ def test_a_folder_without_weights(source: Path, refused: Refused) -> None:
 
 
 def test_a_config_without_architectures(source: Path, refused: Refused) -> None:
-    edit_config(source, architectures=None)
+    edit_config(source, "architectures")
     message = refused(source, *PRUNE)
     assert "names no architecture" in message
     assert "BertForMaskedLM" in message
@@ -178,7 +164,7 @@ def test_input_that_is_quantized_already(
     assert main(["convert", str(source), str(tmp_path / "int8"), "--quantize", "int8"]) == 0
     capsys.readouterr()
     assert "is quantized already (compressed-tensors)" in refused(tmp_path / "int8", *PRUNE)
-    edit_config(tmp_path / "int8", quantization_config=None)
+    edit_config(tmp_path / "int8", "quantization_config")
     assert "stored as I8" in refused(tmp_path / "int8", *PRUNE)
 
 

@@ -29,20 +29,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForCo
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
-from compressknow.compress.blocks import Pool
-from compressknow.compress.output import OutputFiles, lay_out
-from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Quantize
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import select
-from compressknow.model.tensors import OpenFiles, read_header
-from tests.compress.test_loading import load
+from tests.compress.test_process import written_by
 from tests.compress.test_quantize import DTYPES, ROWS, same_bits
-from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny, tiny_of_groups
+from tests.models import BUILDERS, QUANTIZABLE, edit_tensors, load, logits, save_tiny, tiny, tiny_of_groups
 
 SIZES = (32, 64, 128)
 BLOCKS = ["attention", "feed-forward"]
@@ -66,22 +61,6 @@ def by_compressed_tensors(weight: Tensor, size: int) -> dict[str, Tensor]:
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), intended(size).weights)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
     return PackedQuantizationCompressor.compress(state, intended(size))
-
-
-def by_stream(weight: Tensor, size: int, folder: Path) -> dict[str, Tensor]:
-    """The same as the conversion writes it, from file to file."""
-    save_file({"layer.weight": weight}, folder / "source.safetensors")
-    (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor(
-        "layer.weight", stored, "other", "layer", quantize=Quantize("int4", parameters={"group_size": size})
-    )
-    outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
-    with Pool(1) as pool, OpenFiles() as files:
-        try:
-            Work(pool, files, lambda _: None, outputs.writer).write(planned, None)
-        finally:
-            outputs.close()
-    return {name.removeprefix("layer."): made for name, made in load_file(folder / "model.safetensors").items()}
 
 
 @st.composite
@@ -108,7 +87,7 @@ def test_what_is_written_is_what_compressed_tensors_makes(drawn: tuple[Tensor, i
     weight, size = drawn
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
-        written = by_stream(weight, size, Path(folder))
+        written, _ = written_by(weight, Path(folder), quantize=Quantize("int4", parameters={"group_size": size}))
     expected = by_compressed_tensors(weight, size)
     assert written.keys() == expected.keys() == {"weight_packed", "weight_scale", "weight_shape"}
     assert same_bits(written["weight_scale"], expected["weight_scale"])
@@ -362,10 +341,9 @@ def test_layers_that_vllm_fuses_must_be_quantized_in_one_way(other: dict[str, An
 
 def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
-    path = tmp_path / "in" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
-    save_file(tensors, path, {"format": "pt"})
+    edit_tensors(
+        tmp_path / "in", lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][0, 0].fill_(float("inf"))
+    )
     with pytest.raises(CompressknowError, match=r"up_proj\.weight in model\.safetensors holds an infinity"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from compressknow.engine import layers
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import list_scopes, select
 from tests.long import one_in
-from tests.models import BUILDERS, QUANTIZABLE, logits, save_tiny, tiny
+from tests.models import BUILDERS, QUANTIZABLE, edit_config, load, logits, save_tiny, tiny
 
 AMOUNT = 0.3
 SCHEMES: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -42,19 +42,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("scope", ["attention", "final"])
 def test_a_kernel_that_is_not_installed_is_not_needed_to_convert(scope: str, tmp_path: Path) -> None:
     source = save_tiny("llama-tied", tmp_path / "in")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    edit_config(source, attn_implementation="flash_attention_2")
     compressknow.convert(source, tmp_path / "out", scope=scope, quantize="int8")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["attn_implementation"] == "flash_attention_2"
-
-
-def load(folder: Path) -> transformers.PreTrainedModel:
-    """By transformers alone; nothing may be missing, left over, or filled in at random."""
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 def compressed_in_memory(name: str, scope: str, scheme: str | None, pruned: bool) -> transformers.PreTrainedModel:

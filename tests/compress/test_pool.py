@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from compressknow.compress.blocks import Pool, Stopped
+from tests.test_repeating import script
 
 INTERRUPTED_OFTEN = """
 import signal, sys, time
@@ -38,25 +37,6 @@ for number in range(int(sys.argv[1])):
     assert torch.get_num_threads() == 3, number
 print(ended)
 """
-
-# Raises where a signal would leave a lock taken.
-INTERRUPTED_IN_LOCKS = """
-from threading import Condition, get_ident, main_thread
-from compressknow.compress.blocks import Pool
-
-enter = Condition.__enter__
-
-def interrupted(self):
-    enter(self)
-    if get_ident() == main_thread().ident:
-        raise KeyboardInterrupt
-
-Condition.__enter__ = interrupted
-with Pool(2) as pool:
-    print(sum(pool.map(int, range(1000))))
-    print(sum(pool.map(int, range(1000))))
-"""
-
 
 INTERRUPTED_TWICE = """
 import signal, time
@@ -151,20 +131,9 @@ def test_an_error_of_the_items_is_raised() -> None:
     ids=["while tasks run", "while threads start and end"],
 )
 def test_an_interruption_at_any_moment_ends_the_run(rounds: int, step: float, items: int) -> None:
-    command = [sys.executable, "-c", INTERRUPTED_OFTEN, *map(str, (rounds, step, items))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > rounds // 20
-
-
-def test_no_lock_is_held_that_a_signal_could_leave_taken() -> None:
-    command = [sys.executable, "-c", INTERRUPTED_IN_LOCKS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "499500\n499500\n", done.stderr
+    assert int(script(INTERRUPTED_OFTEN, rounds, step, items)) > rounds // 20
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
 def test_who_interrupts_twice_leaves_no_task_running() -> None:
-    command = [sys.executable, "-c", INTERRUPTED_TWICE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "True 2 2\n", done.stderr
+    assert script(INTERRUPTED_TWICE) == "True 2 2\n"

@@ -189,19 +189,25 @@ def compensated(block: Block) -> Pruned:
     return Pruned(mask.numpy(), values)
 
 
-def written_by(weight: Tensor, scheme: str | None, folder: Path, mask: EachBlock) -> tuple[dict[str, Tensor], Measured]:
-    """What the conversion writes of one weight, and what it says of it."""
+def written_by(
+    weight: Tensor,
+    folder: Path,
+    prune: Prune | None = None,
+    quantize: Quantize | None = None,
+    mask: EachBlock | None = None,
+) -> tuple[dict[str, Tensor], Measured]:
+    """What the conversion writes of one weight, by what follows the layer's name, and what it says of it."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    quantize = Quantize(scheme) if scheme else None
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", Prune(0.5), quantize)
+    planned = PlannedTensor("layer.weight", stored, "other", "layer", prune, quantize)
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
             measured = Work(pool, files, lambda _: None, outputs.writer).write(planned, mask)
         finally:
             outputs.close()
-    return load_file(folder / "model.safetensors"), measured
+    written = load_file(folder / "model.safetensors")
+    return {name.removeprefix("layer."): tensor for name, tensor in written.items()}, measured
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,18 +220,20 @@ def test_a_method_may_give_the_weights_that_stay_new_values(
     expected = weight.clone()
     expected[:, 1::2] += expected[:, ::2]
     expected[:, ::2] = 0
-    written, measured = written_by(weight, scheme, tmp_path, EachBlock(compensated))
+    written, measured = written_by(
+        weight, tmp_path, Prune(0.5), Quantize(scheme) if scheme else None, EachBlock(compensated)
+    )
     if scheme is None:
-        assert torch.equal(written["layer.weight"], expected)
+        assert torch.equal(written["weight"], expected)
     else:
-        scales = written["layer.weight_scale"].double()
-        off = (values_of(written, "layer.weight") - expected.double()).abs()
+        scales = written["weight_scale"].double()
+        off = (values_of(written, "weight") - expected.double()).abs()
         # 16 bits round the quotient before it is rounded to a whole number.
         assert (off <= scales * (0.5001 if dtype == torch.float32 else 1.01)).all()
-        assert (values_of(written, "layer.weight")[:, ::2] == 0).all()
+        assert (values_of(written, "weight")[:, ::2] == 0).all()
     assert (measured.pruned, measured.zeros_before) == (300, 0)
-    assert measured.zeros == zeros([values_of(written, "layer.weight")])
-    change = relative_error(values_of(written, "layer.weight"), weight)
+    assert measured.zeros == zeros([values_of(written, "weight")])
+    change = relative_error(values_of(written, "weight"), weight)
     assert measured.relative_error == pytest.approx(change, rel=1e-5)
 
 
@@ -234,4 +242,4 @@ def test_new_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         return Pruned(torch.zeros(block.values.shape, dtype=torch.bool).numpy(), block.values / 0)
 
     with pytest.raises(CompressknowError, match=r"What pruning makes of layer.weight holds NaN"):
-        written_by(torch.ones(4, 4), None, tmp_path, EachBlock(broken))
+        written_by(torch.ones(4, 4), tmp_path, Prune(0.5), mask=EachBlock(broken))

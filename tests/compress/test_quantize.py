@@ -26,15 +26,11 @@ from torch.ao.quantization import default_weight_observer
 from transformers import PreTrainedModel
 
 from compressknow.compress import blocks
-from compressknow.compress.blocks import Pool
-from compressknow.compress.output import OutputFiles, lay_out
-from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, round_to_nearest
 from compressknow.compress.steps import Prune, Quantize, Where
-from compressknow.model.tensors import OpenFiles, read_header
+from tests.compress.test_process import written_by
 from tests.models import convert, logits, save_tiny, tiny
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,20 +89,6 @@ def expected_of(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     return by_torch(weight) if scheme == "int8-paper" else by_compressed_tensors(weight, scheme)
 
 
-def by_stream(weight: Tensor, scheme: str, folder: Path) -> dict[str, Tensor]:
-    """The same as the conversion writes it, from file to file."""
-    save_file({"layer.weight": weight}, folder / "source.safetensors")
-    (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", quantize=Quantize(scheme))
-    outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
-    with Pool(1) as pool, OpenFiles() as files:
-        try:
-            Work(pool, files, lambda _: None, outputs.writer).write(planned, None)
-        finally:
-            outputs.close()
-    return {name.removeprefix("layer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-
-
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Equal in dtype, shape and bits: 0.0 is not -0.0 here."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
@@ -146,7 +128,7 @@ def test_written_weights_and_scales_are_those_of_compressed_tensors_or_torch(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
-        written = by_stream(weight, scheme, Path(folder))
+        written, _ = written_by(weight, Path(folder), quantize=Quantize(scheme))
     assert_same(written, expected_of(weight, scheme))
     assert written["weight_scale"].shape == SCHEMES[scheme].scale_shape(tuple(weight.shape))
 
@@ -188,7 +170,7 @@ def test_converted_model_holds_what_compressed_tensors_or_torch_makes_of_each_la
 @every_scheme
 @every_dtype
 def test_scale_of_what_is_all_zero_is_finite_and_not_zero(dtype: torch.dtype, scheme: str, tmp_path: Path) -> None:
-    written = by_stream(torch.zeros(3, 5, dtype=dtype), scheme, tmp_path)
+    written, _ = written_by(torch.zeros(3, 5, dtype=dtype), tmp_path, quantize=Quantize(scheme))
     scale = written["weight_scale"]
     assert_same(written, expected_of(torch.zeros(3, 5, dtype=dtype), scheme))
     assert scale.isfinite().all()

@@ -29,7 +29,7 @@ from compressknow.pages.card.warnings import warn_of_recipe
 from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.long import one_in
-from tests.models import logits, save_tiny
+from tests.models import edit_config, load, logits, save_tiny
 
 # ModernBERT's first block has no norm before its attention: no other can take its place.
 CHOICES = ([0], [1, 2], [DEPTH - 1])
@@ -40,14 +40,6 @@ UNLIKE = {("modernbert", 0)}
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("deep")
     return {name: save_deep(name, root / name) for name in BUILDERS}
-
-
-def load(folder: Path) -> transformers.PreTrainedModel:
-    """By transformers alone; nothing may be missing, left over, or filled in at random."""
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 def stacks_of(name: str) -> tuple[str, ...]:
@@ -89,8 +81,7 @@ def test_scope_narrows_to_a_side(checkpoints: dict[str, Path], tmp_path: Path, n
 
 def test_repeated_settings_stay_true(tmp_path: Path) -> None:
     """Configs of BART as its authors published them say the number of the encoder's blocks twice."""
-    config = json.loads((save_deep("bart", tmp_path / "in") / "config.json").read_text())
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    edit_config(save_deep("bart", tmp_path / "in"), num_hidden_layers=3)
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1", scope="encoder")
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (after["encoder_layers"], after["num_hidden_layers"], after["decoder_layers"]) == (2, 2, DEPTH)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -34,7 +34,7 @@ from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.manifest import read_manifest
 from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks
 from tests.long import one_in
-from tests.models import logits, save_tiny, tiny
+from tests.models import edit_tensors, load, logits, save_tiny, tiny
 
 DAMPING = 0.01
 
@@ -133,13 +133,6 @@ def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manif
     plan = prepare(source, recipe)
     assert plan.removal is not None
     return carry_out(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.original[1]), **options)
-
-
-def load(folder: Path) -> PreTrainedModel:
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 def run_all(model: PreTrainedModel, text: CalibrationText) -> None:
@@ -478,9 +471,7 @@ def test_what_is_chosen_and_what_is_written_are_stages_of_one_total_each(tmp_pat
 
 def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(source, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"][0, 0].fill_(torch.nan))
     for options in ({"drop_blocks": 1}, {"drop_neurons": 0.25}):
         with pytest.raises(CompressknowError, match=r"model\.layers\.2 gives NaN"):
             convert(source, tmp_path / "out", build_recipe(Where(), **options))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressknow.base.errors import CheckpointError
@@ -20,7 +19,7 @@ from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, choose_masks
 from compressknow.model.tensors import OpenFiles, StoredTensor, view_bytes
-from tests.models import convert, save_tiny
+from tests.models import convert, edit_tensors, save_tiny
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 KINDS = ("normal", "few values", "one value", "zeros", "half zeros", "denormal", "all magnitudes")
@@ -199,11 +198,8 @@ def test_what_is_not_finite_is_refused_and_its_tensor_named(
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_nothing_is_written_of_a_checkpoint_that_is_not_finite(step: Step, value: float, tmp_path: Path) -> None:
-    shard = save_tiny("llama", tmp_path / "source") / "model.safetensors"
-    weights = load_file(shard)
     broken = "model.layers.1.mlp.down_proj.weight"
-    weights[broken][-1, -1] = value
-    save_file(weights, shard, metadata={"format": "pt"})
+    edit_tensors(save_tiny("llama", tmp_path / "source"), lambda weights: weights[broken][-1, -1].fill_(value))
     with pytest.raises(CheckpointError, match=broken.replace(".", r"\.")):
         convert(tmp_path / "source", tmp_path / "output", Recipe((step,)))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

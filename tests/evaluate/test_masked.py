@@ -15,13 +15,14 @@ import transformers as hf
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
-from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
 from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.evaluate.references import (
     CLOSE,
     answers_to,
     as_probe,
+    asked,
     check_answer,
     check_choices,
     check_same,
@@ -61,47 +62,10 @@ def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(knowing("bert", tmp_path_factory.mktemp("bert")))
 
 
-def asked(knows: LanguageModel, probe: Probe, **options: object) -> dict:
-    return answers_to(knows.model, knows.tokenizer, "masked", probe, **options)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def closed(knows: LanguageModel) -> dict:
-    return asked(knows, as_probe(known_facts()))
-
-
 def at_the_mask(knows: LanguageModel, fact: Fact) -> np.ndarray:
     """Log-probabilities of the whole vocabulary where the blank is, by the whole model."""
     ids = knows.tokenizer(fact.prompt.replace(BLANK, knows.tokenizer.mask_token))["input_ids"]
     return log_probs(knows.model, ids)[ids.index(knows.tokenizer.mask_token_id)].numpy()
-
-
-def test_candidates_are_ranked_as_a_plain_reference_ranks_them(knows: LanguageModel, closed: dict) -> None:
-    check_choices(closed, known_facts(), lambda fact, text: masked(knows.model, knows.tokenizer, fact, text))
-    assert all(answer.correct for answer in closed.values())
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_answers_do_not_depend_on_batch_size_and_order(knows: LanguageModel, closed: dict, batch_size: int) -> None:
-    backwards = as_probe(reversed(known_facts()))
-    check_same(asked(knows, backwards, batch_size=batch_size), closed)
-
-
-def test_the_distribution_kept_is_the_reference_s(knows: LanguageModel, closed: dict) -> None:
-    for fact in known_facts():
-        expected, answer = at_the_mask(knows, fact), closed[fact.id]
-        assert len(answer.first_ids) == min(256, len(expected) - 1)
-        assert answer.first_logp == pytest.approx(expected[answer.first_ids], abs=CLOSE)
-        assert np.exp(answer.first_logp.astype(float)).sum() <= 1 + 1e-6
-        assert expected[answer.first_ids].min() >= np.delete(expected, answer.first_ids).max() - 1e-6
-
-
-def test_a_reference_s_tokens_are_asked_for_and_come_back(knows: LanguageModel, closed: dict) -> None:
-    wanted = {fact_id: answer.first_ids[::-1][:17] for fact_id, answer in closed.items()}
-    answers = asked(knows, as_probe(known_facts()), reference=wanted)
-    for fact_id, answer in answers.items():
-        assert list(answer.first_ids) == list(wanted[fact_id])
-        assert answer.first_logp == pytest.approx(closed[fact_id].first_logp[::-1][:17], abs=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", ["full", "open"])
@@ -161,17 +125,6 @@ def test_case_folded_an_answer_counts_whatever_its_case(knows: LanguageModel, vo
         other = strict[fact_id]
         assert (answer.rank, answer.correct, answer.predicted) == (other.rank, other.correct, other.predicted)
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-6)
-
-
-@pytest.mark.parametrize("closed_facts", [True, False])
-def test_a_model_that_computes_no_numbers_knows_nothing(knows: LanguageModel, closed_facts: bool) -> None:
-    broken = copy.deepcopy(knows.model)
-    with torch.no_grad():
-        broken.bert.encoder.layer[0].intermediate.dense.weight.fill_(float("nan"))
-    probe = as_probe(known_facts(closed=closed_facts), vocabulary="closed" if closed_facts else "full")
-    answers = answers_to(broken, knows.tokenizer, "masked", probe)
-    assert answers
-    assert all(not answer.correct and answer.rank is None for answer in answers.values())
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", *MORE])

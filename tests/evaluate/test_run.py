@@ -17,7 +17,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Damaged
 from compressknow.base.files import LOCK
 from compressknow.base.progress import Listener
 from compressknow.engine.identity import locate
-from compressknow.evaluate import handle, run
+from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.handle import ModelHandle
@@ -81,19 +81,6 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch is put on disk as soon as it is answered."""
     monkeypatch.setattr(run, "SECONDS_BETWEEN_PARTS", 0.0)
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The checkpoints that are loaded from here on, in order."""
-    load, loaded = handle.load_language_model, []
-
-    def counted(path: Path, **options: object) -> object:
-        loaded.append(path)
-        return load(path, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(handle, "load_language_model", counted)
-    return loaded
 
 
 @pytest.mark.usefixtures("parts_at_once")

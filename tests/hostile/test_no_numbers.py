@@ -16,7 +16,7 @@ from compressknow.model.tensors import TORCH_NAMES, StoredTensor, find_not_finit
 from tests.engine.gguf_files import F32, write_gguf
 from tests.hostile.bounded import refused
 from tests.knowing import facts_file, knowing
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
@@ -27,9 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     knowing("llama", folder / "sound")
     shutil.copytree(folder / "sound", folder / "broken")
-    weights = load_file(folder / "broken" / "model.safetensors")
-    weights[QUERY][3, 5] = float("nan")
-    save_file(weights, folder / "broken" / "model.safetensors", {"format": "pt"})
+    edit_tensors(folder / "broken", lambda weights: weights[QUERY][3, 5].fill_(float("nan")))
     facts_file(folder / "facts.jsonl")
     return folder
 
@@ -83,10 +81,8 @@ def test_a_scale_that_is_no_number_is_a_weight(tmp_path: Path) -> None:
     source = save_tiny("bert", tmp_path / "in")
     (source / "tokenizer.json").write_text("{}")
     compressknow.convert(source, tmp_path / "out", quantize="int8")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
     scale = "bert.encoder.layer.0.attention.self.query.weight_scale"
-    weights[scale][0] = float("inf")
-    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    edit_tensors(tmp_path / "out", lambda weights: weights[scale][0].fill_(float("inf")))
     located = locate(tmp_path / "out")
     with pytest.raises(CheckpointError, match=f"{scale} in model.safetensors holds an infinity"):
         read_contents(located).check_finite(located)
@@ -96,9 +92,7 @@ def test_a_scale_that_is_no_number_is_a_weight(tmp_path: Path) -> None:
 def test_a_mask_beside_the_weights_may_hold_infinities(tmp_path: Path, name: str) -> None:
     """GPT-2 and GPT-J stored such in float16, where -1e9 is infinite; today's classes do not read them."""
     located = locate(save_tiny("gpt2", tmp_path / "model"))
-    weights = load_file(located.path / "model.safetensors")
-    weights[name] = torch.full((4,), float("-inf"))
-    save_file(weights, located.path / "model.safetensors", {"format": "pt"})
+    edit_tensors(located.path, lambda weights: weights.update({name: torch.full((4,), float("-inf"))}))
     contents = read_contents(located)
     assert [tensor.name for tensor, _ in contents.not_finite] == [name]
     contents.check_finite(located)

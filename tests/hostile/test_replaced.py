@@ -19,7 +19,7 @@ import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
 from compressknow.evaluate.answers import TABLE
 from tests.knowing import facts_file, knowing
-from tests.models import save_tiny
+from tests.models import edit_config, save_tiny
 
 _at_open: list[Callable[[Path], None]] = []
 
@@ -59,8 +59,7 @@ def scaled(model: Path, other: Path) -> Path:
     shutil.copytree(model, other)
     weights = {name: torch.roll(weight, 1, 0) for name, weight in load_file(other / "model.safetensors").items()}
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.5, "rms_norm_eps": 0.5}))
+    edit_config(other, layer_norm_eps=0.5, rms_norm_eps=0.5)
     return other
 
 

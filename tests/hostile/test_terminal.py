@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from compressknow.cli import main
 from compressknow.cli.terminal import show, show_json
 from tests.knowing import facts_file, knowing
-from tests.models import save_tiny
+from tests.models import edit_config, save_tiny
 
 # A terminal's title, a bell, C1, DEL, an override and an isolate of the direction of writing, and a carriage return.
 HOSTILE = "a\x1b]0;owned\x07b\x9b31mc\x7fd\u202ee\u2066f\rg"
@@ -51,12 +51,6 @@ def model(tmp_path: Path) -> Path:
     return save_tiny("bert", tmp_path / f"m{HOSTILE}")
 
 
-def rewrite(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
 def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
     out, pruned = tmp_path / f"o{HOSTILE}", ("--prune", "0.2")
     for args in (("inspect", model), ("inspect", model, "--json"), ("convert", model, out, *pruned, "--dry-run")):
@@ -86,7 +80,7 @@ def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
 @pytest.mark.parametrize("key", ["model_type", "architectures", "torch_dtype", "hidden_act", "auto_map", "hidden_size"])
 def test_a_configs_values(model: Path, printed: Printed, key: str) -> None:
     value: object = {"architectures": [HOSTILE], "auto_map": {"AutoModel": f"x.{HOSTILE}"}}.get(key, HOSTILE)
-    rewrite(model, **{key: value})
+    edit_config(model, **{key: value})
     printed("inspect", model)
     printed("inspect", model, "--json")
     printed("--debug", "inspect", model)

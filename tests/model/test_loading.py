@@ -15,14 +15,11 @@ from compressknow.base.errors import CheckpointError
 from compressknow.cli import main
 from compressknow.compress.convert import VariantMaker
 from compressknow.model.loading import open_complete
-from tests.models import BUILDERS, save_tiny
+from tests.models import BUILDERS, edit_config, edit_tensors, save_tiny
 
 
 def drop(folder: Path, *names: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    for name in names:
-        del tensors[name]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -73,8 +70,7 @@ def test_a_part_that_is_lost_under_a_name_of_old_is_refused_too(tmp_path: Path, 
 
 def test_a_config_of_fewer_experts_than_the_files_hold_does_not_fit(tmp_path: Path) -> None:
     folder = save_tiny("mixtral", tmp_path / "in")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 2}))
+    edit_config(folder, num_local_experts=2)
     with pytest.raises(CheckpointError, match=r"experts\.down_proj has shape \[4, 32, 48\], config\.json says \[2, 32"):
         open_complete(folder)
 
@@ -110,8 +106,7 @@ def test_inspect_lists_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
 def test_scales_of_mx_formats_beside_the_weights_stop_nothing(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     scale = torch.full((8,), 2.0).to(torch.float8_e8m0fnu)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "scale": scale}, folder / "model.safetensors", {"format": "pt"})
+    edit_tensors(folder, lambda tensors: tensors.update(scale=scale))
     assert compressknow.inspect(folder)["missing"] == []
     compressknow.convert(folder, tmp_path / "out", prune=0.2, scope="attention")
     kept = load_file(tmp_path / "out" / "model.safetensors")["scale"]
@@ -121,10 +116,8 @@ def test_scales_of_mx_formats_beside_the_weights_stop_nothing(tmp_path: Path) ->
 
 def test_a_tied_weight_is_given_by_its_partner_under_either_name(tmp_path: Path) -> None:
     folder = save_tiny("llama-tied", tmp_path / "in")
-    tensors = load_file(folder / "model.safetensors")
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
     open_complete(folder)
     drop(folder, "lm_head.weight")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight, model\.embed_tokens\.weight"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import axe_playwright_python
 
@@ -93,3 +93,23 @@ _SCROLLED = """
 def scrolled(page: Page) -> list[str]:
     """Tables of which a part is in sight alone, of what is unfolded."""
     return page.evaluate(_SCROLLED)
+
+
+def check_fits(page: Page, *, labelled: bool = True, whole: bool = True) -> None:
+    """Nothing is wider than a telephone or a broad screen; in charts no texts lie over one another, where they are
+    `labelled` by the project's own words, and none is cut, where they are to be `whole`."""
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert overflow(page) <= 0, width
+        assert outside(page) == [], width
+        assert not labelled or overlapping(page) == [], width
+        assert not whole or cut(page) == [], width
+
+
+def check_accessible(page: Page, file: Path, scheme: Any) -> None:
+    """axe finds nothing to mend on a telephone, with all that is folded open."""
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(file.as_uri())
+    unfold(page, 100)
+    assert violations(page) == []

@@ -20,6 +20,7 @@ from compressknow.engine.identity import locate, read_contents
 from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import facts_file, knowing
+from tests.models import edit_tensors
 from tests.pages.answering import ORIGINAL_HASH, answers, model, run, sides
 
 CHANGED = "changed since it was converted: run `compressknow verify`"
@@ -103,12 +104,6 @@ def with_other_bits(folder: Path) -> None:
     (folder / "config.json").write_text(text.replace('"num_bits": 8', '"num_bits": 4'))
 
 
-def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 
 
@@ -117,9 +112,9 @@ SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
     [
         without_quantization,
         with_other_bits,
-        lambda folder: with_tensors(folder, lambda tensors: tensors[SCALE].mul_(100)),
-        lambda folder: with_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
-        lambda folder: with_tensors(folder, lambda tensors: tensors.update({SCALE: tensors[SCALE].half()})),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors[SCALE].mul_(100)),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update({SCALE: tensors[SCALE].half()})),
         lambda folder: (folder / "tokenizer_config.json").unlink(),
         lambda folder: (folder / "vocab.txt").write_text("a"),
     ],
@@ -140,7 +135,7 @@ def test_probe_and_report_say_first_that_a_folder_changed(
     reported: Callable[[Path, Path], dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with_tensors(converted, lambda tensors: tensors[SCALE].mul_(100))
+    edit_tensors(converted, lambda tensors: tensors[SCALE].mul_(100))
     (compared,) = reported(place / "first", converted)["compressed"]
     assert compared["model"]["changed"] is True
     assert CHANGED in compared["warnings"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from compressknow.pages.diff.pages import render_comparison_html
 from tests.pages.diff.contrasts import comparison_of
-from tests.pages.in_browser import overflow, overlapping, unfold, violations
+from tests.pages.in_browser import check_fits, overflow, unfold, violations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -33,10 +33,7 @@ def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> Non
 def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
     page.goto(address)
     unfold(page, 4)
-    for width in (360, 1280):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert overflow(page) <= 0, width
-        assert overlapping(page) == [], width
+    check_fits(page, whole=False)
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert overflow(page) <= 0

@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.pages.search import render_search_html
 from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import cut, outside, overflow, overlapping, violations
+from tests.pages.in_browser import check_accessible, check_fits
 from tests.pages.search.searches import found, sized
 
 if TYPE_CHECKING:
@@ -37,20 +37,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
     page.goto(files[name].as_uri())
-    for width in (360, 1280):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert overflow(page) <= 0, width
-        assert outside(page) == [], width
-        assert overlapping(page) == [], width
-        assert name.startswith("hostile") or cut(page) == [], width
+    check_fits(page, whole=not name.startswith("hostile"))
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("found", "light"), ("found", "dark"), ("none", "light")])
 def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size({"width": 360, "height": 900})
-    page.goto(files[name].as_uri())
-    assert violations(page) == []
+    check_accessible(page, files[name], scheme)
 
 
 def text(page: Page, selector: str) -> str:

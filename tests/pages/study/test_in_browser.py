@@ -10,7 +10,7 @@ import pytest
 from compressknow.pages.drawing import WIDTH
 from compressknow.pages.study.pages import render_study_html
 from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import cut, outside, overflow, overlapping, sizes, unfold, violations
+from tests.pages.in_browser import check_accessible, check_fits, sizes, unfold
 from tests.pages.study.studies import STUDIES, hostile, whole_grid
 
 if TYPE_CHECKING:
@@ -31,12 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
     page.goto(files[name].as_uri())
     unfold(page, 100)
-    for width in (360, 1280):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert overflow(page) <= 0, width
-        assert outside(page) == [], width
-        assert overlapping(page) == [], width
-        assert name.startswith("hostile") or cut(page) == [], width
+    check_fits(page, whole=not name.startswith("hostile"))
 
 
 @pytest.mark.parametrize("name", ["masked", "seq2seq"])
@@ -51,11 +46,7 @@ def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: st
 
 @pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])
 def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size({"width": 360, "height": 900})
-    page.goto(files[name].as_uri())
-    unfold(page, 100)
-    assert violations(page) == []
+    check_accessible(page, files[name], scheme)
 
 
 def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[str, Path]) -> None:
