@@ -225,14 +225,15 @@ class OutputFiles:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
+        self._failure: OSError | None = None
+        self._flushing: Repeating | None = None
         try:
             for name, size in layout.sizes.items():
                 descriptor = self._descriptors[name] = create_file(folder / name, size)
                 write_at(descriptor, memoryview(layout.headers[name]), 0)
         except BaseException:
-            self._close_files()
+            self.close()
             raise
-        self._failure: OSError | None = None
         self._flushing = Repeating(self._flush, repeat(FLUSH_SECONDS))
 
     def __enter__(self) -> Self:
@@ -261,16 +262,14 @@ class OutputFiles:
         except OSError as error:
             self._failure = error
 
+    def _end_flushing(self) -> None:
+        if self._flushing:
+            self._flushing.end()
+            self._flushing.wait()
+
     def close(self) -> None:
         """Close the files, complete or not."""
         self._end_flushing()
-        self._close_files()
-
-    def _end_flushing(self) -> None:
-        self._flushing.end()
-        self._flushing.wait()
-
-    def _close_files(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
