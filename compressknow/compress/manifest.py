@@ -13,8 +13,7 @@ from compressknow.base.notebook import Shown, Summary
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.runtimes import list_runtimes
-from compressknow.compress.schemes import SCALE, Stored
+from compressknow.compress.schemes import SCALE, Stored, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 

@@ -34,8 +34,7 @@ from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.process import Work
 from compressknow.compress.proof import build_quantization_config
-from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
-from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.schemes import SCHEMES, find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.steps import Quantize
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import select
