@@ -163,7 +163,6 @@ def _write_tensors(
 
 
 def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
-    """Raise CompressknowError where a step did not prune as many weights as it said it would."""
     for step, tensors in plan.list_prune_steps():
         _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
         if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:

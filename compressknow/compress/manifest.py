@@ -215,7 +215,6 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
-    """Return the neurons that went, of each network."""
     remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
     return [format_ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 

@@ -69,7 +69,6 @@ class NewFolder(Staging):
         super().__init__(Path(output), overwrite=overwrite, source=source.folder)
 
     def open(self, plan: Plan) -> OutputFiles:
-        """Make the weight files at their full size."""
         return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
@@ -135,7 +134,6 @@ class Memory:
         return TensorWriter(put, 0)
 
     def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
-        """Share what the plan leaves alone."""
         for tensor in self.plan.tensors:
             if not tensor.in_scope:
                 self._shared[tensor.name] = self.tensors[tensor.name], measured[tensor.name]
@@ -149,7 +147,6 @@ class Memory:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size of the weight files that would hold the tensors."""
         return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
 
 
@@ -268,7 +265,6 @@ class OutputFiles:
             self._flushing.wait()
 
     def close(self) -> None:
-        """Close the files, complete or not."""
         self._end_flushing()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])

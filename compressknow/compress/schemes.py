@@ -240,13 +240,11 @@ class Int8Paper(Scheme):
         }
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Return absmax / 127.5, at least float32's epsilon."""
         import torch
 
         return (absmax / ((self.highest - self.lowest) / 2)).clamp(min=torch.finfo(torch.float32).eps)
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Multiply with the inverse of the scale, in float32."""
         import torch
 
         return values.to(torch.float32) * scales.to(torch.float32).reciprocal()
@@ -326,7 +324,6 @@ class Fp8(Scheme):
         }
 
     def round(self, steps: torch.Tensor) -> torch.Tensor:
-        """Round to float8_e4m3fn."""
         import torch
 
         return steps.clamp_(self.lowest, self.highest).to(torch.float8_e4m3fn)
@@ -462,7 +459,6 @@ def _find_quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _collect_shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """Return the shapes of the weights that each scheme stores."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for row in _find_quantized(manifest):
         shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))

@@ -170,7 +170,6 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
 
 
 def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
-    """Return alpha for each parameter to smooth."""
     return {
         tensor.parameter: tensor.quantize.smooth for tensor in tensors if tensor.quantize and tensor.quantize.smooth
     }
@@ -186,7 +185,6 @@ def raise_unsmoothable(module: str) -> NoReturn:
 
 
 def check_no_smoothing(plan: Plan, why: str) -> None:
-    """Raise UnsupportedError, with this reason, if the recipe smooths."""
     if plan.recipe.smooths:
         raise UnsupportedError(
             f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
