@@ -65,8 +65,7 @@ def main() -> int:
 
 def judge(vllm: str, source: Path, folder: Path) -> int:
     import compressknow
-    from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
-    from compressknow.compress.schemes import SCHEMES
+    from compressknow.compress.schemes import SCHEMES, find_vllm_limit, find_vllm_obstacle
 
     wrong = 0
     print(f"vLLM {version_of(vllm)}, {len(PROMPTS)} prompts, {TOKENS} tokens each", flush=True)

@@ -13,16 +13,15 @@ from compressknow.base.notebook import Shown, Summary
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.runtimes import list_runtimes
-from compressknow.compress.schemes import SCALE, Stored
+from compressknow.compress.removal.neurons import DroppedNeurons
+from compressknow.compress.removal.smaller import Removal
+from compressknow.compress.schemes import SCALE, Stored, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.removal.neurons import DroppedNeurons
-    from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
@@ -216,7 +215,6 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
-    """Return the neurons that went, of each network."""
     remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
     return [format_ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 

@@ -69,7 +69,6 @@ class NewFolder(Staging):
         super().__init__(Path(output), overwrite=overwrite, source=source.folder)
 
     def open(self, plan: Plan) -> OutputFiles:
-        """Make the weight files at their full size."""
         return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
@@ -135,7 +134,6 @@ class Memory:
         return TensorWriter(put, 0)
 
     def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
-        """Share what the plan leaves alone."""
         for tensor in self.plan.tensors:
             if not tensor.in_scope:
                 self._shared[tensor.name] = self.tensors[tensor.name], measured[tensor.name]
@@ -149,7 +147,6 @@ class Memory:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size of the weight files that would hold the tensors."""
         return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
 
 
@@ -225,14 +222,15 @@ class OutputFiles:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
+        self._failure: OSError | None = None
+        self._flushing: Repeating | None = None
         try:
             for name, size in layout.sizes.items():
                 descriptor = self._descriptors[name] = create_file(folder / name, size)
                 write_at(descriptor, memoryview(layout.headers[name]), 0)
         except BaseException:
-            self._close_files()
+            self.close()
             raise
-        self._failure: OSError | None = None
         self._flushing = Repeating(self._flush, repeat(FLUSH_SECONDS))
 
     def __enter__(self) -> Self:
@@ -261,16 +259,13 @@ class OutputFiles:
         except OSError as error:
             self._failure = error
 
-    def close(self) -> None:
-        """Close the files, complete or not."""
-        self._end_flushing()
-        self._close_files()
-
     def _end_flushing(self) -> None:
-        self._flushing.end()
-        self._flushing.wait()
+        if self._flushing:
+            self._flushing.end()
+            self._flushing.wait()
 
-    def _close_files(self) -> None:
+    def close(self) -> None:
+        self._end_flushing()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

@@ -109,7 +109,13 @@ class Work(Reader):
         for block in self.blocks(planned.source, whole=treatment.whole):
             absmax = tally.prune(block, coder.span)
             writer.write(coder.code(block, absmax, tally))
-        return tally.summarize(writer.sha256, dict(self._write_beside(planned, coder.finish())))
+        made, beside = coder.finish(), dict[str, str]()
+        for part in planned.stored[1:]:
+            for name in planned.names(part):
+                further = self.writer(name)
+                further.write(made[part.suffix])
+                beside[part.suffix] = further.sha256
+        return tally.summarize(writer.sha256, beside)
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
@@ -130,14 +136,6 @@ class Work(Reader):
             largest = torch.maximum(largest, tally.prune(block).max())
         with SCHEMES.explain_failures(scheme.name):
             return scheme.scales(largest)
-
-    def _write_beside(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
-        """Write scales and the like; yield their hashes by suffix."""
-        for part in planned.stored[1:]:
-            for name in planned.names(part):
-                writer = self.writer(name)
-                writer.write(tensors[part.suffix])
-                yield part.suffix, writer.sha256
 
     def _copy(self, planned: PlannedTensor) -> Measured:
         source, writer, zeros, energy = planned.source, self.writer(planned.name), 0, 0.0

@@ -314,7 +314,6 @@ def format_options(recipe: Recipe) -> list[str] | None:
 
 
 def _get_options(part: Step | Where | Calibration | Recipe) -> dict[str, Any]:
-    """Return the options that say a part of a recipe, by name."""
     return {each.name: getattr(part, each.field) for each in list_options(type(part))}
 
 
@@ -327,7 +326,6 @@ def _format_option(name: str, value: Any) -> list[str]:
 
 
 def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
-    """Raise UsageError where a parameter is of no step."""
     known = {each.name for step in steps for each in step.chosen.parameters()}
     if unknown := sorted(set(parameters) - known):
         names = " and ".join(step.chosen.name for step in steps)

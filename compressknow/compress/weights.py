@@ -31,7 +31,6 @@ class Values:
 
     @property
     def stored(self) -> StoredTensor:
-        """Return what is read."""
         return self.packed or self.tensor
 
     @property
@@ -40,7 +39,6 @@ class Values:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of what is compared."""
         whole = self.tensor.shape
         return (*whole[: self.axis], len(self.numbers), *whole[self.axis + 1 :]) if self.numbers else whole
 

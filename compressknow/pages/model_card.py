@@ -17,8 +17,14 @@ from compressknow.base.format import count, write_percent, write_size
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
 from compressknow.compress.recipe import to_toml
-from compressknow.compress.runtimes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle, list_runtimes
-from compressknow.compress.schemes import choose_word, find_schemes
+from compressknow.compress.schemes import (
+    VLLM_ARCHITECTURES,
+    choose_word,
+    find_schemes,
+    find_vllm_limit,
+    find_vllm_obstacle,
+    list_runtimes,
+)
 from compressknow.model.checkpoint import list_some
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.pages import render, to_code_span, to_yaml

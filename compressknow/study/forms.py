@@ -18,7 +18,7 @@ from compressknow.base.format import share
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin, Listener
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
-from compressknow.compress.runtimes import FUSED
+from compressknow.compress.schemes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types

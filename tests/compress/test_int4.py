@@ -30,8 +30,7 @@ import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
 from compressknow.compress.proof import build_quantization_config
-from compressknow.compress.runtimes import find_vllm_limit, find_vllm_obstacle
-from compressknow.compress.schemes import SCHEMES
+from compressknow.compress.schemes import SCHEMES, find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.steps import Quantize
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import select

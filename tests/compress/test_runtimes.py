@@ -13,7 +13,7 @@ from compressed_tensors.utils.match import is_match
 
 import compressknow
 from compressknow.cli.convert import build_manifest_page
-from compressknow.compress.runtimes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle
+from compressknow.compress.schemes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.models import QUANTIZABLE, save_tiny
 

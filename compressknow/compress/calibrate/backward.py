@@ -1,9 +1,8 @@
 """Gradients of scores, block by block: every block is read once on the way forward and once on the way back.
 
-Many batches go through a model side by side (`compressknow.compress.calibrate.model`). A pass keeps the arguments of
-each block; on the way back a block runs again with gradients, and they go on to the block before. For each weight there
-are the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order a change
-D of it moves a score by the sum of g . D x over the tokens.
+A pass keeps the arguments of each block; on the way back a block runs again with gradients, and they go on to the block
+before. For each weight there are the inputs x and the gradients g at its outputs, never a gradient of the weight's own
+size: to first order a change D of it moves a score by the sum of g . D x over the tokens.
 
 Each row of a batch may have several scores, its directions. Between blocks a model computes on a copy of the row for
 each; inside a block the copies run as one, and only the gradients are as many as the directions.
@@ -193,21 +192,13 @@ class _Call(NamedTuple):
     module: str
     inputs: Sequence[torch.Tensor]
     fill: _Fill
+    is_back: bool = False
     needed: Sequence[bool] = ()
-    gradients: Sequence[torch.Tensor | None] | None = None
-
-    @property
-    def is_back(self) -> bool:
-        return self.gradients is not None
+    gradients: Sequence[torch.Tensor | None] = ()
 
 
 class GradientPass(ForwardPass):
-    """Pass of one batch through the model and back.
-
-    Attributes
-    ----------
-    scores : [rows, directions], when it is over.
-    """
+    """Pass of one batch through the model and back, which then has its `scores` [rows, directions]."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
         inputs = {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
@@ -252,7 +243,6 @@ class GradientPass(ForwardPass):
     ) -> list[torch.Tensor | None]:
         """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""
-        assert call.gradients is not None
         if not any(call.needed):
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = call.gradients
@@ -340,7 +330,7 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        call = _Call(ctx.module, ctx.inputs, ctx.fill, ctx.needs_input_grad[5:], grads)
+        call = _Call(ctx.module, ctx.inputs, ctx.fill, True, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
         return (None,) * 5 + tuple(ctx.own.hand_over(call))
 

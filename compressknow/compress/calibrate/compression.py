@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,32 +19,24 @@ from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.calibrate import smooth
 from compressknow.compress.calibrate.compensation import fit_scales, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
-from compressknow.compress.calibrate.model import (
-    WHOLE_IN_MEMORY,
-    BlockwiseUnsupported,
-    StreamedModel,
-    explain_missing_memory,
-    read_tensor,
-)
+from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.calibrate.walk import AnySums, Batches, OnProgress, TargetVisitor, gather_whole, walk
+from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
+from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
-
-if TYPE_CHECKING:
-    from compressknow.compress.removal.smaller import Removal
 
 # A product of two matrices of this size is tried so many times to tell the pace.
 TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4
 
 
-# Blocks (and single layers) that are compressed, bytes of memory at most, and seconds.
-Estimate = tuple[int, int, float]
+# Blocks (and single layers) that are compressed, bytes of memory at most, and operations.
+Estimate = tuple[int, int, int]
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -52,28 +44,25 @@ def estimate(plan: Plan) -> dict[str, Any]:
     are compressed, ``bytes`` of memory at most, and ``seconds`` at the pace of a bare product of matrices."""
     calibration = plan.recipe.calibration
     assert calibration is not None
-    pace = _measure_pace()
-    parts = list(_estimate_removal(plan.removal, calibration.tokens, pace)) if plan.removal else []
+    parts = list(_estimate_removal(plan.removal, calibration.tokens)) if plan.removal else []
     if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
-        parts.append(_estimate_compression(plan, calibration.tokens, pace))
-    blocks, memory, seconds = zip(*parts, strict=True)
-    return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(seconds)}
+        parts.append(_estimate_compression(plan, calibration.tokens))
+    blocks, memory, operations = zip(*parts, strict=True)
+    return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(operations) / _measure_pace()}
 
 
-def _estimate_removal(removal: Removal, tokens: int, pace: float) -> Iterator[Estimate]:
+def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
     """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
-        weights = _list_weights(read_structure(removal.original[1]))
-        yield _count_blocks(weights), _count_bytes(weights, tokens, 0), _count_operations(weights, tokens, 1) / pace
+        yield _estimate_runs(_list_weights(read_structure(removal.original[1])), tokens, 1)
     if removal.neurons and not removal.is_decided:
         widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
-        weights = _list_weights(read_structure(removal.wide[1]))
         # X^T X, and what is left of it twice in float64.
-        memory = _count_bytes(weights, tokens, 5 * max(widths) ** 2)
-        yield _count_blocks(weights), memory, _count_operations(weights, tokens, 2, widths) / pace
+        sums = 5 * max(widths) ** 2
+        yield _estimate_runs(_list_weights(read_structure(removal.wide[1])), tokens, 2, widths=widths, sums=sums)
 
 
-def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
+def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
     weights, targets = _list_weights(plan.structure), {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
     compressed = [weight for weight in weights if weight.parameter in targets]
     reads: set[tuple[str, str, int]] = set()
@@ -84,12 +73,45 @@ def _estimate_compression(plan: Plan, tokens: int, pace: float) -> Estimate:
     for block, _, width in reads:
         squares[block] += width**2
     inside = {weight.parameter for weight in weights if weight.layer is not None}
-    outside = sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside)
     # GPTQ runs the original too, and sums how far what is read has come from it.
     pairs = 1 + any(map(_is_rounded_by_gptq, plan.tensors))
-    memory = _count_bytes(weights, pairs * tokens, pairs * max(squares.values(), default=0), outside)
-    operations = _count_operations(weights, tokens, 1 + pairs, [width for *_, width in reads for _ in range(pairs)])
-    return len(set(map(_find_block, compressed))), memory, operations / pace
+    _, memory, operations = _estimate_runs(
+        weights,
+        tokens,
+        1 + pairs,
+        pairs=pairs,
+        widths=[width for *_, width in reads],
+        sums=max(squares.values(), default=0),
+        outside=sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside),
+    )
+    return len(set(map(_find_block, compressed))), memory, operations
+
+
+def _estimate_runs(
+    weights: Sequence[LinearWeight],
+    tokens: int,
+    runs: int,
+    *,
+    pairs: int = 1,
+    widths: Sequence[int] = (),
+    sums: int = 0,
+    outside: int | None = None,
+) -> Estimate:
+    """Estimate so many runs of the text, with X^T X of so many channels and its decomposition, all for each of `pairs`.
+
+    In memory are hidden states, with the largest block and so many sums, or with what lies outside the blocks: that is
+    not there while blocks run. By default the Linear weights outside count alone.
+    """
+    blocks: Counter[str] = Counter()
+    for weight in weights:
+        blocks[_find_block(weight)] += weight.stored
+    states = 2 * pairs * tokens * max(weight.shape[-1] for weight in weights)
+    if outside is None:
+        outside = sum(weight.stored for weight in weights if weight.layer is None)
+    memory = FLOAT_BYTES * (states + max(2 * max(blocks.values()) + pairs * sums, outside))
+    operations = runs * 2 * tokens * sum(weight.used for weight in weights)
+    operations += pairs * sum(2 * tokens * width**2 + width**3 for width in widths)
+    return len({_find_block(weight) for weight in weights if weight.layer is not None}), memory, operations
 
 
 def _is_sum_of_products(tensor: PlannedTensor) -> bool:
@@ -112,29 +134,6 @@ def _list_weights(structure: Structure) -> list[LinearWeight]:
 def _find_block(weight: LinearWeight) -> str:
     """Return what tells the block of a weight; one that lies in none stands by itself."""
     return weight.module if weight.layer is None else f"{weight.stack} {weight.layer}"
-
-
-def _count_blocks(weights: Iterable[LinearWeight]) -> int:
-    return len({_find_block(weight) for weight in weights if weight.layer is not None})
-
-
-def _count_operations(weights: Iterable[LinearWeight], tokens: int, runs: int, widths: Iterable[int] = ()) -> int:
-    """Count the operations of so many runs of the text; and those for X^T X of so many channels, and its
-    decomposition."""
-    used = sum(weight.used for weight in weights)
-    return runs * 2 * tokens * used + sum(2 * tokens * width**2 + width**3 for width in widths)
-
-
-def _count_bytes(weights: Sequence[LinearWeight], tokens: int, sums: int, outside: int | None = None) -> int:
-    """Count the bytes of hidden states, with the largest block and so many sums, or with what lies outside the blocks:
-    that is not there while blocks run. By default the Linear weights outside count alone."""
-    blocks: Counter[str] = Counter()
-    for weight in weights:
-        blocks[_find_block(weight)] += weight.stored
-    states = 2 * tokens * max(weight.shape[-1] for weight in weights)
-    if outside is None:
-        outside = sum(weight.stored for weight in weights if weight.layer is None)
-    return FLOAT_BYTES * (states + max(2 * max(blocks.values()) + sums, outside))
 
 
 def _measure_pace() -> float:
@@ -185,52 +184,30 @@ def calibrate(
 
     Raises CompressknowError if a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
     """
-    name = plan.structure.architecture
-    try:
-        # What fails stops its pool.
-        with (
-            explain_missing_memory(name, lambda: f"That takes about {write_size(estimate(plan)['bytes'])}."),
-            Pool(work.pool.threads) as pool,
-        ):
-            return _compress_blockwise(plan, replace(work, pool=pool), masks, text.batches, on_progress)
-    except BlockwiseUnsupported:
-        with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY):
-            return _compress_whole(plan, work, masks, text.batches, on_progress)
+    result = Calibrated()
+    several, once = smooth.split_scope(plan)
 
+    def make(streamed: StreamedModel, pool: Pool, whole: bool) -> list[Visitor]:
+        """Have what is used several times compressed first, in a walk of its own, after all uses were seen."""
+        nonlocal result
+        result = Calibrated(is_blockwise=not whole)
+        if whole or several:
+            smooth.check_no_smoothing(plan, smooth.NOT_BLOCKWISE if whole else smooth.SHARED_WEIGHTS)
+        compressor = partial(_Compressor, streamed, plan, replace(work, pool=pool), masks, result)
+        if whole:
+            return [compressor([*several, *once])]
+        return [compressor(targets, waits=targets is several) for targets in (several, once) if targets]
 
-def _compress_blockwise(
-    plan: Plan, work: Work, masks: Mapping[str, Mask], batches: Batches, on_progress: OnProgress
-) -> Calibrated:
-    """Compress block after block; what is used several times first, in a walk of its own, after all uses were seen."""
-    streamed, result = StreamedModel(plan.tree, plan.sources, work.files), Calibrated()
-    repeated, once = (smooth.group_in_scope(plan, streamed, repeated=repeated) for repeated in (True, False))
-    if repeated:
-        smooth.check_no_smoothing(plan, smooth.SHARED_WEIGHTS)
-    done: set[str] = set()
-
-    def report(module: str) -> None:
-        if module in repeated or module in once:
-            done.add(module)
-            on_progress(len(done), len(repeated) + len(once))
-
-    for targets in filter(None, (repeated, once)):
-        compressor = _Compressor(streamed, targets, plan, work, masks, result, waits=targets is repeated)
-        walk(streamed, compressor.repeat(batches), compressor, work.pool, report)
-        compressor.finish()
-    return result
-
-
-def _compress_whole(
-    plan: Plan, work: Work, masks: Mapping[str, Mask], batches: Batches, on_progress: OnProgress
-) -> Calibrated:
-    """Run the whole model at once: every layer sees what the original gave it."""
-    smooth.check_no_smoothing(plan, smooth.NOT_BLOCKWISE)
-    streamed, result = StreamedModel(plan.tree, plan.sources, work.files, whole=True), Calibrated(is_blockwise=False)
-    tensors = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
-    compressor = _Compressor(streamed, {}, plan, work, masks, result)
-    sums = compressor.make_sums(tensors)
-    gather_whole(streamed, dict.fromkeys(tensor.parameter for tensor in tensors), batches, sums, on_progress)
-    work.pool.map(partial(compressor.compress, sums, {}), tensors)
+    run_text(
+        plan.tree,
+        plan.sources,
+        work.files,
+        text.batches,
+        make,
+        lambda: f"That takes about {write_size(estimate(plan)['bytes'])}.",
+        threads=work.pool.threads,
+        on_progress=on_progress,
+    )
     return result
 
 
@@ -241,11 +218,11 @@ class _Compressor(TargetVisitor[PlannedTensor]):
     def __init__(
         self,
         streamed: StreamedModel,
-        targets: Mapping[str, Sequence[PlannedTensor]],
         plan: Plan,
         work: Work,
         masks: Mapping[str, Mask],
         result: Calibrated,
+        targets: Sequence[PlannedTensor],
         *,
         waits: bool = False,
     ) -> None:
@@ -253,7 +230,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         self._plan, self._work, self._masks = plan, work, masks
         self._result, self._waits = result, waits
         # What is rounded by GPTQ makes up for what was lost before it.
-        self.pairs = not waits and any(_is_rounded_by_gptq(tensor) for those in targets.values() for tensor in those)
+        self.pairs = not waits and any(map(_is_rounded_by_gptq, targets))
 
     def keeps_output(self, module: str, batch: int) -> bool:
         return self.pairs and not batch % 2 and module in self._streamed.blocks
@@ -334,7 +311,10 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 
-    def compress(self, sums: AnySums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
+    def act(self, targets: Sequence[PlannedTensor], sums: Sums) -> None:
+        self._work.pool.map(partial(self.compress, sums, {}), targets)
+
+    def compress(self, sums: Sums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
         """Write one tensor, and return the values that were written, float32."""
         statistics = self._read_statistics(tensor, sums) if tensor.is_calibrated else []
         own_factors = factors.get(tensor.parameter)
@@ -349,7 +329,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
         return written
 
-    def _read_statistics(self, tensor: PlannedTensor, sums: AnySums) -> list[InputStatistics]:
+    def _read_statistics(self, tensor: PlannedTensor, sums: Sums) -> list[InputStatistics]:
         """Return the statistics of each matrix of a tensor; where nothing is known, all channels count alike."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)

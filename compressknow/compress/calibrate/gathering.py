@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ _END = (math.inf, 0)
 BAND = 128
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InputStatistics:
     """Statistics of the inputs X [tokens, in] of one Linear on the calibration text.
 
@@ -131,10 +131,12 @@ class Sums:
     ----------
     order : the parameters that may be seen; sums are added in it.
     products : keep X^T X; else the sums of squares alone.
-    peaks : keep the largest magnitudes.
+    peaks : keep the largest magnitudes, of one text.
     paired : None, or batches come in pairs, the original's inputs first, which are not summed: of these parameters it
         is summed how far the second's are from them.
     check : called while a batch waits for its turn; raises if waiting is in vain.
+    texts : batches of each of several texts, of which none counts for more than another because it is longer or has
+        larger inputs: the sums of each are divided by its mean square before they are added.
     """
 
     def __init__(
@@ -145,13 +147,18 @@ class Sums:
         peaks: bool,
         check: Callable[[], None],
         paired: Collection[str] | None = None,
+        texts: Sequence[int] = (),
     ) -> None:
         self._order = {name: place for place, name in enumerate(order)}
         self._paired = paired
+        # The text of each batch, if there are several.
+        self._text_of = [number for number, batches in enumerate(texts) for _ in range(batches)]
         # Inputs of the first of each pair that is under way.
         self._originals: dict[int, dict[Key, list[torch.Tensor]]] = {}
         self._products, self._peaks, self._check = products, peaks, check
-        self._sums: dict[Key, _Sum] = {}
+        self._sums: dict[Key, dict[int, InputStatistics]] = {}
+        # What `get` gave: one object for all callers, who cache by it.
+        self._given: dict[Key, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         # How far each batch has come, in the order of keys.
         self._passed: dict[int, tuple[float, float]] = {}
@@ -180,13 +187,8 @@ class Sums:
             self._pass(batch, (1, -1))
             for key in sorted(by_key, key=self._locate):
                 self._wait(before, self._locate(key))
-                if key not in self._sums:
-                    width = by_key[key][0].shape[-1]
-                    self._sums[key] = _Sum(key.parameter, width, products=self._products, peaks=self._peaks)
-                own = by_key[key]
                 originals = self._originals.get(batch - 1, {}).get(key, ())
-                for inputs, original in zip_longest(own, originals):
-                    self._sums[key].add(inputs, original)
+                self._add_inputs(batch, key, by_key[key], originals)
                 self._pass(batch, self._locate(key, after=True))
             # The one before may have more keys than this one, which the one after has too.
             self._wait(before, _END)
@@ -194,12 +196,34 @@ class Sums:
             self._originals.pop(batch - 1, None)
             self._pass(batch, (math.inf, 1))
 
+    def _add_inputs(
+        self, batch: int, key: Key, read: Sequence[torch.Tensor], originals: Sequence[torch.Tensor]
+    ) -> None:
+        width, text = read[0].shape[-1], self._text_of[batch] if self._text_of else 0
+        if (sums := self._sums.setdefault(key, {}).get(text)) is None:
+            sums = self._sums[key][text] = InputStatistics(
+                key.parameter.removesuffix(".weight"),
+                0,
+                torch.zeros(width),
+                torch.zeros(width) if self._peaks else None,
+                torch.zeros(width, width) if self._products else None,
+            )
+        self._given.pop(key, None)
+        sums.inverses.clear()
+        for inputs, original in zip_longest(read, originals):
+            _add(sums, inputs.reshape(-1, width).to(torch.float32), original)
+
     def get(self, key: Key) -> InputStatistics | None:
-        """Return what was seen of a weight's inputs; None if it was not used."""
-        found = self._sums.get(Key(self._leaders.get(key.parameter, key.parameter), key.matrix))
+        """Return what was seen of a weight's inputs, one object for all that read the same; None if it was not used."""
+        key = Key(self._leaders.get(key.parameter, key.parameter), key.matrix)
         # Several threads may ask for what they share.
         with self._turn:
-            return None if found is None else found.summarize()
+            if key in self._sums and key not in self._given:
+                parts = list(self._sums[key].values())
+                for part in parts:
+                    _complete(part)
+                self._given[key] = _mix(parts) if self._text_of else parts[0]
+            return self._given.get(key)
 
     def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
         """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
@@ -236,39 +260,30 @@ class Sums:
             self._turn.notify_all()
 
 
-class MixedSums:
-    """Sums over several texts, of which none counts for more than another because it is longer or has larger inputs:
-    the sums of each are divided by its mean square before they are added. `parts` are the batches and the sums of each
-    text; batches are numbered through."""
+def _add(sums: InputStatistics, rows: torch.Tensor, original: torch.Tensor | None) -> None:
+    """Add inputs, float32 [tokens, in]. Of the products, those above the diagonal alone are added to, in bands of rows;
+    the rest mirrors them (see `_complete`)."""
+    width = rows.shape[1]
+    if original is not None:
+        sums.drift = torch.zeros(width, width) if sums.drift is None else sums.drift
+        sums.drift.addmm_((original.reshape(rows.shape).to(torch.float32) - rows).T, rows)
+    sums.tokens += len(rows)
+    if sums.products is None:
+        sums.squares += torch.linalg.vector_norm(rows, dim=0).square_()
+    else:
+        for start in range(0, width, BAND):
+            sums.products[start : start + BAND, start:].addmm_(rows[:, start : start + BAND].T, rows[:, start:])
+    if sums.peaks is not None and len(rows):
+        sums.peaks = torch.maximum(sums.peaks, rows.abs().amax(dim=0))
 
-    def __init__(self, parts: Sequence[tuple[int, Sums]]) -> None:
-        self._parts = parts
-        self._mixed: dict[tuple[int, ...], InputStatistics] = {}
-        self._lock = threading.Lock()
 
-    def begin(self) -> None:
-        """Begin another round of batches, numbered from 0."""
-        for _, sums in self._parts:
-            sums.begin()
-
-    def add(self, batch: int, seen: list[Seen]) -> None:
-        """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
-        for batches, sums in self._parts:
-            if batch < batches:
-                sums.add(batch, seen)
-                return
-            batch -= batches
-
-    def get(self, key: Key) -> InputStatistics | None:
-        """Return what was seen of a weight's inputs, one object for all that read the same; None if it was not used."""
-        found = [each for _, sums in self._parts if (each := sums.get(key)) is not None]
-        if not found:
-            return None
-        which = tuple(map(id, found))
-        with self._lock:
-            if which not in self._mixed:
-                self._mixed[which] = _mix(found)
-            return self._mixed[which]
+def _complete(sums: InputStatistics) -> None:
+    """Fill in what follows from the products that were added to."""
+    if (products := sums.products) is not None:
+        for start in range(0, len(products), BAND):
+            stop = start + BAND
+            products[stop:, start:stop] = products[start:stop, stop:].T
+        sums.squares = products.diagonal().clone()
 
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
@@ -288,45 +303,3 @@ def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
     assert squares is not None
     products, drift = mix([part.products for part in parts]), mix([part.drift for part in parts])
     return InputStatistics(parts[0].name, tokens, squares, products=products, drift=drift)
-
-
-class _Sum:
-    def __init__(self, name: str, width: int, *, products: bool, peaks: bool) -> None:
-        self._name, self._tokens = name, 0
-        self._squares = torch.zeros(width)
-        self._peaks = torch.zeros(width) if peaks else None
-        self._products = torch.zeros(width, width) if products else None
-        self._drift: torch.Tensor | None = None
-        self._statistics: InputStatistics | None = None
-
-    def add(self, inputs: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        if original is not None:
-            self._drift = torch.zeros(rows.shape[1], rows.shape[1]) if self._drift is None else self._drift
-            self._drift.addmm_((original.reshape(rows.shape).to(torch.float32) - rows).T, rows)
-        self._tokens += len(rows)
-        self._statistics = None
-        if self._products is not None:
-            for band in self._cut_bands():
-                self._products[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
-        else:
-            self._squares += torch.linalg.vector_norm(rows, dim=0).square_()
-        if self._peaks is not None and len(rows):
-            self._peaks = torch.maximum(self._peaks, rows.abs().amax(dim=0))
-
-    def _cut_bands(self) -> Iterator[slice]:
-        """Cut the products into bands of rows, which are added to from the diagonal on; the rest mirrors that."""
-        for start in range(0, len(self._squares), BAND):
-            yield slice(start, start + BAND)
-
-    def summarize(self) -> InputStatistics:
-        """Return the statistics of all that was added: one object for all callers, who cache by it."""
-        if self._statistics is None:
-            squares, products = self._squares, self._products
-            if products is not None:
-                for band in self._cut_bands():
-                    products[band.stop :, band] = products[band, band.stop :].T
-                squares = products.diagonal().clone()
-            name = self._name.removesuffix(".weight")
-            self._statistics = InputStatistics(name, self._tokens, squares, self._peaks, products, self._drift)
-        return self._statistics

@@ -254,7 +254,6 @@ class ForwardPass:
         return call
 
     def close(self) -> None:
-        """End the pass where it stands."""
         if self._thread.is_alive():
             self._answers.put(_Ended)
             self._thread.join()

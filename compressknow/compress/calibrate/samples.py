@@ -10,7 +10,7 @@ import abc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ class Writer(abc.ABC):
     check: Callable[[], None]
     on_written: Callable[[int], None]
 
+    def __post_init__(self) -> None:
+        form = self.form
+        self.rows, self.tokens = self.choose_size()
+        # Tokens that are never drawn, since they stand for no text: bool [rows of the embedding].
+        self.barred = torch.ones(form.rows, dtype=torch.bool)
+        sentinels = form.marks if form.has_sentinels else ()
+        drawn = (*form.known, *(form.suffix + form.separator + sentinels if form.family != "masked" else ()))
+        self.barred[list(drawn)] = False
+
+    @abc.abstractmethod
+    def choose_size(self) -> tuple[int, int]:
+        """Choose how many texts a batch has, and about how many tokens are drawn for each."""
+
     def write(self, seed: int, batch: int) -> Pieces:
         """Write a batch of texts, as token ids, a separator behind each."""
         digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
@@ -49,20 +62,6 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces: ...
-
-    @property
-    @abc.abstractmethod
-    def batch_tokens(self) -> int:
-        """Approximate number of tokens of a batch."""
-
-    @cached_property
-    def barred(self) -> torch.Tensor:
-        """Tokens that are never drawn, since they stand for no text: bool [rows of the embedding]."""
-        form = self.form
-        barred = torch.ones(form.rows, dtype=torch.bool)
-        sentinels = form.marks if form.has_sentinels else ()
-        barred[[*form.known, *(form.suffix + form.separator + sentinels if form.family != "masked" else ())]] = False
-        return barred
 
     def draw_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ordinary tokens, each as likely: int64 [rows, tokens]."""
@@ -112,30 +111,22 @@ class CausalWriter(Writer):
     # Keys and values that they may take.
     CACHE_BYTES = 512 << 20
 
-    @cached_property
-    def tokens(self) -> int:
-        return min(self.TOKENS, self.form.body)
-
-    @cached_property
-    def rows(self) -> int:
+    def choose_size(self) -> tuple[int, int]:
+        tokens = min(self.TOKENS, self.form.body)
         config = self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_attention_heads", None) or 1
         share = (getattr(config, "num_key_value_heads", None) or heads) / heads
         token = 2 * config.num_hidden_layers * config.hidden_size * share * self.model.dtype.itemsize
-        needed = -(-self.wanted // self.tokens)
-        return max(1, min(self.BATCH, needed, int(self.CACHE_BYTES / (token * self.tokens))))
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.rows * self.tokens
+        needed = -(-self.wanted // tokens)
+        return max(1, min(self.BATCH, needed, int(self.CACHE_BYTES / (token * tokens)))), tokens
 
     def _write(self, generator: torch.Generator) -> Pieces:
         begin = torch.tensor(self.form.prefix, dtype=torch.int64).expand(self.rows, -1)
         ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        written = self.generate(inputs, config, generator, self.batch_tokens)[:, begin.shape[1] :][:, : self.tokens]
-        return written.tolist()
+        written = self.generate(inputs, config, generator, self.rows * self.tokens)
+        return written[:, begin.shape[1] :][:, : self.tokens].tolist()
 
 
 class MaskedWriter(Writer):
@@ -147,16 +138,11 @@ class MaskedWriter(Writer):
 
     STRETCHES, STRETCH, BATCH = 16, 6, 8
 
-    @cached_property
-    def tokens(self) -> int:
-        return min(self.STRETCHES * self.STRETCH, self.form.body)
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.BATCH * self.tokens
+    def choose_size(self) -> tuple[int, int]:
+        return self.BATCH, min(self.STRETCHES * self.STRETCH, self.form.body)
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        body = torch.full((self.BATCH, self.tokens), self.form.marks[0])
+        body = torch.full((self.rows, self.tokens), self.form.marks[0])
         first = range(0, self.tokens, self.STRETCH)
         body[:, first] = self.draw_tokens(len(body), len(first), generator)
         start = len(self.form.prefix)
@@ -165,7 +151,7 @@ class MaskedWriter(Writer):
             ids = torch.tensor([self.form.frame(row) for row in body.tolist()])
             logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
             body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
-            self.on_written(self.batch_tokens // (self.STRETCH - 1))
+            self.on_written(self.rows * self.tokens // (self.STRETCH - 1))
         return body.tolist()
 
 
@@ -179,17 +165,14 @@ class FillingWriter(Writer):
     # Blanks that are filled together: texts of few sentinels are many.
     BATCH = 256
 
-    @cached_property
-    def blanks(self) -> int:
-        return min(self.BLANKS, len(self.form.marks) - 1) if self.form.has_sentinels else self.BLANKS
+    def __post_init__(self) -> None:
+        self.ordinary = frozenset(self.form.known)
+        self.blanks = min(self.BLANKS, len(self.form.marks) - 1) if self.form.has_sentinels else self.BLANKS
+        super().__post_init__()
 
-    @property
-    def batch_tokens(self) -> int:
-        return self.rows * self.blanks * self.PASSES
-
-    @cached_property
-    def rows(self) -> int:
-        return min(self.BATCH // self.blanks, -(-self.wanted // (self.blanks * self.PASSES)))
+    def choose_size(self) -> tuple[int, int]:
+        tokens = self.blanks * self.PASSES
+        return min(self.BATCH // self.blanks, -(-self.wanted // tokens)), tokens
 
     def _write(self, generator: torch.Generator) -> Pieces:
         texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
@@ -245,15 +228,11 @@ class FillingWriter(Writer):
         """Return the ordinary tokens, and marks, before the first end of text that follows one."""
         text: list[int] = []
         for token in written:
-            if token in self._ordinary or token in marks:
+            if token in self.ordinary or token in marks:
                 text.append(token)
             elif text and token in self.form.suffix:
                 break
         return text
-
-    @cached_property
-    def _ordinary(self) -> frozenset[int]:
-        return frozenset(self.form.known)
 
 
 WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWriter, "seq2seq": FillingWriter}
@@ -283,7 +262,7 @@ def write_samples(
             writer = WRITERS[form.family](model, form, tokens, pool.check, count_progress(advance, tokens))
             batches = 0
             while (missing := tokens - sum(map(len, written))) > 0:
-                more = min(pool.threads, -(-missing // writer.batch_tokens))
+                more = min(pool.threads, -(-missing // (writer.rows * writer.tokens)))
                 wave = range(batches, batches + more)
                 for pieces in pool.map(partial(writer.write, seed), wave):
                     written += pieces

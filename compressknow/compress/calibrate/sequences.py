@@ -59,7 +59,6 @@ class Form:
         return len(self.marks) > 1
 
     def frame(self, ids: Ids) -> list[int]:
-        """Put the prefix and suffix around token ids."""
         return [*self.prefix, *ids, *self.suffix]
 
 

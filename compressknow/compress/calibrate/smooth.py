@@ -170,7 +170,6 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
 
 
 def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
-    """Return alpha for each parameter to smooth."""
     return {
         tensor.parameter: tensor.quantize.smooth for tensor in tensors if tensor.quantize and tensor.quantize.smooth
     }
@@ -186,18 +185,18 @@ def raise_unsmoothable(module: str) -> NoReturn:
 
 
 def check_no_smoothing(plan: Plan, why: str) -> None:
-    """Raise UnsupportedError, with this reason, if the recipe smooths."""
     if plan.recipe.smooths:
         raise UnsupportedError(
             f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
         )
 
 
-def group_in_scope(plan: Plan, streamed: StreamedModel, *, repeated: bool) -> dict[str, list[PlannedTensor]]:
-    """Return what is in scope by the block, or lone layer, that holds it: weights that are used repeatedly, or once."""
+def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
+    """Return the weights in scope that a text reaches: those that are used several times, and those used once."""
     repeats = {weight.parameter: weight.uses > 1 or bool(weight.sharing) for weight in plan.structure.linears}
     targets = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
-    return group_by_block(streamed, [tensor for tensor in targets if repeats[tensor.parameter] == repeated])
+    several = [tensor for tensor in targets if repeats[tensor.parameter]]
+    return several, [tensor for tensor in targets if not repeats[tensor.parameter]]
 
 
 def check_smoothable(plan: Plan) -> None:
@@ -213,9 +212,10 @@ def check_smoothable(plan: Plan) -> None:
         plan = make_plan(checkpoint, tree, read_structure(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:
         streamed = StreamedModel(plan.tree, plan.sources, files)
-        if group_in_scope(plan, streamed, repeated=True):
+        several, once = split_scope(plan)
+        if several:
             check_no_smoothing(plan, SHARED_WEIGHTS)
-        visitor = _SmoothingTrial(plan, streamed, pool)
+        visitor = _SmoothingTrial(once, streamed, pool)
         ids = torch.arange(TRIED_TOKENS)[None] % count_embedding_rows(streamed.model)
         decoder = {"decoder_input_ids": ids} if streamed.model.config.is_encoder_decoder else {}
         try:
@@ -227,10 +227,10 @@ def check_smoothable(plan: Plan) -> None:
 class _SmoothingTrial(Visitor):
     """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth."""
 
-    def __init__(self, plan: Plan, streamed: StreamedModel, pool: Pool) -> None:
+    def __init__(self, tensors: Sequence[PlannedTensor], streamed: StreamedModel, pool: Pool) -> None:
         self._streamed, self._pool = streamed, pool
-        targets = group_in_scope(plan, streamed, repeated=False)
-        wanted = {module: names for module, tensors in targets.items() if (names := list(find_alphas(tensors)))}
+        targets = group_by_block(streamed, tensors)
+        wanted = {module: names for module, those in targets.items() if (names := list(find_alphas(those)))}
         self._blocks = {module: names for module, names in wanted.items() if module in streamed.blocks}
         if not self._blocks:
             raise_unsmoothable(next(iter(wanted)))

@@ -19,7 +19,7 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, Key, MixedSums, Sums, Watch
+from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, Key, Sums, Watch
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
     BlockwiseUnsupported,
@@ -38,7 +38,6 @@ from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
-AnySums = Sums | MixedSums
 OnProgress = Callable[[int, int], object]
 # Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
 Visit = Callable[[dict[Key, InputStatistics], Mapping[str, torch.Tensor], Pool], object]
@@ -49,6 +48,10 @@ class Visitor:
 
     # Modules outside the blocks to stop before too: single Linear layers.
     lone_layers: Collection[str] = ()
+    # Modules whose runs are counted as progress.
+    modules: Collection[str] = ()
+    # Each batch runs twice, side by side: first through the original, then through what is made of it.
+    pairs = False
 
     @property
     def is_done(self) -> bool:
@@ -59,7 +62,7 @@ class Visitor:
         """Return the parameters of a block (or lone layer) to watch; without any it is not visited."""
         return ()
 
-    def get_sums(self, module: str) -> AnySums:
+    def get_sums(self, module: str) -> Sums:
         """Return the sums to which the inputs of what is watched are added."""
         raise NotImplementedError(module)
 
@@ -78,6 +81,10 @@ class Visitor:
     def finish(self) -> None:
         """Act on what waited for the end. Raises BlockwiseUnsupported if the model does not run all blocks."""
 
+    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
+        """Run a model that is in memory as a whole, in place of a walk: every layer sees what the original gives it."""
+        raise NotImplementedError
+
 
 T = TypeVar("T", bound=LinearWeight | PlannedTensor)
 
@@ -91,28 +98,23 @@ def group_by_block(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, l
 
 
 class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of what holds targets (as `group_by_block` gives them), which sums up what each of them reads."""
+    """Visitor of what holds targets, which sums up what each of them reads."""
 
-    def __init__(self, streamed: StreamedModel, targets: Mapping[str, Sequence[T]]) -> None:
-        self._streamed, self._targets = streamed, targets
-        self.lone_layers = [module for module in targets if module not in streamed.blocks]
-        self._sums: dict[str, AnySums] = {}
-        self._unvisited = dict.fromkeys(targets)
-        # Each batch runs twice, side by side: first through the original, then through what is made of it.
-        self.pairs = False
+    def __init__(self, streamed: StreamedModel, targets: Sequence[T]) -> None:
+        self._streamed, self._targets = streamed, group_by_block(streamed, targets)
+        self.modules = list(self._targets)
+        self.lone_layers = [module for module in self._targets if module not in streamed.blocks]
+        self._sums: dict[str, Sums] = {}
+        self._unvisited = dict.fromkeys(self._targets)
 
-    def repeat(self, batches: Batches) -> Batches:
-        """Return the batches to walk with."""
-        return [batch for batch in batches for _ in range(1 + self.pairs)]
-
-    def make_sums(self, targets: Sequence[T]) -> AnySums:
+    def make_sums(self, targets: Sequence[T]) -> Sums:
         """Begin sums over the inputs of targets that are visited together."""
         raise NotImplementedError
 
     def list_watched(self, module: str) -> Collection[str]:
         return list(dict.fromkeys(target.parameter for target in self._targets.get(module, ())))
 
-    def get_sums(self, module: str) -> AnySums:
+    def get_sums(self, module: str) -> Sums:
         """Return the sums of a module, the same from one use of it to the next."""
         if module not in self._sums:
             self._sums[module] = self.make_sums(self._targets[module])
@@ -123,6 +125,63 @@ class TargetVisitor(Visitor, Generic[T]):
         its weights, it does elsewhere."""
         if module in self._streamed.blocks or any(target.group == "final" for target in self._targets[module]):
             raise BlockwiseUnsupported(f"the model does not run {module}")
+
+    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
+        self.pairs = False
+        targets = [target for those in self._targets.values() for target in those]
+        sums = self.make_sums(targets)
+        weights = {target.parameter: self._streamed.model.get_parameter(target.parameter) for target in targets}
+        for number, batch in enumerate(batches):
+            with Watch(weights) as watch:
+                self._streamed.run(batch)
+            sums.add(number, watch.seen)
+            on_progress(number + 1, len(batches))
+        self.act(targets, sums)
+
+    def act(self, targets: Sequence[T], sums: Sums) -> None:
+        """Act on what a whole model has shown of all targets."""
+        raise NotImplementedError
+
+
+def run_text(
+    tree: PreTrainedModel,
+    sources: Sources,
+    files: OpenFiles,
+    batches: Batches,
+    make: Callable[[StreamedModel, Pool, bool], Sequence[Visitor]],
+    why: Callable[[], str],
+    *,
+    threads: int | None,
+    on_progress: OnProgress = max,
+) -> None:
+    """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
+    by one.
+
+    `make` gives the visitors of a model, who may work with a pool, and is told whether it runs as a whole; `why` says
+    what takes so much memory where there is not enough. `on_progress` is called with the visitors' modules that have
+    run, and with how many there are; with batches, if the model runs as a whole. Raises what `walk` does, but
+    BlockwiseUnsupported.
+    """
+    name = type(tree).__name__
+    try:
+        # What fails stops its pool.
+        with explain_missing_memory(name, why), Pool(threads) as pool:
+            streamed = StreamedModel(tree, sources, files)
+            visitors = make(streamed, pool, False)
+            modules, done = {module for visitor in visitors for module in visitor.modules}, set[str]()
+
+            def report(module: str) -> None:
+                if module in modules:
+                    done.add(module)
+                    on_progress(len(done), len(modules))
+
+            for visitor in visitors:
+                walk(streamed, [batch for batch in batches for _ in range(1 + visitor.pairs)], visitor, pool, report)
+                visitor.finish()
+    except BlockwiseUnsupported:
+        with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
+            for visitor in make(StreamedModel(tree, sources, files, whole=True), pool, True):
+                visitor.run_whole(batches, on_progress)
 
 
 def walk(
@@ -200,7 +259,7 @@ def _copy_call(call: Call) -> Call:
 
 
 def _gather(
-    run: Run, weights: Mapping[str, torch.Tensor], sums: AnySums, visitor: Visitor, stop: tuple[ForwardPass, Call]
+    run: Run, weights: Mapping[str, torch.Tensor], sums: Sums, visitor: Visitor, stop: tuple[ForwardPass, Call]
 ) -> Any:
     """Add what a module's weights read of one batch. Return what it gives if that is kept, else None: it runs again."""
     forward_pass, call = stop
@@ -244,21 +303,6 @@ def _describe_size(streamed: StreamedModel, module: str) -> str:
     return f"Its weights alone take {write_size(4 * numel)} in float32, and what is gathered of their inputs more."
 
 
-def gather_whole(
-    streamed: StreamedModel, names: Iterable[str], batches: Batches, sums: AnySums, on_progress: OnProgress = max
-) -> None:
-    """Run a model that is in memory as a whole, and add the inputs of these parameters to sums.
-
-    `on_progress` is called with the batches that have run, and with how many there are.
-    """
-    weights = {name: streamed.model.get_parameter(name) for name in names}
-    for number, batch in enumerate(batches):
-        with Watch(weights) as watch:
-            streamed.run(batch)
-        sums.add(number, watch.seen)
-        on_progress(number + 1, len(batches))
-
-
 def observe(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
@@ -275,7 +319,7 @@ def observe(
     Parameters
     ----------
     checkpoint, tree : of floats, with its module tree on the meta device.
-    texts : batches each, see `walk`. If there are several, each counts as much as the others (`MixedSums`).
+    texts : batches each, see `walk`. If there are several, each counts as much as the others (`Sums`).
     visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
         does not reach are missing (experts, vision towers).
     products : gather X^T X too.
@@ -287,22 +331,14 @@ def observe(
     """
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
-    sources = Sources(checkpoint, tree, structure)
+
+    def make(streamed: StreamedModel, pool: Pool, _: bool) -> list[Visitor]:
+        return [_Observer(streamed, weights, list(map(len, texts)), products, pairs, pool, visit)]
+
     with OpenFiles() as files:
-        try:
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
-                streamed = StreamedModel(tree, sources, files)
-                observer = _Observer(streamed, weights, texts, products, pairs, pool, visit, on_progress)
-                walk(streamed, observer.batches, observer, pool, observer.report)
-                observer.finish()
-        except BlockwiseUnsupported:
-            with explain_missing_memory(structure.architecture, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
-                streamed = StreamedModel(tree, sources, files, whole=True)
-                observer = _Observer(streamed, weights, texts, products, False, pool, visit, on_progress)
-                sums = observer.make_sums(weights)
-                names = [weight.parameter for weight in weights]
-                gather_whole(streamed, names, observer.batches, sums, on_progress)
-                observer.show(weights, sums)
+        batches = [batch for text in texts for batch in text]
+        sources, why = Sources(checkpoint, tree, structure), lambda: WHOLE_IN_MEMORY
+        run_text(tree, sources, files, batches, make, why, threads=threads, on_progress=on_progress)
 
 
 class _Observer(TargetVisitor[LinearWeight]):
@@ -312,33 +348,29 @@ class _Observer(TargetVisitor[LinearWeight]):
         self,
         streamed: StreamedModel,
         weights: Sequence[LinearWeight],
-        texts: Sequence[Batches],
+        texts: Sequence[int],
         products: bool,
         pairs: bool,
         pool: Pool,
         visit: Visit,
-        on_progress: OnProgress,
     ) -> None:
-        super().__init__(streamed, group_by_block(streamed, weights))
+        super().__init__(streamed, weights)
         self._texts, self._products = texts, products
-        self._pool, self._visit, self._on_progress = pool, visit, on_progress
+        self._pool, self._visit = pool, visit
         self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
         self.pairs = pairs and not self._repeats
-        self.batches = self.repeat([batch for text in texts for batch in text])
 
-    def make_sums(self, targets: Sequence[LinearWeight]) -> AnySums:
-        names = dict.fromkeys(weight.parameter for weight in targets)
+    def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
         # Of a pair, an expert may read other tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
-        check = self._pool.check
-        parts = [
-            (
-                len(text) * (1 + self.pairs),
-                Sums(names, products=self._products, peaks=False, paired=paired, check=check),
-            )
-            for text in self._texts
-        ]
-        return parts[0][1] if len(parts) == 1 else MixedSums(parts)
+        return Sums(
+            dict.fromkeys(weight.parameter for weight in targets),
+            products=self._products,
+            peaks=False,
+            check=self._pool.check,
+            paired=paired,
+            texts=[batches * (1 + self.pairs) for batches in self._texts] if len(self._texts) > 1 else (),
+        )
 
     def keeps_output(self, module: str, batch: int) -> bool:
         return module in self._streamed.blocks and not (self.pairs and batch % 2)
@@ -347,24 +379,19 @@ class _Observer(TargetVisitor[LinearWeight]):
         self._unvisited.pop(module, None)
         if not self._repeats:
             # What a lone layer gives is not kept: for the original it is still to run.
-            self.show(self._targets[module], self._sums.pop(module), changes=module in self._streamed.blocks)
+            self.act(self._targets[module], self._sums.pop(module), changes=module in self._streamed.blocks)
 
-    def show(self, weights: Sequence[LinearWeight], sums: AnySums, *, changes: bool = False) -> None:
+    def act(self, targets: Sequence[LinearWeight], sums: Sums, *, changes: bool = False) -> None:
         """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
         passes runs on with its `changes` of them."""
         keys = [
             Key(weight.parameter, matrix)
-            for weight in weights
+            for weight in targets
             for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
         ]
         seen = {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
-        names = [weight.parameter for weight in weights] if changes and self.pairs else []
+        names = [weight.parameter for weight in targets] if changes and self.pairs else []
         self._visit(seen, {name: self._streamed.model.get_parameter(name).data for name in names}, self._pool)
-
-    def report(self, module: str) -> None:
-        """Report a block that has run."""
-        if module in self._targets:
-            self._on_progress(len(self._targets) - len(self._unvisited), len(self._targets))
 
     @property
     def is_done(self) -> bool:
@@ -374,4 +401,4 @@ class _Observer(TargetVisitor[LinearWeight]):
         for module in self._unvisited:
             self.check_run(module)
         for module, sums in self._sums.items():
-            self.show(self._targets[module], sums)
+            self.act(self._targets[module], sums)

@@ -66,7 +66,9 @@ def select_smallest(
     def count_ties(index: int) -> int:
         return sum(int(np.count_nonzero(block == prefix)) for block in keys(index))
 
-    return prefix, _deal(wanted, run(count_ties, range(count)))
+    # To each tensor in order at most what is tied there.
+    dealt = np.diff(np.minimum(np.cumsum(run(count_ties, range(count))), wanted), prepend=0)
+    return prefix, tuple(dealt.tolist())
 
 
 def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Keys:
@@ -98,15 +100,6 @@ def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
             batch.clear()
     if batch:
         yield np.concatenate(batch)
-
-
-def _deal(wanted: int, tied: Sequence[int]) -> tuple[int, ...]:
-    """Hand out `wanted` in order, to each at most what is tied there."""
-    dealt = []
-    for available in tied:
-        dealt.append(min(wanted, available))
-        wanted -= dealt[-1]
-    return tuple(dealt)
 
 
 BoolArray = npt.NDArray[np.bool_]

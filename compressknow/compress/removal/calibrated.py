@@ -14,24 +14,8 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.gathering import Key, Sums
-from compressknow.compress.calibrate.model import (
-    WHOLE_IN_MEMORY,
-    BlockwiseUnsupported,
-    Call,
-    StreamedModel,
-    explain_missing_memory,
-)
-from compressknow.compress.calibrate.walk import (
-    AnySums,
-    Batches,
-    OnProgress,
-    TargetVisitor,
-    Visitor,
-    find_tensors,
-    gather_whole,
-    group_by_block,
-    walk,
-)
+from compressknow.compress.calibrate.model import Call, StreamedModel
+from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import SelectedNeurons, choose_neurons, fit_down, write_cuts
 from compressknow.compress.removal.settings import Stack
@@ -75,7 +59,7 @@ def decide(
     return replace(removal, is_decided=True, is_blockwise=decision.is_blockwise)
 
 
-V = TypeVar("V", "_SimilarityVisitor", "_NeuronVisitor")
+V = TypeVar("V", bound=Visitor)
 
 
 class _Decision:
@@ -99,44 +83,32 @@ class _Decision:
         return self._run(*removal.wide, partial(_NeuronVisitor, removal)).selected
 
     def _run(self, checkpoint: Checkpoint, tree: PreTrainedModel, make: Callable[[StreamedModel, Pool], V]) -> V:
-        sources, name = Sources(checkpoint, tree, read_structure(tree)), type(tree).__name__
-        try:
-            # What fails stops its pool.
-            with (
-                explain_missing_memory(name, lambda: OUTSIDE_IN_MEMORY),
-                Pool(self._reader.pool.threads) as pool,
-            ):
-                streamed = StreamedModel(tree, sources, self._reader.files)
-                visitor = make(streamed, pool)
-                walk(streamed, self._batches, visitor, pool, partial(self._report, streamed.blocks, []))
-                visitor.finish()
-        except BlockwiseUnsupported:
-            self.is_blockwise = False
-            with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY):
-                streamed = StreamedModel(tree, sources, self._reader.files, whole=True)
-                visitor = make(streamed, self._reader.pool)
-                visitor.run_whole(self._batches)
-                visitor.finish()
-        self._blocks_run += len(streamed.blocks)
-        self._on_progress(self._blocks_run, self._blocks_run + self._count_later(streamed.blocks))
+        made: list[V] = []
+
+        def make_one(streamed: StreamedModel, pool: Pool, whole: bool) -> Sequence[V]:
+            self.is_blockwise &= not whole
+            made.append(make(streamed, pool))
+            return made[-1:]
+
+        def report(done: int, _: int) -> None:
+            blocks = len(made[-1].modules)
+            later = sum(max(blocks - fewer, 0) for fewer in self._later)
+            self._on_progress(self._blocks_run + min(done, blocks), self._blocks_run + blocks + later)
+
+        sources, why = Sources(checkpoint, tree, read_structure(tree)), lambda: OUTSIDE_IN_MEMORY
+        threads = self._reader.pool.threads
+        run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
+        report(len(made[-1].modules), 0)
+        self._blocks_run += len(made[-1].modules)
         self._later = self._later[1:]
-        return visitor
-
-    def _report(self, blocks: Sequence[str], run: list[str], module: str) -> None:
-        run.append(module)
-        done = self._blocks_run + min(len(run), len(blocks))
-        self._on_progress(done, self._blocks_run + len(blocks) + self._count_later(blocks))
-
-    def _count_later(self, blocks: Sequence[str]) -> int:
-        """Count the blocks of the runs after this one."""
-        return sum(max(len(blocks) - fewer, 0) for fewer in self._later)
+        return made[-1]
 
 
 class _SimilarityVisitor(Visitor):
     """Visitor that sums up, for each block, the cosines between a token's hidden states before and after it."""
 
     def __init__(self, streamed: StreamedModel, _: Pool) -> None:
-        self._streamed = streamed
+        self._streamed, self.modules = streamed, streamed.blocks
         self._cosines: dict[str, dict[int, tuple[float, int]]] = {}
 
     def average(self, module: str) -> float:
@@ -159,8 +131,7 @@ class _SimilarityVisitor(Visitor):
         cosines = torch.cosine_similarity(before.to(torch.float64), after.to(torch.float64), dim=-1)
         self._cosines.setdefault(module, {})[batch] = float(cosines.sum()), cosines.numel()
 
-    def run_whole(self, batches: Batches) -> None:
-        """Run a model that is in memory as a whole, in place of a walk."""
+    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:  # noqa: ARG002
         number = 0
 
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -182,8 +153,8 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
 
     def __init__(self, removal: Removal, streamed: StreamedModel, pool: Pool) -> None:
         self._downs = [down for drop in removal.neurons for down in drop.networks]
-        super().__init__(streamed, group_by_block(streamed, self._downs))
-        self._pool = pool
+        super().__init__(streamed, self._downs)
+        self._pool, self.modules = pool, streamed.blocks
         self._stored = {cut.parameter: cut.source for cut in removal.cuts.values()}
         self._after = {down: drop.after for drop in removal.neurons for down in drop.networks}
         self.selected: dict[str, SelectedNeurons] = {}
@@ -201,11 +172,9 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         if once:
             del self._sums[module]
 
-    def run_whole(self, batches: Batches) -> None:
-        """Run the whole model: every block sees what the original gave it."""
-        sums = self.make_sums(self._downs)
-        gather_whole(self._streamed, [down.parameter for down in self._downs], batches, sums)
-        self._pool.map(partial(self._select, sums), self._downs)
+    def act(self, targets: Sequence[LinearWeight], sums: Sums) -> None:
+        self._pool.map(partial(self._select, sums), targets)
+        self.finish()
 
     def finish(self) -> None:
         for module in list(self._sums):
@@ -218,7 +187,7 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
                 hint="Prune instead: --scope feed-forward --prune 0.2.",
             )
 
-    def _select(self, sums: AnySums, down: LinearWeight) -> None:
+    def _select(self, sums: Sums, down: LinearWeight) -> None:
         if (seen := sums.get(Key(down.parameter))) is None:
             return
         assert seen.products is not None

@@ -122,7 +122,6 @@ def _find_networks(
 def _restrict_to_side(
     step: DropNeurons, networks_of: list[tuple[Width, Networks]], structure: Structure
 ) -> list[tuple[Width, Networks]]:
-    """Return the settings within a step's scope."""
     if step.where == Where():
         return networks_of
     chosen = []

@@ -87,7 +87,6 @@ def set_at(config: dict[str, Any], keys: Keys, value: Any) -> None:
 
 
 def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yield every setting, by the keys that lead to it."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _flatten(value, (*above, key))
@@ -160,7 +159,6 @@ class Width:
     cuts: Mapping[str, tuple[int, int]]
 
     def cut(self, config: dict[str, Any], remaining: int) -> dict[str, Any]:
-        """Return a config with so many neurons."""
         config = copy.deepcopy(config)
         set_at(config, self.keys, remaining)
         return config

@@ -238,10 +238,15 @@ def _drop_blocks(
     tree = rebuild_model(settings.tree, config, settings.path)
     sources = _map_parameters(settings.shapes, tree, remaining)
     _check_alike(settings.tree, tree, sources, remaining)
-    names = _map_stored(checkpoint, settings.tree, {old: new for new, old in sources.items()}, remaining)
+    bound = Naming(settings.tree).bind(checkpoint.tensors)
+    names = _map_stored(checkpoint, bound, {old: new for new, old in sources.items()}, remaining)
     tensors = {new: replace(checkpoint.tensors[old], name=new) for new, old in names.items()}
     smaller = replace(checkpoint, config=config, tensors=tensors)
-    _check_names(checkpoint, settings.tree, smaller, tree, names, sources)
+    loaded = Naming(tree).bind(tensors)
+    for new, old in names.items():
+        expected = bound[old].parameters if old in bound else None
+        if expected != (tuple(sources[parameter] for parameter in loaded[new].parameters) if new in loaded else None):
+            raise _explain(tree, f"{old} could not be told apart from tensors of other blocks.")
     if lost := find_missing_weights(smaller, tree):
         # Zamba2's shared block is stored where it first stands.
         raise _explain(tree, f"The blocks that are left share {list_some(lost)} with one that is dropped.")
@@ -321,10 +326,9 @@ def _read_settings(module: Any) -> dict[str, Any]:
 
 
 def _map_stored(
-    checkpoint: Checkpoint, tree: PreTrainedModel, places: Mapping[str, str], remaining: Remaining
+    checkpoint: Checkpoint, bound: Mapping[str, Binding], places: Mapping[str, str], remaining: Remaining
 ) -> dict[str, str]:
     """Map the new names of the stored tensors that are left to their names; `places` maps parameters to new names."""
-    bound = Naming(tree).bind(checkpoint.tensors)
     lists = _find_stored_lists(bound, remaining)
     names = {}
     for stored in checkpoint.tensors:
@@ -351,20 +355,3 @@ def _find_stored_lists(bound: Mapping[str, Binding], remaining: Remaining) -> di
         if match and place and place[0] in remaining and int(match["number"]) == place[1]:
             lists[match["list"]] = place[0]
     return lists
-
-
-def _check_names(
-    before: Checkpoint,
-    old: PreTrainedModel,
-    after: Checkpoint,
-    new: PreTrainedModel,
-    names: Mapping[str, str],
-    sources: Mapping[str, str],
-) -> None:
-    """Raise UnsupportedError if a tensor would not be loaded, by its new name, to the parameter that it is for."""
-    was, now = Naming(old).bind(before.tensors), Naming(new).bind(after.tensors)
-    for name, stored in names.items():
-        expected = was[stored].parameters if stored in was else None
-        loaded = tuple(sources[parameter] for parameter in now[name].parameters) if name in now else None
-        if expected != loaded:
-            raise _explain(new, f"{stored} could not be told apart from tensors of other blocks.")

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, MixedSums, Sums
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
@@ -292,10 +292,10 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
 @pytest.mark.parametrize("texts", [1, 2])
 def test_threads_that_ask_at_once_get_one_object(texts: int) -> None:
     key, width, askers = Key("a"), 2048, 4
-    parts = [(1, Sums([key.parameter], products=True, peaks=False, check=lambda: None)) for _ in range(texts)]
-    for number, (_, sums) in enumerate(parts):
-        sums.add(0, [(key, torch.full((4, width), number + 1.0))])
-    asked = parts[0][1] if texts == 1 else MixedSums(parts)
+    of_each = [1] * texts if texts > 1 else ()
+    asked = Sums([key.parameter], products=True, peaks=False, check=lambda: None, texts=of_each)
+    for number in range(texts):
+        asked.add(number, [(key, torch.full((4, width), number + 1.0))])
     start = threading.Barrier(askers)
 
     def ask(_: int) -> InputStatistics:
