@@ -20,7 +20,6 @@ from compressknow.comparison.weights import (
     Lost,
     align,
     diff_values,
-    read_dropped_blocks,
     read_lost_neurons,
     renumber_blocks,
     sum_values,
@@ -107,9 +106,9 @@ def diff_checkpoints(
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)
     # Nothing is removed of a folder that `convert` did not write.
-    manifests = [read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b)]
-    lost = [read_lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]
-    side_a, side_b = renumber_blocks(side_a, side_b, *map(read_dropped_blocks, manifests))
+    made_a, made_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
+    lost = read_lost_neurons(made_a, side_a), read_lost_neurons(made_b, side_b)
+    side_a, side_b = renumber_blocks(side_a, made_a, side_b, made_b), renumber_blocks(side_b, made_b, side_a, made_a)
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:
