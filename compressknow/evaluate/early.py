@@ -171,12 +171,7 @@ class _Side:
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         if self.stored is not None:
-            # As if these facts alone had been evaluated.
-            wanted = {(probe.name, fact.id) for probe in chunk for fact in probe.facts}
-            record = self.stored.record
-            entries = {each.name: replace(record.probes[each.name], fingerprint=each.fingerprint()) for each in chunk}
-            own = tuple(each for each in self.stored.answers if (each.probe, each.fact_id) in wanted)
-            answers = Answers(replace(record, probes=entries), own)
+            answers = self.stored.restrict(chunk)
         else:
             assert self.handle is not None
             place = choose_folder(folder, self.handle, context)
