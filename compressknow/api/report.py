@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -108,12 +109,11 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision)
         stop = None
     else:
-        from compressknow.comparison.power import make_decider
+        from compressknow.comparison.power import decide
         from compressknow.evaluate.early import gather_early
 
-        before, only, stop = gather_early(
-            original, models[0], evaluation, make_decider(gates[0].least), revision=revision
-        )
+        at_gate = partial(decide, gates[0].least)
+        before, only, stop = gather_early(original, models[0], evaluation, at_gate, revision=revision)
         after = [only]
     path = str(original) if is_convertible(original) else None
     card = make_card(

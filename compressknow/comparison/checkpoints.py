@@ -20,7 +20,6 @@ from compressknow.comparison.weights import (
     Lost,
     align,
     diff_values,
-    read_dropped_blocks,
     read_lost_neurons,
     renumber_blocks,
     sum_values,
@@ -107,9 +106,9 @@ def diff_checkpoints(
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)
     # Nothing is removed of a folder that `convert` did not write.
-    manifests = [read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b)]
-    lost = [read_lost_neurons(manifest, side) for manifest, side in zip(manifests, (side_a, side_b), strict=True)]
-    side_a, side_b = renumber_blocks(side_a, side_b, *map(read_dropped_blocks, manifests))
+    made_a, made_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
+    lost = read_lost_neurons(made_a, side_a), read_lost_neurons(made_b, side_b)
+    side_a, side_b = renumber_blocks(side_a, made_a, side_b, made_b), renumber_blocks(side_b, made_b, side_a, made_a)
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:
@@ -117,7 +116,7 @@ def diff_checkpoints(
         tensors = tuple(pool.map(lambda pair: _diff_tensor(reader, side_a, side_b, *pair), pairs))
     return CheckpointDiff(
         architecture=side_a.structure.architecture,
-        config=diff_configs(side_a.config, side_b.config),
+        config=_diff_settings(*(dict(_list_settings(side.config)) for side in (side_a, side_b))),
         structure=tuple(_diff_structure(side_a, side_b)),
         tensors=tensors,
     )
@@ -226,21 +225,17 @@ def _describe(tensor: StoredTensor | None) -> str:
     return "-" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def diff_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[ConfigChange, ...]:
-    """Return what differs between two configs, by key; a setting that is null is none.
-
-    >>> diff_configs({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}}, {"vocab_size": 9, "rope": {}})
-    (ConfigChange(key='rope.theta', a='1', b=None),)
-    """
-    return _diff_settings(dict(_list_settings(a)), dict(_list_settings(b)))
-
-
 def _diff_settings(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[ConfigChange, ...]:
     keys = sorted(a.keys() | b.keys())
     return tuple(ConfigChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key))
 
 
 def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the settings of a config by their dotted names, as JSON; one that is null is none.
+
+    >>> list(_list_settings({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}, "top_k": None}))
+    [('vocab_size', '9'), ('rope.theta', '1')]
+    """
     for name, value in config.items():
         if str(name).startswith("_") or name in _NOISE or value is None:
             continue

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +22,7 @@ CALIBRATION_BINS = 15
 CALIBRATION_FACTS = 20
 POPULARITY_BINS = 5
 POPULARITY_FACTS = 20
-PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+PERCENTILES = {f"p{number}": number for number in (1, 5, 25, 50, 75, 95, 99)}
 
 
 def compute_kl(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
@@ -72,13 +71,11 @@ def _append_rest(logp: np.ndarray) -> np.ndarray:
     return np.concatenate([logp, rest], axis=-1)
 
 
-def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
-    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3). None below 20 facts.
+    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3).
     """
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if len(sure) < CALIBRATION_FACTS:
-        return None
     gaps = np.bincount(_assign_bins(sure), weights=right - sure, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(sure))
 
@@ -89,12 +86,12 @@ def _assign_bins(sure: np.ndarray) -> np.ndarray:
     return bins
 
 
-def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float | None:
+def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
-    it is wrong (Brier 1950). None below 20 facts, as for the calibration error beside it.
+    it is wrong (Brier 1950).
     """
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    return float(np.mean((sure - right) ** 2)) if len(sure) >= CALIBRATION_FACTS else None
+    return float(np.mean((sure - right) ** 2))
 
 
 def compute_mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
@@ -118,16 +115,13 @@ def compute_precision(k: int, ranks: Sequence[int | None]) -> float | None:
     return sum(rank <= k for rank in known) / len(ranks) if known else None
 
 
-def compute_percentiles(values: ArrayLike) -> Mapping[str, float] | None:
-    """Return percentiles 1 to 99 by linear interpolation, {"p1": ..., "p50": ...}; None where there are no values.
+def compute_percentiles(values: np.ndarray | Sequence[float], percentiles: Mapping[str, float]) -> dict[str, float]:
+    """Return percentiles (0 to 100) by name, by linear interpolation, as llama.cpp's `percentile` has them too.
 
-    >>> compute_percentiles([0, 10])["p25"]
-    2.5
+    >>> compute_percentiles([0, 10], {"p25": 25})
+    {'p25': 2.5}
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    if not len(numbers):
-        return None
-    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(numbers, PERCENTILES), strict=True)}
+    return dict(zip(percentiles, map(float, np.percentile(values, list(percentiles.values()))), strict=True))
 
 
 def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
@@ -164,7 +158,7 @@ def name_popularity_bins(bins: int) -> list[str]:
     ['top 33 %', '33 to 67 %', 'bottom 33 %']
     """
     edges = [round(100 * index / bins) for index in range(bins + 1)]
-    between = [f"{low} to {high} %" for low, high in itertools.pairwise(edges[1:-1])]
+    between = [f"{low} to {high} %" for low, high in pairwise(edges[1:-1])]
     return [f"top {edges[1]} %", *between, f"bottom {100 - edges[-2]} %"]
 
 
@@ -217,6 +211,8 @@ def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | N
         confidently_wrong_compressed=int((after[~keeps] > median).sum()),
         reliability_original=compute_reliability(before, knew),
         reliability_compressed=compute_reliability(after, keeps),
+        ece=(compute_ece(before, knew), compute_ece(after, keeps)),
+        brier=(compute_brier(before, knew), compute_brier(after, keeps)),
     )
 
 

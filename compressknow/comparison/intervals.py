@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -201,16 +202,13 @@ FEWEST = 5
 FEWEST_SIGNS = 10
 
 
-def split_into_facts(counts: Counts) -> list[Counts]:
-    """Return facts without relations (lm-eval's tasks, say) as clusters of one fact each."""
-    kinds = {"both": counts.both, "lost": counts.lost, "gained": counts.gained, "neither": counts.neither}
-    return [Counts(**{kind: 1}) for kind, number in kinds.items() for _ in range(number)]
-
-
 def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
-    """Return what a probe's facts are drawn in: its relations, or its facts one by one where it has one relation."""
+    """Return what a probe's facts are drawn in: its relations, or its facts one by one where it has one relation, as
+    lm-eval's tasks have."""
     there = [relation for relation in relations if relation.n]
-    return there if len(there) > 1 else split_into_facts(sum(there, Counts()))
+    if len(there) > 1:
+        return there
+    return [Counts(**{kind: 1}) for one in there for kind, number in asdict(one).items() for _ in range(number)]
 
 
 def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:

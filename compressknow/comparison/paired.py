@@ -12,19 +12,15 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.distributions import (
-    POPULARITY_BINS,
+    PERCENTILES,
     assign_popularity_bins,
     compare_confidence,
-    compute_brier,
-    compute_ece,
     compute_kl,
     compute_mean_reciprocal_rank,
     compute_percentiles,
     compute_precision,
     compute_rest,
     count_grades,
-    get_confidence,
-    has_confidence,
     name_popularity_bins,
 )
 from compressknow.comparison.intervals import (
@@ -69,6 +65,7 @@ def compare_probe(
     """
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
+    changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
     # Both models gave the probabilities of the same model's most likely tokens.
     has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
     return ProbeFigures(
@@ -86,11 +83,8 @@ def compare_probe(
         **_measure_shares(pairs, entry_original.average),
         answer_changed=_share_changed(pairs),
         movement=_measure_movement(pairs) if has_same_reference else None,
-        logp_change=compute_percentiles(
-            [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
-        ),
+        logp_change=compute_percentiles(changes, PERCENTILES) if changes else None,
         **_measure_ranks(pairs),
-        **_measure_confidence(pairs),
         confidence=compare_confidence(pairs),
         by_subject=tuple(sorted(by_subject, key=lambda group: order_domains(group.name))),
         by_popularity=_group_by_popularity(pairs),
@@ -208,13 +202,11 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
 
 
 def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
+    """Return the figures of each popularity bin, the most popular first."""
     bins = assign_popularity_bins([before.popularity for before, _ in pairs])
     of_fact = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
-    order = {
-        name: place for size in range(2, POPULARITY_BINS + 1) for place, name in enumerate(name_popularity_bins(size))
-    }
-    groups = _group_pairs(pairs, lambda answer: of_fact[answer.fact_id])
-    return tuple(sorted(groups, key=lambda group: order[group.name]))
+    groups = {group.name: group for group in _group_pairs(pairs, lambda answer: of_fact[answer.fact_id])}
+    return tuple(groups[name] for name in name_popularity_bins(len(groups))) if groups else ()
 
 
 def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
@@ -301,21 +293,6 @@ def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
         "mrr": _join(compute_mean_reciprocal_rank(before), compute_mean_reciprocal_rank(after)),
         "p_at_5": top5,
         "lost_still_in_top5": None if top5 is None else len(still),
-    }
-
-
-def _measure_confidence(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return ECE and Brier score of both models, over the facts for which both hold a probability of their answer.
-
-    Where any text may be given, the probabilities are those of its first token, not of the answer: there are none.
-    """
-    usable = [pair for pair in pairs if all(map(has_confidence, pair))]
-    sides = list(zip(*usable, strict=True)) or [(), ()]
-    sure = [[get_confidence(answer) for answer in side] for side in sides]
-    right = [[answer.correct for answer in side] for side in sides]
-    return {
-        "ece": _join(*(compute_ece(s, r) for s, r in zip(sure, right, strict=True))),
-        "brier": _join(*(compute_brier(s, r) for s, r in zip(sure, right, strict=True))),
     }
 
 

@@ -163,7 +163,7 @@ _STEPS = 30
 _FINEST = 1 << 20
 
 
-def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlyStop | None:
+def decide(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:
     """Decide whether the share kept of all facts lies at the gate or above, as soon as that is known; None before.
 
     The share is that of the known ones among all `of` facts, which are drawn one by one, each only once, in random
@@ -176,9 +176,9 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlySt
 
     Parameters
     ----------
+    gate : 0 to 1.
     known, kept : of each fact drawn so far, in order (bool): whether the original knows it, and the compressed model
         too.
-    gate : 0 to 1.
     """
     both, drawn = known & kept, len(known)
     above, below = compute_capitals(known, both, gate, of)
@@ -195,11 +195,6 @@ def decide(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> EarlySt
     high = _find_end(lambda other: bool((compute_capitals(known, both, other, of)[1] >= won).any()), 1.0, share)
     low, high = (max(low, gate), high) if met else (low, min(high, gate))
     return EarlyStop(gate, LEVEL, facts, int(known.sum()), of, Estimate(share, min(low, share), max(high, share)), met)
-
-
-def make_decider(gate: float) -> Callable[[np.ndarray, np.ndarray, int], EarlyStop | None]:
-    """Return `decide` at one gate."""
-    return lambda known, kept, of: decide(known, kept, gate, of)
 
 
 def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:

@@ -176,6 +176,7 @@ class Confidence:
     wrong_original, wrong_compressed : wrong answers of each, and `confidently_wrong_...` those of them that it is surer
         of than the original's median.
     reliability_original, reliability_compressed : calibration of each, by bins of equal width from 0 to 1.
+    ece, brier : calibration error and Brier score, before and after.
     """
 
     thirds: tuple[Third, ...]
@@ -186,6 +187,8 @@ class Confidence:
     confidently_wrong_compressed: int
     reliability_original: tuple[ReliabilityBin, ...]
     reliability_compressed: tuple[ReliabilityBin, ...]
+    ece: tuple[float, float]
+    brier: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +257,6 @@ class ProbeFigures:
     mrr: tuple[float, float] | None  # mean reciprocal rank of the gold, before and after
     p_at_5: tuple[float, float] | None
     lost_still_in_top5: int | None  # of the lost facts, how many golds are still among the five most likely answers
-    ece: tuple[float, float] | None
-    brier: tuple[float, float] | None
     chance: float | None
     majority: float | None
     drop_absolute: float | None  # the paper's figures: accuracy before - after, in points of 1 and relative to before

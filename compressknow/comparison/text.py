@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from compressknow.comparison.distributions import compute_percentiles
 from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
 from compressknow.evaluate.records import OTHER_TOKENS, Chunk
 
@@ -68,11 +69,11 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
         difference=Measured(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
         correlation=covariance / spread if spread > 0 else None,
         kl=measure_mean(kl) if whole else None,
-        kl_percentiles=compute_percentiles(kl) if whole else None,
+        kl_percentiles=compute_percentiles(kl, PERCENTILES) if whole else None,
         same_top=Measured(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
         change=measure_mean(change),
         change_rms=Measured(rms, squares.error / (2 * rms) if rms else 0.0),
-        change_percentiles=compute_percentiles(change),
+        change_percentiles=compute_percentiles(change, PERCENTILES),
         divergent=_compare_greedy(original, compressed),
     )
 
@@ -102,15 +103,6 @@ def measure_mean(values: np.ndarray) -> Measured:
     variance = float(np.var(values))
     error = math.sqrt(variance / (len(values) - 1)) if variance > 0 and len(values) > 10 else 0.0
     return Measured(float(np.mean(values)), error)
-
-
-def compute_percentiles(values: np.ndarray) -> dict[str, float]:
-    """Return percentiles by linear interpolation, as llama.cpp's `percentile` has them; names as in `PERCENTILES`.
-
-    >>> compute_percentiles(np.array([0.0, 10.0]))["p90"]
-    9.0
-    """
-    return dict(zip(PERCENTILES, map(float, np.percentile(values, list(PERCENTILES.values()))), strict=True))
 
 
 def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Divergent | None:

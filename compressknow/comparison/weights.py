@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -16,11 +16,6 @@ from compressknow.compress.removal.settings import parse_block
 from compressknow.compress.weights import Side, Values, dequantize_block, read_scales
 from compressknow.model.manifest import list_dropped_neurons
 from compressknow.model.structure import LinearWeight
-
-# By stack, the numbers of the blocks that are left, in the model that blocks were dropped of.
-Remaining = Mapping[str, tuple[int, ...]]
-# By stack, how many blocks it had, and these numbers.
-Dropped = Mapping[str, tuple[int, tuple[int, ...]]]
 
 
 def diff_values(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
@@ -65,44 +60,23 @@ def _sum_squares(x: torch.Tensor) -> float:
     return float(torch.dot(x.reshape(-1), x.reshape(-1)))
 
 
-def read_dropped_blocks(manifest: Mapping[str, Any]) -> Dropped:
-    """Return, by list of blocks, how many it had before a conversion, and the numbers of those left."""
-    entries = manifest.get("removed", {}).get("blocks", [])
-    return {
-        entry["stack"]: (entry["before"], tuple(sorted(set(range(entry["before"])) - set(entry["dropped"]))))
-        for entry in entries
-    }
-
-
-def renumber_blocks(a: Side, b: Side, dropped_a: Dropped, dropped_b: Dropped) -> tuple[Side, Side]:
-    """Return both checkpoints with the numbers of the model that blocks were dropped of: of the one, where the other
-    still has them all, or of what both were made of.
+def renumber_blocks(side: Side, manifest: Mapping[str, Any], other: Side, its_manifest: Mapping[str, Any]) -> Side:
+    """Return a checkpoint with the numbers that its blocks had before others were dropped, in the stacks that the other
+    checkpoint still has whole, or was made of.
     """
-    return _renumber(a, _match_blocks(dropped_a, b, dropped_b)), _renumber(b, _match_blocks(dropped_b, a, dropped_a))
-
-
-def _match_blocks(dropped: Dropped, other: Side, dropped_of_other: Dropped) -> Remaining:
-    """Return the blocks that are left of stacks that the other checkpoint has whole, or was made of."""
-    had = {stack: before for stack, (before, _) in dropped_of_other.items()}
-    return {
-        stack: remaining
-        for stack, (before, remaining) in dropped.items()
-        if before in (_count_blocks(other, stack), had.get(stack))
-    }
-
-
-def _count_blocks(side: Side, stack: str) -> int:
-    places = map(parse_block, side.structure.parameters)
-    return max((place[1] + 1 for place in places if place and place[0] == stack), default=0)
-
-
-def _renumber(side: Side, remaining: Remaining) -> Side:
+    dropped, of_other = (each.get("removed", {}).get("blocks", []) for each in (manifest, its_manifest))
+    had = {entry["stack"]: entry["before"] for entry in of_other}
+    remaining: dict[str, list[int]] = {}
+    for entry in dropped:
+        stack, before = entry["stack"], entry["before"]
+        if before in (_count_blocks(other, stack), had.get(stack)):
+            remaining[stack] = sorted(set(range(before)) - set(entry["dropped"]))
     if not remaining:
         return side
     rename = partial(_name_before, remaining)
     structure = replace(
         side.structure,
-        linears=tuple(_renumber_weight(remaining, weight) for weight in side.structure.linears),
+        linears=tuple(_renumber_weight(weight, rename(weight.parameter)) for weight in side.structure.linears),
         parameters={rename(name): shape for name, shape in side.structure.parameters.items()},
     )
     return replace(
@@ -115,25 +89,21 @@ def _renumber(side: Side, remaining: Remaining) -> Side:
     )
 
 
-def _name_before(remaining: Remaining, name: str) -> str:
+def _count_blocks(side: Side, stack: str) -> int:
+    places = map(parse_block, side.structure.parameters)
+    return max((place[1] + 1 for place in places if place and place[0] == stack), default=0)
+
+
+def _name_before(remaining: Mapping[str, Sequence[int]], name: str) -> str:
     place = parse_block(name)
     if place is None or place[1] >= len(remaining.get(place[0], ())):
         return name
     return f"{place[0]}.{remaining[place[0]][place[1]]}.{place[2]}"
 
 
-def _renumber_weight(remaining: Remaining, weight: LinearWeight) -> LinearWeight:
-    parameter = _name_before(remaining, weight.parameter)
-    if parameter == weight.parameter:
-        return weight
-    place = parse_block(parameter)
-    return replace(
-        weight,
-        parameter=parameter,
-        module=_name_before(remaining, weight.module),
-        sharing=tuple(_name_before(remaining, module) for module in weight.sharing),
-        layer=place[1] if place else weight.layer,
-    )
+def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
+    place = parse_block(parameter) if parameter != weight.parameter else None
+    return replace(weight, parameter=parameter, layer=place[1]) if place else weight
 
 
 @dataclass(frozen=True)
@@ -194,34 +164,29 @@ def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[
 
 def align(a: Values, b: Values, lost_a: Lost | None, lost_b: Lost | None) -> tuple[Values, Values] | None:
     """Return the same entries of both tensors: all, where neither lost any; None where they cannot be told."""
-    aligned = _align_entries(a, b, lost_a, lost_b) if len(a.shape) == len(b.shape) else None
-    return aligned or ((a, b) if a.shape == b.shape else None)
+    # One may have all that the other was made of, though it lost some before.
+    for first, second in ((None, lost_b), (lost_a, None), (lost_a, lost_b)):
+        if aligned := _align_entries(a, b, first, second):
+            return aligned
+    return (a, b) if a.shape == b.shape else None
 
 
 def _align_entries(a: Values, b: Values, lost_a: Lost | None, lost_b: Lost | None) -> tuple[Values, Values] | None:
-    if lost_b and _is_whole(a, b, lost_b):
-        return _pick(a, lost_b.axis, lost_b.remaining()), b
-    if lost_a and _is_whole(b, a, lost_a):
-        return a, _pick(b, lost_a.axis, lost_a.remaining())
-    if lost_a and lost_b and replace(lost_a, dropped=()) == replace(lost_b, dropped=()):
-        left_a, left_b = lost_a.remaining(), lost_b.remaining()
-        both = sorted(set(left_a) & set(left_b))
-        of_a, of_b = ({number: i for i, number in enumerate(left)} for left in (left_a, left_b))
-        one = _pick(a, lost_a.axis, tuple(of_a[number] for number in both))
-        other = _pick(b, lost_a.axis, tuple(of_b[number] for number in both))
-        if both and one.shape == other.shape:
-            return one, other
-    return None
+    """Return the entries that both have left, if that is what they lost: None for a tensor that lost nothing."""
+    lost = lost_a or lost_b
+    if lost is None or len(a.shape) != len(b.shape):
+        return None
+    if lost_a and lost_b and replace(lost_a, dropped=()) != replace(lost_b, dropped=()):
+        return None
+    whole = tuple(range(lost.each * lost.before))
+    left_a, left_b = (each.remaining() if each else whole for each in (lost_a, lost_b))
+    if (a.shape[lost.axis], b.shape[lost.axis]) != (len(left_a), len(left_b)):
+        return None
+    both = set(left_a) & set(left_b)
+    one, other = _pick(a, lost.axis, left_a, both), _pick(b, lost.axis, left_b, both)
+    return (one, other) if both and one.shape == other.shape else None
 
 
-def _is_whole(other: Values, cut: Values, lost: Lost) -> bool:
-    """Return whether the other tensor has all that this one had."""
-    whole = list(cut.shape)
-    whole[lost.axis] = lost.each * lost.before
-    return list(other.shape) == whole
-
-
-def _pick(values: Values, axis: int, numbers: tuple[int, ...]) -> Values:
-    if numbers == tuple(range(values.shape[axis])):
-        return values
-    return replace(values, axis=axis, numbers=numbers)
+def _pick(values: Values, axis: int, left: Sequence[int], wanted: Collection[int]) -> Values:
+    numbers = tuple(place for place, number in enumerate(left) if number in wanted)
+    return values if len(numbers) == len(left) else replace(values, axis=axis, numbers=numbers)

@@ -16,6 +16,7 @@ from compressknow.base.format import clean, count, write_percent
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
 from compressknow.base.reading import compute_sha256, find_mismatch, read_json
+from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import TEXTS, Chunk, Record, open_rows, read_texts, write_rows
 from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
 
@@ -158,6 +159,13 @@ class Answers(Shown):
         texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
         record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
         return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
+
+    def restrict(self, probes: Sequence[Probe]) -> Answers:
+        """Return the answers to these facts, as if these alone had been evaluated."""
+        wanted = {(probe.name, fact.id) for probe in probes for fact in probe.facts}
+        entries = {each.name: replace(self.record.probes[each.name], fingerprint=each.fingerprint()) for each in probes}
+        own = tuple(answer for answer in self.answers if (answer.probe, answer.fact_id) in wanted)
+        return Answers(replace(self.record, probes=entries), own)
 
     def _summary(self) -> Summary:
         right, of = sum(answer.correct for answer in self.answers), len(self.answers)

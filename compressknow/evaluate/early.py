@@ -166,10 +166,7 @@ class _Side:
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         if self.stored is not None:
-            # As if these facts alone had been evaluated.
-            record = self.stored.record
-            entries = {each.name: replace(record.probes[each.name], fingerprint=each.fingerprint()) for each in chunk}
-            answers = Answers(replace(record, probes=entries), self.stored.answers)
+            answers = self.stored.restrict(chunk)
         else:
             assert self.handle is not None
             place = choose_folder(folder, self.handle, context)

@@ -86,8 +86,9 @@ def allocate(
             why=_explain_floor(units, overhead),
             hint="Give more. What --must asks for counts too.",
         )
-    chosen = _solve([options for _, options in units], budget - floor)
-    _spend_rest([options for _, options in units], chosen, budget - overhead)
+    choosable = [options for _, options in units]
+    chosen = _solve(choosable, budget - floor)
+    _spend_rest(choosable, chosen, budget - overhead)
     choices = [(names, kind, options[kind]) for (names, options), kind in zip(units, chosen, strict=True)]
     types = {name: kind for names, kind, _ in choices for name in names}
     return Allocation(
@@ -131,33 +132,28 @@ def _explain_floor(units: Sequence[_Unit], overhead: int) -> str:
 
 def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
-    least = [min(option.nbytes for option in options.values()) for options in units]
-    extra = [
-        {kind: option.nbytes - low for kind, option in options.items() if option.nbytes - low <= spare}
-        for options, low in zip(units, least, strict=True)
-    ]
-    divisor = gcd(*(nbytes for options in extra for nbytes in options.values())) or 1
+    # The bytes of each option above the smallest, where they fit: the fewest first.
+    extra: list[dict[str, int]] = []
+    for options in units:
+        least = min(option.nbytes for option in options.values())
+        sizes = {kind: option.nbytes - least for kind, option in options.items() if option.nbytes - least <= spare}
+        extra.append(dict(sorted(sizes.items(), key=lambda each: each[1])))
+    divisor = gcd(*(nbytes for sizes in extra for nbytes in sizes.values())) or 1
     step = divisor * max(1, -(-spare // (divisor * STEPS)))
     count = spare // step + 1
     best: npt.NDArray[np.float64] = np.zeros(count)
-    picks: list[tuple[list[str], npt.NDArray[np.int16]]] = []
-    for options, own in zip(units, extra, strict=True):
-        kinds = sorted(own, key=lambda kind: own[kind])
-        least_losses = np.full(count, np.inf)
-        pick = np.zeros(count, np.int16)
-        for number, kind in enumerate(kinds):
-            cost = -(-own[kind] // step)
-            if cost < count:
-                losses = best[: count - cost] + options[kind].loss
-                better = losses < least_losses[cost:]
-                least_losses[cost:][better] = losses[better]
-                pick[cost:][better] = number
-        best = least_losses
-        picks.append((kinds, pick))
+    picks: list[npt.NDArray[np.int16]] = []
+    for options, sizes in zip(units, extra, strict=True):
+        losses = np.full((len(sizes), count), np.inf)
+        for own, (kind, nbytes) in zip(losses, sizes.items(), strict=True):
+            cost = -(-nbytes // step)
+            own[cost:] = best[: count - cost] + options[kind].loss
+        picks.append(losses.argmin(0).astype(np.int16))
+        best = losses.min(0)
     at, chosen = count - 1, []
-    for (kinds, pick), own in zip(reversed(picks), reversed(extra), strict=True):
-        kind = kinds[pick[at]]
-        at -= -(-own[kind] // step)
+    for pick, sizes in zip(reversed(picks), reversed(extra), strict=True):
+        kind = list(sizes)[pick[at]]
+        at -= -(-sizes[kind] // step)
         chosen.append(kind)
     return chosen[::-1]
 
@@ -244,12 +240,10 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
 
     Raises UsageError where no choice is that small, or all is smaller in full.
     """
-    table = build_table(sensitivity, tensors, target.guide)
+    table = build_table(sensitivity, tensors, target)
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
-    whole = overhead + sum(options[tensors.tensors[name].type].nbytes for name, options in table.items())
+    whole = overhead + sum(align(tensors.tensors[name].nbytes) for name in table)
     check_below_whole(budget, whole, f"Give less, or export it with --type {tensors.tensors[next(iter(table))].type}.")
-    rows = {name: each.shape[0] for name, each in tensors.tensors.items()}
-    table = pin_types(table, resolve_types(tensors, target.must), rows)
     allocation = allocate(table, budget, overhead=overhead)
     return describe_fit(allocation, budget, target, sensitivity.guidance)
 
@@ -265,13 +259,13 @@ def describe_fit(allocation: Allocation, budget: int, target: Target, guidance: 
     return allocation.types, record
 
 
-def build_table(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide) -> OptionTable:
+def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Target) -> OptionTable:
     """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
-    sensitivity none does.
+    sensitivity none does. Where a type must be, there is no other.
 
     Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
     """
-    rows = sensitivity.kl(guide) if sensitivity else {}
+    rows = sensitivity.kl(target.guide) if sensitivity else {}
     table: dict[str, dict[str, Option]] = {}
     for name, tensor in tensors.tensors.items():
         if not is_matrix(tensors, name):
@@ -285,7 +279,8 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, guide: Guide)
             for kind in list_legal_types(shape[-1], kinds)
         }
         table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
-    return table
+    lengths = {name: tensors.tensors[name].shape[0] for name in table}
+    return pin_types(table, resolve_types(tensors, target.must), lengths)
 
 
 def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:

@@ -41,8 +41,6 @@ from compressknow.pages.study.records import FailedCell, Study, StudyCell, Study
 from compressknow.study.grid import Cell
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from compressknow.compress.convert import VariantMaker
 
 
@@ -109,6 +107,7 @@ def build_study(
 def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
     """Return a cell's record, all figures included; with its calibration text where cells have several."""
     prune, quantize = cell.prune, cell.quantize
+    right = {(answer.probe, answer.fact_id): answer.correct for answer in answers.answers}
     on = ""
     if has_texts and (text := cell.recipe.calibration):
         seed = f", seed {text.seed}" if text.seed else ""
@@ -125,14 +124,12 @@ def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: b
         settings=cell.settings,
         plain=cell.plain,
         comparison=compare(original, answers, show_facts=False),
-        correct={p: _list_correct(answers, original, p) for p in answers.probes if p not in answers.texts},
+        correct={
+            probe: tuple(right[probe, answer.fact_id] for answer in original.of(probe))
+            for probe in answers.probes
+            if probe not in answers.texts
+        },
     )
-
-
-def _list_correct(answers: Answers, original: Answers, probe: str) -> tuple[bool, ...]:
-    """Return which facts are right, in the order of the original's answers."""
-    right = {answer.fact_id: answer.correct for answer in answers.of(probe)}
-    return tuple(right[answer.fact_id] for answer in original.of(probe))
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
@@ -251,7 +248,8 @@ class StudyModel:
                 hint="Give the checkpoint folder that it was made from.",
             )
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
-        self._written: dict[str, Prompts] = {}
+        # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
+        self.prompts: dict[str, Prompts] = {}
         self._texts = texts
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
@@ -300,13 +298,10 @@ class StudyModel:
             parts = [
                 probe_model(handle, [each], places[each.name], context, on_progress=on_progress) for each in probes
             ]
-            floors = {
-                name: NoiseFloors(handle, place, on_progress, whole=distributions) for name, place in places.items()
-            }
             for add in noise_floors:
-                parts = [
-                    add(floors[probe.name], [probe], answers) for probe, answers in zip(probes, parts, strict=True)
-                ]
+                for place, each in enumerate(probes):
+                    floors = NoiseFloors(handle, places[each.name], on_progress, whole=distributions)
+                    parts[place] = add(floors, [each], parts[place])
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
             texts = {name: chunks for part in parts for name, chunks in part.texts.items()}
             rows = tuple(answer for part in parts for answer in part.answers)
@@ -323,19 +318,16 @@ class StudyModel:
         on_progress: Listener | None = None,
     ) -> Answers:
         """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
-        return self.evaluate(self._handle(cell), probes, cells / self.name_folder(cell), reference, on_progress)
+        return self.evaluate(CellHandle(self, cell), probes, cells / self.name_folder(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Return whether `evaluate_cell` would find these answers there."""
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
-        return not find_missing(self._handle(cell), [probe], folder, Context(reference))
+        return not find_missing(CellHandle(self, cell), [probe], folder, Context(reference))
 
     def name_folder(self, cell: Cell) -> str:
         """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
-        return f"{cell.key}-{self._handle(cell).sha256[:8]}"
-
-    def _handle(self, cell: Cell) -> CellHandle:
-        return CellHandle(self.original, cell, self.maker, self.tokenizer, self._written)
+        return f"{cell.key}-{CellHandle(self, cell).sha256[:8]}"
 
 
 def name_folder(probe: str) -> str:
@@ -350,21 +342,13 @@ def name_folder(probe: str) -> str:
 
 
 class CellHandle(ModelHandle):
-    """Original of a study, converted by a cell's recipe. `written` are the prompts that other cells were given, by
-    probe: the same tokens, for one tokenizer and architecture."""
+    """Original of a study, converted by a cell's recipe."""
 
-    def __init__(
-        self,
-        original: ModelHandle,
-        cell: Cell,
-        maker: VariantMaker,
-        tokenizer: Callable[[], PreTrainedTokenizerBase],
-        written: dict[str, Prompts],
-    ) -> None:
+    def __init__(self, study_model: StudyModel, cell: Cell) -> None:
+        original = study_model.original
         super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
-        self._original, self._cell, self._maker = original, cell, maker
         self.contents = original.contents
-        self._tokenizer, self._written = tokenizer, written
+        self._study_model, self._cell = study_model, cell
         self._described: dict[str, Any] = {}
 
     @cached_property
@@ -375,25 +359,24 @@ class CellHandle(ModelHandle):
 
     @cached_property
     def loaded(self) -> Transformers:
-        variant = self._maker.make(self._maker.plan(self._cell.recipe))
+        maker, tokenizer, settings = self._study_model.maker, self._study_model.tokenizer, self.settings
+        variant = maker.make(maker.plan(self._cell.recipe))
         self._described = describe_variant(self._cell.key, variant)
-        settings = self.settings
         return Transformers(
-            make_language_model(variant, self._tokenizer(), device=settings.device, dtype=settings.computed_in)
+            make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
         )
 
     def make_prompts(self, probe: Probe) -> Prompts:
-        # By content: a search has parts of one probe.
-        name = probe.fingerprint()
-        if name not in self._written:
-            self._written[name] = super().make_prompts(probe)
-        prompts = self._written[name]
+        made, name = self._study_model.prompts, probe.fingerprint()
+        if name not in made:
+            made[name] = super().make_prompts(probe)
+        prompts = made[name]
         prompts.scorer.model = self.loaded.language_model.model
         return prompts
 
     def release(self) -> None:
         super().release()
-        for prompts in self._written.values():
+        for prompts in self._study_model.prompts.values():
             # The model would stay in memory beside the next one.
             prompts.scorer.release()
 

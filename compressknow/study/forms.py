@@ -23,7 +23,7 @@ from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
 from compressknow.gguf.converter import find_converter, read_version
-from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors, resolve_types
+from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
     Allocation,
@@ -215,9 +215,7 @@ class GgufForm(Form):
         super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
 
     def predict_losses(self, sensitivity: Sensitivity | None) -> OptionTable:
-        table = build_table(sensitivity, self._tensors, self._target.guide)
-        rows = {name: each.shape[0] for name, each in self._tensors.tensors.items()}
-        return pin_types(table, resolve_types(self._tensors, self._target.must), rows)
+        return build_table(sensitivity, self._tensors, self._target)
 
     def decides(self) -> list[Any]:
         converter = read_version(self._job.converter)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import chain, count, product
 from math import inf
 from pathlib import Path
@@ -94,7 +95,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Return all that the recipe says, by the names of a grid's axes; of steps that differ, what each says."""
         values: dict[str, list[Any]] = {}
-        for name, value in (pair for step in self.recipe.steps for pair in _list_settings(step)):
+        for name, value in (pair for step in self.recipe.steps for pair in _collect_settings(step).items()):
             values.setdefault(name, []).append(value)
         values["module_map"] = [self.recipe.module_map]
         if (text := self.recipe.calibration) is not None:
@@ -103,20 +104,17 @@ class Cell:
         return {name: each[0] if len(set(each)) == 1 else " + ".join(map(str, each)) for name, each in values.items()}
 
 
-def _list_settings(step: Step) -> Iterator[tuple[str, Any]]:
+def _collect_settings(step: Step) -> dict[str, Any]:
     said = {each.key: getattr(step, each.field) for each in list_options(type(step))}
     if isinstance(step, DropBlocks | DropNeurons):
-        yield from said.items()
-        return
+        return said
     where = step.where
-    yield from (("scope", "+".join(where.scope)), ("layers", where.layers or "all"))
-    yield from (
-        (name, ", ".join(each) or None) for name, each in asdict(where).items() if name in ("include", "exclude")
-    )
+    values: dict[str, Any] = {"scope": "+".join(where.scope), "layers": where.layers or "all"}
+    values |= {"include": ", ".join(where.include) or None, "exclude": ", ".join(where.exclude) or None}
     # Tables have the method before the amount.
-    yield from ({"method": said.pop("method")} | said if isinstance(step, Prune) else said).items()
+    values |= {"method": step.method} if isinstance(step, Prune) else {}
     # JSON has no infinity.
-    yield from ((name, "inf" if value == inf else value) for name, value in step.chosen.values().items())
+    return values | said | {name: "inf" if each == inf else each for name, each in step.chosen.values().items()}
 
 
 def list_cells(
@@ -195,8 +193,8 @@ def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping
     groups = fit_parameters(structure, "int4")
 
     def recipe(scope: str, **step: Any) -> Recipe:
-        looks = _is_activation_based(step.get("prune_method", METHODS.first)) or step.keys() & set(ROUNDED)
-        return build_recipe(Where((scope,)), module_map=module_map, **step, **(text if looks else {}))
+        built = build_recipe(Where((scope,)), module_map=module_map, **step)
+        return build_recipe(Where((scope,)), module_map=module_map, **step, **text) if built.calibration else built
 
     scopes = [scope for scope in MODULES if scope in list_scopes(structure)]
     pruned = product(PRUNED_BY, scopes, METHOD_AMOUNTS)
@@ -207,7 +205,12 @@ def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping
         gptq = int4 | {"rounding": "gptq"}
         ways += [int4, gptq, *({"prune": HALF, "prune_method": method} | gptq for method in PRUNED_BY)]
     recipes += [recipe(scope, **way) for way, scope in product(ways, scopes)]
-    return _build_cells((None, each) for each in recipes if _is_possible(model, each))
+    possible = []
+    for each in recipes:
+        with suppress(UnsupportedError):
+            model.plan(each)
+            possible.append(each)
+    return _build_cells((None, each) for each in possible)
 
 
 def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
@@ -215,14 +218,6 @@ def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
     with SCHEMES.explain_failures(scheme):
         return SCHEMES[scheme].fit(shapes)
-
-
-def _is_possible(model: VariantMaker, recipe: Recipe) -> bool:
-    try:
-        model.plan(recipe)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
@@ -257,20 +252,17 @@ def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Re
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
-    _check_axes(axes, path)
-    for values in product(*axes.values()):
-        point = _drop_idle(dict(zip(axes, values, strict=True)))
+    points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    _check_axes(axes, points, path)
+    for point in map(_drop_idle, points):
         if _has_effect(point):
             yield None, _build_recipe(point, f"{path}, [axes]")
 
 
-def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
+def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
     prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
-    methods = axes.get("method", (METHODS.first,)) if prunes else ()
-    calibrated = any(map(_is_activation_based, methods))
-    calibrated |= any(value in ROUNDINGS[1:] for value in axes.get("rounding", ()))
-    calibrated |= any(map(_is_given, axes.get("smooth", ())))
+    calibrated = any(map(_is_calibrated, points))
     for names, does, what, hint in (
         (PRUNED, prunes, "pruning, but no cell prunes", "Add the axis prune."),
         (ROUNDED, quantizes, "quantization, but no cell quantizes", "Add the axis quantize."),
@@ -279,14 +271,11 @@ def _check_axes(axes: Mapping[str, Any], path: Path) -> None:
     ):
         if idle := [name for name in names if name in axes and not does]:
             raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
+    methods = axes.get("method", (METHODS.first,)) if prunes else ()
     has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
         owners = ", ".join(name for name in (*METHODS, *SCHEMES) if idle[0] in _get_parameters(name))
         raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
-
-
-def _is_activation_based(method: Any) -> bool:
-    return method in METHODS and METHODS[method].needs in ("norms", "products")
 
 
 def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,7 +289,9 @@ def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_calibrated(point: Mapping[str, Any]) -> bool:
-    prunes = _is_given(point.get("prune")) and _is_activation_based(point.get("method", METHODS.first))
+    """Return whether what a point says looks at activations."""
+    method = point.get("method", METHODS.first)
+    prunes = method in METHODS and METHODS[method].needs in ("norms", "products") and _is_given(point.get("prune"))
     return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
 
 

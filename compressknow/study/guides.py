@@ -16,14 +16,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.files import find_cache_folder
@@ -96,26 +95,36 @@ def measure_guides(
         folder = find_answers_folder() / f"{handle.sha256[:16]}-guides"
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
-    facts = select_known_facts(answers, probes)
-    if (number := sum(map(len, facts.values()))) < FEWEST:
+    known = select_known_facts(answers, probes)
+    if (number := sum(len(probe.facts) for probe in known)) < FEWEST:
         if guide != "text":
             raise UsageError(
                 f"{model.name} knows {number} of these facts, and {FEWEST} are needed to guide.",
                 hint="Give other --facts, or --guide text.",
             )
-        facts = {}
+        known = []
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=trusted)
     text = _get_text(handle, tree, calibration, on_progress)
-    scored = _score_facts(model.path, tree, answers, probes, facts, trusted)
-    sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, scored, facts, text, on_progress)
+    scored = _score_facts(tree, tokenizer, answers, known)
+    guidance = Guidance(
+        roundings.form,
+        roundings.types,
+        facts=len(scored),
+        fingerprint=hash_facts(known) if scored else None,
+        tokens=min(text.tokens, TOKENS),
+        text=text.sha256,
+    )
+    texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id, text.seed)
+    sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # Nothing is predicted after the last token of a fact's object.
-    known = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
-    return sensitivity, (*([batch_sequences(known)] if known else []), text.batches)
+    read = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
+    return sensitivity, (*([batch_sequences(read)] if read else []), text.batches)
 
 
-def select_known_facts(answers: Answers, probes: Iterable[Probe]) -> dict[str, list[Fact]]:
-    """Return facts that a model answered right, by probe: evenly over relations, the first of each in the order of the
-    probe; at most `FACTS` in all."""
+def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:
+    """Return the facts that a model answered right: evenly over relations, the first of each in the order of the probe;
+    at most `FACTS` in all."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
     by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
@@ -124,15 +133,15 @@ def select_known_facts(answers: Answers, probes: Iterable[Probe]) -> dict[str, l
                 by_relation.setdefault((probe.name, fact.relation), []).append(fact)
     turns = [(turn, name, fact) for (name, _), facts in by_relation.items() for turn, fact in enumerate(facts)]
     turns.sort(key=lambda each: each[0])
-    selected: dict[str, list[Fact]] = {}
-    for _, name, fact in turns[:FACTS]:
-        selected.setdefault(name, []).append(fact)
-    return selected
+    selected = [
+        replace(probe, facts=tuple(fact for _, name, fact in turns[:FACTS] if name == probe.name)) for probe in probes
+    ]
+    return [probe for probe in selected if probe.facts]
 
 
-def hash_facts(facts: Mapping[str, Sequence[Fact]]) -> str:
-    """Return a hash of their ids, prompts and candidates."""
-    values = [(name, fact.id, fact.prompt, fact.candidates) for name, own in facts.items() for fact in own]
+def hash_facts(probes: Iterable[Probe]) -> str:
+    """Return a hash of the ids, prompts and candidates of facts."""
+    values = [(probe.name, fact.id, fact.prompt, fact.candidates) for probe in probes for fact in probe.facts]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -141,34 +150,23 @@ def _measure_sensitivity(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
     roundings: Roundings,
+    guidance: Guidance,
     scored: Sequence[ScoredFact],
-    facts: Mapping[str, Sequence[Fact]],
-    text: CalibrationText,
+    texts: Sequence[Batch],
     on_progress: Listener | None,
 ) -> Sensitivity:
     """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
-    guidance = Guidance(
-        roundings.form,
-        roundings.types,
-        facts=len(scored),
-        fingerprint=hash_facts(facts) if scored else None,
-        tokens=min(text.tokens, TOKENS),
-        text=text.sha256,
-    )
     key = hashlib.sha256(repr(guidance).encode()).hexdigest()
     place = find_cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
         return stored
-    model, trusted = handle.located, handle.settings.trust_remote_code
-    mask = load_tokenizer(model.path, trust_remote_code=trusted).mask_token_id
-    texts = batch_text(_cut_text(text), find_family(tree) or "", mask, text.seed)
     fact_batches = batch_facts(scored) if scored else None
     try:
-        with report_progress(on_progress, Stage("sensitivity", model.name)) as advance:
+        with report_progress(on_progress, Stage("sensitivity", handle.located.name)) as advance:
             measured = measure(checkpoint, tree, roundings, fact_batches, texts, advance)
     except BlockwiseUnsupported as error:
         raise UnsupportedError(
-            f"{model.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
+            f"{handle.located.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
         ) from error
     domains = [each.query.fact.subject for each in scored]
     rows = measured.build_rows(roundings, domains)
@@ -181,20 +179,14 @@ def _measure_sensitivity(
 
 
 def _score_facts(
-    folder: Path,
-    tree: PreTrainedModel,
-    answers: Answers,
-    probes: Sequence[Probe],
-    facts: Mapping[str, Sequence[Fact]],
-    trusted: bool,
+    tree: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers, probes: Iterable[Probe]
 ) -> list[ScoredFact]:
     """Return the facts as the model reads them, and what it answered."""
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     scored: list[ScoredFact] = []
     for probe in probes:
         scorer = make_scorer(tree, tokenizer, find_family(tree) or "", probe)
         own = {answer.fact_id: answer for answer in answers.of(probe.name)}
-        queries = [scorer.make_query(fact) for fact in facts.get(probe.name, ())]
+        queries = [scorer.make_query(fact) for fact in probe.facts]
         scored += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
     return scored
 
@@ -315,7 +307,11 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
     width = max(len(ids) for row in rows for _, ids in row.wanted)
     targets = torch.tensor([[_fill(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
-    inputs = _build_inputs(rows, family)
+    inputs = {"input_ids": _stack([row.ids for row in rows])}
+    if family != "causal":
+        inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+    if decoders := [row.decoder for row in rows if row.decoder is not None]:
+        inputs["decoder_input_ids"] = _stack(decoders)
     last = next(iter(reversed(inputs.values()))).shape[1] - 1
     positions = torch.tensor([[min(row.start + place, last) for place in range(width)] for row in rows])
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
@@ -326,15 +322,6 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
         return log_probs.where(real, 0.0).sum(2)
 
     return Batch(inputs, owners.shape[1], positions, score), owners
-
-
-def _build_inputs(rows: Sequence[Row], family: str) -> dict[str, torch.Tensor]:
-    inputs = {"input_ids": _stack([row.ids for row in rows])}
-    if family != "causal":
-        inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
-    if decoders := [row.decoder for row in rows if row.decoder is not None]:
-        inputs["decoder_input_ids"] = _stack(decoders)
-    return inputs
 
 
 def _stack(rows: Sequence[Ids]) -> torch.Tensor:

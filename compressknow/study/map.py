@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -55,14 +55,6 @@ BUDGETS = 20
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
 Weights = Sequence[TensorSensitivity]
-
-
-class Size(NamedTuple):
-    """Bytes of all weights of a model, and the KL that is predicted of it; `type` where all weights are of one."""
-
-    nbytes: int
-    kl: float
-    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,8 @@ class Map:
         }
 
     @cached_property
-    def frontier(self) -> tuple[Size, ...]:
-        """Return the least KL at sizes from the smallest to the largest, a type for each weight."""
+    def frontier(self) -> tuple[Option, ...]:
+        """Return the least KL of all weights at sizes from the smallest to the largest, a type for each."""
         low, high = (
             self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
             for end in (min, max)
@@ -132,22 +124,22 @@ class Map:
         return tuple(sorted({self.at(budget) for budget in budgets}))
 
     @cached_property
-    def uniform(self) -> tuple[Size, ...]:
-        """Return all weights of one type each, the largest first: types that all rows fit, llama.cpp's fallbacks
-        included."""
-        sizes = []
+    def uniform(self) -> dict[str, Option]:
+        """Return bytes and KL where all weights are of one type, the largest first: types that all rows fit,
+        llama.cpp's fallbacks included."""
+        sizes = {}
         for type in self.sensitivity.guidance.types:
             chosen = [options.get(type) or options.get(_FALLBACKS.get(type, type)) for options in self.table.values()]
             fitting = [option for option in chosen if option is not None]
             if len(fitting) == len(chosen):
                 nbytes = self.others + sum(option.nbytes for option in fitting)
-                sizes.append(Size(nbytes, sum(option.loss for option in fitting), type))
-        return tuple(sizes)
+                sizes[type] = Option(nbytes, sum(option.loss for option in fitting))
+        return sizes
 
-    def at(self, nbytes: int) -> Size:
+    def at(self, nbytes: int) -> Option:
         """Return the least KL within so many bytes."""
         least = allocate(self.table, nbytes, overhead=self.others)
-        return Size(least.nbytes, least.loss)
+        return Option(least.nbytes, least.loss)
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
@@ -187,8 +179,8 @@ def _to_json(map: Map) -> str:
     values = {
         **{"schema": sensitivity["schema"], "verdict": write_verdict(map), "model": map.model, "guide": map.guide},
         **sensitivity,
-        "frontier": [{"bytes": size.nbytes, "kl": size.kl} for size in map.frontier],
-        "uniform": [{"type": size.type, "bytes": size.nbytes, "kl": size.kl} for size in map.uniform],
+        "frontier": [{"bytes": nbytes, "kl": kl} for nbytes, kl in map.frontier],
+        "uniform": [{"type": type, "bytes": nbytes, "kl": kl} for type, (nbytes, kl) in map.uniform.items()],
         "versions": {"compressknow": __version__},
     }
     return json.dumps(values, indent=1) + "\n"
@@ -396,26 +388,25 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
 
 def _plot_sizes(map: Map) -> Iterator[Part]:
     sizes = tuple(
-        (each.type, write_size(each.nbytes), number(each.kl), number(map.at(each.nbytes).kl)) for each in map.uniform
+        (type, write_size(nbytes), number(kl), number(map.at(nbytes).loss))
+        for type, (nbytes, kl) in map.uniform.items()
     )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
-    ends = " to ".join(
-        f"{number(each.kl)} at {write_size(each.nbytes)}" for each in (map.frontier[0], map.frontier[-1])
-    )
+    ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
     text = f"From {ends}. The table beside the chart has the sizes of single types."
     curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
     yield Note("", drawn=_CURVE_NOTE)
-    saved = [(here.kl - there.kl) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
+    saved = [(here.loss - there.loss) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
     buys = [*(format_millinats(kl) for kl in saved), "-"]
-    rows = tuple((write_size(each.nbytes), number(each.kl), buy) for each, buy in zip(map.frontier, buys, strict=True))
+    rows = tuple((write_size(nbytes), number(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True))
     heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
     yield Folded("The line as a table", (Table("The least predicted loss by size", heads, rows),))
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
-    line = [(each.nbytes / 1e6, each.kl) for each in map.frontier if each.kl > 0]
-    marks = [(each.nbytes / 1e6, each.kl, each.type) for each in map.uniform if each.kl > 0]
+    line = [(nbytes / 1e6, kl) for nbytes, kl in map.frontier if kl > 0]
+    marks = [(nbytes / 1e6, kl, type) for type, (nbytes, kl) in map.uniform.items() if kl > 0]
     plot.plot(*zip(*line, strict=True), color=SERIES[0], linewidth=1.8)
     for x, y, _ in marks:
         plot.plot([x], [y], "o", color=INK, markersize=5)

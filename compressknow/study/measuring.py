@@ -47,13 +47,10 @@ _AT_ONCE = ("q8_0", "q5_0", "q4_0")
 
 
 class Roundings(ABC):
-    """Candidate types, the largest first, by default all `candidates`; weights are [out, in]."""
+    """Candidate types, the largest first; weights are [out, in]."""
 
     form: ClassVar[Literal["gguf", "checkpoint"]]
-    candidates: ClassVar[tuple[str, ...]]
-
-    def __init__(self, types: tuple[str, ...] | None = None) -> None:
-        self.types = self.candidates if types is None else types
+    types: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
@@ -76,7 +73,7 @@ class Roundings(ABC):
 class GgufRoundings(Roundings):
     """Types of tensors, by llama.cpp's names."""
 
-    form, candidates = "gguf", grids.CANDIDATES
+    form, types = "gguf", grids.CANDIDATES
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return grids.list_legal_types(shape[-1], self.types)
@@ -97,11 +94,10 @@ class SchemeRoundings(Roundings):
     """Schemes that leave activations as they are; ``int4/64`` is int4 in groups of 64."""
 
     form = "checkpoint"
-    candidates = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
+    types = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
 
-    def __init__(self, types: tuple[str, ...] | None = None, dtype: str = "BF16") -> None:
+    def __init__(self, dtype: str = "BF16") -> None:
         """Scales are stored in the `dtype` of the weights."""
-        super().__init__(types)
         self._dtype = dtype
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
@@ -223,17 +219,16 @@ class ScoreChanges:
         return objects, best, self.scores.double()[objects] - others[best]
 
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
-        """Return the KL of text per squared error of a weight, the mean over what was tried; None where there is no
-        text."""
+        """Return the KL of text, nats per token, per squared error of a weight: a robust mean over rows, and the mean
+        over what was tried; None where there is no text."""
         if (name, tried[0]) not in self.text:
             return None
-        ratios = [self._compute_text_kl(name, type) / error for type in tried if (error := self.errors[name, type]) > 0]
+        ratios = []
+        for type in tried:
+            if (error := self.errors[name, type]) > 0:
+                rows = self.text[name, type].double().square().mean(1).sort().values / 2
+                ratios.append(float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean()) / error)
         return sum(ratios) / len(ratios) if ratios else 0.0
-
-    def _compute_text_kl(self, name: str, type: str) -> float:
-        """Return the robust mean over rows, nats per token."""
-        rows = self.text[name, type].double().square().mean(1).sort().values / 2
-        return float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean())
 
 
 def _compare_domains(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:

@@ -134,21 +134,14 @@ class EvaluationSet:
         self.original = grade(self.reference, known)
         self._asked, self._answered = probes, self.reference
         if not noise_floors and self.known:
-            self._ask_known()
-
-    def _ask_known(self) -> None:
-        known = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
-        some = [
-            replace(probe, facts=tuple(fact for fact in probe.facts if (probe.name, _get_id(fact)) in known))
-            for probe in self._asked
-            if isinstance(probe, Probe)
-        ]
-        self._asked = probes = [probe for probe in some if probe.facts]
-        asked = {(probe.name, fact.id) for probe in probes for fact in probe.facts}
-        answers = tuple(each for each in self.reference.answers if (each.probe, each.fact_id) in asked)
-        record = self.reference.record
-        entries = {each.name: replace(record.probes[each.name], fingerprint=each.fingerprint()) for each in probes}
-        self._answered = Answers(replace(record, probes=entries), answers)
+            right = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
+            some = [
+                replace(probe, facts=tuple(fact for fact in probe.facts if (probe.name, _get_id(fact)) in right))
+                for probe in probes
+                if isinstance(probe, Probe)
+            ]
+            asked = [probe for probe in some if probe.facts]
+            self._asked, self._answered = asked, self.reference.restrict(asked)
 
     @property
     def known(self) -> int:

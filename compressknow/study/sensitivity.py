@@ -185,14 +185,10 @@ class Sensitivity(notebook.Shown):
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}")
         guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
-        rows = (
-            TensorSensitivity(
-                **row
-                | {"shape": tuple(row["shape"])}
-                | {"by_type": {name: Rounding(**each) for name, each in row["by_type"].items()}}
-            )
-            for row in values["rows"]
-        )
+        rows = []
+        for row in values["rows"]:
+            by_type = {name: Rounding(**each) for name, each in row["by_type"].items()}
+            rows.append(TensorSensitivity(**row | {"shape": tuple(row["shape"]), "by_type": by_type}))
         return cls(values["sha256"], Guidance(**guidance), tuple(rows), values["domains"], values["others"])
 
 

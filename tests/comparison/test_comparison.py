@@ -41,7 +41,7 @@ class TestCounts:
         assert figures.counts == Counts()
         assert figures.kept == figures.difference == figures.macro_difference == Estimate(None)
         assert figures.certainty.test.p is figures.answer_changed is None
-        assert figures.movement is figures.mrr is figures.ece is None
+        assert figures.movement is figures.mrr is figures.confidence is None
 
     @settings(max_examples=30, deadline=None)
     @given(st.tuples(*[st.integers(0, 30)] * 4), st.randoms(use_true_random=False))
@@ -85,32 +85,33 @@ class TestAnswers:
     def test_confidence_is_that_in_the_given_answer(self) -> None:
         figures = compared(sides(both=20))
         sure = math.exp(-0.5)
-        assert figures.ece == pytest.approx((1 - sure, 1 - sure))
-        assert figures.brier == pytest.approx(((1 - sure) ** 2,) * 2)
+        assert figures.confidence.ece == pytest.approx((1 - sure, 1 - sure))
+        assert figures.confidence.brier == pytest.approx(((1 - sure) ** 2,) * 2)
 
     @pytest.mark.parametrize("choices", [2, 153])
     def test_confidence_is_the_share_among_all_choices_however_unlikely_their_texts_are(self, choices: int) -> None:
         logp = (-40.0, -40.0 + math.log(1 / 6))
         figures = compared(sides(both=20, choices=choices, top5_logp=logp, total_logp=-40.0 + math.log(4 / 3)))
-        assert figures.ece == pytest.approx((0.25, 0.25))
-        assert figures.brier == pytest.approx((0.0625, 0.0625))
+        assert figures.confidence.ece == pytest.approx((0.25, 0.25))
+        assert figures.confidence.brier == pytest.approx((0.0625, 0.0625))
 
     def test_answers_of_older_versions_tell_it_of_five_choices_at_most(self) -> None:
         logp = (-40.0, -40.0 + math.log(1 / 3))
         figures = compared(sides(both=20, choices=2, top5=("yes", "no"), top5_logp=logp, total_logp=None))
-        assert figures.ece == pytest.approx((0.25, 0.25))
+        assert figures.confidence.ece == pytest.approx((0.25, 0.25))
         older = compared(sides(both=20, total_logp=None))
-        assert older.ece is older.brier is older.confidence is None
+        assert older.confidence is None
 
     def test_a_model_that_broke_gives_no_figure_that_is_not_a_number(self) -> None:
         before, after = sides(both=25)
         after[:2] = [replace(row, logp_gold=math.nan, top5_logp=(math.nan,) * 5) for row in after[:2]]
         figures = compared((before, after))
-        assert all(map(math.isfinite, (*figures.ece, *figures.brier, *figures.logp_change.values())))
+        sure = figures.confidence
+        assert all(map(math.isfinite, (*sure.ece, *sure.brier, *figures.logp_change.values())))
 
     def test_free_answers_have_no_confidence(self) -> None:
-        assert compared(sides(both=20, choices=None)).ece is None
-        assert compared(sides(both=20, top5_logp=())).brier is None
+        assert compared(sides(both=20, choices=None)).confidence is None
+        assert compared(sides(both=20, top5_logp=())).confidence is None
 
 
 class TestChance:

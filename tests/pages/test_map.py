@@ -13,10 +13,10 @@ import pytest
 
 from compressknow.base.errors import OutputError
 from compressknow.pages.pages import check_outputs
+from compressknow.study.allocation import Option
 from compressknow.study.map import (
     FORMATS,
     Map,
-    Size,
     compute_kl_per_mb,
     compute_risk,
     render_map_html,
@@ -75,19 +75,18 @@ def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
 
 def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> None:
     map = map_of()
-    sizes, losses = zip(*((each.nbytes, each.kl) for each in map.frontier), strict=True)
+    sizes, losses = zip(*map.frontier, strict=True)
     assert list(sizes) == sorted(sizes)
     assert list(losses) == sorted(losses, reverse=True)
-    uniform = {each.type: each for each in map.uniform}
+    uniform = map.uniform
     assert list(uniform) == list(TYPES)
     rows = map.sensitivity.rows
-    assert uniform["q4_0"] == Size(
+    assert uniform["q4_0"] == Option(
         2 * 5000 + sum(row.by_type["q4_0"].bytes for row in rows),
         pytest.approx(sum(row.by_type["q4_0"].kl() for row in rows)),
-        "q4_0",
     )
-    assert all(map.at(each.nbytes).kl <= each.kl for each in uniform.values())
-    assert map.at(uniform["q4_0"].nbytes).kl < 0.9 * uniform["q4_0"].kl
+    assert all(map.at(each.nbytes).loss <= each.loss for each in uniform.values())
+    assert map.at(uniform["q4_0"].nbytes).loss < 0.9 * uniform["q4_0"].loss
     assert map.frontier[0].nbytes == uniform["q3_k"].nbytes
     assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
 
@@ -96,10 +95,10 @@ def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -
     rows = sensitivity_of().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
     map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
-    uniform = {each.type: each for each in map.uniform}
+    uniform = map.uniform
     # q6_k is q8_0 there; q5_0, which q4_k would be, and iq4_nl were not tried.
     assert list(uniform) == ["q8_0", "q6_k", "q4_0"]
-    assert uniform["q6_k"].kl == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
+    assert uniform["q6_k"].loss == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
 
 
 def test_figures_of_several_weights_are_those_of_all_of_them() -> None:

@@ -46,8 +46,16 @@ from tests.knowing import facts_file, knowing
 from tests.long import long
 from tests.models import save_tiny, tiny
 
-SCHEMES = SchemeRoundings(("int8-weights", "int4/32"))
-GGUF = GgufRoundings(("q8_0", "q5_0", "q4_0", "q3_k"))
+
+class FewSchemes(SchemeRoundings):
+    types = ("int8-weights", "int4/32")
+
+
+class FewTypes(GgufRoundings):
+    types = ("q8_0", "q5_0", "q4_0", "q3_k")
+
+
+SCHEMES, GGUF = FewSchemes(), FewTypes()
 
 
 class Known(NamedTuple):
@@ -324,7 +332,8 @@ from compressknow.study.measuring import SchemeRoundings
 from compressknow.base.system import measure_peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
 texts = batch_text(text, "causal", None, 0)
-measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(("int8-weights",)), None, texts)
+SchemeRoundings.types = ("int8-weights",)
+measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(), None, texts)
 print(len(measured.weights), measure_peak_memory())
 """
 

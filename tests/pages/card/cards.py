@@ -140,8 +140,6 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         mrr=(0.671, 0.639),
         p_at_5=(0.8312, 0.8107),
         lost_still_in_top5=counts.lost * 4 // 5,
-        ece=(0.0413, 0.0677) if popular else None,
-        brier=(0.1522, 0.1689) if popular else None,
         chance=0.0213 if popular else None,
         majority=0.0817,
         drop_absolute=-change,
@@ -182,7 +180,7 @@ def confidence(counts: Counts) -> Confidence:
     ]
     thirds = (Third(name, *end, part, kept(part)) for name, end, part in zip(names, ends, parts, strict=True))
     wrong = counts.n - counts.known_before, counts.n - counts.known_after
-    return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides)
+    return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides, ece=(0.0413, 0.0677), brier=(0.1522, 0.1689))
 
 
 def certainty(kept: Estimate, relations: int) -> Certainty:
@@ -387,8 +385,6 @@ def card_of_nothing() -> Card:
         mrr=None,
         p_at_5=None,
         lost_still_in_top5=None,
-        ece=None,
-        brier=None,
         chance=None,
         majority=None,
         noise_floor=None,
