@@ -83,10 +83,9 @@ def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -
 
 
 def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Collection[str]) -> None:
-    try:
+    holds_more = True
+    with contextlib.suppress(OSError):
         holds_more = any(path.name not in {LOCK, *worthless} for path in folder.iterdir())
-    except OSError:
-        holds_more = True
     if holds_more:
         os.close(descriptor)
         return

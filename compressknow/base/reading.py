@@ -10,7 +10,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,13 @@ def get_state(status: os.stat_result) -> FileState:
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
     """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
-        try:
-            is_same = get_state(path.stat()) == state
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise CheckpointError(
-                f"{path} was replaced or changed while the model was read: nothing is kept.",
-                hint="Repeat the command once nothing writes to the folder.",
-            )
+        with suppress(OSError):
+            if get_state(path.stat()) == state:
+                continue
+        raise CheckpointError(
+            f"{path} was replaced or changed while the model was read: nothing is kept.",
+            hint="Repeat the command once nothing writes to the folder.",
+        )
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -76,21 +76,17 @@ class Place(Staging):
         with hold_signals():
             try:
                 with _place_importance(self._importance, self.folder):
-                    self._move_file()
+                    if get_record_path(self.output).exists():
+                        move(get_record_path(self.output), self.folder / OLD_RECORD)
+                    move(self.file, self.output)
+                    self._committed = True
             finally:
                 if self._committed:
                     move(get_record_path(self.file), get_record_path(self.output))
                     sync_folder(self.output.parent)
-
-    def _move_file(self) -> None:
-        try:
-            if get_record_path(self.output).exists():
-                move(get_record_path(self.output), self.folder / OLD_RECORD)
-            move(self.file, self.output)
-            self._committed = True
-        except OSError:
-            self.finish(self.folder)
-            raise
+                else:
+                    # The old file has its record back.
+                    self.finish(self.folder)
 
     def finish(self, folder: Path) -> None:
         """Finish what a dead run had begun: see `finish`."""
