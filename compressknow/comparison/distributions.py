@@ -26,20 +26,13 @@ PERCENTILES = {f"p{number}": number for number in (1, 5, 25, 50, 75, 95, 99)}
 
 
 def compute_kl(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
-    """Compute KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
+    """Compute KL(original || compressed) in nats, float64 (...), from log-probabilities (natural logarithm) of the same
+    tokens, (..., tokens), on the partition into these and all the rest; NaN where an input holds NaN.
 
     By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
     short of it only by what moved within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is taken as
     p log(p/q) - p + q, which is the same sum where both add up to 1, but has no negative terms: so rounding cannot
     make the result negative, and equal inputs give exactly 0.
-
-    Parameters
-    ----------
-    original, compressed : log-probabilities (natural logarithm) of the same tokens, shape (..., tokens).
-
-    Returns
-    -------
-    float64, shape (...); NaN where an input holds NaN.
 
     >>> import math
     >>> round(float(compute_kl([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)

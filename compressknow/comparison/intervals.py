@@ -280,19 +280,13 @@ def _compute_students_t(changes: np.ndarray) -> float:
 
 
 class Design(NamedTuple):
-    """Loss of information: how much less clustered facts tell than as many independent ones.
+    """Loss of information: how much less clustered facts tell than as many independent ones."""
 
-    Attributes
-    ----------
-    effect : variance of a figure over clusters / that of independent facts (Kish 1965, "Survey Sampling", section 5.4);
-        1 at least, so that an interval over clusters is nowhere narrower than the simple one.
-    size : facts per cluster, as a fact sees it: the sum of squares / the sum.
-    degrees : of freedom: Kish's effective number of clusters, less one. Infinite for independent facts.
-    """
-
+    # Variance of a figure over clusters / that of independent facts (Kish 1965, "Survey Sampling", section 5.4); 1 at
+    # least, so that an interval over clusters is nowhere narrower than the simple one.
     effect: float = 1.0
-    size: float = 1.0
-    degrees: float = math.inf
+    size: float = 1.0  # facts per cluster, as a fact sees it: the sum of squares / the sum
+    degrees: float = math.inf  # of freedom: Kish's effective number of clusters, less one
 
     def discount(self, growth: float = 1.0) -> float:
         """Return by how many facts one independent fact is outweighed, where each cluster has `growth` times as many

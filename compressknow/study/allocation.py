@@ -161,21 +161,11 @@ def _spend_rest(tensors: Sequence[Mapping[str, Option]], chosen: list[str], room
 
 @dataclass(frozen=True)
 class Target:
-    """Size of a file, and what decides which weights have more bits.
+    """Size of a file, and what decides which weights have more bits. Raises UsageError for what is none."""
 
-    Attributes
-    ----------
-    size : bytes of the file; or `bits`, per weight, all of the file counted.
-    must : rules, as of ``--type-of``, for weights that get this type in any case.
-    guide : ``facts``, ``text`` or ``both``.
-    rounding : ``gptq`` or ``nearest``.
-
-    Raises UsageError for what is none of these.
-    """
-
-    size: int | None = None
-    bits: float | None = None
-    must: tuple[tuple[str, str], ...] = ()
+    size: int | None = None  # bytes of the file
+    bits: float | None = None  # or bits per weight, all of the file counted
+    must: tuple[tuple[str, str], ...] = ()  # rules, as of ``--type-of``, for weights that get this type in any case
     guide: Guide = "both"
     rounding: Rounding = "gptq"
 
@@ -215,12 +205,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> No
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
-    """Choose a type for each matrix of a file.
-
-    Parameters
-    ----------
-    tensors : what the file holds in 32 or 16 bits.
-    overhead : bytes of the file beside its matrices.
+    """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
 
     Raises UsageError where no choice is that small, or all is smaller in full.
     """

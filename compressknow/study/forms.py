@@ -96,30 +96,19 @@ class Request:
 
 
 class Form(ABC):
-    """Kind of file that can be made of a model.
-
-    Attributes
-    ----------
-    name, place : ``gguf``, and the name of its file.
-    table : by weight and type, bytes and loss; no loss is known before `learn`.
-    overhead : bytes of a file beside these.
-    together : weights that have one type.
-    numel : by weight, how many parameters it has.
-    label : what decides the types, and how weights are rounded.
-    guidance, texts : of what `learn` was given.
-    """
+    """Kind of file that can be made of a model."""
 
     name: ClassVar[str]
-    place: ClassVar[str]
+    place: ClassVar[str]  # the name of its file
     roundings: Roundings
-    label: str
-    guidance: Guidance
+    label: str  # what decides the types, and how weights are rounded
+    guidance: Guidance  # as the texts, what `learn` was given
     texts: tuple[Batches, ...]
 
-    def __init__(
-        self, table: OptionTable, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
-    ) -> None:
-        self.table, self.overhead, self.numel, self.together = table, overhead, numel, together
+    def __init__(self, table: OptionTable, overhead: int, numel: Mapping[str, int]) -> None:
+        """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
+        file beside these; and how many parameters each weight has."""
+        self.table, self.overhead, self.numel = table, overhead, numel
         self._chosen: dict[int, Allocation] = {}
 
     @property

@@ -229,18 +229,12 @@ class ScoredFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Input that a model reads once.
+    """Input that a model reads once."""
 
-    Attributes
-    ----------
-    ids : of the model's input; `decoder` those of a decoder beside it.
-    start : the position that predicts the first of the wanted tokens.
-    wanted : pairs of a candidate's number, counted over all facts, and tokens that follow one another.
-    """
-
-    ids: Ids
-    decoder: Ids | None
-    start: int
+    ids: Ids  # of the model's input
+    decoder: Ids | None  # of a decoder's input beside it
+    start: int  # the position that predicts the first of the wanted tokens
+    # Pairs of a candidate's number, counted over all facts, and tokens that follow one another.
     wanted: tuple[tuple[int, Ids], ...]
 
 
