@@ -127,11 +127,6 @@ class Form(ABC):
         return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
-    def whole(self) -> int:
-        """Return the bytes of a file with all weights as they are."""
-        return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
-
-    @property
     def _sizes(self) -> list[list[list[int]]]:
         """Return by table the bytes that each choice may have, the fewest first."""
         return [
@@ -141,7 +136,7 @@ class Form(ABC):
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        check_below_whole(budget, self.whole)
+        check_below_whole(budget, self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes))
         self.choose(budget)
 
     def choose(self, budget: int) -> Allocation:
