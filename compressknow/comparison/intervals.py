@@ -402,11 +402,8 @@ def compare_rates(
     """Return how much more the second of two forms loses than the first, a million of its changed parameters: the mean
     over facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
 
-    Parameters
-    ----------
-    first, second : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed.
-    cluster : by fact, the number of its cluster, from 0.
-    millions : of parameters that each form changed.
+    `first` and `second` are by fact: 1 where the form lost it, -1 where it gained it, else 0; so is the number of its
+    cluster, from 0. `millions` are of the parameters that each form changed.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None
