@@ -39,7 +39,7 @@ from compressknow.comparison.text import compute_perplexity
 from compressknow.evaluate.answers import Answer
 from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.importance import read_importance
-from compressknow.study.allocation import Option, allocate
+from compressknow.study.allocation import Option, allocate, join_options
 
 
 def main() -> None:
@@ -122,8 +122,8 @@ def _choice(guide: str, model: Path, exact: Path, size: int, facts: str, how: di
         kinds.setdefault(name.split(".", 2)[-1] if guide == "kinds" else name, []).append(name)
     overhead = exact.stat().st_size - sum(int(tensors[name].n_bytes) for name in table)
     # What export adds to a file, by which it is asked for a little less.
-    found = allocate(table, size - 24_000, overhead=overhead, together=kinds.values())
-    return {"facts": facts, "must": list(found.types.items())}
+    found = allocate(join_options(table, kinds), size - 24_000, overhead=overhead)
+    return {"facts": facts, "must": [(name, found.types[kind]) for kind, own in kinds.items() for name in own]}
 
 
 def _importance(model: Path, work: Path, how: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,6 @@ from compressknow.study.search import (
     EvaluationSet,
     SizeSearch,
     build_search,
-    check_enough_known,
     is_made,
     remove,
     split_facts,
@@ -161,7 +160,7 @@ def search(
         if keep is not None:
             selected_by = [part.selection for part in parts]
             selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
-            check_enough_known(selection, keep)
+            selection.check_enough_known(keep)
         guided_by = [part.search for part in parts]
         guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.

@@ -16,11 +16,6 @@ Item = TypeVar("Item")
 class Sums:
     """Sums over the elements of two tensors of one shape, a and b; ratios are derived, never stored.
 
-    Attributes
-    ----------
-    energy_a, energy_b, energy_change : sums of squares of a, of b and of b - a.
-    largest : the largest magnitude in b - a.
-
     >>> sums = Sums(numel=2, zeros_b=1, energy_a=25.0, energy_b=16.0, energy_change=9.0, largest=3.0)  # (3, 4), (0, 4)
     >>> sums.relative_error, sums.cosine, round(sums.snr_db, 2), (sums + sums).relative_error
     (0.6, 0.8, 4.44, 0.6)
@@ -29,10 +24,10 @@ class Sums:
     numel: int = 0
     zeros_a: int = 0
     zeros_b: int = 0
-    energy_a: float = 0.0
+    energy_a: float = 0.0  # the sum of squares
     energy_b: float = 0.0
-    energy_change: float = 0.0
-    largest: float = 0.0
+    energy_change: float = 0.0  # that of b - a
+    largest: float = 0.0  # the largest magnitude in b - a
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -80,29 +75,19 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """Tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for.
+    """Tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for."""
 
-    Attributes
-    ----------
-    name : of the parameter in the module tree, or as stored where the tree has none.
-    group : ``attention``, ``feed-forward``, ``final``, ``other``, ``vision`` or ``not-linear``.
-    stack, layer, module : of a Linear weight in a block: the stack of an encoder-decoder model, the block's number, and
-        what it is inside the block (``self_attn.q_proj``).
-    bytes_a, bytes_b : on disk, scales included.
-    same_bytes : stored alike to the bit.
-    """
-
-    name: str
-    group: str
-    stack: str | None
-    layer: int | None
-    module: str | None
+    name: str  # of the parameter in the module tree, or as stored where the tree has none
+    group: str  # ``attention``, ``feed-forward``, ``final``, ``other``, ``vision`` or ``not-linear``
+    stack: str | None  # of an encoder-decoder model; this and the next two are of Linear weights in blocks alone
+    layer: int | None  # the block's number
+    module: str | None  # what it is inside the block: ``self_attn.q_proj``
     shape: tuple[int, ...]
     dtype_a: str
     dtype_b: str
-    bytes_a: int
+    bytes_a: int  # on disk, scales included
     bytes_b: int
-    same_bytes: bool
+    same_bytes: bool  # stored alike to the bit
     sums: Sums
 
 

@@ -26,20 +26,13 @@ PERCENTILES = {f"p{number}": number for number in (1, 5, 25, 50, 75, 95, 99)}
 
 
 def compute_kl(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
-    """Compute KL(original || compressed) in nats, on the partition into the given tokens and all the rest.
+    """Compute KL(original || compressed) in nats, float64 (...), from log-probabilities (natural logarithm) of the same
+    tokens, (..., tokens), on the partition into these and all the rest; NaN where an input holds NaN.
 
     By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
     short of it only by what moved within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is taken as
     p log(p/q) - p + q, which is the same sum where both add up to 1, but has no negative terms: so rounding cannot
     make the result negative, and equal inputs give exactly 0.
-
-    Parameters
-    ----------
-    original, compressed : log-probabilities (natural logarithm) of the same tokens, shape (..., tokens).
-
-    Returns
-    -------
-    float64, shape (...); NaN where an input holds NaN.
 
     >>> import math
     >>> round(float(compute_kl([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
@@ -167,40 +160,28 @@ THIRDS = ("most confident third", "middle third", "least confident third")
 FEWEST = 10
 
 
-def has_confidence(answer: Answer) -> bool:
-    """Return whether the answer has a probability among all that the model could have given. Where any text may be
-    given there is none. A model that broke computes NaN: a warning says so, and no mean may be made of it.
-    """
-    logp = answer.top5_logp
-    return bool(logp) and math.isfinite(logp[0]) and math.isfinite(_sum_answer(answer))
-
-
-def get_confidence(answer: Answer) -> float:
+def get_confidence(answer: Answer) -> float | None:
     """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
-    """
-    return math.exp(min(answer.top5_logp[0] - _sum_answer(answer), 0.0))
 
-
-def _sum_answer(answer: Answer) -> float:
-    """Return the logarithm of the sum over all possible answers; NaN where it is not known. Five are all there are in
-    answers of older versions, which do not tell it.
+    None where any text may be given; where the sum over all is not known, in answers of older versions to more than
+    five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
     """
-    logp = answer.top5_logp
-    if answer.choices is None or not logp:
-        return math.nan
-    if answer.total_logp is None and answer.choices <= len(logp):
-        return logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
-    return math.nan if answer.total_logp is None else answer.total_logp
+    logp, total = answer.top5_logp, answer.total_logp
+    if answer.choices is None or not logp or not math.isfinite(logp[0]):
+        return None
+    if total is None and answer.choices <= len(logp):
+        total = logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
+    return math.exp(min(logp[0] - total, 0.0)) if total is not None and math.isfinite(total) else None
 
 
 def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
     """Compare how confident both models are, over the facts for which both have one; None below 20 of these."""
-    usable = [pair for pair in pairs if all(map(has_confidence, pair))]
+    known = [(get_confidence(one), get_confidence(other), one.correct, other.correct) for one, other in pairs]
+    usable = [each for each in known if None not in each]
     if len(usable) < CALIBRATION_FACTS:
         return None
-    before, after = (np.array([get_confidence(answer) for answer in side]) for side in zip(*usable, strict=True))
-    knew, keeps = (np.array([answer.correct for answer in side]) for side in zip(*usable, strict=True))
+    before, after, knew, keeps = map(np.array, zip(*usable, strict=True))
     median = float(np.median(before))
     return Confidence(
         thirds=split_by_confidence(before[knew], keeps[knew]),

@@ -280,19 +280,13 @@ def _compute_students_t(changes: np.ndarray) -> float:
 
 
 class Design(NamedTuple):
-    """Loss of information: how much less clustered facts tell than as many independent ones.
+    """Loss of information: how much less clustered facts tell than as many independent ones."""
 
-    Attributes
-    ----------
-    effect : variance of a figure over clusters / that of independent facts (Kish 1965, "Survey Sampling", section 5.4);
-        1 at least, so that an interval over clusters is nowhere narrower than the simple one.
-    size : facts per cluster, as a fact sees it: the sum of squares / the sum.
-    degrees : of freedom: Kish's effective number of clusters, less one. Infinite for independent facts.
-    """
-
+    # Variance of a figure over clusters / that of independent facts (Kish 1965, "Survey Sampling", section 5.4); 1 at
+    # least, so that an interval over clusters is nowhere narrower than the simple one.
     effect: float = 1.0
-    size: float = 1.0
-    degrees: float = math.inf
+    size: float = 1.0  # facts per cluster, as a fact sees it: the sum of squares / the sum
+    degrees: float = math.inf  # of freedom: Kish's effective number of clusters, less one
 
     def discount(self, growth: float = 1.0) -> float:
         """Return by how many facts one independent fact is outweighed, where each cluster has `growth` times as many
@@ -371,25 +365,28 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     clusters: of a ratio, linearized, by Student's t (Cochran 1977, "Sampling Techniques", section 9A.2).
     """
     sizes = [c.n for c in clusters]
-    value, error, degrees = compute_standard_error([c.gained - c.lost for c in clusters], sizes)
-    if not FEWEST <= sum(size > 0 for size in sizes) < sum(sizes) or value is None or not error:
-        return Estimate(value)
-    spread = _compute_quantile(degrees, level) * error
-    return Estimate(value, value - spread, value + spread)
+    estimate, _ = _estimate_mean([c.gained - c.lost for c in clusters], sizes, level)
+    has_clusters = FEWEST <= sum(size > 0 for size in sizes) < sum(sizes)
+    return estimate if has_clusters else Estimate(estimate.value)
 
 
-def compute_standard_error(sums: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float, float]:
-    """Return the mean over all facts, its standard error over clusters, and the error's degrees of freedom."""
+def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], level: float = 0.95) -> tuple[Estimate, float | None]:
+    """Return the mean over all facts with its interval over clusters, and the two-sided p-value that it is 0, both by
+    Student's t. There is no interval where all clusters are alike."""
+    from scipy.special import stdtr
+
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
     total, size = total[size > 0], size[size > 0]
     number, facts = len(size), float(size.sum())
     if not number:
-        return None, 0.0, 1.0
+        return Estimate(None), None
     mean = float(total.sum()) / facts
-    if number < 2:
-        return mean, 0.0, 1.0
-    apart = number / (number - 1) * float(((total - mean * size) ** 2).sum())
-    return mean, math.sqrt(apart) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
+    apart = number / (number - 1) * float(((total - mean * size) ** 2).sum()) if number > 1 else 0.0
+    if not apart:
+        return Estimate(mean), None if mean else 1.0
+    error, degrees = math.sqrt(apart) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
+    spread = _compute_quantile(degrees, level) * error
+    return Estimate(mean, mean - spread, mean + spread), 2 * float(stdtr(degrees, -abs(mean) / error))
 
 
 def _compute_quantile(degrees: float, level: float = 0.95) -> float:
@@ -403,22 +400,12 @@ def compare_rates(
     first: np.ndarray, second: np.ndarray, cluster: np.ndarray, millions: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
     """Return how much more the second of two forms loses than the first, a million of its changed parameters: the mean
-    over facts with its interval over clusters, and a two-sided p-value, both by Student's t. There is no interval where
-    all clusters are alike.
+    over facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
 
-    Parameters
-    ----------
-    first, second : by fact, 1 where the form lost it, -1 where it gained it, 0 where nothing changed.
-    cluster : by fact, the number of its cluster, from 0.
-    millions : of parameters that each form changed.
+    `first` and `second` are by fact: 1 where the form lost it, -1 where it gained it, else 0; so is the number of its
+    cluster, from 0. `millions` are of the parameters that each form changed.
     """
-    from scipy.special import stdtr
-
     if not len(first) or not all(millions):
         return Estimate(None), None
     sums = np.bincount(cluster, weights=second / millions[1] - first / millions[0])
-    middle, error, degrees = compute_standard_error(sums.tolist(), np.bincount(cluster).tolist())
-    if middle is None or not error:
-        return Estimate(middle), 1.0 if not middle else None
-    spread = _compute_quantile(degrees) * error
-    return Estimate(middle, middle - spread, middle + spread), 2 * float(stdtr(degrees, -abs(middle) / error))
+    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist())

@@ -174,11 +174,8 @@ def decide(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlySt
     section 4.4) for draws without replacement (section 5.1), with capital spread over fixed fractions (section B.4,
     dKelly). When all facts are drawn, the share is known exactly.
 
-    Parameters
-    ----------
-    gate : 0 to 1.
-    known, kept : of each fact drawn so far, in order (bool): whether the original knows it, and the compressed model
-        too.
+    `known` and `kept` say of each fact drawn so far, in order (bool), whether the original knows it, and the compressed
+    model too.
     """
     both, drawn = known & kept, len(known)
     above, below = compute_capitals(known, both, gate, of)

@@ -78,26 +78,16 @@ class PairedTest:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Facts of one relation, domain or popularity bin.
-
-    Attributes
-    ----------
-    relations : the counts of each of its relations.
-    kept : knowledge kept, with its interval over relations where it has enough of them, else the simple one.
-    p : of the paired test by relation (exact McNemar where it has one); `p_holm` is adjusted over all groups of the
-        same table (Holm).
-    answer_changed : share of facts whose top answer differs.
-    chance : expected accuracy of guessing; None where any text may be answered.
-    """
+    """Facts of one relation, domain or popularity bin."""
 
     name: str
     counts: Counts
-    relations: tuple[Counts, ...]
-    kept: Estimate
-    p: float | None
-    p_holm: float | None
-    answer_changed: float | None
-    chance: float | None = None
+    relations: tuple[Counts, ...]  # the counts of each of its relations
+    kept: Estimate  # knowledge kept, with its interval over relations where it has enough of them, else the simple one
+    p: float | None  # of the paired test by relation (exact McNemar where it has one)
+    p_holm: float | None  # the same, adjusted over all groups of its table (Holm)
+    answer_changed: float | None  # share of facts whose top answer differs
+    chance: float | None = None  # expected accuracy of guessing; None where any text may be answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +112,17 @@ class Movement:
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """Certainty of figures, where facts of one relation hang together, and what so many facts could have shown.
+    """Certainty of figures, where facts of one relation hang together, and what so many facts could have shown."""
 
-    Attributes
-    ----------
-    test : whether the net change could be chance, by relation where there are several.
-    relations : those of which the original knew a fact; with fewer than five there are no intervals.
-    kept, difference : knowledge kept and the difference of accuracy, with their intervals over relations.
-    smallest_loss : the smallest net loss, as a share of the known facts, that these facts show with a power of 80 %;
-        None where even the loss of all would not show.
-    facts_for_two : how many known facts, of these relations, show a net loss of 2 points; None where no number does.
-    """
-
-    test: PairedTest = PairedTest(None, "fact")
-    relations: int = 0
+    test: PairedTest = PairedTest(None, "fact")  # by relation where there are several
+    relations: int = 0  # those of which the original knew a fact; with fewer than five there are no intervals
+    # Knowledge kept and the difference of accuracy, with their intervals over relations.
     kept: Estimate = Estimate(None)
     difference: Estimate = Estimate(None)
+    # The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None where even
+    # the loss of all would not show.
     smallest_loss: float | None = None
-    facts_for_two: int | None = None
+    facts_for_two: int | None = None  # known facts that show a net loss of 2 points; None where no number does
 
 
 NOT_MEASURED = Certainty()
@@ -167,27 +150,17 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """Confidence of both models in their answers.
+    """Confidence of both models in their answers."""
 
-    Attributes
-    ----------
-    thirds : of the facts that the original knew, by its confidence, the most confident first; empty for too few.
-    median : of the original's confidence over all facts.
-    wrong_original, wrong_compressed : wrong answers of each, and `confidently_wrong_...` those of them that it is surer
-        of than the original's median.
-    reliability_original, reliability_compressed : calibration of each, by bins of equal width from 0 to 1.
-    ece, brier : calibration error and Brier score, before and after.
-    """
-
-    thirds: tuple[Third, ...]
-    median: float
+    thirds: tuple[Third, ...]  # of the facts that the original knew, the most confident first; empty for too few
+    median: float  # of the original's confidence over all facts
     wrong_original: int
     wrong_compressed: int
-    confidently_wrong_original: int
+    confidently_wrong_original: int  # of the wrong answers, those that it is surer of than the original's median
     confidently_wrong_compressed: int
-    reliability_original: tuple[ReliabilityBin, ...]
+    reliability_original: tuple[ReliabilityBin, ...]  # calibration, by bins of equal width from 0 to 1
     reliability_compressed: tuple[ReliabilityBin, ...]
-    ece: tuple[float, float]
+    ece: tuple[float, float]  # calibration error, before and after
     brier: tuple[float, float]
 
 
@@ -325,25 +298,16 @@ class Divergent:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Figures of one model against the other, over the same tokens.
+    """Figures of one model against the other, over the same tokens."""
 
-    Attributes
-    ----------
-    ratio, log_ratio, difference : of the perplexities, compressed / original, its logarithm, compressed - original.
-    correlation : of the two models' log-likelihoods; None where one does not vary.
-    kl, kl_percentiles : KL(original || compressed) in nats over the whole vocabulary; None where it was not measured.
-    same_top : share of tokens at which both hold the same one most likely.
-    change, change_rms, change_percentiles : of the probability of the text's own token, compressed - original.
-    """
-
-    ratio: Measured
+    ratio: Measured  # of the perplexities, compressed / original
     log_ratio: Measured
-    difference: Measured
-    correlation: float | None
-    kl: Measured | None
+    difference: Measured  # of the perplexities, compressed - original
+    correlation: float | None  # of the two models' log-likelihoods; None where one does not vary
+    kl: Measured | None  # KL(original || compressed), nats, over the whole vocabulary; None where it was not measured
     kl_percentiles: Mapping[str, float] | None
-    same_top: Measured
-    change: Measured
+    same_top: Measured  # share of tokens at which both hold the same one most likely
+    change: Measured  # of the probability of the text's own token, compressed - original
     change_rms: Measured
     change_percentiles: Mapping[str, float]
     divergent: Divergent | None
@@ -361,20 +325,12 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """Figures of one text.
-
-    Attributes
-    ----------
-    context, chunks : tokens per chunk, and chunks, of the original's.
-    divergence : ``measured``, or why there is no KL: ``no original``, ``no room``, ``other tokens``,
-        ``other size``.
-    moved : None where the two models read the text as different tokens.
-    """
+    """Figures of one text."""
 
     text: str
-    context: int
+    context: int  # tokens per chunk, of the original's
     chunks: int
-    divergence: str
+    divergence: str  # ``measured``, or why there is no KL: see `compressknow.evaluate.records`
     original: Perplexity
     compressed: Perplexity
-    moved: Moved | None
+    moved: Moved | None  # None where the two models read the text as different tokens

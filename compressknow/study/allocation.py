@@ -60,17 +60,9 @@ class Allocation:
     loss: float
 
 
-def allocate(
-    table: OptionTable, budget: int, *, overhead: int = 0, together: Iterable[Sequence[str]] = ()
-) -> Allocation:
-    """Choose a type for each tensor, so that the predicted loss is the least within `budget` bytes.
-
-    Parameters
-    ----------
-    table : by tensor and type, what it takes and loses.
-    budget : bytes of the whole file.
-    overhead : bytes of what is in the file besides these tensors.
-    together : tensors that must be of one type: parts of what a runtime joins.
+def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocation:
+    """Choose a type for each tensor, so that the predicted loss is the least within `budget` bytes of the whole file,
+    `overhead` of which are not these tensors'.
 
     Raises UsageError where no choice is that small.
 
@@ -78,63 +70,52 @@ def allocate(
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
-    units = build_units(table, together)
-    floor = overhead + sum(min(option.nbytes for option in options.values()) for _, options in units)
+    floor = overhead + sum(min(option.nbytes for option in options.values()) for options in table.values())
     if budget < floor:
         raise UsageError(
             f"{write_size(budget)} cannot be kept: the smallest file has {write_size(floor)}.",
-            why=_explain_floor(units, overhead),
+            why=_explain_floor(table, overhead),
             hint="Give more. What --must asks for counts too.",
         )
-    choosable = [options for _, options in units]
-    chosen = _solve(choosable, budget - floor)
-    _spend_rest(choosable, chosen, budget - overhead)
-    choices = [(names, kind, options[kind]) for (names, options), kind in zip(units, chosen, strict=True)]
-    types = {name: kind for names, kind, _ in choices for name in names}
-    return Allocation(
-        {name: types[name] for name in table},
-        overhead + sum(option.nbytes for *_, option in choices),
-        sum(option.loss for *_, option in choices),
-    )
+    tensors = list(table.values())
+    chosen = _solve(tensors, budget - floor)
+    _spend_rest(tensors, chosen, budget - overhead)
+    options = [own[kind] for own, kind in zip(tensors, chosen, strict=True)]
+    nbytes = overhead + sum(option.nbytes for option in options)
+    return Allocation(dict(zip(table, chosen, strict=True)), nbytes, sum(option.loss for option in options))
 
 
-_Unit = tuple[tuple[str, ...], dict[str, Option]]
-
-
-def build_units(table: OptionTable, together: Iterable[Sequence[str]] = ()) -> list[_Unit]:
-    """Return what is chosen at once, and its options: those that all its tensors have."""
-    joined = {name: tuple(names) for names in together for name in names if name in table}
-    units: list[_Unit] = []
-    for names in dict.fromkeys(joined.get(name, (name,)) for name in table):
-        own = [table[name] for name in names if name in table]
-        shared = [kind for kind in own[0] if all(kind in options for options in own)]
-        if not shared:
-            raise UsageError(
-                f"{', '.join(names)} must be of one type, and have none in common.", hint="Take back a --must."
-            )
-        options = {
+def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> OptionTable:
+    """Return the options of units, of which each is of one type: those that all its tensors have. Raises UsageError
+    where there is none."""
+    joined = {}
+    for name, members in units.items():
+        own = [table[member] for member in members]
+        joined[name] = {
             kind: Option(sum(each[kind].nbytes for each in own), sum(each[kind].loss for each in own))
-            for kind in shared
+            for kind in own[0]
+            if all(kind in options for options in own)
         }
-        units.append((names, options))
-    return units
+        if not joined[name]:
+            raise UsageError(f"{name} must be of one type, and have none in common.", hint="Take back a --must.")
+    return joined
 
 
-def _explain_floor(units: Sequence[_Unit], overhead: int) -> str:
+def _explain_floor(table: OptionTable, overhead: int) -> str:
     """Return what the smallest file is made of, its largest parts by name."""
-    smallest = [(names, *min(((each.nbytes, kind) for kind, each in options.items()))) for names, options in units]
+    smallest = [(name, *min((each.nbytes, kind) for kind, each in options.items())) for name, options in table.items()]
     smallest.sort(key=lambda each: -each[1])
-    parts = [f"{', '.join(names)} ({kind}) {write_size(nbytes)}" for names, nbytes, kind in smallest[:_NAMED]]
+    parts = [f"{name} ({kind}) {write_size(nbytes)}" for name, nbytes, kind in smallest[:_NAMED]]
     if rest := smallest[_NAMED:]:
         parts.append(f"{len(rest)} others {write_size(sum(nbytes for _, nbytes, _ in rest))}")
     return f"That is {', '.join(parts)}, and {write_size(overhead)} of vocabulary, norms and metadata."
 
 
-def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
+def _solve(tensors: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
     # The bytes of each option above the smallest, where they fit: the fewest first.
     extra: list[dict[str, int]] = []
-    for options in units:
+    for options in tensors:
         least = min(option.nbytes for option in options.values())
         sizes = {kind: option.nbytes - least for kind, option in options.items() if option.nbytes - least <= spare}
         extra.append(dict(sorted(sizes.items(), key=lambda each: each[1])))
@@ -143,13 +124,16 @@ def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     count = spare // step + 1
     best: npt.NDArray[np.float64] = np.zeros(count)
     picks: list[npt.NDArray[np.int16]] = []
-    for options, sizes in zip(units, extra, strict=True):
-        losses = np.full((len(sizes), count), np.inf)
-        for own, (kind, nbytes) in zip(losses, sizes.items(), strict=True):
+    for options, sizes in zip(tensors, extra, strict=True):
+        least_losses, pick = np.full(count, np.inf), np.zeros(count, np.int16)
+        for number, (kind, nbytes) in enumerate(sizes.items()):
             cost = -(-nbytes // step)
-            own[cost:] = best[: count - cost] + options[kind].loss
-        picks.append(losses.argmin(0).astype(np.int16))
-        best = losses.min(0)
+            losses = best[: count - cost] + options[kind].loss
+            better = losses < least_losses[cost:]
+            least_losses[cost:][better] = losses[better]
+            pick[cost:][better] = number
+        best = least_losses
+        picks.append(pick)
     at, chosen = count - 1, []
     for pick, sizes in zip(reversed(picks), reversed(extra), strict=True):
         kind = list(sizes)[pick[at]]
@@ -158,40 +142,30 @@ def _solve(units: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     return chosen[::-1]
 
 
-def _spend_rest(units: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -> None:
+def _spend_rest(tensors: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -> None:
     """Spend what rounding to steps has left over: the change that saves most per byte, as long as one fits."""
-    spare = room - sum(options[kind].nbytes for options, kind in zip(units, chosen, strict=True))
+    spare = room - sum(options[kind].nbytes for options, kind in zip(tensors, chosen, strict=True))
     while True:
         changes = [
             ((options[kind].loss - other.loss) / max(other.nbytes - options[kind].nbytes, 1), place, name)
-            for place, (options, kind) in enumerate(zip(units, chosen, strict=True))
+            for place, (options, kind) in enumerate(zip(tensors, chosen, strict=True))
             for name, other in options.items()
             if other.loss < options[kind].loss and other.nbytes - options[kind].nbytes <= spare
         ]
         if not changes:
             return
         _, place, name = max(changes, key=lambda change: change[0])
-        spare -= units[place][name].nbytes - units[place][chosen[place]].nbytes
+        spare -= tensors[place][name].nbytes - tensors[place][chosen[place]].nbytes
         chosen[place] = name
 
 
 @dataclass(frozen=True)
 class Target:
-    """Size of a file, and what decides which weights have more bits.
+    """Size of a file, and what decides which weights have more bits. Raises UsageError for what is none."""
 
-    Attributes
-    ----------
-    size : bytes of the file; or `bits`, per weight, all of the file counted.
-    must : rules, as of ``--type-of``, for weights that get this type in any case.
-    guide : ``facts``, ``text`` or ``both``.
-    rounding : ``gptq`` or ``nearest``.
-
-    Raises UsageError for what is none of these.
-    """
-
-    size: int | None = None
-    bits: float | None = None
-    must: tuple[tuple[str, str], ...] = ()
+    size: int | None = None  # bytes of the file
+    bits: float | None = None  # or bits per weight, all of the file counted
+    must: tuple[tuple[str, str], ...] = ()  # rules, as of ``--type-of``, for weights that get this type in any case
     guide: Guide = "both"
     rounding: Rounding = "gptq"
 
@@ -231,12 +205,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> No
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
-    """Choose a type for each matrix of a file.
-
-    Parameters
-    ----------
-    tensors : what the file holds in 32 or 16 bits.
-    overhead : bytes of the file beside its matrices.
+    """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
 
     Raises UsageError where no choice is that small, or all is smaller in full.
     """

@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -32,10 +32,10 @@ from compressknow.study.allocation import (
     Target,
     allocate,
     build_table,
-    build_units,
     check_below_whole,
     check_rounding,
     describe_fit,
+    join_options,
     pin_types,
 )
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
@@ -96,30 +96,19 @@ class Request:
 
 
 class Form(ABC):
-    """Kind of file that can be made of a model.
-
-    Attributes
-    ----------
-    name, place : ``gguf``, and the name of its file.
-    table : by weight and type, bytes and loss; no loss is known before `learn`.
-    overhead : bytes of a file beside these.
-    together : weights that have one type.
-    numel : by weight, how many parameters it has.
-    label : what decides the types, and how weights are rounded.
-    guidance, texts : of what `learn` was given.
-    """
+    """Kind of file that can be made of a model."""
 
     name: ClassVar[str]
-    place: ClassVar[str]
+    place: ClassVar[str]  # the name of its file
     roundings: Roundings
-    label: str
-    guidance: Guidance
+    label: str  # what decides the types, and how weights are rounded
+    guidance: Guidance  # as the texts, what `learn` was given
     texts: tuple[Batches, ...]
 
-    def __init__(
-        self, table: OptionTable, overhead: int, numel: Mapping[str, int], together: Sequence[Sequence[str]] = ()
-    ) -> None:
-        self.table, self.overhead, self.numel, self.together = table, overhead, numel, together
+    def __init__(self, table: OptionTable, overhead: int, numel: Mapping[str, int]) -> None:
+        """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
+        file beside these; and how many parameters each weight has."""
+        self.table, self.overhead, self.numel = table, overhead, numel
         self._chosen: dict[int, Allocation] = {}
 
     @property
@@ -138,21 +127,16 @@ class Form(ABC):
         return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
-    def whole(self) -> int:
-        """Return the bytes of a file with all weights as they are."""
-        return self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes)
-
-    @property
     def _sizes(self) -> list[list[list[int]]]:
         """Return by table the bytes that each choice may have, the fewest first."""
         return [
-            [sorted(option.nbytes for option in options.values()) for _, options in build_units(table, self.together)]
+            [sorted(option.nbytes for option in options.values()) for options in table.values()]
             for table in self.tables
         ]
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        check_below_whole(budget, self.whole)
+        check_below_whole(budget, self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes))
         self.choose(budget)
 
     def choose(self, budget: int) -> Allocation:
@@ -161,7 +145,7 @@ class Form(ABC):
             possible: list[Allocation] = []
             for table in self.tables:
                 try:
-                    possible.append(allocate(table, budget, overhead=self.overhead, together=self.together))
+                    possible.append(allocate(table, budget, overhead=self.overhead))
                 except UsageError:
                     if budget < self.floor:
                         raise
@@ -282,11 +266,12 @@ class CheckpointForm(Form):
             table[module] = {NONE: Option(exact[module], 0.0)}
             for kind in self.roundings.list_legal(shape):
                 table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
+        self._options = pin_types(table, _resolve_modules(self._weights, request.must), rows)
+        self._units = _list_units(self._weights)
         super().__init__(
-            pin_types(table, _resolve_modules(self._weights, request.must), rows),
+            join_options(self._options, self._units),
             sum(each.nbytes for each in stored) - sum(exact.values()) + header,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
-            _list_joined(self._weights),
         )
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
@@ -294,11 +279,11 @@ class CheckpointForm(Form):
 
     def _takes_several(self) -> bool:
         """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
-        units = [units for units, options in build_units(self.table, self.together) if len(options) > 2]
-        if len(units) < 2:
+        several = [name for name, options in self.table.items() if len(options) > 2]
+        if len(several) < 2:
             return True
-        types = {name: list(self.table[name])[-1] for name in units[0]}
-        types |= {name: list(self.table[name])[1] for name in units[-1]}
+        types = dict.fromkeys(self._units[several[0]], list(self.table[several[0]])[-1])
+        types |= dict.fromkeys(self._units[several[-1]], list(self.table[several[-1]])[1])
         try:
             self._model.maker.plan(self._build_recipe(types))
         except UnsupportedError:
@@ -321,12 +306,17 @@ class CheckpointForm(Form):
     def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
         rows = sensitivity.kl(self._guide)
         table = {}
-        for module, options in self.table.items():
+        for module, options in self._options.items():
             # What nothing was measured of stays as it is.
             losses = {NONE: 0.0, **rows.get(self._weights[module].parameter, {})}
             known = {kind: Option(each.nbytes, losses[kind]) for kind, each in options.items() if kind in losses}
             table[module] = known or options
-        return table
+        return join_options(table, self._units)
+
+    def choose(self, budget: int) -> Allocation:
+        found = super().choose(budget)
+        types = {module: found.types[name] for name, modules in self._units.items() for module in modules}
+        return replace(found, types={module: types[module] for module in self._options})
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
         from compressknow.pages.model_card import make_model_card
@@ -353,15 +343,14 @@ class CheckpointForm(Form):
         return Recipe(tuple(steps), calibration=self._calibration)
 
 
-def _list_joined(weights: Mapping[str, LinearWeight]) -> list[list[str]]:
-    """List modules that are parts of one matrix in vLLM, which has one scheme."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for module in weights:
+def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Return what has one scheme, by name: modules that are parts of one matrix in vLLM, and each other module."""
+    units: dict[tuple[str, ...], list[str]] = {}
+    for module in modules:
         parent, _, leaf = module.rpartition(".")
-        for parts in FUSED:
-            if leaf in parts:
-                groups.setdefault((parent, parts), []).append(module)
-    return [modules for modules in groups.values() if len(modules) > 1]
+        parts = next((parts for parts in FUSED if leaf in parts), (leaf,))
+        units.setdefault((parent, *parts), []).append(module)
+    return {", ".join(own): own for own in units.values()}
 
 
 def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:

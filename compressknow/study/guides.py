@@ -74,17 +74,12 @@ def measure_guides(
     on_progress: Listener | None,
     answers: Answers | None = None,
 ) -> tuple[Sensitivity, tuple[Batches, ...]]:
-    """Measure what guides the types of weights, as far as it was not before.
+    """Measure what guides the types of a checkpoint's weights, as far as it was not before: facts, even where text
+    guides alone, and the first `TOKENS` of the text of `calibration`. `answers` are the model's to all probes; by
+    default it is evaluated on some facts of each.
 
     Returns the sensitivity of the weights, and token ids as batches, which GPTQ runs over: those of facts with their
     objects, if any are known to a causal model, and those of the text.
-
-    Parameters
-    ----------
-    handle : of a checkpoint of floats.
-    probes : of facts. They are measured, and GPTQ runs over them, even where text guides alone.
-    calibration : the text; its first `TOKENS` guide.
-    answers : what the model answered to all of the probes; by default it is evaluated on some facts of each.
 
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
@@ -229,18 +224,12 @@ class ScoredFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Input that a model reads once.
+    """Input that a model reads once."""
 
-    Attributes
-    ----------
-    ids : of the model's input; `decoder` those of a decoder beside it.
-    start : the position that predicts the first of the wanted tokens.
-    wanted : pairs of a candidate's number, counted over all facts, and tokens that follow one another.
-    """
-
-    ids: Ids
-    decoder: Ids | None
-    start: int
+    ids: Ids  # of the model's input
+    decoder: Ids | None  # of a decoder's input beside it
+    start: int  # the position that predicts the first of the wanted tokens
+    # Pairs of a candidate's number, counted over all facts, and tokens that follow one another.
     wanted: tuple[tuple[int, Ids], ...]
 
 

@@ -134,41 +134,24 @@ FEWEST_OF_A_DOMAIN = 5
 
 @dataclass(frozen=True)
 class FactBatches:
-    """Facts in batches, and the candidates that their scores are of.
-
-    Attributes
-    ----------
-    owners : of each batch, the number of the candidate that a score is of, int64 [rows, directions].
-    facts : of each candidate the number of its fact, int64 [candidates], ascending.
-    """
+    """Facts in batches, and the candidates that their scores are of."""
 
     batches: tuple[Batch, ...]
-    owners: tuple[torch.Tensor, ...]
-    facts: torch.Tensor
+    owners: tuple[torch.Tensor, ...]  # by batch, the number of each score's candidate, int64 [rows, directions]
+    facts: torch.Tensor  # of each candidate the number of its fact, int64 [candidates], ascending
 
 
 @dataclass(frozen=True)
 class ScoreChanges:
-    """Changes of scores, by weight and type.
+    """Changes of scores, by weight and type."""
 
-    Attributes
-    ----------
-    weights : by name, each as yet without its types and domains.
-    scores : of all candidates of facts, [candidates]; `owners` are the numbers of their facts, of each of which its
-        object comes first.
-    facts : changes of these, by the types that were tried.
-    text : changes of the scores of text, [rows, draws].
-    errors : by name and each type, squared errors, in a unit of the weight's own.
-    importance : by name, what types were rounded with, [in].
-    """
-
-    weights: dict[str, TensorSensitivity]
-    scores: torch.Tensor
-    owners: torch.Tensor
-    facts: dict[tuple[str, str], torch.Tensor]
-    text: dict[tuple[str, str], torch.Tensor]
-    errors: dict[tuple[str, str], float]
-    importance: dict[str, torch.Tensor]
+    weights: dict[str, TensorSensitivity]  # by name, each as yet without its types and domains
+    scores: torch.Tensor  # of all candidates of facts, [candidates]
+    owners: torch.Tensor  # the numbers of their facts, of each of which its object comes first
+    facts: dict[tuple[str, str], torch.Tensor]  # changes of these scores, by name and the types that were tried
+    text: dict[tuple[str, str], torch.Tensor]  # likewise of the scores of text, [rows, draws]
+    errors: dict[tuple[str, str], float]  # by name and each type, squared errors, in a unit of the weight's own
+    importance: dict[str, torch.Tensor]  # by name, what types were rounded with, [in]
 
     def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
         """Return the sensitivity of each weight; `domains` are those of the facts."""

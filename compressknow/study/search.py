@@ -156,10 +156,15 @@ class EvaluationSet:
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, self._asked, folder, reference=self._answered)
 
-    @property
-    def most(self) -> float:
-        """Return the least that a file is certain to keep which keeps all, at `LEVEL`: 0 where nothing is certain."""
-        return self.estimate_kept(self._answered, LEVEL).low or 0.0
+    def check_enough_known(self, keep: float) -> None:
+        """Raise GateNotMet where not even a file that keeps all is certain to keep as much."""
+        if (best := self.estimate_kept(self._answered, LEVEL).low or 0.0) < keep:
+            raise GateNotMet(
+                f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
+                "that select it.",
+                f"If it kept all of them, only {share(best)} would be certain.",
+                "Use more facts (a larger --limit), or lower --keep.",
+            )
 
     def estimate_kept(self, answers: Answers, level: float = 0.95) -> Estimate:
         """Return the share of the original's knowledge that these answers keep, with its interval of that level."""
@@ -282,17 +287,6 @@ def _get_lowest(each: Candidate) -> float:
 def is_enough(kept: Estimate | None, keep: float) -> bool:
     """Return whether as much is kept for sure."""
     return kept is not None and kept.low is not None and kept.low >= keep
-
-
-def check_enough_known(selection: EvaluationSet, keep: float) -> None:
-    """Raise GateNotMet where no outcome at all could show that as much is kept."""
-    if (best := selection.most) < keep:
-        raise GateNotMet(
-            f"No file can be certain to keep {100 * keep:g} %: the model knows {count(selection.known)} of the facts "
-            "that select it.",
-            f"If it kept all of them, only {share(best)} would be certain.",
-            "Use more facts (a larger --limit), or lower --keep.",
-        )
 
 
 def build_search(

@@ -108,22 +108,14 @@ class TensorSensitivity:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Facts, text and types that a sensitivity was measured with.
+    """Facts, text and types that a sensitivity was measured with."""
 
-    Attributes
-    ----------
-    form : ``gguf`` or ``checkpoint``: what the types are types of.
-    types : the candidates, the largest first.
-    facts : how many facts, each known to the model; `fingerprint` is a hash of their ids, prompts and candidates.
-    tokens : how many tokens of text predicted another; `text` is a hash of them.
-    """
-
-    form: Literal["gguf", "checkpoint"]
-    types: tuple[str, ...]
-    facts: int = 0
-    fingerprint: str | None = None
-    tokens: int = 0
-    text: str | None = None
+    form: Literal["gguf", "checkpoint"]  # what the types are types of
+    types: tuple[str, ...]  # the candidates, the largest first
+    facts: int = 0  # how many, each known to the model
+    fingerprint: str | None = None  # a hash of their ids, prompts and candidates
+    tokens: int = 0  # how many tokens of text predicted another
+    text: str | None = None  # a hash of them
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
-from compressknow.study.allocation import Option, allocate
+from compressknow.study.allocation import Option, allocate, join_options
 
 KINDS = ("q2", "q3", "q4", "q8")
 OPTIONS = st.builds(Option, st.integers(1, 400), st.floats(0, 4, allow_subnormal=False))
@@ -80,9 +80,12 @@ def test_what_is_left_of_a_large_budget_is_spent(bits):
 
 def test_parts_of_what_is_joined_are_of_one_type():
     table = real(12)
-    parts = [("t1", "t2", "t3"), ("t5", "t6"), ("t7", "elsewhere")]
-    found = allocate(table, sum(options["4.5"].nbytes for options in table.values()), together=parts)
-    assert len({found.types[name] for name in ("t1", "t2", "t3")}) == len({found.types[n] for n in ("t5", "t6")}) == 1
+    parts = {"three": ("t1", "t2", "t3"), "two": ("t5", "t6")}
+    alone = {name: (name,) for name in table if not any(name in part for part in parts.values())}
+    joined = join_options(table, parts | alone)
+    assert joined["two"]["4.5"].nbytes == table["t5"]["4.5"].nbytes + table["t6"]["4.5"].nbytes
+    found = allocate(joined, sum(options["4.5"].nbytes for options in table.values()))
+    assert found.types.keys() == parts.keys() | alone.keys()
     apart = allocate(table, sum(options["4.5"].nbytes for options in table.values()))
     assert apart.loss < found.loss
 
