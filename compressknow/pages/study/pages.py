@@ -297,28 +297,25 @@ def build_paper_tables(study: Study) -> tuple[Table, ...]:
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
     that the study has not are "-"; a scheme without any is left out.
     """
+    family = study.original.family or ""
+    in_percent = family == "masked"
+    unit = "accuracy in %" if in_percent else "accuracy"
     tables = []
     for scheme in list_schemes(study):
         cells = [select_quantized(study, module).get(scheme) for module in MODULES]
         for module in MODULES:
             by_amount = select_pruned(study, module, scheme=scheme)
             cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
-        if any(cells):
-            tables.append(_build_paper_table(study, scheme, cells))
+        if not any(cells):
+            continue
+        rows = []
+        for probe in study.probes:
+            after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
+            written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
+            rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
+        caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
+        tables.append(Table(caption, PAPER_COLUMNS, tuple(rows)))
     return tuple(tables)
-
-
-def _build_paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
-    family = study.original.family or ""
-    in_percent = family == "masked"
-    rows = []
-    for probe in study.probes:
-        after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
-        written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
-        rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
-    unit = "accuracy in %" if in_percent else "accuracy"
-    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
-    return Table(caption, PAPER_COLUMNS, tuple(rows))
 
 
 def _write_accuracy(value: float | None, in_percent: bool) -> str:
