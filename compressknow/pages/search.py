@@ -134,9 +134,9 @@ class Search(notebook.Tabular):
         )
 
 
-def make_search_page(search: Search) -> Page:
-    """Return the search as text, with its chart."""
-    return Page(
+def render_search_html(search: Search) -> str:
+    """Return the page: the same search gives the same bytes."""
+    page = Page(
         what="search",
         title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
@@ -146,6 +146,7 @@ def make_search_page(search: Search) -> Page:
         sections=tuple(_make_sections(search)),
         unlisted=_ALL,
     )
+    return render_html(page)
 
 
 def _make_sections(search: Search) -> Iterator[Shown]:
@@ -380,8 +381,3 @@ def write_search(search: Search, folder: Path) -> None:
         ".json": lambda: dump_json(values | {"original": dump_model(search.original)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
-
-
-def render_search_html(search: Search) -> str:
-    """Return the page: the same search gives the same bytes."""
-    return render_html(make_search_page(search))

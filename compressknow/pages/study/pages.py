@@ -243,7 +243,13 @@ def _show_paper_tables(study: Study) -> Iterator[Part]:
 def _show_cells(study: Study) -> Iterator[Part]:
     yield build_cells_table(study)
     yield Note(_CELLS, drawn=BAR)
-    if single := _find_single_warnings(study):
+    common, names = _find_common_warnings(study), name_cells(study)
+    single: dict[str, list[str]] = {}
+    for cell in study.cells:
+        for warning in cell.comparison.warnings:
+            if warning not in common:
+                single.setdefault(clean(warning, 1000), []).append(names[cell.key])
+    if single:
         terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
         yield Folded("Warnings about single cells", (Terms(terms),))
 
@@ -266,17 +272,6 @@ def _write_warnings(study: Study) -> tuple[str, ...]:
 def _find_common_warnings(study: Study) -> list[str]:
     of_cells = [cell.comparison.warnings for cell in study.cells]
     return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
-
-
-def _find_single_warnings(study: Study) -> dict[str, list[str]]:
-    """Return each warning that only some cells have, and their names."""
-    common, names = _find_common_warnings(study), name_cells(study)
-    cells: dict[str, list[str]] = {}
-    for cell in study.cells:
-        for warning in cell.comparison.warnings:
-            if warning not in common:
-                cells.setdefault(clean(warning, 1000), []).append(names[cell.key])
-    return cells
 
 
 def _describe_run(study: Study) -> tuple[Entry, ...]:
