@@ -134,9 +134,9 @@ class Search(notebook.Tabular):
         )
 
 
-def make_search_page(search: Search) -> Page:
-    """Return the search as text, with its chart."""
-    return Page(
+def render_search_html(search: Search) -> str:
+    """Return the page: the same search gives the same bytes."""
+    page = Page(
         what="search",
         title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
@@ -146,6 +146,7 @@ def make_search_page(search: Search) -> Page:
         sections=tuple(_make_sections(search)),
         unlisted=_ALL,
     )
+    return render_html(page)
 
 
 def _make_sections(search: Search) -> Iterator[Shown]:
@@ -264,13 +265,9 @@ def write_verdict(search: Search) -> str:
 def list_warnings(search: Search) -> tuple[str, ...]:
     """Return what may have cost a smaller file: that more is asked for than rounding alone keeps, or that there are too
     few facts; and what counts as known, where that is to be said."""
-    of_keep = () if search.keep is None else _warn_of_keep(search, search.keep)
-    return (*of_keep, *warn_of_known(search.known))
-
-
-def _warn_of_keep(search: Search, keep: float) -> Iterator[str]:
+    warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
-        yield (
+        warnings.append(
             f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
             f"another precision): {100 * keep:.6g} % is more than the same weights keep there."
         )
@@ -278,10 +275,11 @@ def _warn_of_keep(search: Search, keep: float) -> Iterator[str]:
     unsure = [t for t in search.tried if t.bytes < most and (t.kept.low or 0.0) < keep <= (t.kept.value or 0.0)]
     if unsure:
         least = min(unsure, key=lambda each: each.bytes)
-        yield (
+        warnings.append(
             f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
             "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
         )
+    return (*warnings, *warn_of_known(search.known))
 
 
 def _write_kept(kept: Estimate | None) -> str:
@@ -383,8 +381,3 @@ def write_search(search: Search, folder: Path) -> None:
         ".json": lambda: dump_json(values | {"original": dump_model(search.original)}),
     }
     write_files(texts, (folder / "search.html", folder / "search.json"), overwrite=True)
-
-
-def render_search_html(search: Search) -> str:
-    """Return the page: the same search gives the same bytes."""
-    return render_html(make_search_page(search))

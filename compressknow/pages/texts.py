@@ -44,8 +44,14 @@ METHOD = (
 
 def make_text_parts(figures: TextFigures, names: tuple[str, str]) -> Iterator[Part]:
     """Yield tables of a text, and a chart of how far its tokens moved; `names` are those of the two models."""
-    name = clean(figures.text, 60)
-    yield _make_perplexity_table(figures, name, names)
+    name, sides = clean(figures.text, 60), (figures.original, figures.compressed)
+    rows = tuple(
+        (who.capitalize(), write_measured(side.value, 2), write_measured(side.bits_per_byte, 3))
+        for who, side in zip(names, sides, strict=True)
+    )
+    tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
+    caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
+    yield Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
     if figures.moved:
         yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
     if why := _WHY.get(figures.divergence):
@@ -122,17 +128,6 @@ def list_text_warnings(
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
             yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
-
-
-def _make_perplexity_table(figures: TextFigures, name: str, names: tuple[str, str]) -> Table:
-    sides = (figures.original, figures.compressed)
-    rows = tuple(
-        (who.capitalize(), write_measured(side.value, 2), write_measured(side.bits_per_byte, 3))
-        for who, side in zip(names, sides, strict=True)
-    )
-    tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
-    caption = f"{name}: {count(figures.chunks)} chunks of {count(figures.context)} tokens, {tokens} scored"
-    return Table(caption, ("Model", "Perplexity", "Bits per byte"), rows)
 
 
 def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:

@@ -63,10 +63,6 @@ def name_deployment(model: ModelRecord) -> str:
     return computed_in if computed_in.startswith(name) else ", ".join(filter(None, (name, computed_in)))
 
 
-# What a model costs: where it stands on the axis, that in words, and in what it runs.
-_Cost = tuple[float, str, str]
-
-
 def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
     """Yield knowledge kept by size and by speed, each where three or more models of these names differ in it."""
     for title, axis, get_cost in (
@@ -100,11 +96,12 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
         )
 
 
-def _get_size(model: ModelRecord) -> _Cost | None:
+# Costs of a model: where it stands on the axis, that in words, and in what it runs.
+def _get_size(model: ModelRecord) -> tuple[float, str, str] | None:
     return None if model.bytes is None else (model.bytes / 1e6, write_size(model.bytes), name_runtime(model))
 
 
-def _get_speed(model: ModelRecord) -> _Cost | None:
+def _get_speed(model: ModelRecord) -> tuple[float, str, str] | None:
     rate = model.speed.tokens_per_second if model.speed else None
     return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
 

@@ -87,7 +87,12 @@ loss that chance does not explain (p = 0.012).
 
 
 def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> str:
-    gained, change = count(counts.gained) if counts.gained else "none", _judge_change(counts, p)
+    gained, change = count(counts.gained) if counts.gained else "none", ", which evens out"
+    # Many of both, of a model that is much changed, can even out.
+    if p is not None and counts.lost != counts.gained:
+        net = "loss" if counts.lost > counts.gained else "gain"
+        chance = "does not explain" if p < SIGNIFICANT else "could explain"
+        change = f", a net {net} that chance {chance} ({write_p_value(p)})"
     if not counts.lost:
         every = "the 1 fact" if counts.both == 1 else f"all {count(counts.both)} facts"
         return f"Keeps {every} that {name} knew {interval}, and gained {gained}."
@@ -197,16 +202,6 @@ def _get_kept(known: tuple[Counts, str]) -> float:
 
 def _write_ends(kept: Estimate, name: str) -> str:
     return "" if kept.low is None or kept.high is None else f", {name} {write_range(kept.low, kept.high)}"
-
-
-def _judge_change(counts: Counts, p: float | None) -> str:
-    """Say whether lost and gained are out of balance: many of both, of a model that is much changed, can even out."""
-    if p is None or counts.lost == counts.gained:
-        return ", which evens out"
-    net = "loss" if counts.lost > counts.gained else "gain"
-    return (
-        f", a net {net} that chance {'does not explain' if p < SIGNIFICANT else 'could explain'} ({write_p_value(p)})"
-    )
 
 
 def count_facts(number: int) -> str:

@@ -12,7 +12,7 @@ from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, NoiseFloor, is_on_server
+from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
 from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
@@ -312,24 +312,22 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
 
 def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     """Say what share of the answers differs, and what rounding and the runtime alone change, where that is known."""
-    measured = [probe for probe in probes if any(floor and floor.n for floor in _list_floors(probe).values())]
+    measured = [p for p in probes if any(floor and floor.n for floor in (p.noise_floor, p.runtime_noise_floor))]
     if not measured:
         return ""
     facts = sum(probe.counts.n for probe in measured)
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
-    for name in _list_floors(measured[0]):
-        floors = [floor for probe in measured if (floor := _list_floors(probe)[name]) and floor.n]
-        if floors:
+    for name, found in (
+        ("rounding", [probe.noise_floor for probe in measured]),
+        ("the runtime", [probe.runtime_noise_floor for probe in measured]),
+    ):
+        if floors := [floor for floor in found if floor and floor.n]:
             alone = estimate_proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
             could_be_all |= changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."
-
-
-def _list_floors(probe: ProbeFigures) -> dict[str, NoiseFloor | None]:
-    return {"rounding": probe.noise_floor, "the runtime": probe.runtime_noise_floor}
 
 
 def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:

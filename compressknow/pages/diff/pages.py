@@ -189,8 +189,15 @@ def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[Part]:
             yield make_grades_table(
                 there.knowing, f"{clean(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
             )
-    if tables := tuple(_tabulate_groups(probes)):
-        yield Folded("By domain and by relation", tables)
+    tables = []
+    for there, back in probes:
+        name = clean(there.probe, 60)
+        if there.by_subject:
+            tables.append(_build_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
+        if there.by_relation:
+            tables.append(_build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
+    if tables:
+        yield Folded("By domain and by relation", tuple(tables))
 
 
 def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
@@ -223,15 +230,6 @@ def build_figures_table(probes: tuple[Both, ...]) -> Table:
     rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
     columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
     return Table("What each model knows, and how much their answers differ", columns, rows)
-
-
-def _tabulate_groups(probes: tuple[Both, ...]) -> Iterator[Table]:
-    for there, back in probes:
-        name = clean(there.probe, 60)
-        if there.by_subject:
-            yield _build_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject)
-        if there.by_relation:
-            yield _build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation)
 
 
 def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[Part]:

@@ -145,23 +145,6 @@ def _list_by_amount(
         yield amount, {name: cells.get(amount) for name, cells in by_method.items()}
 
 
-def draw_axis(axis: Axis) -> tuple[Bar, ...]:
-    """Draw a group for each group of an axis, a bar for each value; as many whole groups as a reader looks at."""
-    drawn: tuple[Bar, ...] = ()
-    for group in axis.groups:
-        bars = _draw_groups([group], compute_mean_kept)
-        if drawn and len(drawn) + len(bars) > _MOST_BARS:
-            break
-        drawn += bars
-    return drawn
-
-
-def draw_amounts(axis: Axis) -> tuple[Line, ...]:
-    """Draw a line for each group of an axis of amounts."""
-    by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
-    return _draw_lines(by_amount, compute_mean_kept)[:_MOST]
-
-
 def _draw_groups(
     groups: Iterable[tuple[str, Mapping[str, StudyCell | None]]],
     measure: Callable[[Comparison], Estimate] = compute_mean_drop,
@@ -318,10 +301,17 @@ def draw_charts(study: Study) -> tuple[Chart, ...]:
 
 
 def _make_figure(axis: Axis) -> _Figure:
+    """Return a line for each group of amounts; of all else a group of bars for each, as many as a reader looks at."""
     if axis.name == AMOUNT:
-        lines = draw_amounts(axis)
+        by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
+        lines = _draw_lines(by_amount, compute_mean_kept)[:_MOST]
         return _Figure(axis.chart, "Knowledge kept by how much was pruned", _KEPT, lambda _: lines)
-    bars = draw_axis(axis)
+    bars: tuple[Bar, ...] = ()
+    for group in axis.groups:
+        of_group = _draw_groups([group], compute_mean_kept)
+        if bars and len(bars) + len(of_group) > _MOST_BARS:
+            break
+        bars += of_group
     first = f", the first {len(bars)} forms" if len(bars) < sum(len(cells) for _, cells in axis.groups) else ""
     return _Figure(axis.chart, f"Knowledge kept by {clean(axis.name, 40)}{first}", _KEPT_BARS, lambda _: bars)
 

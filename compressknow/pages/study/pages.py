@@ -243,7 +243,13 @@ def _show_paper_tables(study: Study) -> Iterator[Part]:
 def _show_cells(study: Study) -> Iterator[Part]:
     yield build_cells_table(study)
     yield Note(_CELLS, drawn=BAR)
-    if single := _find_single_warnings(study):
+    common, names = _find_common_warnings(study), name_cells(study)
+    single: dict[str, list[str]] = {}
+    for cell in study.cells:
+        for warning in cell.comparison.warnings:
+            if warning not in common:
+                single.setdefault(clean(warning, 1000), []).append(names[cell.key])
+    if single:
         terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
         yield Folded("Warnings about single cells", (Terms(terms),))
 
@@ -268,17 +274,6 @@ def _find_common_warnings(study: Study) -> list[str]:
     return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
 
 
-def _find_single_warnings(study: Study) -> dict[str, list[str]]:
-    """Return each warning that only some cells have, and their names."""
-    common, names = _find_common_warnings(study), name_cells(study)
-    cells: dict[str, list[str]] = {}
-    for cell in study.cells:
-        for warning in cell.comparison.warnings:
-            if warning not in common:
-                cells.setdefault(clean(warning, 1000), []).append(names[cell.key])
-    return cells
-
-
 def _describe_run(study: Study) -> tuple[Entry, ...]:
     refused = f", {count(len(study.refused))} refused" if study.refused else ""
     probes = []
@@ -297,28 +292,25 @@ def build_paper_tables(study: Study) -> tuple[Table, ...]:
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
     that the study has not are "-"; a scheme without any is left out.
     """
+    family = study.original.family or ""
+    in_percent = family == "masked"
+    unit = "accuracy in %" if in_percent else "accuracy"
     tables = []
     for scheme in list_schemes(study):
         cells = [select_quantized(study, module).get(scheme) for module in MODULES]
         for module in MODULES:
             by_amount = select_pruned(study, module, scheme=scheme)
             cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
-        if any(cells):
-            tables.append(_build_paper_table(study, scheme, cells))
+        if not any(cells):
+            continue
+        rows = []
+        for probe in study.probes:
+            after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
+            written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
+            rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
+        caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
+        tables.append(Table(caption, PAPER_COLUMNS, tuple(rows)))
     return tuple(tables)
-
-
-def _build_paper_table(study: Study, scheme: str, cells: Sequence[StudyCell | None]) -> Table:
-    family = study.original.family or ""
-    in_percent = family == "masked"
-    rows = []
-    for probe in study.probes:
-        after = [average_accuracy(cell, probe.name) if cell else None for cell in cells]
-        written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
-        rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
-    unit = "accuracy in %" if in_percent else "accuracy"
-    caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
-    return Table(caption, PAPER_COLUMNS, tuple(rows))
 
 
 def _write_accuracy(value: float | None, in_percent: bool) -> str:

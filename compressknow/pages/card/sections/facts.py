@@ -17,7 +17,6 @@ from compressknow.comparison.records import (
     Estimate,
     Group,
     Knowing,
-    ProbeFigures,
     ReliabilityBin,
     Third,
 )
@@ -63,10 +62,25 @@ class Lost(Section):
             return
         facts: tuple[ChangedFact, ...] = getattr(context.comparison, self.which)
         graded = any(fact.grade_after for fact in facts)
-        rows = tuple(_make_row(fact, graded=graded) for fact in facts[: getattr(context.limits, self.which)])
+        rows = []
+        for fact in facts[: getattr(context.limits, self.which)]:
+            back = ", comes back with one example" if fact.with_example else ""
+            grade = clean(fact.grade_after, 20) + back if fact.grade_after else NONE
+            ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
+            rows.append(
+                (
+                    clean(fact.prompt.replace(BLANK, "___"), 300),
+                    clean(fact.gold),
+                    answer(fact.before),
+                    answer(fact.after),
+                    ranks if fact.rank_before or fact.rank_after else NONE,
+                    *([grade] if graded else []),
+                    clean(fact.relation, 60),
+                )
+            )
         columns, left_out = _GRADED if graded else _COLUMNS, len(facts) - len(rows)
         shown = context.limits.shown
-        yield from make_fact_parts(self.caption, columns, rows, shown, left_out=left_out, shade=self.which)
+        yield from make_fact_parts(self.caption, columns, tuple(rows), shown, left_out=left_out, shade=self.which)
 
 
 class Gained(Lost):
@@ -74,22 +88,6 @@ class Gained(Lost):
     order = 20
     which = "gained"
     caption = "The original answered these wrong, the compressed model answers them right"
-
-
-def _make_row(fact: ChangedFact, *, graded: bool) -> tuple[str, ...]:
-    back = ", comes back with one example" if fact.with_example else ""
-    grade = clean(fact.grade_after, 20) + back if fact.grade_after else NONE
-    return (
-        clean(fact.prompt.replace(BLANK, "___"), 300),
-        clean(fact.gold),
-        answer(fact.before),
-        answer(fact.after),
-        f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
-        if fact.rank_before or fact.rank_after
-        else "-",
-        *([grade] if graded else []),
-        clean(fact.relation, 60),
-    )
 
 
 class Dropped(Section):
@@ -112,25 +110,18 @@ class Relations(Section):
     order = 30
 
     def parts(self, context: Context) -> Iterator[Part]:
-        tables = [
-            _tabulate_relations(probe, context.limits.relations)
-            for probe in context.comparison.probes
-            if probe.by_relation
-        ]
-        yield from tables
-        if tables:
+        limit, probes = context.limits.relations, [p for p in context.comparison.probes if p.by_relation]
+        for probe in probes:
+            caption, groups = f"{clean(probe.probe, 60)} by relation", probe.by_relation
+            if limit is not None and len(groups) > limit:
+                caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
+                groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
+            yield make_groups_table(groups, "Relation", caption)
+        if probes:
             yield Note(
                 "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance "
                 "hardly explains that a relation lost more than it gained, or less."
             )
-
-
-def _tabulate_relations(probe: ProbeFigures, limit: int | None) -> Table:
-    caption, groups = f"{clean(probe.probe, 60)} by relation", probe.by_relation
-    if limit is not None and len(groups) > limit:
-        caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
-        groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
-    return make_groups_table(groups, "Relation", caption)
 
 
 class Popularity(Section):

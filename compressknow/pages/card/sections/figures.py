@@ -19,7 +19,7 @@ from compressknow.base.format import (
 from compressknow.comparison.intervals import FEWEST, estimate_difference, estimate_proportion, run_mcnemar
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
-from compressknow.evaluate.records import FactsInText, NoiseFloor
+from compressknow.evaluate.records import NoiseFloor
 from compressknow.model.manifest import describe_calibration, describe_removed
 from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
@@ -67,10 +67,20 @@ class Figures(Section):
         probes = context.comparison.probes
         if context.comparison.only_texts:
             return
-        table, missing = _tabulate_figures(probes)
-        yield table
+        rows, missing = [], []
+        for name, write, why_none in _FIGURES:
+            cells = tuple(map(write, probes))
+            if why_none is None and set(cells) <= {NONE}:
+                continue
+            rows.append((name, *cells))
+            without = [clean(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
+            if without and why_none:
+                where = f" ({', '.join(without)})" if len(probes) > 1 else ""
+                missing.append(f"{name}{where}: {why_none}")
+        columns = ("Figure", *(clean(probe.probe, 60) for probe in probes))
+        yield Table("All figures of each probe", columns, tuple(rows), captioned=False)
         if missing:
-            yield Remarks("Why some figures are missing", missing)
+            yield Remarks("Why some figures are missing", tuple(missing))
         subjects = tuple(
             make_groups_table(probe.by_subject, "Domain", f"{clean(probe.probe, 60)} by domain", bars=False)
             for probe in probes
@@ -78,22 +88,6 @@ class Figures(Section):
         )
         if subjects:
             yield Folded("By domain, probe by probe", subjects)
-
-
-def _tabulate_figures(probes: tuple[ProbeFigures, ...]) -> tuple[Table, tuple[str, ...]]:
-    """Return the table, and why some figures are missing, a sentence each."""
-    rows, missing = [], []
-    for name, write, why_none in _FIGURES:
-        cells = tuple(map(write, probes))
-        if why_none is None and set(cells) <= {NONE}:
-            continue
-        rows.append((name, *cells))
-        without = [clean(p.probe, 60) for p, cell in zip(probes, cells, strict=True) if cell == NONE]
-        if without and why_none:
-            where = f" ({', '.join(without)})" if len(probes) > 1 else ""
-            missing.append(f"{name}{where}: {why_none}")
-    columns = ("Figure", *(clean(probe.probe, 60) for probe in probes))
-    return Table("All figures of each probe", columns, tuple(rows), captioned=False), tuple(missing)
 
 
 def write_pair(pair: tuple[float, float] | None, write: Callable[[float], str], then: str = " → ") -> str:
@@ -313,18 +307,16 @@ class Layers(Section):
             yield Table("What was done to which layers", columns, rows, captioned=False)
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
-        if told := " ".join((*describe_calibration(model.calibration), *_describe_found(model.in_calibration))):
-            yield Note(clean(told, 1000))
-
-
-def _describe_found(facts: FactsInText | None) -> Iterator[str]:
-    if facts:
-        stand = "stands" if facts.found == 1 else "stand"
-        yield (
-            f"{count(facts.found) if facts.found else 'None'} of {count(facts.facts)} facts {stand} in this text "
-            f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that the "
-            "original knew."
-        )
+        told = [*describe_calibration(model.calibration)]
+        if facts := model.in_calibration:
+            stand = "stands" if facts.found == 1 else "stand"
+            told.append(
+                f"{count(facts.found) if facts.found else 'None'} of {count(facts.facts)} facts {stand} in this text "
+                f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that "
+                "the original knew."
+            )
+        if told:
+            yield Note(clean(" ".join(told), 1000))
 
 
 def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
