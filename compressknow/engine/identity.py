@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -381,22 +382,19 @@ def _read_file(
                 if on_bytes:
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
-                small[tensor.name] = hashlib.sha256(piece if tensor.nbytes else b"").hexdigest()
+                small[tensor.name] = hashlib.sha256(piece).hexdigest()
     return digest.hexdigest(), get_state(status), flaws, small
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
-    """Cut a whole file at the ends of its tensors; bytes that two of them share belong to one."""
-    position = 0
-    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
-        if position < tensor.offset:
-            yield position, tensor.offset, None
-        start, stop = max(position, tensor.offset), tensor.offset + tensor.nbytes
-        if start < stop or not tensor.nbytes:
-            # What begins within an element of it, as no tensor of the same dtype does, is not looked at.
-            yield start, stop, tensor if (start - tensor.offset) % tensor.itemsize == 0 else None
-        position = max(position, stop)
-    yield position, size, None
+    """Cut a whole file where its tensors begin and end; yield each piece with the longest tensor that begins there."""
+    owners: dict[int, StoredTensor] = {}
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.nbytes):
+        if tensor.nbytes:
+            owners.setdefault(tensor.offset, tensor)
+    ends = (tensor.offset + tensor.nbytes for tensor in owners.values())
+    for start, stop in pairwise(sorted({0, size, *owners, *ends})):
+        yield start, stop, owners.get(start)
 
 
 def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) -> bool:

@@ -316,7 +316,6 @@ def _translate_errors(path: Path) -> Iterator[None]:
 _ADVICE = {
     "out of memory|allocate memory": "There is not enough memory for it.",
     "weights.only": "Its .bin file holds more than tensors, and loading that could run code; or it is damaged.",
-    "ignore_mismatched_sizes": "Its weights have other shapes than its config.json says.",
     "trust_remote_code": "It needs its own Python code. If you trust it, pass --trust-remote-code.",
 }
 

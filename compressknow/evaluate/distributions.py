@@ -40,10 +40,8 @@ AT_A_TIME = 1 << 21
 class Distributions(contextlib.AbstractContextManager["Distributions"]):
     """Log-probabilities of every token at the answer's first position, by the original, for each probe.
 
-    Parameters
-    ----------
-    original : is evaluated once more, at that position alone, where the run has taken its answers from a folder.
-    folder : on the disk that is to hold them; it need not be there before the first is kept.
+    The original is evaluated once more, at that position alone, where the run has taken its answers from a folder. The
+    folder, on the disk that is to hold them, need not be there before the first is kept.
     """
 
     def __init__(self, original: ModelHandle, folder: Path) -> None:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
@@ -54,8 +53,7 @@ def make_prompts(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
             dropped[query] += 1
         else:
             queries.append(query)
-    parts = chain.from_iterable(map(scorer.split, batch_by_shape(queries, batch_size)))
-    return Prompts(scorer, tuple(parts), dict(dropped))
+    return Prompts(scorer, tuple(_cut_batches(scorer, queries, batch_size)), dict(dropped))
 
 
 def evaluate(
@@ -124,15 +122,14 @@ def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:
     return tokens
 
 
-def batch_by_shape(prompts: Iterable[Query], size: int = BATCH_SIZE) -> Iterator[tuple[Query, ...]]:
-    """Group queries of one shape, at most `size` of them at a time, the shortest first."""
+def _cut_batches(scorer: Scorer, queries: Iterable[Query], size: int) -> Iterator[Sequence[Query]]:
+    """Yield queries of one shape, at most `size` of them at a time, as the scorer splits these; the shortest first."""
     shapes: dict[tuple[int, ...], list[Query]] = {}
-    for query in prompts:
+    for query in queries:
         shapes.setdefault(query.shape, []).append(query)
-    for shape in sorted(shapes):
-        alike = shapes[shape]
+    for _, alike in sorted(shapes.items()):
         for start in range(0, len(alike), size):
-            yield tuple(alike[start : start + size])
+            yield from scorer.split(alike[start : start + size])
 
 
 def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
@@ -143,9 +140,8 @@ def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[A
     # Nothing of facts that an example makes too long, and of relations of one object.
     shown = [shown for fact in facts if (shown := put_after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.make_query, shown) if not isinstance(query, str)]
-    batches = chain.from_iterable(map(scorer.split, batch_by_shape(queries)))
     texts: dict[str, str] = {}
-    for batch, written in scorer.run_each(scorer.say, batches):
+    for batch, written in scorer.run_each(scorer.say, _cut_batches(scorer, queries, BATCH_SIZE)):
         texts |= zip((query.fact.id for query in batch), written, strict=True)
     answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
     return [replace(answer, grade=grade_answer(answer)) for answer in answers]

@@ -39,10 +39,8 @@ _INSTEAD = "an f16 GGUF file as the original."
 class NoiseFloors:
     """Noise floors of an original, of a sample of the facts of each probe, seeded: added to its answers.
 
-    Parameters
-    ----------
-    folder : where the answers lie; noise floors are kept in its record, so that they are found once.
-    whole : the original's distributions, where this run keeps them; what it lacks is found for the sample.
+    They are kept in the record of the folder where the answers lie, so that they are found once. `whole` are the
+    original's distributions, where this run keeps them; what it lacks is found for the sample.
     """
 
     def __init__(

@@ -160,13 +160,8 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class FactsInText:
-    """Facts that stand in the text that a model was calibrated on: subject and object in one of its sentences.
-
-    Attributes
-    ----------
-    facts, found : facts that have a subject and an object, and how many of them stand in the text.
-    known, known_found : the same of those that the other model knew, which it is compared with.
-    """
+    """Facts that have a subject and an object, and how many of them a sentence of the text holds that a model was
+    calibrated on; the same of those that the other model knew, which it is compared with."""
 
     facts: int
     found: int

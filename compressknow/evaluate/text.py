@@ -138,13 +138,8 @@ def check_family(name: str, family: str) -> None:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Text as one model's tokens.
-
-    Attributes
-    ----------
-    ids : int32 [chunks, context], BOS in its place.
-    bytes : of the text that the scored tokens of each chunk stand for; None where the tokenizer does not tell.
-    """
+    """Text as one model's tokens, int32 [chunks, context], BOS in its place; and how many bytes of it the scored tokens
+    of each chunk stand for, None where the tokenizer does not tell."""
 
     ids: np.ndarray
     bytes: tuple[int, ...] | None

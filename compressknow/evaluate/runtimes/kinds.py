@@ -280,14 +280,8 @@ def _mend(text: str) -> str:
 
 
 def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
-    """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion.
-
-    Parameters
-    ----------
-    listed : what ``/v1/models`` says of the model.
-
-    Raises CompressknowError where the server completes no text.
-    """
+    """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion. `listed`
+    is what ``/v1/models`` says of the model. Raises CompressknowError where the server completes no text."""
     # A router with several models passes it on; of itself it says 0.
     if about := _request_about(client, f"/props?model={quote(model, safe='')}", _PROPS):
         longest = about["default_generation_settings"]["n_ctx"] or None

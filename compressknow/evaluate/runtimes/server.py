@@ -156,7 +156,7 @@ class ServedScorer(CausalScorer):
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
         top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
         scores = np.array([first.logp[number] for number in best])
-        return make_answer(query.fact, top, scores, rank, logp, None, None, correct=correct)
+        return make_answer(query.fact, top, scores, correct=correct, rank=rank, logp_gold=logp, choices=None)
 
 
 def _get_wanted(reference: Sequence[Ids] | None) -> list[int] | None:

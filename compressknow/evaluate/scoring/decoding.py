@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LOGITS = 1 << 26
 # Tokens that one pass scores in about the time of one.
 FEW_TOKENS = 64
+# Tokens by which a model is tried.
+TRIED = 3
 # By the names of a forward pass: ids and mask [batch, encoder tokens], and the encoder's own output, whose
 # `last_hidden_state` is [batch, encoder tokens, hidden].
 Encoded = dict[str, Any]
@@ -160,19 +162,40 @@ class DecodingScorer(Scorer):
         return has_rounded_activations(self.model)
 
     def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
-        """Find out by two queries how this model may read."""
+        """Find out by two queries whether this model reads ahead and, if not, whether it goes on from its cache."""
         # No longer than the prompts, where these are long: they may end at the last position that there is.
         prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
         more = torch.tensor([(query.gold + query.prompt * TRIED)[:TRIED] for query in batch], device=ids.device)
-
-        def forward(ids: torch.Tensor, cache: Any, keep: int, cached: bool) -> tuple[torch.Tensor, Any]:
-            self._caches = cached
-            encoded = select_encoded(encoder, torch.arange(len(ids), device=ids.device) % len(prefix))
-            return self.forward(ids, cache, encoded, keep)
-
+        whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
         # Activations that are rounded to 8 bits differ by more than what is looked for here.
         with disable_rounding(self.model):
-            self._caches, self.reads_ahead = find_reading(forward, prefix, more)
+            self._caches = False
+            expected, _ = self.forward(whole, None, encoder, whole.shape[1])
+            self.reads_ahead = not is_same(self.forward(prefix, None, encoder, known)[0], expected[:, :known])
+            if self.reads_ahead:
+                return
+            self._caches = True
+            try:
+                self._caches = self._is_cache_sound(prefix, more, encoder, expected[:, known:])
+            except Exception:
+                # The architecture has none, or none that can be used like this.
+                self._caches = False
+
+    def _is_cache_sound(
+        self, prefix: torch.Tensor, more: torch.Tensor, encoder: Encoded | None, expected: torch.Tensor
+    ) -> bool:
+        """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
+        rows = torch.arange(len(prefix), device=prefix.device)
+        _, cache = self.forward(prefix, None, encoder, 1)
+        if cache is None:
+            return False
+        # What another text does with the cache must leave no trace.
+        self.forward(more.flip(0)[:, -1:], select_rows(cache, rows), encoder, 1)
+        every, twice = torch.arange(2 * len(rows), device=rows.device), torch.cat([rows, rows.flip(0)])
+        encoder = select_encoded(encoder, every % len(rows))
+        one, cache = self.forward(more[twice, :1], select_rows(cache, twice), encoder, 1)
+        others, _ = self.forward(more[twice, 1:], select_rows(cache, every), encoder, TRIED - 1)
+        return is_same(torch.cat([one, others], dim=1), expected[twice])
 
     @cached_property
     def _cache_name(self) -> str:
@@ -205,43 +228,6 @@ def find_cache_name(model: PreTrainedModel) -> str:
 def can_cut_logits(model: PreTrainedModel) -> bool:
     """Return whether `forward` computes the logits of the last positions alone, where that is asked for."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-# Tokens by which a model is tried.
-TRIED = 3
-# Ids [batch, tokens], a cache or None, the number of positions, and whether caches are used -> logits of the last
-# positions, [batch, positions, vocabulary], and the cache afterwards.
-Forward = Callable[[torch.Tensor, Any, int, bool], tuple[torch.Tensor, Any]]
-
-
-def find_reading(forward: Forward, prefix: torch.Tensor, more: torch.Tensor) -> tuple[bool, bool]:
-    """Find out on prefixes [batch, tokens] and what follows them, [batch, TRIED], whether a model's texts may be scored
-    from the cache of their beginning, and whether it reads ahead (see `DecodingScorer`)."""
-    whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
-    expected, _ = forward(whole, None, whole.shape[1], False)
-    if not is_same(forward(prefix, None, known, False)[0], expected[:, :known]):
-        return False, True
-    try:
-        return _is_cache_sound(forward, prefix, more, expected[:, known:]), False
-    except Exception:
-        # The architecture has none, or none that can be used like this.
-        return False, False
-
-
-def _is_cache_sound(forward: Forward, prefix: torch.Tensor, more: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
-    rows = torch.arange(len(prefix), device=prefix.device)
-    _, cache = forward(prefix, None, 1, True)
-    if cache is None:
-        return False
-    # What another text does with the cache must leave no trace.
-    forward(more.flip(0)[:, -1:], select_rows(cache, rows), 1, True)
-    rows = torch.cat([rows, rows.flip(0)])
-    one, cache = forward(more[rows, :1], select_rows(cache, rows), 1, True)
-    others, _ = forward(
-        more[rows, 1:], select_rows(cache, torch.arange(len(rows), device=rows.device)), TRIED - 1, True
-    )
-    return is_same(torch.cat([one, others], dim=1), expected[rows])
 
 
 def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -108,23 +108,21 @@ def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     assert fact.candidates is not None
     best = ranking.sort()[:TOP]
     words = tuple(fact.candidates[index] for index in best)
-    logp = float(ranking.scores[ranking.gold])
     rank = find_rank(ranking.gold, ranking.scores)
-    choices, total = len(fact.candidates), ranking.compute_total()
-    return make_answer(fact, words, ranking.scores[best], rank, logp, choices, total, correct=rank == 1)
+    return make_answer(
+        fact,
+        words,
+        ranking.scores[best],
+        correct=rank == 1,
+        rank=rank,
+        logp_gold=float(ranking.scores[ranking.gold]),
+        choices=len(fact.candidates),
+        total_logp=ranking.compute_total(),
+    )
 
 
-def make_answer(
-    fact: Fact,
-    top: tuple[str, ...],
-    top_logp: Scores,
-    rank: int | None,
-    logp: float | None,
-    choices: int | None,
-    total_logp: float | None,
-    *,
-    correct: bool,
-) -> Answer:
+def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Scores, **scored: Any) -> Answer:
+    """Return the answer to a fact: the best answers with their log-probabilities, and other fields of it."""
     return Answer(
         probe=fact.probe,
         fact_id=fact.id,
@@ -134,13 +132,9 @@ def make_answer(
         prompt=fact.prompt,
         gold=fact.obj_label,
         predicted=top[0],
-        correct=correct,
-        rank=rank,
-        logp_gold=logp,
         top5=top,
         top5_logp=tuple(float(value) for value in top_logp),
-        choices=choices,
-        total_logp=total_logp,
         popularity=fact.popularity,
         template=fact.template,
+        **scored,
     )

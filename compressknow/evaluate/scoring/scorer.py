@@ -383,10 +383,9 @@ class Scorer(ABC):
         words = tuple(self.encoder.decode([ids[index]]) for index in best)
         places = [int(place) for place in np.searchsorted(ids, query.aliases)]
         gold = max(places, key=lambda place: (scores[place], -place), default=None)
-        rank = None if gold is None else find_rank(gold, scores)
-        logp = None if gold is None else float(scores[gold])
-        total = sum_logs(scores)
-        return make_answer(query.fact, words, scores[best], rank, logp, len(ids), total, correct=rank == 1)
+        rank, logp = (None, None) if gold is None else (find_rank(gold, scores), float(scores[gold]))
+        known = {"rank": rank, "logp_gold": logp, "choices": len(ids), "total_logp": sum_logs(scores)}
+        return make_answer(query.fact, words, scores[best], correct=rank == 1, **known)
 
     def _answer_freely(
         self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str]
@@ -400,9 +399,8 @@ class Scorer(ABC):
             first = query.gold[0]
             rank = find_rank(first, scores)
             text, correct = judge(texts[index], query.fact.obj_label)
-            known = correct and rank is not None
             best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
-            logp = float(scores[first] + more)
-            answers[index] = make_answer(query.fact, tokens, scores[best], rank, logp, None, None, correct=known)
+            known = {"correct": correct and rank is not None, "rank": rank, "logp_gold": float(scores[first] + more)}
+            answers[index] = make_answer(query.fact, tokens, scores[best], choices=None, **known)
         return answers
