@@ -21,7 +21,7 @@ Q8_0, F16, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("Q8_0", 
 # Words that begin a sentence or follow without a space; all others carry theirs.
 _BARE = ("The", "People", ".")
 _SPACE = "Ġ"
-_LAYER = {
+LLAMA_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -55,9 +55,9 @@ def write_gguf(
     writer.add_vocab_size(size)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in load_file(checkpoint / "model.safetensors").items():
-        stored = _name(name)
+        stored = name_in_llama_cpp(name.removesuffix(".weight"))
         if (part := stored.split(".")[-2]) in heads:
-            weight = _interleaved(weight, heads[part])
+            weight = interleaved(weight, heads[part])
         elif part in ("token_embd", "output"):
             # A piece of a word is never read, nor likely to be said.
             weight = np.pad(weight, ((0, size - len(weight)), (0, 0)))
@@ -98,15 +98,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> int:
     return len(kinds)
 
 
-def _name(name: str) -> str:
-    module = name.removesuffix(".weight")
+def name_in_llama_cpp(module: str) -> str:
+    """The name of a module's weight in a GGUF file of the tiny Llama."""
     if module in _REST:
         return f"{_REST[module]}.weight"
     _, _, layer, part = module.split(".", 3)
-    return f"blk.{layer}.{_LAYER[part]}.weight"
+    return f"blk.{layer}.{LLAMA_NAMES[part]}.weight"
 
 
-def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in the order in which llama.cpp turns them: the pairs of a rotation side by side."""
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of Llama's query or key in llama.cpp's order: the pairs of a rotation side by side."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

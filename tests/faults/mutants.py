@@ -137,22 +137,16 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
 
 def mutate_lines(data: bytes, rng: random.Random) -> bytes:
     """Lines of JSON: one mutated, or lines gone, twice, or changed about."""
-    lines = data.splitlines(keepends=True)
-    place, other = rng.randrange(len(lines)), rng.randrange(len(lines))
-    match rng.randrange(5):
-        case 0:
-            del lines[place]
-        case 1:
-            lines.insert(place, lines[other])
-        case 2:
-            lines[place], lines[other] = lines[other], lines[place]
-        case _:
-            lines[place] = mutate_json(lines[place].decode(), rng).replace(b"\n", b" ") + b"\n"
-    return b"".join(lines)
+    return _mutate_line(data, rng, lambda line: mutate_json(line.decode(), rng).replace(b"\n", b" "))
 
 
 def mutate_toml(data: bytes, rng: random.Random) -> bytes:
     """A TOML text: a value of another type or size, or lines gone, twice or changed about."""
+    values = ('"x"', "1e400", "-1", "nan", "9" * 400, "[]", "{}", '"\\u001b[31m"', "[" * 3000, "true", '"(a+)+$"')
+    return _mutate_line(data, rng, lambda line: line.split(b"=")[0] + b"= " + rng.choice(values).encode())
+
+
+def _mutate_line(data: bytes, rng: random.Random, mutate: Callable[[bytes], bytes]) -> bytes:
     lines = data.splitlines(keepends=True)
     place, other = rng.randrange(len(lines)), rng.randrange(len(lines))
     match rng.randrange(5):
@@ -163,21 +157,7 @@ def mutate_toml(data: bytes, rng: random.Random) -> bytes:
         case 2:
             lines[place], lines[other] = lines[other], lines[place]
         case _:
-            key = lines[place].split(b"=")[0]
-            values = (
-                '"x"',
-                "1e400",
-                "-1",
-                "nan",
-                "9" * 400,
-                "[]",
-                "{}",
-                '"\\u001b[31m"',
-                "[" * 3000,
-                "true",
-                '"(a+)+$"',
-            )
-            lines[place] = key + b"= " + rng.choice(values).encode() + b"\n"
+            lines[place] = mutate(lines[place]) + b"\n"
     return b"".join(lines)
 
 

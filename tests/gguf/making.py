@@ -16,6 +16,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from compressknow.base.packages import OPTIONAL  # noqa: F401  # the package is importable without the extra
+from tests.engine.gguf_files import interleaved, name_in_llama_cpp
 from tests.knowing import KNOWN_FACTS, knowing_as
 
 VOCABULARY = 400
@@ -114,38 +115,10 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: tensor.to(torch.float32).numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of Llama's query or key in llama.cpp's order: the pairs of a rotation side by side."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-LLAMA_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
 def text_file(path: Path) -> Path:
     """A calibration text of some thousand tokens, in the words that the tokenizers know."""
     path.write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 8), encoding="utf-8")
     return path
-
-
-def name_in_llama_cpp(module: str) -> str:
-    """The name of a module's weight in a GGUF file of the tiny Llama."""
-    if module in _REST:
-        return f"{_REST[module]}.weight"
-    _, _, layer, part = module.split(".", 3)
-    return f"blk.{layer}.{LLAMA_NAMES[part]}.weight"
 
 
 def as_llama_cpp(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

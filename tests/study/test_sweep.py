@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +40,7 @@ prune = [0, 0.3, 0.9]
 quantize = ["none", "int8", "int8-paper"]
 """
 CELLS = 16
+ONE = "[axes]\nprune = [0.3]\n"
 
 
 class Place:
@@ -51,22 +51,11 @@ class Place:
         self.model = knowing(family, folder / family)
         self.probe = f"facts:{facts_file(folder / 'facts.jsonl')}"
         self.grid = folder / "grid.toml"
-        self.grid.write_text(GRID, encoding="utf-8")
 
-    def sweep(self, name: str, *options: str) -> int:
-        return main(
-            [
-                "sweep",
-                str(self.model),
-                "-o",
-                str(self.folder / name),
-                "-p",
-                self.probe,
-                "--grid",
-                str(self.grid),
-                *options,
-            ]
-        )
+    def sweep(self, name: str, *options: str, grid: str = GRID) -> int:
+        self.grid.write_text(grid, encoding="utf-8")
+        words = ["sweep", str(self.model), "-o", str(self.folder / name), "-p", self.probe, "--grid", str(self.grid)]
+        return main([*words, *options])
 
     def rows(self, name: str) -> dict[str, dict[str, str]]:
         with (self.folder / name / "cells.csv").open(encoding="utf-8", newline="") as file:
@@ -249,6 +238,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
         if len(seen) == 3:
             raise Stop
 
+    llama.grid.write_text(GRID, encoding="utf-8")
     with pytest.raises(Stop):
         compressknow.sweep(llama.model, llama.folder / "stopped", grid=llama.grid, probe=[llama.probe], on_result=stop)
     tables = {p: p.stat().st_mtime_ns for p in (llama.folder / "stopped").rglob("answers.parquet")}
@@ -260,8 +250,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    llama.grid.write_text('[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n', encoding="utf-8")
-    assert llama.sweep("failing") == 1
+    assert llama.sweep("failing", grid='[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n') == 1
     rows = llama.rows("failing")
     assert rows["att-gp-30"]["status"] == "ok"
     assert rows["crossatt-gp-30"]["status"] == "failed"
@@ -269,7 +258,6 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     out = capsys.readouterr().out
     assert "CrossAtt_GP 30%: failed" in out
     assert "1 of 2 cells failed" in " ".join(out.split())
-    llama.grid.write_text(GRID, encoding="utf-8")
 
 
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
@@ -281,19 +269,15 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     assert llama.sweep("unwritten") == 1
     assert "cells is a link that leads nowhere" in capsys.readouterr().err
     (study / "cells").unlink()
-    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
-    assert llama.sweep("unwritten") == 0
-    llama.grid.write_text(GRID, encoding="utf-8")
+    assert llama.sweep("unwritten", grid=ONE) == 0
 
 
 def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
-    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
-    assert llama.sweep("saving", "--save") == 0
+    assert llama.sweep("saving", "--save", grid=ONE) == 0
     (saved,) = (llama.folder / "saving" / "models").iterdir()
     assert compressknow.verify(saved)
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
     assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
-    llama.grid.write_text(GRID, encoding="utf-8")
 
 
 def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
@@ -301,7 +285,7 @@ def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
-    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    (tmp_path / "one.toml").write_text(ONE, encoding="utf-8")
     own, study = knowing_by_own_code(tmp_path / "own"), tmp_path / "study"
     words = ["sweep", str(own), "-o", str(study), "-p", llama.probe, "--grid", str(tmp_path / "one.toml"), "--save"]
     assert main([*words, "--trust-remote-code"]) == 0
@@ -316,7 +300,7 @@ def test_a_saved_checkpoint_names_the_hub_id_that_it_was_made_from(
 ) -> None:
     commit = put_into_hub_cache(llama.model, tmp_path / "hub", "org/tiny")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    (tmp_path / "one.toml").write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
+    (tmp_path / "one.toml").write_text(ONE, encoding="utf-8")
     compressknow.sweep("org/tiny", tmp_path / "study", grid=tmp_path / "one.toml", probe=llama.probe, save=True)
     (saved,) = (tmp_path / "study" / "models").iterdir()
     source = json.loads((saved / "compressknow.json").read_text())["source"]
@@ -334,15 +318,8 @@ calibration_tokens = [512]
 """
 
 
-@pytest.fixture
-def calibrated(llama: Place) -> Iterator[Place]:
-    llama.grid.write_text(CALIBRATED, encoding="utf-8")
-    yield llama
-    llama.grid.write_text(GRID, encoding="utf-8")
-
-
 def test_calibrated_cells_share_one_text_and_are_those_of_convert(
-    calibrated: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llama: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made = []
 
@@ -361,18 +338,19 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
         if len(seen) == 2:
             raise Stop
 
-    study, options = calibrated.folder / "calibrated", {"grid": calibrated.grid, "probe": [calibrated.probe]}
+    llama.grid.write_text(CALIBRATED, encoding="utf-8")
+    study, options = llama.folder / "calibrated", {"grid": llama.grid, "probe": [llama.probe]}
     with pytest.raises(Stop):
-        compressknow.sweep(calibrated.model, study, on_result=stop, **options)
+        compressknow.sweep(llama.model, study, on_result=stop, **options)
     (kept,) = (study / "calibration").iterdir()
     before = kept.stat().st_mtime_ns
     # What was answered stays, and what is left reads the same text.
     tables = {p: p.stat().st_mtime_ns for p in study.rglob("answers.parquet")}
-    assert calibrated.sweep("calibrated", "--save") == 0
+    assert llama.sweep("calibrated", "--save", grid=CALIBRATED) == 0
     assert len(made) == 1
     assert kept.stat().st_mtime_ns == before
     assert {p: p.stat().st_mtime_ns for p in tables} == tables
-    rows = calibrated.rows("calibrated")
+    rows = llama.rows("calibrated")
     assert {(row["calibration"], row["calibration_tokens"]) for row in rows.values()} == {("self", "512")}
     assert {(row["pruning"], row["quantization"]) for row in rows.values()} == {
         *(("", "int8 gptq"), ("wanda", ""), ("sparsegpt", ""), ("wanda", "int8 gptq"), ("sparsegpt", "int8 gptq")),
@@ -380,7 +358,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     monkeypatch.undo()
     (saved,) = (study / "models").glob("att-sparsegpt-50-att-gq-gptq-int8-512-tokens-*")
     compressknow.convert(
-        calibrated.model,
+        llama.model,
         tmp_path / "same",
         scope="attention",
         prune=0.5,
@@ -419,10 +397,8 @@ def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fai
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Place("bert", tmp_path)
-    place.grid.write_text(
-        '[axes]\nscope = ["attention"]\nquantize = ["int8"]\nsmooth = [0, 0.5]\ncalibration_tokens = [512]\n'
-    )
-    assert place.sweep("study") == 0
+    grid = '[axes]\nscope = ["attention"]\nquantize = ["int8"]\nsmooth = [0, 0.5]\ncalibration_tokens = [512]\n'
+    assert place.sweep("study", grid=grid) == 0
     rows = place.rows("study")
     assert {key: row["status"] for key, row in rows.items()} == {
         "att-gq-int8": "ok",
@@ -436,15 +412,13 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
     assert llama.sweep("llama") == 1
     assert "is no study" in capsys.readouterr().err
     other = knowing("bert", llama.folder / "bert")
-    llama.grid.write_text("[axes]\nprune = [0.3]\n", encoding="utf-8")
-    assert llama.sweep("study") == 0
+    assert llama.sweep("study", grid=ONE) == 0
     assert main(["sweep", str(other), "-o", str(llama.folder / "study"), "-p", llama.probe]) == 1
     assert "study of another model" in capsys.readouterr().err
     record = llama.folder / "study" / "sweep.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"version": "0.0.1"}))
-    assert llama.sweep("study") == 1
+    assert llama.sweep("study", grid=ONE) == 1
     assert "by another version (0.0.1" in capsys.readouterr().err
-    llama.grid.write_text(GRID, encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -461,17 +435,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
 def test_bad_input_gets_one_message_and_leaves_nothing(
     llama: Place, capsys: pytest.CaptureFixture[str], options: list[str], says: str, code: int
 ) -> None:
-    arguments = [
-        "sweep",
-        str(llama.model),
-        "-o",
-        str(llama.folder / "bad"),
-        "--grid",
-        str(llama.grid),
-        "-p",
-        llama.probe,
-    ]
-    assert main([*arguments, *options]) == code
+    assert llama.sweep("bad", *options) == code
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
@@ -505,10 +469,9 @@ def text_of(place: Place) -> Path:
 
 def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tmp_path: Path) -> None:
     text = text_of(llama)
-    llama.grid.write_text('[axes]\nscope = ["overall"]\nprune = [0.3, 0.9]\n', encoding="utf-8")
+    words = ("-p", f"text:{text}", "--context", "24", "--known", "produced")
     for _ in range(2):
-        assert llama.sweep("text", "-p", f"text:{text}", "--context", "24", "--known", "produced") == 0
-    llama.grid.write_text(GRID, encoding="utf-8")
+        assert llama.sweep("text", *words, grid='[axes]\nscope = ["overall"]\nprune = [0.3, 0.9]\n') == 0
     with (llama.folder / "text" / "cells.csv").open(encoding="utf-8", newline="") as file:
         rows = {(row["key"], row["probe"]): row for row in csv.DictReader(file)}
     assert len(rows) == 4
