@@ -96,11 +96,8 @@ class Scheme(Parametric, abc.ABC):
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Express weights in units of their scales, unrounded: a new tensor, float32 [rows, columns]."""
-        import torch
-
-        scaled = torch.div(values.to(torch.float32), repeat_scales(scales, values.shape[-1]).to(torch.float32))
         # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
-        return scaled if values.dtype == torch.float32 else scaled.to(values.dtype).to(torch.float32)
+        return (values.float() / repeat_scales(scales, values.shape[-1]).float()).to(values.dtype).float()
 
     def round(self, steps: torch.Tensor) -> torch.Tensor:
         """Round what `steps` gives, perhaps in place, to codes: the nearest of the grid, ties to even; 0 to 0."""
@@ -178,9 +175,7 @@ def repeat_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Multiply codes with scales that broadcast over them, float32."""
-    import torch
-
-    return codes.to(torch.float32).mul_(scales.to(torch.float32))
+    return codes.float().mul_(scales.float())
 
 
 _INT = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "group_size": None}
@@ -245,9 +240,7 @@ class Int8Paper(Scheme):
         return (absmax / ((self.highest - self.lowest) / 2)).clamp(min=torch.finfo(torch.float32).eps)
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return values.to(torch.float32) * scales.to(torch.float32).reciprocal()
+        return values.float() * scales.float().reciprocal()
 
 
 class Packed(Scheme):
