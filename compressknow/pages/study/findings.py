@@ -8,15 +8,17 @@ medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from compressknow.base.format import count, number, share, write_p_value, write_percent
+from compressknow.base.format import clean, count, number, share, write_p_value, write_percent
+from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_estimate
 from compressknow.pages.study.claims import (
     CANNOT_TELL,
+    DOES_NOT_HOLD,
     HOLDS,
     Bound,
     CellComparison,
@@ -123,9 +125,7 @@ def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
 def _claim_low_decline(study: Study) -> Claim:
     """Claim F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
 
-    Holds where for every such cell the interval of the relative fall in accuracy lies below `MINIMAL` (each must pass
-    by itself, so that nothing is adjusted for their number); does not hold where that of one, adjusted for their
-    number, lies above.
+    The interval of the relative fall in accuracy lies below `MINIMAL` for every such cell.
     """
     cells = [cell for scope in MODULES for cell in limit_amounts(select_pruned(study, scope), LOW).values()]
     return Claim(bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells))
@@ -343,7 +343,6 @@ def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, 
 
 
 def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Sequence[str]) -> str:
-    """Say what decides."""
     if answer == HOLDS:
         return "Every significant comparison agrees with the claim."
     if answer != CANNOT_TELL:
@@ -393,7 +392,6 @@ def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
 
 
 def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:
-    """Say what decides."""
     if any(bound.value.value is None for bound in bounds):
         return "The original itself knows no more than the baseline."
     if answer == HOLDS:
@@ -401,3 +399,29 @@ def _explain_bounds(answer: str, bounds: Sequence[Bound]) -> str:
     if answer == CANNOT_TELL:
         return "Chance could explain on which side of its limit a figure lies."
     return "A figure is clearly above its limit."
+
+
+def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:
+    """Return the ids of findings that any method has, in order."""
+    return sorted({id for each in findings for id in each}, key=lambda id: int(id.removeprefix("F")))
+
+
+def describe_changes(by_method: FindingsByMethod) -> list[str]:
+    """Name the findings that hold with one method and not with another, or say that there is none."""
+    sentences = []
+    for kind, name in ((PRUNING, "method that prunes"), (QUANTIZATION, "scheme")):
+        of_kind = {method: findings for (each, method), findings in by_method.items() if each == kind}
+        for id in list_ids(of_kind.values()):
+            answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
+            holds, fails = (
+                [clean(method, 60) for method, answer in answers.items() if answer == wanted]
+                for wanted in (HOLDS, DOES_NOT_HOLD)
+            )
+            if holds and fails:
+                sentences.append(
+                    f"{id} changes with the {name}: it holds with {join_words(holds)}, and does not hold with "
+                    f"{join_words(fails)}."
+                )
+    if by_method and not sentences:
+        return ["No finding holds with one method and fails with another."]
+    return sentences

@@ -54,7 +54,9 @@ from compressknow.pages.study.findings import (
     QUANTIZATION,
     Finding,
     FindingsByMethod,
+    describe_changes,
     evaluate_findings,
+    list_ids,
 )
 from compressknow.pages.study.records import (
     COLUMNS,
@@ -75,10 +77,8 @@ from compressknow.pages.study.records import (
 from compressknow.pages.study.summary import (
     CLIFF,
     Conclusion,
-    describe_changes,
     draw_conclusions,
     find_cliffs,
-    list_ids,
     rank_cells,
     write_headline,
     write_verdict,

@@ -232,9 +232,10 @@ def _build_text_row(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
 
 def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
     texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
+    counts = ("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes")
     return {
         **cell.settings,
-        **cell.totals,
+        **{name: cell.totals[name] for name in counts},
         **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
         "amount": cell.amount,
         "bytes": cell.comparison.model.bytes,

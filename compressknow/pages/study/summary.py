@@ -1,8 +1,8 @@
-"""Conclusions of a study in plain sentences: headline, verdict, what it found, whether that changes with the method."""
+"""Conclusions of a study in plain sentences: headline, verdict, and what it found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TypeVar
@@ -11,26 +11,8 @@ from compressknow.base.format import clean, count, share, write_points
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
-from compressknow.pages.study.claims import (
-    CANNOT_TELL,
-    DOES_NOT_HOLD,
-    HOLDS,
-    CellComparison,
-    Claim,
-    adjust_claims,
-    compare_cells,
-)
-from compressknow.pages.study.findings import (
-    HIGH,
-    LOW,
-    MEDIUM,
-    NOT_EVALUATED,
-    PRUNING,
-    QUANTIZATION,
-    Finding,
-    FindingsByMethod,
-    limit_amounts,
-)
+from compressknow.pages.study.claims import CANNOT_TELL, HOLDS, CellComparison, Claim, adjust_claims, compare_cells
+from compressknow.pages.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, Finding, limit_amounts
 from compressknow.pages.study.records import (
     AMOUNT,
     IN_WORDS,
@@ -254,32 +236,6 @@ def _name_best_and_worst(study: Study) -> str:
     )
 
 
-def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:
-    """Return the ids of findings that any method has, in order."""
-    return sorted({id for each in findings for id in each}, key=lambda id: int(id.removeprefix("F")))
-
-
-def describe_changes(by_method: FindingsByMethod) -> list[str]:
-    """Name the findings that hold with one method and not with another, or say that there is none."""
-    sentences = []
-    for kind, name in ((PRUNING, "method that prunes"), (QUANTIZATION, "scheme")):
-        of_kind = {method: findings for (each, method), findings in by_method.items() if each == kind}
-        for id in list_ids(of_kind.values()):
-            answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
-            holds, fails = (
-                [clean(method, 60) for method, answer in answers.items() if answer == wanted]
-                for wanted in (HOLDS, DOES_NOT_HOLD)
-            )
-            if holds and fails:
-                sentences.append(
-                    f"{id} changes with the {name}: it holds with {join_words(holds)}, and does not hold with "
-                    f"{join_words(fails)}."
-                )
-    if by_method and not sentences:
-        return ["No finding holds with one method and fails with another."]
-    return sentences
-
-
 # The charts that show the paper's findings; those of the study's own are named below.
 _KEPT, _QUANTIZED = "pruning-kept", "quantization"
 _METHODS = {module: f"methods-{module}" for module in MODULES}
@@ -295,11 +251,7 @@ _CHARTS = {
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """Finding of the paper or of the study itself.
-
-    What is claimed of the best module or method or of the first amount is read off the study itself, and never "does
-    not hold".
-    """
+    """Finding of the paper, or one read off the study itself, which never "does not hold"."""
 
     id: str  # F1 to F10 of the paper's; empty of the study's own
     claim: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from compressknow.pages.study.charts import draw_charts
-from compressknow.pages.study.findings import evaluate_findings
+from compressknow.pages.study.findings import describe_changes, evaluate_findings, list_ids
 from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown
 from compressknow.pages.study.records import FailedCell, tidy_rows
-from compressknow.pages.study.summary import describe_changes, draw_conclusions, list_ids, rank_cells, write_verdict
+from compressknow.pages.study.summary import draw_conclusions, rank_cells, write_verdict
 from tests.pages.study.studies import Cell, gp, gq, study, two_methods, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"

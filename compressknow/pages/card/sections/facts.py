@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, clean, count, share, write_percent, write_rank
 from compressknow.comparison.distributions import CALIBRATION_BINS
-from compressknow.comparison.records import (
-    ChangedFact,
-    Confidence,
-    Counts,
-    Estimate,
-    Group,
-    Knowing,
-    ReliabilityBin,
-    Third,
-)
+from compressknow.comparison.records import Confidence, Counts, Estimate, Group, Knowing, ReliabilityBin, Third
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
@@ -60,7 +51,7 @@ class Lost(Section):
     def parts(self, context: Context) -> Iterator[Part]:
         if context.comparison.only_texts:
             return
-        facts: tuple[ChangedFact, ...] = getattr(context.comparison, self.which)
+        facts = getattr(context.comparison, self.which)
         graded = any(fact.grade_after for fact in facts)
         rows = []
         for fact in facts[: getattr(context.limits, self.which)]:
