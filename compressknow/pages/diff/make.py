@@ -242,12 +242,14 @@ def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[
 
 
 # In the order in which pages show such facts.
-_KNOWERS = ("only A", "only B", "neither")
+_KNOWERS = ("only A", "only B", "neither", "both")
 
 
 def name_knower(a: Answer, b: Answer) -> str:
     """Say which model knows a fact that the two answer differently."""
-    return "neither" if a.correct == b.correct else "only A" if a.correct else "only B"
+    if a.correct == b.correct:
+        return "both" if a.correct else "neither"
+    return "only A" if a.correct else "only B"
 
 
 def _pair_answers(a: Answers, b: Answers) -> list[Pair]:

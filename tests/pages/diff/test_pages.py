@@ -13,10 +13,18 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
+from compressknow.evaluate.gather import PairedAnswers
 from compressknow.evaluate.records import ModelRecord
-from compressknow.pages.diff.make import CheckpointComparison, list_warnings, write_verdict
+from compressknow.pages.diff.make import (
+    CheckpointComparison,
+    list_warnings,
+    make_behaviour,
+    name_knower,
+    write_verdict,
+)
 from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
 from compressknow.pages.svg import Grid, draw_heat_map
+from tests.pages.answering import run, sides
 from tests.pages.diff.contrasts import comparison_of, identical, make_diff
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import Element, read
@@ -77,6 +85,20 @@ def test_both_directions_are_told() -> None:
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
     assert page.one("h1").text == "B knows 82.4 % of what A knows"
     assert "A answers" in [header.text for header in page.all("th")]
+
+
+def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
+    """A task takes what is written for an answer: more than one text may be right."""
+    of_a, of_b = run(sides(20, 3, 2, 5))
+    first = next(each for each in of_b.answers if each.correct)
+    of_b = replace(
+        of_b, answers=tuple(replace(each, predicted="Lutetia") if each is first else each for each in of_b.answers)
+    )
+    behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=True)
+    knowers = [name_knower(*pair) for pair in behaviour.answers]
+    assert knowers.count("both") == 1
+    assert knowers[-1] == "both"
+    assert behaviour.answers[-1][1].predicted == "Lutetia"
 
 
 @pytest.mark.parametrize("columns", [3, 12])
