@@ -25,7 +25,7 @@ checks:
 
 # The same tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
-	PIP_CONSTRAINT=tests/lowest.txt $(MAKE) VENV=.venv-lowest .venv-lowest/.stamp-dev
+	$(MAKE) VENV=.venv-lowest CONSTRAINT='--constraint tests/lowest.txt' .venv-lowest/.stamp-dev
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
@@ -76,7 +76,7 @@ clean:
 
 # A stamp an extra: a second run reuses the environment, a changed pyproject.toml installs again.
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) --editable '.[$*]'
 	@touch $@
 
 $(VENV)/bin/python:
