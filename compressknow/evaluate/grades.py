@@ -24,7 +24,6 @@ from statistics import median_high
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import Fact, strip_wording
-from compressknow.evaluate.records import ProbeEntry
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 # What may count as known: all that is right by the probe's rules, or only what is said.
@@ -184,14 +183,13 @@ def merge_wordings(answers: Answers) -> Answers:
     if not split:
         return answers
     kept = [answer for answer in answers.answers if answer.probe not in split]
-    entries: dict[str, ProbeEntry] = {}
+    probes = dict(answers.record.probes)
     for name, entry in split.items():
         merged = [_merge(wordings) for wordings in group_by_fact(answers.of(name)).values()]
         dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
         # As if facts, not wordings, had been evaluated.
-        entries[name] = replace(entry, facts=entry.facts // (entry.templates or 1), asked=len(merged), dropped=dropped)
+        probes[name] = replace(entry, facts=entry.facts // (entry.templates or 1), asked=len(merged), dropped=dropped)
         kept += merged
-    probes = {name: entries.get(name, entry) for name, entry in answers.record.probes.items()}
     return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
 
 

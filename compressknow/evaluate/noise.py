@@ -138,14 +138,12 @@ class NoiseFloors:
         """Store what was found, by probe fields of its entry, in the folder's record; return the answers with it."""
 
         def add_found(record: Record) -> Record:
-            # Another run may have answers to other facts of a probe there by now.
-            keys = {name: answers.record.probes[name].key for name in found}
-            own = {
-                name: replace(entry, **found[name])
-                for name, entry in record.probes.items()
-                if name in keys and entry.key == keys[name]
-            }
-            return replace(record, probes={**record.probes, **own})
+            probes = dict(record.probes)
+            for name, fields in found.items():
+                # Another run may have answers to other facts of a probe there by now.
+                if name in probes and probes[name].key == answers.record.probes[name].key:
+                    probes[name] = replace(probes[name], **fields)
+            return replace(record, probes=probes)
 
         with lock_folder(self._folder, True):
             write_record(self._folder, add_found(read_record(self._folder)))

@@ -265,8 +265,8 @@ class _Run:
             advance=advance,
         )
         answers += self._keep(batches, parts, write_table)
-        order = {fact.id: number for number, fact in enumerate(probe.facts)}
-        answers = sorted({a.fact_id: a for a in answers}.values(), key=lambda answer: order[answer.fact_id])
+        by_id = {answer.fact_id: answer for answer in answers}
+        answers = [by_id[fact.id] for fact in probe.facts if fact.id in by_id]
         # Also where its tokens are others: what it says is a text.
         original = self._context.reference
         answers = add_examples(prompts.scorer, answers, original.of(probe.name) if original else ())
