@@ -15,6 +15,7 @@ from compressknow.base.packages import Registry
 from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
 from compressknow.cli.options import (
     HOW,
+    PATH,
     Decorator,
     checkpoint_options,
     command,
@@ -91,14 +92,9 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 
 @command(epilog=EPILOG)
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @join_options(*map(make_recipe_option, OPTIONS), *(_make_parameter_option(first) for first, *_ in _PARAMETERS.values()))
-@option(
-    "--recipe",
-    group=HOW,
-    type=click.Path(path_type=Path),
-    help="TOML file, manifest or converted folder to repeat.",
-)
+@option("--recipe", group=HOW, type=PATH, help="TOML file, manifest or converted folder to repeat.")
 @threads_option
 @checkpoint_options
 @push_options

@@ -15,6 +15,7 @@ from compressknow.cli.options import (
     CALIBRATION,
     FIT,
     HOW,
+    PATH,
     RUNS,
     add_calibration_options,
     add_data_option,
@@ -44,7 +45,7 @@ Types (--type), bits per weight with scales:
 
 @command(epilog=EPILOG)
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @option("--type", group=HOW, default="q8_0", metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
 @option(
     "--type-of",
@@ -67,20 +68,13 @@ Types (--type), bits per weight with scales:
     "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
-@option(
-    "--imatrix",
-    group=CALIBRATION,
-    type=click.Path(path_type=Path),
-    help="An importance matrix of llama.cpp's, instead.",
-)
-@option(
-    "--imatrix-out", group=CALIBRATION, type=click.Path(path_type=Path), help="Write the importance matrix there too."
-)
-@option("--recipe", group=HOW, type=click.Path(path_type=Path), help="TOML file with [export], or an export's record.")
+@option("--imatrix", group=CALIBRATION, type=PATH, help="An importance matrix of llama.cpp's, instead.")
+@option("--imatrix-out", group=CALIBRATION, type=PATH, help="Write the importance matrix there too.")
+@option("--recipe", group=HOW, type=PATH, help="TOML file with [export], or an export's record.")
 @option("--converter", group=RUNS, metavar="PATH", help="Where llama.cpp's convert_hf_to_gguf.py lies.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
 @checkpoint_options
-@option("--modelfile", type=click.Path(path_type=Path), help="Write a Modelfile for Ollama there too.")
+@option("--modelfile", type=PATH, help="Write a Modelfile for Ollama there too.")
 @option(
     "--smoke/--no-smoke", group=RUNS, default=True, help="Have the file answer a prompt in llama.cpp.  [default: on]"
 )

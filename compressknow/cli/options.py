@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # The groups, in the order in which one decides.
-COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
+GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",
     "How large it is to be",
@@ -33,7 +33,6 @@ COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "Where it runs",
     "Output",
 )
-GROUPS = (COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT)
 # Width of the column of names, where help texts start in the same line.
 NAMES = 22
 
@@ -139,14 +138,20 @@ class OneOf(click.Choice[str]):
         )
 
 
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+# What a model is made smaller as.
+FORM = OneOf(["gguf", "checkpoint"])
+
+
 def add_output_folder(about: str) -> Decorator:
     """Add the option of the folder that a command writes, whose help says what is in it."""
-    return option("-o", "--output", type=click.Path(path_type=Path), required=True, help=about)
+    return option("-o", "--output", type=PATH, required=True, help=about)
 
 
 def add_output_files(about: str) -> Decorator:
     """Add the option of the files that a command writes, whose help says of which kinds."""
-    return option("-o", "--output", multiple=True, type=click.Path(path_type=Path), help=about)
+    return option("-o", "--output", multiple=True, type=PATH, help=about)
 
 
 def make_recipe_option(name: str, **settings: Any) -> Decorator:
@@ -201,7 +206,6 @@ def _describe_probe(usage: str, about: str) -> list[str]:
 
 _facts = partial(option, group=EVALUATE)
 _runs = partial(option, group=RUNS)
-_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _trust_option = _runs("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint contains.")
 revision_option = _runs("--revision", help="Branch, tag or commit of a Hub id.")
 checkpoint_options = join_options(revision_option, _trust_option)
@@ -227,7 +231,7 @@ known_option = _facts(
 
 def add_data_option(group: str) -> Decorator:
     """Add the option of the folder of downloaded sets."""
-    return option("--data", group=group, type=_FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
+    return option("--data", group=group, type=FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
 
 
 _probe_options = join_options(
@@ -247,7 +251,7 @@ _probe_options = join_options(
         help="Columns of hf:, repeatable: subject, object, prompt, template, relation, id, popularity, candidates.",
     ),
     _facts("--split", help="Split of an hf: data set."),
-    _facts("--tasks", type=_FOLDER, help="Folder of your own lm-eval tasks."),
+    _facts("--tasks", type=FOLDER, help="Folder of your own lm-eval tasks."),
     _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding, or llama.cpp, alone changes."),
     _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
     _runs(

@@ -13,6 +13,7 @@ from compressknow.base.format import clean, count, share, write_percent
 from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,
+    FOLDER,
     add_output_folder,
     command,
     option,
@@ -41,7 +42,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
 @option(
     "--reference",
     group=EVALUATE,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     help="Answers folder of the original, to measure how far distributions moved.",
 )
 @revision_option

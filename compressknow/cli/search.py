@@ -14,7 +14,7 @@ from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,
     FIT,
-    OneOf,
+    FORM,
     add_calibration_options,
     add_guide_option,
     add_output_folder,
@@ -41,12 +41,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @add_output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
 @option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
-@option(
-    "--to",
-    group=FIT,
-    type=OneOf(["gguf", "checkpoint"]),
-    help="gguf or checkpoint.  [default: gguf for models that generate]",
-)
+@option("--to", group=FIT, type=FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
 @add_guide_option(group=FIT, default="both")
 @fit_options
 @option(

@@ -15,8 +15,8 @@ from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     CALIBRATION,
     EVALUATE,
+    FORM,
     HOW,
-    OneOf,
     add_calibration_options,
     add_data_option,
     add_guide_option,
@@ -43,10 +43,7 @@ _KEPT = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", 
 @click.argument("model")
 @add_output_files("File, repeatable: .html, .md, .json or .csv.")
 @option(
-    "--to",
-    group=HOW,
-    type=OneOf(["gguf", "checkpoint"]),
-    help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
+    "--to", group=HOW, type=FORM, help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]"
 )
 @add_guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
 @option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")

@@ -9,12 +9,12 @@ import click
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import count, write_size
-from compressknow.cli.options import command, option, threads_option
+from compressknow.cli.options import PATH, command, option, threads_option
 from compressknow.cli.terminal import Lines, show, show_json, wrap
 
 
 @command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @threads_option
 @option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
 def verify(folder: Path, threads: int | None, as_json: bool) -> int:

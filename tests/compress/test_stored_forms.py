@@ -16,13 +16,12 @@ from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
 from tests.compress.test_zoo_converts import loaded_whole, logits_of
-from tests.model.test_zoo import SETTINGS
 from tests.models import save_tiny
 from tests.zoo import tiny_model
 
 
 def save(model_type: str, name: str, folder: Path) -> transformers.PreTrainedModel:
-    model = tiny_model(model_type, name, SETTINGS.get(model_type, {}))
+    model = tiny_model(model_type, name)
     model.save_pretrained(folder)
     return model
 
@@ -116,8 +115,8 @@ def test_a_weight_that_is_read_past_its_layer_is_refused_by_name(tmp_path: Path)
 def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
     # BLOOM reads two weights in its exact mode, DeBERTa one where it is given states of its own.
     for model_type, name in (("bloom", "BloomForCausalLM"), ("deberta", "DebertaForMaskedLM")):
-        assert find_direct_reads(tiny_model(model_type, name, {})) == {}
-    read = find_direct_reads(tiny_model("rwkv", "RwkvForCausalLM", {}))
+        assert find_direct_reads(tiny_model(model_type, name)) == {}
+    read = find_direct_reads(tiny_model("rwkv", "RwkvForCausalLM"))
     assert {path.rpartition("blocks.")[2] for path in read if ".0." in path} == {
         "0.attention.output",
         "0.feed_forward.value",
@@ -127,7 +126,7 @@ def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
 def test_what_a_pass_that_stops_midway_does_not_reach_is_told_by_code() -> None:
     """Both stop before the head, whose weight is named where it is tied, and by no code."""
     for model_type, name in (("xlnet", "XLNetLMHeadModel"), ("jetmoe", "JetMoeForCausalLM")):
-        assert find_direct_reads(tiny_model(model_type, name, {})) == {}
+        assert find_direct_reads(tiny_model(model_type, name)) == {}
 
 
 def test_of_a_tower_that_no_text_reaches_the_source_is_believed() -> None:

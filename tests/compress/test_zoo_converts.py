@@ -20,8 +20,8 @@ from compressknow.base.progress import silence_libraries
 from compressknow.engine import layers
 from compressknow.engine.load import load
 from tests.long import one_in
-from tests.model.test_zoo import BEFORE_5_20, SETTINGS
-from tests.zoo import ZOO, inputs_of, tiny_model
+from tests.model.test_zoo import BEFORE_5_20, ZOO
+from tests.zoo import inputs_of, tiny_model
 
 # No forward pass of token ids alone, or hundreds of millions of parameters whatever the config says.
 LEFT_OUT = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
@@ -51,7 +51,7 @@ def logits_of(model: transformers.PreTrainedModel) -> torch.Tensor:
 
 def built(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | None:
     try:
-        model = tiny_model(CLASSES[name], name, SETTINGS.get(name, SETTINGS.get(CLASSES[name], {})))
+        model = tiny_model(CLASSES[name], name)
         return model, logits_of(model)
     except Exception:  # Sizes that do not go together, or inputs beside ids: counted, and bounded below.
         return None

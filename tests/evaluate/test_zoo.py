@@ -19,9 +19,9 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import find_family
 from compressknow.evaluate.facts import BLANK, Fact
 from tests.evaluate.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
-from tests.evaluate.tiny_zoo import build_tiny
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
+from tests.zoo import tiny_model
 
 CLASSES = {name: model_type for model_type, name in reversed(ZOO)}
 # Classes that read something else than text, by what they say.
@@ -88,7 +88,7 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
     if BEFORE_5_20 and name in TINY_LATER:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
     with silent():
-        model = build_tiny(CLASSES[name], name)
+        model = tiny_model(CLASSES[name], name, noise=0.1)
         tokenizer, family = word_tokenizer(), find_family(model)
         assert family is not None
         if name in REFUSED:
@@ -123,7 +123,7 @@ def test_a_masked_model_saved_as_a_causal_one_is_refused() -> None:
 
 
 def test_a_model_whose_decoder_has_no_beginning_is_refused() -> None:
-    model = build_tiny("bart", "BartForConditionalGeneration")
+    model = tiny_model("bart", "BartForConditionalGeneration", noise=0.1)
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id = config.bos_token_id = None
     with pytest.raises(UnsupportedError, match="names no token that its decoder begins with"):

@@ -385,7 +385,7 @@ def test_what_brings_images_to_a_language_model_is_none_of_its_blocks(
     model_type: str, name: str, tower: str, between: tuple[str, ...]
 ) -> None:
     with torch.device("meta"):
-        structure = read_structure(getattr(transformers, name)(tiny_config(model_type, name, {})))
+        structure = read_structure(getattr(transformers, name)(tiny_config(model_type, name)))
     of_tower = {weight.group for weight in structure.linears if weight.module.startswith(tower)}
     projectors = {weight.group for weight in structure.linears if weight.module.startswith(between or "-")}
     assert of_tower == {"vision"}
