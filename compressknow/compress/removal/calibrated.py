@@ -90,15 +90,16 @@ class _Decision:
             made.append(make(streamed, pool))
             return made[-1:]
 
-        def report(done: int, _: int) -> None:
+        def report(done: int, of: int) -> None:
             blocks = len(made[-1].modules)
             later = sum(max(blocks - fewer, 0) for fewer in self._later)
-            self._on_progress(self._blocks_run + min(done, blocks), self._blocks_run + blocks + later)
+            # A whole model counts batches.
+            self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
 
         sources, why = Sources(checkpoint, tree, read_structure(tree)), lambda: OUTSIDE_IN_MEMORY
         threads = self._reader.pool.threads
         run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
-        report(len(made[-1].modules), 0)
+        report(1, 1)
         self._blocks_run += len(made[-1].modules)
         self._later = self._later[1:]
         return made[-1]
