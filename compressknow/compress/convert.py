@@ -19,7 +19,8 @@ from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
-from compressknow.compress.pruning import Mask, Patterned, Unstructured
+from compressknow.compress.pruning import Mask, Patterned
+from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned

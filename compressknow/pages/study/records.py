@@ -87,7 +87,7 @@ class StudyCell:
 
     @property
     def totals(self) -> Mapping[str, int]:
-        """Return the totals of the manifest: of parameters, and the `sparse_bytes` of a store of all that is not zero."""
+        """Return the manifest's: counts of parameters, and the `sparse_bytes` of a store of all that is not zero."""
         return self.comparison.model.totals
 
     @property
