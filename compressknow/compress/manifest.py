@@ -13,8 +13,6 @@ from compressknow.base.notebook import Shown, Summary
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.neurons import DroppedNeurons
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import SCALE, Stored, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
@@ -22,6 +20,8 @@ from compressknow.model.structure import GROUPS, NOT_LINEAR
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.neurons import DroppedNeurons
+    from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 

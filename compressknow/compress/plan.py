@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
@@ -27,6 +26,9 @@ from compressknow.model.loading import list_headers, load_report
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 
 @dataclass(frozen=True)
