@@ -61,34 +61,31 @@ if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity as Sensitivity
 else:
     _VERBS = "compare convert export inspect load probe push report search sensitivity sweep verify".split()
-    _ERRORS = (
-        "CheckpointError CompressknowError GateNotMet GateUndecided OutputError UnsupportedError UsageError "
-        "VerificationError"
-    ).split()
-    # By the module below this package, what is imported from it when it is first used.
+    # By the module below this package, the names that are imported from it when they are first used.
     _PUBLIC = {
-        **{f"api.{verb}": [verb] for verb in _VERBS},
-        "base.errors": _ERRORS,
-        "base.hub": ("Upload",),
-        "base.progress": ("Progress", "Stage"),
-        "compress.manifest": ("Manifest",),
-        "compress.recipe": ("Recipe",),
-        "compress.steps": ("Prune", "Quantize", "Where"),
-        "compress.verify": ("Verification",),
-        "evaluate.answers": ("Answers",),
-        "evaluate.runtimes": ("Settings",),
-        "evaluate.sources": ("Options",),
-        "gguf.record": ("ExportRecord",),
-        "model.summary": ("Inspection",),
-        "pages.diff.make": ("CheckpointComparison",),
-        "pages.records": ("Card",),
-        "pages.search": ("Search", "Trial"),
-        "pages.study.records": ("Study",),
-        "study.cells": ("CellResult",),
-        "study.running": ("RayOptions",),
-        "study.sensitivity": ("Sensitivity",),
+        **{f"api.{verb}": verb for verb in _VERBS},
+        "base.errors": "CheckpointError CompressknowError GateNotMet GateUndecided OutputError UnsupportedError "
+        "UsageError VerificationError",
+        "base.hub": "Upload",
+        "base.progress": "Progress Stage",
+        "compress.manifest": "Manifest",
+        "compress.recipe": "Recipe",
+        "compress.steps": "Prune Quantize Where",
+        "compress.verify": "Verification",
+        "evaluate.answers": "Answers",
+        "evaluate.runtimes": "Settings",
+        "evaluate.sources": "Options",
+        "gguf.record": "ExportRecord",
+        "model.summary": "Inspection",
+        "pages.diff.make": "CheckpointComparison",
+        "pages.records": "Card",
+        "pages.search": "Search Trial",
+        "pages.study.records": "Study",
+        "study.cells": "CellResult",
+        "study.running": "RayOptions",
+        "study.sensitivity": "Sensitivity",
     }
-    _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+    _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
     __all__ = sorted(["__version__", *_MODULES])
 
     def __getattr__(name):

@@ -12,18 +12,10 @@ import transformers
 
 import compressknow
 from compressknow.cli import main
+from tests.model.test_groups import BERT, T5
 from tests.models import tiny_of_groups
 
-BERT = {
-    "vocab_size": 90,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
 ALBERT = BERT | {"embedding_size": 8, "num_hidden_layers": 6}
-T5 = {"vocab_size": 90, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 
 
 def config_only(folder: Path, architecture: str, **config: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +12,12 @@ from markdown_it.token import Token
 
 from compressknow.base.format import clean
 from compressknow.pages.card.pages import render_html, render_markdown
-from compressknow.pages.records import Card
-from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
+from tests.pages.card.cards import card_of_one
+from tests.pages.card.test_html import CARDS
 from tests.pages.hostile import TEXTS, numbered
 from tests.pages.pages import Element, read
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
-CARDS: dict[str, Callable[[], Card]] = {
-    "one": card_of_one,
-    "several": lambda: card_of_several((20, 40)),
-    "nothing": card_of_nothing,
-}
 
 
 def parse(text: str) -> list[Token]:
