@@ -9,6 +9,7 @@ import io
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -231,12 +232,17 @@ def _repeat_dropped_signals() -> Iterator[None]:
         stop = dropped.exc_value
         if isinstance(stop, (KeyboardInterrupt, _Stopped)):
             number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
-            # Not while this hook runs: the signal would be dropped in it.
-            again = threading.Timer(0.1, signal.raise_signal, (number,))
-            again.daemon = True
-            again.start()
+            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
         else:
             before(dropped)
+
+    def again(number: int, thread: int) -> None:
+        # Not while this hook runs: the signal would be dropped in it.
+        while any(
+            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
+        ):
+            time.sleep(0.01)
+        signal.raise_signal(number)
 
     sys.unraisablehook = hook
     try:
