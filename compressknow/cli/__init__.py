@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -97,6 +98,9 @@ FAILED = 1
 INTERRUPTED = 130
 RESUMES = "The answers so far are saved. Repeat the command to resume."
 NOTHING_WRITTEN = "Nothing was written."
+# How often a thread of GCC's OpenMP, on which torch and llama.cpp run, looks whether the others are done before it
+# sleeps. Its own 300,000 times hold a core that the thread it waits for may need (docs/performance.md).
+SPIN_COUNT = 5000
 
 
 class _Stopped(SystemExit):
@@ -125,6 +129,9 @@ def show_before_error(show_result: Callable[[Any], object]) -> Iterator[None]:
 
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # It is read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     _exit_orderly_on_signals()
     with fit_streams(), _repeat_dropped_signals():
         return _run(command, args)

@@ -17,7 +17,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
-from compressknow.cli import COMMANDS, LazyGroup, cli, explain_interrupt, main, run
+from compressknow.cli import COMMANDS, SPIN_COUNT, LazyGroup, cli, explain_interrupt, main, run
 from compressknow.cli.options import GROUPS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -158,6 +158,25 @@ def test_an_interrupted_command_says_what_became_of_its_work(
 
     assert run(group_with(work), ["verify"]) == code
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+    ids=["by default", "a count of the user's", "a policy of the user's"],
+)
+def test_threads_that_wait_do_not_hold_a_core_for_long(given: dict[str, str], count: int) -> None:
+    """OpenMP says it itself, when torch loads it."""
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    script = "from compressknow.cli import main; main(['--version']); import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**others, **given, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
