@@ -138,7 +138,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     else:
         show(*build_manifest_page(manifest, model, output, dry_run=dry_run))
     if repo:
-        upload(output, repo, private, planned=manifest.get("planned_files"), err=as_json)
+        upload(output, repo, private, planned=manifest["planned_files"] if dry_run else None, err=as_json)
 
 
 def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
