@@ -331,8 +331,8 @@ def _describe_method(search: Search) -> Iterator[str]:
     if search.keep is not None:
         yield (
             "Sizes were chosen by halving the predicted loss; each file was made and evaluated. The smallest that kept "
-            "enough of the facts of the search was evaluated on the held-out facts, and then files that are predicted "
-            "to lose 30 % less each, until one kept as much there too, "
+            "enough of the facts of the search was evaluated on the held-out facts, then one that is predicted to lose "
+            "half as much, then one that loses a quarter of that, until one kept as much there too, "
             f"by the lower end of its {100 * search.level:.3g} % interval (over relations where there are enough; "
             "adjusted for the number of files that might be tried so, Bonferroni)."
         )

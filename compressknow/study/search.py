@@ -179,9 +179,10 @@ CLOSE = 0.005
 # Sizes so near each other, as a share, are not told apart by the facts of the search.
 NEAR = 0.03
 # How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
-# put there after another is predicted to lose that much less, or would fall short too. (What comes next depends on the
-# one before, and on nothing that it kept: else the intervals would not hold.)
-CONFIRMED, APART = 3, 0.7
+# put there after another is predicted to lose that much less, or would fall short too; the third, so much less squared,
+# for none comes after it. (What comes next depends on the one before, and on nothing that it kept: else the intervals
+# would not hold.)
+CONFIRMED, APART = 3, 0.5
 # Of the intervals by which files are tried and selected (Bonferroni). Of one file it would be 99 %: the share kept is
 # skewed where a few relations lose much, so that an interval's lower end lies too high more often than its level says.
 # So a file that keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
@@ -258,7 +259,8 @@ class SizeSearch:
         largest = self._choose(self._sizes[1])
         if largest.loss >= found.loss:
             return None
-        safer = self._find_losing(APART * found.loss, found.nbytes, largest.nbytes)
+        loss = APART ** len(self.confirmed) * found.loss
+        safer = self._find_losing(loss, found.nbytes, largest.nbytes)
         near = [each.found for each in self.tried if 1 <= each.found.nbytes / safer.nbytes <= 1 + NEAR]
         return min(near, key=lambda each: each.nbytes, default=safer)
 

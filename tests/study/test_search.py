@@ -7,14 +7,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
+from compressknow.base.packages import can_read_gguf
 from compressknow.base.progress import ignore_progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import FEWEST_SIGNS
@@ -40,6 +44,7 @@ pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
 KEEP = 0.6
 PARTS = ("searched", "held-out", "grading")
+MIXES_T5 = {"transformers": "5.23", "compressed-tensors": "0.19"}
 # Of the level at which files are selected.
 Z = 2.9352
 
@@ -79,6 +84,8 @@ class Place:
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory, converter: Path) -> Place:
+    if not can_read_gguf():
+        pytest.skip(f"transformers {transformers.__version__} gives this Llama other tokens than llama.cpp does")
     place = Place("gguf", tmp_path_factory.mktemp("gguf"))
     assert place.search("found", "--keep", str(KEEP)) == 0
     return place
@@ -88,6 +95,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory, converter: Path) -> Place:
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     if request.param == "gguf":
         return request.getfixturevalue("gguf")
+    if request.param == "t5" and any(Version(version(name)) < Version(lowest) for name, lowest in MIXES_T5.items()):
+        pytest.skip(f"a T5 in int4 of two group sizes does not load before {MIXES_T5}")
     place = Place(request.param, tmp_path_factory.mktemp(request.param))
     assert place.search("found", "--keep", str(KEEP)) == 0
     return place

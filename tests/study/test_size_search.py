@@ -74,9 +74,9 @@ def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_le
     put = confirm_with(search, 0.8, 0.95)
     assert put[0].nbytes == min(each.nbytes for each in evaluated.given[:before] if each.nbytes >= enough)
     assert len(put) == CONFIRMED
-    for small, large in pairwise(put):
+    for step, (small, large) in enumerate(pairwise(put), 1):
         # Never far beyond what it takes: one that was tried is put there where it is near, else one is made.
-        assert APART**2 * small.loss <= large.loss <= APART * small.loss
+        assert APART ** (step + 1) * small.loss <= large.loss <= APART**step * small.loss
     assert all(found in [each.found for each in search.tried] for found in put)
     assert search.winner is search.confirmed[-1]
     assert search.winner.found == put[-1]
