@@ -177,7 +177,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     extra = _find_untied(model, config, path, set(sources.supply)) if shared_with else {}
     _check_sharing(changed, extra, structure)
     # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
-    needed = [*extra.items(), *((embedding, parameter) for parameter, embedding in shared_with.items())]
+    needed = extra | {embedding: parameter for parameter, embedding in shared_with.items()}
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
     tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.sort_key(t.source, t.created, t.name)))
     _check_reachable(tensors)
@@ -280,19 +280,23 @@ def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Itera
 
 
 def _plan_unchanged(
-    sources: Sources, structure: Structure, changed: set[str], needed: list[tuple[str, str]]
+    sources: Sources, structure: Structure, changed: set[str], needed: Mapping[str, str]
 ) -> Iterator[PlannedTensor]:
     """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
-    holds only under the name of one tied to them, which comes with each."""
+    holds only in the storage of one tied to them, which comes with each."""
     groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
-    for stored in sources.distinct():
+    distinct = list(sources.distinct())
+    for stored in distinct:
         binding = sources.bound.get(stored.name)
         if stored.name not in changed:
             parameter = binding.parameter if binding else ""
             group = groups.get(parameter, NOT_LINEAR)
             yield PlannedTensor(stored.name, stored, group, weight=parameter in sources.weights)
-    for parameter, source in needed:
-        if parameter not in changed and not sources.is_stored(parameter):
+    names = {*changed, *(stored.name for stored in distinct)}
+    written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))
+    for parameter, source in needed.items():
+        # A pickled file may name one storage twice, of which one name is written.
+        if parameter not in written:
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,19 @@ def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Pat
     model = compressknow.load(tmp_path / "out")
     assert torch.equal(model.get_input_embeddings().weight, tiny("llama-tied").get_input_embeddings().weight)
     assert manifest["totals"]["bytes_after"] < manifest["totals"]["bytes_before"]
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "bart", "llama-tied"])
+def test_a_pickled_checkpoint_that_names_each_tied_weight_is_untied_as_any_other(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(checkpoints[name] / "config.json", tmp_path / "in")
+    torch.save(tiny(name).state_dict(), tmp_path / "in" / "pytorch_model.bin")
+    for source, output in ((tmp_path / "in", "pickled"), (checkpoints[name], "safe")):
+        compressknow.convert(source, tmp_path / output, scope="final", prune=0.5)
+    found, expected = (load_file(tmp_path / output / "model.safetensors") for output in ("pickled", "safe"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_stored_names_of_before_a_refactoring_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
