@@ -251,14 +251,14 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
         if action in given:
             values = {field: given[name] for name, field in _list_fields(kind, by="name").items() if name in given}
             steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
-    rounding = list_options(Quantize)[1:]
-    if "quantize" not in given and any(given.get(each.name, each.default) != each.default for each in rounding):
-        flags = " and ".join(each.option for each in rounding)
-        raise UsageError("There is nothing to round.", hint=f"{flags} go with --quantize SCHEME.")
+    _check_has_step(given)
     text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
     calibrates = text or any(step.calibrated for step in steps)
     parameters = parameters or {}
-    _check_parameters(parameters, [step for step in steps if isinstance(step, Prune | Quantize)])
+    if steps:
+        # Every prune step has these, whatever its method does with them.
+        shared = {name: given[name] for name in ("norm", "dim") if given.get(name) not in (None, getattr(Prune, name))}
+        _check_parameters({**shared, **parameters}, [step for step in steps if isinstance(step, Prune | Quantize)])
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
             own = {each.name: parameters[each.name] for each in step.chosen.parameters() if each.name in parameters}
@@ -325,10 +325,21 @@ def _format_option(name: str, value: Any) -> list[str]:
     return [word for each in values for word in (option, f"{each:g}" if isinstance(each, float) else str(each))]
 
 
+def _check_has_step(given: Mapping[str, Any]) -> None:
+    """Raise UsageError where options say how to prune or round, and none says that anything is."""
+    for what, kind, further in (("prune", Prune, ("per_layer", "norm", "dim")), ("round", Quantize, ())):
+        action, *others = list_options(kind)
+        usual = {each.name: each.default for each in others} | {name: getattr(kind, name) for name in further}
+        if action.name not in given and any(given.get(name, default) != default for name, default in usual.items()):
+            *flags, last = (f"--{name.replace('_', '-')}" for name in usual)
+            hint = f"{', '.join(flags)} and {last} go with {action.option} {action.metavar}."
+            raise UsageError(f"There is nothing to {what}.", hint=hint)
+
+
 def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
     known = {each.name for step in steps for each in step.chosen.parameters()}
     if unknown := sorted(set(parameters) - known):
-        names = " and ".join(step.chosen.name for step in steps)
+        names = " and ".join(step.chosen.name for step in steps) or "a step that drops blocks or neurons"
         near = suggest_word(unknown[0], known)
         hint = f"{near}There is {', '.join(sorted(known))}." if known else None
         raise UsageError(f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
