@@ -205,6 +205,8 @@ def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_VALUES = 2_400_000
 METADATA = "__metadata__"
+# How the text begins that a clone without git-lfs has in place of each large file.
+LFS_POINTER = b"version "
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -247,7 +249,13 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
         raise _report_damage(path, str(error)) from None
     with opened as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a pointer of git-lfs, a text in place of the weights.",
+                hint="Run `git lfs pull` in its folder, or download it again.",
+            )
+        length = int.from_bytes(start, "little")
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
             raise _report_damage(path, f"its header claims {length:,} bytes, the file has {size:,}")
         raw = file.read(length)

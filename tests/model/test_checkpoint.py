@@ -197,10 +197,10 @@ def test_length_beyond_what_the_reference_takes_is_refused_without_reading_it(tm
     assert "its header claims 200,000,000 bytes" in refused(lambda: read_header(path))
 
 
-def test_pointer_that_git_lfs_leaves_is_refused(tmp_path: Path) -> None:
+def test_pointer_that_git_lfs_leaves_is_refused_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    assert "Download or save it again." in refused(lambda: read_header(path))
+    assert "Run `git lfs pull` in its folder" in refused(lambda: read_header(path))
 
 
 # --- shards and their index -------------------------------------------------------------------------------------------
