@@ -86,7 +86,7 @@ def load(
         headless = named if named != model_class.__name__ and language_model else None
         model = _load_whole(model_class, path, headless, **source, **unpack, dtype=dtype or "auto")
         _unpack(model, device)
-    return model.to(device).eval()
+        return model.to(device).eval()
 
 
 def load_variant(
@@ -111,7 +111,7 @@ def load_variant(
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         _unpack(model, device)
-    return model.to(device).eval()
+        return model.to(device).eval()
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

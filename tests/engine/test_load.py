@@ -129,6 +129,12 @@ def test_dtype_of_the_float_weights_can_be_chosen(tmp_path: Path) -> None:
     assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_device_that_torch_cannot_use_is_an_error_of_ours(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(tmp_path, device="xpu" if torch.cuda.is_available() else "cuda")
+
+
 def test_missing_weight_is_never_made_up(tmp_path: Path) -> None:
     saved("bert", tmp_path)
     edit_tensors(tmp_path, lambda weights: weights.pop("cls.predictions.transform.dense.weight"))
