@@ -129,7 +129,7 @@ class Choice:
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
 
 
-def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def check_types(types: Sequence[tuple[str, str]], option: str = "--type-of") -> tuple[tuple[str, str], ...]:
     """Return rules ``(scope or regular expression, tensor type)`` with the types in small letters.
 
     Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
@@ -137,18 +137,18 @@ def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]
     """
     for which, _ in types:
         if which not in SCOPES:
-            compile_pattern("--type-of", which)
-            _check_typo(which)
-    return tuple((which, _check_type(chosen, list_tensor_types(), "--type-of")) for which, chosen in types)
+            compile_pattern(option, which)
+            _check_typo(which, option)
+    return tuple((which, _check_type(chosen, list_tensor_types(), option)) for which, chosen in types)
 
 
-def _check_typo(which: str) -> None:
+def _check_typo(which: str, option: str) -> None:
     import gguf
 
     near = suggest_word(which, SCOPES, cutoff=0.8)
     if near and not any(which in f"{name}.weight" for name in gguf.TENSOR_NAMES.values()):
         raise UsageError(
-            f"--type-of: there is no scope {which!r}.",
+            f"{option}: there is no scope {which!r}.",
             hint=f"{near}Or give a regular expression that matches names of tensors.",
         )
 
