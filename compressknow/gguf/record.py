@@ -159,7 +159,8 @@ def check_beside(
         raise OutputError(
             f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
         )
-    if not path.parent.is_dir():
+    # That of the output is made.
+    if not path.parent.is_dir() and path.resolve().parent not in output.resolve().parents:
         raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 
