@@ -27,6 +27,8 @@ DEFAULT = "q8_0"
 NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"})
 # The types that a converter writes itself, by the dtype of safetensors; all are exact for their own.
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# Rules that a label names; a record read as a recipe has one for each tensor.
+_NAMED = 6
 _FILE = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 _TENSOR = "GGML_TYPE_"
 # Made on another way than by rounding weights: by training for it, or of experts alone.
@@ -123,8 +125,9 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``."""
+        """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``, ``q4_k_s (211 rules)``."""
         parts = [f"{which} {chosen}" for which, chosen in self.types]
+        parts = parts if len(parts) <= _NAMED else [f"{len(parts)} rules"]
         parts += ["imatrix"] if self.calibration or self.importance else []
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
 
