@@ -123,7 +123,7 @@ def _build_page(
         yield ""
     yield from build_types_table(record["groups"])
     if fit:
-        yield f"\nPredicted: KL {fit['predicted_kl']:.3f} nats, where each weight is rounded to the nearest value."
+        yield f"\nPredicted: KL {fit['predicted_kl']:.2g} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
         yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."

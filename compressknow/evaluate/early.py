@@ -181,7 +181,8 @@ class _Side:
         for probe in done:
             own = [rows[probe.name, fact.id] for fact in probe.facts if (probe.name, fact.id) in rows]
             parts = [chunk.record.probes[probe.name] for chunk in self._chunks if probe.name in chunk.record.probes]
-            seconds = sum(part.seconds or 0.0 for part in parts)
+            # Stored answers took one run, whatever is read of them.
+            seconds = sum(part.seconds or 0.0 for part in (parts[:1] if self.stored else parts))
             entry = make_facts_entry(probe, own, probe.dropped)
             entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=round(seconds, 1))
             ordered += own

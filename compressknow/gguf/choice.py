@@ -27,6 +27,8 @@ DEFAULT = "q8_0"
 NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"})
 # The types that a converter writes itself, by the dtype of safetensors; all are exact for their own.
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# Rules that a label names; a record read as a recipe has one for each tensor.
+_NAMED = 6
 _FILE = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 _TENSOR = "GGML_TYPE_"
 # Made on another way than by rounding weights: by training for it, or of experts alone.
@@ -123,13 +125,14 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``."""
+        """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``, ``q4_k_s (211 rules)``."""
         parts = [f"{which} {chosen}" for which, chosen in self.types]
+        parts = parts if len(parts) <= _NAMED else [f"{len(parts)} rules"]
         parts += ["imatrix"] if self.calibration or self.importance else []
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
 
 
-def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def check_types(types: Sequence[tuple[str, str]], option: str = "--type-of") -> tuple[tuple[str, str], ...]:
     """Return rules ``(scope or regular expression, tensor type)`` with the types in small letters.
 
     Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
@@ -137,18 +140,18 @@ def check_types(types: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]
     """
     for which, _ in types:
         if which not in SCOPES:
-            compile_pattern("--type-of", which)
-            _check_typo(which)
-    return tuple((which, _check_type(chosen, list_tensor_types(), "--type-of")) for which, chosen in types)
+            compile_pattern(option, which)
+            _check_typo(which, option)
+    return tuple((which, _check_type(chosen, list_tensor_types(), option)) for which, chosen in types)
 
 
-def _check_typo(which: str) -> None:
+def _check_typo(which: str, option: str) -> None:
     import gguf
 
     near = suggest_word(which, SCOPES, cutoff=0.8)
     if near and not any(which in f"{name}.weight" for name in gguf.TENSOR_NAMES.values()):
         raise UsageError(
-            f"--type-of: there is no scope {which!r}.",
+            f"{option}: there is no scope {which!r}.",
             hint=f"{near}Or give a regular expression that matches names of tensors.",
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
-from compressknow.base.files import check_links, open_whole, write_whole
+from compressknow.base.files import check_links, explain_write_error, open_whole, write_whole
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, silence_libraries
@@ -76,9 +76,13 @@ class Place(Staging):
         with hold_signals():
             try:
                 with _place_importance(self._importance, self.folder):
-                    if get_record_path(self.output).exists():
-                        move(get_record_path(self.output), self.folder / OLD_RECORD)
-                    move(self.file, self.output)
+                    try:
+                        if get_record_path(self.output).exists():
+                            move(get_record_path(self.output), self.folder / OLD_RECORD)
+                        move(self.file, self.output)
+                    except OSError as error:
+                        # Else it would be taken for one of the matrix.
+                        raise explain_write_error(self.output, error) from error
                     self._committed = True
             finally:
                 if self._committed:
@@ -155,7 +159,8 @@ def check_beside(
         raise OutputError(
             f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
         )
-    if not path.parent.is_dir():
+    # That of the output is made.
+    if not path.parent.is_dir() and path.resolve().parent not in output.resolve().parents:
         raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 

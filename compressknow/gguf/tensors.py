@@ -53,22 +53,22 @@ class Tensors:
         taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
         return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
 
-    def find_by_pattern(self, text: str) -> list[str]:
+    def find_by_pattern(self, text: str, option: str) -> list[str]:
         """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
-        pattern = compile_pattern("--type-of", text)
+        pattern = compile_pattern(option, text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
             scopes = list_scopes(self.side.structure)
             kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
             raise UsageError(
-                f"--type-of {text!r} is no scope, and matches no tensor of the GGUF file.",
+                f"{option} {text!r} is no scope, and matches no tensor of the GGUF file.",
                 hint=f"{suggest_word(text, scopes)}There is {', '.join(scopes)}. Tensors (N stands for a number): "
                 f"{', '.join(kind for kind in kinds if kind.endswith('.weight'))}.",
             )
         return names
 
 
-def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[str, str]:
+def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
     """Return the type of each tensor that a rule names; of several rules the last holds.
 
     Raises UsageError for a rule that names none.
@@ -76,7 +76,7 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]]) -> dict[st
     return {
         name: chosen
         for which, chosen in types
-        for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which))
+        for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which, option))
     }
 
 

@@ -176,7 +176,7 @@ class Target:
             raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
         check_guide(self.guide)
         check_rounding(self.rounding)
-        object.__setattr__(self, "must", check_types(self.must))
+        object.__setattr__(self, "must", check_types(self.must, "--must"))
 
     def budget(self, numel: int) -> int:
         """Return the bytes of a file with so many weights."""
@@ -249,7 +249,7 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
         }
         table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
     lengths = {name: tensors.tensors[name].shape[0] for name in table}
-    return pin_types(table, resolve_types(tensors, target.must), lengths)
+    return pin_types(table, resolve_types(tensors, target.must, "--must"), lengths)
 
 
 def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:

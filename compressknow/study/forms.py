@@ -92,7 +92,7 @@ class Request:
             raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
         check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
-            check_types(self.must)
+            check_types(self.must, "--must")
 
 
 class Form(ABC):

@@ -87,6 +87,7 @@ CASES = [
     Case("convert {}/model {}/dangling/new --prune 20%", "is a link that leads nowhere"),
     Case("export {}/model {}/new.gguf --type q4_km", "Did you mean q4_k_m?"),
     Case("export {}/model {}/new.gguf --type-of attentin=q8_0", "Did you mean attention?"),
+    Case("export {}/model {}/new.gguf --size 90MB --must attentin=q8_0", "--must: there is no scope 'attentin'"),
     Case("export {}/model {}/new.gguf --recipe {}/export.toml", "types a table of texts"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/new.gguf", "have one name"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/dangling", "is a link that leads nowhere"),

@@ -12,7 +12,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import Answers, write_record
 from compressknow.evaluate.early import FIRST, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
 from compressknow.evaluate.runtimes import Settings
@@ -144,6 +144,17 @@ def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: 
     *_, both = gather_early(original, compressed, evaluation(place, tmp_path / "both"), after(FIRST))
     assert both == wanted.found
     assert loads == []
+
+
+def test_the_time_of_stored_answers_counts_once(place: Path, tmp_path: Path) -> None:
+    probe = f"facts:{place / 'facts.jsonl'}"
+    for name in ("llama", "llama-6"):
+        record = compressknow.probe(place / name, tmp_path / name, probe).record
+        slow = {name: replace(entry, seconds=60.0) for name, entry in record.probes.items()}
+        write_record(tmp_path / name, replace(record, probes=slow))
+    models = (tmp_path / "llama", tmp_path / "llama-6")
+    *sides, _ = gather_early(*models, evaluation(place, tmp_path / "early"), after(len(KNOWN_FACTS) + 1))
+    assert [entry.seconds for side in sides for entry in side.record.probes.values()] == [60.0, 60.0]
 
 
 @pytest.mark.parametrize("stored", [0, 1], ids=["original", "compressed"])

@@ -194,8 +194,9 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     assert "evaluate" not in stages
     assert set(types(tmp_path / "b.gguf").values()) - {"f32"} != set(types(tmp_path / "a.gguf").values()) - {"f32"}
     # The record is a recipe: the same types, rounded by llama.cpp.
-    compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
+    again = compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
     assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
+    assert again.setup == f"{record['type']} ({len(record['types'])} rules)"
 
 
 @needs_converter

@@ -82,27 +82,28 @@ def test_a_template_that_go_could_not_have_is_left_out(template: str | None) -> 
 @needs_converter
 def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoint("llama", tmp_path / "model")
-    (tmp_path / "chat").mkdir()
-    words = ["export", str(source), str(tmp_path / "Out.gguf"), "--modelfile", str(tmp_path / "chat" / "Modelfile")]
+    # Folders of the file are made, and so may be that of the Modelfile.
+    output, modelfile = tmp_path / "new" / "files" / "Out.gguf", tmp_path / "new" / "Modelfile"
+    words = ["export", str(source), str(output), "--modelfile", str(modelfile)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "In llama.cpp: The capital of France is ->" in printed
     assert "ollama create out -f " in printed
     assert "compressknow report " in printed
-    lines = (tmp_path / "chat" / "Modelfile").read_text().splitlines()
-    assert lines[0] == "FROM ../Out.gguf"
+    lines = modelfile.read_text().splitlines()
+    assert lines[0] == "FROM ./files/Out.gguf"
     assert any(line.startswith("PARAMETER stop ") for line in lines)
     # Again, nothing is to be done. What the user has added stays.
     assert main(words) == 0
-    with (tmp_path / "chat" / "Modelfile").open("a") as file:
+    with modelfile.open("a") as file:
         file.write("SYSTEM Be brief.\n")
     assert main(words) == 1
     assert "Modelfile exists already" in capsys.readouterr().err
-    assert "Be brief" in (tmp_path / "chat" / "Modelfile").read_text()
+    assert "Be brief" in modelfile.read_text()
     assert main([*words, "--overwrite"]) == 0
-    (tmp_path / "chat" / "Modelfile").write_text("mine")
+    modelfile.write_text("mine")
     with pytest.raises(OutputError, match="is no Modelfile: not overwritten"):
-        compressknow.export(source, tmp_path / "Out.gguf", modelfile=tmp_path / "chat" / "Modelfile", overwrite=True)
+        compressknow.export(source, output, modelfile=modelfile, overwrite=True)
     with pytest.raises(UsageError, match="have one name"):
         compressknow.export(source, tmp_path / "other.gguf", modelfile=tmp_path / "other.gguf")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.base.errors import OutputError
 from compressknow.compress.staging import clean, make_scratch
-from compressknow.gguf.record import IMPORTANCE, OLD_RECORD, finish
+from compressknow.gguf.record import IMPORTANCE, OLD_RECORD, Place, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -53,4 +54,13 @@ def test_what_a_dead_run_worked_in_is_removed(tmp_path: Path) -> None:
     with make_scratch(tmp_path / FILE) as folder:
         assert not dead.exists()
         (folder / "more").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_moved_is_named_and_its_matrix_goes_too(tmp_path: Path) -> None:
+    with Place(tmp_path / FILE, overwrite=False, source=tmp_path / "model", importance=tmp_path / "i.gguf") as place:
+        place.write(IMPORTANCE, b"matrix")
+        # The file to be moved is missing.
+        with pytest.raises(OutputError, match=r"/out\.gguf cannot be written"):
+            place.commit()
     assert list(tmp_path.iterdir()) == []
