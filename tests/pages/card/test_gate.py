@@ -179,7 +179,11 @@ class TestDecision:
     def test_a_strict_gate_asks_for_the_interval(self) -> None:
         card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95), strict=True)
         assert card.decision is not None
-        assert card.decision.reason.startswith("Take keeps 199 (300.0 kB): it is the only model that keeps at least 95")
+        only = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
+        assert card.decision.reason.startswith(only)
+        none = several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95), strict=True).decision
+        assert none is not None
+        assert none.reason.startswith("No model surely keeps at least 95 %: none is recommended. keeps 195 keeps")
 
     def test_nothing_that_misses_the_gate_is_recommended(self) -> None:
         card = several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
