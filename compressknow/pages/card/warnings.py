@@ -293,7 +293,7 @@ def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
     for name, baseline in baselines.items():
         if baseline is not None and accuracy.low <= baseline:
             yield (
-                f"{who} itself knows little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
                 f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
             )
             return
