@@ -122,10 +122,13 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
     ]
     unmet: GateNotMet | GateUndecided
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
+        is_known = any(measure_kept(c, gate)[0].known_before for _, c, gate in failed)
         unmet = GateNotMet(
             f"Less than {_describe_share(gate for *_, gate in failed)} is kept: "
             f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
-            hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
+            hint="The report says which facts and domains were lost; compress less, or lower --fail-under."
+            if is_known
+            else "Choose facts that the original knows (-p PROBE).",
         )
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
