@@ -106,7 +106,12 @@ def make_card(
         verdict=verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
-        warnings=(*warnings.warn_of_known(known), *common, *list_failures(comparisons)),
+        warnings=(
+            *warnings.warn_of_known(known),
+            *warnings.warn_of_size(comparisons, within),
+            *common,
+            *list_failures(comparisons),
+        ),
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,

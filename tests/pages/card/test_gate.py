@@ -199,6 +199,11 @@ class TestDecision:
         assert none is not None
         assert none.reason.startswith("No model has 1.0 kB at most: none is recommended. The smallest, keeps 192, has")
 
+    def test_one_model_larger_than_it_may_be_is_warned_of(self) -> None:
+        assert several(199, sizes=(300_000,), within=300_000).warnings == ()
+        (warning,) = several(199, sizes=(300_000,), within=250_000).warnings
+        assert warning == "m199 has 300.0 kB: more than the 250.0 kB that it may have."
+
     def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
         floor = {"n": 200, "changed": 2, "known": 200, "lost": 2, "gained": 0, "kl_mean": None, "computed_in": "bf16"}
         before = answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)})
