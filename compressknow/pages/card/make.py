@@ -125,7 +125,6 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     name = original.record.model.name
     sentences = []
     if any(c.probes for c in comparisons):
-        # Over the same facts alone can one be called the best.
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         sentences.append(write_joint_verdict(name, comparisons, alike))
     labels = label_models(comparisons)

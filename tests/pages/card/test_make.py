@@ -107,6 +107,16 @@ class TestVerdict:
             wrong += len(max(found, key=lambda each: each.keeps).alike) < 4
         assert wrong / DRAWN <= 0.06
 
+    def test_none_of_models_that_answered_different_facts_is_the_best(self) -> None:
+        more, probes = sides(50, 50, probe="bear"), {"atlas": entry(), "bear": entry()}
+        (known, kept), of_both = sides(95, 5), model(sha256="c" * 64, setup="Att_GQ")
+        _, of_one = run((known, kept))
+        card = make_card(
+            answers([*known, *more[0]], probes=probes), [of_one, answers([*kept, *more[1]], of_both, probes)]
+        )
+        assert card.verdict == "The 2 compressed models answered different facts: what each keeps cannot be compared."
+        assert card.decision is None
+
     def test_several_models_that_keep_the_same(self) -> None:
         original, same = run(sides(95, 5))
         assert make_card(original, [same, same]).verdict == (
