@@ -62,7 +62,8 @@ def report(
         several of these; once all is written, an error says where less is.
     strict : hold the intervals to it: too few facts to tell are an error too.
     early : evaluate facts in random order, only until it is known whether `fail_under` is met, of one compressed model.
-    within : the most bytes of the model that is recommended of several, such as ``"110MB"``.
+    within : the most bytes of the model that is recommended of several, such as ``"110MB"``; one that has more is
+        warned of.
     no_facts : leave the text of every fact out.
     time : measure each model's speed and memory on this machine.
     into_model_card : write the verdict into the README.md of each compressed folder.

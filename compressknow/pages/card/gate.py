@@ -122,10 +122,13 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
     ]
     unmet: GateNotMet | GateUndecided
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
+        is_known = any(measure_kept(c, gate)[0].known_before for _, c, gate in failed)
         unmet = GateNotMet(
             f"Less than {_describe_share(gate for *_, gate in failed)} is kept: "
             f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
-            hint="The report says which facts and domains were lost; compress less, or lower --fail-under.",
+            hint="The report says which facts and domains were lost; compress less, or lower --fail-under."
+            if is_known
+            else "Choose facts that the original knows (-p PROBE).",
         )
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
@@ -275,12 +278,13 @@ def decide(
     rounding = find_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
-        floor = join_names([gate.in_words for gate in gates])
+        # What keeps as much may miss a strict gate by its interval.
+        floor, sure = join_names([gate.in_words for gate in gates]), "surely " if strict else ""
         enough = [i for i in fitting if all(is_met(comparisons[i], gate, strict=strict) for gate in gates)]
-        one, several = f"that keeps {floor}", f"that keep {floor}"
+        one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
         if not enough:
             most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"
-            return conclude(None, f"No model{at_most} keeps {floor}: none is recommended. {most}.")
+            return conclude(None, f"No model{at_most} {sure}keeps {floor}: none is recommended. {most}.")
     else:
         floor = f"what rounding alone keeps ({share(rounding)})" if rounding is not None else ""
         enough = [i for i in fitting if rounding is not None and (comparisons[i].kept.high or 0.0) >= rounding]

@@ -106,7 +106,12 @@ def make_card(
         verdict=verdict,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
-        warnings=(*warnings.warn_of_known(known), *common, *list_failures(comparisons)),
+        warnings=(
+            *warnings.warn_of_known(known),
+            *warnings.warn_of_size(comparisons, within),
+            *common,
+            *list_failures(comparisons),
+        ),
         show_facts=show_facts,
         versions=dict(original.record.versions),
         command=command,
@@ -120,7 +125,6 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     name = original.record.model.name
     sentences = []
     if any(c.probes for c in comparisons):
-        # Over the same facts alone can one be called the best.
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         sentences.append(write_joint_verdict(name, comparisons, alike))
     labels = label_models(comparisons)

@@ -37,7 +37,7 @@ SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval
 
 
 def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
-    """Return a grade for each domain over all probes; lm-eval's tasks are domains of their own."""
+    """Return a grade for each domain over all probes."""
     relations: dict[str, tuple[Counts, ...]] = {}
     for probe in probes:
         for group in probe.by_subject:
@@ -147,9 +147,9 @@ def round_up(facts: int) -> str:
     return count(-(-facts // step) * step)
 
 
-def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None = None) -> str:
+def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
     """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
-    test tells from the best; None where that was not tested.
+    test tells from the best; None where they were not evaluated on the same facts.
     """
     name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
@@ -159,6 +159,8 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     best, worst = max(known, key=_get_kept), min(known, key=_get_kept)
     if len(known) == 1:
         return f"{best[1]} keeps {_write_share(best[0])} of the facts that {name} knew."
+    if alike is None:
+        return f"The {len(comparisons)} compressed models answered different facts: what each keeps cannot be compared."
     if _get_kept(best) == _get_kept(worst):
         every = "Both" if len(known) == 2 else f"All {len(known)}"
         return f"{every} compressed models keep {share(_get_kept(best))} of what {name} knew."
@@ -166,8 +168,6 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
         f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0])}) "
         f"and {worst[1]} least ({_write_share(worst[0])})."
     )
-    if alike is None:
-        return sentence
     if not alike:
         return f"{sentence} No other keeps as much: that is more than chance."
     named = join_names([labels[place] for place in alike])

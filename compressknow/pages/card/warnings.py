@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from compressknow.base.format import clean, count, share, write_percent
+from compressknow.base.format import clean, count, share, write_percent, write_size
 from compressknow.comparison.intervals import FEWEST, estimate_proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
@@ -30,6 +30,16 @@ def warn_of_known(known: str) -> Iterator[str]:
         yield (
             "Known means produced here: a fact counts where the model picks the right answer, and what it writes by "
             "itself begins with it. What it only picks among candidates counts as not known."
+        )
+
+
+def warn_of_size(comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
+    """Warn that a single model has more bytes than it may have; of several, the decision says so."""
+    size = comparisons[0].model.bytes
+    if len(comparisons) == 1 and within is not None and size is not None and size > within:
+        yield (
+            f"{clean(comparisons[0].model.name, 80)} has {write_size(size)}: more than the {write_size(within)} that "
+            "it may have."
         )
 
 
@@ -293,7 +303,7 @@ def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
     for name, baseline in baselines.items():
         if baseline is not None and accuracy.low <= baseline:
             yield (
-                f"{who} itself knows little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
+                f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
                 f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
             )
             return

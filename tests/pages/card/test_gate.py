@@ -45,7 +45,7 @@ class TestGate:
             held(make_card(original, [good, bad]), 0.9)
 
     def test_nothing_known_does_not_pass(self) -> None:
-        with pytest.raises(GateNotMet, match="knew none of 10 facts") as caught:
+        with pytest.raises(GateNotMet, match=r"knew none of 10 facts\.\nChoose facts") as caught:
             held(card_of(0, 0, 0, 10), 0)
         assert caught.value.exit_code == 3
 
@@ -179,7 +179,11 @@ class TestDecision:
     def test_a_strict_gate_asks_for_the_interval(self) -> None:
         card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95), strict=True)
         assert card.decision is not None
-        assert card.decision.reason.startswith("Take keeps 199 (300.0 kB): it is the only model that keeps at least 95")
+        only = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
+        assert card.decision.reason.startswith(only)
+        none = several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95), strict=True).decision
+        assert none is not None
+        assert none.reason.startswith("No model surely keeps at least 95 %: none is recommended. keeps 195 keeps")
 
     def test_nothing_that_misses_the_gate_is_recommended(self) -> None:
         card = several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
@@ -194,6 +198,11 @@ class TestDecision:
         none = several(199, 192, sizes=(300_000, 200_000), within=1000).decision
         assert none is not None
         assert none.reason.startswith("No model has 1.0 kB at most: none is recommended. The smallest, keeps 192, has")
+
+    def test_one_model_larger_than_it_may_be_is_warned_of(self) -> None:
+        assert several(199, sizes=(300_000,), within=300_000).warnings == ()
+        (warning,) = several(199, sizes=(300_000,), within=250_000).warnings
+        assert warning == "m199 has 300.0 kB: more than the 250.0 kB that it may have."
 
     def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
         floor = {"n": 200, "changed": 2, "known": 200, "lost": 2, "gained": 0, "kl_mean": None, "computed_in": "bf16"}

@@ -161,6 +161,13 @@ def test_missing_figures_are_dashes_with_a_reason() -> None:
     assert "nan" not in page.one("main").text
 
 
+def test_what_three_candidates_of_few_facts_cannot_tell_has_its_own_reason() -> None:
+    before, after = run(sides(1, 1, choices=3))
+    text = read(render_html(make_card(before, [after]))).text
+    assert "Right answer among the top 5: there are at most five answers to choose from, or" in text
+    assert "Calibration error (ECE): it needs the probability of each answer among all candidates, of 20 facts" in text
+
+
 def test_sizes_are_below_their_limits() -> None:
     assert len(render_html(card_of_one(lost=100)).encode()) < 300_000
     forty = card_of_several(amounts=(10, 20, 30, 40, 50, 60))

@@ -16,6 +16,7 @@ from compressknow.base.format import (
     write_points,
     write_size,
 )
+from compressknow.comparison.distributions import CALIBRATION_FACTS
 from compressknow.comparison.intervals import FEWEST, estimate_difference, estimate_proportion, run_mcnemar
 from compressknow.comparison.records import Certainty, Counts, Estimate, Movement, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
@@ -158,9 +159,10 @@ _NO_LOGP = "the answers hold no probability of the right answer."
 _NO_NOISE = "the original did not answer in another precision."
 _FEW_RELATIONS = "there are too few relations."
 _NO_RANK = "the answers hold no rank of the right answer."
+_NO_TOP5 = "there are at most five answers to choose from, or " + _NO_RANK
 _NO_CONFIDENCE = (
-    "it needs the probability of each answer among all candidates, which free answers, most servers and answers of "
-    "older versions do not tell."
+    f"it needs the probability of each answer among all candidates, of {CALIBRATION_FACTS} facts or more; free "
+    "answers, most servers and answers of older versions do not tell it."
 )
 
 # Name, what writes it, and why it may be missing; where that is None, so is the row if no probe has the figure.
@@ -176,7 +178,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     (
         "Kept above chance",
         lambda p: write_estimate(p.kept_above_chance),
-        "the answer is free text, so that nothing is right by chance, or the original was no better than chance.",
+        "the answer is free text, so that nothing is right by chance, or the original knew none of the facts.",
     ),
     ("Lost", _write_lost, ""),
     ("Gained", _write_gained, ""),
@@ -187,9 +189,9 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     ("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), None),
     ("Flips by rounding alone", lambda p: _write_flips(p.noise_floor), ""),
     ("Flips by the runtime alone", lambda p: _write_flips(p.runtime_noise_floor), None),
-    ("Lost, but still among the top 5", _write_suppressed, "nothing was lost, or " + _NO_RANK),
+    ("Lost, but still among the top 5", _write_suppressed, "nothing was lost, " + _NO_TOP5),
     ("Mean reciprocal rank", lambda p: write_pair(p.mrr, number), _NO_RANK),
-    ("Right answer among the top 5", lambda p: write_pair(p.p_at_5, share), _NO_RANK),
+    ("Right answer among the top 5", lambda p: write_pair(p.p_at_5, share), _NO_TOP5),
     ("Movement (KL, nats), mean", lambda p: write_movement(p.movement, lambda m: m.kl_mean), _NO_DISTRIBUTION),
     ("Movement by rounding alone, mean", lambda p: _write_moves(p.noise_floor), ""),
     ("Movement by the runtime alone, mean", lambda p: _write_moves(p.runtime_noise_floor), None),
