@@ -370,6 +370,20 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
+def test_a_text_file_that_has_changed_calibrates_anew(llama: Place) -> None:
+    grid = CALIBRATED.replace("[512]", f"[512]\ncalibration = ['{(file := text_of(llama))}']")
+    grid = grid.replace('"wanda", "sparsegpt"', '"wanda"').replace('"none", "int8"', '"none"').replace("rounding", "#")
+    kept = []
+    for lines in (KNOWN_FACTS, KNOWN_FACTS[:16]):
+        file.write_text("\n".join(fact.sentence(fact.obj_label) for fact in lines * 8), encoding="utf-8")
+        assert llama.sweep("changed", grid=grid) == 0
+        assert llama.sweep(f"new-{len(lines)}", grid=grid) == 0
+        ((_, row),) = llama.rows("changed").items()
+        assert row == next(iter(llama.rows(f"new-{len(lines)}").values()))
+        kept.append(row["kl_mean"])
+    assert kept[0] != kept[1]
+
+
 def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
     batches = ({"input_ids": torch.arange(12).view(3, 4)},)
     whole = CalibrationText("self", "self", text.hash_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
