@@ -250,6 +250,8 @@ IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
 _IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
 _CALIBRATION = {"calibration", "calibration_tokens", "seed"}
+# Settings that one recipe has and another lacks for no other reason than that they differ.
+_OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
 
 Rest = frozenset[tuple[str, Setting]]
 
@@ -387,10 +389,17 @@ def format_setting(name: str, value: Setting) -> str:
 
 
 def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setting]]) -> str:
-    differing = [name for name in rest if len({each.get(name) for each in of_all}) > 1]
+    def differs(name: str) -> bool:
+        return len({each.get(name) for each in of_all if name in each or name in _OPTIONAL}) > 1
+
+    differing = [name for name in rest if differs(name)]
     main = [format_setting(name, rest[name]) for name in MAIN_SETTINGS if name in differing]
     others = [name for name in differing if name not in MAIN_SETTINGS]
-    return ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
+    name = ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
+    if name or len(of_all) == 1:
+        return name
+    # What tells this group from the others is that it lacks what they have.
+    return "not pruned" if AMOUNT not in rest and any(AMOUNT in each for each in of_all) else "not quantized"
 
 
 def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:

@@ -115,6 +115,20 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
     assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
 
 
+def test_groups_are_not_named_by_what_only_some_methods_have(tmp_path: Path) -> None:
+    grid = '[axes]\nmethod = ["l1-unstructured", "ln-structured"]\nprune = [0, 0.5]\nquantize = ["int8", "fp8"]\n'
+    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]))
+    (of_schemes,) = (axis for axis in axes if axis.name == "quantize")
+    assert [name for name, _ in of_schemes.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
+
+
+def test_a_group_that_lacks_what_the_others_have_has_a_name(tmp_path: Path) -> None:
+    grid = '[axes]\nlayers = ["0-5"]\nprune = [0.2, 0.5]\nquantize = ["none", "int8"]\n'
+    made = own_grid(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
+    found = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
+    assert found == [f"Pruned by 50 %, {name} keeps less than 90 %" for name in ("not quantized", "int8")]
+
+
 def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
     made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
