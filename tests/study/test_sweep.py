@@ -443,6 +443,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["-p", "lama:nothing"], "lama:nothing", 2),
         (["--known", "produce"], "Did you mean produced?", 2),
         (["--templates", "3"], "has one wording per fact", 2),
+        (["--num-cpus", "4"], "are for tasks on a Ray cluster", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
     ],
 )
