@@ -248,6 +248,7 @@ UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
 MODULES = ("overall", "attention", "feed-forward")
 IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
 _IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
 _CALIBRATION = {"calibration", "calibration_tokens", "seed"}
 # Settings that one recipe has and another lacks for no other reason than that they differ.
@@ -346,16 +347,27 @@ def _make_axis(study: Study, name: str) -> Axis:
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
-    groups = []
+    groups, has_methods = [], len(list_methods(study)) > 1
     for wide in widest:
         members = [cell for cell, rest in cells if _is_fit(rest, wide)]
-        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(c.plain and c.scope in _IN_FIGURES for c in members)
+        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members)
         if not in_figures and len({cell.settings[name] for cell in members}) > 1:
             groups.append((dict(sorted(wide)), members))
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
     rest_of_all = [rest for rest, _ in groups]
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
+
+
+def _is_in_figures(cell: StudyCell, has_methods: bool) -> bool:
+    """Return whether the paper's figures, or those of a study that has several methods, show a cell."""
+    if not cell.plain or cell.scope not in _IN_FIGURES:
+        return False
+    if cell.pruning is None or (has_methods and cell.scope in MODULES):
+        return True
+    if cell.quantization is not None:
+        return cell.pruning == UNSTRUCTURED and cell.percent in GPQ_AMOUNTS
+    return cell.pruning == UNSTRUCTURED or (cell.pruning == STRUCTURED and cell.scope == "final")
 
 
 def _list_parameters(name: str) -> set[str]:

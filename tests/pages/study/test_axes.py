@@ -147,6 +147,22 @@ def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
     assert find_axes(study(two_methods())) == ()
 
 
+@pytest.mark.parametrize(
+    ("form", "amounts"),
+    [
+        ('method = ["wanda"]', ["20 %", "50 %"]),
+        ("per_layer = [true]", ["20 %", "50 %"]),
+        ('quantize = ["int8"]', ["50 %"]),
+    ],
+)
+def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
+    grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
+    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]))
+    groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
+    # A single group has nothing that tells it from others.
+    assert groups == {"scope": amounts if len(amounts) > 1 else [""], "prune": ["attention", "feed-forward"]}
+
+
 def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
     grid = "".join(f"[[cells]]\n[[cells.steps]]\ndrop_blocks = {blocks}\n" for blocks in (2, '"20-23"'))
     rows = tidy_rows(own_grid(grid, tmp_path / "grid.toml", [190, 60]))
