@@ -182,7 +182,7 @@ def write_headline(study: Study) -> str:
     """Return what stands above everything: the range of what is kept."""
     kept = [cell.comparison.kept.value for cell in study.cells if cell.comparison.kept.value is not None]
     if not kept:
-        return "There was no knowledge to keep"
+        return "There was no knowledge to keep" if study.cells else "No cell could be evaluated"
     forms = "1 compressed form keeps" if len(kept) == 1 else f"{count(len(kept))} compressed forms keep"
     low, high = min(kept), max(kept)
     return f"{forms} {share(low) if share(low) == share(high) else write_range(low, high)} of the knowledge"
@@ -228,7 +228,8 @@ def _name_best_and_worst(study: Study) -> str:
     name, names = clean(study.original.name, _NAME), name_cells(study)
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
     if not known:
-        return f"Nothing can be said of what is left of {name}: it knew none of the facts, or no cell was made."
+        why = "it knew none of the facts" if study.cells else "no cell could be evaluated"
+        return f"Nothing can be said of what is left of {name}: {why}."
     best, worst = max(known, key=lambda pair: pair[0]), min(known, key=lambda pair: pair[0])
     if len(known) == 1:
         return f"{best[1]} keeps {share(best[0])} of what {name} knew."
