@@ -117,7 +117,9 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:
-    name = clean(result.setup, 33)
+    # The setup leaves out a scheme of 8 bits, of which a grid may have several.
+    unnamed = step if (step := result.cell.quantize) and not step.is_named else None
+    name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 33)
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
         yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")

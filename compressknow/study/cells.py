@@ -354,7 +354,8 @@ class CellHandle(ModelHandle):
     @cached_property
     def sha256(self) -> str:
         """Return a hash of what the model is made of: no file holds it."""
-        parts = [__version__, self.contents.sha256, self._cell.recipe.to_dict()]
+        cell = self._cell
+        parts = [__version__, self.contents.sha256, cell.recipe.to_dict(), *filter(None, [cell.text_sha256])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, suggest_word
 from compressknow.base.reading import read_toml
-from compressknow.compress.calibrate.text import TOKENS, check_text
+from compressknow.compress.calibrate.text import TOKENS, check_text, hash_file
 from compressknow.compress.parameters import list_options
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, list_parameters
@@ -57,10 +57,14 @@ prune = 0.5"""
 
 @dataclass(frozen=True)
 class Cell:
-    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens."""
+    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens.
+
+    `text_sha256` is of the file that it is calibrated on, if any: once that has changed, it is another cell.
+    """
 
     key: str
     recipe: Recipe
+    text_sha256: str | None = None
 
     @property
     def plain(self) -> bool:
@@ -130,7 +134,7 @@ def list_cells(
     the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration of that of methods: a
     grid file says all of it.
 
-    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `check_text`
+    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_file`
     does of its calibration texts.
     """
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
@@ -146,13 +150,9 @@ def list_cells(
     chosen = module_map or "paper"
     if str(grid) == PAPER:
         return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
-    if str(grid) == METHODS_GRID:
-        return build_methods_grid(opened(), chosen, text)
-    cells = read_grid(Path(grid))
-    for each in dict.fromkeys(cell.recipe.calibration for cell in cells):
-        if each is not None:
-            check_text(each)
-    return cells
+    cells = build_methods_grid(opened(), chosen, text) if str(grid) == METHODS_GRID else read_grid(Path(grid))
+    texts = {each: hash_file(each) if each else None for each in dict.fromkeys(c.recipe.calibration for c in cells)}
+    return tuple(replace(cell, text_sha256=texts[cell.recipe.calibration]) for cell in cells)
 
 
 def build_paper_grid(

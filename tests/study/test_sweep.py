@@ -142,7 +142,10 @@ def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pyt
     assert swept.sweep("study") == 0
     assert {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")} == asked
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
-    assert "Overall_GPQ 90%" in capsys.readouterr().out
+    # Of two schemes of 8 bits, which the paper's name does not tell apart.
+    out = capsys.readouterr().out
+    assert "Overall_GPQ 90% (int8) " in out
+    assert "Overall_GPQ 90% (int8-paper) " in out
 
 
 def stored_in(study: Path, key: str) -> list[Answer]:
@@ -370,6 +373,20 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
+def test_a_text_file_that_has_changed_calibrates_anew(llama: Place) -> None:
+    grid = CALIBRATED.replace("[512]", f"[512]\ncalibration = ['{(file := text_of(llama))}']")
+    grid = grid.replace('"wanda", "sparsegpt"', '"wanda"').replace('"none", "int8"', '"none"').replace("rounding", "#")
+    kept = []
+    for lines in (KNOWN_FACTS, KNOWN_FACTS[:16]):
+        file.write_text("\n".join(fact.sentence(fact.obj_label) for fact in lines * 8), encoding="utf-8")
+        assert llama.sweep("changed", grid=grid) == 0
+        assert llama.sweep(f"new-{len(lines)}", grid=grid) == 0
+        ((_, row),) = llama.rows("changed").items()
+        assert row == next(iter(llama.rows(f"new-{len(lines)}").values()))
+        kept.append(row["kl_mean"])
+    assert kept[0] != kept[1]
+
+
 def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
     batches = ({"input_ids": torch.arange(12).view(3, 4)},)
     whole = CalibrationText("self", "self", text.hash_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
@@ -405,7 +422,7 @@ def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fai
         "att-gq-smooth-0.5-int8-512-tokens": "refused",
     }
     assert "can be smoothed" in rows["att-gq-smooth-0.5-int8-512-tokens"]["error"]
-    assert "Att_GQ smooth 0.5: refused" in " ".join(capsys.readouterr().out.split())
+    assert "Att_GQ smooth 0.5 (int8): refused" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,6 +446,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["-p", "lama:nothing"], "lama:nothing", 2),
         (["--known", "produce"], "Did you mean produced?", 2),
         (["--templates", "3"], "has one wording per fact", 2),
+        (["--num-cpus", "4"], "are for tasks on a Ray cluster", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
     ],
 )

@@ -182,6 +182,16 @@ def check_text(calibration: Calibration) -> None:
             reading.check_regular(path)
 
 
+def hash_file(calibration: Calibration) -> str | None:
+    """Return the SHA-256 of the file that holds a text; None where none does. Raises what `check_text` does."""
+    check_text(calibration)
+    if find_kind(calibration.text) != "file":
+        return None
+    path = Path(calibration.text).expanduser()
+    with _explain_failures(path):
+        return reading.compute_sha256(path)
+
+
 def read_calibration_text(
     folder: Path,
     tree: PreTrainedModel,
@@ -390,14 +400,14 @@ def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> Calibr
 
 
 def choose_name(calibration: Calibration) -> str:
-    """Choose a file's name for this calibration alone.
+    """Choose a file's name for this calibration alone: a text file that has changed is another.
 
     >>> from compressknow.compress.recipe import Calibration
     >>> choose_name(Calibration())
     'self-32768-0-b6ef'
     """
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(calibration.text).name).strip("-.")[:100]
-    identity = f"{calibration.text} {calibration.tokens} {calibration.seed}"
+    identity = f"{calibration.text} {calibration.tokens} {calibration.seed}{hash_file(calibration) or ''}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:4]
     return f"{readable}-{calibration.tokens}-{calibration.seed}-{digest}"
 

@@ -18,6 +18,7 @@ from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import (
     AMOUNT,
     ATTENTION_KINDS,
+    GPQ_AMOUNTS,
     IN_WORDS,
     MODULES,
     STRUCTURED,
@@ -34,7 +35,6 @@ from compressknow.pages.study.records import (
     select_quantized,
 )
 
-GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
 _MOST = 6  # lines and colours that can be told apart
 _MOST_BARS = 40
 

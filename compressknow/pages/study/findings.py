@@ -307,8 +307,9 @@ def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, s
         f"{count(len(pairs) - as_claimed - against - floor)} not significant",
         *([f"{count(floor)} not counted, neither cell being clearly above the baseline"] if floor else []),
     ]
-    clearest = _describe_comparison(_find_clearest(pairs), names)
-    return f"{count(len(pairs))} comparisons: {', '.join(parts)}. The clearest: {clearest}"
+    clearest = f"The clearest{' of the other way round' if against else ''}"
+    described = _describe_comparison(_find_clearest(pairs), names)
+    return f"{count(len(pairs))} comparisons: {', '.join(parts)}. {clearest}: {described}"
 
 
 def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
@@ -324,7 +325,9 @@ def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
 
 
 def _find_clearest(pairs: Sequence[CellComparison]) -> CellComparison:
-    return min(pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
+    """Return the clearest of those that contradict the claim, which decide; where none does, of all."""
+    against = [pair for pair in pairs if pair.direction < 0]
+    return min(against or pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
 
 
 def _count_directions(pairs: Sequence[CellComparison]) -> tuple[int, int]:
@@ -364,7 +367,9 @@ def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
         return ""
-    best = min(known, key=lambda pair: pair.rate_p_holm or 0.0)
+    # Those that contradict the claim decide.
+    against = [pair for pair in known if pair.rate_direction < 0]
+    best = min(against or known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
     answer = decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
     return (

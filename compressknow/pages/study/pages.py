@@ -43,7 +43,7 @@ from compressknow.pages.parts import (
     write_bare_p,
 )
 from compressknow.pages.records import write_estimate
-from compressknow.pages.study.charts import GPQ_AMOUNTS, Chart, draw_charts, is_chart
+from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
 from compressknow.pages.study.findings import (
     FAMILIES,
@@ -60,6 +60,7 @@ from compressknow.pages.study.findings import (
 )
 from compressknow.pages.study.records import (
     COLUMNS,
+    GPQ_AMOUNTS,
     MAIN_SETTINGS,
     MODULES,
     FailedCell,

@@ -248,8 +248,11 @@ UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
 MODULES = ("overall", "attention", "feed-forward")
 IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
 _IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
 _CALIBRATION = {"calibration", "calibration_tokens", "seed"}
+# Settings that one recipe has and another lacks for no other reason than that they differ.
+_OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
 
 Rest = frozenset[tuple[str, Setting]]
 
@@ -344,16 +347,27 @@ def _make_axis(study: Study, name: str) -> Axis:
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
-    groups = []
+    groups, has_methods = [], len(list_methods(study)) > 1
     for wide in widest:
         members = [cell for cell, rest in cells if _is_fit(rest, wide)]
-        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(c.plain and c.scope in _IN_FIGURES for c in members)
+        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members)
         if not in_figures and len({cell.settings[name] for cell in members}) > 1:
             groups.append((dict(sorted(wide)), members))
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
     rest_of_all = [rest for rest, _ in groups]
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
+
+
+def _is_in_figures(cell: StudyCell, has_methods: bool) -> bool:
+    """Return whether the paper's figures, or those of a study that has several methods, show a cell."""
+    if not cell.plain or cell.scope not in _IN_FIGURES:
+        return False
+    if cell.pruning is None or (has_methods and cell.scope in MODULES):
+        return True
+    if cell.quantization is not None:
+        return cell.pruning == UNSTRUCTURED and cell.percent in GPQ_AMOUNTS
+    return cell.pruning == UNSTRUCTURED or (cell.pruning == STRUCTURED and cell.scope == "final")
 
 
 def _list_parameters(name: str) -> set[str]:
@@ -387,10 +401,17 @@ def format_setting(name: str, value: Setting) -> str:
 
 
 def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setting]]) -> str:
-    differing = [name for name in rest if len({each.get(name) for each in of_all}) > 1]
+    def differs(name: str) -> bool:
+        return len({each.get(name) for each in of_all if name in each or name in _OPTIONAL}) > 1
+
+    differing = [name for name in rest if differs(name)]
     main = [format_setting(name, rest[name]) for name in MAIN_SETTINGS if name in differing]
     others = [name for name in differing if name not in MAIN_SETTINGS]
-    return ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
+    name = ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
+    if name or len(of_all) == 1:
+        return name
+    # What tells this group from the others is that it lacks what they have.
+    return "not pruned" if AMOUNT not in rest and any(AMOUNT in each for each in of_all) else "not quantized"
 
 
 def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:

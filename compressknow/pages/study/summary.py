@@ -17,6 +17,7 @@ from compressknow.pages.study.records import (
     AMOUNT,
     IN_WORDS,
     MODULES,
+    UNSTRUCTURED,
     Axis,
     Study,
     StudyCell,
@@ -181,7 +182,7 @@ def write_headline(study: Study) -> str:
     """Return what stands above everything: the range of what is kept."""
     kept = [cell.comparison.kept.value for cell in study.cells if cell.comparison.kept.value is not None]
     if not kept:
-        return "There was no knowledge to keep"
+        return "There was no knowledge to keep" if study.cells else "No cell could be evaluated"
     forms = "1 compressed form keeps" if len(kept) == 1 else f"{count(len(kept))} compressed forms keep"
     low, high = min(kept), max(kept)
     return f"{forms} {share(low) if share(low) == share(high) else write_range(low, high)} of the knowledge"
@@ -195,10 +196,11 @@ def write_verdict(study: Study) -> str:
         fallen = [f"{cliff.below:g} % ({cliff.module})" for cliff in cliffs if cliff.below is not None]
         below = f"less than {100 * CLIFF:g} % is kept from {join_words(fallen)} on"
         parts.append(below if fallen else f"no amount in the grid keeps less than {share(CLIFF)}")
+    by = f", with {_PAPER_METHOD}" if parts and len(list_methods(study)) > 1 else ""
     parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:
         return _name_best_and_worst(study)
-    return f"{clean(study.original.name, _NAME)}: {'; '.join(parts)}."
+    return f"{clean(study.original.name, _NAME)}{by}: {'; '.join(parts)}."
 
 
 def _summarize_modules(least: Sequence[Least]) -> str:
@@ -226,7 +228,8 @@ def _name_best_and_worst(study: Study) -> str:
     name, names = clean(study.original.name, _NAME), name_cells(study)
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
     if not known:
-        return f"Nothing can be said of what is left of {name}: it knew none of the facts, or no cell was made."
+        why = "it knew none of the facts" if study.cells else "no cell could be evaluated"
+        return f"Nothing can be said of what is left of {name}: {why}."
     best, worst = max(known, key=lambda pair: pair[0]), min(known, key=lambda pair: pair[0])
     if len(known) == 1:
         return f"{best[1]} keeps {share(best[0])} of what {name} knew."
@@ -241,6 +244,8 @@ _KEPT, _QUANTIZED = "pruning-kept", "quantization"
 _METHODS = {module: f"methods-{module}" for module in MODULES}
 _METHODS_ALONE = "methods-pruned"  # where a module was pruned by one amount
 _MOST = 6  # values of an axis that are listed one by one
+# What orders of modules, and their cliffs, are of: it is said where the study has other methods too.
+_PAPER_METHOD = label_method(UNSTRUCTURED)
 _CHARTS = {
     **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
     **dict.fromkeys(("F6", "F7"), _QUANTIZED),
@@ -267,9 +272,13 @@ class Conclusion:
 def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclusion, ...]:
     """Return, by chart, the study's own findings, then the paper's for this family of which the study has cells."""
     orders, axes = rank_cells(study), find_axes(study)
+    by = f" ({_PAPER_METHOD})" if len(list_methods(study)) > 1 else ""
     conclusions = [
-        *(_conclude_modules(f"Pruned by {each.level}", each, "kept on average", _KEPT) for each in orders["modules"]),
-        *map(_conclude_cliff, find_cliffs(study)),
+        *(
+            _conclude_modules(f"Pruned by {each.level}{by}", each, "kept on average", _KEPT)
+            for each in orders["modules"]
+        ),
+        *(_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)),
         *(_conclude_method(study, each) for each in orders["methods"]),
         *(
             _conclude_modules(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED)
@@ -327,12 +336,12 @@ def _conclude_order(least: Least, claim: str, clear: bool, what: str, chart: str
     return Conclusion("", claim, HOLDS if clear else CANNOT_TELL, f"{what}: {numbers}", chart)
 
 
-def _conclude_cliff(cliff: Cliff, chart: str = _KEPT) -> Conclusion:
+def _conclude_cliff(cliff: Cliff, chart: str, by: str = "") -> Conclusion:
     limit, module = f"{100 * CLIFF:g} %", cliff.module or "each form"
     if cliff.below is None:
-        claim, kept = f"Pruned by up to {cliff.before:g} %, {module} keeps {limit} at least", ""
+        claim, kept = f"Pruned by up to {cliff.before:g} %{by}, {module} keeps {limit} at least", ""
     else:
-        claim, kept = f"Pruned by {cliff.below:g} %, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
+        claim, kept = f"Pruned by {cliff.below:g} %{by}, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
     start, end = cliff.steepest
     fall = f"falls fastest from {start:g} to {end:g} %, by {write_points(cliff.fall).removeprefix('+')}"
     numbers = "; ".join(filter(None, (kept, fall if cliff.fall > 0 else "")))

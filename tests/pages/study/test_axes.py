@@ -115,6 +115,20 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
     assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
 
 
+def test_groups_are_not_named_by_what_only_some_methods_have(tmp_path: Path) -> None:
+    grid = '[axes]\nmethod = ["l1-unstructured", "ln-structured"]\nprune = [0, 0.5]\nquantize = ["int8", "fp8"]\n'
+    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]))
+    (of_schemes,) = (axis for axis in axes if axis.name == "quantize")
+    assert [name for name, _ in of_schemes.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
+
+
+def test_a_group_that_lacks_what_the_others_have_has_a_name(tmp_path: Path) -> None:
+    grid = '[axes]\nlayers = ["0-5"]\nprune = [0.2, 0.5]\nquantize = ["none", "int8"]\n'
+    made = own_grid(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
+    found = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
+    assert found == [f"Pruned by 50 %, {name} keeps less than 90 %" for name in ("not quantized", "int8")]
+
+
 def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
     made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
@@ -131,6 +145,22 @@ def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> No
 def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
     assert find_axes(whole_grid()) == ()
     assert find_axes(study(two_methods())) == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "amounts"),
+    [
+        ('method = ["wanda"]', ["20 %", "50 %"]),
+        ("per_layer = [true]", ["20 %", "50 %"]),
+        ('quantize = ["int8"]', ["50 %"]),
+    ],
+)
+def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
+    grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
+    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]))
+    groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
+    # A single group has nothing that tells it from others.
+    assert groups == {"scope": amounts if len(amounts) > 1 else [""], "prune": ["attention", "feed-forward"]}
 
 
 def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:

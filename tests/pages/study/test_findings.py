@@ -93,6 +93,16 @@ def test_finding_is_what_the_data_make_evident(
     assert finding.why
 
 
+def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it() -> None:
+    most = [*at(ATT, GOOD, 0.4, 0.42, 0.44), *at(FF, WORSE, 0.4, 0.42, 0.44)]
+    finding = of(evaluate_findings(study([*most, *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)]))[0], "F2")
+    assert finding.answer == FAILS
+    assert "3 of 4 comparisons as claimed, 1 against it; Att_GP 50% 46.7 % right, FF_GP 50% 60.0 %" in finding.numbers
+    assert "The clearest of the other way round: Att_GP 50% answers 140 of 300 right" in finding.statistic
+    assert "does not hold. FF_GP 50% loses" in finding.per_million
+    assert "points of accuracy less a million than Att_GP 50%" in finding.per_million
+
+
 @pytest.mark.parametrize(
     ("family", "ids"),
     [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],

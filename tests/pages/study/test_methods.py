@@ -97,11 +97,16 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
         "of the methods that prune, wanda hurts least (everything and feed-forward) and L1-unstructured hurts least "
         "(attention)."
     )
+    # What orders modules is the paper's method alone.
+    assert write_verdict(made).startswith("tiny-bert, with L1-unstructured: pruned by 30 to 50 %, attention")
+    claims = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
+    assert "Pruned by 30 to 50 % (L1-unstructured), attention hurts least" in claims
+    assert "Pruned by 40 % (L1-unstructured), overall keeps less than 90 %" in claims
     alike = study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
     (line,) = draw_conclusions(alike, evaluate_findings(alike)[0])[:1]
     assert line.claim == "With everything pruned by 50 %, one method hurts least"
     assert line.answer == "cannot tell"
-    assert "of the methods that prune, none clearly hurts least" in write_verdict(alike)
+    assert write_verdict(alike) == "tiny-bert: of the methods that prune, none clearly hurts least."
 
 
 def test_where_two_methods_are_alike_the_worst_is_named() -> None:

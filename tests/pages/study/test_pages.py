@@ -178,7 +178,9 @@ def test_warnings_of_single_cells_stand_with_their_names() -> None:
 
 def test_a_study_of_nothing_is_a_page_too() -> None:
     page = read(render_study_html(empty()))
-    assert page.one("h1").text == "There was no knowledge to keep"
+    assert page.one("h1").text == "No cell could be evaluated"
+    forgot = study([gp("attention", 0.2, ())], asked=Asked(known=0))
+    assert read(render_study_html(forgot)).one("h1").text == "There was no knowledge to keep"
     assert "None" not in page.one("main").text
     assert "nan" not in page.one("main").text
     assert not with_class(page, "chart")
