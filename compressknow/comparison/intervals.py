@@ -306,20 +306,26 @@ def design_of_kept(clusters: Sequence[Counts]) -> Design:
 
 
 def design_of_change(clusters: Sequence[Counts]) -> Design:
-    """Return the design of the net change: of lost facts among those that changed."""
-    return _design([c.lost for c in clusters], [c.lost + c.gained for c in clusters])
+    """Return the design of the net change over all facts: of those that did not change, too, there are whole clusters,
+    and where all that changed is lost, these alone tell how much facts hang together.
+    """
+    total = sum(clusters, Counts())
+    return _design([c.gained - c.lost for c in clusters], [c.n for c in clusters], total.lost + total.gained)
 
 
-def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
-    part, whole = (np.asarray(side, dtype=np.float64) for side in (parts, wholes))
-    part, whole = part[whole > 0], whole[whole > 0]
-    number, facts = len(whole), float(whole.sum())
+def _design(sums: Sequence[int], sizes: Sequence[int], squares: int | None = None) -> Design:
+    """Return the design of a mean over facts from the sums of its values in each cluster. `squares` is the sum of the
+    squares of all, by default that of a share, of which each is 0 or 1.
+    """
+    total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
+    total, size = total[size > 0], size[size > 0]
+    number, facts = len(size), float(size.sum())
     if not FEWEST <= number < facts:
         return INDEPENDENT
-    share, size = float(part.sum()) / facts, float((whole**2).sum()) / facts
-    apart = number / (number - 1) * float(((part - share * whole) ** 2).sum())
-    alone = facts * share * (1 - share)
-    return Design(max(1.0, apart / alone) if alone else 1.0, size, max(1.0, facts / size - 1))
+    mean, seen = float(total.sum()) / facts, float((size**2).sum()) / facts
+    apart = number / (number - 1) * float(((total - mean * size) ** 2).sum())
+    alone = facts * mean * (1 - mean) if squares is None else squares - facts * mean * mean
+    return Design(max(1.0, apart / alone) if alone else 1.0, seen, max(1.0, facts / seen - 1))
 
 
 def estimate_kept(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
