@@ -8,6 +8,7 @@ of what stands here and of its rivals.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -110,10 +111,10 @@ def run_mcnemar(counts: Counts) -> float | None:
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
 
 
-def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the plain mean of independent figures, with its interval: the distances to the ends of their intervals,
-    squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no
-    value.
+def average_estimates(estimates: Sequence[Estimate], weights: Sequence[int] | None = None) -> Estimate:
+    """Return the mean of independent figures, plain or weighted, with its interval: the distances to the ends of their
+    intervals, squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where
+    one has no value.
 
     >>> average_estimates([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
     Estimate(value=0.6, low=0.35, high=0.65)
@@ -121,12 +122,14 @@ def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if not values or len(values) < len(estimates):
         return Estimate(None)
-    middle = math.fsum(values) / len(values)
+    weights = weights or [1] * len(values)
+    whole = sum(weights)
+    middle = math.fsum(map(operator.mul, weights, values)) / whole
     bounds = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
     if len(bounds) < len(values):
         return Estimate(middle)
     below, above = (
-        math.hypot(*(value - pair[side] for value, pair in zip(values, bounds, strict=True))) / len(values)
+        math.hypot(*(w * (value - pair[side]) for w, value, pair in zip(weights, values, bounds, strict=True))) / whole
         for side in (0, 1)
     )
     return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from compressknow.base.format import clean, count, share, write_percent
-from compressknow.comparison.intervals import FEWEST, estimate_proportion
+from compressknow.comparison.intervals import FEWEST, average_estimates, estimate_proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
@@ -319,11 +319,14 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
     for name, found in (
-        ("rounding", [probe.noise_floor for probe in measured]),
-        ("the runtime", [probe.runtime_noise_floor for probe in measured]),
+        ("rounding", [(probe.noise_floor, probe.counts.n) for probe in measured]),
+        ("the runtime", [(probe.runtime_noise_floor, probe.counts.n) for probe in measured]),
     ):
-        if floors := [floor for floor in found if floor and floor.n]:
-            alone = estimate_proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
+        if floors := [(floor, number) for floor, number in found if floor and floor.n]:
+            # Of a large probe a smaller part was put to it.
+            alone = average_estimates(
+                [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
+            )
             could_be_all |= changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
