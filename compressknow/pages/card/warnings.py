@@ -261,7 +261,7 @@ def warn_of_figures(
         named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
-        yield from _warn_of_few_relations(probe)
+        yield from _warn_of_few_relations(probe, name)
         yield from _warn_of_chance(probe, name)
         yield from _warn_of_dropped(probe)
 
@@ -275,12 +275,13 @@ def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
         )
 
 
-def _warn_of_few_relations(probe: ProbeFigures) -> Iterator[str]:
-    relations = len([group for group in probe.by_relation if group.counts.n])
-    if 1 < relations < FEWEST and probe.counts.known_before:
+def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
+    if 1 < (relations := probe.certainty.relations) < FEWEST:
+        by_fact = probe.certainty.test.unit == "fact"
+        figures = "intervals and p-values take" if by_fact else "the interval of what is kept takes"
         yield (
-            f"The facts of {clean(probe.probe, 60)} are of {relations} relations, and those of one relation are lost "
-            f"together. Of fewer than {FEWEST} nobody can tell how much: intervals and p-values take facts as "
+            f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}, and those of one relation "
+            f"are lost together. Of fewer than {FEWEST} nobody can tell how much: {figures} facts as "
             "independent here, and may be too sure."
         )
 
