@@ -379,9 +379,11 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     return estimate if has_clusters else Estimate(estimate.value)
 
 
-def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], level: float = 0.95) -> tuple[Estimate, float | None]:
+def _estimate_mean(
+    sums: Sequence[float], sizes: Sequence[int], level: float = 0.95, inflation: float = 1.0
+) -> tuple[Estimate, float | None]:
     """Return the mean over all facts with its interval over clusters, and the two-sided p-value that it is 0, both by
-    Student's t. There is no interval where all clusters are alike."""
+    Student's t, of a variance so many times as large as is seen. There is no interval where all clusters are alike."""
     from scipy.special import stdtr
 
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
@@ -393,7 +395,7 @@ def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], level: float = 0
     apart = number / (number - 1) * float(((total - mean * size) ** 2).sum()) if number > 1 else 0.0
     if not apart:
         return Estimate(mean), None if mean else 1.0
-    error, degrees = math.sqrt(apart) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
+    error, degrees = math.sqrt(apart * inflation) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
     spread = _compute_quantile(degrees, level) * error
     return Estimate(mean, mean - spread, mean + spread), 2 * float(stdtr(degrees, -abs(mean) / error))
 
@@ -411,10 +413,17 @@ def compare_rates(
     """Return how much more the second of two forms loses than the first, a million of its changed parameters: the mean
     over facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
 
+    A form that changed few parameters may lose none by luck, and then seems to lose none for sure. So where one changed
+    fewer facts than the rate of both lets expect, the variance is larger by what that many would add, were all alone.
+
     `first` and `second` are by fact: 1 where the form lost it, -1 where it gained it, else 0; so is the number of its
     cluster, from 0. `millions` are of the parameters that each form changed.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None
     sums = np.bincount(cluster, weights=second / millions[1] - first / millions[0])
-    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist())
+    rate = float(first.sum() + second.sum()) / sum(millions)
+    forms = [(float(np.abs(side).sum()), size) for side, size in zip((first, second), millions, strict=True)]
+    seen = math.fsum(changed / size**2 for changed, size in forms)
+    expected = math.fsum(max(changed, rate * size) / size**2 for changed, size in forms)
+    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist(), inflation=expected / seen if seen else 1.0)
