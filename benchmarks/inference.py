@@ -121,8 +121,8 @@ def coverage(draws: int) -> Iterator[tuple[str, ...]]:
 
 
 def selections(draws: int) -> Iterator[tuple[str, ...]]:
-    """Files of which the search's own facts said that they keep enough, and eight of which they had to say so; then
-    eight that keep 10 points more than is asked for, of which the first that is selected is graded.
+    """Files of which the search's own facts said that they keep enough, and eight of which these facts are drawn too;
+    then eight that keep 10 points more than is asked for, of which the first that is selected is graded.
     """
     yield "relations x facts", "kept", "ICC", "one", "three", "eight tried", "share told"
     many, few = (63, 64), (20, 60)

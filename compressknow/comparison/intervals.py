@@ -8,6 +8,7 @@ of what stands here and of its rivals.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -110,10 +111,10 @@ def run_mcnemar(counts: Counts) -> float | None:
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
 
 
-def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the plain mean of independent figures, with its interval: the distances to the ends of their intervals,
-    squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where one has no
-    value.
+def average_estimates(estimates: Sequence[Estimate], weights: Sequence[int] | None = None) -> Estimate:
+    """Return the mean of independent figures, plain or weighted, with its interval: the distances to the ends of their
+    intervals, squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where
+    one has no value.
 
     >>> average_estimates([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])
     Estimate(value=0.6, low=0.35, high=0.65)
@@ -121,12 +122,14 @@ def average_estimates(estimates: Sequence[Estimate]) -> Estimate:
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if not values or len(values) < len(estimates):
         return Estimate(None)
-    middle = math.fsum(values) / len(values)
+    weights = weights or [1] * len(values)
+    whole = sum(weights)
+    middle = math.fsum(map(operator.mul, weights, values)) / whole
     bounds = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
     if len(bounds) < len(values):
         return Estimate(middle)
     below, above = (
-        math.hypot(*(value - pair[side] for value, pair in zip(values, bounds, strict=True))) / len(values)
+        math.hypot(*(w * (value - pair[side]) for w, value, pair in zip(weights, values, bounds, strict=True))) / whole
         for side in (0, 1)
     )
     return Estimate(*(round(number, 12) for number in (middle, middle - below, middle + above)))
@@ -306,20 +309,26 @@ def design_of_kept(clusters: Sequence[Counts]) -> Design:
 
 
 def design_of_change(clusters: Sequence[Counts]) -> Design:
-    """Return the design of the net change: of lost facts among those that changed."""
-    return _design([c.lost for c in clusters], [c.lost + c.gained for c in clusters])
+    """Return the design of the net change over all facts: of those that did not change, too, there are whole clusters,
+    and where all that changed is lost, these alone tell how much facts hang together.
+    """
+    total = sum(clusters, Counts())
+    return _design([c.gained - c.lost for c in clusters], [c.n for c in clusters], total.lost + total.gained)
 
 
-def _design(parts: Sequence[int], wholes: Sequence[int]) -> Design:
-    part, whole = (np.asarray(side, dtype=np.float64) for side in (parts, wholes))
-    part, whole = part[whole > 0], whole[whole > 0]
-    number, facts = len(whole), float(whole.sum())
+def _design(sums: Sequence[int], sizes: Sequence[int], squares: int | None = None) -> Design:
+    """Return the design of a mean over facts from the sums of its values in each cluster. `squares` is the sum of the
+    squares of all, by default that of a share, of which each is 0 or 1.
+    """
+    total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
+    total, size = total[size > 0], size[size > 0]
+    number, facts = len(size), float(size.sum())
     if not FEWEST <= number < facts:
         return INDEPENDENT
-    share, size = float(part.sum()) / facts, float((whole**2).sum()) / facts
-    apart = number / (number - 1) * float(((part - share * whole) ** 2).sum())
-    alone = facts * share * (1 - share)
-    return Design(max(1.0, apart / alone) if alone else 1.0, size, max(1.0, facts / size - 1))
+    mean, seen = float(total.sum()) / facts, float((size**2).sum()) / facts
+    apart = number / (number - 1) * float(((total - mean * size) ** 2).sum())
+    alone = facts * mean * (1 - mean) if squares is None else squares - facts * mean * mean
+    return Design(max(1.0, apart / alone) if alone else 1.0, seen, max(1.0, facts / seen - 1))
 
 
 def estimate_kept(clusters: Sequence[Counts], level: float = 0.95) -> Estimate:
@@ -370,9 +379,11 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     return estimate if has_clusters else Estimate(estimate.value)
 
 
-def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], level: float = 0.95) -> tuple[Estimate, float | None]:
+def _estimate_mean(
+    sums: Sequence[float], sizes: Sequence[int], level: float = 0.95, inflation: float = 1.0
+) -> tuple[Estimate, float | None]:
     """Return the mean over all facts with its interval over clusters, and the two-sided p-value that it is 0, both by
-    Student's t. There is no interval where all clusters are alike."""
+    Student's t, of a variance so many times as large as is seen. There is no interval where all clusters are alike."""
     from scipy.special import stdtr
 
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
@@ -384,7 +395,7 @@ def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], level: float = 0
     apart = number / (number - 1) * float(((total - mean * size) ** 2).sum()) if number > 1 else 0.0
     if not apart:
         return Estimate(mean), None if mean else 1.0
-    error, degrees = math.sqrt(apart) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
+    error, degrees = math.sqrt(apart * inflation) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
     spread = _compute_quantile(degrees, level) * error
     return Estimate(mean, mean - spread, mean + spread), 2 * float(stdtr(degrees, -abs(mean) / error))
 
@@ -402,10 +413,17 @@ def compare_rates(
     """Return how much more the second of two forms loses than the first, a million of its changed parameters: the mean
     over facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
 
+    A form that changed few parameters may lose none by luck, and then seems to lose none for sure. So where one changed
+    fewer facts than the rate of both lets expect, the variance is larger by what that many would add, were all alone.
+
     `first` and `second` are by fact: 1 where the form lost it, -1 where it gained it, else 0; so is the number of its
     cluster, from 0. `millions` are of the parameters that each form changed.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None
     sums = np.bincount(cluster, weights=second / millions[1] - first / millions[0])
-    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist())
+    rate = float(first.sum() + second.sum()) / sum(millions)
+    forms = [(float(np.abs(side).sum()), size) for side, size in zip((first, second), millions, strict=True)]
+    seen = math.fsum(changed / size**2 for changed, size in forms)
+    expected = math.fsum(max(changed, rate * size) / size**2 for changed, size in forms)
+    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist(), inflation=expected / seen if seen else 1.0)

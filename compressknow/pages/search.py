@@ -238,10 +238,11 @@ def write_headline(search: Search) -> str:
     """Return what stands above everything."""
     if search.winner is None:
         return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
+    # Of the facts that had no part in the choice: it keeps enough of the others, or was lucky with them.
+    kept = share(search.winner.graded.value if search.winner.graded else None)
     if search.keep is None:
-        kept = search.winner.graded.value if search.winner.graded else None
-        return f"{write_size(search.winner.bytes)}, and {share(kept)} kept"
-    return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and at least {100 * search.keep:.6g} % kept"
+        return f"{write_size(search.winner.bytes)}, and {kept} kept"
+    return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and {kept} kept"
 
 
 def write_verdict(search: Search) -> str:

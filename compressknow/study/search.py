@@ -185,7 +185,7 @@ NEAR = 0.03
 CONFIRMED, APART = 3, 0.5
 # Of the intervals by which files are tried and selected (Bonferroni). Of one file it would be 99 %: the share kept is
 # skewed where a few relations lose much, so that an interval's lower end lies too high more often than its level says.
-# So a file that keeps exactly what is asked for is selected in 5 of 100 searches at most (`benchmarks/inference.py`).
+# `benchmarks/inference.py` counts how often a file that keeps exactly what is asked for is selected all the same.
 LEVEL = 1 - 0.01 / CONFIRMED
 
 

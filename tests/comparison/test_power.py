@@ -24,6 +24,7 @@ from compressknow.comparison.power import (
     find_smallest_loss,
 )
 from compressknow.comparison.records import Counts
+from tests.comparison.test_clusters import shares
 
 SIMULATED = 4000
 COUNTS = [Counts(169, 16, 19, 96), Counts(185), Counts(2311, 89, 41, 1580), Counts(60, 9, 3, 20)]
@@ -123,6 +124,18 @@ def test_of_relations_that_differ_the_smallest_loss_is_seen_as_often(icc: float)
     tested = [relations(drawn, icc, loss) for _ in range(400)]
     seen = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in tested]
     assert abs(sum(seen) / len(seen) - POWER) < 0.1
+
+
+@pytest.mark.parametrize("icc", [0.1, 0.3])
+def test_of_relations_that_only_lose_the_smallest_loss_is_seen_as_often(icc: float) -> None:
+    drawn = np.random.default_rng(5)
+
+    def lose(loss: float) -> list[Counts]:
+        return [Counts(20 - lost, lost) for lost in drawn.binomial(20, shares(drawn, loss, icc, 20)).tolist()]
+
+    told = [find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (lose(0.03) for _ in range(60))]
+    tested = [lose(float(np.median([each for each in told if each is not None]))) for _ in range(400)]
+    assert sum(run_paired_test(c).p < 0.05 for c in tested) / len(tested) > POWER - 0.1
 
 
 def relations(drawn: np.random.Generator, icc: float, net: float, number: int = 40, facts: int = 40) -> list[Counts]:

@@ -14,6 +14,7 @@ from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.distributions import compute_kl
 from compressknow.comparison.paired import compare_probe
+from compressknow.comparison.records import Counts
 from compressknow.engine.identity import locate
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answers, read_answers
@@ -175,6 +176,10 @@ def test_the_verdict_sets_what_changed_beside_it() -> None:
     assert said.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
     said = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
     assert said.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
+    # A probe of 4,000 facts, of which rounding changes none of 200, outweighs one of 100.
+    large = replace(figures, counts=Counts(3500, 500), answer_changed=0.05, noise_floor=replace(few, changed=0))
+    said = compare_with_rounding([large, replace(figures, noise_floor=many)])
+    assert said == " Of its answers, 5.5 % differ; rounding alone changes 0.7 % (0.6 to 2.6 %)."
 
 
 def test_a_damaged_one_is_told(tmp_path: Path) -> None:

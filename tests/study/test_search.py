@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 
 import compressknow
-from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.errors import GateNotMet, OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
 from compressknow.base.packages import can_read_gguf
@@ -310,6 +310,20 @@ def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
     assert "No file can be certain to keep 99.9 %: the model knows 21 of the facts that select it." in said
     assert "only 70.9 % would be certain" in said
     assert not (llama.folder / "much" / ".parts").exists()
+
+
+def test_too_few_relations_are_told_too_where_facts_alone_would_be_enough(llama: Place) -> None:
+    lines = llama.facts.read_text(encoding="utf-8").splitlines()
+    facts = llama.folder / "of-six-relations.jsonl"
+    rows = [json.dumps(json.loads(line) | {"relation": f"r{number % 6}"}) for number, line in enumerate(lines)]
+    facts.write_text("\n".join(rows), encoding="utf-8")
+    assert wilson_low(21, 21, Z) > KEEP
+    with pytest.raises(GateNotMet, match="No file can be certain to keep 60 %: the model knows 21 of") as told:
+        compressknow.search(
+            llama.model, llama.folder / "few", keep=KEEP, **llama.options | {"probe": [f"facts:{facts}"]}
+        )
+    # Student's t of 441 / 75 - 1 degrees of freedom takes the place of the normal quantile.
+    assert "only 42.4 % would be certain" in str(told.value)
 
 
 def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(

@@ -221,7 +221,7 @@ MOST = 20_000  # facts beyond this many nobody evaluates to know a share
 def write_advice(comparison: Comparison, path: str | None = None) -> str:
     """Return the line; nothing where the numbers carry none. `path` is where the user has the model's source.
 
-    They are held to the gate that was decided early, or else to `ENOUGH`: the interval must lie on one side of it.
+    They are held to `ENOUGH`, on one side of which the interval must lie, or else to the gate that was decided early.
     """
     counts, gate = comparison.counts, comparison.early.gate if comparison.early else ENOUGH
     if not counts.known_before:
@@ -229,9 +229,13 @@ def write_advice(comparison: Comparison, path: str | None = None) -> str:
     kept = comparison.kept
     low, high = 0.0 if kept.low is None else kept.low, 1.0 if kept.high is None else kept.high
     wanted = f"{100 * gate:g} %"
-    if comparison.early.met if comparison.early else low >= gate:
+    if comparison.early:
+        # The interval is of other facts too: it may reach to both sides of a gate that is decided of these.
+        if comparison.early.met:
+            return f"Next: deploy it, if {wanted} is enough."
+    elif low >= gate:
         return f"Next: deploy it, if {wanted} is enough: the interval lies above."
-    if not comparison.early and high >= gate:
+    elif high >= gate:
         return _advise_more_facts(comparison, gate)
     return _advise_less(comparison, f"less than {wanted} is kept", path)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from compressknow.base.format import clean, count, share, write_percent, write_size
-from compressknow.comparison.intervals import FEWEST, estimate_proportion
+from compressknow.comparison.intervals import FEWEST, average_estimates, estimate_proportion
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
@@ -271,7 +271,7 @@ def warn_of_figures(
         named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
         yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
     for probe in probes:
-        yield from _warn_of_few_relations(probe)
+        yield from _warn_of_few_relations(probe, name)
         yield from _warn_of_chance(probe, name)
         yield from _warn_of_dropped(probe)
 
@@ -285,12 +285,13 @@ def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
         )
 
 
-def _warn_of_few_relations(probe: ProbeFigures) -> Iterator[str]:
-    relations = len([group for group in probe.by_relation if group.counts.n])
-    if 1 < relations < FEWEST and probe.counts.known_before:
+def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
+    if 1 < (relations := probe.certainty.relations) < FEWEST:
+        by_fact = probe.certainty.test.unit == "fact"
+        figures = "intervals and p-values take" if by_fact else "the interval of what is kept takes"
         yield (
-            f"The facts of {clean(probe.probe, 60)} are of {relations} relations, and those of one relation are lost "
-            f"together. Of fewer than {FEWEST} nobody can tell how much: intervals and p-values take facts as "
+            f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}, and those of one relation "
+            f"are lost together. Of fewer than {FEWEST} nobody can tell how much: {figures} facts as "
             "independent here, and may be too sure."
         )
 
@@ -329,11 +330,14 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
     for name, found in (
-        ("rounding", [probe.noise_floor for probe in measured]),
-        ("the runtime", [probe.runtime_noise_floor for probe in measured]),
+        ("rounding", [(probe.noise_floor, probe.counts.n) for probe in measured]),
+        ("the runtime", [(probe.runtime_noise_floor, probe.counts.n) for probe in measured]),
     ):
-        if floors := [floor for floor in found if floor and floor.n]:
-            alone = estimate_proportion(sum(floor.changed for floor in floors), sum(floor.n for floor in floors))
+        if floors := [(floor, number) for floor, number in found if floor and floor.n]:
+            # Of a large probe a smaller part was put to it.
+            alone = average_estimates(
+                [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
+            )
             could_be_all |= changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""

@@ -2,8 +2,8 @@
 
 None is assumed: each holds, does not hold, or cannot be told. What decides is said with each test below; all are paired
 by fact, over all probes together, and go by relation. All that the table of findings and the table by method claim
-is adjusted together (Holm): the chance that a study says anything that is not so is 5 % at most. Amounts: low 10-30 %,
-medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high, section 3).
+is adjusted together (Holm): the chance that any of it is not so is 5 % at most; per million parameters, likewise.
+Amounts: low 10-30 %, medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high, section 3).
 """
 
 from __future__ import annotations

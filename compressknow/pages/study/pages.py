@@ -103,7 +103,8 @@ _DEFINITIONS = (
     "limit; for a finding to fail, one must lie clearly above it (Bonferroni over its figures).",
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
     "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
-    "t), adjusted over all findings (Holm).",
+    "t; where a form changed fewer facts than the rate of both lets expect, its variance is that of the rate), "
+    "adjusted over all findings (Holm).",
     f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
     "holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
     "hurts least, or a method of those that prune one, where it is significantly better than each other at one "

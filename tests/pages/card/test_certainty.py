@@ -74,6 +74,20 @@ def test_without_clusters_the_page_says_so(relations: int, said: str) -> None:
     assert values(card)["kept_cluster_interval"] is None
 
 
+def test_a_warning_says_that_too_few_relations_have_known_facts() -> None:
+    cells = [(n % 8 < 3, n % 8 in (1, 2)) for n in range(400)]
+    sides = [[answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    original, compressed = run(sides)
+    (comparison,) = make_card(original, [compressed]).comparisons
+    assert comparison.certainty.test.unit == "relation"
+    (said,) = comparison.warnings
+    assert said.startswith("The original knew facts of only 3 relations of atlas")
+    assert "the interval of what is kept takes facts as independent" in said
+    (said,) = card_of(3).comparisons[0].warnings
+    assert "intervals and p-values take facts as independent" in said
+    assert not card_of(5).comparisons[0].warnings
+
+
 def test_a_gate_that_stopped_early_is_told_in_all_forms() -> None:
     stop = EarlyStop(0.8, 0.05, facts=180, known=150, of=4021, kept=Estimate(0.86, 0.81, 0.9), met=True)
     card = card_of(10, stop)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compressknow.base.format import clean
+from compressknow.comparison.records import Estimate
 from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import read
@@ -62,6 +63,12 @@ def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> Non
     assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(sized())
     assert "held out to select" not in text
     assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
+
+
+def test_the_headline_tells_the_share_of_facts_that_had_no_part_in_the_choice() -> None:
+    search = found()
+    lucky = replace(search.winner, graded=Estimate(0.85, 0.81, 0.89))
+    assert write_headline(replace(search, keep=0.9, winner=lucky)) == "40.0 % smaller, and 85.0 % kept"
 
 
 def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:

@@ -12,6 +12,7 @@ from compressknow.comparison.intervals import average_estimates, compare_rates
 from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
+from tests.comparison.test_clusters import shares
 from tests.pages.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -225,6 +226,18 @@ def test_claim_of_several_parts_needs_each() -> None:
     assert decide([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
     assert decide([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
     assert decide([], [""]) == "cannot tell"
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
+def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: float) -> None:
+    drawn, cluster, told = np.random.default_rng(2), np.tile(np.arange(20), 10), []
+    for _ in range(400):
+        # 1 % of all facts, and 5 %.
+        lost = [drawn.random(200) < np.tile(shares(drawn, loss, icc, 20), 10) for loss in (0.01, 0.05)]
+        told.append(compare_rates(*(side.astype(int) for side in lost), cluster, (10, 50))[1] or 1.0)
+    assert np.mean(np.array(told) < 0.05) < 0.05
+    # As Holm's method needs it of the smallest of many.
+    assert np.mean(np.array(told) < 0.005) < 0.01
 
 
 def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
