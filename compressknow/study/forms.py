@@ -89,7 +89,7 @@ class Request:
             )
         check_guide(self.guide)
         if self.to not in (None, *FORMS):
-            raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
+            raise UsageError(f"--to {self.to}: there is no such form.", hint=f"Choose from {', '.join(FORMS)}.")
         check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
             check_types(self.must)
