@@ -366,7 +366,7 @@ def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[s
         if not modules:
             raise UsageError(
                 f"--must: {which!r} is no scope, and matches no module of the blocks.",
-                hint=suggest_word(which, SCOPES) or None,
+                hint=f"{suggest_word(which, SCOPES)}Choose from {', '.join(SCOPES)}, or give a regular expression.",
             )
         pins |= dict.fromkeys(modules, kind)
     return pins
