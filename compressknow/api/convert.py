@@ -139,15 +139,15 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     """Return the recipe that the arguments of `convert` give, or the one that its options say."""
     further = [name for name in list_parameters() if name in arguments and name not in SHARED]
     others = arguments["parameters"] or {}
+    defaults = signature(convert).parameters
     if (recipe := arguments["recipe"]) is not None:
-        defaults = signature(convert).parameters
         usual = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *further)}
         check_beside_recipe(arguments | others, usual | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     options = {name: arguments[name] for name in (*OPTIONS, *SHARED)}
-    parameters = {name: arguments[name] for name in further if arguments[name] is not None}
+    parameters = {name: arguments[name] for name in further if arguments[name] != defaults[name].default}
     layers = options.pop("layers")
     # One text is one name or pattern, and not its letters.
     scope, include, exclude = (

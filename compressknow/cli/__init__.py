@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
         """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
         if not ctx.resilient_parsing and args[0] not in COMMANDS and not args[0].startswith("-"):
             near = suggest_word(args[0], COMMANDS)
-            ctx.fail(f"No such command '{args[0]}'. {near}There are: {', '.join(COMMANDS)}.")
+            ctx.fail(f"No such command '{args[0]}'. {near}Choose from {', '.join(COMMANDS)}.")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
@@ -305,8 +305,8 @@ def upload(
 def cli(debug: bool) -> None:
     """Compress a language model, and know what it forgot.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 4 too few facts tell (--strict), 130
-    interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a gate that you set was not met, 4 too few facts to tell (--strict),
+    130 interrupted.
     """
 
 

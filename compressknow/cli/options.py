@@ -211,7 +211,7 @@ revision_option = _runs("--revision", help="Branch, tag or commit of a Hub id.")
 checkpoint_options = join_options(revision_option, _trust_option)
 threads_option = _runs("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
 strict_option = option(
-    "--strict", is_flag=True, help="Exit with 4 where too few facts tell whether --fail-under is met."
+    "--strict", is_flag=True, help="Exit with 4 if the facts are too few to tell whether --fail-under is met."
 )
 no_facts_option = option("--no-facts", is_flag=True, help="Leave out the text of every fact.")
 answers_option = option(

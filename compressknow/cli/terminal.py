@@ -50,7 +50,9 @@ def show_written(files: Sequence[Path]) -> None:
 
 def wrap(text: str, indent: str = "  ", **how: Any) -> list[str]:
     """Return the lines of a text, those after the first indented; `how` words are broken is as in `textwrap`."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, **how)
+    # A number and its % stay on one line.
+    lines = textwrap.wrap(text.replace(" %", "\0%"), WIDTH, subsequent_indent=indent, **how)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def wrap_whole(text: str) -> list[str]:

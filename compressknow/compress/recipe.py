@@ -72,7 +72,7 @@ class Recipe:
                 "--drop-blocks N or --drop-neurons.",
             )
         if self.module_map not in get_args(ModuleMap):
-            raise UsageError(f"Unknown module map {self.module_map!r}.", hint="There is structural and paper.")
+            raise UsageError(f"Unknown module map {self.module_map!r}.", hint="Choose structural or paper.")
         kinds = [_ORDER.index(type(step)) for step in self.steps]
         if kinds != sorted(kinds):
             if min(kinds) < _ORDER.index(Prune):
@@ -192,8 +192,9 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     if isinstance(step, Prune | Quantize):
         known |= {*places, *(each.name for each in step.chosen.parameters())}
     if unknown := sorted(set(values) - known):
-        near = suggest_word(unknown[0], sorted(known))
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(sorted(known))}.")
+        names = sorted(known)
+        hint = f"{suggest_word(unknown[0], names)}Choose from {', '.join(names)}."
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
     return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
 
 
@@ -341,7 +342,7 @@ def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Qua
     if unknown := sorted(set(parameters) - known):
         names = " and ".join(step.chosen.name for step in steps) or "a step that drops blocks or neurons"
         near = suggest_word(unknown[0], known)
-        hint = f"{near}There is {', '.join(sorted(known))}." if known else None
+        hint = f"{near}Choose from {', '.join(sorted(known))}." if known else None
         raise UsageError(f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
 
 

@@ -391,7 +391,7 @@ Step = DropBlocks | DropNeurons | Prune | Quantize
 def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> None:
     if name not in known:
         near = suggest_word(str(name), known)
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{near}There is {', '.join(known)}.")
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{near}Choose from {', '.join(known)}.")
 
 
 def _check_amount(amount: Any, what: str, hint: str) -> None:

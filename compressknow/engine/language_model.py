@@ -30,7 +30,7 @@ def check_device(name: str) -> None:
     if kind not in DEVICES or (colon and not is_numbered):
         other = _OTHER_WORDS.get(kind.lower())
         near = f"Did you mean {other}? " if other else suggest_word(kind, DEVICES)
-        raise UsageError(f"There is no device {name!r}.", hint=f"{near}There is {', '.join(DEVICES)}, and cuda:1.")
+        raise UsageError(f"There is no device {name!r}.", hint=f"{near}Choose from {', '.join(DEVICES)}, and cuda:1.")
 
 
 def resolve_device(name: str) -> str:

@@ -139,7 +139,7 @@ def check_known(known: str) -> None:
     if known not in KNOWN:
         raise UsageError(
             f"Unknown reading of knowing: {known!r}.",
-            hint=f"{suggest_word(known, KNOWN)}There is {' and '.join(KNOWN)}.",
+            hint=f"{suggest_word(known, KNOWN)}Choose {' or '.join(KNOWN)}.",
         )
 
 

@@ -64,7 +64,7 @@ def _check_type(name: str, known: Collection[str], option: str) -> str:
     """Return the type's name in small letters. Raises UsageError where llama.cpp has none of that name."""
     small = name.lower()
     if small not in known:
-        hint = f"{suggest_word(small, known)}There is {', '.join(known)}."
+        hint = f"{suggest_word(small, known)}Choose from {', '.join(known)}."
         raise UsageError(f"{option}: llama.cpp has no type {name!r}.", hint=hint)
     return small
 
@@ -178,7 +178,7 @@ def read_choice(path: Path) -> Choice:
 def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
     if unknown := sorted(set(values) - set(_KEYS)):
         near = suggest_word(unknown[0], _KEYS)
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}There is {', '.join(_KEYS)}.")
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(_KEYS)}.")
     kind, types, matrix = values.get("type", DEFAULT), values.get("types", {}), values.get("imatrix")
     rules = list(map(list, types.items())) if isinstance(types, Mapping) else types
     form = {"type": str, "imatrix": (str, None), "types": [[str]]}

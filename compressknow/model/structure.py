@@ -142,12 +142,12 @@ SHOWN = 8
 def check_scope_names(scopes: Collection[str]) -> None:
     """Raise UsageError for a name that is no scope of any model, or where none is given."""
     if not scopes:
-        raise UsageError("No scope is given.", hint=f"There is {', '.join(SCOPES)}.")
+        raise UsageError("No scope is given.", hint=f"Choose from {', '.join(SCOPES)}.")
     for scope in scopes:
         if scope not in SCOPES:
             other = OTHER_WORDS.get(scope.lower())
             near = f"Did you mean {other}? " if other else suggest_word(scope, SCOPES)
-            raise UsageError(f'There is no scope "{scope}".', hint=f"{near}There is {', '.join(SCOPES)}.")
+            raise UsageError(f'There is no scope "{scope}".', hint=f"{near}Choose from {', '.join(SCOPES)}.")
 
 
 def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
@@ -208,7 +208,7 @@ def select(
         if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
             counts = count_scope_parameters(structure).items()
             there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
-            hint = f"There is {there}." if there else f"{structure.architecture} has no Linear layer at all."
+            hint = f"It has {there}." if there else f"{structure.architecture} has no Linear layer at all."
             raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
     chosen = [w for w in in_scope if not narrowing or _is_match(w.module, narrowing)]
     chosen += [w for w in unplaced if _is_match(w.module, includes)]

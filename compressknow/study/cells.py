@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base import reading
-from compressknow.base.errors import CompressknowError, OutputError
+from compressknow.base.errors import OutputError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, relabel_progress
@@ -34,7 +34,7 @@ from compressknow.evaluate.run import count_facts, find_missing, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.evaluate.text import RunningText
-from compressknow.model.checkpoint import build_server_error
+from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
@@ -240,13 +240,7 @@ class StudyModel:
         texts: Path | None = None,
     ) -> None:
         located = locate(model, revision)
-        if located.url is not None:
-            raise build_server_error(model)
-        if located.path.suffix == ".gguf":
-            raise CompressknowError(
-                f"{model} is a GGUF file: it is quantized already, and cannot be converted.",
-                hint="Give the checkpoint folder that it was made from.",
-            )
+        check_is_checkpoint(model)
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
         # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
         self.prompts: dict[str, Prompts] = {}

@@ -89,7 +89,7 @@ class Request:
             )
         check_guide(self.guide)
         if self.to not in (None, *FORMS):
-            raise UsageError(f"--to {self.to}: there is no such form.", hint=f"There is {', '.join(FORMS)}.")
+            raise UsageError(f"--to {self.to}: there is no such form.", hint=f"Choose from {', '.join(FORMS)}.")
         check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
             check_types(self.must, "--must")
@@ -366,7 +366,7 @@ def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[s
         if not modules:
             raise UsageError(
                 f"--must: {which!r} is no scope, and matches no module of the blocks.",
-                hint=suggest_word(which, SCOPES) or None,
+                hint=f"{suggest_word(which, SCOPES)}Choose from {', '.join(SCOPES)}, or give a regular expression.",
             )
         pins |= dict.fromkeys(modules, kind)
     return pins

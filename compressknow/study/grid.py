@@ -248,7 +248,7 @@ def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Re
     there = dict.fromkeys((*AXES, *list_parameters()))
     if unknown := sorted(set(axes) - set(there)):
         near = suggest_word(unknown[0], there)
-        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}There is {', '.join(there)}.")
+        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(there)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
             raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
@@ -315,7 +315,7 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
         near = suggest_word(unknown[0], there)
         raise UsageError(
             f"{where}: unknown key {unknown[0]!r}.",
-            hint=f"{near}There is name, {', '.join(there)}, or the steps of a recipe.",
+            hint=f"{near}Choose from name, {', '.join(there)}, or the steps of a recipe.",
         )
     if not _has_effect(point):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)

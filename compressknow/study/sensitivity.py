@@ -192,7 +192,7 @@ def name_guide(guide: Guide) -> str:
 def check_guide(guide: str) -> None:
     """Raise UsageError for what guides nothing."""
     if guide not in GUIDES:
-        raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"There is {', '.join(GUIDES)}.")
+        raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"Choose from {', '.join(GUIDES)}.")
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:

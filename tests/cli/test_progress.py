@@ -14,7 +14,7 @@ import pytest
 from compressknow.base import progress
 from compressknow.base.progress import Pace, Progress, Stage, relabel_progress, report_progress
 from compressknow.cli import terminal
-from compressknow.cli.terminal import Line, Lines, announce
+from compressknow.cli.terminal import WIDTH, Line, Lines, announce, wrap
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
 CONVERTING = Stage("convert", "smollm2")
@@ -161,6 +161,11 @@ def test_the_first_bytes_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         until(screen, "Converting: 0 s so far")
         told(269_000_000 // 2, 269_000_000)
         until(screen, "Converting: 134.5 MB of 269.0 MB, 0 s left")
+
+
+def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
+    filled = "x" * (WIDTH - 3)
+    assert wrap(f"{filled} 2 %.", indent="") == [filled, "2 %."]
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:

@@ -163,7 +163,7 @@ def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Pat
         "In test: [MASK].",
     )
     assert read_hub_facts(folder, split="train").facts[0].prompt == "In train: [MASK]."
-    with pytest.raises(UsageError, match=r"no split 'dev'(.|\n)*There is train, validation, test"):
+    with pytest.raises(UsageError, match=r"no split 'dev'(.|\n)*Choose from train, validation, test"):
         read_hub_facts(folder, split="dev")
 
 

@@ -64,7 +64,15 @@ def test_a_set_that_is_not_there_says_where_to_get_and_to_put_it(
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("atlass", "atlas"), ("lama:trek", "lama:trex"), ("lama", "lama:trex"), ("trex", "lama:trex"), ("beer", "bear")],
+    [
+        ("atlass", "atlas"),
+        ("lama:trek", "lama:trex"),
+        ("lama", "lama:trex"),
+        ("trex", "lama:trex"),
+        ("beer", "bear"),
+        ("facts", "facts:FILE.jsonl"),
+        ("text", "text:FILE.txt"),
+    ],
 )
 def test_an_unknown_name_lists_those_there_are(name: str, near: str) -> None:
     text = message(name)
@@ -92,7 +100,7 @@ def test_only_some_probes_have_several_templates(tmp_path: Path) -> None:
 
 
 def test_an_unknown_protocol() -> None:
-    assert "There is lama and paper." in message("lama:trex", protocol="lamma")
+    assert "Choose lama or paper." in message("lama:trex", protocol="lamma")
 
 
 def test_a_probe_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:

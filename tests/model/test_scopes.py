@@ -153,7 +153,7 @@ def test_a_scope_that_the_model_lacks_is_an_error_that_lists_those_it_has(scope:
 
 @pytest.mark.parametrize("scopes", [["attn"], ["attention", "everything"], []])
 def test_an_unknown_scope_is_an_error_that_lists_those_there_are(scopes: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"There is blocks.* feed-forward"):
+    with pytest.raises(UsageError, match=r"Choose from blocks.* feed-forward"):
         select(ONE_STACK, scopes, "prune")
 
 

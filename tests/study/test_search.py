@@ -530,7 +530,7 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
 
 
 def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:
-    with pytest.raises(UsageError, match="There is gguf, checkpoint"):
+    with pytest.raises(UsageError, match="Choose from gguf, checkpoint"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, to="onnx")
     with pytest.raises(UsageError, match="Unknown reading of knowing"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, known="said", **llama.options)

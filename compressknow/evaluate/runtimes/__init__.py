@@ -51,7 +51,7 @@ class Settings:
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
                 f"There is no runtime {self.runtime!r}.",
-                hint=f"{suggest_word(self.runtime, RUNTIMES)}There is {', '.join(RUNTIMES)}.",
+                hint=f"{suggest_word(self.runtime, RUNTIMES)}Choose from {', '.join(RUNTIMES)}.",
             )
 
     def here(self) -> Settings:

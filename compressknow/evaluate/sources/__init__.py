@@ -173,7 +173,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
         known = list(dict.fromkeys(protocol for _, source in list_usable() for protocol in source.protocols))
         if options.protocol not in known:
             near = suggest_word(options.protocol, known)
-            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}There is {' and '.join(known)}.")
+            raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}Choose {' or '.join(known)}.")
     return [_open_by_name(name, options) for name in names]
 
 
@@ -292,7 +292,7 @@ def _find_flaw(name: str, probe: Probe) -> str | None:
 def _make_unknown_error(name: str) -> UsageError:
     # Each part of a source that has parts, and what follows the names of others.
     names = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts or (source.form,)]
-    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggest(name)}There is {', '.join(names)}.")
+    return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggest(name)}Choose from {', '.join(names)}.")
 
 
 def _suggest(name: str) -> str:
@@ -303,6 +303,8 @@ def _suggest(name: str) -> str:
     for kind, source in list_usable():
         if source.meant(name):
             return f"Did you mean {_join_name(kind, _normalize_part(source, name))}? "
+        if name.lower() == kind and not source.parts:
+            return f"Did you mean {_join_name(kind, source.form)}? "
     alone = [kind for kind, source in list_usable() if not source.form]
     parts = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts]
     return suggest_word(name, [*alone, *parts], cutoff=0.5)

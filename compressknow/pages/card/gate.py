@@ -96,7 +96,7 @@ def check_names(card: Card, gates: Iterable[Gate]) -> None:
             if gate.of is not None and gate.of not in names:
                 raise UsageError(
                     f"--fail-under {gate.of}=...: no facts of a domain or relation {gate.of} were evaluated.",
-                    hint=suggest_word(gate.of, names) or f"There is {', '.join(names[:8])}.",
+                    hint=f"{suggest_word(gate.of, names)}Choose from {', '.join(names[:8])}.",
                 )
 
 
