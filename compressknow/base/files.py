@@ -157,12 +157,18 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _open_temporary(path) as (temporary, file):
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            close_durably(file)
             move(temporary, path)
     except OSError as error:
         raise explain_write_error(path, error) from error
+
+
+def close_durably(file: BinaryIO) -> None:
+    """Close a file, all of it on the disk; one that is closed stays as it is. Raises OSError: the disk may be full."""
+    if not file.closed:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
 
 
 def write_whole(path: Path, content: bytes) -> None:
