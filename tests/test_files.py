@@ -20,6 +20,7 @@ from compressknow.base.errors import OutputError
 from compressknow.base.files import (
     LOCK,
     claim_folder,
+    find_cache_folder,
     is_no_folder,
     open_whole,
     remove_strays,
@@ -129,12 +130,18 @@ def test_files_of_the_users_that_look_alike_are_left_alone(tmp_path: Path) -> No
 
 
 def test_an_error_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"no/a cannot be written: No such file"):
-        write_whole(tmp_path / "no" / "a", b"whole")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder cannot be written: Is a directory"):
         write_whole(tmp_path / "folder", b"whole")
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_cache_that_cannot_be_written_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        write_whole(find_cache_folder() / "texts" / "a", b"whole")
+    assert "set XDG_CACHE_HOME to another folder" in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])

@@ -149,18 +149,26 @@ def check_links(path: Path) -> None:
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write. It takes the place of `path` once the context ends without an error, and else never.
 
-    Raises OutputError, which names `path`, where it cannot be written: no space, no permission.
+    The folders above are made. Raises OutputError, which names `path`, where it cannot be written: no space, no
+    permission.
     """
     _remove_dead(path.parent.glob(f"{glob.escape(_make_prefix(path))}????????"))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _open_temporary(path) as (temporary, file):
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            close_durably(file)
             move(temporary, path)
     except OSError as error:
         raise explain_write_error(path, error) from error
+
+
+def close_durably(file: BinaryIO) -> None:
+    """Close a file, all of it on the disk; one that is closed stays as it is. Raises OSError: the disk may be full."""
+    if not file.closed:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -191,10 +199,12 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
     """Return the error of a file or folder that the system does not let us write, in our form."""
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
+    is_cached = path.is_relative_to(find_cache_folder())
+    remedy = "set XDG_CACHE_HOME to another folder" if is_cached else "choose another place"
     hint = (
-        "Free some space, or choose another place. Files that were complete before are unchanged."
+        f"Free some space, or {remedy}. Files that were complete before are unchanged."
         if full
-        else "Choose another place, or change its permissions."
+        else f"Change its permissions, or {remedy}."
     )
     return OutputError(f"{path} cannot be written: {why}.", hint=hint)
 

@@ -6,8 +6,8 @@ comes before the file; in the file, the table of a command before what stands ab
 
 from __future__ import annotations
 
+import os
 import textwrap
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.reading import read_toml
 
 if TYPE_CHECKING:
     from compressknow.compress.parameters import Option as DeclaredOption
@@ -349,9 +350,13 @@ def read_project_defaults(
 ) -> dict[str, Any]:
     """Return the values that the project's file has for the options of one of `commands`, as click takes them.
 
-    Raises UsageError for a file that is no TOML, and for a key that is no option.
+    Raises UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone.
     """
-    if (nearest := _find_file(Path.cwd())) is None:
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("The working directory no longer exists.", hint="Change to another one.") from None
+    if (nearest := _find_file(folder)) is None:
         return {}
     file, values = nearest
     options = _list_options(command)
@@ -387,23 +392,26 @@ def _list_options(command: click.Command) -> dict[str, click.Option]:
 
 def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in (folder, *folder.parents):
-        if (place / FILE).is_file():
-            return place / FILE, _read(place / FILE)
-        if (place / PROJECT).is_file():
-            values = _read(place / PROJECT).get("tool", {}).get("compressknow")
-            if isinstance(values, dict):
-                return place / PROJECT, values
+        for file in (place / FILE, place / PROJECT):
+            # False, not an error, in a folder that may not be searched.
+            if os.path.isfile(file) and (values := _read(file)) is not None:  # noqa: PTH113
+                return file, values
     return None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return the options in a file; None where a `PROJECT` has none. What is wrong with that is other tools' to say."""
     try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = read_toml(file)
+    except (ValueError, OSError) as error:
         if file.name == PROJECT:
-            # It is other tools' to complain of.
-            return {}
-        raise UsageError(f"{file} is no TOML.", why=str(error), hint="Mend it, or remove it.") from None
+            return None
+        raise UsageError(f"{file} cannot be read.", why=str(error), hint="Mend it, or remove it.") from None
+    if file.name == FILE:
+        return values
+    tools = values.get("tool")
+    own = tools.get("compressknow") if isinstance(tools, dict) else None
+    return own if isinstance(own, dict) else None
 
 
 def _resolve_paths(value: Any, option: click.Option, file: Path) -> Any:

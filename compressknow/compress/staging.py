@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from compressknow.base.errors import OutputError
-from compressknow.base.files import check_links, create_locked_file, explain_write_error, lock_dead
+from compressknow.base.files import check_links, close_durably, create_locked_file, explain_write_error, lock_dead
 from compressknow.base.reading import open_regular
 from compressknow.base.system import hold_signals, is_full, move, remove_lock, sync_folder
 from compressknow.model.manifest import MANIFEST_NAME
@@ -72,8 +72,7 @@ class Staging:
         """Write a small file durably; return its SHA-256 in hexadecimal."""
         with self._new(name).open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            close_durably(file)
         return hashlib.sha256(content).hexdigest()
 
     def copy(self, source: Path, name: str) -> str:
@@ -83,8 +82,7 @@ class Staging:
             while piece := original.read(COPY_BYTES):
                 digest.update(piece)
                 copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
+            close_durably(copy)
         return digest.hexdigest()
 
     def _new(self, name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Verification(Shown):
 
     def _summary(self) -> Summary:
         compared = f"{count(self.tensors)} tensors and {count(self.files)} files ({write_size(self.bytes)})"
-        result = f"differ in {count(len(self.differences))} places" if self.differences else "are as in the manifest"
+        result = f"differ in {_count_places(self.differences)}" if self.differences else "are as in the manifest"
         rows = tuple((d.file, d.tensor or "-", d.what) for d in self.differences)
         return Summary("Verification", f"{compared} {result}.", ("File", "Tensor", "Difference"), rows)
 
@@ -72,10 +72,14 @@ def raise_if_different(folder: str | Path, result: Verification) -> None:
         lines = [str(difference) for difference in result.differences[:SHOWN]]
         more = len(result.differences) - len(lines)
         raise VerificationError(
-            f"{folder} differs from its manifest in {len(result.differences)} places.",
+            f"{folder} differs from its manifest in {_count_places(result.differences)}.",
             why="\n".join(lines + ([f"and {more} more: see --json"] if more else [])),
             hint="Convert it again: the manifest holds the recipe (--recipe).",
         )
+
+
+def _count_places(differences: Sequence[Difference]) -> str:
+    return "1 place" if len(differences) == 1 else f"{count(len(differences))} places"
 
 
 def compare_to_manifest(

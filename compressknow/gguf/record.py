@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
-from compressknow.base.files import check_links, explain_write_error, open_whole, write_whole
+from compressknow.base.files import check_links, close_durably, explain_write_error, open_whole, write_whole
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, silence_libraries
@@ -105,8 +105,7 @@ def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
         return
     with open_whole(place) as file:
         file.write((folder / IMPORTANCE).read_bytes())
-        file.flush()
-        os.fsync(file.fileno())
+        close_durably(file)
         yield
 
 

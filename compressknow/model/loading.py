@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from compressknow.base.errors import CheckpointError
+from compressknow.base.errors import CheckpointError, is_out_of_memory
 from compressknow.base.packages import require
 from compressknow.base.progress import silence_libraries
 from compressknow.model.checkpoint import Checkpoint, list_some, open_checkpoint
@@ -286,6 +286,8 @@ def load_report(
         with silence_libraries():
             model, found = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
+        if is_out_of_memory(error):
+            raise
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     # What is tied though both are stored is compared first, on other devices than this one.
     for pair in model.all_tied_weights_keys.items():

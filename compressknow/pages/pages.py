@@ -18,7 +18,7 @@ from jinja2.nodes import EvalContext
 from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import check_links, open_whole
+from compressknow.base.files import check_links, close_durably, open_whole
 from compressknow.base.format import RIGHT_TO_LEFT, clean_lines, compare_sizes, count, number, write_percent, write_size
 from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
@@ -232,6 +232,6 @@ def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *
         for path, text in written.items():
             file = files.enter_context(open_whole(path))
             file.write(text.encode("utf-8"))
-            file.flush()
+            close_durably(file)
         if not overwrite and (there := next(filter(os.path.lexists, written), None)):
             raise OutputError(f"{there} exists already.", hint="Choose another name, or pass --overwrite.")

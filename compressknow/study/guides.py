@@ -168,7 +168,6 @@ def _measure_sensitivity(
     known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
     others = read_structure(tree).stored - sum(prod(row.shape) for row in rows)
     sensitivity = Sensitivity(handle.sha256, guidance, rows, known, others)
-    place.parent.mkdir(parents=True, exist_ok=True)
     write_sensitivity(sensitivity, place)
     return sensitivity
 

@@ -20,6 +20,7 @@ from compressknow.base.reading import RECORD, read_json
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import open_named
 from compressknow.evaluate.sources import Options
+from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
@@ -209,14 +210,18 @@ def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> li
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
-    """Store a sensitivity, whole or not at all."""
-    write_whole(path, json.dumps(sensitivity.as_json(), separators=(",", ":")).encode())
+    """Store a sensitivity, with the hash of its content, whole or not at all."""
+    sealed = seal_manifest({"sensitivity": sensitivity.as_json()})
+    write_whole(path, json.dumps(sealed, separators=(",", ":")).encode())
 
 
 def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
-    """Return what was stored of this model and guidance; None where there is nothing, or something else."""
+    """Return what was stored of this model and guidance; None where there is nothing, something else, or damage."""
     try:
-        stored = Sensitivity.from_json(read_json(path, RECORD))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = read_json(path, RECORD)
+        if record[SEAL] != hash_manifest(record):
+            return None
+        stored = Sensitivity.from_json(record["sensitivity"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return stored if (stored.sha256, stored.guidance) == (sha256, guidance) else None

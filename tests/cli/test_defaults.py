@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_fil
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("limit = ", "is no TOML"),
+        ("limit = ", "cannot be read"),
         ("[asks]\nlimit = 1", "there is no command asks.*Did you mean ask"),
         ("[ask]\nlimits = 1", "ask has no option limits.*Did you mean limit"),
         ("limits = 1", "no command has an option limits"),
@@ -105,6 +106,32 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
     (project / "compressknow.toml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
         called()
+
+
+@pytest.mark.parametrize("text", ["tool = 1", "[tool]\ncompressknow = 1", "limit = ", f"a = {'[' * 10_000}"])
+def test_what_is_wrong_with_a_pyproject_is_other_tools_to_say(project: Path, text: str) -> None:
+    (project / "pyproject.toml").write_text(text)
+    assert called()[0]["limit"] is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are locked to others, not by their mode")
+def test_a_folder_above_that_may_not_be_searched_has_no_defaults(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a user to whom modes are no bar, there is nothing to see."""
+    monkeypatch.chdir(project / "inner")
+    project.chmod(0)
+    try:
+        assert called()[0]["limit"] is None
+    finally:
+        project.chmod(0o700)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the working directory cannot be removed")
+def test_a_working_directory_that_is_gone_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "inner").rmdir()
+    assert main(["inspect", "a"]) == 2
+    assert capsys.readouterr().err == "Error: The working directory no longer exists.\n  Change to another one.\n"
 
 
 @click.command()

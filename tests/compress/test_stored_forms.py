@@ -72,6 +72,17 @@ def test_floats_in_the_place_of_integers_do_not_pass_for_loaded(tmp_path: Path) 
     assert load_report(type(tree), config, {**headers, name: ("F32", headers[name][1])}).retyped == (name,)
 
 
+def test_a_lack_of_memory_does_not_pass_for_a_checkpoint_that_does_not_load(tmp_path: Path) -> None:
+    class Starved(transformers.BertForMaskedLM):
+        @classmethod
+        def from_pretrained(cls, *_: object, **__: object) -> Starved:
+            raise RuntimeError("can't start new thread")
+
+    tree = build_meta_model(save_tiny("bert", tmp_path / "in"))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        load_report(Starved, tree.config, {})
+
+
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,3 +191,19 @@ def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:
         write_map(map_of(), files, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
     assert files[1].read_text() == "the user's own"
+
+
+def test_a_disk_that_is_full_only_when_a_file_is_sent_to_it_gets_none_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def send(descriptor: int) -> None:
+        sent.append(descriptor)
+        if len(sent) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", send)
+    with pytest.raises(OutputError, match="no space left"):
+        write_map(map_of(), [tmp_path / "map.html", tmp_path / "map.json"], overwrite=False)
+    assert list(tmp_path.iterdir()) == []

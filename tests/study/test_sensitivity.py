@@ -367,3 +367,12 @@ def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is
     assert written.predict({"a": "q8_0"}, "facts") == 0.1
     with pytest.raises(ValueError, match="to text was not measured"):
         rows[0].by_type["q8_0"].kl("both")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b'{"sensitivity": {}, "sha256": ""}', None])
+def test_a_damaged_sensitivity_is_none(tmp_path: Path, content: bytes | None) -> None:
+    file, guidance = tmp_path / "found.json", Guidance("gguf", ("q8_0",))
+    rows = (TensorSensitivity("w", (2, 32), "other", None, {"q8_0": Rounding(68, text=0.25)}),)
+    write_sensitivity(Sensitivity("model", guidance, rows), file)
+    file.write_bytes(file.read_bytes().replace(b"0.25", b"0.75") if content is None else content)
+    assert read_sensitivity(file, "model", guidance) is None

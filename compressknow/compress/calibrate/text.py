@@ -393,7 +393,6 @@ def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> Calibr
     text = _load(path)
     if text is None:
         text = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
         batches = [{name: ids.tolist() for name, ids in batch.items()} for batch in text.batches]
         write_whole(path, json.dumps(asdict(text) | {"batches": batches}).encode())
     return text

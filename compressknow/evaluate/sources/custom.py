@@ -8,7 +8,6 @@ PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the colum
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +42,8 @@ _HINT = (
 )
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
 _KEYS = (*_TEXTS, "id", "candidates", "popularity")
+# Answers are stored with floats, which are not exact for larger whole numbers.
+_MOST_POPULAR = 1 << 53
 # Problems of a file that a message shows.
 _SHOWN = 5
 
@@ -115,8 +116,8 @@ def _find_problems(row: dict[str, Any]) -> list[str]:
     candidates, popularity = row.get("candidates"), row.get("popularity")
     if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
         wrong.append("candidates: must be a list of texts, none empty")
-    if popularity is not None and not (type(popularity) in (int, float) and 0 < popularity < math.inf):
-        wrong.append("popularity: must be a number above 0")
+    if popularity is not None and not _is_popularity(popularity):
+        wrong.append("popularity: must be a number above 0, and at most 2^53")
     if wrong:
         return wrong
     # Other keys are ignored: those that nearly are known ones would go unnoticed.
@@ -250,8 +251,6 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     candidates, popularity = _to_texts(row.get("candidates")), row.get("popularity")
     if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
         return "object not among two candidates or more"
-    if isinstance(popularity, bool) or not isinstance(popularity, int | float) or not 0 < popularity < math.inf:
-        popularity = None
     return Fact(
         id=f"{relation}/{_to_text(row.get('id')) or number}",
         probe=probe,
@@ -261,8 +260,12 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
         obj_label=obj_label,
         prompt=prompt,
         candidates=candidates,
-        popularity=popularity,
+        popularity=popularity if _is_popularity(popularity) else None,
     )
+
+
+def _is_popularity(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST_POPULAR
 
 
 def _to_text(value: object) -> str | None:
