@@ -124,7 +124,7 @@ class Sources:
         """Return the embedding that a weight shares its values with, if it does."""
         supplier = self.supply.get(weight.parameter)
         tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
-        return min(tied, key=lambda p: not self.is_stored(p), default=None)
+        return min(tied, key=lambda p: (p != supplier, not self.is_stored(p)), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
         """Yield the stored tensors; of one storage under several names, the one that supplies the others."""
