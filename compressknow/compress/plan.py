@@ -162,11 +162,11 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     assigned = _assign_steps(structure, recipe)
     _separate(assigned, sources)
     schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
-    shapes: dict[Scheme | None, set[tuple[int, ...]]] = {}
+    alike: dict[Scheme | None, list[LinearWeight]] = {}
     for weight, scheme in schemes.items():
-        shapes.setdefault(scheme, set()).add(weight.shape)
+        alike.setdefault(scheme, []).append(weight)
     for weight, scheme in schemes.items():
-        sources.check(weight, scheme, shapes[scheme])
+        sources.check(weight, scheme, alike[scheme])
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
     _check_methods_fit(changed)

@@ -124,7 +124,7 @@ class Sources:
         """Return the embedding that a weight shares its values with, if it does."""
         supplier = self.supply.get(weight.parameter)
         tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
-        return min(tied, key=lambda p: not self.is_stored(p), default=None)
+        return min(tied, key=lambda p: (p != supplier, not self.is_stored(p)), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
         """Yield the stored tensors; of one storage under several names, the one that supplies the others."""
@@ -139,9 +139,9 @@ class Sources:
         """Return a key that sorts output tensors as sources are stored, created ones behind what they were tied to."""
         return self._position[source.name], created, name
 
-    def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Iterable[tuple[int, ...]] = ()) -> None:
+    def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Sequence[LinearWeight]) -> None:
         """Raise where a weight is not stored as the config says, or has no form of the scheme that loads and runs
-        right. `alike` are the shapes of all weights of the same scheme."""
+        right. `alike` are all weights of the same scheme."""
         parts = self.of(weight)
         if not parts:
             raise CheckpointError(
@@ -151,13 +151,20 @@ class Sources:
         for part in parts:
             _check_dtype(part)
         if scheme and (reason := self._find_obstacle(weight, parts, scheme)):
-            word, others = scheme.word, _build_kind_pattern(weight.module)
             raise UnsupportedError(
-                f"{weight.module} ({parts[0].name}) cannot be quantized to {word}.",
+                f"{weight.module} ({parts[0].name}) cannot be quantized to {scheme.word}.",
                 why=reason,
-                hint=f"{_suggest_options(scheme, alike)}Prune it only, or narrow --scope to what has an {word} form: "
-                f"--exclude '{others}'.",
+                hint=self._suggest_options(scheme, alike),
             )
+
+    def _suggest_options(self, scheme: Scheme, alike: Sequence[LinearWeight]) -> str:
+        """Say by which options all weights can be stored, and which leave out those that cannot, if any are left."""
+        parameters = _suggest_parameters(scheme, {each.shape for each in alike})
+        misfits = [each for each in alike if (parts := self.of(each)) and self._find_obstacle(each, parts, scheme)]
+        if len(misfits) == len(alike):
+            return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form: prune only."
+        others = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
+        return f"{parameters}Prune it only, or narrow --scope to what has an {scheme.word} form: --exclude '{others}'."
 
     def _find_obstacle(self, weight: LinearWeight, parts: Sequence[StoredTensor], scheme: Scheme) -> str | None:
         part, bound = parts[0], [self.bound[part.name] for part in parts if part.name in self.bound]
@@ -191,7 +198,7 @@ def _check_dtype(part: StoredTensor) -> None:
         )
 
 
-def _suggest_options(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
+def _suggest_parameters(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
     """Return the options by which weights of all these shapes can be stored, if some are needed and help."""
     with SCHEMES.explain_failures(scheme.name):
         fit = scheme.fit(shapes) or {}

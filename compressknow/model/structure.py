@@ -254,7 +254,7 @@ def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) ->
     left = [name for name in wanted if not _is_match(name, excludes)]
     if left:
         raise UnsupportedError(
-            f"{len(left)} matrices in the scope are not Linear layers and cannot be compressed:\n" + _join_names(left),
+            f"Matrices in the scope are not Linear layers and cannot be compressed ({len(left)}):\n{_join_names(left)}",
             hint=f"Leave them out by name, for example --exclude '{_name_example(left)}'.",
         )
 
@@ -263,7 +263,7 @@ def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
     left = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
     if left:
         raise UnsupportedError(
-            f"No rule tells which group {len(left)} Linear layers belong to:\n" + _join_names(left),
+            f"No rule tells which group these Linear layers belong to ({len(left)}):\n" + _join_names(left),
             hint=f"Add them to the scope with --include '{_name_example(left)}', or leave them out with --exclude.",
         )
 

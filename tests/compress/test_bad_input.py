@@ -250,6 +250,7 @@ def test_int8_without_a_form_that_runs_right(tmp_path: Path, capsys: Any, name: 
         message = capsys.readouterr().err
         assert "cannot be quantized to int8" in message
         assert reason.split()[0] in message
+        assert "Nothing in the scope has an int8 form: prune only." in message
         assert state(tmp_path) == before
 
 

@@ -253,6 +253,17 @@ def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refusal_names_all_that_is_to_be_left_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
+    LlamaForCausalLM(LlamaConfig(**tiny("llama").config.to_dict() | sizes)).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedError) as caught:
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4")
+    exclude = str(caught.value).rpartition("`exclude` '")[2].removesuffix("'.")
+    planned = compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", exclude=exclude, dry_run=True)
+    quantized = {row["name"].split(".")[-2] for row in planned["tensors"] if row["scheme"]}
+    assert quantized == {"o_proj", "down_proj"}
+
+
 def test_without_a_group_size_the_largest_that_divides_all_in_scope_is_taken(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     config = LlamaConfig(**tiny("llama").config.to_dict() | sizes)

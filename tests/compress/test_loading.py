@@ -215,15 +215,18 @@ def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Pat
     assert manifest["totals"]["bytes_after"] < manifest["totals"]["bytes_before"]
 
 
-@pytest.mark.parametrize("name", ["bert", "albert", "bart", "llama-tied"])
+@pytest.mark.parametrize("name", ["bert", "albert", "bart", "t5-tied", "llama-tied"])
 def test_a_pickled_checkpoint_that_names_each_tied_weight_is_untied_as_any_other(
     checkpoints: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(checkpoints[name] / "config.json", tmp_path / "in")
     torch.save(tiny(name).state_dict(), tmp_path / "in" / "pytorch_model.bin")
-    for source, output in ((tmp_path / "in", "pickled"), (checkpoints[name], "safe")):
+    made = [
         compressknow.convert(source, tmp_path / output, scope="final", prune=0.5)
+        for source, output in ((tmp_path / "in", "pickled"), (checkpoints[name], "safe"))
+    ]
+    assert made[0]["untied"] == made[1]["untied"]
     found, expected = (load_file(tmp_path / output / "model.safetensors") for output in ("pickled", "safe"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
