@@ -140,7 +140,10 @@ def export(
     begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
-        if made is not None and (matrix_place is None or matrix_place.is_file()):
+        has_matrix = matrix_place is None or (
+            matrix_place.is_file() and read_importance(matrix_place).models == job.sources
+        )
+        if made is not None and has_matrix:
             made.is_new = False
             _write_modelfile(chat_place, chat)
             return made
