@@ -140,7 +140,10 @@ def export(
     begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
-        if made is not None and (matrix_place is None or matrix_place.is_file()):
+        has_matrix = matrix_place is None or (
+            matrix_place.is_file() and read_importance(matrix_place).models == job.sources
+        )
+        if made is not None and has_matrix:
             made.is_new = False
             _write_modelfile(chat_place, chat)
             return made
@@ -193,9 +196,11 @@ def _make_fit(
     job: Export, located: Located, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
 ) -> Fit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
+    from compressknow.compress.sources import check_usable
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
+    check_usable(job.checkpoint)
     check_budget(target.budget(job.numel), [each.shape for each in job.tensors.values()], job.exact_bytes)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)

@@ -34,7 +34,7 @@ class Sources:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
-        _check_usable(checkpoint)
+        check_usable(checkpoint)
         self._tensors = dict(checkpoint.tensors)
         self._naming = Naming(model)
         self._shapes = structure.parameters
@@ -220,7 +220,8 @@ def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
     return tensor.file, tensor.offset, tensor.nbytes, tensor.name if not tensor.nbytes else ""
 
 
-def _check_usable(checkpoint: Checkpoint) -> None:
+def check_usable(checkpoint: Checkpoint) -> None:
+    """Raise what `Sources` does of a checkpoint."""
     checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"

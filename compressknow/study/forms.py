@@ -410,6 +410,7 @@ def open_form(
         yield CheckpointForm(model, request)
         return
     require(*NEEDED)
+    from compressknow.compress.sources import check_usable
     from compressknow.gguf.export import prepare, write_floats
 
     # Of a share, the size is yet to be chosen.
@@ -419,6 +420,7 @@ def open_form(
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
     found = find_converter(fetch=True, on_progress=on_progress)
     job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
+    check_usable(job.checkpoint)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = read_tensors(floats, job.side)

@@ -19,7 +19,7 @@ import transformers as hf
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
@@ -197,6 +197,19 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     again = compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
     assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
     assert again.setup == f"{record['type']} ({len(record['types'])} rules)"
+
+
+@needs_converter
+def test_a_quantized_checkpoint_is_refused_before_it_is_evaluated(tmp_path: Path) -> None:
+    source, facts = asked(tmp_path)
+    compressknow.convert(source, tmp_path / "int8", quantize="int8-weights")
+    stages = []
+    words = {"size": "900kB", "facts": facts, "on_progress": lambda progress: stages.append(progress.stage.work)}
+    with pytest.raises(UnsupportedError, match="is quantized already"):
+        compressknow.export(tmp_path / "int8", tmp_path / "a.gguf", **words)
+    with pytest.raises(UnsupportedError, match="is quantized already"):
+        compressknow.search(tmp_path / "int8", tmp_path / "found", **words)
+    assert set(stages) <= {"fetch", "hash"}
 
 
 @needs_converter

@@ -238,11 +238,16 @@ def test_a_converted_checkpoint(world: Path, tmp_path: Path) -> None:
 @needs_converter
 def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
     """`self` takes the model's samples, the same ones for the same seed."""
-    for name in ("a", "b"):
-        compressknow.export(
-            world / "model", tmp_path / f"{name}.gguf", type="q4_0", calibration="self", calibration_tokens=1024, seed=3
-        )
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    words = {"type": "q4_0", "calibration": "self", "calibration_tokens": 1024, "seed": 3}
+    source, one, other = world / "model", tmp_path / "a.gguf", tmp_path / "b.gguf"
+    compressknow.export(source, one, **words)
+    compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf")
+    assert one.read_bytes() == other.read_bytes()
+    assert not compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf").is_new
+    # Another model's matrix has taken the place of this one's since.
+    write_importance(replace(read_importance(tmp_path / "matrix.gguf"), models=("0" * 64,)), tmp_path / "matrix.gguf")
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf")
 
 
 @needs_converter
