@@ -170,7 +170,9 @@ def _show_conclusions(study: Study, conclusions: Sequence[Conclusion], charts: S
     for name, group in groupby(conclusions, key=lambda each: each.chart):
         yield Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
     if conclusions:
-        yield Note("The section on method and limits says how each is decided.", _BARS)
+        counted = " They count the facts of all probes together; charts show means over the probes."
+        decided = "The section on method and limits says how findings are decided."
+        yield Note(decided + counted * (len(study.probes) > 1), _BARS)
     else:
         yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
 

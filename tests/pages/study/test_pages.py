@@ -184,6 +184,12 @@ def test_a_study_does_not_warn_of_grades_which_it_does_not_show() -> None:
     assert "Grades that rest" not in text
 
 
+def test_a_study_of_several_probes_says_that_its_charts_count_otherwise_than_its_findings() -> None:
+    says = "They count the facts of all probes together; charts show means over the probes."
+    assert says in render_study_markdown(STUDIES["seq2seq"]())
+    assert says not in render_study_markdown(STUDIES["one"]())
+
+
 def test_a_study_of_nothing_is_a_page_too() -> None:
     page = read(render_study_html(empty()))
     assert page.one("h1").text == "No cell could be evaluated"
