@@ -266,14 +266,19 @@ def warn_of_figures(
     """Warn of too few facts, and of an original, of this `name`, that knows no more than guessing would."""
     if 0 < counts.known_before < FEW_FACTS:
         yield f"{name} knew only {count_facts(counts.known_before)}: with so few, the share kept is uncertain."
-    few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
-    if few:
-        named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
-        yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
+    yield from warn_of_grades(grades)
     for probe in probes:
         yield from _warn_of_few_relations(probe, name)
         yield from _warn_of_chance(probe, name)
         yield from _warn_of_dropped(probe)
+
+
+def warn_of_grades(grades: Iterable[Grade]) -> Iterator[str]:
+    """Warn of grades of too few facts."""
+    few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
+    if few:
+        named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
+        yield f"Grades that rest on fewer than {FEW_FACTS_OF_A_SUBJECT} known facts say little: {named}."
 
 
 def warn_of_early(early: EarlyStop | None) -> Iterator[str]:

@@ -19,7 +19,7 @@ from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
 from compressknow.pages.card.verdict import join_words
-from compressknow.pages.card.warnings import warn_of_known
+from compressknow.pages.card.warnings import warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     BAR,
@@ -171,7 +171,9 @@ def _show_conclusions(study: Study, conclusions: Sequence[Conclusion], charts: S
     for name, group in groupby(conclusions, key=lambda each: each.chart):
         yield Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
     if conclusions:
-        yield Note("The section on method and limits says how each is decided.", _BARS)
+        counted = " They count the facts of all probes together; charts show means over the probes."
+        decided = "The section on method and limits says how findings are decided."
+        yield Note(decided + counted * (len(study.probes) > 1), _BARS)
     else:
         yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
 
@@ -248,7 +250,7 @@ def _show_cells(study: Study) -> Iterator[Part]:
     common, names = _find_common_warnings(study), name_cells(study)
     single: dict[str, list[str]] = {}
     for cell in study.cells:
-        for warning in cell.comparison.warnings:
+        for warning in _list_warnings(cell):
             if warning not in common:
                 single.setdefault(clean(warning, 1000), []).append(names[cell.key])
     if single:
@@ -272,8 +274,14 @@ def _write_warnings(study: Study) -> tuple[str, ...]:
 
 
 def _find_common_warnings(study: Study) -> list[str]:
-    of_cells = [cell.comparison.warnings for cell in study.cells]
+    of_cells = [_list_warnings(cell) for cell in study.cells]
     return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
+
+
+def _list_warnings(cell: StudyCell) -> list[str]:
+    """Return the warnings of a cell, but for those of grades, which a study does not show."""
+    of_grades = {*warn_of_grades(cell.comparison.grades)}
+    return [warning for warning in cell.comparison.warnings if warning not in of_grades]
 
 
 def _describe_run(study: Study) -> tuple[Entry, ...]:

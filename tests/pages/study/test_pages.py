@@ -176,6 +176,20 @@ def test_warnings_of_single_cells_stand_with_their_names() -> None:
     assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
 
 
+def test_a_study_does_not_warn_of_grades_which_it_does_not_show() -> None:
+    made = study([gp("attention", 0.2, range(10))], asked=Asked(n=30, known=15))
+    assert any("Grades that rest" in warning for warning in made.cells[0].comparison.warnings)
+    text = render_study_markdown(made)
+    assert "The original knew only 15 facts" in text
+    assert "Grades that rest" not in text
+
+
+def test_a_study_of_several_probes_says_that_its_charts_count_otherwise_than_its_findings() -> None:
+    says = "They count the facts of all probes together; charts show means over the probes."
+    assert says in render_study_markdown(STUDIES["seq2seq"]())
+    assert says not in render_study_markdown(STUDIES["one"]())
+
+
 def test_a_study_of_nothing_is_a_page_too() -> None:
     page = read(render_study_html(empty()))
     assert page.one("h1").text == "No cell could be evaluated"
