@@ -111,6 +111,26 @@ def test_what_a_killed_process_left_goes_with_the_next_write_of_that_file(tmp_pa
     assert names(tmp_path) == ["a", "b"]
 
 
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from compressknow.base.files import write_whole
+
+def interrupt(event, args):
+    if event == "os.remove":
+        signal.raise_signal(signal.SIGINT)
+
+sys.addaudithook(interrupt)
+write_whole(Path(sys.argv[1]), b"whole")
+"""
+
+
+def test_a_signal_while_a_temporary_file_goes_leaves_none(tmp_path: Path) -> None:
+    with child(INTERRUPTED, tmp_path / "a") as process:
+        assert process.wait(DEADLINE)
+    assert names(tmp_path) == ["a"]
+
+
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     with writing(tmp_path / "a"):
         theirs = strays(tmp_path)

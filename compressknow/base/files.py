@@ -219,9 +219,10 @@ def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         with _find_content(locked).open("xb") as file:
             yield _find_content(locked), file
     finally:
-        if locked:
-            _find_content(locked).unlink(missing_ok=True)
-            remove_lock(locked, descriptor)
+        with hold_signals():
+            if locked:
+                _find_content(locked).unlink(missing_ok=True)
+                remove_lock(locked, descriptor)
 
 
 def _find_content(locked: Path) -> Path:

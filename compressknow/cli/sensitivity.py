@@ -74,8 +74,9 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
 
 def build_page(found: Sensitivity, guide: Any) -> Iterator[str]:
     """Yield lines that say which weights matter most and least."""
-    guidance, ranked = found.guidance, found.ranked(guide)
-    by = {"facts": "facts", "text": "text"}.get(guide, "facts and text")
+    from compressknow.study.sensitivity import name_guide
+
+    guidance, ranked, by = found.guidance, found.ranked(guide), name_guide(guide)
     yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
     shown = min(SHOWN, -(-len(ranked) // 2))
     for title, rows in (("Most sensitive", ranked[:shown]), ("Least sensitive", ranked[shown:][-shown:][::-1])):

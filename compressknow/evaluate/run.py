@@ -284,7 +284,6 @@ class _Run:
             new, written = found[written:], len(found)
             if new:
                 self._handle.check_unchanged()
-                parts.mkdir(parents=True, exist_ok=True)
                 write(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", new)
 
         try:

@@ -385,5 +385,4 @@ def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
-        models.mkdir(exist_ok=True)
         study_model.maker.write(cell.recipe, folder, make_model_card)

@@ -394,7 +394,6 @@ class CandidateHandle(ModelHandle):
     def make(self) -> Path:
         """Make it unless it is there."""
         if not is_made(self.made):
-            self.made.parent.mkdir(parents=True, exist_ok=True)
             remove(self.made)
             self._candidates.form.make(self._found, self.made, self._candidates.begin)
         write_whole(self.made.parent / BYTES, str(describe(self.located)["bytes"]).encode("ascii"))
