@@ -42,7 +42,10 @@ _MOST_BARS = 40
 def compute_mean_drop(comparison: Comparison) -> Estimate:
     """Return accuracy before less accuracy after (0 to 1): the mean over probes, each averaged by its protocol."""
     change = average_estimates(
-        [p.macro_difference if p.average == "macro" else p.difference for p in comparison.probes]
+        [
+            p.macro_difference if p.average == "macro" else p.difference.or_by_relation(p.certainty.difference)
+            for p in comparison.probes
+        ]
     )
     return Estimate(*(None if end is None else 0.0 - end for end in (change.value, change.high, change.low)))
 

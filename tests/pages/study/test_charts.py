@@ -12,6 +12,7 @@ import pytest
 
 from compressknow.base.format import clean
 from compressknow.comparison.records import Estimate
+from compressknow.pages.card.make import compare
 from compressknow.pages.drawing import Bar, Line, draw_bars, draw_lines
 from compressknow.pages.pages import read_source
 from compressknow.pages.study.charts import (
@@ -25,6 +26,7 @@ from compressknow.pages.study.charts import (
 )
 from compressknow.pages.study.records import Study
 from compressknow.pages.svg import COLOURS, make_standalone
+from tests.pages.answering import answer, run
 from tests.pages.hostile import TEXTS
 from tests.pages.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
 
@@ -78,6 +80,17 @@ def test_figures_are_means_over_the_probes() -> None:
     assert compute_mean_kept(first).value == pytest.approx(0.75)
     widths = [(fall.high or 0) - (fall.low or 0) for fall in (compute_mean_drop(first), compute_mean_drop(second))]
     assert widths[0] == pytest.approx(widths[1] / 2**0.5)
+
+
+def test_the_interval_of_a_fall_in_accuracy_is_over_relations() -> None:
+    # Of ten relations three are lost whole.
+    cells = [(True, n % 10 > 2) for n in range(300)]
+    sides = [[answer(n, cell[side], relation=f"r{n % 10}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    comparison = compare(*run(sides))
+    fall, (probe,) = compute_mean_drop(comparison), comparison.probes
+    over = probe.certainty.difference
+    assert (fall.value, fall.low, fall.high) == pytest.approx((0.3, -over.high, -over.low))
+    assert over.high - over.low > 2 * (probe.difference.high - probe.difference.low)
 
 
 def test_baselines_are_where_every_probe_has_them() -> None:
