@@ -133,7 +133,7 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, of one probe or of several: by school subject, by relation, then those first
+    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first
     whose gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
     """
     pairs = list(pairs)

@@ -138,6 +138,8 @@ class Client:
             hint = f"Set {KEYS[0]} to the server's key."
         elif 300 <= status < 400:
             what, hint = "sends requests elsewhere", "Give that address."
+        elif status == 404:
+            hint = "It must have /v1/completions and the model; a server that only chats will not do."
         elif status in PASSING:
             hint = "Wait, lower --parallel, or look at the server's log."
         return Refused(status, f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint)

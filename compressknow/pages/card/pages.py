@@ -235,6 +235,7 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
         Entries(list_identity(model), "Compressed" if is_single else ""),
         *((Folded("Recipe", (recipe,)),) if recipe else ()),
     )
+    sizes = (card.original.bytes, model.bytes)
     return Page(
         models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {write_size(model.bytes)}",
         headline=_write_headline(comparison) if is_single else name,
@@ -246,7 +247,8 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
         front=(
             () if comparison.only_texts else (_make_grades_section(comparison, id),),
             (
-                Shown(f"{id}-size", "Size", (Sizes(card.original.bytes, model.bytes),)),
+                # Servers do not tell them.
+                *((Shown(f"{id}-size", "Size", (Sizes(*sizes),)),) if any(sizes) else ()),
                 Shown(f"{id}-from", "Where it came from", origin),
             ),
         ),

@@ -300,6 +300,16 @@ def test_what_does_not_pass_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_server_for_chats_alone_is_told_what_it_lacks(
+    served: Callable[[str], ModelServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = served("writes")
+    server.faults["/v1/completions"] = [404] * 9
+    facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
+    assert main(["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]) == 1
+    assert "It must have /v1/completions" in " ".join(capsys.readouterr().err.split())
+
+
 @long
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(

@@ -85,6 +85,19 @@ def test_facts_are_limited_and_the_rest_counted() -> None:
     assert "10 more are in the JSON of this report" in text
 
 
+def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
+    def write(before: int | None, after: int | None) -> str:
+        card = card_of_one()
+        (comparison,) = card.comparisons
+        compared = replace(comparison, model=replace(comparison.model, bytes=after))
+        card = replace(card, original=replace(card.original, bytes=before), comparisons=(compared,))
+        return rendered(render_markdown(card)).text
+
+    assert "2.0 MB before, 1.0 MB after: 50.0 % smaller." in write(2_000_000, 1_000_000)
+    assert "2.0 MB before, - after." in write(2_000_000, None)
+    assert " before, " not in write(None, None)
+
+
 def test_facts_are_left_out_on_request() -> None:
     text = render_markdown(replace(card_of_one(), show_facts=False))
     assert text.count("The text of the facts was left out on request.") == 2

@@ -75,6 +75,7 @@ def test_a_converted_checkpoint_gets_its_report_from_the_command_line(tmp_path: 
 
     assert card.read_text() == once
     assert NOT_MEASURED not in once
+    assert "| domain | known before | kept | grade |" in once
     for line in before.splitlines():
         assert line in once or NOT_MEASURED in line
     values = results(converted)
