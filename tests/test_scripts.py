@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_missing_libraries import HIDE
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -34,6 +36,15 @@ def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"Error: {tmp_path / 'nowhere'}: no such folder." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_library_that_reads_the_model_is_asked_for_before_it_is_fetched(tmp_path: Path) -> None:
+    code = f"{HIDE}\nimport runpy; runpy.run_path({str(ROOT / 'examples/smollm2.py')!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, "gguf", str(tmp_path / "smollm2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "pip install '.[gguf]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scripts_are_found() -> None:

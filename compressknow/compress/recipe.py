@@ -181,7 +181,8 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     actions = sorted(STEPS.keys() & values.keys())
     if len(actions) != 1:
         raise UsageError(
-            f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME, or drop_blocks or drop_neurons."
+            f"{origin}: a step has either prune = AMOUNT or quantize = SCHEME, or drop_blocks or drop_neurons.",
+            hint=f"This one has {', '.join(sorted(values)) or 'no key'}.",
         )
     kind = STEPS[actions[0]]
     places = [f.name for f in fields(Where)]

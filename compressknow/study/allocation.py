@@ -73,7 +73,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
     floor = overhead + sum(min(option.nbytes for option in options.values()) for options in table.values())
     if budget < floor:
         raise UsageError(
-            f"{write_size(budget)} cannot be kept: the smallest file has {write_size(floor)}.",
+            f"{write_size(budget)} is too small: the smallest file has {write_size(floor)}.",
             why=_explain_floor(table, overhead),
             hint="Give more. What --must asks for counts too.",
         )
@@ -197,9 +197,9 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> No
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     if budget < least:
         raise UsageError(
-            f"{write_size(budget)} cannot be kept: in the fewest bits that llama.cpp has for them, the weights alone "
+            f"{write_size(budget)} is too small: in the fewest bits that llama.cpp has for them, the weights alone "
             f"take {write_size(least)}.",
-            hint="Give more.",
+            hint="Give more, in units: 90MB, 1.5GB.",
         )
     check_below_whole(budget, whole)
 

@@ -95,7 +95,7 @@ def test_an_error_says_what_makes_the_smallest_file():
     with pytest.raises(UsageError) as caught:
         allocate(table, 5_000_000, overhead=500_000)
     assert str(caught.value).splitlines() == [
-        "5.0 MB cannot be kept: the smallest file has 10.5 MB.",
+        "5.0 MB is too small: the smallest file has 10.5 MB.",
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
         "Give more. What --must asks for counts too.",
     ]

@@ -96,7 +96,7 @@ def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (Target(300_000), r"300\.0 kB cannot be kept: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
+        (Target(300_000), r"300\.0 kB is too small: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
         (Target(900_000, must=(("feed-forward", "f16"),)), r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that"),
         (Target(2_700_000), r"2\.7 MB is no less than the model has in full"),
         (Target(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is no scope, and matches no tensor"),

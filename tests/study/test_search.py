@@ -505,7 +505,7 @@ def test_what_must_be_is(llama: Place) -> None:
         (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
-        (["--size", "50kB"], "50.0 kB cannot be kept: the smallest file has 10", 2),
+        (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
         (["--size", "some"], "that is no size", 2),
     ],
@@ -524,7 +524,7 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
 ) -> None:
     assert gguf.search("bad", "--size", "300kB") == 2
     said = capsys.readouterr().err
-    assert "300.0 kB cannot be kept: the smallest file has 4" in said
+    assert "300.0 kB is too small: the smallest file has 4" in said
     assert "(q2_k)" in said
     assert not (gguf.folder / "bad").exists()
 
