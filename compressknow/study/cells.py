@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base import reading
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, relabel_progress
@@ -355,7 +355,12 @@ class CellHandle(ModelHandle):
     @cached_property
     def loaded(self) -> Transformers:
         maker, tokenizer, settings = self._study_model.maker, self._study_model.tokenizer, self.settings
-        variant = maker.make(maker.plan(self._cell.recipe))
+        try:
+            plan = maker.plan(self._cell.recipe)
+        except UsageError as error:
+            # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
+            raise UnsupportedError(error.what, error.why, error.hint) from error
+        variant = maker.make(plan)
         self._described = describe_variant(self._cell.key, variant)
         return Transformers(
             make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
