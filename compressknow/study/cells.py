@@ -17,7 +17,7 @@ from compressknow.base import reading
 from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
-from compressknow.base.progress import Listener, relabel_progress
+from compressknow.base.progress import Begin, Listener, begin_stages, relabel_progress
 from compressknow.base.reading import find_mismatch
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
@@ -312,7 +312,8 @@ class StudyModel:
         on_progress: Listener | None = None,
     ) -> Answers:
         """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
-        return self.evaluate(CellHandle(self, cell), probes, cells / self.name_folder(cell), reference, on_progress)
+        handle = CellHandle(self, cell, on_progress)
+        return self.evaluate(handle, probes, cells / self.name_folder(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Return whether `evaluate_cell` would find these answers there."""
@@ -338,11 +339,12 @@ def name_folder(probe: str) -> str:
 class CellHandle(ModelHandle):
     """Original of a study, converted by a cell's recipe."""
 
-    def __init__(self, study_model: StudyModel, cell: Cell) -> None:
+    def __init__(self, study_model: StudyModel, cell: Cell, on_progress: Listener | None = None) -> None:
         original = study_model.original
         super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
         self.contents = original.contents
         self._study_model, self._cell = study_model, cell
+        self._begin = begin_stages(on_progress, cell.key)
         self._described: dict[str, Any] = {}
 
     @cached_property
@@ -360,7 +362,7 @@ class CellHandle(ModelHandle):
         except UsageError as error:
             # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
             raise UnsupportedError(error.what, error.why, error.hint) from error
-        variant = maker.make(plan)
+        variant = maker.make(plan, self._begin)
         self._described = describe_variant(self._cell.key, variant)
         return Transformers(
             make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
@@ -384,10 +386,10 @@ class CellHandle(ModelHandle):
         return self._described
 
 
-def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
+def save_cell(study_model: StudyModel, cell: Cell, models: Path, begin: Begin) -> None:
     """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
     from compressknow.pages.model_card import make_model_card
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
-        study_model.maker.write(cell.recipe, folder, make_model_card)
+        study_model.maker.write(cell.recipe, folder, make_model_card, begin)
