@@ -88,7 +88,8 @@ def build_study(
     lacking: dict[bool, list[FailedCell]] = {True: [], False: []}
     for result in results:
         if result.answers is None:
-            lacking[result.refused].append(FailedCell(result.cell.key, result.setup, result.why or "unknown"))
+            described = _describe_cell(result.cell, has_texts=has_texts)
+            lacking[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
     comparisons = [cell.comparison for cell in cells]
     figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
     return Study(
@@ -105,23 +106,10 @@ def build_study(
 
 
 def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
-    """Return a cell's record, all figures included; with its calibration text where cells have several."""
-    prune, quantize = cell.prune, cell.quantize
+    """Return a cell's record, all figures included."""
     right = {(answer.probe, answer.fact_id): answer.correct for answer in answers.answers}
-    on = ""
-    if has_texts and (text := cell.recipe.calibration):
-        seed = f", seed {text.seed}" if text.seed else ""
-        on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return StudyCell(
-        key=cell.key,
-        setup=cell.recipe.setup,
-        scope="+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        method=prune.method if prune else None,
-        amount=prune.amount if prune else None,
-        scheme=quantize.scheme if quantize else None,
-        pruning=f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
-        quantization=f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
-        settings=cell.settings,
+        **_describe_cell(cell, has_texts=has_texts),
         plain=cell.plain,
         comparison=compare(original, answers, show_facts=False),
         correct={
@@ -130,6 +118,26 @@ def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: b
             if probe not in answers.texts
         },
     )
+
+
+def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
+    """Return what a record says of a cell's recipe; with its calibration text where cells have several."""
+    prune, quantize = cell.prune, cell.quantize
+    on = ""
+    if has_texts and (text := cell.recipe.calibration):
+        seed = f", seed {text.seed}" if text.seed else ""
+        on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
+    return {
+        "key": cell.key,
+        "setup": cell.recipe.setup,
+        "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
+        "method": prune.method if prune else None,
+        "amount": prune.amount if prune else None,
+        "scheme": quantize.scheme if quantize else None,
+        "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
+        "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
+        "settings": cell.settings,
+    }
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:

@@ -262,6 +262,8 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     assert rows["att-gp-30"]["status"] == "ok"
     assert rows["att-wanda-30-short.txt"]["status"] == "failed"
     assert "short.txt" in rows["att-wanda-30-short.txt"]["error"]
+    recipe = [rows["att-wanda-30-short.txt"][name] for name in ("scope", "method", "amount", "calibration")]
+    assert recipe == ["attention", "wanda", "0.3", str(text)]
     out = " ".join(capsys.readouterr().out.split())
     assert "Att wanda 30%: failed" in out
     assert "1 of 2 cells failed" in out
