@@ -384,7 +384,7 @@ def _write_setting(cell: StudyCell, name: str) -> str:
 
 def _write_millions(weights: int) -> str:
     """Write a number of weights in one unit throughout, so that a column sorts."""
-    return number(weights / 1e6, 1) if weights else NONE
+    return number(weights / 1e6, 1 if weights >= 1e6 else 3) if weights else NONE
 
 
 def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
