@@ -439,6 +439,7 @@ def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys:
     assert "empty" in rows["crossatt-gp-30"]["error"]
     out = " ".join(capsys.readouterr().out.split())
     assert "CrossAtt_GP 30%: refused" in out
+    assert "Not for this model: 1 of 2 cells; the study lists the reasons." in out
     assert "Repeat the command" not in out
 
 
