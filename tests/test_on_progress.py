@@ -108,9 +108,37 @@ def test_a_sweep_tells_each_cell_and_its_result(place: Path, tmp_path: Path) -> 
         on_progress=told.append,
         on_result=results.append,
     )
-    assert [(number, of) for *_, number, of in stages(told)] == [*(((1, 3),) * len(ORIGINAL)), (2, 3), (3, 3)]
+    first, second = (cell.key for cell in study.cells)
+    assert stages(told) == [
+        *((work, "llama", 1, 3) for work in ORIGINAL),
+        *((work, first, 2, 3) for work in ("convert", "evaluate")),
+        *((work, second, 3, 3) for work in ("convert", "evaluate")),
+    ]
     assert [result.setup for result in results] == [cell.setup for cell in study.cells]
     assert [result.kept for result in results] == [cell.comparison.kept for cell in study.cells]
+
+
+def test_a_sweep_tells_how_a_cell_is_calibrated_and_saved(place: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    step = 'prune = 0.5\nscope = ["attention"]\nmethod = "wanda"\n'
+    (tmp_path / "grid.toml").write_text(
+        f"[[cells]]\ncalibration = {{tokens = 256}}\nsteps = [{{drop_blocks = 1}}]\n[[cells]]\n{step}"
+        "calibration_tokens = 256\n"
+    )
+    grid, facts = tmp_path / "grid.toml", f"facts:{place / 'facts.jsonl'}"
+    study = compressknow.sweep(
+        place / "llama", tmp_path / "study", grid=grid, probe=facts, save=True, on_progress=told.append
+    )
+    dropped, pruned = (cell.key for cell in study.cells)
+    begun = [progress.stage for progress in told if progress.state == "begins"]
+    assert [(stage.work, stage.model) for stage in begun] == [
+        *((work, "llama") for work in ORIGINAL),
+        *((work, dropped) for work in ("sample", "choose", "convert", "evaluate", "choose", "convert")),
+        *((work, pruned) for work in ("calibrate", "evaluate", "calibrate")),
+    ]
+    assert next(Line(stage, 0.0).text() for stage in begun if stage.work == "calibrate").startswith(
+        "Compressing (3 of 3): "
+    )
 
 
 def test_a_stage_ends_where_its_work_fails() -> None:

@@ -10,7 +10,7 @@ from typing import Unpack
 from compressknow.api.words import SeededWords, build_records, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import require
-from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
+from compressknow.base.progress import OnProgress, begin_stages, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.noise import NoiseFloors
@@ -81,7 +81,8 @@ def sweep(
     save : write each converted checkpoint too, under ``models/``.
     ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
     command : the command line to show.
-    on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
+    on_progress : called with each `compressknow.Progress`: as a cell is made, and as it is evaluated; ``"bar"`` shows
+        bars.
     on_result : called with the result of each cell as it comes.
 
     Returns
@@ -126,7 +127,7 @@ def sweep(
                 for result in (each.grade(before, known) for each in results):
                     by_cell[result.cell] = result
                     if save and result.answers is not None:
-                        save_cell(study_model, result.cell, folder / MODELS)
+                        save_cell(study_model, result.cell, folder / MODELS, begin_stages(listener, result.cell.key))
                     if on_result:
                         on_result(result)
             study = build_study(before, [by_cell[cell] for cell in cells], known=known, command=command)

@@ -139,11 +139,12 @@ def _end(study: Study, output: Path) -> Iterator[str]:
         yield from wrap(str(each), break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
+    total = count(len(study.failed) + len(study.refused) + len(study.cells))
     if study.refused:
         yield ""
-        yield from wrap(f"{count(len(study.refused))} cells are not for this model; the study lists the reasons.", "")
+        refused = f"Not for this model: {count(len(study.refused))} of {total} cells"
+        yield from wrap(f"{refused}; the study lists the reasons.", indent="")
     if study.failed:
         yield ""
-        total = len(study.failed) + len(study.refused) + len(study.cells)
-        failed = f"{count(len(study.failed))} of {count(total)} cells failed"
+        failed = f"{count(len(study.failed))} of {total} cells failed"
         yield from wrap(f"! {failed}; the study lists the reasons. Repeat the command to retry them.", indent="")

@@ -233,7 +233,8 @@ class Line:
     def _describe_work(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
         if self._stage.work == "time":
-            label = f"{label} of {clean(self._stage.model, NAME)}{self._which}"
+            label = f"{label} of {clean(self._stage.model, NAME)}"
+        label += self._which
         done, total = self._far or (0, 0)
         if done <= total * TELLING:
             return f"{label}: {format_duration(spent)} so far"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,8 @@ def carry_out(
                 Pool(threads) as pool,
                 OpenFiles() as files,
             ):
-                progress = count_progress(None if blockwise else advance, _count_bytes(plan))
+                shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
+                progress = count_progress(None if blockwise else advance, _count_bytes(plan, shards, weights.known))
                 unfitted = plan.removal.unfitted if plan.removal else {}
                 work = Work(pool, files, progress, weights.writer, unfitted)
                 masks = _choose_masks(work, plan)
@@ -118,7 +119,6 @@ def carry_out(
                     assert text is not None
                     calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
-                shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
                 weights.complete(pool, measured)
@@ -179,9 +179,11 @@ def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
             raise CompressknowError(f"{step.method} prunes {pruned:,} weights where it said {expected:,}.")
 
 
-def _count_bytes(plan: Plan) -> int:
-    hashed = sum((plan.checkpoint.folder / name).stat().st_size for name in plan.checkpoint.shards)
-    return hashed + sum(tensor.source.nbytes * (1 + _count_passes_before(tensor)) for tensor in plan.tensors)
+def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> int:
+    """Return the bytes that are read: of the shards that are `hashed`, and of all tensors but those `known`."""
+    return sum((plan.checkpoint.folder / name).stat().st_size for name in hashed) + sum(
+        tensor.source.nbytes * (1 + _count_passes_before(tensor)) for tensor in plan.tensors if tensor.name not in known
+    )
 
 
 def _count_passes_before(tensor: PlannedTensor) -> int:
@@ -223,24 +225,27 @@ class VariantMaker:
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
-    def make(self, plan: Plan) -> Variant:
-        """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes.
+    def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
+        """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes. `begin` begins
+        the stages: the text's, where it is not there yet, and those of `carry_out`.
 
         Raises CheckpointError where a weight in scope is no number, and what `make_text`, `decide` and `calibrate` do.
         """
         from compressknow.engine.load import Variant
 
         memory = Memory(self._shared)
-        manifest = carry_out(plan, memory, self.text(plan))
+        manifest = carry_out(plan, memory, self.text(plan, begin), begin=begin)
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
 
-    def write(self, recipe: Recipe, output: Path, render_card: RenderCard) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder. Raises what `make`, `prove` and `NewFolder` do."""
+    def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what that, `prove` and
+        `NewFolder` do."""
         plan = prove(self.plan(recipe))
-        return carry_out(plan, NewFolder(output, self.checkpoint, render_card=render_card), self.text(plan))
+        folder = NewFolder(output, self.checkpoint, render_card=render_card)
+        return carry_out(plan, folder, self.text(plan, begin), begin=begin)
 
-    def text(self, plan: Plan) -> CalibrationText | None:
+    def text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
         """Return what a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what
         `make_text` does."""
         if (calibration := plan.recipe.calibration) is None:
@@ -249,7 +254,8 @@ class VariantMaker:
         from compressknow.compress.calibrate.text import choose_name, load_or_make_text
 
         def make() -> CalibrationText:
-            text = make_text(plan, trust_remote_code=self._trust_remote_code)
+            with begin(calibration.work) as advance:
+                text = make_text(plan, trust_remote_code=self._trust_remote_code, advance=advance)
             assert text is not None
             return text
 

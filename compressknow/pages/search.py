@@ -312,16 +312,16 @@ def _describe_method(search: Search) -> Iterator[str]:
             "half of them are answered right."
         )
     names = ", ".join(clean(p, 60) for p in search.probes)
-    guided = (
-        f"{count(search.searched)} facts of {names}, drawn by the seed, guided the search (the original knew "
+    searched = (
+        f"{count(search.searched)} facts of {names}, drawn by the seed, are the search split (the original knew "
         f"{count(search.known_searched)})"
     )
     graded = f"({count(search.graded)}, {count(search.known_graded)} known)"
     if search.keep is None:
-        yield f"{guided}; two thirds of all facts grade what it found {graded}. {split}"
+        yield f"{searched}; two thirds of all facts grade the winner {graded}. {split}"
     else:
         yield (
-            f"{guided}; a third of all facts was held out to select the winner by ({count(search.held_out)}, "
+            f"{searched}; a third of all facts was held out to select the winner by ({count(search.held_out)}, "
             f"{count(search.known_held_out)} known), and a third to grade it {graded}. {split}"
         )
     yield (

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base import reading
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
-from compressknow.base.progress import Listener, relabel_progress
+from compressknow.base.progress import Begin, Listener, begin_stages, relabel_progress
 from compressknow.base.reading import find_mismatch
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
@@ -88,7 +88,8 @@ def build_study(
     lacking: dict[bool, list[FailedCell]] = {True: [], False: []}
     for result in results:
         if result.answers is None:
-            lacking[result.refused].append(FailedCell(result.cell.key, result.setup, result.why or "unknown"))
+            described = _describe_cell(result.cell, has_texts=has_texts)
+            lacking[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
     comparisons = [cell.comparison for cell in cells]
     figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
     return Study(
@@ -105,23 +106,10 @@ def build_study(
 
 
 def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
-    """Return a cell's record, all figures included; with its calibration text where cells have several."""
-    prune, quantize = cell.prune, cell.quantize
+    """Return a cell's record, all figures included."""
     right = {(answer.probe, answer.fact_id): answer.correct for answer in answers.answers}
-    on = ""
-    if has_texts and (text := cell.recipe.calibration):
-        seed = f", seed {text.seed}" if text.seed else ""
-        on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return StudyCell(
-        key=cell.key,
-        setup=cell.recipe.setup,
-        scope="+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        method=prune.method if prune else None,
-        amount=prune.amount if prune else None,
-        scheme=quantize.scheme if quantize else None,
-        pruning=f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
-        quantization=f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
-        settings=cell.settings,
+        **_describe_cell(cell, has_texts=has_texts),
         plain=cell.plain,
         comparison=compare(original, answers, show_facts=False),
         correct={
@@ -130,6 +118,26 @@ def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: b
             if probe not in answers.texts
         },
     )
+
+
+def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
+    """Return what a record says of a cell's recipe; with its calibration text where cells have several."""
+    prune, quantize = cell.prune, cell.quantize
+    on = ""
+    if has_texts and (text := cell.recipe.calibration):
+        seed = f", seed {text.seed}" if text.seed else ""
+        on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
+    return {
+        "key": cell.key,
+        "setup": cell.recipe.setup,
+        "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
+        "method": prune.method if prune else None,
+        "amount": prune.amount if prune else None,
+        "scheme": quantize.scheme if quantize else None,
+        "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
+        "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
+        "settings": cell.settings,
+    }
 
 
 def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
@@ -312,7 +320,8 @@ class StudyModel:
         on_progress: Listener | None = None,
     ) -> Answers:
         """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
-        return self.evaluate(CellHandle(self, cell), probes, cells / self.name_folder(cell), reference, on_progress)
+        handle = CellHandle(self, cell, on_progress)
+        return self.evaluate(handle, probes, cells / self.name_folder(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
         """Return whether `evaluate_cell` would find these answers there."""
@@ -338,11 +347,12 @@ def name_folder(probe: str) -> str:
 class CellHandle(ModelHandle):
     """Original of a study, converted by a cell's recipe."""
 
-    def __init__(self, study_model: StudyModel, cell: Cell) -> None:
+    def __init__(self, study_model: StudyModel, cell: Cell, on_progress: Listener | None = None) -> None:
         original = study_model.original
         super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
         self.contents = original.contents
         self._study_model, self._cell = study_model, cell
+        self._begin = begin_stages(on_progress, cell.key)
         self._described: dict[str, Any] = {}
 
     @cached_property
@@ -355,7 +365,12 @@ class CellHandle(ModelHandle):
     @cached_property
     def loaded(self) -> Transformers:
         maker, tokenizer, settings = self._study_model.maker, self._study_model.tokenizer, self.settings
-        variant = maker.make(maker.plan(self._cell.recipe))
+        try:
+            plan = maker.plan(self._cell.recipe)
+        except UsageError as error:
+            # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
+            raise UnsupportedError(error.what, error.why, error.hint) from error
+        variant = maker.make(plan, self._begin)
         self._described = describe_variant(self._cell.key, variant)
         return Transformers(
             make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
@@ -379,10 +394,10 @@ class CellHandle(ModelHandle):
         return self._described
 
 
-def save_cell(study_model: StudyModel, cell: Cell, models: Path) -> None:
+def save_cell(study_model: StudyModel, cell: Cell, models: Path, begin: Begin) -> None:
     """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
     from compressknow.pages.model_card import make_model_card
 
     folder = models / study_model.name_folder(cell)
     if not folder.exists():
-        study_model.maker.write(cell.recipe, folder, make_model_card)
+        study_model.maker.write(cell.recipe, folder, make_model_card, begin)

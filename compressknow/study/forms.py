@@ -318,10 +318,10 @@ class CheckpointForm(Form):
         types = {module: found.types[name] for name, modules in self._units.items() for module in modules}
         return replace(found, types={module: types[module] for module in self._options})
 
-    def make(self, found: Allocation, place: Path, begin: Begin) -> None:  # noqa: ARG002
+    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.pages.model_card import make_model_card
 
-        self._model.maker.write(self._build_recipe(found.types), place, make_model_card)
+        self._model.maker.write(self._build_recipe(found.types), place, make_model_card, begin)
 
     def decides(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []

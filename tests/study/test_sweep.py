@@ -253,14 +253,20 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    assert llama.sweep("failing", grid='[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n') == 1
+    text = llama.folder / "short.txt"
+    text.write_text("Too few words.", encoding="utf-8")
+    calibrated = f'method = "wanda"\nprune = 0.3\ncalibration = {json.dumps(str(text))}'
+    grid = f'[[cells]]\nscope = "attention"\n{calibrated}\n[[cells]]\nscope = "attention"\nprune = 0.3\n'
+    assert llama.sweep("failing", grid=grid) == 1
     rows = llama.rows("failing")
     assert rows["att-gp-30"]["status"] == "ok"
-    assert rows["crossatt-gp-30"]["status"] == "failed"
-    assert "empty" in rows["crossatt-gp-30"]["error"]
-    out = capsys.readouterr().out
-    assert "CrossAtt_GP 30%: failed" in out
-    assert "1 of 2 cells failed" in " ".join(out.split())
+    assert rows["att-wanda-30-short.txt"]["status"] == "failed"
+    assert "short.txt" in rows["att-wanda-30-short.txt"]["error"]
+    recipe = [rows["att-wanda-30-short.txt"][name] for name in ("scope", "method", "amount", "calibration")]
+    assert recipe == ["attention", "wanda", "0.3", str(text)]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Att wanda 30%: failed" in out
+    assert "1 of 2 cells failed" in out
 
 
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
@@ -423,6 +429,18 @@ def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fai
     }
     assert "can be smoothed" in rows["att-gq-smooth-0.5-int8-512-tokens"]["error"]
     assert "Att_GQ smooth 0.5 (int8): refused" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama.sweep("lacking", grid='[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n') == 0
+    rows = llama.rows("lacking")
+    assert rows["att-gp-30"]["status"] == "ok"
+    assert rows["crossatt-gp-30"]["status"] == "refused"
+    assert "empty" in rows["crossatt-gp-30"]["error"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "CrossAtt_GP 30%: refused" in out
+    assert "Not for this model: 1 of 2 cells; the study lists the reasons." in out
+    assert "Repeat the command" not in out
 
 
 def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:

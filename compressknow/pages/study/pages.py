@@ -48,6 +48,7 @@ from compressknow.pages.study.claims import CellComparison
 from compressknow.pages.study.findings import (
     FAMILIES,
     MINIMAL,
+    MOST,
     NEAR,
     NOT_EVALUATED,
     PRUNING,
@@ -99,8 +100,9 @@ _DEFINITIONS = (
     "answer is free text.",
     f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 requires "
     "that what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights "
-    f"left, and at the largest amount less than {100 * NEAR:g} %, as F10 does. Each figure must lie clearly below its "
-    "limit; for a finding to fail, one must lie clearly above it (Bonferroni over its figures).",
+    f"left, and at {MOST} % less than {100 * NEAR:g} %, as F10 does; without a cell of {MOST} %, the study cannot "
+    "tell. Each figure must lie clearly below its limit; for a finding to fail, one must lie clearly above it "
+    "(Bonferroni over its figures).",
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
     "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
     "t; where a form changed fewer facts than the rate of both lets expect, its variance is that of the rate), "
@@ -382,7 +384,7 @@ def _write_setting(cell: StudyCell, name: str) -> str:
 
 def _write_millions(weights: int) -> str:
     """Write a number of weights in one unit throughout, so that a column sorts."""
-    return number(weights / 1e6, 1) if weights else NONE
+    return number(weights / 1e6, 1 if weights >= 1e6 else 3) if weights else NONE
 
 
 def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:

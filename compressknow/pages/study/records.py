@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compressknow.base.format import clean, count, write_size
@@ -98,11 +98,18 @@ class StudyCell:
 
 @dataclass(frozen=True, slots=True)
 class FailedCell:
-    """Cell that could not be made or evaluated, or that was refused, and why."""
+    """Cell that could not be made or evaluated, or that was refused, and why; the rest as of `StudyCell`."""
 
     key: str
     setup: str
     why: str
+    scope: str | None = None
+    method: str | None = None
+    amount: float | None = None
+    scheme: str | None = None
+    pruning: str | None = None
+    quantization: str | None = None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -175,14 +182,15 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
     probes: list[str | None] = [probe.name for probe in study.probes]
     missing = [("failed", cell) for cell in study.failed] + [("refused", cell) for cell in study.refused]
     rows += [
-        {"key": clean(cell.key), "setup": clean(cell.setup), "probe": clean(probe) if probe else None}
-        | {"status": status, "error": clean(cell.why, _LONGEST)}
+        _build_recipe_columns(cell)
+        | {"probe": clean(probe) if probe else None, "status": status, "error": clean(cell.why, _LONGEST)}
         for status, cell in missing
         for probe in probes or [None]
     ]
     # Settings that any cell has and no other column shows.
-    further = dict.fromkeys(name for cell in study.cells for name in cell.settings if name not in _SHOWN)
-    settings = {name: infer_type([cell.settings.get(name) for cell in study.cells]) for name in further}
+    cells: tuple[StudyCell | FailedCell, ...] = (*study.cells, *study.failed, *study.refused)
+    further = dict.fromkeys(name for cell in cells for name in cell.settings if name not in _SHOWN)
+    settings = {name: infer_type([cell.settings.get(name) for cell in cells]) for name in further}
     columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
     # A column has one type: numbers beside texts become texts.
     texts = [name for name, kind in settings.items() if kind == _TEXT]
@@ -231,15 +239,21 @@ def _build_text_row(cell: StudyCell, figures: TextFigures) -> dict[str, Any]:
 
 
 def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
-    texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
     counts = ("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes")
     return {
-        **cell.settings,
+        **_build_recipe_columns(cell),
         **{name: cell.totals[name] for name in counts},
-        **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
-        "amount": cell.amount,
         "bytes": cell.comparison.model.bytes,
         "status": "ok",
+    }
+
+
+def _build_recipe_columns(cell: StudyCell | FailedCell) -> dict[str, Any]:
+    texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
+    return {
+        **cell.settings,
+        **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
+        "amount": cell.amount,
     }
 
 

@@ -65,6 +65,13 @@ def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> Non
     assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
 
 
+def test_facts_do_not_guide_where_a_text_does_alone() -> None:
+    text = read(render_search_html(replace(sized(), by="text, rounded by GPTQ"))).one("main").text
+    assert "decided by text, rounded by GPTQ" in text
+    assert "guided" not in text
+    assert "are the search split (the original knew 93)" in text
+
+
 def test_the_headline_tells_the_share_of_facts_that_had_no_part_in_the_choice() -> None:
     search = found()
     lucky = replace(search.winner, graded=Estimate(0.85, 0.81, 0.89))

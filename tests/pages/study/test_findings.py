@@ -52,7 +52,9 @@ CASES = [
     ("F4", "masked", [*at(ATT, INTACT, 0.2), *at(ALL, BAD, 0.2)], None, UNCLEAR),  # no feed-forward
     ("F5", "masked", [*at(ALL, BAD, 0.5), *at(ALL, range(20), 0.6), *at(ALL, DEAD, 0.8, 0.9)], None, HOLDS),
     ("F5", "masked", [*at(ALL, GOOD, 0.6, 0.7, 0.8), *at(ALL, BAD, 0.9)], None, FAILS),
-    ("F5", "masked", at(ALL, range(45), 0.8), None, UNCLEAR),
+    ("F5", "masked", at(ALL, range(20), 0.9), None, UNCLEAR),
+    ("F5", "masked", [*at(ALL, range(20), 0.6), *at(ALL, DEAD, 0.8)], None, UNCLEAR),  # ends before 90 %
+    ("F5", "masked", at(ALL, GOOD, 0.6, 0.7, 0.8), None, UNCLEAR),  # so does this
     ("F5", "masked", at(ALL, DEAD, 0.4, 0.5), None, UNCLEAR),
     ("F6", "causal", [gq(ATT, GOOD), gq(FF, BAD)], None, HOLDS),
     ("F6", "causal", [gq(ATT, BAD), gq(FF, GOOD)], None, FAILS),

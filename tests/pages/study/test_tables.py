@@ -77,6 +77,8 @@ def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
     att_40 = next(row for row in table.rows if row[0] == "Att_GP 40%")
     assert att_40[1].startswith("93.5 % (")
     assert att_40[4:] == ("8.4", "-", "436.0 MB", "416.0 MB")
+    few = [gp("attention", amount, range(150)) for amount in (0.002, 0.0028)]
+    assert [row[4] for row in build_cells_table(study(few)).rows[1:]] == ["0.042", "0.059"]
 
 
 def test_cells_of_one_setup_are_told_apart() -> None:
