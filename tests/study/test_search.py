@@ -453,7 +453,8 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     monkeypatch.setattr("compressknow.study.guides.FEWEST", 30)
     assert llama.search("few", "--size", "120kB") == 2
     said = capsys.readouterr().err
-    assert "llama knows 22 of these facts, and 30 are needed to guide." in said
+    assert "llama knows 22 of 22 facts, and 30 are needed to guide." in said
+    assert "A third of all facts guides a search; the others are held out." in said
     # Before anything else is evaluated.
     assert not {".parts", "grading"} & {each.name for each in (llama.folder / "few").iterdir()}
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
