@@ -203,8 +203,10 @@ class GgufForm(Form):
         return build_table(sensitivity, self._tensors, self._target)
 
     def decides(self) -> list[Any]:
+        # Guide and rules stand in its record alone.
+        target, read = self._target, self.guidance
         converter = read_version(self._job.converter)
-        return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, converter]
+        return [target.rounding, target.guide, target.must, read.fingerprint, read.text, converter]
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write

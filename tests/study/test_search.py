@@ -302,6 +302,14 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
     assert not left & {"model.gguf", "model.gguf.json", "recipe.toml", "report.html", "report.md", "report.json"}
 
 
+def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
+    """Also where a search of the same folder by another guide has found the same types before: all of the smallest."""
+    for guide in ("text", "facts"):
+        assert gguf.search("guided", "--size", "475.5kB", "--guide", guide) == 0
+        record = json.loads((gguf.folder / "guided" / "model.gguf.json").read_text(encoding="utf-8"))
+        assert record["fit"]["guide"] == guide
+
+
 def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
