@@ -175,12 +175,11 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None
     given = "bits" if options["size"] is None else "size"
-    for name in ("type_of", "recipe", "imatrix", "imatrix_out"):
+    pin = f"--{given} chooses the types. Give --must for weights that get this type in any case."
+    own = f"Leave it out, or give --type in place of --{given}."
+    for name, hint in {"type_of": pin, "recipe": pin, "imatrix": own, "imatrix_out": own}.items():
         if options[name]:
-            raise UsageError(
-                f"--{name.replace('_', '-')} and --{given} cannot be combined.",
-                hint=f"--{given} chooses the types. Give --must for weights that get this type in any case.",
-            )
+            raise UsageError(f"--{name.replace('_', '-')} and --{given} cannot be combined.", hint=hint)
     if options["type"] != "q8_0":
         raise UsageError(f"--type and --{given} cannot be combined: --{given} chooses the types.")
     return Target(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import secrets
 import stat
@@ -152,7 +153,7 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     The folders above are made. Raises OutputError, which names `path`, where it cannot be written: no space, no
     permission.
     """
-    _remove_dead(path.parent.glob(f"{glob.escape(_make_prefix(path))}????????"))
+    _remove_dead(path.parent.glob(f"{glob.escape(make_prefix(path))}????????"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _open_temporary(path) as (temporary, file):
@@ -215,7 +216,7 @@ def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     locked = None
     try:
         with hold_signals():
-            locked, descriptor = create_locked_file(path.parent, _make_prefix(path))
+            locked, descriptor = create_locked_file(path.parent, make_prefix(path))
         with _find_content(locked).open("xb") as file:
             yield _find_content(locked), file
     finally:
@@ -230,10 +231,12 @@ def _find_content(locked: Path) -> Path:
     return locked.with_name(f"{locked.name}.new")
 
 
-def _make_prefix(path: Path) -> str:
-    """Return how names of temporary files of a file begin: they are longer, and a name has at most 255 bytes."""
-    beginning = path.name.encode("utf-8", "surrogateescape")
-    return f".{path.name if len(beginning) <= 200 else beginning[:200].decode('utf-8', 'ignore')}{_SUFFIX}"
+def make_prefix(path: Path) -> str:
+    """Return how names of what is hidden beside a file or folder begin, no other's: they are longer than its own, and a
+    name has at most 255 bytes."""
+    name = path.name.encode("utf-8", "surrogateescape")
+    short = f"{name[:180].decode('utf-8', 'ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
+    return f".{path.name if len(name) <= 200 else short}{_SUFFIX}"
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:

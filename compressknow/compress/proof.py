@@ -23,6 +23,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.packages import require
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
+from compressknow.compress.sources import PRUNE_OR_EXPORT
 from compressknow.model.checkpoint import list_some, open_checkpoint
 from compressknow.model.loading import Header, LoadReport, list_headers, load_report
 from compressknow.model.meta import parse_config
@@ -174,10 +175,11 @@ def _load(plan: Plan, config: Mapping[str, Any], headers: Mapping[str, Header]) 
     tree = plan.tree
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(dict(config))), headers)
     if fault := _find_fault(report, plan):
+        narrow = "Prune only, or narrow --scope (or --exclude) to other layers."
         raise UnsupportedError(
             f"{type(tree).__name__} cannot be compressed in this way: transformers could not load the output.",
             why=fault,
-            hint="Prune only, or narrow --scope (or --exclude) to other layers.",
+            hint=PRUNE_OR_EXPORT if report.conversion_failed else narrow,
         )
 
 

@@ -26,6 +26,8 @@ NO_FORM = {
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
+# What to do where no scope can be quantized.
+PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow export`), if it generates text."
 
 
 class Sources:
@@ -161,6 +163,9 @@ class Sources:
         """Say by which options all weights can be stored, and which leave out those that cannot, if any are left."""
         parameters = _suggest_parameters(scheme, {each.shape for each in alike})
         misfits = [each for each in alike if (parts := self.of(each)) and self._find_obstacle(each, parts, scheme)]
+        # Where experts are stored one by one, transformers loads no other quantized layer either.
+        if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
+            return PRUNE_OR_EXPORT
         if len(misfits) == len(alike):
             return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form: prune only."
         others = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Self
 
 from compressknow.base.errors import OutputError
-from compressknow.base.files import check_links, close_durably, create_locked_file, explain_write_error, lock_dead
+from compressknow.base.files import (
+    check_links,
+    close_durably,
+    create_locked_file,
+    explain_write_error,
+    lock_dead,
+    make_prefix,
+)
 from compressknow.base.reading import open_regular
 from compressknow.base.system import hold_signals, is_full, move, remove_lock, sync_folder
 from compressknow.model.manifest import MANIFEST_NAME
@@ -163,7 +170,7 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
 
 
 def _make_prefix(output: Path, kind: str) -> str:
-    return f".{output.name}.compressknow-{kind}-"
+    return f"{make_prefix(output)}{kind}-"
 
 
 def _find_twin(output: Path, path: Path, kind: str) -> Path:

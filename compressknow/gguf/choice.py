@@ -61,11 +61,11 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
-    """Return the type's name in small letters. Raises UsageError where llama.cpp has none of that name."""
+    """Return the type's name in small letters. Raises UsageError where none of the `known` has that name."""
     small = name.lower()
     if small not in known:
         hint = f"{suggest_word(small, known)}Choose from {', '.join(known)}."
-        raise UsageError(f"{option}: llama.cpp has no type {name!r}.", hint=hint)
+        raise UsageError(f"{option} takes no type {name!r}.", hint=hint)
     return small
 
 
@@ -132,17 +132,19 @@ class Choice:
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
 
 
-def check_types(types: Sequence[tuple[str, str]], option: str = "--type-of") -> tuple[tuple[str, str], ...]:
+def check_types(
+    types: Sequence[tuple[str, str]], option: str = "--type-of", known: Collection[str] | None = None
+) -> tuple[tuple[str, str], ...]:
     """Return rules ``(scope or regular expression, tensor type)`` with the types in small letters.
 
-    Raises UsageError for a type that is none of a tensor, for a pattern that is none, and for a word that is nearly a
-    scope and part of no tensor's name.
+    Raises UsageError for a type that is none of a tensor, or not among the `known`; for a pattern that is none; and for
+    a word that is nearly a scope and part of no tensor's name.
     """
     for which, _ in types:
         if which not in SCOPES:
             compile_pattern(option, which)
             _check_typo(which, option)
-    return tuple((which, _check_type(chosen, list_tensor_types(), option)) for which, chosen in types)
+    return tuple((which, _check_type(chosen, known or list_tensor_types(), option)) for which, chosen in types)
 
 
 def _check_typo(which: str, option: str) -> None:

@@ -19,9 +19,10 @@ from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import compute_sha256
 from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.calibrate.text import SELF, CalibrationText, read_calibration_text
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
+from compressknow.compress.steps import Calibration
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class
@@ -179,27 +180,35 @@ def prepare(
 
 
 def find_made(export: Export, output: Path) -> ExportRecord | None:
-    """Return the record of a file that is whole and is what `write` would make; None where it is another, or where that
-    cannot be told: of a text that is not the model's own.
+    """Return the record of a file that is whole and is what `write` would make; None where it is another.
 
-    Raises CheckpointError where it has no record.
+    Raises CheckpointError where it has no record, and what `read_calibration_text` does.
     """
     record = read_record(output)
     if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
-    if not _is_same_importance(export.choice, record.get("importance")) or compare_to_record(output).differences:
+    if not _is_same_importance(export, record.get("importance")) or compare_to_record(output).differences:
         return None
     return ExportRecord(record)
 
 
-def _is_same_importance(choice: Choice, recorded: Mapping[str, Any] | None) -> bool:
+def _is_same_importance(export: Export, recorded: Mapping[str, Any] | None) -> bool:
+    choice = export.choice
     if recorded is None:
         return choice.calibration is None and choice.importance is None
     if choice.importance is not None:
         return recorded.get("kind") == "imatrix" and recorded.get("sha256") == compute_sha256(choice.importance)
-    text = choice.calibration
-    stored = tuple(recorded.get(key) for key in ("kind", "asked", "seed"))
-    return text is not None and stored == (text.text, text.tokens, text.seed) and text.text == "self"
+    text, stored = choice.calibration, tuple(recorded.get(key) for key in ("source", "asked", "seed"))
+    if text is None or stored != (text.text, text.tokens, text.seed):
+        return False
+    # Samples are the same for the same seed; a file may have changed since.
+    return text.text == SELF or _read_text(export, text).sha256 == recorded.get("sha256")
+
+
+def _read_text(export: Export, text: Calibration) -> CalibrationText:
+    folder, trusted = export.checkpoint.folder, export.trust_remote_code
+    _, tree = open_complete(folder, trust_remote_code=trusted)
+    return read_calibration_text(folder, tree, text, trust_remote_code=trusted)
 
 
 def _check_family(architecture: str) -> None:

@@ -97,6 +97,12 @@ def _find_architecture(path: Path, raw: dict[str, Any]) -> str:
     return str(names[0])
 
 
+def needs_own_code(raw: dict[str, Any], architecture: str) -> bool:
+    """Return whether a checkpoint of this config.json and class loads only with the Python code that it brings."""
+    is_known = _is_builtin(architecture) and raw.get("model_type") in CONFIG_MAPPING_NAMES
+    return bool(_list_remote_classes(raw)) and not is_known
+
+
 def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
     auto_map = raw.get("auto_map")
     if not isinstance(auto_map, dict):

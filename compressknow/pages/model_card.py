@@ -25,7 +25,7 @@ from compressknow.compress.schemes import (
     find_vllm_obstacle,
     list_runtimes,
 )
-from compressknow.model.checkpoint import list_some
+from compressknow.model.checkpoint import list_some, read_json
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.pages import render, to_code_span, to_yaml
 
@@ -46,7 +46,12 @@ _OURS = "knowledge-kept"
 
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
     """Return the model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
-    return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"))
+    # It imports torch, as the conversion did.
+    from compressknow.model.meta import needs_own_code
+
+    own_code = needs_own_code(read_json(source / "config.json"), str(manifest["source"]["architecture"]))
+    metadata = read_card_metadata(source / "README.md")
+    return render_model_card(manifest, source_card_metadata=metadata, own_code=own_code)
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
@@ -60,8 +65,11 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any]) -> str:
-    """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's."""
+def render_model_card(
+    manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], own_code: bool = False
+) -> str:
+    """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's;
+    `own_code` is whether the model loads only with the Python code that it brings."""
     source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     # The name comes from a config that anyone may have written, and goes into code that people paste.
@@ -69,7 +77,8 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
     auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
-    command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision]
+    trust = ["--trust-remote-code"] if own_code else []
+    command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision, *trust]
     return render(
         "model_card.md.j2",
         metadata=_make_metadata(manifest, source_card_metadata, schemes),
@@ -79,6 +88,7 @@ def render_model_card(manifest: Mapping[str, Any], *, source_card_metadata: dict
         removed=" ".join(describe_removed(manifest.get("removed"))),
         quantized=bool(schemes),
         auto_class=auto_class,
+        own_code=own_code,
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
         warnings=list(list_warnings(manifest)),

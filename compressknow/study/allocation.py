@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import write_size
-from compressknow.gguf.choice import Fitted, Rounding, check_types
+from compressknow.gguf.choice import FLOATS, Fitted, Rounding, check_types
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
@@ -176,7 +176,7 @@ class Target:
             raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
         check_guide(self.guide)
         check_rounding(self.rounding)
-        object.__setattr__(self, "must", check_types(self.must, "--must"))
+        object.__setattr__(self, "must", check_must(self.must))
 
     def budget(self, numel: int) -> int:
         """Return the bytes of a file with so many weights."""
@@ -188,6 +188,11 @@ class Target:
         amount = write_size(self.size) if self.size is not None else f"{self.bits:g} bits"
         rules = [f"{which} {chosen}" for which, chosen in self.must]
         return f"{amount} by {', '.join([name_guide(self.guide), self.rounding, *rules])}"
+
+
+def check_must(rules: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return rules for types of a GGUF file, as `check_types` does: those that are chosen from, and a weight's own."""
+    return check_types(rules, "--must", (*CANDIDATES, *FLOATS.values()))
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:

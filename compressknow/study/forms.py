@@ -21,7 +21,7 @@ from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.schemes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
-from compressknow.gguf.choice import Choice, Fit, Rounding, check_types
+from compressknow.gguf.choice import Choice, Fit, Rounding
 from compressknow.gguf.converter import find_converter, read_version
 from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
@@ -33,6 +33,7 @@ from compressknow.study.allocation import (
     allocate,
     build_table,
     check_below_whole,
+    check_must,
     check_rounding,
     describe_fit,
     join_options,
@@ -92,7 +93,7 @@ class Request:
             raise UsageError(f"--to {self.to}: there is no such form.", hint=f"Choose from {', '.join(FORMS)}.")
         check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
-            check_types(self.must, "--must")
+            check_must(self.must)
 
 
 class Form(ABC):
@@ -202,8 +203,10 @@ class GgufForm(Form):
         return build_table(sensitivity, self._tensors, self._target)
 
     def decides(self) -> list[Any]:
+        # Guide and rules stand in its record alone.
+        target, read = self._target, self.guidance
         converter = read_version(self._job.converter)
-        return [self._target.rounding, self.guidance.fingerprint, self.guidance.text, converter]
+        return [target.rounding, target.guide, target.must, read.fingerprint, read.text, converter]
 
     def make(self, found: Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write

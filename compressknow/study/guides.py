@@ -84,6 +84,7 @@ def measure_guides(
     Raises UsageError where facts are to guide and the model knows fewer than 30.
     """
     model, trusted = handle.located, handle.settings.trust_remote_code
+    is_search = answers is not None
     if answers is None:
         probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
         # The answers of reports, to all facts of a probe of this name, stay as they are.
@@ -94,8 +95,10 @@ def measure_guides(
     if (number := sum(len(probe.facts) for probe in known)) < FEWEST:
         if guide != "text":
             raise UsageError(
-                f"{model.name} knows {number} of these facts, and {FEWEST} are needed to guide.",
-                hint="Give other --facts, or --guide text.",
+                f"{model.name} knows {number} of {sum(len(probe.facts) for probe in probes)} facts, and {FEWEST} are "
+                "needed to guide.",
+                why="A third of all facts guides a search; the others are held out." if is_search else None,
+                hint="Give more or other --facts, or --guide text.",
             )
         known = []
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressknow
 from compressknow.base.errors import CompressknowError, OutputError
+from compressknow.base.files import make_prefix
 from compressknow.cli import main
 from compressknow.model.tensors import StoredTensor
 from tests.long import one_in
@@ -151,6 +152,19 @@ def test_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> N
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert content(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_may_be_as_long_as_the_system_takes(source: Path, tmp_path: Path) -> None:
+    name, other = "x" * 200 + "a" * 55, "x" * 200 + "b" * 55
+    compressknow.convert(source, tmp_path / name, prune=0.2)
+    before = content(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f"{make_prefix(tmp_path / name)}old-abc")
+    # What is left of a name that begins alike is another's.
+    compressknow.convert(source, tmp_path / other, prune=0.3)
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.convert(source, tmp_path / name, prune=0.3)
+    assert content(tmp_path / name) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, other]
 
 
 def test_what_a_run_that_died_at_its_very_end_left_goes_with_the_next(source: Path, tmp_path: Path) -> None:

@@ -251,6 +251,22 @@ def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
 
 
 @needs_converter
+def test_a_run_that_died_before_it_wrote_the_modelfile_is_repeated(world: Path, tmp_path: Path) -> None:
+    text, output, modelfile = tmp_path / "text.txt", tmp_path / "out.gguf", tmp_path / "Modelfile"
+    text.write_bytes((world / "text.txt").read_bytes())
+    words = {"type": "q4_0", "calibration": str(text), "calibration_tokens": 1024, "modelfile": modelfile}
+    compressknow.export(world / "model", output, **words)
+    made = modelfile.read_text()
+    modelfile.unlink()
+    assert not compressknow.export(world / "model", output, **words).is_new
+    assert modelfile.read_text() == made
+    # Another text of that name makes another file.
+    text.write_text("What is " + text.read_text())
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(world / "model", output, **words)
+
+
+@needs_converter
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
     from compressknow.compress.weights import read_side

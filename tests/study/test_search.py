@@ -302,6 +302,14 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
     assert not left & {"model.gguf", "model.gguf.json", "recipe.toml", "report.html", "report.md", "report.json"}
 
 
+def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
+    """Also where a search of the same folder by another guide has found the same types before: all of the smallest."""
+    for guide in ("text", "facts"):
+        assert gguf.search("guided", "--size", "475.5kB", "--guide", guide) == 0
+        record = json.loads((gguf.folder / "guided" / "model.gguf.json").read_text(encoding="utf-8"))
+        assert record["fit"]["guide"] == guide
+
+
 def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -453,7 +461,8 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     monkeypatch.setattr("compressknow.study.guides.FEWEST", 30)
     assert llama.search("few", "--size", "120kB") == 2
     said = capsys.readouterr().err
-    assert "llama knows 22 of these facts, and 30 are needed to guide." in said
+    assert "llama knows 22 of 22 facts, and 30 are needed to guide." in said
+    assert "A third of all facts guides a search; the others are held out." in said
     # Before anything else is evaluated.
     assert not {".parts", "grading"} & {each.name for each in (llama.folder / "few").iterdir()}
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0

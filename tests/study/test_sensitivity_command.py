@@ -121,7 +121,7 @@ def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: py
 def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sensitivity", "llama", "--facts", "facts:few.jsonl", *WORDS[2:]]
     assert main(words) == 2
-    assert "llama knows 20 of these facts, and 30 are needed to guide." in capsys.readouterr().err
+    assert "llama knows 20 of 20 facts, and 30 are needed to guide." in capsys.readouterr().err
     assert main([*words, "--guide", "text", "-o", str(at_home / "map.md")]) == 0
     printed = capsys.readouterr().out
     assert "16 weights by text: 0 known facts, " in printed

@@ -11,7 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+import compressknow
 from compressknow.pages.model_card import read_card_metadata, render_model_card
+from tests.knowing import knowing_by_own_code
 from tests.pages.model_card.manifests import manifest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -142,3 +144,18 @@ def test_broken_source_card_counts_as_none(tmp_path: Path, card: str) -> None:
 def test_source_card_is_read(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n# Title\r\n---\r\n", newline="")
     assert read_card_metadata(tmp_path / "README.md") == {"license": "mit"}
+
+
+def test_a_model_with_its_own_code_is_loaded_and_made_again_as_its_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    own, out = knowing_by_own_code(tmp_path / "own"), tmp_path / "out"
+    compressknow.convert(own, out, prune=0.3, trust_remote_code=True)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    (snippet,) = code_blocks(card, "python")
+    names: dict[str, Any] = {}
+    exec(snippet.replace("PATH/TO/THIS/FOLDER", out.as_posix()), names)
+    assert type(names["model"]).__name__ == "OwnForCausalLM"
+    assert code_blocks(card, "sh")[-1] == "compressknow convert own OUTPUT --recipe recipe.toml --trust-remote-code\n"
