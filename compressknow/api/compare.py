@@ -76,9 +76,9 @@ def compare(
         an output that cannot be written.
     """
     check_known(known)
-    if fail_under and not probe:
-        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     gates = parse_gates(fail_under)
+    if gates and not probe:
+        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     check_gates(gates, strict=strict)
     files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))

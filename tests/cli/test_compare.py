@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import UsageError
 from compressknow.base.progress import Progress
 from compressknow.evaluate.answers import Answers, read_answers
 from tests.cli.conftest import Run, refused
@@ -198,6 +199,11 @@ def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
     assert ended.code == 3
     assert f"keeps {kept['both']} of {kept['both'] + kept['lost']}" in ended.err
     assert run("{place}/llama", "{place}/llama", *FACTS, "--fail-under", "1").code == 0
+
+
+def test_a_gate_of_zero_needs_a_probe_as_any_other(place: Path) -> None:
+    with pytest.raises(UsageError, match="needs a probe"):
+        compressknow.compare(place / "llama", place / "llama-int8", fail_under=0.0)
 
 
 def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> None:
