@@ -339,6 +339,11 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "one checkpoint": (("{place}/bert",), 2, ("Missing argument 'B'",)),
     "an unknown format": ((*LLAMAS, "-o", "c.pdf"), 2, (".html, .md or .json",)),
     "a gate without facts": ((*LLAMAS, "--fail-under", "0.9"), 2, ("--fail-under", "-p PROBE")),
+    "a gate of what is not evaluated": (
+        (*LLAMAS, *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
     "a gate in percent": ((*LLAMAS, *FACTS, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1",)),
     "an unknown probe": ((*LLAMAS, "-p", "atlsa"), 2, ("Did you mean atlas?",)),
     "no threads": ((*LLAMAS, "--threads", "0"), 2, ("--threads",)),

@@ -114,6 +114,21 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
     "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
+    "a gate of what is not evaluated": (
+        ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
+    "a gate of what no stored answer is of": (
+        (*REPORT, "--fail-under", "captial=0.9"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
+    "a gate of a text": (
+        ("report", "{place}/llama", "{place}/llama-5", "-p", "text:{place}/facts.jsonl", "--fail-under", "0.9"),
+        2,
+        ("--fail-under counts facts, and text:facts.jsonl is a text", "-p atlas"),
+    ),
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md, .json or .xml")),
     "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md, .json or .xml",)),
     "an output in no folder": ((*REPORT, "-o", "none/report.md"), 1, ("none: no such folder",)),
