@@ -132,6 +132,12 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md, .json or .xml")),
     "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md, .json or .xml",)),
     "an output in no folder": ((*REPORT, "-o", "none/report.md"), 1, ("none: no such folder",)),
+    # Nobody can make a file there; without a /proc, the folder is missing.
+    "an output where none can be written": (
+        ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--answers", "kept", "-o", "/proc/report.html"),
+        1,
+        ("/proc",),
+    ),
     "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
     "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
