@@ -446,6 +446,12 @@ def test_what_to_do_next_stands_below_the_verdict(run: Run, place: Path) -> None
     assert f"compressknow convert {place / 'llama'} OUTPUT --prune 0.4" in said
 
 
+def test_no_line_about_several_models_ends_in_spaces(run: Run) -> None:
+    lines = run(*REPORT, "{place}/on-llama-8").out.splitlines()
+    assert any(line.startswith("Model ") for line in lines)
+    assert lines == [line.rstrip() for line in lines]
+
+
 def test_a_gate_stops_early_and_says_how_many_facts_it_took(run: Run) -> None:
     models = ("report", "{place}/llama", "{place}/llama-8", *FACTS, "--early", "--json")
     ended = run(*models, "--fail-under", "0.99")
