@@ -15,6 +15,7 @@ from compressknow.base.progress import Listener, Stage, count_progress, relabel_
 from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answer, Answers, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
+from compressknow.evaluate.evaluate import check_alike
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
@@ -193,15 +194,25 @@ def open_models(
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` does, and CheckpointError where a weight is no number."""
+    `make_handles` does, CompressknowError where one is of another family than the first, and CheckpointError where a
+    weight is no number."""
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
+    remaining = iter(handles)
+    sides = [answers or next(remaining) for answers in stored]
+    first, *others = [
+        (side.located.name, side.named_family)
+        if isinstance(side, ModelHandle)
+        else (side.record.model.name, side.record.model.family)
+        for side in sides
+    ]
+    for other in others:
+        check_alike("family", first, other)
     for handle in handles:
         handle.check_sound()
-    remaining = iter(handles)
-    return [answers or next(remaining) for answers in stored]
+    return sides
 
 
 def finish_answers(
