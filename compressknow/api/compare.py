@@ -10,12 +10,19 @@ from compressknow.api.words import SeededWords, build_records, list_files, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
-from compressknow.evaluate.gather import evaluate_both, find_answers_folder, find_both, open_named
+from compressknow.evaluate.gather import (
+    check_gated,
+    check_names,
+    evaluate_both,
+    find_answers_folder,
+    find_both,
+    open_named,
+)
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
-from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+from compressknow.pages.card.gate import check_gates, hold_to_gates, parse_gates
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, make_comparison
 from compressknow.pages.diff.pages import write_comparisons
 from compressknow.pages.pages import check_outputs, require_for
@@ -76,15 +83,17 @@ def compare(
         an output that cannot be written.
     """
     check_known(known)
-    if fail_under and not probe:
-        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     gates = parse_gates(fail_under)
+    if gates and not probe:
+        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
     check_gates(gates, strict=strict)
     files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
     options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
+    gated = [gate.of for gate in gates]
+    check_gated(opened, gated)
     listener = resolve_progress(on_progress)
     first, second = find_both((a, revision), (b, revision_b), settings, listener)
     # It imports torch, which takes seconds: what is missing is said before.
@@ -99,6 +108,7 @@ def compare(
     if opened:
         folder = Path(answers) if answers else find_answers_folder()
         both = evaluate_both(first, second, opened, folder, listener)
+        check_names(both.a.answers, gated)
         behaviour = make_behaviour(both, show_facts=not no_facts, known=known)
     for side in (first, second):
         side.check_unchanged()
@@ -113,6 +123,5 @@ def compare(
     )
     write_comparisons(comparison, files, overwrite=overwrite)
     if comparison.behaviour:
-        check_names(comparison.behaviour.b_against_a, gates)
         hold_to_gates(comparison, comparison.behaviour.b_against_a, gates, strict=strict)
     return comparison

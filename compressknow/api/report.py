@@ -11,12 +11,12 @@ from compressknow.api.words import ServingWords, build_records, list_files, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.base.progress import OnProgress, resolve_progress
-from compressknow.evaluate.gather import Evaluation, find_answers_folder, gather, list_names
+from compressknow.evaluate.gather import Evaluation, check_names, find_answers_folder, gather, list_names
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.model.checkpoint import is_convertible
-from compressknow.pages.card.gate import check_gates, check_names, hold_to_gates, parse_gates
+from compressknow.pages.card.gate import check_gates, hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.pages import FORMATS, check_outputs, require_for
@@ -104,6 +104,7 @@ def report(
         keep_in=Path(answers) if answers else find_answers_folder(),
         timed=time,
         known=known,
+        gated=[gate.of for gate in gates],
         on_progress=resolve_progress(on_progress),
     )
     if not early:
@@ -116,6 +117,8 @@ def report(
         at_gate = partial(decide, gates[0].least)
         before, only, stop = gather_early(original, models[0], evaluation, at_gate, revision=revision)
         after = [only]
+    # Of tasks, and of answers that are stored.
+    check_names(before.answers, evaluation.gated)
     path = str(original) if is_convertible(original) else None
     card = make_card(
         before,
@@ -129,7 +132,6 @@ def report(
         strict=strict,
         within=most,
     )
-    check_names(card, gates)
     write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
     if into_model_card:
         write_into_model_cards(card, models)

@@ -146,6 +146,15 @@ def check_links(path: Path) -> None:
             )
 
 
+def check_writable(path: Path) -> None:
+    """Raise OutputError where no file can be made in the folder of `path`."""
+    try:
+        with _open_temporary(path):
+            pass
+    except OSError as error:
+        raise explain_write_error(path, error) from error
+
+
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write. It takes the place of `path` once the context ends without an error, and else never.

@@ -189,7 +189,7 @@ def _list_texts(comparison: Comparison) -> Iterator[str]:
 
 
 def _list_models(card: Card) -> Iterator[str]:
-    yield MODELS
+    yield MODELS.rstrip()
     yield "-" * len(MODELS)
     standings = card.decision.standings if card.decision else ()
     for place, comparison in enumerate(card.comparisons):

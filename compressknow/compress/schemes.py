@@ -152,8 +152,12 @@ def read_schemes(recipe: Mapping[str, Any] | None) -> list[Scheme]:
 
 
 def choose_word(schemes: Iterable[Scheme]) -> str:
-    """Return one word for weights of these schemes: ``int8``, or ``low-bit`` where the schemes differ."""
-    words = {scheme.word for scheme in schemes} or {SCHEMES[SCHEMES.first].word}
+    """Return one word for weights of these schemes: ``int8``, or ``low-bit`` where they differ or there are none.
+
+    >>> choose_word([SCHEMES["int8"]]), choose_word([])
+    ('int8', 'low-bit')
+    """
+    words = {scheme.word for scheme in schemes}
     return words.pop() if len(words) == 1 else "low-bit"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,6 +231,18 @@ def _check_head(path: Path, model: PreTrainedModel) -> None:
             "the embedding.",
             hint="Give a checkpoint of a masked, causal or sequence-to-sequence language model.",
         )
+
+
+def find_named_family(config: Mapping[str, Any]) -> str | None:
+    """Return the family of the class that a checkpoint's config names; None where the model has to be loaded first.
+
+    >>> find_named_family({"architectures": ["BertForMaskedLM"]}), find_named_family({})
+    ('masked', None)
+    """
+    names = config.get("architectures")
+    family = find_family_of_class(str(names[0])) if names and isinstance(names, list) else None
+    # As in `find_family`; not every config says what its class has for a default.
+    return family if family != "seq2seq" or config.get("is_encoder_decoder") else None
 
 
 def find_family(model: PreTrainedModel) -> str | None:

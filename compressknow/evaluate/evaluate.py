@@ -176,22 +176,26 @@ def check_facts(reference: Answers, probe: Opened) -> None:
 def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
     """Raise CompressknowError where a model cannot be a compressed form of the original."""
     before = reference.record.model
-    keys: list[tuple[str, object, object]] = [("family", before.family, loaded.family)]
+    check_alike("family", (before.name, before.family), (name, loaded.family))
     # Where another runtime than transformers gives the answers of either, they are compared as texts.
     if before.runtime is None and loaded.make_record() is None:
-        keys.append(("vocabulary", before.vocabulary, loaded.vocabulary))
-    for key, known, value in keys:
-        if None not in (known, value) and known != value:
-            raise CompressknowError(
-                f"{name} is not a compressed version of {before.name}: they differ in {key}.",
-                why=f"{before.name} has {known}, {name} has {value}.",
-                hint="Compare a model with the checkpoint that it was made from.",
-            )
+        check_alike("vocabulary", (before.name, before.vocabulary), (name, loaded.vocabulary))
     if loaded.gives_scores != (before.runtime or {}).get("scores", True):
         raise CompressknowError(
             f"{name} and {before.name} were not asked in the same way.",
             why="Of one there are probabilities of candidates; of the other, on a server, only what it writes.",
             hint="Run both on the same kind of server.",
+        )
+
+
+def check_alike(key: str, before: tuple[str, object], after: tuple[str, object]) -> None:
+    """Raise CompressknowError where two models, each a name and its `key`, differ in that; None is not known."""
+    (original, known), (name, value) = before, after
+    if None not in (known, value) and known != value:
+        raise CompressknowError(
+            f"{name} is not a compressed version of {original}: they differ in {key}.",
+            why=f"{original} has {known}, {name} has {value}.",
+            hint="Compare a model with the checkpoint that it was made from.",
         )
 
 

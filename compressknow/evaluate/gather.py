@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
-from compressknow.evaluate.answers import Answers, is_answers_folder, read_answers
+from compressknow.evaluate.answers import Answer, Answers, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
+from compressknow.evaluate.evaluate import check_alike
+from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
 from compressknow.evaluate.noise import NoiseFloors
@@ -76,6 +78,25 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
         )
 
 
+def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
+    """Raise UsageError where there is a gate, and no facts; or where one is of no domain and no relation of theirs.
+    `gated` is what each gate is of, None for all facts. Those of a task are known only once it was run."""
+    if gated:
+        check_has_facts(opened, "--fail-under")
+    if not any(isinstance(probe, Task) for probe in opened):
+        check_names([fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts], gated)
+
+
+def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None]) -> None:
+    """Raise UsageError where a gate is of no domain and no relation of these facts."""
+    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts)]))
+    if unknown := next((name for name in gated if name is not None and name not in names), None):
+        raise UsageError(
+            f"--fail-under {unknown}=...: there are no facts of a domain or relation {unknown}.",
+            hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}.",
+        )
+
+
 def _check_known(opened: Sequence[Opened], known: str) -> None:
     """Raise UsageError where only what is ``produced`` counts, and a task does not tell what a model says."""
     for task in opened:
@@ -111,6 +132,7 @@ class Evaluation:
     keep_in : a folder that gets one answers folder per model.
     timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
     known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
+    gated : what each gate is of, for `check_gated`.
     """
 
     probes: Sequence[str]
@@ -119,6 +141,7 @@ class Evaluation:
     keep_in: Path
     timed: bool = False
     known: str = "recognized"
+    gated: Sequence[str | None] = ()
     on_progress: Listener | None = None
 
 
@@ -171,15 +194,25 @@ def open_models(
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` does, and CheckpointError where a weight is no number."""
+    `make_handles` does, CompressknowError where one is of another family than the first, and CheckpointError where a
+    weight is no number."""
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
+    remaining = iter(handles)
+    sides = [answers or next(remaining) for answers in stored]
+    first, *others = [
+        (side.located.name, side.named_family)
+        if isinstance(side, ModelHandle)
+        else (side.record.model.name, side.record.model.family)
+        for side in sides
+    ]
+    for other in others:
+        check_alike("family", first, other)
     for handle in handles:
         handle.check_sound()
-    remaining = iter(handles)
-    return [answers or next(remaining) for answers in stored]
+    return sides
 
 
 def finish_answers(
@@ -205,6 +238,7 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
     opened = open_all(names, options)
     _check_known(opened, evaluation.known)
+    check_gated(opened, evaluation.gated)
     return opened
 
 

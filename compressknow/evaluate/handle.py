@@ -15,7 +15,7 @@ from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import PanicError, translate_panics
 from compressknow.base.reading import check_unchanged, find_mismatch
 from compressknow.engine.identity import Contents, Located, describe, read_contents
-from compressknow.engine.language_model import AUTO, CPU, LanguageModel, load_language_model
+from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
 from compressknow.engine.load import find_reason
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
@@ -23,6 +23,7 @@ from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import TextReader, check_family
+from compressknow.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes.server import ServedScorer
@@ -276,6 +277,14 @@ class ModelHandle:
             loaded.release()
             raise
         return loaded
+
+    @property
+    def named_family(self) -> str | None:
+        """Return its family, as far as its files tell before it is loaded."""
+        if self.runtime is not Transformers:
+            return self.runtime.family
+        config = self.located.path / "config.json"
+        return find_named_family(read_json(config)) if config.is_file() else None
 
     def check_sound(self) -> None:
         """Raise CheckpointError where a weight holds NaN or infinity."""

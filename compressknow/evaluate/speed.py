@@ -73,7 +73,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     assert isinstance(probe, Probe)
     prompts = handle.make_prompts(probe)
     device = settings.device
-    on_gpu = device.startswith("cuda")
+    on_gpu, threads = device.startswith("cuda"), torch.get_num_threads()
 
     def answer_all() -> int:
         # Answers are numbers on the processor, as tokens are below.
@@ -83,7 +83,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
 
     facts_per_second = _measure_rate(answer_all)
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device}, {threads} thread{'s' * (threads > 1)}",
         "computed_in": computed_in,
         "facts_per_second": facts_per_second,
         "tokens_per_second": _measure_tokens(handle),

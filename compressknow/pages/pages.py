@@ -18,7 +18,7 @@ from jinja2.nodes import EvalContext
 from markupsafe import Markup, escape
 
 from compressknow.base.errors import OutputError, UsageError
-from compressknow.base.files import check_links, close_durably, open_whole
+from compressknow.base.files import check_links, check_writable, close_durably, open_whole
 from compressknow.base.format import RIGHT_TO_LEFT, clean_lines, compare_sizes, count, number, write_percent, write_size
 from compressknow.base.packages import require
 from compressknow.base.reading import open_regular
@@ -185,7 +185,8 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
-    """Raise, before any work, where an output has none of the formats, is there already, or would replace no page."""
+    """Raise, before any work, where an output has none of the formats, is there already, would replace no page, or
+    cannot be written."""
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(
@@ -199,6 +200,7 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
             _check_ours(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+        check_writable(path)
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
 

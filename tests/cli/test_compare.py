@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 import compressknow
+from compressknow.base.errors import UsageError
 from compressknow.base.progress import Progress
 from compressknow.evaluate.answers import Answers, read_answers
 from tests.cli.conftest import Run, refused
@@ -200,6 +201,11 @@ def test_a_gate_ends_with_3_and_says_the_numbers(run: Run) -> None:
     assert run("{place}/llama", "{place}/llama", *FACTS, "--fail-under", "1").code == 0
 
 
+def test_a_gate_of_zero_needs_a_probe_as_any_other(place: Path) -> None:
+    with pytest.raises(UsageError, match="needs a probe"):
+        compressknow.compare(place / "llama", place / "llama-int8", fail_under=0.0)
+
+
 def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> None:
     ended = run("{place}/llama", "{place}/llama", *FACTS, "--fail-under", "0.99", "--strict")
     assert ended.code == 4
@@ -333,6 +339,11 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "one checkpoint": (("{place}/bert",), 2, ("Missing argument 'B'",)),
     "an unknown format": ((*LLAMAS, "-o", "c.pdf"), 2, (".html, .md or .json",)),
     "a gate without facts": ((*LLAMAS, "--fail-under", "0.9"), 2, ("--fail-under", "-p PROBE")),
+    "a gate of what is not evaluated": (
+        (*LLAMAS, *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
     "a gate in percent": ((*LLAMAS, *FACTS, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1",)),
     "an unknown probe": ((*LLAMAS, "-p", "atlsa"), 2, ("Did you mean atlas?",)),
     "no threads": ((*LLAMAS, "--threads", "0"), 2, ("--threads",)),

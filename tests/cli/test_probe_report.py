@@ -114,9 +114,30 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
     "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
+    "a gate of what is not evaluated": (
+        ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
+    "a gate of what no stored answer is of": (
+        (*REPORT, "--fail-under", "captial=0.9"),
+        2,
+        ("no facts of a domain or relation captial", "Did you mean capital?"),
+    ),
+    "a gate of a text": (
+        ("report", "{place}/llama", "{place}/llama-5", "-p", "text:{place}/facts.jsonl", "--fail-under", "0.9"),
+        2,
+        ("--fail-under counts facts, and text:facts.jsonl is a text", "-p atlas"),
+    ),
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md, .json or .xml")),
     "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md, .json or .xml",)),
     "an output in no folder": ((*REPORT, "-o", "none/report.md"), 1, ("none: no such folder",)),
+    # Nobody can make a file there; without a /proc, the folder is missing.
+    "an output where none can be written": (
+        ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--answers", "kept", "-o", "/proc/report.html"),
+        1,
+        ("/proc",),
+    ),
     "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
     "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
@@ -151,9 +172,6 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
 def test_bad_input_is_one_message_and_writes_nothing(run: Run, tmp_path: Path, name: str) -> None:
     arguments, code, words = BAD_INPUT[name]
     refused(run(*arguments), code, *words)
-    if name == "models of other families":
-        # The original was asked before it could be told.
-        shutil.rmtree(tmp_path / "kept")
     nothing_written(tmp_path)
 
 
@@ -423,6 +441,12 @@ def test_what_to_do_next_stands_below_the_verdict(run: Run, place: Path) -> None
     # The manifest has the recipe, and 80 % was too much.
     assert "less than 95 % is kept; prune 40 % of the weights in place of 80 %" in said
     assert f"compressknow convert {place / 'llama'} OUTPUT --prune 0.4" in said
+
+
+def test_no_line_about_several_models_ends_in_spaces(run: Run) -> None:
+    lines = run(*REPORT, "{place}/on-llama-8").out.splitlines()
+    assert any(line.startswith("Model ") for line in lines)
+    assert lines == [line.rstrip() for line in lines]
 
 
 def test_a_gate_stops_early_and_says_how_many_facts_it_took(run: Run) -> None:

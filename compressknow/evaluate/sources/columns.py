@@ -40,6 +40,8 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
     table = csv.DictReader(lines, strict=True)
     try:
+        if len(table.fieldnames or ()) == 1:
+            raise UsageError(f"{path} cannot be read: its first line has no comma.", hint="Separate columns by commas.")
         for row in table:
             number = table.reader.line_num
             if None in row:

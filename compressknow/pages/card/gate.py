@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from compressknow.base.errors import GateNotMet, GateUndecided, UsageError, suggest_word
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import count, share, write_percent, write_size
 from compressknow.comparison.intervals import estimate_kept
 from compressknow.comparison.paired import find_smallest, rank_models
@@ -85,19 +85,6 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
         raise UsageError(
             "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
         )
-
-
-def check_names(card: Card, gates: Iterable[Gate]) -> None:
-    """Raise UsageError where a gate is of no domain and no relation that was evaluated."""
-    for gate in gates:
-        for comparison in card.comparisons:
-            relations = (group.name for probe in comparison.probes for group in probe.by_relation)
-            names = list(dict.fromkeys((*(grade.subject for grade in comparison.grades), *relations)))
-            if gate.of is not None and gate.of not in names:
-                raise UsageError(
-                    f"--fail-under {gate.of}=...: no facts of a domain or relation {gate.of} were evaluated.",
-                    hint=f"{suggest_word(gate.of, names)}Choose from {', '.join(names[:8])}.",
-                )
 
 
 def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: bool = False) -> None:

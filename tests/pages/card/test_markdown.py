@@ -98,6 +98,16 @@ def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
     assert " before, " not in write(None, None)
 
 
+def test_one_lost_fact_that_an_example_was_put_before_is_singular() -> None:
+    card = card_of_one()
+    (comparison,) = card.comparisons
+    first, *others = comparison.probes
+    assert first.knowing is not None
+    first = replace(first, knowing=replace(first.knowing, shown=1, back=0))
+    card = replace(card, comparisons=(replace(comparison, probes=(first, *others)),))
+    assert "brings back 0 (0 %) of 1 lost fact that was put after it." in rendered(render_markdown(card)).text
+
+
 def test_facts_are_left_out_on_request() -> None:
     text = render_markdown(replace(card_of_one(), show_facts=False))
     assert text.count("The text of the facts was left out on request.") == 2

@@ -197,7 +197,8 @@ def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> 
 def _describe_grades(knowing: Knowing) -> Iterator[str]:
     if knowing.shown:
         back = f"{count(knowing.back)} ({write_percent(knowing.back, knowing.shown)})"
-        yield f"One solved example brings back {back} of {count(knowing.shown)} lost facts that were put after it."
+        lost = "1 lost fact that was" if knowing.shown == 1 else f"{count(knowing.shown)} lost facts that were"
+        yield f"One solved example brings back {back} of {lost} put after it."
     for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
         if not written:
             yield f"The {who} cannot write: {PRODUCED} is left out."
