@@ -13,6 +13,7 @@ from compressknow.comparison.paired import compare_probe, list_changed_facts, me
 from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures, TextFigures
 from compressknow.comparison.text import compare_text
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer, Answers
+from compressknow.evaluate.evaluate import check_alike
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
 from compressknow.evaluate.sources import find_source
@@ -315,13 +316,7 @@ def _check_comparable(original: Answers, compressed: Answers) -> None:
     # gave answers, of which tokens may not be known.
     by_text = (bool(shared) and all(entry.text for entry in shared)) or before.runtime or after.runtime
     for key in ("family",) if by_text else ("family", "vocabulary"):
-        one, other = getattr(before, key), getattr(after, key)
-        if one is not None and other is not None and one != other:
-            raise CompressknowError(
-                f"{after.name} is not a compressed version of {before.name}: they differ in {key}.",
-                why=f"{before.name} has {one}, {after.name} has {other}.",
-                hint="Compare a model with the checkpoint that it was made from.",
-            )
+        check_alike(key, (before.name, getattr(before, key)), (after.name, getattr(after, key)))
     if not set(original.probes) & set(compressed.probes):
         raise CompressknowError(
             f"{before.name} and {after.name} were not evaluated on any common probe.",
