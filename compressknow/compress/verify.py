@@ -31,6 +31,7 @@ from compressknow.model.manifest import (
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
 
 SHOWN = 20
+ADDED = "not in the manifest"
 UNSEALED = (
     "The manifest has no hash of itself (it was written by an older version): its recipe, source and versions could "
     "not be checked."
@@ -71,10 +72,13 @@ def raise_if_different(folder: str | Path, result: Verification) -> None:
     if result.differences:
         lines = [str(difference) for difference in result.differences[:SHOWN]]
         more = len(result.differences) - len(lines)
+        is_only_added = all((each.tensor, each.what) == (None, ADDED) for each in result.differences)
         raise VerificationError(
             f"{folder} differs from its manifest in {_count_places(result.differences)}.",
             why="\n".join(lines + ([f"and {more} more: see --json"] if more else [])),
-            hint="Convert it again: the manifest holds the recipe (--recipe).",
+            hint="Move what convert did not write to another folder."
+            if is_only_added
+            else "Convert it again: the manifest holds the recipe (--recipe).",
         )
 
 
@@ -109,7 +113,7 @@ def compare_to_manifest(
     # Tensors last: a file that is missing takes all of its own with it.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
-    differences += [Difference(name, None, "not in the manifest") for name in _find_added(folder, manifest, places)]
+    differences += [Difference(name, None, ADDED) for name in _find_added(folder, manifest, places)]
     if SEAL in manifest and manifest[SEAL] != hash_manifest(manifest):
         what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
@@ -161,7 +165,7 @@ def _compare_tensor(
     if tensor is None:
         return [Difference(place, name, "missing")]
     if expected is None:
-        return [Difference(tensor.file.name, name, "not in the manifest")]
+        return [Difference(tensor.file.name, name, ADDED)]
     if (tensor.dtype, list(tensor.shape)) != (expected["dtype"], expected["shape"]):
         what = f"{tensor.dtype} {list(tensor.shape)}, expected {expected['dtype']} {expected['shape']}"
         return [Difference(tensor.file.name, name, what)]

@@ -126,6 +126,16 @@ def test_the_model_card_may_be_edited(converted: Path, capsys: pytest.CaptureFix
     assert "match the manifest" in capsys.readouterr().out
 
 
+def test_what_lies_beside_a_sound_checkpoint_is_to_be_moved(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (converted / "report.html").write_text("mine")
+    assert main(["verify", str(converted)]) == 1
+    errors = capsys.readouterr().err
+    assert "report.html: not in the manifest" in errors
+    assert "Move what convert did not write to another folder." in errors
+
+
 def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny("llama", tmp_path / "in", max_shard_size="30KB")
     compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.2)
