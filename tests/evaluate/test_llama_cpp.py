@@ -148,6 +148,15 @@ def test_the_batch_decides_nothing(place: Path, tmp_path: Path, kind: str) -> No
         assert many[fact].logp_gold == pytest.approx(answer.logp_gold, abs=1e-3)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Who starts the tests in the background may have them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None:
     model, tokens = GgufModel(place / "F32.gguf"), 8192
     context = Context(model, cells=tokens, sequences=1, threads=1)
@@ -173,6 +182,7 @@ def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None
     model.close()
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_who_interrupts_does_not_wait_until_a_file_is_loaded(place: Path) -> None:
     def interrupt(frame: FrameType, event: str, _: object) -> None:
         # llama.cpp asks between tensors whether to go on.
