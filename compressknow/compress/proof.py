@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UnsupportedError
@@ -24,7 +23,7 @@ from compressknow.base.packages import require
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.sources import PRUNE_OR_EXPORT
-from compressknow.model.checkpoint import list_some, open_checkpoint
+from compressknow.model.checkpoint import list_some
 from compressknow.model.loading import Header, LoadReport, list_headers, load_report
 from compressknow.model.meta import parse_config
 
@@ -158,12 +157,6 @@ def prove(plan: Plan) -> Plan:
         plan = replace(plan, unpacked=True)
         _load(plan, build_config(plan), headers)
     return plan
-
-
-def prove_written(plan: Plan, folder: Path) -> None:
-    """Raise UnsupportedError where transformers would not load every weight of a folder that was written."""
-    written = open_checkpoint(folder)
-    _load(plan, written.config, list_headers(written))
 
 
 def _load(plan: Plan, config: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
