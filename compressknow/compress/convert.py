@@ -187,11 +187,13 @@ def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> 
 
 
 def _count_passes_before(tensor: PlannedTensor) -> int:
+    """Count how often a tensor is read before it is written."""
+    passes = int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
     method = tensor.prune.chosen if tensor.prune else None
-    if method is None or method.needs != "magnitudes" or (isinstance(method, Patterned) and method.groups):
-        return 0
-    # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
-    return tensor.source.itemsize // 2 if isinstance(method, Unstructured) else 1
+    if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
+        # A threshold takes two: over the leading bits, then over the rest of 32, or for the ties of 16.
+        passes += 2 if isinstance(method, Unstructured) else 1
+    return passes
 
 
 class VariantMaker:
