@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -82,7 +83,8 @@ def _read_passages(source: str) -> Iterator[str]:
     with _explain_failures(path):
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(reading.read_lines(path), start=1):
-                if text := _parse_line(path, number, line):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text := _parse_line(path, number, content):
                     yield text
             return
         with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
