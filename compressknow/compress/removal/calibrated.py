@@ -140,7 +140,7 @@ class _SimilarityVisitor(Visitor):
         cosines = torch.cosine_similarity(before.to(torch.float64), after.to(torch.float64), dim=-1)
         self._cosines.setdefault(module, {})[batch] = float(cosines.sum()), cosines.numel()
 
-    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:  # noqa: ARG002
+    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
         number = 0
 
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -150,8 +150,9 @@ class _SimilarityVisitor(Visitor):
             self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
             for name in self._streamed.blocks
         ]
-        for number, batch in enumerate(batches):  # noqa: B007  (`note` reads it)
+        for number, batch in enumerate(batches):
             self._streamed.run(batch)
+            on_progress(number + 1, len(batches))
         for hook in hooks:
             hook.remove()
 
