@@ -22,6 +22,7 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
@@ -29,12 +30,8 @@ from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.removal.smaller import Removal
     from compressknow.engine.load import Variant
-    from compressknow.model.checkpoint import Checkpoint
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
@@ -42,14 +39,8 @@ def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, t
     `open_complete`, `remove`, `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     if recipe.removals:
-        return _plan_removal(checkpoint, tree, recipe)
+        return _plan_rest(remove(checkpoint, tree, recipe), recipe)
     return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))
-
-
-def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
-    from compressknow.compress.removal.smaller import remove
-
-    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
 
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
@@ -222,7 +213,7 @@ class VariantMaker:
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return _plan_removal(self.checkpoint, self.tree, recipe)
+            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # Only where weights are not stored under their own names may a form not load.
         return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
