@@ -129,7 +129,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
+        removal = decide(plan, text.batches, reader, folder, on_progress=advance or max)
     return _plan_rest(removal, plan.recipe)
 
 

@@ -57,6 +57,11 @@ def estimate(plan: Plan) -> dict[str, Any]:
     return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(operations) / _measure_pace()}
 
 
+def describe_memory(plan: Plan) -> str:
+    """Say in a sentence what the calibration of a plan takes, for the error where there is not so much."""
+    return f"That takes about {write_size(estimate(plan)['bytes'])}."
+
+
 def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
     """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
@@ -210,7 +215,7 @@ def calibrate(
         work.files,
         text.batches,
         make,
-        lambda: f"That takes about {write_size(estimate(plan)['bytes'])}.",
+        partial(describe_memory, plan),
         threads=work.pool.threads,
         on_progress=on_progress,
     )

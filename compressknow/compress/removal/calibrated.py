@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
+from compressknow.compress.calibrate.compression import describe_memory
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
-from compressknow.compress.recipe import Recipe
+from compressknow.compress.plan import Plan
 from compressknow.compress.removal.neurons import choose_neurons, fit_down, write_cut
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
@@ -28,13 +29,9 @@ from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
-OUTSIDE_IN_MEMORY = "A block and all that lies outside the blocks is in memory, in float32, beside what is gathered."
 
-
-def decide(
-    removal: Removal, recipe: Recipe, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress = max
-) -> Removal:
-    """Choose blocks and neurons, and write the tensors that are cut.
+def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress = max) -> Removal:
+    """Choose the blocks and neurons that a plan drops, and write the tensors that are cut.
 
     `batches` are the calibration text as arguments of forward passes; cut tensors lie in `folder`, which must stay
     until they were read. `on_progress` is called with the blocks that were run, and with how many there are: each once
@@ -42,10 +39,12 @@ def decide(
 
     Raises what `remove`, `walk` and `fit_down` do.
     """
+    recipe, removal = plan.recipe, plan.removal
+    assert removal is not None
     # How many blocks fewer than the first run each later one has, as if all went before it.
     runs = sum(isinstance(step, DropBlocks) and step.named is None for step in recipe.removals) + bool(removal.cuts)
     fewer = sum(len(drop.dropped) * len(drop.stack.lists) for drop in removal.blocks if not drop.is_decided)
-    decision = _Decision(batches, reader, on_progress, [fewer] * (runs - 1))
+    decision = _Decision(plan, batches, reader, on_progress, [fewer] * (runs - 1))
     if any(not drop.is_decided for drop in removal.blocks):
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
@@ -73,8 +72,10 @@ V = TypeVar("V", bound=Visitor)
 class _Decision:
     """Runs of the text through the model, each of which decides something."""
 
-    def __init__(self, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]) -> None:
-        self._batches, self._reader = batches, reader
+    def __init__(
+        self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]
+    ) -> None:
+        self._plan, self._batches, self._reader = plan, batches, reader
         self._on_progress, self._later, self._blocks_run = on_progress, list(later), 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
@@ -104,8 +105,8 @@ class _Decision:
             # A whole model counts batches.
             self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
 
-        sources, why = Sources(checkpoint, tree, read_structure(tree)), lambda: OUTSIDE_IN_MEMORY
-        threads = self._reader.pool.threads
+        sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
+        why = partial(describe_memory, self._plan)
         run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
         report(1, 1)
         self._blocks_run += len(made[-1].modules)
