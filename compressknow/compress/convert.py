@@ -210,13 +210,13 @@ class VariantMaker:
             self._structures[module_map] = read_structure(self.tree, module_map)
         return self._structures[module_map]
 
-    def plan(self, recipe: Recipe) -> Plan:
+    def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
             return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
-        # Only where weights are not stored under their own names may a form not load.
-        return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
+        # In memory a form may not load only where weights are not stored under their own names.
+        return prove(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes. `begin` begins
@@ -234,7 +234,7 @@ class VariantMaker:
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
         """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what that, `prove` and
         `NewFolder` do."""
-        plan = prove(self.plan(recipe))
+        plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return carry_out(plan, folder, self.text(plan, begin), begin=begin)
 
