@@ -157,7 +157,8 @@ def find_lone_surrogate(text: str) -> str | None:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return what a TOML file of options holds. Raises NotReadable, OSError or another ValueError."""
     try:
-        return tomllib.loads(read_text(path, TABLE_OF_OPTIONS))
+        # Editors on Windows put a mark before it.
+        return tomllib.loads(read_text(path, TABLE_OF_OPTIONS).removeprefix("\ufeff"))
     except RecursionError:
         raise NotReadable("it is nested too deeply") from None
 

@@ -29,6 +29,7 @@ from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, check_beside_recipe, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
+from compressknow.compress.steps import SELF
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 
@@ -165,7 +166,9 @@ def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
         time, room = format_duration(seconds), write_size(memory)
-        yield _wrap_paragraph(f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory.")
+        said = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
+        own = manifest["recipe"]["calibration"]["text"] == SELF
+        yield _wrap_paragraph(f"{said} Before that, the model writes the text." if own else said)
     if dry_run:
         yield "\nDry run: nothing was written."
 

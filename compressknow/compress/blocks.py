@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.base.errors import CheckpointError
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.system import count_cores
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
@@ -43,9 +43,13 @@ class Pool:
     A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
     who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
     thread touches no such lock, only a queue that is written in C.
+
+    `threads` is one per core by default. Raises UsageError where it is less than 1.
     """
 
     def __init__(self, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1: {threads!r}.", hint="Leave it out for one per core.")
         self.threads = threads or count_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()

@@ -22,6 +22,7 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
@@ -29,12 +30,8 @@ from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.removal.smaller import Removal
     from compressknow.engine.load import Variant
-    from compressknow.model.checkpoint import Checkpoint
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
@@ -42,14 +39,8 @@ def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, t
     `open_complete`, `remove`, `make_plan` and `prove` do."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
     if recipe.removals:
-        return _plan_removal(checkpoint, tree, recipe)
+        return _plan_rest(remove(checkpoint, tree, recipe), recipe)
     return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))
-
-
-def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
-    from compressknow.compress.removal.smaller import remove
-
-    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
 
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
@@ -138,7 +129,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = decide(plan.removal, plan.recipe, text.batches, reader, folder, on_progress=advance or max)
+        removal = decide(plan, text.batches, reader, folder, on_progress=advance or max)
     return _plan_rest(removal, plan.recipe)
 
 
@@ -187,11 +178,13 @@ def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> 
 
 
 def _count_passes_before(tensor: PlannedTensor) -> int:
+    """Count how often a tensor is read before it is written."""
+    passes = int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
     method = tensor.prune.chosen if tensor.prune else None
-    if method is None or method.needs != "magnitudes" or (isinstance(method, Patterned) and method.groups):
-        return 0
-    # A threshold takes one pass over 16-bit weights and two over 32-bit ones.
-    return tensor.source.itemsize // 2 if isinstance(method, Unstructured) else 1
+    if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
+        # A threshold takes two: over the leading bits, then over the rest of 32, or for the ties of 16.
+        passes += 2 if isinstance(method, Unstructured) else 1
+    return passes
 
 
 class VariantMaker:
@@ -217,13 +210,13 @@ class VariantMaker:
             self._structures[module_map] = read_structure(self.tree, module_map)
         return self._structures[module_map]
 
-    def plan(self, recipe: Recipe) -> Plan:
+    def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return _plan_removal(self.checkpoint, self.tree, recipe)
+            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
-        # Only where weights are not stored under their own names may a form not load.
-        return prove(plan) if any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
+        # In memory a form may not load only where weights are not stored under their own names.
+        return prove(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes. `begin` begins
@@ -241,7 +234,7 @@ class VariantMaker:
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
         """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what that, `prove` and
         `NewFolder` do."""
-        plan = prove(self.plan(recipe))
+        plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return carry_out(plan, folder, self.text(plan, begin), begin=begin)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +47,10 @@ FLUSH_SECONDS = 0.1
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
-    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle"),
+    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
 }
+# The folders in which transformers' Trainer keeps its steps, and the files of its curves.
+_TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")
 # What depends on the weights that were converted: written anew.
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
@@ -294,7 +297,7 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the
-    modules that sentence-transformers runs behind the model, with their weights.
+    modules that sentence-transformers runs behind the model, with their weights; nothing that training left.
 
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
@@ -302,7 +305,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     for name in walk_visible(folder):
         path = folder / name
         weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
-        if weights or str(name) in REPLACED:
+        if weights or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")

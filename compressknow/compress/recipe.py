@@ -127,10 +127,13 @@ def read_calibration(values: Any, origin: str) -> Calibration | None:
     """Read a recipe's `calibration`; a text alone says which text. Raises UsageError where it is of another form."""
     if values is None:
         return None
-    known = {each.name for each in fields(Calibration)}
+    known = [each.name for each in fields(Calibration)]
     values = {"text": values} if isinstance(values, str) else values
-    if not isinstance(values, dict) or set(values) - known:
-        raise UsageError(f"{origin}: there is {', '.join(sorted(known))}.")
+    if not isinstance(values, dict):
+        raise UsageError(f"{origin} must be a text, or a table of {', '.join(known)}.")
+    if unknown := sorted(set(values) - set(known)):
+        hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(known)}."
+        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
     return Calibration(**values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
@@ -341,6 +342,27 @@ def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
     return {name: value for name, value in chosen.values().items() if name not in SHARED}
 
 
+# What a text to calibrate on is in: the model itself, a file, or a data set.
+Kind = Literal["self", "file", "hf"]
+SELF, HUB = "self", "hf:"
+FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
+
+
+def _find_kind(text: Any) -> Kind:
+    """Tell what a text is in, without looking at any file. Raises UsageError for the name of none.
+
+    >>> [_find_kind(text) for text in ("self", "notes.txt", "rows.jsonl", "hf:wikitext:wikitext-2-raw-v1")]
+    ['self', 'file', 'file', 'hf']
+    """
+    if text == SELF:
+        return "self"
+    if isinstance(text, str) and text.startswith(HUB) and text != HUB:
+        return "hf"
+    if isinstance(text, str) and Path(text).suffix.lower() in (".txt", ".jsonl"):
+        return "file"
+    raise UsageError(f"There is no calibration text {text!r}.", hint=FORMS)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Text that the model runs over, for steps that look at activations.
@@ -350,7 +372,7 @@ class Calibration:
     """
 
     text: str = field(
-        default="self",
+        default=SELF,
         metadata=option(
             "calibration",
             default=None,
@@ -370,15 +392,16 @@ class Calibration:
     seed: int = 0
 
     @property
+    def kind(self) -> Kind:
+        return _find_kind(self.text)
+
+    @property
     def work(self) -> Literal["sample", "text"]:
         """Name the stage that gives the text: the model writes it, or it is read."""
-        return "sample" if self.text == "self" else "text"
+        return "sample" if self.kind == "self" else "text"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text:
-            raise UsageError(
-                f"{self.text!r} is no calibration text.", hint="Give self, FILE.txt, FILE.jsonl or hf:DATASET."
-            )
+        _find_kind(self.text)
         for name, least in (("tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if not is_of(int, value) or value < least:

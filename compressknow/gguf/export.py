@@ -19,7 +19,7 @@ from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import compute_sha256
 from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.calibrate.text import SELF, CalibrationText, read_calibration_text
+from compressknow.compress.calibrate.text import CalibrationText, read_calibration_text
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration
@@ -202,7 +202,7 @@ def _is_same_importance(export: Export, recorded: Mapping[str, Any] | None) -> b
     if text is None or stored != (text.text, text.tokens, text.seed):
         return False
     # Samples are the same for the same seed; a file may have changed since.
-    return text.text == SELF or _read_text(export, text).sha256 == recorded.get("sha256")
+    return text.kind == "self" or _read_text(export, text).sha256 == recorded.get("sha256")
 
 
 def _read_text(export: Export, text: Calibration) -> CalibrationText:

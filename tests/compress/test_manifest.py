@@ -215,8 +215,10 @@ def test_small_files_come_along_and_weights_of_other_formats_do_not(
     source = save_tiny("bert", tmp_path / "in")
     kept = {"tokenizer.json": "{}", "LICENSE": "mine", "code/modeling.py": "pass", "generation_config.json": "{}"}
     dropped = ("pytorch_model.bin", "tf_model.h5", "training_args.bin", ".git/config", "README.md")
+    # What transformers' Trainer leaves.
+    dropped += ("trainer_state.json", "checkpoint-500/config.json", "runs/Nov29/events.out.tfevents.1764")
     for name, text in {**kept, **dict.fromkeys(dropped, "x")}.items():
-        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
     manifest = compressknow.convert(source, tmp_path / "out", prune=0.1)
     for name, text in kept.items():

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from compressknow.base.errors import UsageError
 from compressknow.compress.blocks import Pool, Stopped
 from tests.test_repeating import script
 
@@ -68,6 +69,12 @@ def test_results_come_in_the_order_of_the_items() -> None:
     with Pool(3) as pool:
         assert pool.map(lambda item: item * item, range(50)) == [item * item for item in range(50)]
         assert pool.map(str, []) == []
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_fewer_threads_than_one_are_refused(threads: int) -> None:
+    with pytest.raises(UsageError, match=f"threads must be at least 1: {threads}"):
+        Pool(threads)
 
 
 def test_a_task_begins_after_those_before_it() -> None:

@@ -469,6 +469,37 @@ def test_what_is_chosen_and_what_is_written_are_stages_of_one_total_each(tmp_pat
     assert told["calibrate"] == [(done, 4) for done in range(1, 5)]
 
 
+def test_the_batches_of_a_model_that_runs_as_a_whole_are_told_as_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, forward = save_deep("llama", tmp_path / "in"), transformers.LlamaModel.forward
+
+    def outside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert float(self.layers[1].mlp.down_proj.weight.abs().sum()) > 0
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", outside)
+    told = told_by(source, tmp_path / "out", build_recipe(Where(), drop_blocks=1))
+    assert list(dict.fromkeys(told["choose"])) == [(done, 4) for done in range(1, 5)]
+
+
+def test_what_is_fitted_of_a_block_is_written_before_the_next_one_runs(tmp_path: Path) -> None:
+    """So that what is in memory does not grow with the number of blocks."""
+    source = save_deep("llama", tmp_path / "in")
+    written: list[int] = []
+
+    def begin(work: str) -> Any:
+        def advance(*_: float) -> None:
+            if work == "choose":
+                written.append(sum(path.stat().st_size for path in tmp_path.rglob(".cut-*/*.safetensors")))
+
+        return nullcontext(advance)
+
+    convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25), begin=begin)
+    # The down projections, float32 [32, 36]; the last advance is the whole.
+    assert written[:4] == [4 * 32 * 36 * blocks for blocks in (1, 2, 3, 4)]
+
+
 def test_nan_is_told_with_its_block_and_nothing_is_left(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
     edit_tensors(source, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"][0, 0].fill_(torch.nan))

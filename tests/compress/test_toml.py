@@ -38,3 +38,8 @@ def test_recipe_survives_the_way_through_toml(tmp_path_factory, prune: Prune, qu
     path: Path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(to_toml(recipe.to_dict()), encoding="utf-8", newline="")
     assert read_recipe(path) == recipe
+
+
+def test_a_mark_before_utf_8_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("[[steps]]\nprune = 0.2\n", encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "recipe.toml") == Recipe((Prune(0.2),))

@@ -267,7 +267,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[axes]\nquantize = ["int8"]\nseed = [1]', "seed applies to pruning"),
         ('[axes]\nprune = [0.3]\npattern = ["2:4"]', "prunes 0.5 of the weights, not 0.3"),
         ('[axes]\nquantize = ["int4"]\nrounding = ["up"]', "Unknown rounding 'up'"),
-        ('[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration = [{txt = "self"}]', "calibration: there is"),
+        ('[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration = [{txt = "self"}]', "calibration: unknown key 'txt'"),
         (
             '[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration_tokens = [9]\ncalibration = [{tokens = 9}]',
             "calibration has tokens already",

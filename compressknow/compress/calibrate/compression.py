@@ -20,6 +20,7 @@ from compressknow.compress.calibrate import smooth
 from compressknow.compress.calibrate.compensation import fit_scales, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
+from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
@@ -40,15 +41,25 @@ Estimate = tuple[int, int, int]
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """Estimate the cost of a plan whose recipe has a calibration, without its text: ``blocks`` (and single layers) that
-    are compressed, ``bytes`` of memory at most, and ``seconds`` at the pace of a bare product of matrices."""
+    """Estimate the cost of a plan whose recipe has a calibration: ``blocks`` (and single layers) that are compressed,
+    ``bytes`` of memory at most, and ``seconds`` at the pace of a bare product of matrices, without those in which the
+    model writes the text."""
     calibration = plan.recipe.calibration
     assert calibration is not None
     parts = list(_estimate_removal(plan.removal, calibration.tokens)) if plan.removal else []
     if any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize)):
         parts.append(_estimate_compression(plan, calibration.tokens))
     blocks, memory, operations = zip(*parts, strict=True)
+    if calibration.kind == "self":
+        # Whole, with all that was not removed.
+        original = read_structure(plan.removal.original[1]) if plan.removal else plan.structure
+        memory = (*memory, original.stored * getattr(torch, choose_dtype()).itemsize)
     return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(operations) / _measure_pace()}
+
+
+def describe_memory(plan: Plan) -> str:
+    """Say in a sentence what the calibration of a plan takes, for the error where there is not so much."""
+    return f"That takes about {write_size(estimate(plan)['bytes'])}."
 
 
 def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
@@ -204,7 +215,7 @@ def calibrate(
         work.files,
         text.batches,
         make,
-        lambda: f"That takes about {write_size(estimate(plan)['bytes'])}.",
+        partial(describe_memory, plan),
         threads=work.pool.threads,
         on_progress=on_progress,
     )

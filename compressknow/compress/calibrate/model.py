@@ -75,9 +75,10 @@ class StreamedModel:
         rows = getattr(embeddings, "weight", torch.empty(0)).shape[0]
         late: set[str] = set()
         for name, module in self.model.named_modules(remove_duplicate=False):
+            if not isinstance(module, (nn.Embedding, nn.Linear)) or module.weight.shape[0] != rows:
+                continue
             names = self._list_parameters(name)
-            is_large = isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.shape[0] == rows
-            if is_large and set(self.outside).issuperset(names) and all(map(self._sources.is_supplied, names)):
+            if set(self.outside).issuperset(names) and all(map(self._sources.is_supplied, names)):
                 # Llama 4 moves token ids to the embedding's device before it calls it.
                 for reader in (module, self.model) if module is embeddings else (module,):
                     reader.register_forward_pre_hook(lambda *_, names=names: self._hold(names))

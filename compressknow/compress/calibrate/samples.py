@@ -276,6 +276,11 @@ def write_samples(
     return written
 
 
+def choose_dtype() -> str:
+    """Return what a model computes in while it writes: the faster one, if the CPU has instructions for it."""
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
 def _load_model(folder: Path, form: Form, trust_remote_code: bool) -> PreTrainedModel:
     why = None
     if form.family not in WRITERS:
@@ -284,10 +289,8 @@ def _load_model(folder: Path, form: Form, trust_remote_code: bool) -> PreTrained
         why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
     if why:
         raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
-    # The faster one, if the CPU has instructions for it.
-    dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     try:
-        loaded = load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_language_model(folder, dtype=choose_dtype(), trust_remote_code=trust_remote_code)
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(error.what, error.why, HINT) from error
     if loaded.family != form.family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -12,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from compressknow.base import reading
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import write_whole
+from compressknow.compress.steps import FORMS, HUB, Calibration, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -24,35 +26,14 @@ if TYPE_CHECKING:
 
     from compressknow.base.progress import Advance
     from compressknow.compress.calibrate.sequences import Form
-    from compressknow.compress.steps import Calibration
 
 
-Kind = Literal["self", "file", "hf"]
-SELF, HUB = "self", "hf:"
 # The key of a JSON line, and the column of a table, that hold a text.
 KEY = "text"
 # The split to learn from comes first: facts are evaluated on the others.
 _SPLITS = ("train", "validation", "test")
 _PIECE = 1 << 16
 _ROWS_AT_ONCE = 256
-FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
-
-
-def find_kind(source: str) -> Kind:
-    """Tell what `source` names, ``self``, a file or a data set, without looking at any file.
-
-    Raises UsageError if it is none of these.
-
-    >>> [find_kind(source) for source in ("self", "notes.txt", "rows.jsonl", "hf:wikitext:wikitext-2-raw-v1")]
-    ['self', 'file', 'file', 'hf']
-    """
-    if source == SELF:
-        return "self"
-    if source.startswith(HUB) and source != HUB:
-        return "hf"
-    if Path(source).suffix.lower() in (".txt", ".jsonl"):
-        return "file"
-    raise UsageError(f"There is no calibration text {source!r}.", hint=FORMS)
 
 
 @contextmanager
@@ -82,7 +63,8 @@ def _read_passages(source: str) -> Iterator[str]:
     with _explain_failures(path):
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(reading.read_lines(path), start=1):
-                if text := _parse_line(path, number, line):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text := _parse_line(path, number, content):
                     yield text
             return
         with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
@@ -139,7 +121,7 @@ def _choose_column(table: Any, dataset: str) -> str:
     )
 
 
-TOKENS = 32_768
+TOKENS = Calibration.tokens
 # Of one batch, about.
 BATCH_TOKENS = 2_048
 # A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
@@ -174,9 +156,8 @@ class CalibrationText:
 
 
 def check_text(calibration: Calibration) -> None:
-    """Raise UsageError if a request can give no text or its file is not found, CompressknowError if that is no regular
-    one."""
-    if find_kind(calibration.text) == "file":
+    """Raise UsageError if the file that a text is in is not found, CompressknowError if that is no regular one."""
+    if calibration.kind == "file":
         path = Path(calibration.text).expanduser()
         with _explain_failures(path):
             reading.check_regular(path)
@@ -185,7 +166,7 @@ def check_text(calibration: Calibration) -> None:
 def hash_file(calibration: Calibration) -> str | None:
     """Return the SHA-256 of the file that holds a text; None where none does. Raises what `check_text` does."""
     check_text(calibration)
-    if find_kind(calibration.text) != "file":
+    if calibration.kind != "file":
         return None
     path = Path(calibration.text).expanduser()
     with _explain_failures(path):
@@ -235,7 +216,7 @@ def read_calibration_text(
                 f"{calibration.tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
-        if calibration.text == SELF:
+        if calibration.kind == "self":
             from compressknow.compress.calibrate.samples import write_samples
 
             own = sequences * form.body
@@ -251,7 +232,7 @@ def read_calibration_text(
         {name: ids[start : start + rows] for name, ids in inputs.items()} for start in range(0, len(bodies), rows)
     )
     return CalibrationText(
-        kind=find_kind(calibration.text),
+        kind=calibration.kind,
         source=calibration.text,
         sha256=hash_batches(batches),
         seed=calibration.seed,
@@ -271,20 +252,19 @@ def reread_texts(
     None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
     and a file may be gone, or give other tokens now.
     """
-    from compressknow.compress.steps import Calibration
     from compressknow.model.checkpoint import open_checkpoint
     from compressknow.model.meta import build_meta_model
 
-    source = calibration["source"]
     try:
-        is_on_disk = Path(source.removeprefix(HUB)).expanduser().exists()
-        if source == SELF or find_kind(source) != calibration["kind"] or not is_on_disk:
+        asked = Calibration(calibration["source"], calibration["tokens"], calibration["seed"])
+        is_on_disk = Path(asked.text.removeprefix(HUB)).expanduser().exists()
+        if asked.kind == "self" or asked.kind != calibration["kind"] or not is_on_disk:
             return None
         names = open_checkpoint(folder).tensors
         again = read_calibration_text(
             folder,
             build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
-            Calibration(source, calibration["tokens"], calibration["seed"]),
+            asked,
             trust_remote_code=trust_remote_code,
         )
     except (CompressknowError, OSError, RuntimeError, ValueError):

@@ -53,14 +53,19 @@ class L1Unstructured(Patterned, Unstructured):
         return smallest_magnitudes(reader, weights, self.count_all(weights, amount))
 
 
-class RandomUnstructured(Unstructured):
-    """Random weights, drawn for each tensor from the seed and its name alone."""
+class Random(PruningMethod):
+    """Method that draws for each tensor from the seed and its name alone."""
 
-    name = "random-unstructured"
-    help = "any weights"
     seed: int = parameter(
         default=0, help="Seed of the random methods.", must="a whole number of at least 0", fits=lambda seed: seed >= 0
     )
+
+
+class RandomUnstructured(Random, Unstructured):
+    """Random weights."""
+
+    name = "random-unstructured"
+    help = "any weights"
 
     @property
     def label(self) -> str:
@@ -165,14 +170,11 @@ class LnStructured(Structured):
         return total.view(number, -1)
 
 
-class RandomStructured(Structured):
-    """Random channels, drawn for each tensor from the seed and its name alone."""
+class RandomStructured(Random, Structured):
+    """Random channels."""
 
     name = "random-structured"
     help = "any channels"
-    seed: int = parameter(
-        default=0, help="Seed of the random methods.", must="a whole number of at least 0", fits=lambda seed: seed >= 0
-    )
 
     @property
     def label(self) -> str:

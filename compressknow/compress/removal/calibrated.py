@@ -13,27 +13,25 @@ from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.compression import describe_memory
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
-from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.neurons import SelectedNeurons, choose_neurons, fit_down, write_cuts
+from compressknow.compress.plan import Plan
+from compressknow.compress.removal.neurons import choose_neurons, fit_down, write_cut
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import DropBlocks
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
-from compressknow.model.tensors import get_torch_dtype
-
-OUTSIDE_IN_MEMORY = "A block and all that lies outside the blocks is in memory, in float32, beside what is gathered."
+from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
 
-def decide(
-    removal: Removal, recipe: Recipe, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress = max
-) -> Removal:
-    """Choose blocks and neurons, and write the tensors that are cut.
+def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress = max) -> Removal:
+    """Choose the blocks and neurons that a plan drops, and write the tensors that are cut.
 
     `batches` are the calibration text as arguments of forward passes; cut tensors lie in `folder`, which must stay
     until they were read. `on_progress` is called with the blocks that were run, and with how many there are: each once
@@ -41,19 +39,28 @@ def decide(
 
     Raises what `remove`, `walk` and `fit_down` do.
     """
+    recipe, removal = plan.recipe, plan.removal
+    assert removal is not None
     # How many blocks fewer than the first run each later one has, as if all went before it.
     runs = sum(isinstance(step, DropBlocks) and step.named is None for step in recipe.removals) + bool(removal.cuts)
     fewer = sum(len(drop.dropped) * len(drop.stack.lists) for drop in removal.blocks if not drop.is_decided)
-    decision = _Decision(batches, reader, on_progress, [fewer] * (runs - 1))
+    decision = _Decision(plan, batches, reader, on_progress, [fewer] * (runs - 1))
     if any(not drop.is_decided for drop in removal.blocks):
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
-        selected = decision.select_neurons(removal)
-        cut, unfitted = write_cuts(reader, removal.checkpoint, removal.cuts, selected, folder)
+        chosen = decision.select_neurons(removal, folder)
+        tensors, unfitted = removal.checkpoint.tensors | chosen.fitted, dict[str, Values]()
+        for name, cut in removal.cuts.items():
+            remaining = cut.select(chosen.selected[cut.down.parameter])
+            if cut.is_down:
+                unfitted[name] = remaining
+            else:
+                pieces = (block.values for block in remaining.blocks(reader))
+                tensors[name] = write_cut(removal.checkpoint, name, cut, pieces, folder)
         removal = replace(
             removal,
-            checkpoint=replace(removal.checkpoint, tensors=removal.checkpoint.tensors | cut),
-            selected={name: tuple(numbers.tolist()) for name, (numbers, _) in selected.items()},
+            checkpoint=replace(removal.checkpoint, tensors=tensors),
+            selected={name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()},
             unfitted=unfitted,
         )
     return replace(removal, is_decided=True, is_blockwise=decision.is_blockwise)
@@ -65,8 +72,10 @@ V = TypeVar("V", bound=Visitor)
 class _Decision:
     """Runs of the text through the model, each of which decides something."""
 
-    def __init__(self, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]) -> None:
-        self._batches, self._reader = batches, reader
+    def __init__(
+        self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]
+    ) -> None:
+        self._plan, self._batches, self._reader = plan, batches, reader
         self._on_progress, self._later, self._blocks_run = on_progress, list(later), 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
@@ -78,9 +87,9 @@ class _Decision:
         visitor = self._similarities[id(tree)]
         return tuple(visitor.average(f"{stack.name}.{number}") for number in range(stack.count))
 
-    def select_neurons(self, removal: Removal) -> dict[str, SelectedNeurons]:
-        """Select the neurons of each feed-forward network, by the parameter name of its down projection."""
-        return self._run(*removal.wide, partial(_NeuronVisitor, removal)).selected
+    def select_neurons(self, removal: Removal, folder: Path) -> _NeuronVisitor:
+        """Select the neurons of each feed-forward network, and write what reads them into `folder`."""
+        return self._run(*removal.wide, partial(_NeuronVisitor, removal, folder))
 
     def _run(self, checkpoint: Checkpoint, tree: PreTrainedModel, make: Callable[[StreamedModel, Pool], V]) -> V:
         made: list[V] = []
@@ -96,8 +105,8 @@ class _Decision:
             # A whole model counts batches.
             self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
 
-        sources, why = Sources(checkpoint, tree, read_structure(tree)), lambda: OUTSIDE_IN_MEMORY
-        threads = self._reader.pool.threads
+        sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
+        why = partial(describe_memory, self._plan)
         run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
         report(1, 1)
         self._blocks_run += len(made[-1].modules)
@@ -132,7 +141,7 @@ class _SimilarityVisitor(Visitor):
         cosines = torch.cosine_similarity(before.to(torch.float64), after.to(torch.float64), dim=-1)
         self._cosines.setdefault(module, {})[batch] = float(cosines.sum()), cosines.numel()
 
-    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:  # noqa: ARG002
+    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
         number = 0
 
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -142,23 +151,32 @@ class _SimilarityVisitor(Visitor):
             self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
             for name in self._streamed.blocks
         ]
-        for number, batch in enumerate(batches):  # noqa: B007  (`note` reads it)
+        for number, batch in enumerate(batches):
             self._streamed.run(batch)
+            on_progress(number + 1, len(batches))
         for hook in hooks:
             hook.remove()
 
 
 class _NeuronVisitor(TargetVisitor[LinearWeight]):
     """Visitor that selects the neurons of each block as soon as it has seen what they do, and lets the next block see
-    what is left; those of a block that is used several times after all of its uses."""
+    what is left; those of a block that is used several times after all of its uses.
 
-    def __init__(self, removal: Removal, streamed: StreamedModel, pool: Pool) -> None:
+    Attributes
+    ----------
+    selected : the neurons that stay, int64, ascending, by the parameter name of the down projection.
+    fitted : the down projections fitted to them, by stored name: those of all blocks would fill the memory.
+    """
+
+    def __init__(self, removal: Removal, folder: Path, streamed: StreamedModel, pool: Pool) -> None:
         self._downs = [down for drop in removal.neurons for down in drop.networks]
         super().__init__(streamed, self._downs)
         self._pool, self.modules = pool, streamed.blocks
-        self._stored = {cut.parameter: cut.source for cut in removal.cuts.values()}
+        self._checkpoint, self._folder = removal.checkpoint, folder
+        self._cuts = {cut.parameter: (name, cut) for name, cut in removal.cuts.items() if cut.is_down}
         self._after = {down: drop.after for drop in removal.neurons for down in drop.networks}
-        self.selected: dict[str, SelectedNeurons] = {}
+        self.selected: dict[str, torch.Tensor] = {}
+        self.fitted: dict[str, StoredTensor] = {}
 
     @property
     def is_done(self) -> bool:
@@ -169,38 +187,45 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
         once = [down for down in self._targets[module] if down.uses == 1]
-        self._pool.map(partial(self._select, self._sums[module]), once)
+        self._select(self._sums[module], once)
         if once:
             del self._sums[module]
 
     def act(self, targets: Sequence[LinearWeight], sums: Sums) -> None:
-        self._pool.map(partial(self._select, sums), targets)
+        self._select(sums, targets)
         self.finish()
 
     def finish(self) -> None:
         for module in list(self._sums):
             waiting = [down for down in self._targets[module] if down.parameter not in self.selected]
             with self._streamed.load(module):
-                self._pool.map(partial(self._select, self._sums[module]), waiting)
+                self._select(self._sums[module], waiting)
         if lacking := [down.module for down in self._downs if down.parameter not in self.selected]:
             raise CompressknowError(
                 f"{lacking[0]} has read nothing on the calibration text, so its neurons cannot be chosen.",
                 hint="Prune instead: --scope feed-forward --prune 0.2.",
             )
 
-    def _select(self, sums: Sums, down: LinearWeight) -> None:
-        if (seen := sums.get(Key(down.parameter))) is None:
-            return
-        assert seen.products is not None
+    def _select(self, sums: Sums, downs: Sequence[LinearWeight]) -> None:
+        seen = [(down, statistics) for down in downs if (statistics := sums.get(Key(down.parameter))) is not None]
+        for (down, _), (numbers, weight) in zip(seen, self._pool.map(self._fit, seen), strict=True):
+            name, cut = self._cuts[down.parameter]
+            self.selected[down.parameter] = numbers
+            self.fitted[name] = write_cut(self._checkpoint, name, cut, [weight], self._folder)
+
+    def _fit(self, seen: tuple[LinearWeight, InputStatistics]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the neurons of a network that stay, and the weight that reads them as it is stored; the model goes on
+        with it."""
+        down, statistics = seen
+        assert statistics.products is not None
         parameter = self._streamed.model.get_parameter(down.parameter).detach()
         weight = parameter.T if down.transposed else parameter
-        numbers = choose_neurons(weight, seen.squares, self._after[down])
-        stored = self._stored[down.parameter]
-        # As it will be written.
-        fitted = fit_down(weight, seen.products, numbers, seen.name).to(get_torch_dtype(stored.dtype)).to(torch.float32)
-        self.selected[down.parameter] = numbers, fitted
+        numbers = choose_neurons(weight, statistics.squares, self._after[down])
+        stored = self._cuts[down.parameter][1].source
+        fitted = fit_down(weight, statistics.products, numbers, statistics.name).to(get_torch_dtype(stored.dtype))
         rest = torch.zeros(weight.shape)
-        rest[:, numbers] = fitted
+        rest[:, numbers] = fitted.to(torch.float32)
         self._streamed.replace(down.parameter, stored, (rest.T if down.transposed else rest).contiguous())
         # The block holds it as long as it is needed.
         self._streamed.forget([stored])
+        return numbers, fitted.T if down.transposed else fitted

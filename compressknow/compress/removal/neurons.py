@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.compress.blocks import Reader
 from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
 from compressknow.compress.steps import DropNeurons, Where
 from compressknow.compress.weights import Values
@@ -20,7 +18,7 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import Naming
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import LinearWeight, Structure
-from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dtype, view_bytes
+from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, view_bytes
 
 # By so many int4 and the kernels of all runtimes take columns.
 MOST_MULTIPLE = 128
@@ -156,6 +154,11 @@ class Cut:
     width: int
     down: LinearWeight
 
+    @property
+    def is_down(self) -> bool:
+        """Tell whether it is the weight that reads the neurons, which is fitted anew."""
+        return self.parameter == self.down.parameter
+
     def select(self, neurons: torch.Tensor) -> Values:
         """Return what stays of it with these neurons (int64, ascending)."""
         numbers = torch.cat([neurons + self.width * part for part in range(self.each)])
@@ -243,12 +246,14 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     dropped = torch.ones(down.shape[1], dtype=torch.bool)
     dropped[selected] = False
     weight = down.to(torch.float64)
-    inner = products[selected][:, selected].to(torch.float64)
     target = weight[:, dropped] @ products[dropped][:, selected].to(torch.float64)
-    mean = float(inner.diagonal().mean())
-    identity = torch.eye(len(selected), dtype=torch.float64)
     for damping in DAMPING:
-        factor, failed = torch.linalg.cholesky_ex(inner + identity * (damping * mean))
+        # Made anew for each: a second copy of so large a matrix would be most of the memory that this takes.
+        inner = products[selected][:, selected].to(torch.float64)
+        mean = float(inner.diagonal().mean())
+        inner.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        del inner
         if mean > 0 and not int(failed):
             change = torch.cholesky_solve(target.T, factor).T
             return (weight[:, selected] + change).to(torch.float32)
@@ -259,40 +264,15 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     )
 
 
-# Neurons of a feed-forward network that stay (int64, ascending), and the new weights of the projection that reads them,
-# float32 [out, neurons].
-SelectedNeurons = tuple[torch.Tensor, torch.Tensor]
-
-
-def write_cuts(
-    reader: Reader,
-    checkpoint: Checkpoint,
-    cuts: Mapping[str, Cut],
-    selected: Mapping[str, SelectedNeurons],
-    folder: Path,
-) -> tuple[dict[str, StoredTensor], dict[str, Values]]:
-    """Write the cut tensors of a checkpoint into `folder`, in files named as the weight files that they come from;
-    `selected` by the parameter name of a network's down projection.
-
-    Returns the tensors in their new places, by stored name; and, of those with new weights, what they would be without.
-    """
-    written: dict[str, StoredTensor] = {}
-    unfitted: dict[str, Values] = {}
-    files: dict[Path, BinaryIO] = {}
-    with ExitStack() as stack:
-        for name, cut in cuts.items():
-            path = folder / cut.source.file.relative_to(checkpoint.folder)
-            if path not in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files[path] = stack.enter_context(path.open("xb"))
-            neurons, fitted = selected[cut.down.parameter]
-            remaining = cut.select(neurons)
-            pieces: Iterable[torch.Tensor] = (block.values for block in remaining.blocks(reader))
-            if cut.parameter == cut.down.parameter:
-                unfitted[name] = remaining
-                values = fitted.T if cut.down.transposed else fitted
-                pieces = [values.to(get_torch_dtype(cut.source.dtype))]
-            written[name] = replace(checkpoint.tensors[name], file=path, offset=files[path].tell(), loaded=None)
-            for piece in pieces:
-                files[path].write(view_bytes(piece.contiguous()))
-    return written, unfitted
+def write_cut(
+    checkpoint: Checkpoint, name: str, cut: Cut, pieces: Iterable[torch.Tensor], folder: Path
+) -> StoredTensor:
+    """Write the pieces of a cut tensor of a checkpoint into `folder`, in a file named as the weight file that it comes
+    from, behind what is there; return the tensor in its new place."""
+    path = folder / cut.source.file.relative_to(checkpoint.folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        offset = file.tell()
+        for piece in pieces:
+            file.write(view_bytes(piece.contiguous()))
+    return replace(checkpoint.tensors[name], file=path, offset=offset, loaded=None)

@@ -18,19 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import silence_libraries
+from compressknow.cli import main
 from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import carry_out, prepare
+from compressknow.compress.manifest import predict_manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
-from compressknow.compress.steps import DropNeurons, Prune, Quantize, Step, Where
+from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
@@ -311,6 +313,28 @@ def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
     assert "cannot be run one by one" in " ".join(describe_calibration(summarize_calibration(manifest)))
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
+
+
+def test_a_dry_run_counts_the_memory_of_a_model_that_writes_its_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it is in memory then, and only a block of it while it is calibrated."""
+    folder, blocks = tmp_path / "in", 32
+    model = LlamaForCausalLM(LlamaConfig(**tiny("llama").config.to_dict() | {"num_hidden_layers": blocks}))
+    model.save_pretrained(folder)
+    (tmp_path / "notes.txt").write_text("The capital of Drenn is Velin.")
+    needed = {}
+    for text in ("self", str(tmp_path / "notes.txt")):
+        recipe = Recipe((Prune(0.5, "wanda", BLOCKS),), calibration=Calibration(text, 64))
+        estimate = predict_manifest(prepare(folder, recipe))["estimate"]
+        assert estimate["blocks"] == blocks
+        needed[text] = estimate["bytes"]
+        options = ["--prune", "0.5", "--prune-method", "wanda", "--calibration", text, "--calibration-tokens", "64"]
+        assert main(["convert", str(folder), str(tmp_path / "out"), *options, "--dry-run"]) == 0
+        assert ("the model writes the text" in capsys.readouterr().out) == (text == "self")
+    whole = 2 * model.num_parameters()
+    assert needed["self"] in (whole, 2 * whole)
+    assert needed[str(tmp_path / "notes.txt")] < whole
 
 
 def test_a_fault_in_compressing_is_not_taken_for_a_model_that_runs_otherwise(

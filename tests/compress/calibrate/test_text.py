@@ -77,7 +77,9 @@ def test_a_causal_model_reads_the_file_after_its_first_token(folders: dict[str, 
 
 def test_texts_of_a_jsonl_file_are_separated_as_the_tokenizer_would(folders: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES * 2))
+    # Notepad puts a mark before UTF-8.
+    rows = "\n\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES * 2)
+    path.write_text(rows, encoding="utf-8-sig")
     tokenizer = tokenizer_of(folders["llama"])
     ids = torch.cat([batch["input_ids"] for batch in made(folders["llama"], path).batches])[:, 1:].flatten().tolist()
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in SENTENCES[:2])
