@@ -80,16 +80,19 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
 
 def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
     """Raise UsageError where there is a gate, and no facts; or where one is of no domain and no relation of theirs.
-    `gated` is what each gate is of, None for all facts. Those of a task are known only once it was run."""
-    if gated:
-        check_has_facts(opened, "--fail-under")
-    if not any(isinstance(probe, Task) for probe in opened):
-        check_names([fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts], gated)
+    `gated` is what each gate is of, None for all facts. Those of some tasks are known only once they were run."""
+    if not gated:
+        return
+    check_has_facts(opened, "--fail-under")
+    named = [probe.list_names() for probe in opened if isinstance(probe, Task)]
+    if None not in named:
+        facts = [fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts]
+        check_names(facts, gated, [name for names in named for name in names or ()])
 
 
-def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None]) -> None:
-    """Raise UsageError where a gate is of no domain and no relation of these facts."""
-    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts)]))
+def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], others: Sequence[str] = ()) -> None:
+    """Raise UsageError where a gate is of no domain and no relation of these facts, nor of `others`."""
+    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *others]))
     if unknown := next((name for name in gated if name is not None and name not in names), None):
         raise UsageError(
             f"--fail-under {unknown}=...: there are no facts of a domain or relation {unknown}.",

@@ -24,6 +24,7 @@ from compressknow.base.errors import CompressknowError, UnsupportedError, UsageE
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer, read_table, write_table
 from compressknow.evaluate.facts import GENERAL
+from compressknow.evaluate.gather import check_gated
 from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, open_all, tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
@@ -290,6 +291,20 @@ def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path)
         ("lm-eval:both:written/1", "written"),
     ]
     assert (entry.facts, entry.chance) == (10, None)
+
+
+def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path) -> None:
+    there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    folder = cloze(tmp_path, CLOZE | there, {"group": "all", "task": ["cloze"]})
+    atlas, single, group = open_all(["atlas", "lm-eval:cloze", "lm-eval:all"], Options(tasks=folder))
+    for name in (None, "cloze", "general", "science", "animal_class"):
+        check_gated([atlas, single], [name])
+    with pytest.raises(UsageError, match=r"no facts of a domain or relation clozes\.\nDid you mean cloze\?"):
+        check_gated([atlas, single], ["clozes"])
+    with pytest.raises(UsageError, match=r"relation boolqs\.\nDid you mean boolq\?"):
+        check_gated([open_task("lm-eval:boolq")], ["boolqs"])
+    # The names of its tasks are lm-eval's to tell.
+    check_gated([atlas, group], ["clozes"])
 
 
 def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ class Task(ABC):
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """Return the answers of a model, and the task's entry in ``probe.json``."""
 
+    def list_names(self) -> list[str] | None:
+        """Return the domains and relations of its answers; None where only its run tells them."""
+        return None
+
 
 Opened = Probe | Task | RunningText
 
