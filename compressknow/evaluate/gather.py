@@ -197,25 +197,48 @@ def open_models(
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` does, CompressknowError where one is of another family than the first, and CheckpointError where a
-    weight is no number."""
+    `make_handles` and `check_comparable` do, and CheckpointError where a weight is no number."""
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)
     sides = [answers or next(remaining) for answers in stored]
-    first, *others = [
-        (side.located.name, side.named_family)
-        if isinstance(side, ModelHandle)
-        else (side.record.model.name, side.record.model.family)
-        for side in sides
-    ]
-    for other in others:
-        check_alike("family", first, other)
+    check_comparable(sides, probes)
     for handle in handles:
         handle.check_sound()
     return sides
+
+
+def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
+    """Raise CompressknowError where a model is of another family than the first or, but for running texts, has another
+    vocabulary; as far as their files tell."""
+    first, *others = sides
+    for other in others:
+        check_alike("family", _find_family(first), _find_family(other))
+    if all(isinstance(probe, RunningText) for probe in probes):
+        return
+    for other in others:
+        # Most have the tokenizer of the first, byte by byte: to load both would take seconds.
+        if isinstance(first, ModelHandle) and isinstance(other, ModelHandle) and first.has_tokenizer_of(other):
+            continue
+        name, vocabulary = _find_vocabulary(other)
+        if vocabulary is not None:
+            check_alike("vocabulary", _find_vocabulary(first), (name, vocabulary))
+
+
+def _find_family(side: Answers | ModelHandle) -> tuple[str, str | None]:
+    if isinstance(side, ModelHandle):
+        return side.located.name, side.named_family
+    return side.record.model.name, side.record.model.family
+
+
+def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None]:
+    if isinstance(side, ModelHandle):
+        return side.located.name, side.named_vocabulary
+    model = side.record.model
+    # What another runtime answers is compared as text.
+    return model.name, model.vocabulary if model.runtime is None else None
 
 
 def finish_answers(

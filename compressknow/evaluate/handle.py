@@ -7,23 +7,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import PanicError, translate_panics
 from compressknow.base.reading import check_unchanged, find_mismatch
-from compressknow.engine.identity import Contents, Located, describe, read_contents
+from compressknow.engine.identity import TOKENIZER_FILES, Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
-from compressknow.engine.load import find_reason
+from compressknow.engine.load import find_reason, load_tokenizer
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import TextReader, check_family
-from compressknow.model.checkpoint import read_json
+from compressknow.model.checkpoint import open_checkpoint, read_json
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes.server import ServedScorer
@@ -285,6 +286,30 @@ class ModelHandle:
             return self.runtime.family
         config = self.located.path / "config.json"
         return find_named_family(read_json(config)) if config.is_file() else None
+
+    @cached_property
+    def named_vocabulary(self) -> str | None:
+        """Return a hash of its tokens, as far as its files tell before its weights are loaded."""
+        path, trusted = self.located.path, self._settings.trust_remote_code
+        if self.runtime is not Transformers or path.suffix == ".gguf":
+            return None
+        tokenizer = load_tokenizer(path, trust_remote_code=trusted)
+        from compressknow.model.meta import build_meta_model
+
+        try:
+            names = open_checkpoint(path).tensors
+            tree = build_meta_model(path, trust_remote_code=trusted, tensor_names=names)
+            return LanguageModel(tree, tokenizer, self.named_family or "").vocabulary
+        except CompressknowError:
+            return None
+
+    def has_tokenizer_of(self, other: ModelHandle) -> bool:
+        """Return whether both have the same files of a tokenizer, byte by byte."""
+
+        def read(folder: Path) -> list[bytes | None]:
+            return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
+
+        return read(self.located.path) == read(other.located.path)
 
     def check_sound(self) -> None:
         """Raise CheckpointError where a weight holds NaN or infinity."""

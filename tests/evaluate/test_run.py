@@ -344,6 +344,25 @@ def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_model_of_another_vocabulary_is_refused_before_any_is_loaded(
+    place: Path, tmp_path: Path, loads: list[Path], stored: bool
+) -> None:
+    other, facts = shutil.copytree(place / "llama-3", tmp_path / "other"), place / "facts.jsonl"
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"capital"', '"Capital"'), encoding="utf-8")
+    if stored:
+        ask(place / "llama", tmp_path / "original", facts)
+        loads.clear()
+    original = tmp_path / "original" if stored else place / "llama"
+    with pytest.raises(CompressknowError, match="other is not a compressed version of llama: they differ in vocab"):
+        compressknow.report(original, [place / "llama-6", other], f"facts:{facts}", answers=tmp_path / "kept")
+    if not stored:
+        with pytest.raises(CompressknowError, match="they differ in vocabulary"):
+            compressknow.compare(original, other, f"facts:{facts}", answers=tmp_path / "kept")
+    assert not loads
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_known_answers_are_asked_the_other_tokens_alone(
     place: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
