@@ -86,6 +86,7 @@ candidates as Paris|Rome|Madrid."""
         # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
         shared: dict[tuple[str, ...], tuple[str, ...]] = {}
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
+            row = row if isinstance(row, str) else {key: _strip(key, value) for key, value in row.items()}
             found = [row] if isinstance(row, str) else _find_problems(row)
             if not found and isinstance(row, dict):
                 fact = _make_fact(row, number, name, escape_name(path.stem), shared)
@@ -106,6 +107,13 @@ candidates as Paris|Rome|Madrid."""
             vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
             source={"files": {escape_name(path.name): compute_sha256(path)}},
         )
+
+
+def _strip(key: str, value: Any) -> Any:
+    """Strip the spaces around a label: no model writes them. Those of a prompt may be meant."""
+    if isinstance(value, list):
+        return [_strip(key, each) for each in value]
+    return value.strip() if isinstance(value, str) and key not in ("prompt", "template") else value
 
 
 def _find_problems(row: dict[str, Any]) -> list[str]:
