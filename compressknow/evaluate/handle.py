@@ -346,14 +346,17 @@ class ModelHandle:
             loaded.release()
 
     def check_tasks(self, probes: Sequence[Opened]) -> None:
-        """Raise UnsupportedError where there is a task among the probes, and no runtime of tasks runs the model."""
-        task = next((probe for probe in probes if isinstance(probe, Task)), None)
-        if task is not None and self.runtime.name != TRANSFORMERS:
-            raise UnsupportedError(
-                f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
-                why="Tasks are run by lm-eval, on models of transformers.",
-                hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
-            )
+        """Raise UnsupportedError where no runtime of tasks runs the model, or where a task among the probes cannot
+        evaluate its family, as far as that is known before it is loaded."""
+        for task in (probe for probe in probes if isinstance(probe, Task)):
+            if self.runtime.name != TRANSFORMERS:
+                raise UnsupportedError(
+                    f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
+                    why="Tasks are run by lm-eval, on models of transformers.",
+                    hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
+                )
+            if self.named_family:
+                task.check_family(self.named_family)
 
     def copy_in_other_precision(self) -> ModelHandle | None:
         """Return the same model in bfloat16, or float32 where it runs in less; None where it has one precision."""

@@ -20,6 +20,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer, read_table, write_table
@@ -31,6 +32,7 @@ from compressknow.evaluate.sources.task_answers import NO_GOLD
 from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask
 from tests.evaluate.layouts import DATA, open_task, real_data, write_jsonl
 from tests.knowing import KNOWN_FACTS, candidates, knowing
+from tests.models import save_tiny
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
 CAPITALS = [fact for fact in KNOWN_FACTS if fact.relation == "capital"]
@@ -409,6 +411,13 @@ def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch
         open_task("lm-eval:hellaswg")
     with pytest.raises(UsageError, match="lm-eval has no task 'nosuch"):
         open_task("lm-eval:nosuch\udcff")
+
+
+def test_a_model_that_a_task_cannot_evaluate_is_refused_before_it_is_loaded(tmp_path: Path, loads: list[Path]) -> None:
+    bert = save_tiny("bert", tmp_path / "bert")
+    with pytest.raises(UnsupportedError, match="lm-eval:cloze cannot evaluate a masked model"):
+        compressknow.probe(bert, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=cloze(tmp_path / "tasks"))
+    assert not loads
 
 
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,13 @@ class LmEvalTask(Task):
     limit: int | None = None
     seed: int = 0
 
+    def check_family(self, family: str) -> None:
+        if family not in ("causal", "seq2seq"):
+            raise UnsupportedError(
+                f"{self.name} cannot evaluate a {family} model: lm-eval does not support these.",
+                hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
+            )
+
     def list_names(self) -> list[str] | None:
         """Return the domain and the name of a task; None of a group, and of lm-eval's own tasks that may be groups."""
         single = _is_task(find_entry(self.include, self.task)) if self.include else self.task in COLUMNS
@@ -143,11 +150,7 @@ class LmEvalTask(Task):
         UnsupportedError : a masked model, or a task that does not say right or wrong of each item.
         CompressknowError : the task's data cannot be had or read.
         """
-        if loaded.family not in ("causal", "seq2seq"):
-            raise UnsupportedError(
-                f"{self.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
-                hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
-            )
+        self.check_family(loaded.family)
         with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
             return _evaluate(loaded, self, build(self, Path(folder)))
 
