@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -116,8 +116,11 @@ def probe_model(
             handle.make_reader()
         for probe in lacked:
             run.add(probe, count_facts(probes))
-        # They are of no use once all is answered.
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        # They are of no use once all is answered. A run on other facts, or with other settings, resumes from its own.
+        for probe in probes:
+            shutil.rmtree(_name_parts(folder, _compute_key(handle, probe, context)), ignore_errors=True)
+        with suppress(OSError):
+            (folder / PARTS).rmdir()
         return _read_folder(handle, folder, probes)
 
 
@@ -193,7 +196,7 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
-        parts = self._folder / PARTS / key[:16]
+        parts = _name_parts(self._folder, key)
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._context if alike else Context()
@@ -349,6 +352,11 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *([context.runtime] if context.runtime else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _name_parts(folder: Path, key: str) -> Path:
+    """Return where answers are kept until all of them are there."""
+    return folder / PARTS / key[:16]
 
 
 def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) -> Answers:

@@ -114,7 +114,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
 
 
 @pytest.mark.usefixtures("parts_at_once")
-def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_asked_otherwise_is_not_taken_up_and_waits_for_it(place: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=stopped_after(40))
     told: list[int] = []
@@ -123,6 +123,11 @@ def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path
     ask(place / "llama", tmp_path / "b", place / "facts.jsonl", settings)
     assert told[-1] == 64
     assert (tmp_path / "a" / TABLE).read_bytes() == (tmp_path / "b" / TABLE).read_bytes()
+    # Who tries a few facts meanwhile loses nothing of a long run.
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", options=Options(limit=4))
+    told.clear()
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=telling(told.append))
+    assert min(done for done in told if done) >= 40
     assert not (tmp_path / "a" / PARTS).exists()
 
 
