@@ -66,7 +66,12 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
     UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that."""
     opened = open_all(list_names(probes) or DEFAULT, options or Options())
     check_unique(opened)
-    _check_known(opened, known)
+    for task in opened:
+        if known == PRODUCED and isinstance(task, Task):
+            raise UsageError(
+                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
+                hint="Choose probes of facts, such as atlas, or leave out --known produced.",
+            )
     return opened
 
 
@@ -98,16 +103,6 @@ def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], oth
             f"--fail-under {unknown}=...: there are no facts of a domain or relation {unknown}.",
             hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}.",
         )
-
-
-def _check_known(opened: Sequence[Opened], known: str) -> None:
-    """Raise UsageError where only what is ``produced`` counts, and a task does not tell what a model says."""
-    for task in opened:
-        if known == PRODUCED and isinstance(task, Task):
-            raise UsageError(
-                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
-                hint="Choose probes of facts, such as atlas, or leave out --known produced.",
-            )
 
 
 def list_names(probes: str | Sequence[str] | None) -> list[str]:
@@ -257,13 +252,13 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas."""
-    names, options = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT)), evaluation.options
+    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas. Raises
+    what `open_named` and `check_gated` do."""
+    names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entry = next(iter(known.record.probes.values()), None) if known else None
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
-    opened = open_all(names, options)
-    _check_known(opened, evaluation.known)
+    opened = open_named(names, options, evaluation.known)
     check_gated(opened, evaluation.gated)
     return opened
 
