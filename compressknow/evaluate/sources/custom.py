@@ -249,6 +249,8 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
         return "no object"
     if "prompt" in columns.of:
         prompt = _to_text(row["prompt"]) or ""
+        if prompt and BLANK not in prompt and is_open(prompt):
+            prompt = add_blank(prompt)
     else:
         template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
         if not template or not subject:
