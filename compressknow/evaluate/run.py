@@ -107,10 +107,11 @@ def probe_model(
         context = replace(context, whole=None)
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
-        if context.whole and context.reference:
-            left = find_missing(handle, probes, folder, context)
-            context.whole.complete(left, context.reference, on_progress)
         lacked = find_missing(handle, probes, folder, context)
+        if lacked and context.whole and context.reference:
+            context.whole.complete(lacked, context.reference, on_progress)
+            # The disk may have had no room for what some lack.
+            lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.make_reader()
