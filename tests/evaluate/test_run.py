@@ -221,6 +221,26 @@ def test_a_changed_facts_file_is_asked_anew_in_place_of_the_old_one(place: Path,
     assert len(read_table(tmp_path / "a" / TABLE)) == 20
 
 
+def test_domains_that_are_corrected_are_those_of_answers_that_are_kept(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    text = (place / "facts.jsonl").read_text()
+    (tmp_path / "facts.jsonl").write_text(text)
+    first = ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    (tmp_path / "facts.jsonl").write_text(text.replace('"geography"', '"places"').replace('"popularity": 10,', ""))
+    again = ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    assert len(loads) == 1
+    assert {answer.subject for answer in again.answers} == {"places", "science"}
+    assert [answer.predicted for answer in again.answers] == [answer.predicted for answer in first.answers]
+    stored = read_answers(tmp_path / "a")
+    assert [(a.fact_id, a.subject, a.popularity) for a in stored.answers] == [
+        (a.fact_id, a.subject, a.popularity) for a in again.answers
+    ]
+    before = bytes_of(tmp_path / "a")
+    ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    assert bytes_of(tmp_path / "a") == before
+
+
 def test_a_failed_probe_leaves_the_answers_that_were_there(place: Path, tmp_path: Path) -> None:
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     before = bytes_of(tmp_path / "a")
@@ -365,6 +385,15 @@ def test_a_model_of_another_vocabulary_is_refused_before_any_is_loaded(
     if not stored:
         with pytest.raises(CompressknowError, match="they differ in vocabulary"):
             compressknow.compare(original, other, f"facts:{facts}", answers=tmp_path / "kept")
+    assert not loads
+
+
+def test_a_compressed_model_without_a_tokenizer_is_refused_before_any_is_loaded(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    other = shutil.copytree(place / "llama-3", tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(CheckpointError, match="other has no tokenizer"):
+        compressknow.report(place / "llama", other, f"facts:{place / 'facts.jsonl'}", answers=tmp_path / "kept")
     assert not loads
 
 
