@@ -201,7 +201,7 @@ def open_models(
     sides = [answers or next(remaining) for answers in stored]
     check_comparable(sides, probes)
     for handle in handles:
-        handle.check_sound()
+        handle.check_sound(evaluation.on_progress)
     return sides
 
 

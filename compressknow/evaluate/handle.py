@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import PanicError, translate_panics
+from compressknow.base.progress import (
+    Listener,
+    PanicError,
+    Stage,
+    count_progress,
+    report_progress,
+    translate_panics,
+)
 from compressknow.base.reading import check_unchanged, find_mismatch
 from compressknow.engine.identity import TOKENIZER_FILES, Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
@@ -35,6 +42,8 @@ if TYPE_CHECKING:
 # What a model on a server writes to these tells it from others behind the same name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
+# Bytes that take more than a second to read and hash.
+LARGE = 1 << 30
 # On servers a part of the key of stored answers, and nothing else: facts are answered one by one.
 SERVER_BATCH_SIZE = 32
 
@@ -311,8 +320,13 @@ class ModelHandle:
 
         return read(self.located.path) == read(other.located.path)
 
-    def check_sound(self) -> None:
-        """Raise CheckpointError where a weight holds NaN or infinity."""
+    def check_sound(self, on_progress: Listener | None = None) -> None:
+        """Raise CheckpointError where a weight holds NaN or infinity; the files of a large model are a stage."""
+        if "contents" not in self.__dict__ and self.located.url is None:
+            total = sum(path.stat().st_size for path in self.located.files)
+            listener = on_progress if total >= LARGE else None
+            with report_progress(listener, Stage("hash", self.located.name)) as advance:
+                self.contents = read_contents(self.located, count_progress(advance, total))
         self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
 
     def check_unchanged(self) -> None:

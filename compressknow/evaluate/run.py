@@ -101,7 +101,7 @@ def probe_model(
     """
     check_unique(probes)
     handle.check_tasks(probes)
-    handle.check_sound()
+    handle.check_sound(on_progress)
     if handle.located.url is not None:
         # No server tells the distribution over all tokens in time.
         context = replace(context, whole=None)

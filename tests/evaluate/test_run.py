@@ -15,7 +15,7 @@ import pytest
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
 from compressknow.base.files import LOCK
-from compressknow.base.progress import Listener
+from compressknow.base.progress import Listener, Progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
@@ -239,6 +239,22 @@ def test_domains_that_are_corrected_are_those_of_answers_that_are_kept(
     before = bytes_of(tmp_path / "a")
     ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
     assert bytes_of(tmp_path / "a") == before
+
+
+def test_the_files_of_large_models_are_read_as_a_stage(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes, where they lie on a slow disk."""
+    told: list[Progress] = []
+    models = [place / "llama", place / "llama-3"]
+    monkeypatch.setattr("compressknow.evaluate.handle.LARGE", 0)
+    facts = f"facts:{place / 'facts.jsonl'}"
+    compressknow.report(*models, facts, settings=FEW, answers=tmp_path / "kept", on_progress=told.append)
+    read = [progress for progress in told if progress.stage.work == "hash"]
+    assert told[: len(read)] == read
+    assert [progress.stage.model for progress in read if progress.state == "ends"] == ["llama", "llama-3"]
+    sizes = [sum(path.stat().st_size for path in locate(model).files) for model in models]
+    assert [progress.done for progress in read if progress.state == "ends"] == sizes
 
 
 def test_a_failed_probe_leaves_the_answers_that_were_there(place: Path, tmp_path: Path) -> None:
