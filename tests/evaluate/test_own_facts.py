@@ -223,7 +223,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
     assert "holds no facts" in message(path)
 
 
-words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: bool(text.strip()) and BLANK not in text)
+words = st.text(st.characters(codec="utf-8")).map(str.strip).filter(lambda text: bool(text) and BLANK not in text)
 rows = st.fixed_dictionaries(
     {"obj_label": words, "prompt": words.map(lambda text: text + BLANK)},
     optional={

@@ -28,7 +28,6 @@ from compressknow.evaluate.facts import (
     collect_facts,
     fill,
     find_domain,
-    is_open,
 )
 from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
@@ -142,10 +141,8 @@ def _is_text(value: object) -> bool:
 
 def _check_prompt(row: dict[str, Any]) -> list[str]:
     if "prompt" in row:
-        count = row["prompt"].count(BLANK)
-        if count == 1 or (count == 0 and is_open(row["prompt"])):
-            return []
-        return [f"prompt: holds {BLANK} {count} times, not once"]
+        count = add_blank(row["prompt"]).count(BLANK)
+        return [] if count == 1 else [f"prompt: holds {BLANK} {count} times, not once"]
     if "template" not in row:
         return ["prompt: missing, and no template either"]
     wrong = [] if "sub_label" in row else ["sub_label: missing; the template needs it"]
@@ -174,7 +171,7 @@ def _make_fact(
 ) -> Fact:
     relation, subject = row.get("relation", stem), row.get("sub_label", "")
     candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
-    prompt = row["prompt"] if "prompt" in row else fill(row["template"], subject)
+    prompt = add_blank(row["prompt"]) if "prompt" in row else fill(row["template"], subject)
     return Fact(
         id=str(row.get("id", f"{relation}/{number}")),
         probe=probe,
@@ -182,7 +179,7 @@ def _make_fact(
         subject=row.get("subject", GENERAL),
         sub_label=subject,
         obj_label=row["obj_label"],
-        prompt=prompt if BLANK in prompt else add_blank(prompt),
+        prompt=prompt,
         candidates=shared.setdefault(candidates, candidates) if candidates else None,
         popularity=row.get("popularity"),
     )
@@ -248,9 +245,7 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     if obj_label is None:
         return "no object"
     if "prompt" in columns.of:
-        prompt = _to_text(row["prompt"]) or ""
-        if prompt and BLANK not in prompt and is_open(prompt):
-            prompt = add_blank(prompt)
+        prompt = add_blank(_to_text(row["prompt"]) or "")
     else:
         template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
         if not template or not subject:
