@@ -125,11 +125,16 @@ def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -
         "prompt,obj_label,subject,candidates,popularity\n"
         'The capital of France is [MASK].,Paris,geography,"[""Rome"", ""Paris""]",67.0\n'
     )
+    (tmp_path / "bars.csv").write_text(
+        "prompt,obj_label,subject,candidates,popularity\n"
+        "The capital of France is [MASK].,Paris,geography,Rome|Paris,67.0\n"
+    )
     (tmp_path / "f.json").write_text(json.dumps([row]))
     paths = [
         write_jsonl(tmp_path / "f.jsonl", [flat]),
         parquet(tmp_path / "f.parquet", [row]),
         tmp_path / "f.csv",
+        tmp_path / "bars.csv",
         tmp_path / "f.json",
     ]
     for path in paths:

@@ -281,12 +281,13 @@ def _to_text(value: object) -> str | None:
 
 
 def _to_texts(value: object) -> tuple[str, ...] | None:
-    """Return a list of texts, also as a text of JSON, each once; None for an empty one."""
+    """Return a list of texts, also as a text of JSON or parted by ``|``, each once; None for an empty one."""
     if isinstance(value, str):
+        text = value
         try:
-            value = parse_json(value.encode())
+            value = parse_json(text.encode())
         except ValueError:
-            value = [value]
+            value = text.split("|")
     return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
 
 
