@@ -115,6 +115,10 @@ def probe_model(
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.make_reader()
+        for probe in lacked[1:]:
+            # Likewise a task whose data cannot be had; the compressed models have it as the original does.
+            if isinstance(probe, Task) and context.reference is None:
+                probe.check_data()
         for probe in lacked:
             run.add(probe, count_facts(probes))
         # They are of no use once all is answered. A run on other facts, or with other settings, resumes from its own.

@@ -420,6 +420,16 @@ def test_a_model_that_a_task_cannot_evaluate_is_refused_before_it_is_loaded(tmp_
     assert not loads
 
 
+def test_a_task_without_data_is_refused_before_other_probes_are_evaluated(tmp_path: Path, loads: list[Path]) -> None:
+    folder = cloze(tmp_path / "tasks")
+    (folder / "cloze.jsonl").write_text("<html>404</html>")
+    model = knowing("llama", tmp_path / "llama")
+    with pytest.raises(CompressknowError, match="lm-eval:cloze cannot be loaded"):
+        compressknow.probe(model, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=folder)
+    assert not loads
+    assert not (tmp_path / "answers").exists()
+
+
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match=r"cannot evaluate a masked model.*\n.*atlas"):
         open_task("lm-eval:boolq").run(replace(llama, family="masked"))

@@ -117,6 +117,10 @@ class LmEvalTask(Task):
                 hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
             )
 
+    def check_data(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence():
+            build(self, Path(folder))
+
     def list_names(self) -> list[str] | None:
         """Return the domain and the name of a task; None of a group, and of lm-eval's own tasks that may be groups."""
         single = _is_task(find_entry(self.include, self.task)) if self.include else self.task in COLUMNS
