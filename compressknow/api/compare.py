@@ -11,6 +11,7 @@ from compressknow.base.errors import UsageError
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
 from compressknow.evaluate.gather import (
+    check_comparable,
     check_gated,
     check_names,
     evaluate_both,
@@ -96,6 +97,8 @@ def compare(
     check_gated(opened, gated)
     listener = resolve_progress(on_progress)
     first, second = find_both((a, revision), (b, revision_b), settings, listener)
+    if opened:
+        check_comparable((first, second), opened)
     # It imports torch, which takes seconds: what is missing is said before.
     from compressknow.comparison.checkpoints import diff_models, find_other_files
 

@@ -173,7 +173,7 @@ _LABELS = {
     **{"read": "Reading the text", "time": "Measuring the speed", "convert": "Converting"},
     **{"sample": "Writing the calibration text", "text": "Reading the calibration text"},
     **{"choose": "Choosing what to drop", "calibrate": "Compressing"},
-    **{"verify": "Verifying", "hash": "Comparing", "compare": "Comparing"},
+    **{"verify": "Verifying", "hash": "Reading", "compare": "Comparing"},
     **{"fetch": "Fetching llama.cpp's converter", "unpack": "Unpacking", "gather": "Gathering what layers read"},
     **{"export": "Converting", "quantize": "Quantizing", "round": "Rounding"},
     "sensitivity": "Measuring the sensitivity",

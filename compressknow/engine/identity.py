@@ -49,11 +49,12 @@ from compressknow.model.tensors import (
 
 # What an export says of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
 SOURCE_FORM = {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}
-# What decides the answers beside the weights.
-DECISIVE = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
+# What decides the answers beside the weights.
+DECISIVE = ("config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)

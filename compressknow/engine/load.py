@@ -316,6 +316,8 @@ def _translate_errors(path: Path) -> Iterator[None]:
 _ADVICE = {
     "out of memory|allocate memory": "There is not enough memory for it.",
     "weights.only": "Its .bin file holds more than tensors, and loading that could run code; or it is damaged.",
+    "backend tokenizer": "It has no tokenizer.json, nor another file that one can be made of; some of these need "
+    "sentencepiece or tiktoken.",
     "trust_remote_code": "It needs its own Python code. If you trust it, pass --trust-remote-code.",
 }
 

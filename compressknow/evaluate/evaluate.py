@@ -168,8 +168,8 @@ def check_facts(reference: Answers, probe: Opened) -> None:
     if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
             f"The original was evaluated on other facts or prompts of {probe.name}.",
-            hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --context, "
-            "--data), or probe it again.",
+            hint="Give the options that it was probed with (--limit, --seed, --template, --templates, --protocol, "
+            "--context, --data), or probe it again.",
         )
 
 

@@ -179,23 +179,18 @@ def pick(templates: Sequence[str], number: int, where: str) -> str:
     return templates[number - 1]
 
 
-def is_open(prompt: str) -> bool:
-    """Return whether a prompt without a blank is the beginning of a sentence, so that its object comes next: it ends in
-    a word or a comma, and marks no other place.
-
-    >>> [is_open(prompt) for prompt in ("The capital of France is", "Paris is the capital of .", "___ is in France")]
-    [True, False, False]
-    """
-    marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
-    return marked is None and not prompt.rstrip().endswith((".", "!", "?", ";"))
-
-
 def add_blank(prompt: str) -> str:
-    """Return the prompt with a blank at its end.
+    """Return the beginning of a sentence, after which its object comes, with a blank at its end; any other prompt as it
+    is. A beginning ends in a word or a comma, and marks no other place.
 
     >>> add_blank("The capital of France is"), add_blank('France calls its capital "')
     ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
+    >>> add_blank("Paris is the capital of ."), add_blank("___ is in France")
+    ('Paris is the capital of .', '___ is in France')
     """
+    marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
+    if marked or not prompt.strip() or prompt.rstrip().endswith((".", "!", "?", ";")):
+        return prompt
     prompt = prompt.rstrip()
     follows = prompt.endswith(OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
     return f"{prompt}{'' if follows else ' '}{BLANK}"

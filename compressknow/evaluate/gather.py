@@ -66,7 +66,12 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
     UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that."""
     opened = open_all(list_names(probes) or DEFAULT, options or Options())
     check_unique(opened)
-    _check_known(opened, known)
+    for task in opened:
+        if known == PRODUCED and isinstance(task, Task):
+            raise UsageError(
+                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
+                hint="Choose probes of facts, such as atlas, or leave out --known produced.",
+            )
     return opened
 
 
@@ -80,31 +85,24 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
 
 def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
     """Raise UsageError where there is a gate, and no facts; or where one is of no domain and no relation of theirs.
-    `gated` is what each gate is of, None for all facts. Those of a task are known only once it was run."""
-    if gated:
-        check_has_facts(opened, "--fail-under")
-    if not any(isinstance(probe, Task) for probe in opened):
-        check_names([fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts], gated)
+    `gated` is what each gate is of, None for all facts. Those of some tasks are known only once they were run."""
+    if not gated:
+        return
+    check_has_facts(opened, "--fail-under")
+    named = [probe.list_names() for probe in opened if isinstance(probe, Task)]
+    if None not in named:
+        facts = [fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts]
+        check_names(facts, gated, [name for names in named for name in names or ()])
 
 
-def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None]) -> None:
-    """Raise UsageError where a gate is of no domain and no relation of these facts."""
-    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts)]))
+def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], others: Sequence[str] = ()) -> None:
+    """Raise UsageError where a gate is of no domain and no relation of these facts, nor of `others`."""
+    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *others]))
     if unknown := next((name for name in gated if name is not None and name not in names), None):
         raise UsageError(
             f"--fail-under {unknown}=...: there are no facts of a domain or relation {unknown}.",
             hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}.",
         )
-
-
-def _check_known(opened: Sequence[Opened], known: str) -> None:
-    """Raise UsageError where only what is ``produced`` counts, and a task does not tell what a model says."""
-    for task in opened:
-        if known == PRODUCED and isinstance(task, Task):
-            raise UsageError(
-                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
-                hint="Choose probes of facts, such as atlas, or leave out --known produced.",
-            )
 
 
 def list_names(probes: str | Sequence[str] | None) -> list[str]:
@@ -194,25 +192,48 @@ def open_models(
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` does, CompressknowError where one is of another family than the first, and CheckpointError where a
-    weight is no number."""
+    `make_handles` and `check_comparable` do, and CheckpointError where a weight is no number."""
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)
     sides = [answers or next(remaining) for answers in stored]
-    first, *others = [
-        (side.located.name, side.named_family)
-        if isinstance(side, ModelHandle)
-        else (side.record.model.name, side.record.model.family)
-        for side in sides
-    ]
-    for other in others:
-        check_alike("family", first, other)
+    check_comparable(sides, probes)
     for handle in handles:
-        handle.check_sound()
+        handle.check_sound(evaluation.on_progress)
     return sides
+
+
+def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
+    """Raise CompressknowError where a model is of another family than the first or, but for running texts, has another
+    vocabulary; as far as their files tell."""
+    first, *others = sides
+    for other in others:
+        check_alike("family", _find_family(first), _find_family(other))
+    if all(isinstance(probe, RunningText) for probe in probes):
+        return
+    for other in others:
+        # Most have the tokenizer of the first, byte by byte: to load both would take seconds.
+        if isinstance(first, ModelHandle) and isinstance(other, ModelHandle) and first.has_tokenizer_of(other):
+            continue
+        name, vocabulary = _find_vocabulary(other)
+        if vocabulary is not None:
+            check_alike("vocabulary", _find_vocabulary(first), (name, vocabulary))
+
+
+def _find_family(side: Answers | ModelHandle) -> tuple[str, str | None]:
+    if isinstance(side, ModelHandle):
+        return side.located.name, side.named_family
+    return side.record.model.name, side.record.model.family
+
+
+def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None]:
+    if isinstance(side, ModelHandle):
+        return side.located.name, side.named_vocabulary
+    model = side.record.model
+    # What another runtime answers is compared as text.
+    return model.name, model.vocabulary if model.runtime is None else None
 
 
 def finish_answers(
@@ -231,13 +252,13 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas."""
-    names, options = list(evaluation.probes) or (list(known.probes) if known else list(DEFAULT)), evaluation.options
+    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas. Raises
+    what `open_named` and `check_gated` do."""
+    names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entry = next(iter(known.record.probes.values()), None) if known else None
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
-    opened = open_all(names, options)
-    _check_known(opened, evaluation.known)
+    opened = open_named(names, options, evaluation.known)
     check_gated(opened, evaluation.gated)
     return opened
 

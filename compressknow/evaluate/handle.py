@@ -7,23 +7,31 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import PanicError, translate_panics
+from compressknow.base.progress import (
+    Listener,
+    PanicError,
+    Stage,
+    count_progress,
+    report_progress,
+    translate_panics,
+)
 from compressknow.base.reading import check_unchanged, find_mismatch
-from compressknow.engine.identity import Contents, Located, describe, read_contents
+from compressknow.engine.identity import TOKENIZER_FILES, Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
-from compressknow.engine.load import find_reason
+from compressknow.engine.load import find_reason, load_tokenizer
 from compressknow.evaluate.evaluate import Prompts, make_prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
 from compressknow.evaluate.sources import Opened, Task
 from compressknow.evaluate.text import TextReader, check_family
-from compressknow.model.checkpoint import read_json
+from compressknow.model.checkpoint import open_checkpoint, read_json
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes.server import ServedScorer
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 # What a model on a server writes to these tells it from others behind the same name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
+# Bytes that take more than a second to read and hash.
+LARGE = 1 << 30
 # On servers a part of the key of stored answers, and nothing else: facts are answered one by one.
 SERVER_BATCH_SIZE = 32
 
@@ -286,8 +296,37 @@ class ModelHandle:
         config = self.located.path / "config.json"
         return find_named_family(read_json(config)) if config.is_file() else None
 
-    def check_sound(self) -> None:
-        """Raise CheckpointError where a weight holds NaN or infinity."""
+    @cached_property
+    def named_vocabulary(self) -> str | None:
+        """Return a hash of its tokens, as far as its files tell before its weights are loaded."""
+        path, trusted = self.located.path, self._settings.trust_remote_code
+        if self.runtime is not Transformers or path.suffix == ".gguf":
+            return None
+        tokenizer = load_tokenizer(path, trust_remote_code=trusted)
+        from compressknow.model.meta import build_meta_model
+
+        try:
+            names = open_checkpoint(path).tensors
+            tree = build_meta_model(path, trust_remote_code=trusted, tensor_names=names)
+            return LanguageModel(tree, tokenizer, self.named_family or "").vocabulary
+        except CompressknowError:
+            return None
+
+    def has_tokenizer_of(self, other: ModelHandle) -> bool:
+        """Return whether both have the same files of a tokenizer, byte by byte."""
+
+        def read(folder: Path) -> list[bytes | None]:
+            return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
+
+        return read(self.located.path) == read(other.located.path)
+
+    def check_sound(self, on_progress: Listener | None = None) -> None:
+        """Raise CheckpointError where a weight holds NaN or infinity; the files of a large model are a stage."""
+        if "contents" not in self.__dict__ and self.located.url is None:
+            total = sum(path.stat().st_size for path in self.located.files)
+            listener = on_progress if total >= LARGE else None
+            with report_progress(listener, Stage("hash", self.located.name)) as advance:
+                self.contents = read_contents(self.located, count_progress(advance, total))
         self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
 
     def check_unchanged(self) -> None:
@@ -321,14 +360,17 @@ class ModelHandle:
             loaded.release()
 
     def check_tasks(self, probes: Sequence[Opened]) -> None:
-        """Raise UnsupportedError where there is a task among the probes, and no runtime of tasks runs the model."""
-        task = next((probe for probe in probes if isinstance(probe, Task)), None)
-        if task is not None and self.runtime.name != TRANSFORMERS:
-            raise UnsupportedError(
-                f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
-                why="Tasks are run by lm-eval, on models of transformers.",
-                hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
-            )
+        """Raise UnsupportedError where no runtime of tasks runs the model, or where a task among the probes cannot
+        evaluate its family, as far as that is known before it is loaded."""
+        for task in (probe for probe in probes if isinstance(probe, Task)):
+            if self.runtime.name != TRANSFORMERS:
+                raise UnsupportedError(
+                    f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
+                    why="Tasks are run by lm-eval, on models of transformers.",
+                    hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
+                )
+            if self.named_family:
+                task.check_family(self.named_family)
 
     def copy_in_other_precision(self) -> ModelHandle | None:
         """Return the same model in bfloat16, or float32 where it runs in less; None where it has one precision."""

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -101,23 +101,32 @@ def probe_model(
     """
     check_unique(probes)
     handle.check_tasks(probes)
-    handle.check_sound()
+    handle.check_sound(on_progress)
     if handle.located.url is not None:
         # No server tells the distribution over all tokens in time.
         context = replace(context, whole=None)
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
-        if context.whole and context.reference:
-            left = find_missing(handle, probes, folder, context)
-            context.whole.complete(left, context.reference, on_progress)
         lacked = find_missing(handle, probes, folder, context)
+        if lacked and context.whole and context.reference:
+            context.whole.complete(lacked, context.reference, on_progress)
+            # The disk may have had no room for what some lack.
+            lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.make_reader()
+        for probe in lacked[1:]:
+            # Likewise a task whose data cannot be had; the compressed models have it as the original does.
+            if isinstance(probe, Task) and context.reference is None:
+                probe.check_data()
         for probe in lacked:
             run.add(probe, count_facts(probes))
-        # They are of no use once all is answered.
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        # They are of no use once all is answered. A run on other facts, or with other settings, resumes from its own.
+        for probe in probes:
+            shutil.rmtree(_name_parts(folder, _compute_key(handle, probe, context)), ignore_errors=True)
+        with suppress(OSError):
+            (folder / PARTS).rmdir()
+        run.update_labels(probes)
         return _read_folder(handle, folder, probes)
 
 
@@ -125,7 +134,10 @@ def find_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
     """Return this model's answers to these probes, where `folder` holds them all."""
-    return None if find_missing(handle, probes, folder, Context(reference)) else _read_folder(handle, folder, probes)
+    if find_missing(handle, probes, folder, Context(reference)):
+        return None
+    answers = _read_folder(handle, folder, probes)
+    return replace(answers, answers=tuple(_label(answers.answers, probes)))
 
 
 def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
@@ -193,7 +205,7 @@ class _Run:
         stage = Stage(work, handle.located.name, probe.name, facts, handle.located.url or handle.settings.device)
         chunks: tuple[Chunk, ...] = ()
         answers: list[Answer] = []
-        parts = self._folder / PARTS / key[:16]
+        parts = _name_parts(self._folder, key)
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
                 context = self._context if alike else Context()
@@ -209,6 +221,18 @@ class _Run:
         seconds = round(time.monotonic() - start, 1)
         of = (self._context.sha256 if alike or chunks else None) or handle.sha256
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
+
+    def update_labels(self, probes: Sequence[Opened]) -> None:
+        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated."""
+        stored = read_stored(self._folder)
+        labelled = list(_label(stored, probes))
+        if any(new is not old for new, old in zip(labelled, stored, strict=True)):
+            entries = self._record.probes
+            sources = {probe.name: dict(probe.source) for probe in probes if isinstance(probe, Probe)}
+            updated = {name: replace(entries[name], source=source) for name, source in sources.items()}
+            # The old hash must not stand beside the new table, should this run be killed here.
+            write_record(self._folder, self._record.without_hash(entries))
+            self._write(labelled, replace(self._record, probes={**entries, **updated}))
 
     def _find_known(self, name: str, key: str) -> Answers | None:
         """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
@@ -310,11 +334,12 @@ class _Run:
             path = folder / name_text_file(name)
             write_chunks(path, chunks)
             entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": compute_sha256(path)})
-        write_table(folder / TABLE, [*others, *answers])
-        self._record = replace(
-            record.without_hash(probes | {name: entry}), model=model, answers_sha256=compute_sha256(folder / TABLE)
-        )
-        write_record(folder, self._record)
+        self._write([*others, *answers], replace(record, model=model, probes=probes | {name: entry}))
+
+    def _write(self, answers: Sequence[Answer], record: Record) -> None:
+        write_table(self._folder / TABLE, answers)
+        self._record = replace(record.without_hash(record.probes), answers_sha256=compute_sha256(self._folder / TABLE))
+        write_record(self._folder, self._record)
 
 
 def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
@@ -349,6 +374,22 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *([context.runtime] if context.runtime else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def _name_parts(folder: Path, key: str) -> Path:
+    """Return where answers are kept until all of them are there."""
+    return folder / PARTS / key[:16]
+
+
+def _label(answers: Iterable[Answer], probes: Sequence[Opened]) -> Iterator[Answer]:
+    """Yield the answers with domain, subject and popularity of their facts as these have them now. They are no part of
+    the key: a user may add or correct them later."""
+    facts = {(probe.name, fact.id): fact for probe in probes if isinstance(probe, Probe) for fact in probe.facts}
+    for answer in answers:
+        fact = facts.get((answer.probe, answer.fact_id), answer)
+        labels = {name: getattr(fact, name) for name in ("subject", "sub_label", "popularity")}
+        same = all(getattr(answer, name) == value for name, value in labels.items())
+        yield answer if same else replace(answer, **labels)
 
 
 def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) -> Answers:

@@ -405,7 +405,7 @@ class CandidateHandle(ModelHandle):
         self.make()
         return super().loaded
 
-    def check_sound(self) -> None:
+    def check_sound(self, on_progress: Listener | None = None) -> None:
         """Do nothing: it was made of what is sound."""
 
     def describe(self) -> dict[str, Any]:

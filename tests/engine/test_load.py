@@ -160,6 +160,15 @@ def test_a_pickle_that_would_run_code_is_refused_without_the_advice_to_run_it(tm
     assert "weights_only" not in str(error.value)
 
 
+def test_a_tokenizer_that_is_missing_is_said_in_one_sentence(tmp_path: Path) -> None:
+    folder = knowing("llama", tmp_path / "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer that loads") as error:
+        load_tokenizer(folder)
+    assert str(error.value.why).startswith("It has no tokenizer.json, nor another file")
+
+
 def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saved("bert", tmp_path)
     normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}

@@ -72,6 +72,14 @@ def test_the_answers_are_those_of_a_whole_run(place: Path, tmp_path: Path) -> No
             assert answer.first_kl == pytest.approx(same.first_kl, abs=1e-5)
 
 
+def test_a_probe_that_is_named_twice_is_refused_also_where_its_answers_are_kept(place: Path, tmp_path: Path) -> None:
+    asked = evaluation(place, tmp_path)
+    gather(place / "llama", [place / "llama-6"], asked)
+    twice = replace(asked, probes=[*asked.probes, *asked.probes])
+    with pytest.raises(UsageError, match="Two probes have the name facts:facts"):
+        gather_early(place / "llama", place / "llama-6", twice, lambda *_: None)
+
+
 def test_what_is_decided_on_is_what_was_answered(place: Path, tmp_path: Path) -> None:
     found = early(place, tmp_path)
     assert sorted(found.found) == sorted(

@@ -97,6 +97,21 @@ def test_any_table_by_a_mapping_with_a_template_of_ones_own(tmp_path: Path) -> N
     ]
 
 
+def test_prompts_that_end_before_the_object_need_no_blank(tmp_path: Path) -> None:
+    """Like those of CounterFact and of ROME's known facts."""
+    rows = [
+        {"prompt": "Danielle Darrieux's mother tongue is", "attribute": " French"},
+        {"prompt": "Is Danielle Darrieux French?", "attribute": "yes"},
+    ]
+    probe = read_hub_facts(
+        str(write_jsonl(tmp_path / "known.jsonl", rows)), {"prompt": "prompt", "object": "attribute"}
+    )
+    assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == [
+        ("Danielle Darrieux's mother tongue is [MASK]", "French")
+    ]
+    assert probe.dropped == {"no blank in the sentence": 1}
+
+
 def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -> None:
     row = {
         "prompt": "The capital of France is [MASK].",
@@ -110,11 +125,16 @@ def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -
         "prompt,obj_label,subject,candidates,popularity\n"
         'The capital of France is [MASK].,Paris,geography,"[""Rome"", ""Paris""]",67.0\n'
     )
+    (tmp_path / "bars.csv").write_text(
+        "prompt,obj_label,subject,candidates,popularity\n"
+        "The capital of France is [MASK].,Paris,geography,Rome|Paris,67.0\n"
+    )
     (tmp_path / "f.json").write_text(json.dumps([row]))
     paths = [
         write_jsonl(tmp_path / "f.jsonl", [flat]),
         parquet(tmp_path / "f.parquet", [row]),
         tmp_path / "f.csv",
+        tmp_path / "bars.csv",
         tmp_path / "f.json",
     ]
     for path in paths:

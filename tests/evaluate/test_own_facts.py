@@ -70,6 +70,23 @@ def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
     assert (found.name, found.vocabulary) == ("facts:mine.csv", same.vocabulary)
 
 
+def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path) -> None:
+    """With these, what a model says would never be the object."""
+    sound = {**PROMPT, "sub_label": "France", "relation": "capital", "candidates": ["Paris", "Rome"]}
+    spaced = {
+        key: value if key == "prompt" else [f" {each}" for each in value] if key == "candidates" else f" {value} "
+        for key, value in sound.items()
+    }
+    expected = read_facts_file(written(tmp_path, sound)).facts
+    assert read_facts_file(written(tmp_path, spaced)).facts == expected
+    (tmp_path / "mine.csv").write_text(
+        "prompt, obj_label, sub_label, relation, candidates\n"
+        '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome\n'
+    )
+    (fact,) = read_facts_file(tmp_path / "mine.csv").facts
+    assert replace(fact, id=expected[0].id, probe=expected[0].probe) == expected[0]
+
+
 OTHERS = ("relation", "subject", "candidates", "popularity")
 
 
@@ -206,7 +223,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
     assert "holds no facts" in message(path)
 
 
-words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: bool(text.strip()) and BLANK not in text)
+words = st.text(st.characters(codec="utf-8")).map(str.strip).filter(lambda text: bool(text) and BLANK not in text)
 rows = st.fixed_dictionaries(
     {"obj_label": words, "prompt": words.map(lambda text: text + BLANK)},
     optional={

@@ -15,7 +15,7 @@ import pytest
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
 from compressknow.base.files import LOCK
-from compressknow.base.progress import Listener
+from compressknow.base.progress import Listener, Progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
@@ -114,7 +114,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(place: Path, family: str, tm
 
 
 @pytest.mark.usefixtures("parts_at_once")
-def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_asked_otherwise_is_not_taken_up_and_waits_for_it(place: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=stopped_after(40))
     told: list[int] = []
@@ -123,6 +123,11 @@ def test_what_a_killed_run_asked_otherwise_is_not_taken_up(place: Path, tmp_path
     ask(place / "llama", tmp_path / "b", place / "facts.jsonl", settings)
     assert told[-1] == 64
     assert (tmp_path / "a" / TABLE).read_bytes() == (tmp_path / "b" / TABLE).read_bytes()
+    # Who tries a few facts meanwhile loses nothing of a long run.
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", options=Options(limit=4))
+    told.clear()
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=telling(told.append))
+    assert min(done for done in told if done) >= 40
     assert not (tmp_path / "a" / PARTS).exists()
 
 
@@ -214,6 +219,42 @@ def test_a_changed_facts_file_is_asked_anew_in_place_of_the_old_one(place: Path,
     file.write_text("".join(lines[:20]))
     assert len(ask(place / "llama", tmp_path / "a", file).answers) == 20
     assert len(read_table(tmp_path / "a" / TABLE)) == 20
+
+
+def test_domains_that_are_corrected_are_those_of_answers_that_are_kept(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    text = (place / "facts.jsonl").read_text()
+    (tmp_path / "facts.jsonl").write_text(text)
+    first = ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    (tmp_path / "facts.jsonl").write_text(text.replace('"geography"', '"places"').replace('"popularity": 10,', ""))
+    again = ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    assert len(loads) == 1
+    assert {answer.subject for answer in again.answers} == {"places", "science"}
+    assert [answer.predicted for answer in again.answers] == [answer.predicted for answer in first.answers]
+    stored = read_answers(tmp_path / "a")
+    assert [(a.fact_id, a.subject, a.popularity) for a in stored.answers] == [
+        (a.fact_id, a.subject, a.popularity) for a in again.answers
+    ]
+    before = bytes_of(tmp_path / "a")
+    ask(place / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+    assert bytes_of(tmp_path / "a") == before
+
+
+def test_the_files_of_large_models_are_read_as_a_stage(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes, where they lie on a slow disk."""
+    told: list[Progress] = []
+    models = [place / "llama", place / "llama-3"]
+    monkeypatch.setattr("compressknow.evaluate.handle.LARGE", 0)
+    facts = f"facts:{place / 'facts.jsonl'}"
+    compressknow.report(*models, facts, settings=FEW, answers=tmp_path / "kept", on_progress=told.append)
+    read = [progress for progress in told if progress.stage.work == "hash"]
+    assert told[: len(read)] == read
+    assert [progress.stage.model for progress in read if progress.state == "ends"] == ["llama", "llama-3"]
+    sizes = [sum(path.stat().st_size for path in locate(model).files) for model in models]
+    assert [progress.done for progress in read if progress.state == "ends"] == sizes
 
 
 def test_a_failed_probe_leaves_the_answers_that_were_there(place: Path, tmp_path: Path) -> None:
@@ -342,6 +383,34 @@ def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_
         ask(place / "bert", tmp_path / "a", place / "facts.jsonl", reference=reference)
     assert error.value.why == "llama has causal, bert has masked."
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_model_of_another_vocabulary_is_refused_before_any_is_loaded(
+    place: Path, tmp_path: Path, loads: list[Path], stored: bool
+) -> None:
+    other, facts = shutil.copytree(place / "llama-3", tmp_path / "other"), place / "facts.jsonl"
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"capital"', '"Capital"'), encoding="utf-8")
+    if stored:
+        ask(place / "llama", tmp_path / "original", facts)
+        loads.clear()
+    original = tmp_path / "original" if stored else place / "llama"
+    with pytest.raises(CompressknowError, match="other is not a compressed version of llama: they differ in vocab"):
+        compressknow.report(original, [place / "llama-6", other], f"facts:{facts}", answers=tmp_path / "kept")
+    if not stored:
+        with pytest.raises(CompressknowError, match="they differ in vocabulary"):
+            compressknow.compare(original, other, f"facts:{facts}", answers=tmp_path / "kept")
+    assert not loads
+
+
+def test_a_compressed_model_without_a_tokenizer_is_refused_before_any_is_loaded(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    other = shutil.copytree(place / "llama-3", tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(CheckpointError, match="other has no tokenizer"):
+        compressknow.report(place / "llama", other, f"facts:{place / 'facts.jsonl'}", answers=tmp_path / "kept")
+    assert not loads
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])

@@ -20,16 +20,19 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer, read_table, write_table
 from compressknow.evaluate.facts import GENERAL
+from compressknow.evaluate.gather import check_gated
 from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, open_all, tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
 from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask
 from tests.evaluate.layouts import DATA, open_task, real_data, write_jsonl
 from tests.knowing import KNOWN_FACTS, candidates, knowing
+from tests.models import save_tiny
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
 CAPITALS = [fact for fact in KNOWN_FACTS if fact.relation == "capital"]
@@ -292,6 +295,20 @@ def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path)
     assert (entry.facts, entry.chance) == (10, None)
 
 
+def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path) -> None:
+    there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    folder = cloze(tmp_path, CLOZE | there, {"group": "all", "task": ["cloze"]})
+    atlas, single, group = open_all(["atlas", "lm-eval:cloze", "lm-eval:all"], Options(tasks=folder))
+    for name in (None, "cloze", "general", "science", "animal_class"):
+        check_gated([atlas, single], [name])
+    with pytest.raises(UsageError, match=r"no facts of a domain or relation clozes\.\nDid you mean cloze\?"):
+        check_gated([atlas, single], ["clozes"])
+    with pytest.raises(UsageError, match=r"relation boolqs\.\nDid you mean boolq\?"):
+        check_gated([open_task("lm-eval:boolq")], ["boolqs"])
+    # The names of its tasks are lm-eval's to tell.
+    check_gated([atlas, group], ["clozes"])
+
+
 def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:
     rows = cloze_rows(3)
     rows[1]["label"] = -1
@@ -394,6 +411,23 @@ def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch
         open_task("lm-eval:hellaswg")
     with pytest.raises(UsageError, match="lm-eval has no task 'nosuch"):
         open_task("lm-eval:nosuch\udcff")
+
+
+def test_a_model_that_a_task_cannot_evaluate_is_refused_before_it_is_loaded(tmp_path: Path, loads: list[Path]) -> None:
+    bert = save_tiny("bert", tmp_path / "bert")
+    with pytest.raises(UnsupportedError, match="lm-eval:cloze cannot evaluate a masked model"):
+        compressknow.probe(bert, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=cloze(tmp_path / "tasks"))
+    assert not loads
+
+
+def test_a_task_without_data_is_refused_before_other_probes_are_evaluated(tmp_path: Path, loads: list[Path]) -> None:
+    folder = cloze(tmp_path / "tasks")
+    (folder / "cloze.jsonl").write_text("<html>404</html>")
+    model = knowing("llama", tmp_path / "llama")
+    with pytest.raises(CompressknowError, match="lm-eval:cloze cannot be loaded"):
+        compressknow.probe(model, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=folder)
+    assert not loads
+    assert not (tmp_path / "answers").exists()
 
 
 def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        if self.parallel < 1 or not self.timeout > 0:
-            raise UsageError(f"--parallel and --timeout must be above 0: {self.parallel}, {self.timeout:g}.")
+        numbers = {"batch-size": self.batch_size, "parallel": self.parallel, "timeout": self.timeout}
+        for option, value in numbers.items():
+            if not value > 0:
+                raise UsageError(f"--{option} must be above 0: {value:g}.")
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
                 f"There is no runtime {self.runtime!r}.",

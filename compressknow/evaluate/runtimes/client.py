@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +53,8 @@ class Client:
     """
 
     def __init__(self, url: str, *, timeout: float, parallel: int = 1) -> None:
-        self.url, self._timeout = url, timeout
+        # Sockets take no infinity, for a server that may take as long as it needs.
+        self.url, self._timeout = url, min(timeout, threading.TIMEOUT_MAX)
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         self._session = requests.Session()
         # Without it, requests would send what a .netrc file holds for the host.

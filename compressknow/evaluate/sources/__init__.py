@@ -66,6 +66,16 @@ class Task(ABC):
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """Return the answers of a model, and the task's entry in ``probe.json``."""
 
+    def check_family(self, family: str) -> None:  # noqa: B027
+        """Raise UnsupportedError where it cannot evaluate models of a family: ``masked``, ``causal`` or ``seq2seq``."""
+
+    def check_data(self) -> None:  # noqa: B027
+        """Raise CompressknowError where what it is made of cannot be had or read, as `run` does."""
+
+    def list_names(self) -> list[str] | None:
+        """Return the domains and relations of its answers; None where only its run tells them."""
+        return None
+
 
 Opened = Probe | Task | RunningText
 

@@ -38,7 +38,7 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     Raises UsageError where the file cannot be read.
     """
     lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
-    table = csv.DictReader(lines, strict=True)
+    table = csv.DictReader(lines, strict=True, skipinitialspace=True)
     try:
         if len(table.fieldnames or ()) == 1:
             raise UsageError(f"{path} cannot be read: its first line has no comma.", hint="Separate columns by commas.")
@@ -59,7 +59,7 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _parse_cell(key: str, text: str) -> Any:
     if key == "candidates":
-        return [each.strip() for each in text.split("|")]
+        return text.split("|")
     if key != "popularity":
         return text
     for number in (int, float):

@@ -28,7 +28,6 @@ from compressknow.evaluate.facts import (
     collect_facts,
     fill,
     find_domain,
-    is_open,
 )
 from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
@@ -86,6 +85,7 @@ candidates as Paris|Rome|Madrid."""
         # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
         shared: dict[tuple[str, ...], tuple[str, ...]] = {}
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
+            row = row if isinstance(row, str) else {key: _strip(key, value) for key, value in row.items()}
             found = [row] if isinstance(row, str) else _find_problems(row)
             if not found and isinstance(row, dict):
                 fact = _make_fact(row, number, name, escape_name(path.stem), shared)
@@ -106,6 +106,13 @@ candidates as Paris|Rome|Madrid."""
             vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
             source={"files": {escape_name(path.name): compute_sha256(path)}},
         )
+
+
+def _strip(key: str, value: Any) -> Any:
+    """Strip the spaces around a label: no model writes them. Those of a prompt may be meant."""
+    if isinstance(value, list):
+        return [_strip(key, each) for each in value]
+    return value.strip() if isinstance(value, str) and key not in ("prompt", "template") else value
 
 
 def _find_problems(row: dict[str, Any]) -> list[str]:
@@ -134,10 +141,8 @@ def _is_text(value: object) -> bool:
 
 def _check_prompt(row: dict[str, Any]) -> list[str]:
     if "prompt" in row:
-        count = row["prompt"].count(BLANK)
-        if count == 1 or (count == 0 and is_open(row["prompt"])):
-            return []
-        return [f"prompt: holds {BLANK} {count} times, not once"]
+        count = add_blank(row["prompt"]).count(BLANK)
+        return [] if count == 1 else [f"prompt: holds {BLANK} {count} times, not once"]
     if "template" not in row:
         return ["prompt: missing, and no template either"]
     wrong = [] if "sub_label" in row else ["sub_label: missing; the template needs it"]
@@ -166,7 +171,7 @@ def _make_fact(
 ) -> Fact:
     relation, subject = row.get("relation", stem), row.get("sub_label", "")
     candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
-    prompt = row["prompt"] if "prompt" in row else fill(row["template"], subject)
+    prompt = add_blank(row["prompt"]) if "prompt" in row else fill(row["template"], subject)
     return Fact(
         id=str(row.get("id", f"{relation}/{number}")),
         probe=probe,
@@ -174,7 +179,7 @@ def _make_fact(
         subject=row.get("subject", GENERAL),
         sub_label=subject,
         obj_label=row["obj_label"],
-        prompt=prompt if BLANK in prompt else add_blank(prompt),
+        prompt=prompt,
         candidates=shared.setdefault(candidates, candidates) if candidates else None,
         popularity=row.get("popularity"),
     )
@@ -240,7 +245,7 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     if obj_label is None:
         return "no object"
     if "prompt" in columns.of:
-        prompt = _to_text(row["prompt"]) or ""
+        prompt = add_blank(_to_text(row["prompt"]) or "")
     else:
         template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
         if not template or not subject:
@@ -276,12 +281,13 @@ def _to_text(value: object) -> str | None:
 
 
 def _to_texts(value: object) -> tuple[str, ...] | None:
-    """Return a list of texts, also as a text of JSON, each once; None for an empty one."""
+    """Return a list of texts, also as a text of JSON or parted by ``|``, each once; None for an empty one."""
     if isinstance(value, str):
+        text = value
         try:
-            value = parse_json(value.encode())
+            value = parse_json(text.encode())
         except ValueError:
-            value = [value]
+            value = text.split("|")
     return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
 
 

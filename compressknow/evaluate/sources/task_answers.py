@@ -48,7 +48,7 @@ def collect_answers(
                 "probe": probe,
                 "fact_id": f"{probe}:{item}",
                 "relation": name,
-                "subject": COMMON_SENSE if name in _OF_COMMON_SENSE else GENERAL,
+                "subject": find_task_domain(name),
                 "sub_label": "",
                 "popularity": None,
             }
@@ -64,6 +64,10 @@ def collect_answers(
             else:
                 dropped[NO_GOLD] += 1
     return answers, dropped, metrics, golds
+
+
+def find_task_domain(task: str) -> str:
+    return COMMON_SENSE if task in _OF_COMMON_SENSE else GENERAL
 
 
 def select_first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -34,7 +34,7 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import compute_chance
 from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, ProbeSource, Task
-from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated
+from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated, find_task_domain
 
 # How samples become answers.
 PROTOCOL = "lm-eval"
@@ -110,6 +110,22 @@ class LmEvalTask(Task):
     limit: int | None = None
     seed: int = 0
 
+    def check_family(self, family: str) -> None:
+        if family not in ("causal", "seq2seq"):
+            raise UnsupportedError(
+                f"{self.name} cannot evaluate a {family} model: lm-eval does not support these.",
+                hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
+            )
+
+    def check_data(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence():
+            build(self, Path(folder))
+
+    def list_names(self) -> list[str] | None:
+        """Return the domain and the name of a task; None of a group, and of lm-eval's own tasks that may be groups."""
+        single = _is_task(find_entry(self.include, self.task)) if self.include else self.task in COLUMNS
+        return [find_task_domain(self.task), self.task] if single else None
+
     def local_files(self) -> dict[str, Path]:
         """Return {split: path} of the local data."""
         if not (self.include and self.data):
@@ -138,11 +154,7 @@ class LmEvalTask(Task):
         UnsupportedError : a masked model, or a task that does not say right or wrong of each item.
         CompressknowError : the task's data cannot be had or read.
         """
-        if loaded.family not in ("causal", "seq2seq"):
-            raise UnsupportedError(
-                f"{self.name} cannot evaluate a {loaded.family} model: lm-eval does not support these.",
-                hint="The probes atlas, lama:..., bear, facts:... and hf:... can.",
-            )
+        self.check_family(loaded.family)
         with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
             return _evaluate(loaded, self, build(self, Path(folder)))
 
@@ -196,6 +208,11 @@ def find_entry(folder: Path, task: str) -> Any:
     return _read_index(folder).task_index.get(task)
 
 
+def _is_task(entry: Any) -> bool:
+    """Return whether an entry of the index is there, and no group or tag."""
+    return entry is not None and entry.kind.name == "TASK"
+
+
 def _read_index(folder: Path | None, own: bool = False) -> Any:
     with silence():
         from lm_eval.tasks import TaskManager
@@ -227,7 +244,7 @@ def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
         else:
             index = _read_index(task.include)
             entry = index.task_index.get(task.task)
-            if entry and entry.kind.name == "TASK":
+            if _is_task(entry):
                 built = dict(index.load(str(_write_override(task, entry, folder))))
             else:
                 whole = _is_whole(index.task_index, task.task)

@@ -459,6 +459,17 @@ def test_a_router_is_asked_about_the_model_by_its_name(served: Callable[[str], M
     assert [detect_server(client, "some/model:Q8_0", {}).longest for _ in bodies] == [64, None]
 
 
+@pytest.mark.parametrize("seconds", [1e10, math.inf])
+def test_a_server_may_take_as_long_as_it_needs(served: Callable[[str], ModelServer], seconds: float) -> None:
+    assert clients.Client(served("writes").url, timeout=seconds).get("/v1/models", dict)["data"]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"parallel": 0}, {"timeout": math.nan}])
+def test_settings_that_run_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be above 0"):
+        Settings(**wrong)
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
