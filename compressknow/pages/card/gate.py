@@ -258,9 +258,17 @@ def decide(
     standing = rank_models(of[0], of[1:], sizes)
     conclude = partial(Decision, standings=tuple(standing), within=within)
     labels = label_models(comparisons)
-    fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
+    sound = {place: size for place, size in enumerate(sizes) if size is not None and place not in broken}
+    fitting = [place for place, size in sound.items() if within is None or size <= within]
+    if not sound:
+        return conclude(None, "None is recommended: no size is known of a model that computes numbers.")
     if not fitting:
-        return conclude(None, _write_none_fits(labels, sizes, within))
+        least, which = min(sound, key=sound.__getitem__), " that computes numbers" if broken else ""
+        return conclude(
+            None,
+            f"No model{which} has {write_size(within)} at most: none is recommended. "
+            f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
+        )
     at_most = f" of {write_size(within)} at most" if within is not None else ""
     rounding = find_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
@@ -294,17 +302,6 @@ def decide(
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)
-
-
-def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int | None) -> str:
-    known = [(n, label) for n, label in zip(sizes, labels, strict=True) if n is not None]
-    if within is None or not known:
-        return "None is recommended: no size is known of a model that computes numbers."
-    least, label = min(known)
-    return (
-        f"No model has {write_size(within)} at most: none is recommended. "
-        f"The smallest, {label}, has {write_size(least)}."
-    )
 
 
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:

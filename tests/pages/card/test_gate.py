@@ -236,3 +236,13 @@ class TestDecision:
         decision = make_card(known, [broken, sound]).decision
         assert decision is not None
         assert decision.place == 1
+
+    def test_a_model_that_computes_no_numbers_is_not_the_smallest_either(self) -> None:
+        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
+        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=5000))
+        decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
+        assert decision is not None
+        assert decision.reason == (
+            "No model that computes numbers has 2.0 kB at most: none is recommended. The smallest, sound, has 5.0 kB."
+        )
