@@ -264,7 +264,8 @@ class Beside(Part):
 
 @dataclass(frozen=True, slots=True)
 class Folded(Part):
-    """Parts under a title, unfolded by a click; Markdown shows them all without the title, if `in_text`."""
+    """Parts under a title, unfolded by a click. Markdown shows them all, if `in_text`; with the title above code and
+    terms, which have no caption of their own."""
 
     title: str
     parts: tuple[Part, ...]

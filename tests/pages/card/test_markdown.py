@@ -85,6 +85,14 @@ def test_facts_are_limited_and_the_rest_counted() -> None:
     assert "10 more are in the JSON of this report" in text
 
 
+def test_method_and_glossary_are_two_lists() -> None:
+    text = rendered(render_markdown(card_of_one()))
+    lists = [[item.text.strip() for item in each.all("li")] for each in text.all("ul")]
+    assert "What the figures mean:" in [paragraph.text for paragraph in text.all("p")]
+    (method,) = (each for each in lists if any("the intervals are Wilson's" in item for item in each))
+    assert not any(item.startswith("Majority baseline") for item in method)
+
+
 def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
     def write(before: int | None, after: int | None) -> str:
         card = card_of_one()
