@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, clean, count, share, write_millions, write_p_value, write_percent
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
+from compressknow.evaluate.facts import BLANK
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.drawing import open_axes
 from compressknow.pages.records import write_estimate
@@ -348,10 +349,14 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
                 yield part
 
 
-BLANK = "[MASK]"
 BAR = "The bar shows the share kept, and the line on it the 95 % interval."
 # What stands in their place where no text of a fact may be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
+
+
+def write_prompt(prompt: str) -> str:
+    """Write a prompt on one line, its blank as a line to write on."""
+    return clean(prompt.replace(BLANK, "___"), 300)
 
 
 def make_fact_parts(

@@ -8,7 +8,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import count, share, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share, write_percent, write_size
 from compressknow.comparison.intervals import estimate_kept
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Counts, Estimate
@@ -16,7 +16,15 @@ from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
-from compressknow.pages.records import Card, Comparison, Decision, label_models, name_models, write_estimate
+from compressknow.pages.parts import write_prompt
+from compressknow.pages.records import (
+    Card,
+    Comparison,
+    Decision,
+    label_models,
+    name_models,
+    write_estimate,
+)
 
 SUMMARY = "summary.md"
 _FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
@@ -224,7 +232,8 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
         for grade in worst
         if grade.counts.known_before
     ]
-    lost = single.lost[:_FACTS] if single and card.show_facts else ()
+    facts = single.lost[:_FACTS] if single and card.show_facts else ()
+    lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
     return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
 
 

@@ -34,7 +34,6 @@ from compressknow.pages.card.sections.figures import write_movement, write_pair,
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
-    BLANK,
     NO_FACTS,
     Drawn,
     Entries,
@@ -54,6 +53,7 @@ from compressknow.pages.parts import (
     make_rest_note,
     show_run,
     write_bare_p,
+    write_prompt,
 )
 from compressknow.pages.records import dump_comparison, write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
@@ -236,7 +236,7 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
     """Yield the facts that are answered differently, `shown` of them at once."""
     rows = tuple(
         (
-            clean(a.prompt.replace(BLANK, "___"), 300),
+            write_prompt(a.prompt),
             clean(a.gold),
             _write_best(a),
             _write_best(b),

@@ -147,6 +147,10 @@ class TestForMachines:
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
         assert "<b>" not in summary
         assert "[x](http" not in summary
+        silent = make_card(
+            original, [replace(compressed, answers=tuple(replace(a, predicted="") for a in compressed.answers))]
+        )
+        assert "(Paris, now (nothing))" in render_job_summary(silent, (), strict=False)
         hidden = render_job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
         assert "Forgotten" not in hidden
 

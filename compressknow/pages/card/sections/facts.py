@@ -17,7 +17,6 @@ from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import to_percents
 from compressknow.pages.parts import (
-    BLANK,
     Beside,
     Chart,
     Charts,
@@ -27,6 +26,7 @@ from compressknow.pages.parts import (
     Table,
     make_fact_parts,
     make_groups_table,
+    write_prompt,
 )
 from compressknow.pages.records import write_estimate, write_range
 from compressknow.pages.texts import list_text_warnings, make_text_parts
@@ -60,7 +60,7 @@ class Lost(Section):
             ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
             rows.append(
                 (
-                    clean(fact.prompt.replace(BLANK, "___"), 300),
+                    write_prompt(fact.prompt),
                     clean(fact.gold),
                     answer(fact.before),
                     answer(fact.after),
