@@ -24,6 +24,7 @@ from compressknow.pages.records import (
     label_models,
     name_models,
     write_estimate,
+    write_range,
 )
 
 SUMMARY = "summary.md"
@@ -162,7 +163,7 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
     _, kept = measure_kept(comparison, gate)
-    return f"{100 * (kept.low or 0.0):.1f} to {100 * (kept.high or 0.0):.1f} %"
+    return write_range(kept.low or 0.0, kept.high or 0.0)
 
 
 def _describe_share(gates: Iterable[Gate]) -> str:
