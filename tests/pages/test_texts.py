@@ -192,6 +192,12 @@ def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     assert json.dumps(told, allow_nan=False)
 
 
+def test_a_card_of_texts_alone_explains_no_figures_of_facts() -> None:
+    card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
+    for page in (render_html(card), render_markdown(card)):
+        assert "What the figures mean" not in page
+
+
 def test_several_models_have_a_column_per_text() -> None:
     others = [answers(chunks(2), "b"), answers(chunks(3, shift=0.5), "c")]
     card = make_card(answers(chunks(1, kl=False), "a"), others)

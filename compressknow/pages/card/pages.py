@@ -200,8 +200,8 @@ def _make_method_section(card: Card) -> Shown:
     sentences = Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
     terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
     plain_terms = dict.fromkeys((clean(name, 80), "", clean(meaning, 1000)) for name, meaning in terms)
-    glossary = Folded("What the figures mean", (Terms(tuple(plain_terms)),))
-    return Shown("method", "Method and limits", (sentences, glossary), look="text")
+    glossary = (Folded("What the figures mean", (Terms(tuple(plain_terms)),)),) if plain_terms else ()
+    return Shown("method", "Method and limits", (sentences, *glossary), look="text")
 
 
 def _write_headline(comparison: Comparison) -> str:
