@@ -214,6 +214,14 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
     assert said[1].endswith(f", each model has {perplexity.value.value:.2f}.")
 
 
+def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
+    perplexity = compute_perplexity(chunks(1))
+    broken, larger = (replace(perplexity, value=Measured(value, 0.0)) for value in (math.nan, 99.0))
+    said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
+    assert said.endswith(f", c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
+    assert write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2).endswith(", each model has -.")
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
     first, *others = chunks(2, kl=False)
