@@ -33,7 +33,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
-_PERCENT = re.compile(r"(?<=\d) %")
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
@@ -95,13 +95,13 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def isolate(sentence: object) -> Markup:
     """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
-    round, and a number stays in one line with its percent sign.
+    round, and a number stays in one line with its unit.
 
-    >>> print(isolate("<\u05d0\u05d1> 5 %"))
-    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5&nbsp;%
+    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB
     """
     isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
-    return Markup(_PERCENT.sub("&nbsp;%", isolated))
+    return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
 
 
 def to_markdown(sentence: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,22 @@ def test_table_sorts_by_a_click_and_says_so(page: Page, files: dict[str, Path]) 
         numbers = [float(text.split()[0]) for text in kept]
         assert numbers == sorted(numbers, reverse=reverse)
         assert table.locator("tbody th").first.inner_text() == "original"
+
+
+def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
+    card = card_of_several((20,))
+    sizes = (2_000_000, 999_000, 1_500_000_000)
+    comparisons = tuple(
+        replace(each, model=replace(each.model, bytes=size))
+        for each, size in zip(card.comparisons[:3], sizes, strict=True)
+    )
+    file = tmp_path / "sizes.html"
+    file.write_text(render_html(replace(card, comparisons=comparisons, decision=None)), encoding="utf-8")
+    page.goto(file.as_uri())
+    table = page.locator("table.sortable").first
+    table.get_by_role("button", name="Size").press("Enter")
+    cells = table.locator("tbody").last.locator("tr > td:nth-child(2)").all_inner_texts()
+    assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["1.50 GB", "2.0 MB", "999.0 kB"]
 
 
 def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> None:
