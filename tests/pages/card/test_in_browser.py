@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from compressknow.pages.card.pages import render_html
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.pages.hostile import TEXTS, hostile
-from tests.pages.in_browser import check_accessible, check_fits, overflow, scrolled, unfold
+from tests.pages.in_browser import check_accessible, check_fits, overflow, overlapping, scrolled, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -111,6 +111,19 @@ def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
     table.get_by_role("button", name="Size").press("Enter")
     cells = table.locator("tbody").last.locator("tr > td:nth-child(2)").all_inner_texts()
     assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["1.50 GB", "2.0 MB", "999.0 kB"]
+
+
+def test_percents_below_bars_of_long_names_stand_apart(page: Page, tmp_path: Path) -> None:
+    card = card_of_several((20,))
+    named = tuple(
+        replace(each, model=replace(each.model, setup=f"Blocks_GQ int4 group_size {size}"))
+        for each, size in zip(card.comparisons[:3], (32, 64, 128), strict=True)
+    )
+    file = tmp_path / "named.html"
+    file.write_text(render_html(replace(card, comparisons=named, decision=None)), encoding="utf-8")
+    page.goto(file.as_uri())
+    assert page.locator("svg[id$=bars]").count() == 1
+    assert overlapping(page) == []
 
 
 def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> None:
