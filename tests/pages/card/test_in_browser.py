@@ -46,6 +46,22 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     assert overflow(page) <= 0
 
 
+_CUT_CAPTIONS = """
+() => [...document.querySelectorAll('.scroll caption')].filter((each) => {
+  const [box, region] = [each.getBoundingClientRect(), each.closest('.scroll').getBoundingClientRect()];
+  return box.width && box.right > region.right + 1;
+}).map((each) => each.textContent)
+"""
+
+
+def test_on_a_telephone_a_caption_is_whole_where_its_table_is_scrolled(page: Page, files: dict[str, Path]) -> None:
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(files["one"].as_uri())
+    unfold(page, 100)
+    assert scrolled(page)
+    assert page.evaluate(_CUT_CAPTIONS) == []
+
+
 def test_on_a_broad_screen_only_the_overview_of_many_columns_is_scrolled(page: Page, files: dict[str, Path]) -> None:
     for name in ("one", "several"):
         page.goto(files[name].as_uri())
