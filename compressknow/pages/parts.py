@@ -384,4 +384,13 @@ def make_fact_parts(
 
 def make_rest_note(left_out: int, page: str, file: str) -> Note:
     """Return the note on what only the JSON has of the above."""
-    return Note(f"{count(left_out)} more are in the JSON of this {page}, which -o {file} writes.")
+    return Note(f"{count_more(left_out)} in the JSON of this {page}, which -o {file} writes.")
+
+
+def count_more(left_out: int) -> str:
+    """Say how many are left out, before where they are.
+
+    >>> count_more(1), count_more(1200)
+    ('1 more is', '1,200 more are')
+    """
+    return "1 more is" if left_out == 1 else f"{count(left_out)} more are"

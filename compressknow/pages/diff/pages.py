@@ -363,7 +363,8 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
         table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1)
         left_out = len(changed) - len(rows)
         rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
-        yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
+        several = f"{count(len(rows))} tensors that differ, those first that differ most"
+        yield Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
 
 def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:

@@ -24,6 +24,7 @@ from compressknow.pages.parts import (
     Note,
     Part,
     Table,
+    count_more,
     make_fact_parts,
     make_groups_table,
     write_prompt,
@@ -105,7 +106,7 @@ class Relations(Section):
         for probe in probes:
             caption, groups = f"{clean(probe.probe, 60)} by relation", probe.by_relation
             if limit is not None and len(groups) > limit:
-                caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
+                caption += f", largest losses first; {count_more(len(groups) - limit)} in the JSON"
                 groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
             yield make_groups_table(groups, "Relation", caption)
         if probes:
