@@ -352,7 +352,7 @@ def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> lis
     return best
 
 
-def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
+def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
     """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}

@@ -247,6 +247,16 @@ class Drawn(Part):
     look: str = ""
 
 
+def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
+    """Yield a chart for a narrow screen, and one for the width of the page; a page shows the one that it has room for.
+
+    `draw` is given an id, and whether it is to be the broad one; it gives None where there is nothing to draw.
+    """
+    for look in ("narrow", "broad"):
+        if svg := draw(f"{look}-{id}", look == "broad"):
+            yield Drawn(svg, title, look)
+
+
 @dataclass(frozen=True, slots=True)
 class Charts(Part):
     """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""

@@ -35,7 +35,6 @@ from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_b
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     NO_FACTS,
-    Drawn,
     Entries,
     Entry,
     Folded,
@@ -47,6 +46,7 @@ from compressknow.pages.parts import (
     Sizes,
     Table,
     draw_charts,
+    draw_twice,
     make_fact_parts,
     make_hash_entry,
     make_name_entry,
@@ -56,7 +56,7 @@ from compressknow.pages.parts import (
     write_prompt,
 )
 from compressknow.pages.records import dump_comparison, write_estimate
-from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
+from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
 # A probe's figures with A as the original, and with B.
@@ -204,11 +204,16 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     grid = make_grid(difference)
     if grid is None:
         return
-    if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
-        yield Drawn(drawn, look="map")
+    title = "Relative error by layer and module"
+
+    def draw_map(id: str, broad: bool) -> str | None:
+        return draw_heat_map(grid, id, title, form=WIDE if broad else NARROW)
+
+    if charts and (drawn := tuple(draw_twice(draw_map, "heat"))):
+        yield from drawn
         yield Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
-    table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
+    table = Table(title, ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
     yield Folded("The map as a table", (table,))
 
 

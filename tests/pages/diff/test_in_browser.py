@@ -39,6 +39,16 @@ def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> No
     assert overflow(page) <= 0
 
 
+def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(address)
+    (scale,) = page.evaluate(
+        "[...document.querySelectorAll('.heat')].filter((map) => map.checkVisibility())"
+        ".map((map) => map.getBoundingClientRect().width / map.viewBox.baseVal.width)"
+    )
+    assert 10 * scale > 8  # pixels of a letter
+
+
 def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:
     page.goto(address)
     colours = []
