@@ -2,18 +2,20 @@
 "use strict";
 
 const UNITS = { kB: 1e3, MB: 1e6, GB: 1e9 };
+// By their numbers: layer 2 before layer 10.
+const NAMES = new Intl.Collator("en", { numeric: true });
 
 function sortKey(cell) {
   const text = cell.textContent.trim().replaceAll("−", "-").replaceAll(",", "");
-  const number = /^([<>]?) *(-?\d+(?:\.\d+)?)(?: (kB|MB|GB))?/.exec(text);
-  if (!number) return text === "-" || text === "" ? null : text.toLowerCase();
+  const number = /^([<>]?) *(-?\d+(?:\.\d+)?)(?:\s(kB|MB|GB))?/.exec(text);
+  if (!number) return text === "-" || text === "" ? null : text;
   const nudge = number[1] === "<" ? -1e-9 : number[1] === ">" ? 1e-9 : 0;
   return Number(number[2]) * (UNITS[number[3]] || 1) + nudge;
 }
 
 function compare(a, b) {
-  if (typeof a === typeof b) return a < b ? -1 : a > b ? 1 : 0;
-  return typeof a === "number" ? -1 : 1;
+  if (typeof a === "string" && typeof b === "string") return NAMES.compare(a, b);
+  return typeof a === typeof b ? a - b : typeof a === "number" ? -1 : 1;
 }
 
 function sortBy(table, header) {

@@ -223,7 +223,8 @@ def draw_bars(
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
         plot.set_yticks(places, [_shorten(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
-        ticks = _list_ticks(left, right)
+        # Beside the longest names there is room for three labels such as 100 %, or for six of two digits.
+        ticks = _list_ticks(left, right, most=3 if unit == PERCENT else 6)
         plot.set_xticks(ticks, [_write_tick(tick, unit) for tick in ticks])
         plot.grid(axis="x")
         plot.set_axisbelow(True)
@@ -260,9 +261,9 @@ def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float
     return step * (low // step), -step * (-high // step)
 
 
-def _list_ticks(low: float, high: float) -> list[float]:
-    """Return multiples of a round step between the two."""
-    step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= 6), 50)
+def _list_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return multiples of a round step between the two, about so many at most."""
+    step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= most), 50)
     first = -(-low // step) * step
     return [first + step * i for i in range(int((high - first) // step) + 1)]
 
@@ -351,7 +352,7 @@ def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> lis
     return best
 
 
-def draw_tradeoff(chart: Tradeoff, id: str, *, broad: bool = False) -> str:
+def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
     """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}

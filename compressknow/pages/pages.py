@@ -33,6 +33,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
@@ -94,21 +95,13 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def isolate(sentence: object) -> Markup:
     """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
-    round.
+    round, and a number stays in one line with its unit.
 
-    >>> print(isolate("<\u05d0\u05d1> 5 %"))
-    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5 %
+    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB
     """
-    return Markup(RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence))))))
-
-
-def keep_unbroken(sentence: str) -> Markup:
-    """Return the same with each number and its percent sign in one line.
-
-    >>> print(keep_unbroken("95 % is kept"))
-    95&nbsp;% is kept
-    """
-    return isolate(sentence).replace(" %", Markup("&nbsp;%"))
+    isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
+    return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
 
 
 def to_markdown(sentence: str) -> str:
@@ -139,7 +132,7 @@ def _make_environment() -> Environment:
         finalize=_finish,
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
-    environment.filters.update(isolated=isolate, unbroken=keep_unbroken, sentence=to_markdown)
+    environment.filters.update(isolated=isolate, sentence=to_markdown)
     environment.filters.update(
         count=count, number=number, percent=write_percent, size=write_size, smaller=compare_sizes
     )

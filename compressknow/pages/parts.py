@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, clean, count, share, write_millions, write_p_value, write_percent
 from compressknow.comparison.records import Counts, Estimate, Group, ProbeFigures
+from compressknow.evaluate.facts import BLANK
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.drawing import open_axes
 from compressknow.pages.records import write_estimate
@@ -246,6 +247,16 @@ class Drawn(Part):
     look: str = ""
 
 
+def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
+    """Yield a chart for a narrow screen, and one for the width of the page; a page shows the one that it has room for.
+
+    `draw` is given an id, and whether it is to be the broad one; it gives None where there is nothing to draw.
+    """
+    for look in ("narrow", "broad"):
+        if svg := draw(f"{look}-{id}", look == "broad"):
+            yield Drawn(svg, title, look)
+
+
 @dataclass(frozen=True, slots=True)
 class Charts(Part):
     """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""
@@ -264,7 +275,8 @@ class Beside(Part):
 
 @dataclass(frozen=True, slots=True)
 class Folded(Part):
-    """Parts under a title, unfolded by a click; Markdown shows them all without the title, if `in_text`."""
+    """Parts under a title, unfolded by a click. Markdown shows them all, if `in_text`; with the title above code and
+    terms, which have no caption of their own."""
 
     title: str
     parts: tuple[Part, ...]
@@ -347,10 +359,14 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
                 yield part
 
 
-BLANK = "[MASK]"
 BAR = "The bar shows the share kept, and the line on it the 95 % interval."
 # What stands in their place where no text of a fact may be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
+
+
+def write_prompt(prompt: str) -> str:
+    """Write a prompt on one line, its blank as a line to write on."""
+    return clean(prompt.replace(BLANK, "___"), 300)
 
 
 def make_fact_parts(
@@ -378,4 +394,13 @@ def make_fact_parts(
 
 def make_rest_note(left_out: int, page: str, file: str) -> Note:
     """Return the note on what only the JSON has of the above."""
-    return Note(f"{count(left_out)} more are in the JSON of this {page}, which -o {file} writes.")
+    return Note(f"{count_more(left_out)} in the JSON of this {page}, which -o {file} writes.")
+
+
+def count_more(left_out: int) -> str:
+    """Say how many are left out, before where they are.
+
+    >>> count_more(1), count_more(1200)
+    ('1 more is', '1,200 more are')
+    """
+    return "1 more is" if left_out == 1 else f"{count(left_out)} more are"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeof
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
     Code,
-    Drawn,
     Entry,
     Folded,
     Note,
@@ -29,6 +29,7 @@ from compressknow.pages.parts import (
     Sentences,
     Shown,
     Table,
+    draw_twice,
     list_identity,
     show_run,
 )
@@ -152,9 +153,8 @@ def render_search_html(search: Search) -> str:
 def _make_sections(search: Search) -> Iterator[Shown]:
     if search.tried:
         chart = _make_tradeoff(search)
-        narrow = Drawn(draw_tradeoff(chart, "pareto-chart"), look="narrow")
-        broad = Drawn(draw_tradeoff(chart, "broad-pareto", broad=True), look="broad")
-        yield Shown("front", "Knowledge kept against size", (narrow, broad, Note(_describe_chart(search))))
+        drawn = draw_twice(partial(draw_tradeoff, chart), "pareto")
+        yield Shown("front", "Knowledge kept against size", (*drawn, Note(_describe_chart(search))))
     if search.recipe and search.winner:
         yield Shown("winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide")
     if search.confirmed:
@@ -181,15 +181,12 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
         for own in types.values()
     )
     grid = Grid(tuple(types), heads, cells)
-    wide, narrow = (
-        draw_heat_map(
-            grid, id, "Bits of weights by layer and module", bounds=_BITS, write=lambda n: f"{n:g}", form=form
-        )
-        for id, form in (("types", WIDE), ("narrow-types", NARROW))
-    )
-    if wide and narrow:
-        yield Drawn(narrow, look="narrow")
-        yield Drawn(wide, look="broad")
+
+    def draw_map(id: str, broad: bool) -> str | None:
+        title, form = "Bits of weights by layer and module", WIDE if broad else NARROW
+        return draw_heat_map(grid, id, title, bounds=_BITS, write=lambda n: f"{n:g}", form=form)
+
+    yield from draw_twice(draw_map, "types")
     yield Note("", drawn=_BITS_NOTE)
     rows = tuple(
         (name, *(clean(own.get(module, ""), 40) for module in (*modules, *outside))) for name, own in types.items()

@@ -99,6 +99,8 @@ def write_perplexity(found: Perplexity | None) -> str:
 
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
     """Write one text as a sentence of the verdict on several models, each with its label."""
+    # A model that computes no numbers would be the lowest and the highest.
+    found = [each for each in found if math.isfinite(each[1].value.value)] or found
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
     place = f"On {clean(text, 60)}, where the original's perplexity is {write_perplexity(original)}"
     lowest, highest = write_perplexity(best[1]), write_perplexity(worst[1])

@@ -174,6 +174,8 @@ def test_the_verdict_sets_what_changed_beside_it() -> None:
     assert said.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
     said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
     assert said.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    said = compare_with_rounding([replace(figures, answer_changed=0.0, noise_floor=few)])
+    assert said == " Of its answers, 0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
     said = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
     assert said.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
     # A probe of 4,000 facts, of which rounding changes none of 200, outweighs one of 100.

@@ -192,6 +192,12 @@ def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     assert json.dumps(told, allow_nan=False)
 
 
+def test_a_card_of_texts_alone_explains_no_figures_of_facts() -> None:
+    card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
+    for page in (render_html(card), render_markdown(card)):
+        assert "What the figures mean" not in page
+
+
 def test_several_models_have_a_column_per_text() -> None:
     others = [answers(chunks(2), "b"), answers(chunks(3, shift=0.5), "c")]
     card = make_card(answers(chunks(1, kl=False), "a"), others)
@@ -206,6 +212,14 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
     assert "perplexity is " in said[0]
     assert said[0].endswith(f", b has {perplexity.value.value:.2f}.")
     assert said[1].endswith(f", each model has {perplexity.value.value:.2f}.")
+
+
+def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
+    perplexity = compute_perplexity(chunks(1))
+    broken, larger = (replace(perplexity, value=Measured(value, 0.0)) for value in (math.nan, 99.0))
+    said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
+    assert said.endswith(f", c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
+    assert write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2).endswith(", each model has -.")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

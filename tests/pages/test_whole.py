@@ -87,3 +87,11 @@ def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
     regions = [element.attributes for element in page.all() if element.attributes.get("role") == "region"]
     assert all(region["tabindex"] == "0" for region in regions)
     assert set(Counter(region["aria-label"] for region in regions).values()) <= {1}
+
+
+def test_no_line_ends_between_a_number_and_its_unit(page: Element) -> None:
+    # What is drawn has no lines that end, and what is to be copied stays as it is.
+    others = ("script", "pre", "title", "desc", "text")
+    elements = [element for element in page.one("body").all() if element.tag not in others]
+    texts = [child for element in elements for child in element.children if isinstance(child, str)]
+    assert [text for text in texts if re.search(r"\d (%|([kMG]B|dB|points)\b)", text)] == []

@@ -8,7 +8,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import count, share, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share, write_percent, write_size
 from compressknow.comparison.intervals import estimate_kept
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Counts, Estimate
@@ -16,7 +16,16 @@ from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
-from compressknow.pages.records import Card, Comparison, Decision, label_models, name_models, write_estimate
+from compressknow.pages.parts import write_prompt
+from compressknow.pages.records import (
+    Card,
+    Comparison,
+    Decision,
+    label_models,
+    name_models,
+    write_estimate,
+    write_range,
+)
 
 SUMMARY = "summary.md"
 _FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
@@ -154,7 +163,7 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
     _, kept = measure_kept(comparison, gate)
-    return f"{100 * (kept.low or 0.0):.1f} to {100 * (kept.high or 0.0):.1f} %"
+    return write_range(kept.low or 0.0, kept.high or 0.0)
 
 
 def _describe_share(gates: Iterable[Gate]) -> str:
@@ -224,7 +233,8 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
         for grade in worst
         if grade.counts.known_before
     ]
-    lost = single.lost[:_FACTS] if single and card.show_facts else ()
+    facts = single.lost[:_FACTS] if single and card.show_facts else ()
+    lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
     return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
 
 
@@ -258,9 +268,17 @@ def decide(
     standing = rank_models(of[0], of[1:], sizes)
     conclude = partial(Decision, standings=tuple(standing), within=within)
     labels = label_models(comparisons)
-    fitting = [i for i, n in enumerate(sizes) if n is not None and (within is None or n <= within) and i not in broken]
+    sound = {place: size for place, size in enumerate(sizes) if size is not None and place not in broken}
+    fitting = [place for place, size in sound.items() if within is None or size <= within]
+    if not sound:
+        return conclude(None, "None is recommended: no size is known of a model that computes numbers.")
     if not fitting:
-        return conclude(None, _write_none_fits(labels, sizes, within))
+        least, which = min(sound, key=sound.__getitem__), " that computes numbers" if broken else ""
+        return conclude(
+            None,
+            f"No model{which} has {write_size(within)} at most: none is recommended. "
+            f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
+        )
     at_most = f" of {write_size(within)} at most" if within is not None else ""
     rounding = find_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
@@ -294,17 +312,6 @@ def decide(
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)
-
-
-def _write_none_fits(labels: Sequence[str], sizes: Sequence[int | None], within: int | None) -> str:
-    known = [(n, label) for n, label in zip(sizes, labels, strict=True) if n is not None]
-    if within is None or not known:
-        return "None is recommended: no size is known of a model that computes numbers."
-    least, label = min(known)
-    return (
-        f"No model has {write_size(within)} at most: none is recommended. "
-        f"The smallest, {label}, has {write_size(least)}."
-    )
 
 
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from compressknow.pages.parts import (
     Sizes,
     Table,
     Terms,
+    draw_twice,
     get_headline_accuracy,
     list_identity,
     show_run,
@@ -200,8 +202,8 @@ def _make_method_section(card: Card) -> Shown:
     sentences = Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
     terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
     plain_terms = dict.fromkeys((clean(name, 80), "", clean(meaning, 1000)) for name, meaning in terms)
-    glossary = Folded("What the figures mean", (Terms(tuple(plain_terms)),))
-    return Shown("method", "Method and limits", (sentences, glossary), look="text")
+    glossary = (Folded("What the figures mean", (Terms(tuple(plain_terms)),)),) if plain_terms else ()
+    return Shown("method", "Method and limits", (sentences, *glossary), look="text")
 
 
 def _write_headline(comparison: Comparison) -> str:
@@ -287,10 +289,7 @@ def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Itera
     if by_setup:
         yield Charts(tuple(Drawn(chart) for chart in by_setup))
     for i, chart in enumerate(by_cost, start=1):
-        # Drawn twice: for a narrow screen, and for the width of the page.
-        for look in ("narrow", "broad"):
-            svg = draw_tradeoff(chart, f"{look}-cost-{i}", broad=look == "broad")
-            yield Drawn(svg, chart.title, look=look)
+        yield from draw_twice(partial(draw_tradeoff, chart), f"cost-{i}", chart.title)
     if by_cost:
         yield Note("", drawn=_COST_NOTE + (_ROUNDING_NOTE if mark else ""))
     yield _tabulate_overview(card, names)

@@ -343,7 +343,7 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
             alone = average_estimates(
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
             )
-            could_be_all |= changed <= (alone.high or 0.0) * facts
+            could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."

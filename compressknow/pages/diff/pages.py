@@ -34,9 +34,7 @@ from compressknow.pages.card.sections.figures import write_movement, write_pair,
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.parts import (
-    BLANK,
     NO_FACTS,
-    Drawn,
     Entries,
     Entry,
     Folded,
@@ -48,15 +46,17 @@ from compressknow.pages.parts import (
     Sizes,
     Table,
     draw_charts,
+    draw_twice,
     make_fact_parts,
     make_hash_entry,
     make_name_entry,
     make_rest_note,
     show_run,
     write_bare_p,
+    write_prompt,
 )
 from compressknow.pages.records import dump_comparison, write_estimate
-from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
+from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
 # A probe's figures with A as the original, and with B.
@@ -204,11 +204,16 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     grid = make_grid(difference)
     if grid is None:
         return
-    if charts and (drawn := draw_heat_map(grid, "heat", "Relative error by layer and module")):
-        yield Drawn(drawn, look="map")
+    title = "Relative error by layer and module"
+
+    def draw_map(id: str, broad: bool) -> str | None:
+        return draw_heat_map(grid, id, title, form=WIDE if broad else NARROW)
+
+    if charts and (drawn := tuple(draw_twice(draw_map, "heat"))):
+        yield from drawn
         yield Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
-    table = Table("Relative error by layer and module", ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
+    table = Table(title, ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
     yield Folded("The map as a table", (table,))
 
 
@@ -236,7 +241,7 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
     """Yield the facts that are answered differently, `shown` of them at once."""
     rows = tuple(
         (
-            clean(a.prompt.replace(BLANK, "___"), 300),
+            write_prompt(a.prompt),
             clean(a.gold),
             _write_best(a),
             _write_best(b),
@@ -363,7 +368,8 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
         table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1)
         left_out = len(changed) - len(rows)
         rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
-        yield Folded(f"{count(len(rows))} tensors that differ, those first that differ most", (table, *rest))
+        several = f"{count(len(rows))} tensors that differ, those first that differ most"
+        yield Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
 
 def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:

@@ -147,6 +147,10 @@ class TestForMachines:
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
         assert "<b>" not in summary
         assert "[x](http" not in summary
+        silent = make_card(
+            original, [replace(compressed, answers=tuple(replace(a, predicted="") for a in compressed.answers))]
+        )
+        assert "(Paris, now (nothing))" in render_job_summary(silent, (), strict=False)
         hidden = render_job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
         assert "Forgotten" not in hidden
 
@@ -236,3 +240,13 @@ class TestDecision:
         decision = make_card(known, [broken, sound]).decision
         assert decision is not None
         assert decision.place == 1
+
+    def test_a_model_that_computes_no_numbers_is_not_the_smallest_either(self) -> None:
+        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
+        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=5000))
+        decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
+        assert decision is not None
+        assert decision.reason == (
+            "No model that computes numbers has 2.0 kB at most: none is recommended. The smallest, sound, has 5.0 kB."
+        )

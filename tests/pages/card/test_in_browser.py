@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from playwright.sync_api import expect
 from compressknow.pages.card.pages import render_html
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.pages.hostile import TEXTS, hostile
-from tests.pages.in_browser import check_accessible, check_fits, overflow, scrolled, unfold
+from tests.pages.in_browser import check_accessible, check_fits, overflow, overlapping, scrolled, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -43,6 +44,22 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert overflow(page) <= 0
+
+
+_CUT_CAPTIONS = """
+() => [...document.querySelectorAll('.scroll caption')].filter((each) => {
+  const [box, region] = [each.getBoundingClientRect(), each.closest('.scroll').getBoundingClientRect()];
+  return box.width && box.right > region.right + 1;
+}).map((each) => each.textContent)
+"""
+
+
+def test_on_a_telephone_a_caption_is_whole_where_its_table_is_scrolled(page: Page, files: dict[str, Path]) -> None:
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(files["one"].as_uri())
+    unfold(page, 100)
+    assert scrolled(page)
+    assert page.evaluate(_CUT_CAPTIONS) == []
 
 
 def test_on_a_broad_screen_only_the_overview_of_many_columns_is_scrolled(page: Page, files: dict[str, Path]) -> None:
@@ -94,6 +111,35 @@ def test_table_sorts_by_a_click_and_says_so(page: Page, files: dict[str, Path]) 
         numbers = [float(text.split()[0]) for text in kept]
         assert numbers == sorted(numbers, reverse=reverse)
         assert table.locator("tbody th").first.inner_text() == "original"
+
+
+def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
+    card = card_of_several((20,))
+    sizes = (2_000_000, 999_000, 1_500_000_000)
+    comparisons = tuple(
+        replace(each, model=replace(each.model, bytes=size))
+        for each, size in zip(card.comparisons[:3], sizes, strict=True)
+    )
+    file = tmp_path / "sizes.html"
+    file.write_text(render_html(replace(card, comparisons=comparisons, decision=None)), encoding="utf-8")
+    page.goto(file.as_uri())
+    table = page.locator("table.sortable").first
+    table.get_by_role("button", name="Size").press("Enter")
+    cells = table.locator("tbody").last.locator("tr > td:nth-child(2)").all_inner_texts()
+    assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["1.50 GB", "2.0 MB", "999.0 kB"]
+
+
+def test_percents_below_bars_of_long_names_stand_apart(page: Page, tmp_path: Path) -> None:
+    card = card_of_several((20,))
+    named = tuple(
+        replace(each, model=replace(each.model, setup=f"Blocks_GQ int4 group_size {size}"))
+        for each, size in zip(card.comparisons[:3], (32, 64, 128), strict=True)
+    )
+    file = tmp_path / "named.html"
+    file.write_text(render_html(replace(card, comparisons=named, decision=None)), encoding="utf-8")
+    page.goto(file.as_uri())
+    assert page.locator("svg[id$=bars]").count() == 1
+    assert overlapping(page) == []
 
 
 def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> None:

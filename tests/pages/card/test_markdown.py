@@ -11,7 +11,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from compressknow.base.format import clean
+from compressknow.pages import pages
 from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.parts import Folded, Page, Shown
 from tests.pages.card.cards import card_of_one
 from tests.pages.card.test_html import CARDS
 from tests.pages.hostile import TEXTS, numbered
@@ -83,6 +85,18 @@ def test_facts_are_limited_and_the_rest_counted() -> None:
     text = render_markdown(card_of_one(lost=60, gained=3))
     assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
     assert "10 more are in the JSON of this report" in text
+
+
+def test_method_and_glossary_are_two_lists() -> None:
+    text = rendered(render_markdown(card_of_one()))
+    lists = [[item.text.strip() for item in each.all("li")] for each in text.all("ul")]
+    assert "What the figures mean:" in [paragraph.text for paragraph in text.all("p")]
+    (method,) = (each for each in lists if any("the intervals are Wilson's" in item for item in each))
+    assert not any(item.startswith("Majority baseline") for item in method)
+
+
+def test_a_fold_of_nothing_leaves_nothing() -> None:
+    assert pages.render_markdown(Page("Title", (Shown("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
 
 
 def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:

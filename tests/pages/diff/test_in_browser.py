@@ -39,6 +39,16 @@ def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> No
     assert overflow(page) <= 0
 
 
+def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 360, "height": 900})
+    page.goto(address)
+    (scale,) = page.evaluate(
+        "[...document.querySelectorAll('.heat')].filter((map) => map.checkVisibility())"
+        ".map((map) => map.getBoundingClientRect().width / map.viewBox.baseVal.width)"
+    )
+    assert 10 * scale > 8  # pixels of a letter
+
+
 def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:
     page.goto(address)
     colours = []
@@ -46,3 +56,13 @@ def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> N
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         colours.append(page.evaluate("getComputedStyle(document.querySelector('.heat rect.f-c1')).fill"))
     assert colours[0] != colours[1]
+
+
+def test_layers_sort_by_their_numbers(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "deep.html"
+    file.write_text(render_comparison_html(comparison_of(facts=False, layers=12)), encoding="utf-8")
+    page.goto(file.as_uri())
+    table = page.locator("section[aria-labelledby=compare-layers] table")
+    table.get_by_role("button", name="Layer").press("Enter")
+    layers = [f"{stack} {number}" for stack in ("decoder", "encoder") for number in range(12)]
+    assert table.locator("tbody th").all_inner_texts() == layers

@@ -181,7 +181,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     page = read(html)
     assert page.shape == harmless
     assert clean(text, 60)[:30] in page.one("main").text
-    assert [c for c in html if not c.isprintable() and c != "\n"] == []
+    assert [c for c in html if not c.isprintable() and c not in "\n\N{NO-BREAK SPACE}"] == []
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
@@ -233,3 +233,12 @@ def test_many_tensors_are_cut_and_counted() -> None:
     page = read(render_comparison_html(comparison_of(facts=False, layers=200)))
     assert len(rows_of(page, "Tensors that differ")) == 1 + 500
     assert "300 more are in the JSON of this comparison" in page.text
+
+
+def test_one_tensor_that_differs_is_singular() -> None:
+    made = comparison_of(facts=False)
+    assert made.difference is not None
+    first, *others = sorted(made.difference.tensors, key=lambda tensor: tensor.same_bytes)
+    tensors = (first, *(replace(tensor, same_bytes=True) for tensor in others))
+    page = read(render_comparison_html(replace(made, difference=replace(made.difference, tensors=tensors))))
+    assert "1 tensor that differs" in [summary.text for summary in page.all("summary")]

@@ -17,7 +17,6 @@ from compressknow.pages import drawing
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.drawing import to_percents
 from compressknow.pages.parts import (
-    BLANK,
     Beside,
     Chart,
     Charts,
@@ -25,8 +24,10 @@ from compressknow.pages.parts import (
     Note,
     Part,
     Table,
+    count_more,
     make_fact_parts,
     make_groups_table,
+    write_prompt,
 )
 from compressknow.pages.records import write_estimate, write_range
 from compressknow.pages.texts import list_text_warnings, make_text_parts
@@ -60,7 +61,7 @@ class Lost(Section):
             ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
             rows.append(
                 (
-                    clean(fact.prompt.replace(BLANK, "___"), 300),
+                    write_prompt(fact.prompt),
                     clean(fact.gold),
                     answer(fact.before),
                     answer(fact.after),
@@ -105,7 +106,7 @@ class Relations(Section):
         for probe in probes:
             caption, groups = f"{clean(probe.probe, 60)} by relation", probe.by_relation
             if limit is not None and len(groups) > limit:
-                caption += f", largest losses first; {count(len(groups) - limit)} more are in the JSON"
+                caption += f", largest losses first; {count_more(len(groups) - limit)} in the JSON"
                 groups = tuple(sorted(groups, key=lambda group: -group.counts.lost)[:limit])
             yield make_groups_table(groups, "Relation", caption)
         if probes:
