@@ -90,20 +90,24 @@ class Bound:
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits, which
-    have the p-value `p_holm` together.
+    have the p-value `p_holm` together. It does not hold without what is `missing`: the cell that would contradict it
+    first.
     """
 
     comparisons: tuple[CellComparison, ...] = ()
     parts: tuple[str, ...] = ("",)
     bounds: tuple[Bound, ...] = ()
+    missing: str = ""
     p_holm: float | None = None
 
     @property
     def answer(self) -> str:
         if self.bounds:
-            clear = self.p_holm is not None and self.p_holm < SIGNIFICANT
-            below = HOLDS if all(bound.is_below for bound in self.bounds) else DOES_NOT_HOLD
-            return below if clear else CANNOT_TELL
+            if self.p_holm is None or self.p_holm >= SIGNIFICANT:
+                return CANNOT_TELL
+            if not all(bound.is_below for bound in self.bounds):
+                return DOES_NOT_HOLD
+            return CANNOT_TELL if self.missing else HOLDS
         return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
 
 
