@@ -502,6 +502,13 @@ def test_what_must_be_is(llama: Place) -> None:
     assert {kind for name, kind in chosen.items() if "layers.0.mlp" in name} == {"int4/64"}
 
 
+def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama: Place) -> None:
+    assert llama.search("pinned", "--size", "200kB", "--must", "blocks=int8-weights") == 0
+    winner = llama.found("pinned")["winner"]
+    assert set(winner["types"].values()) == {"int8-weights"}
+    assert winner["bytes"] < 150_000
+
+
 @pytest.mark.parametrize(
     ("options", "says", "code"),
     [
@@ -514,6 +521,7 @@ def test_what_must_be_is(llama: Place) -> None:
         (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
+        (["--keep", "0.9", "--must", "blocks=none"], "No weight of the blocks may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
         (["--size", "some"], "that is no size", 2),
