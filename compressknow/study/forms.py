@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
 # What files of llama.cpp's need.
 NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
+# What to do where weights of a checkpoint cannot be quantized.
+_OTHERWISE = "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
 # A weight that stays as it is.
 NONE = "none"
 # Of a tensor in a header of safetensors, beside its name; each that is quantized becomes three.
@@ -284,7 +286,10 @@ class CheckpointForm(Form):
             raise UsageError("No weight of the blocks may be rounded: there is no type to choose.", hint=PIN_LESS)
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
-        maker.plan(self._build_recipe(self.choose(self.floor).types))
+        try:
+            maker.plan(self._build_recipe(self.choose(self.floor).types))
+        except UnsupportedError as error:
+            raise UnsupportedError(error.what, error.why, _OTHERWISE) from None
 
     def _takes_several(self) -> bool:
         """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""

@@ -38,7 +38,7 @@ from tests.evaluate.layouts import open_probe
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
-from tests.models import put_into_hub_cache
+from tests.models import put_into_hub_cache, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -500,6 +500,17 @@ def test_what_must_be_is(llama: Place) -> None:
     chosen = llama.found("must")["winner"]["types"]
     assert {kind for name, kind in chosen.items() if "self_attn" in name} == {"none"}
     assert {kind for name, kind in chosen.items() if "layers.0.mlp" in name} == {"int4/64"}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_a_checkpoint_that_cannot_be_quantized_is_told_what_else_there_is(
+    name: str, tmp_path: Path, llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["search", str(save_tiny(name, tmp_path / name)), "-o", str(tmp_path / "found"), "--to", "checkpoint"]
+    assert main([*words, "--keep", "0.9", "-p", llama.probe]) == 1
+    said = capsys.readouterr().err
+    assert "Search for a GGUF file (--to gguf)" in said
+    assert "Prune" not in said
 
 
 def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama: Place) -> None:
