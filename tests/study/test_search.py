@@ -53,7 +53,7 @@ Z = 2.9352
 def _few_facts_guide() -> Iterator[None]:
     """A third of the facts that small models know is fewer than tell weights apart elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressknow.study.guides.FEWEST", 16)
+        patch.setattr("compressknow.study.sensitivity.FEWEST", 16)
         yield
 
 
@@ -458,13 +458,13 @@ def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
 def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     llama: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.study.guides.FEWEST", 30)
+    monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 30)
     assert llama.search("few", "--size", "120kB") == 2
     said = capsys.readouterr().err
-    assert "llama knows 22 of 22 facts, and 30 are needed to guide." in said
+    assert "22 facts are left to search with, and 30 are needed to guide." in said
     assert "A third of all facts guides a search; the others are held out." in said
-    # Before anything else is evaluated.
-    assert not {".parts", "grading"} & {each.name for each in (llama.folder / "few").iterdir()}
+    # Before anything is evaluated.
+    assert not (llama.folder / "few").exists()
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
     assert llama.found("few")["by"] == "text, rounded by GPTQ"
 
