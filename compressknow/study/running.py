@@ -143,9 +143,11 @@ def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Ge
         (ready, *_), _ = ray.wait(list(pending), num_returns=1)
         cell, probe = pending.pop(ready)
         try:
-            _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
+            files = ray.get(ready)
         except Exception as error:
             failed.setdefault(cell, getattr(error, "cause", None) or error)
+        else:
+            _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), files)
         left[cell] -= 1
         if not left[cell]:
             yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
@@ -203,7 +205,6 @@ def _open_model(model: str, settings: Settings, revision: str | None) -> StudyMo
 
 def _store(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the answers first: without its record a folder counts as not there."""
-    folder.mkdir(parents=True, exist_ok=True)
     # An old record would not be of the new answers.
     (folder / RECORD).unlink(missing_ok=True)
     for name, content in sorted(files.items(), key=lambda file: file[0] == RECORD):
