@@ -81,8 +81,8 @@ def sweep(
     save : write each converted checkpoint too, under ``models/``.
     ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
     command : the command line to show.
-    on_progress : called with each `compressknow.Progress`: as a cell is made, and as it is evaluated; ``"bar"`` shows
-        bars.
+    on_progress : called with each `compressknow.Progress`: as a cell is made, and as it is evaluated, or on a cluster
+        as answers to the facts of all cells come in; ``"bar"`` shows bars.
     on_result : called with the result of each cell as it comes.
 
     Returns

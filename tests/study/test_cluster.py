@@ -9,6 +9,7 @@ import pytest
 
 import compressknow
 from compressknow.base.errors import OutputError
+from compressknow.base.progress import Progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
@@ -34,6 +35,7 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text(GRID, encoding="utf-8")
     killed: list[int] = []
+    told: list[Progress] = []
 
     def kill_one(result: CellResult) -> None:
         assert result.answers is not None, result.why
@@ -42,9 +44,18 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
             busy[0].kill()
 
     compressknow.sweep(
-        model, tmp_path / "ray", grid=grid, probe=[probe], ray=RayOptions("local", num_cpus=1), on_result=kill_one
+        model,
+        tmp_path / "ray",
+        grid=grid,
+        probe=[probe],
+        ray=RayOptions("local", num_cpus=1),
+        on_result=kill_one,
+        on_progress=told.append,
     )
     assert killed
+    answered = [each.done for each in told if each.stage.model == "8 cells on Ray" and each.total == 8 * 64]
+    assert answered == sorted(answered)
+    assert {*answered} == {64 * number for number in range(8)}
     compressknow.sweep(model, tmp_path / "here", grid=grid, probe=[probe])
     for name in ("cells.csv", "cells.parquet"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
