@@ -85,11 +85,10 @@ class Cell:
 
     @property
     def pruning(self) -> str | None:
-        """Return the pruning method with its unusual parameters, but for the seed, such as ``wanda pattern 2:4``."""
+        """Return the pruning method with its unusual parameters, such as ``wanda pattern 2:4``."""
         if (step := self.prune) is None:
             return None
-        further = [f"{name} {value}" for name, value in step.chosen.changed().items() if name != "seed"]
-        return " ".join([step.method, *further])
+        return " ".join([step.method, *(f"{name} {value}" for name, value in step.chosen.changed().items())])
 
     @property
     def quantization(self) -> str | None:
