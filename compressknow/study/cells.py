@@ -37,6 +37,7 @@ from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.parts import get_headline_accuracy
+from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study.grid import Cell
 
@@ -72,51 +73,49 @@ class CellResult:
         """Return the same by fact, in this reading of known, beside the original's answers so graded."""
         return replace(self, original=original, answers=None if self.answers is None else grade(self.answers, known))
 
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """Return the comparison of the answers with the original's, if there are any."""
+        return None if self.answers is None else compare(self.original, self.answers, show_facts=False)
+
     @property
     def kept(self) -> Estimate:
         """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
-        return Estimate(None) if self.answers is None else compare(self.original, self.answers, show_facts=False).kept
+        return Estimate(None) if self.comparison is None else self.comparison.kept
 
 
 def build_study(
     original: Answers, results: Sequence[CellResult], *, known: str = RECOGNIZED, command: str | None = None
 ) -> Study:
     """Return the records of a study, in the order of its grid, of answers that are graded so."""
-    answered = [(result.cell, result.answers) for result in results if result.answers is not None]
-    has_texts = len({cell.recipe.calibration for cell, _ in answered} - {None}) > 1
-    cells = tuple(_build_cell(original, cell, answers, has_texts=has_texts) for cell, answers in answered)
+    has_texts = len({each.cell.recipe.calibration for each in results if each.answers is not None} - {None}) > 1
+    cells: list[StudyCell] = []
     lacking: dict[bool, list[FailedCell]] = {True: [], False: []}
     for result in results:
-        if result.answers is None:
-            described = _describe_cell(result.cell, has_texts=has_texts)
+        described = _describe_cell(result.cell, has_texts=has_texts)
+        if result.answers is None or result.comparison is None:
             lacking[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
+            continue
+        right = {(answer.probe, answer.fact_id): answer.correct for answer in result.answers.answers}
+        correct = {
+            probe: tuple(right[probe, answer.fact_id] for answer in original.of(probe))
+            for probe in result.answers.probes
+            if probe not in result.answers.texts
+        }
+        plain, comparison = result.cell.plain, result.comparison
+        cells.append(StudyCell(**described, plain=plain, comparison=comparison, correct=correct))
     comparisons = [cell.comparison for cell in cells]
     figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
     return Study(
         original=read_model_facts(original.record.model),
         probes=tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures),
-        cells=cells,
+        cells=tuple(cells),
         failed=tuple(lacking[False]),
         refused=tuple(lacking[True]),
         versions=dict(original.record.versions),
         command=command,
         method=describe_method(original, comparisons),
         known=known,
-    )
-
-
-def _build_cell(original: Answers, cell: Cell, answers: Answers, *, has_texts: bool) -> StudyCell:
-    """Return a cell's record, all figures included."""
-    right = {(answer.probe, answer.fact_id): answer.correct for answer in answers.answers}
-    return StudyCell(
-        **_describe_cell(cell, has_texts=has_texts),
-        plain=cell.plain,
-        comparison=compare(original, answers, show_facts=False),
-        correct={
-            probe: tuple(right[probe, answer.fact_id] for answer in original.of(probe))
-            for probe in answers.probes
-            if probe not in answers.texts
-        },
     )
 
 
