@@ -102,8 +102,8 @@ def build_study(
             for probe in result.answers.probes
             if probe not in result.answers.texts
         }
-        plain, comparison = result.cell.plain, result.comparison
-        cells.append(StudyCell(**described, plain=plain, comparison=comparison, correct=correct))
+        plain = result.cell.plain and result.cell.recipe.module_map == results[0].cell.recipe.module_map
+        cells.append(StudyCell(**described, plain=plain, comparison=result.comparison, correct=correct))
     comparisons = [cell.comparison for cell in cells]
     figures = {probe.probe: probe for each in reversed(comparisons) for probe in each.probes}
     return Study(

@@ -135,6 +135,17 @@ def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> No
     assert result.kept.low < estimate_proportion(160, 200).low - 0.1
 
 
+def test_of_several_module_maps_figures_and_findings_go_by_the_first() -> None:
+    counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
+    original, after = run([[answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts)
+    maps = ("structural", "paper", "structural")
+    results = [
+        CellResult(Cell(f"cell-{amount}", Recipe((Prune(amount),), module_map=of)), original, after)
+        for amount, of in zip((0.2, 0.2, 0.4), maps, strict=True)
+    ]
+    assert [cell.plain for cell in build_study(original, results).cells] == [True, False, True]
+
+
 def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
     study = swept.folder / "study"
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
