@@ -187,7 +187,7 @@ class TestProbe:
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", *given]) == 0
         study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
         assert list(study["probes"]) == ["almanac:capital", "almanac:language"]
-        monkeypatch.setattr("compressknow.study.guides.FEWEST", 8)
+        monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 8)
         text = ["--calibration", "text.txt", "--calibration-tokens", "128", "--to", "checkpoint"]
         Path("text.txt").write_text("The capital of Avaland is New Alba. " * 40, encoding="utf-8")
         assert main(["search", "model", "-o", "found", "--keep", "0.3", *text, *given]) == 0

@@ -15,7 +15,7 @@ from typing import Unpack
 from compressknow.api.words import Words, build_records, list_rules, verb
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
-from compressknow.base.format import parse_size
+from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, begin_stages, resolve_progress
 from compressknow.comparison.records import Estimate
@@ -48,7 +48,7 @@ from compressknow.study.search import (
     remove,
     split_facts,
 )
-from compressknow.study.sensitivity import FIT_TOKENS, Guide
+from compressknow.study.sensitivity import FIT_TOKENS, Guide, can_guide
 
 # Files that are made for a search lie where what a stopped run keeps for itself does.
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
@@ -142,6 +142,9 @@ def search(
     check_has_facts(opened, "A search")
     texts = [each for each in opened if isinstance(each, RunningText)]
     parts = [split_facts(each, seed) for each in opened if not isinstance(each, RunningText)]
+    guided_by = [part.search for part in parts]
+    number = sum(len(probe.facts) for probe in guided_by)
+    can_guide(number, f"{count(number)} facts are left to search with", guide, is_search=True)
 
     begin = begin_stages(listener, model)
     with (
@@ -161,7 +164,6 @@ def search(
             selected_by = [part.selection for part in parts]
             selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
             selection.check_enough_known(keep)
-        guided_by = [part.search for part in parts]
         guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
         # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
         from compressknow.study.guides import measure_guides

@@ -27,6 +27,7 @@ STEPS = 1 << 15
 # Tensors that a message about the smallest file names.
 _NAMED = 3
 _MOST_BITS = 16
+PIN_LESS = "Take back a --must."
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
@@ -97,7 +98,7 @@ def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> Opti
             if all(kind in options for options in own)
         }
         if not joined[name]:
-            raise UsageError(f"{name} must be of one type, and have none in common.", hint="Take back a --must.")
+            raise UsageError(f"{name} must be of one type, and have none in common.", hint=PIN_LESS)
     return joined
 
 

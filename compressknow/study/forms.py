@@ -23,9 +23,10 @@ from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding
 from compressknow.gguf.converter import find_converter, read_version
-from compressknow.gguf.tensors import Tensors, measure_overhead, read_tensors
+from compressknow.gguf.tensors import Tensors, align, measure_overhead, read_tensors
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
+    PIN_LESS,
     Allocation,
     Option,
     OptionTable,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
 # What files of llama.cpp's need.
 NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
+# What to do where weights of a checkpoint cannot be quantized.
+_OTHERWISE = "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
 # A weight that stays as it is.
 NONE = "none"
 # Of a tensor in a header of safetensors, beside its name; each that is quantized becomes three.
@@ -106,10 +109,10 @@ class Form(ABC):
     guidance: Guidance  # as the texts, what `learn` was given
     texts: tuple[Batches, ...]
 
-    def __init__(self, table: OptionTable, overhead: int, numel: Mapping[str, int]) -> None:
+    def __init__(self, table: OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
         """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
-        file beside these; and how many parameters each weight has."""
-        self.table, self.overhead, self.numel = table, overhead, numel
+        file beside these, and of one with all weights as they are; and how many parameters each weight has."""
+        self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
         self._chosen: dict[int, Allocation] = {}
 
     @property
@@ -137,7 +140,7 @@ class Form(ABC):
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        check_below_whole(budget, self.overhead + max(sum(own[-1] for own in sizes) for sizes in self._sizes))
+        check_below_whole(budget, self.whole)
         self.choose(budget)
 
     def choose(self, budget: int) -> Allocation:
@@ -197,7 +200,8 @@ class GgufForm(Form):
         self._job, self._tensors, self._target = job, tensors, target
         self.label = f"{name_guide(target.guide)}, rounded by {'GPTQ' if target.rounding == 'gptq' else 'llama.cpp'}"
         table = self.predict_losses(None)
-        super().__init__(table, overhead, {name: tensors.tensors[name].numel for name in table})
+        whole = overhead + sum(align(tensors.tensors[name].nbytes) for name in table)
+        super().__init__(table, overhead, whole, {name: tensors.tensors[name].numel for name in table})
 
     def predict_losses(self, sensitivity: Sensitivity | None) -> OptionTable:
         return build_table(sensitivity, self._tensors, self._target)
@@ -271,14 +275,21 @@ class CheckpointForm(Form):
                 table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         self._options = pin_types(table, _resolve_modules(self._weights, request.must), rows)
         self._units = _list_units(self._weights)
+        whole = sum(each.nbytes for each in stored) + header
         super().__init__(
             join_options(self._options, self._units),
-            sum(each.nbytes for each in stored) - sum(exact.values()) + header,
+            whole - sum(exact.values()),
+            whole,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
         )
+        if all(set(options) == {NONE} for options in self.table.values()):
+            raise UsageError("No weight of the blocks may be rounded: there is no type to choose.", hint=PIN_LESS)
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
-        maker.plan(self._build_recipe(self.choose(self.floor).types))
+        try:
+            maker.plan(self._build_recipe(self.choose(self.floor).types))
+        except UnsupportedError as error:
+            raise UnsupportedError(error.what, error.why, _OTHERWISE) from None
 
     def _takes_several(self) -> bool:
         """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""

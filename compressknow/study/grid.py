@@ -41,6 +41,7 @@ PRUNED, ROUNDED, CALIBRATED = (
     tuple(each.key for each in list_options(part) if each.key not in STEPS) for part in (Prune, Quantize, Calibration)
 )
 LOOKS = "Add a method such as wanda, rounding gptq, or smooth."
+DRAWS = "Add a method such as random-unstructured or wanda, or rounding gptq."
 FORMAT = """A grid file has an [axes] table of lists, and [[cells]] named one by one:
 
 [axes]
@@ -84,11 +85,10 @@ class Cell:
 
     @property
     def pruning(self) -> str | None:
-        """Return the pruning method with its unusual parameters, but for the seed, such as ``wanda pattern 2:4``."""
+        """Return the pruning method with its unusual parameters, such as ``wanda pattern 2:4``."""
         if (step := self.prune) is None:
             return None
-        further = [f"{name} {value}" for name, value in step.chosen.changed().items() if name != "seed"]
-        return " ".join([step.method, *further])
+        return " ".join([step.method, *(f"{name} {value}" for name, value in step.chosen.changed().items())])
 
     @property
     def quantization(self) -> str | None:
@@ -267,7 +267,7 @@ def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], pa
         (PRUNED, prunes, "pruning, but no cell prunes", "Add the axis prune."),
         (ROUNDED, quantizes, "quantization, but no cell quantizes", "Add the axis quantize."),
         (CALIBRATED, calibrated, "methods that look at activations, but no cell has one", LOOKS),
-        (("seed",), prunes or calibrated, "pruning, but no cell prunes", "Add the axis prune."),
+        (("seed",), any(map(_is_seeded, points)), "what is drawn or calibrated, but no cell is", DRAWS),
     ):
         if idle := [name for name in names if name in axes and not does]:
             raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
@@ -285,7 +285,9 @@ def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
     idle |= {"smooth"} if scheme and scheme.rounds != "token" else set()
     idle |= set() if _is_given(point.get("quantize")) else set(ROUNDED)
     left = {name: value for name, value in point.items() if name not in idle}
-    return left if _is_calibrated(left) else {name: left[name] for name in left if name not in CALIBRATED}
+    idle = set() if _is_calibrated(left) else set(CALIBRATED)
+    idle |= set() if _is_seeded(left) else {"seed"}
+    return {name: value for name, value in left.items() if name not in idle}
 
 
 def _is_calibrated(point: Mapping[str, Any]) -> bool:
@@ -293,6 +295,12 @@ def _is_calibrated(point: Mapping[str, Any]) -> bool:
     method = point.get("method", METHODS.first)
     prunes = method in METHODS and METHODS[method].needs in ("norms", "products") and _is_given(point.get("prune"))
     return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
+
+
+def _is_seeded(point: Mapping[str, Any]) -> bool:
+    """Return whether a seed decides anything of what a point says."""
+    draws = _is_given(point.get("prune")) and "seed" in _get_parameters(point.get("method", METHODS.first))
+    return draws or _is_calibrated(point)
 
 
 def _get_parameters(name: Any) -> set[str]:
@@ -323,7 +331,7 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
     for keys, does, what, hint in (
         (ROUNDED, quantizes, "quantization, and it does not quantize", "Add quantize."),
         (PRUNED, prunes, "pruning, and it does not prune", "Add prune."),
-        (("seed",), prunes or _is_calibrated(point), "pruning, and it does not prune", "Add prune."),
+        (("seed",), _is_seeded(point), "what is drawn or calibrated, and it is neither", DRAWS),
     ):
         if idle := [key for key in keys if _is_given(point.get(key)) and not does]:
             raise UsageError(f"{where}: {idle[0]} applies to {what}.", hint=hint)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.errors import UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
 from compressknow.compress.calibrate.backward import Batch
@@ -47,10 +47,17 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
-from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, read_sensitivity, write_sensitivity
+from compressknow.study.sensitivity import (
+    Guidance,
+    Guide,
+    Sensitivity,
+    can_guide,
+    read_sensitivity,
+    write_sensitivity,
+)
 
-# Facts that guide, and the fewest that tell one weight from another.
-FACTS, FEWEST = 200, 30
+# Facts that guide, at most.
+FACTS = 200
 # Of four facts that are evaluated, a small model may know two: so many, that there are enough.
 ASKED = 400
 # Of the probability of a fact's five best candidates, the share that those which guide have: KL hardly looks at others.
@@ -92,14 +99,8 @@ def measure_guides(
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     known = select_known_facts(answers, probes)
-    if (number := sum(len(probe.facts) for probe in known)) < FEWEST:
-        if guide != "text":
-            raise UsageError(
-                f"{model.name} knows {number} of {sum(len(probe.facts) for probe in probes)} facts, and {FEWEST} are "
-                "needed to guide.",
-                why="A third of all facts guides a search; the others are held out." if is_search else None,
-                hint="Give more or other --facts, or --guide text.",
-            )
+    number, given = (sum(len(probe.facts) for probe in each) for each in (known, probes))
+    if not can_guide(number, f"{model.name} knows {number} of {given} facts", guide, is_search=is_search):
         known = []
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trusted)

@@ -15,11 +15,13 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError
 from compressknow.base.files import write_whole
-from compressknow.base.progress import Listener, relabel_progress
+from compressknow.base.format import count
+from compressknow.base.progress import Listener, Pace, Stage, begin_stages, relabel_progress, report_progress
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import RECORD, Answers
+from compressknow.evaluate.run import count_facts
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
 from compressknow.study.cells import CellResult, StudyModel, name_folder
@@ -70,7 +72,7 @@ def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterato
         return
     cluster = _start_ray(ray)
     try:
-        yield partial(_run_on_ray, cluster, ray)
+        yield partial(_run_on_ray, cluster, ray, on_progress)
     finally:
         cluster.shutdown()
 
@@ -105,13 +107,14 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _run_on_ray(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResult]:
+def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch: Batch) -> Generator[CellResult]:
     model, maker = batch.study_model.original, batch.study_model.maker
     # A hub id is downloaded by the worker; a folder must be on storage that it shares.
     source, revision = batch.study_model.source
     original = (source if isinstance(source, str) else str(source.resolve()), revision, model.sha256, model.settings)
     shared = {probe.name: (ray.put(probe), ray.put(batch.original.only([probe.name]))) for probe in batch.probes}
     run = ray.remote(num_cpus=where.num_cpus, num_gpus=where.num_gpus, max_retries=LOST_WORKERS)(_run)
+    begin = begin_stages(on_progress, model.located.name)
     texts: dict[Calibration | None, Any] = {None: None}
 
     def share_text(recipe: Recipe) -> Any:
@@ -119,36 +122,49 @@ def _run_on_ray(ray: Any, where: RayOptions, batch: Batch) -> Generator[CellResu
         the worker says why, and its cell alone fails."""
         if recipe.calibration not in texts:
             try:
-                texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe)))
+                texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe), begin))
             except CompressknowError:
                 return None
         return texts[recipe.calibration]
 
-    pending: dict[Any, tuple[Cell, str]] = {}
+    pending: dict[Any, tuple[Cell, Opened]] = {}
     for cell in batch.cells:
         for probe in batch.probes:
             if not batch.study_model.is_answered(cell, probe, batch.folder, batch.original):
                 threads = max(1, round(where.num_cpus))
                 job = run.remote(original, threads, cell, *shared[probe.name], share_text(cell.recipe))
-                pending[job] = (cell, probe.name)
-    yield from _collect(ray, batch, pending)
+                pending[job] = (cell, probe)
+    yield from _collect(ray, batch, pending, on_progress)
 
 
-def _collect(ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, str]]) -> Generator[CellResult]:
-    """Yield a cell's result once all of its probes are answered."""
+def _collect(
+    ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
+) -> Generator[CellResult]:
+    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which begins
+    anew after each result."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
     yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
+    total = count_facts([probe for _, probe in pending.values()])
+    stage = Stage("evaluate", f"{count(len(left))} cells on Ray", ", ".join(probe.name for probe in batch.probes))
+    pace = Pace(total)
     while pending:
-        (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-        cell, probe = pending.pop(ready)
-        try:
-            _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe), ray.get(ready))
-        except Exception as error:
-            failed.setdefault(cell, getattr(error, "cause", None) or error)
-        left[cell] -= 1
-        if not left[cell]:
-            yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
+        cell = None
+        with report_progress(on_progress, stage) as advance:
+            while cell is None or left[cell]:
+                if advance and total:
+                    advance(total - count_facts([probe for _, probe in pending.values()]), total, pace.left)
+                (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+                cell, probe = pending.pop(ready)
+                try:
+                    files = ray.get(ready)
+                except Exception as error:
+                    failed.setdefault(cell, getattr(error, "cause", None) or error)
+                else:
+                    _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe.name), files)
+                pace.add(count_facts([probe]))
+                left[cell] -= 1
+        yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
 
 
 def _start_ray(where: RayOptions) -> Any:
@@ -203,7 +219,6 @@ def _open_model(model: str, settings: Settings, revision: str | None) -> StudyMo
 
 def _store(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the answers first: without its record a folder counts as not there."""
-    folder.mkdir(parents=True, exist_ok=True)
     # An old record would not be of the new answers.
     (folder / RECORD).unlink(missing_ok=True)
     for name, content in sorted(files.items(), key=lambda file: file[0] == RECORD):

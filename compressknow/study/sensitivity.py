@@ -25,6 +25,8 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 2
+# The fewest facts that tell one weight from another.
+FEWEST = 30
 # Tokens of the text that guides, unless more are asked for.
 FIT_TOKENS = 8_192
 # What weights are compared by: of each the first that its rows fit.
@@ -194,6 +196,18 @@ def check_guide(guide: str) -> None:
     """Raise UsageError for what guides nothing."""
     if guide not in GUIDES:
         raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"Choose from {', '.join(GUIDES)}.")
+
+
+def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
+    """Return whether so many facts tell one weight from another. Raises UsageError where facts are to guide, and these,
+    by what `facts` says of them, are too few."""
+    if number < FEWEST and guide != "text":
+        raise UsageError(
+            f"{facts}, and {FEWEST} are needed to guide.",
+            why="A third of all facts guides a search; the others are held out." if is_search else None,
+            hint="Give more or other --facts, or --guide text.",
+        )
+    return number >= FEWEST
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:

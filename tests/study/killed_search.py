@@ -100,13 +100,13 @@ def main(form: str, model: str, facts: str, folder: str, *seeds: str) -> None:
     import transformers
 
     from compressknow.gguf import children
-    from compressknow.study import guides
+    from compressknow.study import sensitivity
     from tests import forks
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer
     # A third of the facts that a small model knows.
-    guides.FEWEST = 16
+    sensitivity.FEWEST = 16
     children.Popen = forks.popen
     searching = partial(searched, form, Path(model), Path(facts))
     start = time.monotonic()

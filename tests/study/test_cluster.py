@@ -1,4 +1,4 @@
-"""A study on a Ray cluster of two workers, one of which is killed midway, gives the table of a run on this machine."""
+"""A study on a Ray cluster gives the table of a run on this machine, also where a worker is killed midway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.study.cells import CellResult
+from compressknow.base.errors import OutputError
+from compressknow.base.progress import Progress
+from compressknow.engine.identity import locate
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from compressknow.study.cells import CellResult, claim
 from compressknow.study.running import RayOptions
 from tests.knowing import facts_file, knowing
 from tests.long import long
@@ -30,6 +35,7 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text(GRID, encoding="utf-8")
     killed: list[int] = []
+    told: list[Progress] = []
 
     def kill_one(result: CellResult) -> None:
         assert result.answers is not None, result.why
@@ -38,9 +44,32 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
             busy[0].kill()
 
     compressknow.sweep(
-        model, tmp_path / "ray", grid=grid, probe=[probe], ray=RayOptions("local", num_cpus=1), on_result=kill_one
+        model,
+        tmp_path / "ray",
+        grid=grid,
+        probe=[probe],
+        ray=RayOptions("local", num_cpus=1),
+        on_result=kill_one,
+        on_progress=told.append,
     )
     assert killed
+    answered = [each.done for each in told if each.stage.model == "8 cells on Ray" and each.total == 8 * 64]
+    assert answered == sorted(answered)
+    assert {*answered} == {64 * number for number in range(8)}
     compressknow.sweep(model, tmp_path / "here", grid=grid, probe=[probe])
     for name in ("cells.csv", "cells.parquet"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+@long
+def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path) -> None:
+    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    (tmp_path / "grid.toml").write_text(GRID, encoding="utf-8")
+    study, results = tmp_path / "study", []
+    with claim(study, ModelHandle(locate(model), Settings())):
+        (study / "cells").symlink_to(tmp_path / "gone")
+    with pytest.raises(OutputError, match="cells"):
+        compressknow.sweep(
+            model, study, grid=tmp_path / "grid.toml", probe=probe, ray=RayOptions("local"), on_result=results.append
+        )
+    assert results == []

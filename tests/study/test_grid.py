@@ -157,11 +157,12 @@ def test_the_first_layer_is_a_layer_and_the_seed_of_a_calibrated_cell_is_its_own
 
 
 def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
-    axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured"]\n'
+    axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured", "l1-unstructured"]\n'
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
     cells = grid(tmp_path / "grid.toml", axes + named)
     assert [cell.key for cell in cells] == [
         "blocks-gp-random-unstructured-50",
+        "blocks-gp-50",  # of which no seed decides anything
         "blocks-gp-random-unstructured-50-2",
         "a",
         "a-2",
@@ -264,7 +265,8 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[axes\n", "cannot be read"),
         ('[axes]\nprune = [0.5]\nrounding = ["gptq"]', "rounding applies to quantization, but no cell quantizes"),
         ('[axes]\nprune = [0.5]\ncalibration = ["self"]', "calibration applies to methods that look at activations"),
-        ('[axes]\nquantize = ["int8"]\nseed = [1]', "seed applies to pruning"),
+        ('[axes]\nquantize = ["int8"]\nseed = [1]', "seed applies to what is drawn"),
+        ("[axes]\nprune = [0.5]\nseed = [1, 2]", "seed applies to what is drawn"),
         ('[axes]\nprune = [0.3]\npattern = ["2:4"]', "prunes 0.5 of the weights, not 0.3"),
         ('[axes]\nquantize = ["int4"]\nrounding = ["up"]', "Unknown rounding 'up'"),
         ('[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration = [{txt = "self"}]', "calibration: unknown key 'txt'"),
@@ -279,7 +281,8 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[[cells]]\nprune = 0.5\nscope = []", "No scope is given"),
         ('[[cells]]\nquantize = "int8"\nmethod = "wanda"', "method applies to pruning, and it does not prune"),
         ('[[cells]]\nquantize = "int8"\nprune = 0\nmethod = "wanda"', "method applies to pruning"),
-        ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to pruning"),
+        ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to what is drawn"),
+        ("[[cells]]\nprune = 0.5\nseed = 3", "seed applies to what is drawn"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:

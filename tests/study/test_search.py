@@ -38,7 +38,7 @@ from tests.evaluate.layouts import open_probe
 from tests.gguf.making import knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
-from tests.models import put_into_hub_cache
+from tests.models import put_into_hub_cache, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -53,7 +53,7 @@ Z = 2.9352
 def _few_facts_guide() -> Iterator[None]:
     """A third of the facts that small models know is fewer than tell weights apart elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressknow.study.guides.FEWEST", 16)
+        patch.setattr("compressknow.study.sensitivity.FEWEST", 16)
         yield
 
 
@@ -458,13 +458,13 @@ def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
 def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     llama: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.study.guides.FEWEST", 30)
+    monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 30)
     assert llama.search("few", "--size", "120kB") == 2
     said = capsys.readouterr().err
-    assert "llama knows 22 of 22 facts, and 30 are needed to guide." in said
+    assert "22 facts are left to search with, and 30 are needed to guide." in said
     assert "A third of all facts guides a search; the others are held out." in said
-    # Before anything else is evaluated.
-    assert not {".parts", "grading"} & {each.name for each in (llama.folder / "few").iterdir()}
+    # Before anything is evaluated.
+    assert not (llama.folder / "few").exists()
     assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
     assert llama.found("few")["by"] == "text, rounded by GPTQ"
 
@@ -502,6 +502,24 @@ def test_what_must_be_is(llama: Place) -> None:
     assert {kind for name, kind in chosen.items() if "layers.0.mlp" in name} == {"int4/64"}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_a_checkpoint_that_cannot_be_quantized_is_told_what_else_there_is(
+    name: str, tmp_path: Path, llama: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["search", str(save_tiny(name, tmp_path / name)), "-o", str(tmp_path / "found"), "--to", "checkpoint"]
+    assert main([*words, "--keep", "0.9", "-p", llama.probe]) == 1
+    said = capsys.readouterr().err
+    assert "Search for a GGUF file (--to gguf)" in said
+    assert "Prune" not in said
+
+
+def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama: Place) -> None:
+    assert llama.search("pinned", "--size", "200kB", "--must", "blocks=int8-weights") == 0
+    winner = llama.found("pinned")["winner"]
+    assert set(winner["types"].values()) == {"int8-weights"}
+    assert winner["bytes"] < 150_000
+
+
 @pytest.mark.parametrize(
     ("options", "says", "code"),
     [
@@ -514,6 +532,7 @@ def test_what_must_be_is(llama: Place) -> None:
         (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
+        (["--keep", "0.9", "--must", "blocks=none"], "No weight of the blocks may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
         (["--size", "some"], "that is no size", 2),

@@ -14,6 +14,7 @@ import torch
 import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
+from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import estimate_proportion
 from compressknow.compress.calibrate import text
@@ -133,6 +134,17 @@ def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> No
     (cell,) = build_study(original, [result]).cells
     assert result.kept == cell.comparison.kept
     assert result.kept.low < estimate_proportion(160, 200).low - 0.1
+
+
+def test_of_several_module_maps_figures_and_findings_go_by_the_first() -> None:
+    counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
+    original, after = run([[answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts)
+    maps = ("structural", "paper", "structural")
+    results = [
+        CellResult(Cell(f"cell-{amount}", Recipe((Prune(amount),), module_map=of)), original, after)
+        for amount, of in zip((0.2, 0.2, 0.4), maps, strict=True)
+    ]
+    assert [cell.plain for cell in build_study(original, results).cells] == [True, False, True]
 
 
 def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,8 +293,18 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     assert llama.sweep("unwritten", grid=ONE) == 0
 
 
-def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
-    assert llama.sweep("saving", "--save", grid=ONE) == 0
+def test_saved_checkpoints_are_those_of_convert_and_are_evaluated(llama: Place) -> None:
+    assert llama.sweep("unsaved", grid=ONE) == 0
+    told: list[Progress] = []
+    compressknow.sweep(
+        llama.model, llama.folder / "saving", grid=llama.grid, probe=llama.probe, save=True, on_progress=told.append
+    )
+    assert [each.stage.model for each in told if (each.stage.work, each.state) == ("convert", "begins")] == [
+        "blocks-gp-30"
+    ]
+    assert llama.rows("saving") == llama.rows("unsaved")
+    saved, unsaved = (stored_in(llama.folder / name, "blocks-gp-30") for name in ("saving", "unsaved"))
+    assert [each.top5_logp for each in saved] == [each.top5_logp for each in unsaved]
     (saved,) = (llama.folder / "saving" / "models").iterdir()
     assert compressknow.verify(saved)
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -90,20 +91,24 @@ class Bound:
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits, which
-    have the p-value `p_holm` together.
+    have the p-value `p_holm` together. It does not hold without what is `missing`: the cell that would contradict it
+    first.
     """
 
     comparisons: tuple[CellComparison, ...] = ()
     parts: tuple[str, ...] = ("",)
     bounds: tuple[Bound, ...] = ()
+    missing: str = ""
     p_holm: float | None = None
 
     @property
     def answer(self) -> str:
         if self.bounds:
-            clear = self.p_holm is not None and self.p_holm < SIGNIFICANT
-            below = HOLDS if all(bound.is_below for bound in self.bounds) else DOES_NOT_HOLD
-            return below if clear else CANNOT_TELL
+            if self.p_holm is None or self.p_holm >= SIGNIFICANT:
+                return CANNOT_TELL
+            if not all(bound.is_below for bound in self.bounds):
+                return DOES_NOT_HOLD
+            return CANNOT_TELL if self.missing else HOLDS
         return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
 
 
@@ -156,7 +161,7 @@ def _test_limits(bounds: Sequence[Bound]) -> float | None:
 
 def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = "") -> CellComparison:
     """Compare two cells of the study fact by fact."""
-    probes = [probe for probe in study.probes if probe.name in less.correct and probe.name in more.correct]
+    probes = tuple(probe for probe in study.probes if probe.name in less.correct and probe.name in more.correct)
     original, cluster = _join([probe.correct for probe in probes]), _number_clusters(probes)
     first, second = (_join([cell.correct[probe.name] for probe in probes]) for cell in (less, more))
     lost_first, lost_second = (original.astype(np.int8) - right for right in (first, second))
@@ -168,6 +173,8 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 
+# A study asks it of the same few probes for each of its comparisons.
+@lru_cache(maxsize=64)
 def _is_known(probe: StudyProbe) -> bool:
     """Return whether the original knows clearly more of the probe than a model that has forgotten everything would."""
     return _is_above_floor([(probe, probe.correct)])
@@ -180,13 +187,14 @@ def _is_above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> b
 
 
 def _estimate_accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
-    cluster, right = _number_clusters([p for p, _ in evaluated]), _join([correct for _, correct in evaluated])
+    cluster, right = _number_clusters(tuple(p for p, _ in evaluated)), _join([correct for _, correct in evaluated])
     parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
     simple = estimate_proportion(int(right.sum()), len(right), level)
     return simple.or_by_relation(share_by_cluster(parts, wholes, level))
 
 
-def _number_clusters(probes: Sequence[StudyProbe]) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _number_clusters(probes: tuple[StudyProbe, ...]) -> np.ndarray:
     """Return the number of each fact's cluster, of several probes' facts one after the other."""
     return number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
 
@@ -221,7 +229,7 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
     From the paired difference, with Newcombe's interval or the one over relations; the original's accuracy is taken as
     it was measured.
     """
-    probes = [probe for probe in study.probes if probe.name in cell.correct]
+    probes = tuple(probe for probe in study.probes if probe.name in cell.correct)
     right = _join([cell.correct[probe.name] for probe in probes])
     clusters = tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
     counts = sum(clusters, Counts())

@@ -47,6 +47,7 @@ from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
 from compressknow.pages.study.findings import (
     FAMILIES,
+    LOW,
     MINIMAL,
     MOST,
     NEAR,
@@ -98,7 +99,8 @@ _DEFINITIONS = (
     "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
     "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
     "answer is free text.",
-    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was. F5 requires "
+    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was, with overall "
+    f"pruned by {LOW[1]} % too; without that cell, it cannot hold. F5 requires "
     "that what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights "
     f"left, and at {MOST} % less than {100 * NEAR:g} %, as F10 does; without a cell of {MOST} %, the study cannot "
     "tell. Each figure must lie clearly below its limit; for a finding to fail, one must lie clearly above it "

@@ -75,7 +75,7 @@ class StudyCell:
     # "none", and what does not apply is not there.
     settings: Mapping[str, Setting]
     # Made by scope, pruning, amount and quantization alone, in one step each, as what the figures draw; not narrowed by
-    # layers or patterns, nor of several steps.
+    # layers or patterns, nor of several steps. Of several module maps it is the first.
     plain: bool
     comparison: Comparison
     correct: Mapping[str, tuple[bool, ...]]  # by probe, by fact in the order of `StudyProbe.correct`

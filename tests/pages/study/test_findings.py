@@ -34,7 +34,8 @@ def by_method(plain: range, structured: range, *amounts: float) -> list[Cell]:
 # Finding, family, cells, questions where not 300, answer.
 HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot tell"
 CASES = [
-    ("F1", "masked", [*at(ATT, range(795), 0.1, 0.3), *at(ALL, range(790), 0.2)], MANY, HOLDS),
+    ("F1", "masked", [*at(ATT, range(795), 0.1), *at(ALL, range(790), 0.2, 0.3)], MANY, HOLDS),
+    ("F1", "masked", [*at(ATT, range(795), 0.1, 0.3), *at(ALL, range(790), 0.2)], MANY, UNCLEAR),  # ends before 30 %
     ("F1", "masked", [*at(ATT, range(795), 0.1, 0.3), *at(ALL, range(500), 0.2)], MANY, FAILS),
     ("F1", "masked", at(ATT, range(725), 0.1), MANY, UNCLEAR),
     ("F1", "masked", at(ATT, range(100), 0.4), MANY, UNCLEAR),  # of another level

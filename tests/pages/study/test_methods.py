@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.charts import draw_by_method, draw_charts
 from compressknow.pages.study.findings import describe_changes, evaluate_findings, list_ids
 from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown
 from compressknow.pages.study.records import FailedCell, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions, rank_cells, write_verdict
-from tests.pages.study.studies import Cell, gp, gq, study, two_methods, whole_grid
+from tests.pages.study.studies import Cell, gp, gq, own_grid, study, two_methods, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
 GOOD, BAD = range(190), range(100)
@@ -150,3 +151,11 @@ def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
     for page in (render_study_html(made), render_study_markdown(made)):
         assert "Cells that this model cannot have" in page
         assert "Cells that failed" not in page
+
+
+def test_what_is_drawn_by_several_seeds_is_as_many_methods(tmp_path: Path) -> None:
+    axes = 'scope = ["attention"]\nmethod = ["random-unstructured"]\nprune = [0.2, 0.4]\nseed = [0, 1]'
+    made = own_grid(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
+    lines = {line.scope: [round(y.value, 2) for _, y in line.points] for line in draw_by_method(made, ATT)}
+    assert lines == {"random-unstructured": [0.95, 0.6], "random-unstructured seed 1": [0.9, 0.5]}
+    assert [row["pruning"] for row in tidy_rows(made)] == [*lines, *lines]
