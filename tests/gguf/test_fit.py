@@ -117,6 +117,19 @@ def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
         compressknow.export(source, tmp_path / "a.gguf", size=800_000)
 
 
+@needs_converter
+def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path: Path) -> None:
+    """transformers holds gate and up as one weight, llama.cpp as two tensors."""
+    source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    text = str(text_file(tmp_path / "text.txt"))
+    options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
+    record = compressknow.export(source, output, bits=8.6, **options)
+    # All but the embedding, which multiplies nothing.
+    rounded = {name for name, kind in types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
+    assert len([name for name in rounded if "_exps" in name]) == 6
+    assert record["fit"]["compensated"] == len(rounded)
+
+
 def outputs_error(source: Path, output: Path) -> dict[str, float]:
     """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
     model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
