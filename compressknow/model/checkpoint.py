@@ -59,11 +59,16 @@ def _read_if_readable(path: Path) -> Any:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# What peft calls the weights of an adapter, and its config, with which transformers loads them onto the model.
+ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a conversion needs of a hub repository, beside its weights.
-HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken")
+HUB_PATTERNS = (
+    *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
+    *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
+)
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),
-    **dict.fromkeys(("chat_template.json", "chat_template.jinja", "adapter_config.json"), CONFIG),
+    **dict.fromkeys(("chat_template.json", "chat_template.jinja", ADAPTER_CONFIG), CONFIG),
     **dict.fromkeys(("tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model"), TOKENIZER),
     **dict.fromkeys(("sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"), TOKENIZER),
 }
