@@ -199,11 +199,8 @@ def _parse_record(record: Any) -> dict[str, Any] | None:
     values = {key: record[key] for key in ("type", "types") if key in record}
     importance = record.get("importance")
     if isinstance(importance, Mapping) and importance.get("kind") in ("self", "file", "hf"):
-        values["calibration"] = {
-            "text": importance.get("source"),
-            "tokens": importance.get("tokens"),
-            "seed": importance.get("seed"),
-        }
+        keys = {"text": "source", "tokens": "asked", "seed": "seed"}
+        values["calibration"] = {name: importance.get(key) for name, key in keys.items()}
     return values
 
 
