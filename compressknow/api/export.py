@@ -86,7 +86,7 @@ def export(
     imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
-        of the record of an export.
+        of the record of an export. No record holds an `imatrix`: it is given again.
     size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
         each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
         ``text``); `facts` names probes, ``atlas`` by default, and those of LAMA and BEAR lie in `data`; `calibration`
@@ -214,16 +214,15 @@ def _make_fit(
 
 
 # Options that a recipe says instead, and what they are without one.
-_RECIPE: dict[str, Any] = {
-    **{"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0, "imatrix": None}
-}
+_RECIPE: dict[str, Any] = {"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
+    matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
         check_beside_recipe(options, _RECIPE)
-        choice = read_choice(Path(options["recipe"]))
+        choice = read_choice(Path(options["recipe"]), matrix)
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
@@ -232,7 +231,6 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
             raise UsageError("--calibration-tokens goes with --calibration.")
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
-        matrix = None if options["imatrix"] is None else Path(options["imatrix"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration)
