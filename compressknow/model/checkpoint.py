@@ -115,6 +115,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     check_is_checkpoint(model)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
+    if not (folder / "config.json").exists():
+        _check_no_other_form(model, folder)
     config = read_json(folder / "config.json")
     files = find_weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
@@ -127,6 +129,20 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
     name = str(model) if commit else escape_name(folder.resolve().name)
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
+
+
+def _check_no_other_form(model: str | Path, folder: Path) -> None:
+    """Raise CheckpointError where a folder without a config.json holds what else people call a model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{model} is an adapter (LoRA), not a model.",
+            hint="Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to.",
+        )
+    if files := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{model} holds a GGUF file, and no checkpoint.",
+            hint=f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}.",
+        )
 
 
 def list_some(names: Collection[str]) -> str:
