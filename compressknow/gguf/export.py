@@ -28,7 +28,6 @@ from compressknow.engine.identity import find_source, get_record_path, locate, r
 from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
-    Request,
     check_architecture,
     convert,
     quantize,
@@ -338,10 +337,11 @@ def _make_file(
     kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
         importance, entries["importance"] = known
-        matrix = str(folder / MATRIX)
-        write_importance(importance, folder / MATRIX)
+        matrix = folder / MATRIX
+        write_importance(importance, matrix)
+    requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}
     with begin("quantize") as advance:
-        quantize(Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run), folder, advance)
+        quantize(exact, output, kind, folder, **requested, advance=advance)
     if dry_run:
         return exact, entries
     if export.fit and export.is_compensated:
