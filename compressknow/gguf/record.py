@@ -51,15 +51,6 @@ IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
 SUFFIX = ".gguf"
 
 
-def check_recorded(output: Path) -> None:
-    """Raise CheckpointError where a GGUF file has no record beside it."""
-    record = get_record_path(output)
-    if not record.is_file():
-        raise CheckpointError(
-            f"{output} has no {record.name} beside it.", hint="Give a file that `compressknow export` wrote."
-        )
-
-
 class Place(Staging):
     """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
     with it out of it to their places: `beside` has those of the importance matrix and the Modelfile, by their names in
@@ -269,8 +260,11 @@ def is_recorded(output: Path, choice: Choice) -> bool:
 
 def read_record(output: Path) -> dict[str, Any]:
     """Read the record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
-    check_recorded(output)
     path = get_record_path(output)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{output} has no {path.name} beside it.", hint="Give a file that `compressknow export` wrote."
+        )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(
