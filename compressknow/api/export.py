@@ -201,7 +201,10 @@ def _make_fit(
     from compressknow.study.measuring import GgufRoundings
 
     check_usable(job.checkpoint)
-    check_budget(target.budget(job.numel), [each.shape for each in job.tensors.values()], job.exact_bytes)
+    is_expert = {name: (own := job.side.linear(name)) and own.kind == "experts" for name in job.tensors}
+    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
+    experts = sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(

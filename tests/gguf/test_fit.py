@@ -19,7 +19,7 @@ import transformers as hf
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import OutputError, UnsupportedError
+from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
@@ -128,6 +128,13 @@ def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path
     rounded = {name for name, kind in types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
     assert len([name for name in rounded if "_exps" in name]) == 6
     assert record["fit"]["compensated"] == len(rounded)
+
+
+@needs_converter
+def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts of a mixture are not measured"):
+        compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
 def outputs_error(source: Path, output: Path) -> dict[str, float]:
