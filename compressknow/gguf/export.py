@@ -271,7 +271,8 @@ def write(
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
         if beside and IMPORTANCE in beside:
             move(work / MATRIX, place.folder / IMPORTANCE)
-        place.write(MODELFILE, modelfile.encode())
+        if modelfile:
+            place.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt
 
