@@ -25,7 +25,15 @@ from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.record import ExportRecord, check_beside, check_destination, finish, is_recorded
+from compressknow.gguf.record import (
+    IMPORTANCE,
+    MODELFILE,
+    ExportRecord,
+    check_beside,
+    check_destination,
+    finish,
+    is_recorded,
+)
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
@@ -78,7 +86,7 @@ def export(
     imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
     imatrix_out : where to write the one that was made, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
-        of the record of an export.
+        of the record of an export. No record holds an `imatrix`: it is given again.
     size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
         each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
         ``text``); `facts` names probes, ``atlas`` by default, and those of LAMA and BEAR lie in `data`; `calibration`
@@ -107,7 +115,8 @@ def export(
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
-    matrix_place, chat_place = (None if each is None else Path(each) for each in (imatrix_out, modelfile))
+    places = {IMPORTANCE: imatrix_out, MODELFILE: modelfile}
+    beside = {name: Path(path) for name, path in places.items() if path is not None}
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
     choice = _read_types(locals(), sized=target is not None)
@@ -119,12 +128,12 @@ def export(
     check_links(place.parent)
     if not dry_run:
         # What a dead run has left is ended or goes, whatever becomes of this one.
-        clean(place, lambda folder: finish(place, folder, matrix_place))
+        clean(place, lambda folder: finish(place, folder, beside))
     # By the same export, it seems. What a size comes to is not known before it is measured.
     is_there = not (target or overwrite or dry_run) and is_recorded(place, choice)
     check_destination(place, overwrite=overwrite or is_there, source=Path(model))
-    if matrix_place is not None:
-        _check_importance_output(matrix_place, choice, place, overwrite=overwrite or is_there)
+    if IMPORTANCE in beside:
+        _check_importance_output(beside[IMPORTANCE], choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
@@ -132,20 +141,20 @@ def export(
     from compressknow.gguf.export import find_made, prepare, preview, write
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
-    chat = None
-    if chat_place is not None:
-        chat = build_modelfile(job.checkpoint.folder, place, chat_place, trust_remote_code=trust_remote_code)
-        check_modelfile(chat_place, place, chat, overwrite=overwrite)
+    chat = ""
+    if MODELFILE in beside:
+        chat = build_modelfile(job.checkpoint.folder, place, beside[MODELFILE], trust_remote_code=trust_remote_code)
+        check_modelfile(beside[MODELFILE], place, chat, overwrite=overwrite)
 
     begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
-        has_matrix = matrix_place is None or (
-            matrix_place.is_file() and read_importance(matrix_place).models == job.sources
-        )
+        matrix = beside.get(IMPORTANCE)
+        has_matrix = matrix is None or (matrix.is_file() and read_importance(matrix).models == job.sources)
         if made is not None and has_matrix:
             made.is_new = False
-            _write_modelfile(chat_place, chat)
+            if MODELFILE in beside:
+                write_whole(beside[MODELFILE], chat.encode())
             return made
         check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
@@ -155,16 +164,8 @@ def export(
         job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
-    record = write(
-        job, place, overwrite=overwrite, importance_output=matrix_place, smoke=smoke, threads=threads, begin=begin
-    )
-    _write_modelfile(chat_place, chat)
-    return record
-
-
-def _write_modelfile(place: Path | None, text: str | None) -> None:
-    if place is not None and text is not None:
-        write_whole(place, text.encode())
+    outputs: Any = {"beside": beside, "modelfile": chat, "overwrite": overwrite}
+    return write(job, place, **outputs, smoke=smoke, threads=threads, begin=begin)
 
 
 def _read_target(options: Mapping[str, Any]) -> Target | None:
@@ -200,7 +201,10 @@ def _make_fit(
     from compressknow.study.measuring import GgufRoundings
 
     check_usable(job.checkpoint)
-    check_budget(target.budget(job.numel), [each.shape for each in job.tensors.values()], job.exact_bytes)
+    is_expert = {name: (own := job.side.linear(name)) and own.kind == "experts" for name in job.tensors}
+    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
+    experts = sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return Fit(
@@ -213,16 +217,15 @@ def _make_fit(
 
 
 # Options that a recipe says instead, and what they are without one.
-_RECIPE: dict[str, Any] = {
-    **{"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0, "imatrix": None}
-}
+_RECIPE: dict[str, Any] = {"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
+    matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
         check_beside_recipe(options, _RECIPE)
-        choice = read_choice(Path(options["recipe"]))
+        choice = read_choice(Path(options["recipe"]), matrix)
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
@@ -231,7 +234,6 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
             raise UsageError("--calibration-tokens goes with --calibration.")
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
-        matrix = None if options["imatrix"] is None else Path(options["imatrix"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration)

@@ -9,7 +9,7 @@ from compressknow.api.words import verb
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, Stage, report_progress, resolve_progress
-from compressknow.gguf.record import check_recorded, compare_to_record
+from compressknow.gguf.record import compare_to_record
 from compressknow.model.manifest import check_converted
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def _verify_gguf(path: Path, listener: Listener | None, check: bool) -> Verifica
         what = f"{path} is no regular file." if path.exists() else f"{path}: no such file."
         raise CheckpointError(what, hint="Give a file that `compressknow export` wrote.")
     require("gguf")
-    check_recorded(path)
     with report_progress(listener, Stage("verify", str(path))) as advance:
         result = compare_to_record(path, advance=advance)
     if check and result.differences:

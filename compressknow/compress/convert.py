@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressknow.base.errors import CompressknowError
+from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
@@ -24,7 +24,7 @@ from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.model.checkpoint import find_weight_files, open_checkpoint
+from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import read_manifest
@@ -38,8 +38,15 @@ if TYPE_CHECKING:
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
     """Open a checkpoint and plan a recipe on it, from its headers alone, and prove that the output loads. Raises what
-    `open_complete`, `remove`, `make_plan` and `prove` do."""
+    `open_complete`, `remove`, `make_plan` and `prove` do, and UnsupportedError where an adapter beside the model would
+    no longer fit it."""
     checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
+    if (recipe.removals or recipe.smooths) and (checkpoint.folder / ADAPTER_CONFIG).is_file():
+        raise UnsupportedError(
+            f"{checkpoint.folder} holds an adapter (LoRA), which would no longer fit the model.",
+            "It was trained for the blocks, neurons and inputs that the layers have now.",
+            f"Merge it into the model before, or remove {ADAPTER_CONFIG}.",
+        )
     if recipe.removals:
         return _plan_rest(remove(checkpoint, tree, recipe), recipe)
     return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))

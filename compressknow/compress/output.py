@@ -30,6 +30,8 @@ from compressknow.compress.process import Measured, TensorWriter
 from compressknow.compress.proof import build_config
 from compressknow.compress.staging import Staging
 from compressknow.model.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     SAFETENSORS,
     SAFETENSORS_INDEX,
     TORCH_INDEX,
@@ -296,16 +298,22 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 
 def list_carried_files(folder: Path) -> Iterator[str]:
-    """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and the
-    modules that sentence-transformers runs behind the model, with their weights; nothing that training left.
+    """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
+    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it; nothing
+    that training left.
 
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
     modules = list_module_folders(folder)
+
+    def is_carried(name: Path) -> bool:
+        is_adapter = name.stem == ADAPTER and (folder / name).with_name(ADAPTER_CONFIG).is_file()
+        return is_adapter or any(name.is_relative_to(module) for module in modules)
+
     for name in walk_visible(folder):
         path = folder / name
-        weights = path.suffix in WEIGHT_SUFFIXES and not any(name.is_relative_to(module) for module in modules)
-        if weights or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
+        is_other = path.suffix in WEIGHT_SUFFIXES and not is_carried(name)
+        if is_other or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")

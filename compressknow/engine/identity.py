@@ -101,11 +101,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
                 check_whole(part)
         return Located(escape_name(path.name), path)
     checkpoint = open_checkpoint(model, revision)
-    if not checkpoint.shards:
-        raise CheckpointError(
-            f"{model} has no weights: neither model.safetensors nor pytorch_model.bin.",
-            hint="Download or save the checkpoint again, or give FOLDER/FILE.gguf.",
-        )
+    checkpoint.check_has_weights()
     return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
 
 

@@ -161,20 +161,26 @@ def _check_typo(which: str, option: str) -> None:
 _KEYS = ("type", "types", "calibration", "imatrix")
 
 
-def read_choice(path: Path) -> Choice:
-    """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file.
+def read_choice(path: Path, importance: Path | None = None) -> Choice:
+    """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file; `importance` is the matrix that
+    takes the place of its own.
 
-    Raises UsageError where there is none, or one of another form.
+    Raises UsageError where there is none, or one of another form; where a record's export had read a matrix, which no
+    record holds, and none is given.
     """
     try:
-        values = _parse_record(read_json(path, MANIFEST)) if path.suffix == ".json" else read_toml(path).get(EXPORT)
+        if path.suffix == ".json":
+            values = _parse_record(read_json(path, MANIFEST), importance)
+        else:
+            values = read_toml(path).get(EXPORT)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe.", hint="Give a TOML file or the record of an export.") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     if not isinstance(values, Mapping):
         raise UsageError(f"{path} has no table [export].", hint='Write [export] and type = "q4_k_m" under it.')
-    return _parse_choice(values, f"{path}, [export]")
+    given = {} if importance is None else {"imatrix": str(importance)}
+    return _parse_choice({**values, **given}, f"{path}, [export]")
 
 
 def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
@@ -192,18 +198,17 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
     return Choice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 
 
-def _parse_record(record: Any) -> dict[str, Any] | None:
-    """Return what a record says, in the form of the table; it lacks a matrix that was read from a file."""
+def _parse_record(record: Any, given: Path | None) -> dict[str, Any] | None:
+    """Return what a record says, in the form of the table."""
     if not isinstance(record, Mapping) or "type" not in record:
         return None
     values = {key: record[key] for key in ("type", "types") if key in record}
     importance = record.get("importance")
     if isinstance(importance, Mapping) and importance.get("kind") in ("self", "file", "hf"):
-        values["calibration"] = {
-            "text": importance.get("source"),
-            "tokens": importance.get("tokens"),
-            "seed": importance.get("seed"),
-        }
+        keys = {"text": "source", "tokens": "asked", "seed": "seed"}
+        values["calibration"] = {name: importance.get(key) for name, key in keys.items()}
+    elif importance and given is None:
+        raise UsageError("The record is of a file that was made with --imatrix.", hint="Give that again, beside it.")
     return values
 
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import distributions
 from itertools import takewhile
@@ -174,27 +173,26 @@ _COUNTED = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _PLANNED = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+-.*?type =\s*(\w+)(?:.*\((\w+)\))?\s*$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Request:
-    """Quantization of a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `types` are those of single
-    tensors, by name, and `importance` is a GGUF file with the importance matrix."""
-
-    source: str
-    output: str
-    file_type: str
-    types: Mapping[str, str] = field(default_factory=dict)
-    importance: str | None = None
-    threads: int = 0
-    dry_run: bool = False
-
-
-def quantize(request: Request, scratch: Path, advance: Advance | None = None) -> None:
-    """Carry a request out; `scratch` is a folder to write into.
+def quantize(
+    source: Path,
+    output: Path,
+    file_type: str,
+    scratch: Path,
+    *,
+    types: Mapping[str, str] | None = None,
+    importance: Path | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    advance: Advance | None = None,
+) -> None:
+    """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a folder to write
+    into, `types` are those of single tensors, by name, and `importance` is a GGUF file with the importance matrix.
 
     Raises CompressknowError, with llama.cpp's reason, where it fails.
     """
     file, log = scratch / "quantize.json", scratch / "quantize.log"
-    file.write_text(json.dumps(asdict(request)), "utf-8")
+    matrix = None if importance is None else str(importance)
+    file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))
 
     def look() -> None:
         if advance and (counted := _COUNTED.findall(read_tail(log))):
@@ -202,7 +200,7 @@ def quantize(request: Request, scratch: Path, advance: Advance | None = None) ->
 
     command = build_python_command("-m", __name__, file)
     code = run(command, log, environment=put_first(Path(__file__).parents[2]), look=look)
-    check_exit(f"llama.cpp could not quantize to {request.file_type}", log, code, "Choose another --type.")
+    check_exit(f"llama.cpp could not quantize to {file_type}", log, code, "Choose another --type.")
 
 
 def read_planned_types(scratch: Path) -> dict[str, str]:
@@ -211,7 +209,15 @@ def read_planned_types(scratch: Path) -> dict[str, str]:
     return {name: (chosen or stored).lower() for name, stored, chosen in _PLANNED.findall(log)}
 
 
-def _call_llama_cpp(request: Request) -> int:
+def _call_llama_cpp(
+    source: str,
+    output: str,
+    file_type: str,
+    types: Mapping[str, str],
+    importance: str | None,
+    threads: int,
+    dry_run: bool,
+) -> int:
     """Call llama.cpp, and return its exit code."""
     from llama_cpp_py_sync import _cffi_bindings
 
@@ -221,21 +227,21 @@ def _call_llama_cpp(request: Request) -> int:
     # What is handed over lives as long as it is named here.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    parameters.ftype = list_file_types()[request.file_type]
-    parameters.nthread, parameters.dry_run = request.threads, request.dry_run
-    if request.types:
+    parameters.ftype = list_file_types()[file_type]
+    parameters.nthread, parameters.dry_run = threads, dry_run
+    if types:
         numbers = list_tensor_types()
-        overrides = ffi.new("struct llama_model_tensor_override[]", len(request.types) + 1)
-        for place, (name, chosen) in enumerate(request.types.items()):
+        overrides = ffi.new("struct llama_model_tensor_override[]", len(types) + 1)
+        for place, (name, chosen) in enumerate(types.items()):
             alive.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
             overrides[place].pattern, overrides[place].type = alive[-1], numbers[chosen]
         # A pattern that is none ends the list.
-        overrides[len(request.types)].pattern = ffi.NULL
+        overrides[len(types)].pattern = ffi.NULL
         parameters.tt_overrides = overrides
-    if request.importance:
-        alive.append(_build_matrix(ffi, request.importance, alive))
+    if importance:
+        alive.append(_build_matrix(ffi, importance, alive))
         parameters.imatrix = alive[-1]
-    return int(library.llama_model_quantize(os.fsencode(request.source), os.fsencode(request.output), parameters))
+    return int(library.llama_model_quantize(os.fsencode(source), os.fsencode(output), parameters))
 
 
 def _build_matrix(ffi: Any, path: str, alive: list[Any]) -> Any:
@@ -252,6 +258,6 @@ def _build_matrix(ffi: Any, path: str, alive: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    code = _call_llama_cpp(Request(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    code = _call_llama_cpp(*json.loads(Path(sys.argv[1]).read_text("utf-8")))
     sys.stdout.flush()
     os._exit(code)

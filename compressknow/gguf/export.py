@@ -28,7 +28,6 @@ from compressknow.engine.identity import find_source, get_record_path, locate, r
 from compressknow.engine.load import find_family_of_class
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
-    Request,
     check_architecture,
     convert,
     quantize,
@@ -50,6 +49,7 @@ from compressknow.gguf.plain import PLAIN_DTYPES, find_same_channels, get_dtype,
 from compressknow.gguf.record import (
     COUNTS,
     IMPORTANCE,
+    MODELFILE,
     SCHEMA,
     ExportRecord,
     Place,
@@ -231,7 +231,8 @@ def write(
     output: Path,
     *,
     overwrite: bool = False,
-    importance_output: Path | None = None,
+    beside: Mapping[str, Path] | None = None,
+    modelfile: str = "",
     smoke: bool = False,
     threads: int | None = None,
     begin: Begin = ignore_progress,
@@ -240,7 +241,8 @@ def write(
 
     Parameters
     ----------
-    importance_output : where the importance matrix is written too, in llama.cpp's form.
+    beside : where the importance matrix is written too, in llama.cpp's form, and `modelfile`, a text for Ollama: by
+        `IMPORTANCE` and `MODELFILE`.
     smoke : have the file answer a prompt in llama.cpp before it is called done; of decoder-only models.
     begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
         ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
@@ -252,7 +254,7 @@ def write(
     """
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
-    with Place(output, overwrite=overwrite, source=source, importance=importance_output) as place:
+    with Place(output, overwrite=overwrite, source=source, beside=beside or {}) as place:
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()
@@ -267,8 +269,10 @@ def write(
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
-        if importance_output:
+        if beside and IMPORTANCE in beside:
             move(work / MATRIX, place.folder / IMPORTANCE)
+        if modelfile:
+            place.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt
 
@@ -334,10 +338,11 @@ def _make_file(
     kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
         importance, entries["importance"] = known
-        matrix = str(folder / MATRIX)
-        write_importance(importance, folder / MATRIX)
+        matrix = folder / MATRIX
+        write_importance(importance, matrix)
+    requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}
     with begin("quantize") as advance:
-        quantize(Request(str(exact), str(output), kind, types, matrix, threads or 0, dry_run), folder, advance)
+        quantize(exact, output, kind, folder, **requested, advance=advance)
     if dry_run:
         return exact, entries
     if export.fit and export.is_compensated:

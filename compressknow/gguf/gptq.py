@@ -230,13 +230,14 @@ def round_file(
     file = read_gguf(output, "r+")
     made = {tensor.name: tensor for tensor in file.tensors}
     floats = {tensor.name: tensor for tensor in read_gguf(exact).tensors}
-    # Of what was merged, all parts read the same.
-    names = {tensors.weights[name][0].parameter: name for name in same_channels if name in tensors.weights}
+    # Of what was merged, all parts read the same; what was split (gate and up of experts) is several tensors.
+    names: dict[str, list[str]] = {}
+    for name in same_channels:
+        names.setdefault(tensors.weights[name][0].parameter, []).append(name)
     rounded: set[str] = set()
 
-    def round_matrix(weights: Mapping[str, torch.Tensor], job: tuple[Key, InputStatistics]) -> None:
-        (parameter, matrix), inputs = job
-        name = names[parameter]
+    def round_matrix(weights: Mapping[str, torch.Tensor], job: tuple[str, Key, InputStatistics]) -> None:
+        name, (parameter, matrix), inputs = job
         kind, stored, values = made[name].tensor_type, made[name].data, floats[name].data
         if stored.ndim > 2:
             if inputs.tokens < LEAST_TOKENS:
@@ -252,7 +253,8 @@ def round_file(
             replace_rows(weight.T if transposed else weight, values, gguf.dequantize(stored, kind))
 
     def visit(seen: Mapping[Key, InputStatistics], weights: Mapping[str, torch.Tensor], pool: Pool) -> None:
-        pool.map(partial(round_matrix, weights), [job for job in seen.items() if job[0].parameter in names])
+        jobs = [(name, key, inputs) for key, inputs in seen.items() for name in names.get(key.parameter, ())]
+        pool.map(partial(round_matrix, weights), jobs)
 
     with begin("round") as advance:
         observe(checkpoint, tree, texts, visit, products=True, pairs=True, threads=threads, on_progress=advance or max)

@@ -7,13 +7,20 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, OutputError, UsageError
-from compressknow.base.files import check_links, close_durably, explain_write_error, open_whole, write_whole
+from compressknow.base.files import (
+    check_links,
+    check_writable,
+    close_durably,
+    explain_write_error,
+    open_whole,
+    write_whole,
+)
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, silence_libraries
@@ -39,26 +46,18 @@ FORM = {
     **{"source": SOURCE_FORM, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
-# Names in the folder to work in: the importance matrix, and the record of the file that is overwritten.
-IMPORTANCE, OLD_RECORD = "importance", "old"
+# Names in the folder to work in: what goes with the file, and the record of the file that is overwritten.
+IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
 SUFFIX = ".gguf"
 
 
-def check_recorded(output: Path) -> None:
-    """Raise CheckpointError where a GGUF file has no record beside it."""
-    record = get_record_path(output)
-    if not record.is_file():
-        raise CheckpointError(
-            f"{output} has no {record.name} beside it.", hint="Give a file that `compressknow export` wrote."
-        )
-
-
 class Place(Staging):
-    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and, if it has
-    a place, the importance matrix out of it to their places."""
+    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
+    with it out of it to their places: `beside` has those of the importance matrix and the Modelfile, by their names in
+    the folder."""
 
-    def __init__(self, output: Path, *, overwrite: bool, source: Path, importance: Path | None = None) -> None:
-        self._importance = importance
+    def __init__(self, output: Path, *, overwrite: bool, source: Path, beside: Mapping[str, Path]) -> None:
+        self._beside = beside
         super().__init__(output, overwrite=overwrite, source=source, check=check_destination)
 
     @property
@@ -75,13 +74,18 @@ class Place(Staging):
         sync_folder(self.folder)
         with hold_signals():
             try:
-                with _place_importance(self._importance, self.folder):
+                with ExitStack() as placed:
+                    # On the disk already, they take their places once the context ends without an error.
+                    for name, place in self._beside.items():
+                        file = placed.enter_context(open_whole(place))
+                        file.write((self.folder / name).read_bytes())
+                        close_durably(file)
                     try:
                         if get_record_path(self.output).exists():
                             move(get_record_path(self.output), self.folder / OLD_RECORD)
                         move(self.file, self.output)
                     except OSError as error:
-                        # Else it would be taken for one of the matrix.
+                        # Else it would be taken for one of what goes with it.
                         raise explain_write_error(self.output, error) from error
                     self._committed = True
             finally:
@@ -94,31 +98,20 @@ class Place(Staging):
 
     def finish(self, folder: Path) -> None:
         """Finish what a dead run had begun: see `finish`."""
-        finish(self.output, folder, self._importance)
+        finish(self.output, folder, self._beside)
 
 
-@contextmanager
-def _place_importance(place: Path | None, folder: Path) -> Iterator[None]:
-    """Put the importance matrix, on the disk already, at its place once the context ends without an error."""
-    if place is None:
-        yield
-        return
-    with open_whole(place) as file:
-        file.write((folder / IMPORTANCE).read_bytes())
-        close_durably(file)
-        yield
-
-
-def finish(output: Path, folder: Path, importance: Path | None) -> None:
+def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
     """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
-    only taken the old file's record away, that is put back. `importance` is where this run is to put the importance
-    matrix (--imatrix-out), if anywhere: the dead run's goes there."""
+    only taken the old file's record away, that is put back. `beside` are the places that this run has for what goes
+    with the file (--imatrix-out, --modelfile): the dead run's goes there."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
     if made.is_file() and not (folder / output.name).exists():
-        if importance and (folder / IMPORTANCE).is_file():
-            write_whole(importance, (folder / IMPORTANCE).read_bytes())
+        for name, place in beside.items():
+            if (folder / name).is_file():
+                write_whole(place, (folder / name).read_bytes())
         move(made, record)
     elif old.is_file():
         move(old, record)
@@ -158,8 +151,10 @@ def check_beside(
         raise OutputError(
             f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
         )
+    if path.parent.is_dir():
+        check_writable(path)
     # That of the output is made.
-    if not path.parent.is_dir() and path.resolve().parent not in output.resolve().parents:
+    elif path.resolve().parent not in output.resolve().parents:
         raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
 
 
@@ -265,8 +260,11 @@ def is_recorded(output: Path, choice: Choice) -> bool:
 
 def read_record(output: Path) -> dict[str, Any]:
     """Read the record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
-    check_recorded(output)
     path = get_record_path(output)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{output} has no {path.name} beside it.", hint="Give a file that `compressknow export` wrote."
+        )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(

@@ -59,11 +59,16 @@ def _read_if_readable(path: Path) -> Any:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# What peft calls the weights of an adapter, and its config, with which transformers loads them onto the model.
+ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a conversion needs of a hub repository, beside its weights.
-HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken")
+HUB_PATTERNS = (
+    *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
+    *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     check_is_checkpoint(model)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
+    if not (folder / "config.json").exists():
+        _check_no_other_form(model, folder)
     config = read_json(folder / "config.json")
     files = find_weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
@@ -122,6 +129,20 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
     name = str(model) if commit else escape_name(folder.resolve().name)
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
+
+
+def _check_no_other_form(model: str | Path, folder: Path) -> None:
+    """Raise CheckpointError where a folder without a config.json holds what else people call a model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{model} is an adapter (LoRA), not a model.",
+            hint="Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to.",
+        )
+    if files := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{model} holds a GGUF file, and no checkpoint.",
+            hint=f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}.",
+        )
 
 
 def list_some(names: Collection[str]) -> str:
@@ -278,7 +299,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),
-    **dict.fromkeys(("chat_template.json", "chat_template.jinja", "adapter_config.json"), CONFIG),
+    **dict.fromkeys(("chat_template.json", "chat_template.jinja", ADAPTER_CONFIG), CONFIG),
     **dict.fromkeys(("tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model"), TOKENIZER),
     **dict.fromkeys(("sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"), TOKENIZER),
 }

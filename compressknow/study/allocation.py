@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import write_size
-from compressknow.gguf.choice import FLOATS, Fitted, Rounding, check_types
+from compressknow.gguf.choice import FLOATS, Fitted, Rounding, check_types, estimate_bytes
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
@@ -28,6 +28,8 @@ STEPS = 1 << 15
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Take back a --must."
+# What weights get of which nothing was measured.
+UNMEASURED = "q8_0"
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
@@ -196,16 +198,20 @@ def check_must(rules: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     return check_types(rules, "--must", (*CANDIDATES, *FLOATS.values()))
 
 
-def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int) -> None:
-    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` keeps to,
-    or that the model in full, of `whole` bytes, does not pass."""
+def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, experts: int = 0) -> None:
+    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` and of so
+    many of `experts`, which are not measured, keeps to, or that the model in full, of `whole` bytes, does not pass."""
     matrices = (shape for shape in shapes if len(shape) > 1)
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
+    least += (of_experts := estimate_bytes(UNMEASURED, experts))
     if budget < least:
         raise UsageError(
             f"{write_size(budget)} is too small: in the fewest bits that llama.cpp has for them, the weights alone "
             f"take {write_size(least)}.",
-            hint="Give more, in units: 90MB, 1.5GB.",
+            f"Experts of a mixture are not measured, and have 8 bits: {write_size(of_experts)} of it."
+            if experts
+            else None,
+            "Give more, in units: 90MB, 1.5GB.",
         )
     check_below_whole(budget, whole)
 
@@ -246,7 +252,7 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
         if not is_matrix(tensors, name):
             continue
         own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
-        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else ["q8_0"]
+        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else [UNMEASURED]
         kinds = kinds if sensitivity else CANDIDATES
         shape = tensor.shape[::-1]
         table[name] = {

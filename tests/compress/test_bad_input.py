@@ -48,6 +48,12 @@ def test_a_folder_without_weights(source: Path, refused: Refused) -> None:
     assert "has no weights" in refused(source, *PRUNE)
 
 
+@pytest.mark.parametrize("options", [["--drop-blocks", "1"], ["--quantize", "int8", "--smooth", "0.5"]])
+def test_an_adapter_that_would_not_fit_what_is_left(source: Path, refused: Refused, options: list[str]) -> None:
+    (source / "adapter_config.json").write_text("{}")
+    assert "adapter (LoRA), which would no longer fit" in refused(source, *options)
+
+
 def test_a_config_without_architectures(source: Path, refused: Refused) -> None:
     edit_config(source, "architectures")
     message = refused(source, *PRUNE)

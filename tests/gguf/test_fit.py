@@ -19,7 +19,7 @@ import transformers as hf
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import OutputError, UnsupportedError
+from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import Choice, Fit
@@ -115,6 +115,26 @@ def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
     assert not compressknow.export(source, tmp_path / "a.gguf").is_new
     with pytest.raises(OutputError, match="exists already"):
         compressknow.export(source, tmp_path / "a.gguf", size=800_000)
+
+
+@needs_converter
+def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path: Path) -> None:
+    """transformers holds gate and up as one weight, llama.cpp as two tensors."""
+    source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    text = str(text_file(tmp_path / "text.txt"))
+    options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
+    record = compressknow.export(source, output, bits=8.6, **options)
+    # All but the embedding, which multiplies nothing.
+    rounded = {name for name, kind in types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
+    assert len([name for name in rounded if "_exps" in name]) == 6
+    assert record["fit"]["compensated"] == len(rounded)
+
+
+@needs_converter
+def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts of a mixture are not measured"):
+        compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
 def outputs_error(source: Path, output: Path) -> dict[str, float]:

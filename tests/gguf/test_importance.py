@@ -177,14 +177,13 @@ def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: 
     """llama.cpp itself is asked, of each type that it has."""
     from compressknow.base.errors import CompressknowError
     from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
-    from compressknow.gguf.converter import Request, quantize
+    from compressknow.gguf.converter import quantize
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     for number, kind in enumerate(list_file_types()):
-        request = Request(str(tmp_path / "exact.gguf"), str(tmp_path / f"{number}.gguf"), kind)
         refused = ""
         try:
-            quantize(request, tmp_path)
+            quantize(tmp_path / "exact.gguf", tmp_path / f"{number}.gguf", kind, tmp_path)
         except CompressknowError as error:
             refused = str(error)
         assert ("requires an imatrix" in refused) == bool(refused) == (kind in NEED_IMPORTANCE), (kind, refused)

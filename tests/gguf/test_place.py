@@ -8,7 +8,7 @@ import pytest
 
 from compressknow.base.errors import OutputError
 from compressknow.compress.staging import clean, make_scratch
-from compressknow.gguf.record import IMPORTANCE, OLD_RECORD, Place, finish
+from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, Place, check_beside, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -22,19 +22,19 @@ def killed(folder: Path, **left: str) -> Path:
     return staging
 
 
-def after(folder: Path, importance: Path | None = None) -> dict[str, str]:
+def after(folder: Path, **beside: Path) -> dict[str, str]:
     """The files that are there once the next run has begun."""
     output = folder / FILE
-    clean(output, lambda staging: finish(output, staging, importance))
+    clean(output, lambda staging: finish(output, staging, beside))
     return {path.name: path.read_text() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("old", [{}, {OLD_RECORD: "of the old one"}])
-def test_a_file_that_was_moved_gets_its_record_and_matrix(tmp_path: Path, old: dict[str, str]) -> None:
-    killed(tmp_path, out_gguf_json="new record", **{IMPORTANCE: "matrix"}, **old)
+def test_a_file_that_was_moved_gets_its_record_and_what_goes_with_it(tmp_path: Path, old: dict[str, str]) -> None:
+    killed(tmp_path, out_gguf_json="new record", **{IMPORTANCE: "matrix", MODELFILE: "FROM"}, **old)
     (tmp_path / FILE).write_text("new")
-    found = after(tmp_path, tmp_path / "i.gguf")
-    assert found == {"i.gguf": "matrix", FILE: "new", RECORD: "new record"}
+    found = after(tmp_path, **{IMPORTANCE: tmp_path / "i.gguf", MODELFILE: tmp_path / "Modelfile"})
+    assert found == {"Modelfile": "FROM", "i.gguf": "matrix", FILE: "new", RECORD: "new record"}
 
 
 def test_a_record_that_was_taken_away_comes_back(tmp_path: Path) -> None:
@@ -57,10 +57,19 @@ def test_what_a_dead_run_worked_in_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_moved_is_named_and_its_matrix_goes_too(tmp_path: Path) -> None:
-    with Place(tmp_path / FILE, overwrite=False, source=tmp_path / "model", importance=tmp_path / "i.gguf") as place:
-        place.write(IMPORTANCE, b"matrix")
+def test_a_file_that_cannot_be_moved_is_named_and_what_goes_with_it_goes_too(tmp_path: Path) -> None:
+    beside = {IMPORTANCE: tmp_path / "i.gguf", MODELFILE: tmp_path / "Modelfile"}
+    with Place(tmp_path / FILE, overwrite=False, source=tmp_path / "model", beside=beside) as place:
+        for name in beside:
+            place.write(name, b"content")
         # The file to be moved is missing.
         with pytest.raises(OutputError, match=r"/out\.gguf cannot be written"):
             place.commit()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that nobody may write to")
+def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path: Path) -> None:
+    place = Path("/proc/Modelfile")
+    with pytest.raises(OutputError, match="/proc/Modelfile cannot be written"):
+        check_beside(place, tmp_path / FILE, "--modelfile", "Modelfile", lambda _: True, overwrite=False)

@@ -33,6 +33,15 @@ def test_a_hub_model_in_sharded_bin_files_is_opened(hub: Hub, cache: Path, tmp_p
     assert checkpoint.tensors.keys() == weights.keys()
 
 
+def test_an_adapter_beside_a_model_is_downloaded_whole(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    save_bin_shards(tmp_path / "llama")
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    hub.repositories[NAME] |= adapter
+    folder = open_checkpoint(NAME).folder
+    assert {name: (folder / name).read_bytes() for name in adapter} == adapter
+
+
 def test_inspect_downloads_a_models_own_code_and_no_weights(
     hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

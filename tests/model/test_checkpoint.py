@@ -326,6 +326,15 @@ def test_config_that_is_none_is_refused_by_name(content: bytes | None, why: str,
     assert why in message
 
 
+@pytest.mark.parametrize(
+    ("file", "words"), [("adapter_config.json", r"is an adapter \(LoRA\)"), ("model.gguf", r"holds a GGUF file")]
+)
+def test_a_folder_of_another_form_is_called_that(file: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
 def test_config_alone_opens_without_tensors(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
     (folder / "model.safetensors").unlink()
