@@ -170,7 +170,7 @@ def _write_modelfile(place: Path | None, text: str | None) -> None:
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
     if options["size"] is None and options["bits"] is None:
-        for name in ("guide", "facts", "data", "must", "rounding"):
+        for name in ("guide", "facts", "must", "rounding"):
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None

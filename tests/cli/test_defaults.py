@@ -160,3 +160,12 @@ def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.
     (project / "compressknow.toml").write_text("[report]\nfail-under = 95\n")
     assert main(["report", "a", "b"]) == 2
     assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err
+
+
+def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    (project / "compressknow.toml").write_text('data = "."\n')
+    assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0"]) == 1
+    assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
