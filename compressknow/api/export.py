@@ -213,7 +213,7 @@ def _make_fit(
 
 
 # Options that a recipe says instead, and what they are without one.
-_RECIPE: dict[str, Any] = {
+OF_RECIPE: dict[str, Any] = {
     **{"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0, "imatrix": None}
 }
 
@@ -221,7 +221,7 @@ _RECIPE: dict[str, Any] = {
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
     if options["recipe"] is not None:
-        check_beside_recipe(options, _RECIPE)
+        check_beside_recipe(options, OF_RECIPE)
         choice = read_choice(Path(options["recipe"]))
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import click
 import pytest
 
 from compressknow.base.errors import UsageError
+from compressknow.base.packages import is_installed
 from compressknow.cli import main
 from compressknow.cli.options import read_project_defaults, read_type_of
 from compressknow.cli.report import get_command
+from tests.models import save_tiny
 
 
 @click.command()
@@ -169,3 +172,21 @@ def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
     (project / "compressknow.toml").write_text('data = "."\n')
     assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0"]) == 1
     assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
+
+
+def test_a_recipe_comes_before_what_the_file_says_of_its_steps(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text("seed = 1\n[convert]\nprune = 0.5\nscope = 'attention'\n")
+    recipe, types = project / "recipe.toml", project / "types.toml"
+    recipe.write_text("[[steps]]\nprune = 0.25\n")
+    types.write_text("[export]\ntype = 'q4_0'\n")
+    model = save_tiny("bert", project / "model")
+    assert main(["convert", str(model), "out", "--recipe", str(recipe), "--dry-run", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)["recipe"]["steps"]
+    assert (step["prune"], step["scope"]) == (0.25, ["blocks"])
+    assert main(["convert", str(model), "out", "--recipe", str(recipe), "--prune", "0.1"]) == 2
+    assert capsys.readouterr().err == "Error: --recipe cannot be combined with --prune.\n"
+    if is_installed("llama_cpp_py_sync"):
+        assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types)]) == 1
+        assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
