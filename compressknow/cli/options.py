@@ -383,6 +383,14 @@ def read_project_defaults(
     return {str(options[key].name): _resolve_paths(value, options[key], file) for key, value in values.items()}
 
 
+def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
+    """Say which file gives options of a command, to whoever did not write them on the command line; `names` are theirs
+    in Python."""
+    nearest, options = _find_file(Path.cwd()), _list_options(command)
+    words = ", ".join(max(options[name].opts, key=len) for name in names)
+    return f"Options of {nearest[0] if nearest else FILE}: {words}."
+
+
 def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options without those of `names` that the project's file gives, where a recipe says them instead."""
     source = click.get_current_context().get_parameter_source
