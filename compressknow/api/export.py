@@ -171,7 +171,7 @@ def export(
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
     if options["size"] is None and options["bits"] is None:
-        for name in ("guide", "facts", "data", "must", "rounding"):
+        for name in ("guide", "facts", "must", "rounding"):
             if options[name]:
                 raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
         return None
@@ -217,14 +217,14 @@ def _make_fit(
 
 
 # Options that a recipe says instead, and what they are without one.
-_RECIPE: dict[str, Any] = {"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
+OF_RECIPE: dict[str, Any] = {"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
     matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
-        check_beside_recipe(options, _RECIPE)
+        check_beside_recipe(options, OF_RECIPE)
         choice = read_choice(Path(options["recipe"]), matrix)
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]

@@ -26,13 +26,14 @@ from compressknow.base.errors import (
     CompressknowError,
     GateNotMet,
     GateUndecided,
+    UsageError,
     is_out_of_memory,
     is_panic,
     suggest_word,
 )
 from compressknow.base.format import count
 from compressknow.base.packages import build_not_installed
-from compressknow.cli.options import join_options, option, read_project_defaults
+from compressknow.cli.options import describe_project_defaults, join_options, option, read_project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show, wrap_whole
 
 # By name, in the order in which one needs them: each is the function of that name in the module of that name.
@@ -83,13 +84,17 @@ class LazyGroup(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; with `--debug`, print the traceback of what goes wrong before it is reported."""
+        """Run the command; note of wrong values which options the project's file gives. With `--debug`, print the
+        traceback of what goes wrong before it is reported."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception:
-            if ctx.params.get("debug"):
+        except Exception as error:
+            if type(error) in (click.BadParameter, UsageError):
+                for name, given in (ctx.default_map or {}).items():
+                    if given and (command := self.get_command(ctx, name)):
+                        error.add_note(describe_project_defaults(command, given))
+            of_click = (click.ClickException, click.exceptions.Exit, click.Abort)
+            if ctx.params.get("debug") and not isinstance(error, of_click):
                 show(traceback.format_exc(), err=True)
             raise
 
@@ -142,12 +147,12 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         returned = command.main(args, prog_name="compressknow", standalone_mode=False)
         sys.stdout.flush()
     except CompressknowError as error:
-        _report_failure(*error.of_options)
+        _report_failure(*error.of_options, *getattr(error, "__notes__", ()))
         return error.exit_code
     except click.ClickException as error:
         message = io.StringIO()
         (_suggest(error) if isinstance(error, click.NoSuchOption) else error).show(file=message)
-        show(message.getvalue().rstrip("\n"), err=True)
+        show(message.getvalue().rstrip("\n"), *(f"  {note}" for note in getattr(error, "__notes__", ())), err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
         # click raises its Abort from what stopped it.

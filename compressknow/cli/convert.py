@@ -19,6 +19,7 @@ from compressknow.cli.options import (
     Decorator,
     checkpoint_options,
     command,
+    drop_beside_recipe,
     join_options,
     make_recipe_option,
     option,
@@ -120,13 +121,15 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
 
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
+    options = drop_beside_recipe(options, (*OPTIONS, *_PARAMETERS))
     if options["recipe"]:
         # An option that was given as it is when left out too: the recipe may say another value.
         source = ctx.get_parameter_source
         given = {name: source(name) == click.core.ParameterSource.COMMANDLINE for name in (*OPTIONS, *_PARAMETERS)}
         check_beside_recipe(given, dict.fromkeys(given, False))
     # Those of other packages; the function has parameters for the rest.
-    others = {name: options.pop(name) for name in _PARAMETERS if name not in signature(run).parameters}
+    further = options.keys() - signature(run).parameters
+    others = {name: options.pop(name) for name in _PARAMETERS if name in further}
     options["parameters"] = {
         name: value
         for name, value in others.items()

@@ -22,6 +22,7 @@ from compressknow.cli.options import (
     add_guide_option,
     checkpoint_options,
     command,
+    drop_beside_recipe,
     fit_options,
     option,
     read_type_of,
@@ -93,12 +94,14 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     compressknow export MODEL OUT.gguf --type q4_k_m --type-of attention=q8_0
     compressknow export MODEL OUT.gguf --size 90MB
     """
+    from compressknow.api.export import OF_RECIPE
     from compressknow.api.export import export as run
 
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
-        record = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
+        given = drop_beside_recipe(options, OF_RECIPE)
+        record = run(model, output, dry_run=dry_run, on_progress=Lines(), **given)
     if as_json:
         show_json(record)
     else:

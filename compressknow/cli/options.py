@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
@@ -381,6 +381,21 @@ def read_project_defaults(
             raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {str(options[key].name): _resolve_paths(value, options[key], file) for key, value in values.items()}
+
+
+def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
+    """Say which file gives options of a command, to whoever did not write them on the command line; `names` are theirs
+    in Python."""
+    nearest, options = _find_file(Path.cwd()), _list_options(command)
+    words = ", ".join(max(options[name].opts, key=len) for name in names)
+    return f"Options of {nearest[0] if nearest else FILE}: {words}."
+
+
+def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the options without those of `names` that the project's file gives, where a recipe says them instead."""
+    source = click.get_current_context().get_parameter_source
+    is_of_file = {name for name in names if source(name) == click.core.ParameterSource.DEFAULT_MAP}
+    return {name: value for name, value in options.items() if options["recipe"] is None or name not in is_of_file}
 
 
 def _list_options(command: click.Command) -> dict[str, click.Option]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import click
 import pytest
 
 from compressknow.base.errors import UsageError
+from compressknow.base.packages import is_installed
 from compressknow.cli import main
 from compressknow.cli.options import read_project_defaults, read_type_of
 from compressknow.cli.report import get_command
+from tests.models import save_tiny
 
 
 @click.command()
@@ -156,7 +159,50 @@ def test_an_option_is_known_by_what_the_command_line_calls_it(project: Path, tex
 def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "compressknow.toml").write_text('[report]\nlimit = "many"\n')
     assert main(["report", "a", "b"]) == 2
-    assert "limit" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "Invalid value for '--limit'" in message
+    assert message.endswith(f"\n  Options of {project / 'compressknow.toml'}: --limit.\n")
     (project / "compressknow.toml").write_text("[report]\nfail-under = 95\n")
     assert main(["report", "a", "b"]) == 2
     assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_told_with_what_the_file_gives(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "compressknow.toml").write_text("strict = true\nlimit = 9\n")
+    for words in (["report", "a", "b"], ["--debug", "report", "a", "b"]):
+        assert main(words) == 2
+        *_, gate, hint, source = capsys.readouterr().err.splitlines()
+        assert (gate, hint) == ("Error: --strict needs a gate.", "  Add --fail-under SHARE, or leave out --strict.")
+        assert source == f"  Options of {project / 'compressknow.toml'}: --strict, --limit."
+    assert main(["report", "--strit"]) == 2
+    assert "Options of" not in capsys.readouterr().err
+    (project / "compressknow.toml").write_text("limit = 9\n")
+    assert main(["report", "./a", "./b"]) == 1
+    assert "Options of" not in capsys.readouterr().err
+
+
+def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    (project / "compressknow.toml").write_text('data = "."\n')
+    assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0"]) == 1
+    assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
+
+
+def test_a_recipe_comes_before_what_the_file_says_of_its_steps(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text("seed = 1\n[convert]\nprune = 0.5\nscope = 'attention'\n")
+    recipe, types = project / "recipe.toml", project / "types.toml"
+    recipe.write_text("[[steps]]\nprune = 0.25\n")
+    types.write_text("[export]\ntype = 'q4_0'\n")
+    model = save_tiny("bert", project / "model")
+    assert main(["convert", str(model), "out", "--recipe", str(recipe), "--dry-run", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)["recipe"]["steps"]
+    assert (step["prune"], step["scope"]) == (0.25, ["blocks"])
+    assert main(["convert", str(model), "out", "--recipe", str(recipe), "--prune", "0.1"]) == 2
+    assert capsys.readouterr().err.startswith("Error: --recipe cannot be combined with --prune.\n")
+    if is_installed("llama_cpp_py_sync"):
+        assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types)]) == 1
+        assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
