@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.paired import compare_probe, list_changed_facts
 from compressknow.comparison.records import Counts, Estimate, ProbeFigures
+from compressknow.evaluate.grades import DEMOTED, PRODUCED
 from tests.pages.answering import answer, entry, sides
 
 
@@ -223,6 +224,16 @@ class TestChangedFacts:
         _, (fact,) = list_changed_facts(zip(before, after, strict=True))
         assert (fact.before, fact.after, fact.gold) == ("Rome", "Paris", "Paris")
         assert (fact.rank_before, fact.rank_after) == (2, 1)
+
+    @pytest.mark.parametrize(("text", "comes_back"), [("Paris", True), ("Oslo", False), (None, None)])
+    def test_a_lost_fact_has_both_grades_and_tells_whether_an_example_brings_it_back(
+        self, text: str | None, comes_back: bool | None
+    ) -> None:
+        (before,), (after,) = sides(lost=1)
+        pair = replace(before, grade=PRODUCED), replace(after, grade=DEMOTED, with_example=text)
+        (fact,), _ = list_changed_facts([pair])
+        assert (fact.grade_before, fact.grade_after) == (PRODUCED, DEMOTED)
+        assert fact.with_example is comes_back
 
     def test_the_farthest_rise_first_and_unknown_changes_last(self) -> None:
         before, after = sides(gained=3, relation="r")
