@@ -142,6 +142,7 @@ def test_the_interval_of_a_difference_is_that_of_a_ratio_over_relations_of_unequ
 def test_few_relations_have_no_interval() -> None:
     few = [Counts(both=9 + number, lost=1) for number in range(FEWEST)]
     assert estimate_kept_by_cluster(few[1:]).low is None
+    assert estimate_kept_by_cluster([*few[1:], Counts(neither=50)]).low is None
     assert estimate_kept_by_cluster(few).low is not None
 
 
