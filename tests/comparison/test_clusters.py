@@ -144,6 +144,7 @@ def test_few_relations_have_no_interval() -> None:
     assert estimate_kept_by_cluster(few[1:]).low is None
     assert estimate_kept_by_cluster([*few[1:], Counts(neither=50)]).low is None
     assert estimate_kept_by_cluster(few).low is not None
+    assert [estimate_difference_by_cluster(each).low is None for each in (few[1:], few)] == [True, False]
 
 
 def test_relations_of_which_nothing_was_known_say_nothing_of_what_was_kept() -> None:

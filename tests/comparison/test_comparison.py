@@ -163,6 +163,18 @@ class TestMovement:
         movement = compared((before, after)).movement
         assert movement.kl_max == pytest.approx(0.25 * math.log(2), rel=1e-6)
         assert movement.kl_mean == movement.kl_median == pytest.approx(movement.kl_max / 2)
+        assert movement.rest == pytest.approx((0.25, (0.25 + 0.5) / 2))
+
+    @pytest.mark.parametrize(("tokens", "partly"), [(20, True), (21, False), (255, False), (256, True)])
+    def test_as_many_tokens_as_are_asked_for_leave_a_rest_and_a_smaller_vocabulary_leaves_none(
+        self, tokens: int, partly: bool
+    ) -> None:
+        """A server tells 20 tokens, other runtimes 256; what has fewer is a whole vocabulary but one."""
+        rows = sides(both=1, first_ids=tuple(range(tokens)), first_logp=(math.log(0.5 / tokens),) * tokens)
+        assert compared(rows).movement.rest == (pytest.approx((0.5, 0.5)) if partly else None)
+        few = sides(both=2)
+        both = tuple([*side, *replaced] for side, replaced in zip(rows, ([s[1]] for s in few), strict=True))
+        assert compared(both).movement.is_lower_bound is partly
 
     def test_not_where_other_tokens_were_asked_for(self) -> None:
         rows = sides(both=2)
