@@ -217,6 +217,31 @@ def test_help_lists_every_exit_code_of_the_manual(capsys: pytest.CaptureFixture[
     assert re.findall(r"\d+", said) == codes
 
 
+@pytest.mark.parametrize(
+    ("words", "completion"),
+    [("conv", "convert"), ("convert a b --prun", "--prune"), ("convert a b --quantize int4", "int4")],
+)
+def test_a_shell_completes_commands_options_and_values(
+    words: str, completion: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"compressknow {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    with pytest.raises(SystemExit, match="^0$"):
+        main([])
+    assert f"plain,{completion}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_a_shell_gets_the_script_that_completes(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", f"{shell}_source")
+    with pytest.raises(SystemExit, match="^0$"):
+        main([])
+    assert f"_COMPRESSKNOW_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(
