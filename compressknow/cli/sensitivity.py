@@ -26,7 +26,7 @@ from compressknow.cli.options import (
     option,
 )
 from compressknow.cli.report import list_given
-from compressknow.cli.terminal import WIDTH, Lines, show, show_written, wrap
+from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, show_written, wrap
 
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
@@ -52,7 +52,8 @@ _KEPT = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", 
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
 @checkpoint_options
 @option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
-def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
+@option("--json", "as_json", is_flag=True, help="Print the map as JSON.")
+def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Show which weights of MODEL, a local folder or a Hub id, matter most to what it knows.
 
     For each weight and each type it estimates what that rounding alone does to facts that the model knows, and to
@@ -67,6 +68,12 @@ def sensitivity(model: str, output: tuple[Path, ...], **options: Any) -> None:
 
     with explain_interrupt(RESUMES):
         result = run(model, output, on_progress=Lines(), **options)
+    if as_json:
+        from compressknow.engine.identity import locate
+        from compressknow.study.map import Map, map_to_json
+
+        show_json_text(map_to_json(Map(locate(model, options["revision"]).name, result, options["guide"])))
+        return
     show(*build_page(result, options["guide"]))
     show(f"\nNext: compressknow {shlex.join(_propose(result, model))}")
     show_written(output)

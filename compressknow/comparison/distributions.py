@@ -136,9 +136,7 @@ def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | Non
 def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
     """Return the part of each value, from 0, the largest first: of about equal size, equal values in one. None where
     that leaves a part with too few."""
-    distinct, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
-    if len(distinct) < parts:
-        return None
+    _, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(values)
     chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
     return chosen if np.bincount(chosen, minlength=parts).min() >= fewest else None

@@ -170,11 +170,12 @@ def format_millinats(kl: float) -> str:
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats that the names of the files ask for."""
-    renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": _to_json}
+    renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": map_to_json}
     write_files({suffix: partial(renderer, map) for suffix, renderer in renderers.items()}, files, overwrite=overwrite)
 
 
-def _to_json(map: Map) -> str:
+def map_to_json(map: Map) -> str:
+    """Write all figures of the map as a JSON file."""
     sensitivity = map.sensitivity.as_json()
     values = {
         **{"schema": sensitivity["schema"], "verdict": write_verdict(map), "model": map.model, "guide": map.guide},

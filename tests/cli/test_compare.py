@@ -24,7 +24,7 @@ from tests.cli.conftest import Run, refused
 from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import one_in
-from tests.models import edit_config, edit_tensors, save_tiny
+from tests.models import edit_config, edit_tensors, put_into_hub_cache, save_tiny
 from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
@@ -180,6 +180,24 @@ def test_models_in_the_wrong_order_are_told_whatever_they_are_called_now(run: Ru
     for original in ("{place}/llama", "renamed"):
         assert "A was made from B" not in run(original, "{place}/llama-int8").out
         assert "A was made from B" in run("{place}/llama-int8", original).out
+
+
+def test_each_side_may_be_of_a_revision_of_its_own(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_into_hub_cache(place / "llama", tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commit = tmp_path / "hub" / "models--org--tiny", "e" * 40
+    shutil.copytree(place / "llama-b", repository / "snapshots" / commit)
+    (repository / "refs" / "pruned").write_text(commit)
+
+    def zeros(*options: str) -> list[int]:
+        total = json.loads(run("org/tiny", "org/tiny", *options, "--json").out)["weights"]["total"]
+        return [total["zeros_a"], total["zeros_b"]]
+
+    of_a, of_b = zeros("--revision-b", "pruned")
+    assert of_a < of_b
+    assert zeros("--revision", "pruned", "--revision-b", "main") == [of_b, of_a]
 
 
 def test_weights_alike_beside_another_tokenizer_are_told(run: Run, place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import is_installed
-from compressknow.cli import main
+from compressknow.cli import COMMANDS, cli, main
 from compressknow.cli.options import read_project_defaults, read_type_of
 from compressknow.cli.report import get_command
 from tests.models import save_tiny
@@ -109,6 +110,23 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
     (project / "compressknow.toml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
         called()
+
+
+SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
+ALONE = re.findall("`--(.+?)`", SHARED_OPTIONS.partition("is for\nthe command line alone: ")[2].partition(". ")[0])
+
+
+@pytest.mark.parametrize("option", ALONE)
+def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Path, option: str) -> None:
+    commands = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
+    having = {
+        name: each for name, each in commands.items() if each and any(f"--{option}" in p.opts for p in each.params)
+    }
+    assert having
+    for name, command in having.items():
+        (project / "compressknow.toml").write_text(f"[{name}]\n{option} = true\n")
+        with pytest.raises(UsageError, match=f"{option.replace('-', '_')} is for the command line alone"):
+            read_project_defaults(name, command, COMMANDS, commands.get)
 
 
 @pytest.mark.parametrize("text", ["tool = 1", "[tool]\ncompressknow = 1", "limit = ", f"a = {'[' * 10_000}"])

@@ -69,6 +69,13 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme(name: str) -
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_a_table_and_json_instead(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert any("--json" in parameter.opts for parameter in command.params)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_80_columns_in_groups_that_have_names(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +222,31 @@ def test_help_lists_every_exit_code_of_the_manual(capsys: pytest.CaptureFixture[
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2].partition(" Options:")[0]
     assert re.findall(r"\d+", said) == codes
+
+
+@pytest.mark.parametrize(
+    ("words", "completion"),
+    [("conv", "convert"), ("convert a b --prun", "--prune"), ("convert a b --quantize int4", "int4")],
+)
+def test_a_shell_completes_commands_options_and_values(
+    words: str, completion: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"compressknow {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert f"plain,{completion}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_a_shell_gets_the_script_that_completes(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", f"{shell}_source")
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert f"_COMPRESSKNOW_COMPLETE={shell}_complete" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("default_handlers")

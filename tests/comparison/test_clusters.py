@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student_t
 from scipy.stats import ttest_1samp
 
 from compressknow.comparison.intervals import (
@@ -100,6 +101,8 @@ def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None
     assert run_paired_test(clusters).unit == "relation"
     alike = [Counts(both=20, lost=1)] * 5
     assert run_paired_test(alike).p == run_mcnemar(sum(alike, Counts())) == 0.0625
+    # A relation of which nothing was asked is none.
+    assert run_paired_test([*clusters, *[Counts()] * 5]) == run_paired_test(clusters)
     # Of fewer nothing can be learned of how they differ.
     assert run_paired_test(clusters[:4]) == PairedTest(run_mcnemar(sum(clusters[:4], Counts())), "fact")
 
@@ -123,10 +126,25 @@ def test_facts_that_hang_together_tell_less() -> None:
     assert far.high - far.low > 1.3 * (near.high - near.low)
 
 
+def test_the_interval_of_a_difference_is_that_of_a_ratio_over_relations_of_unequal_size() -> None:
+    """Each relation's net change less what the mean over all facts would make of its size (Cochran 1977, 9A.2)."""
+    counts = [Counts(5, 3, 1, 4), Counts(40, 2, 6, 10), Counts(2, 1, 0, 0), Counts(9, 9, 0, 20), Counts(3, 0, 2, 1)] * 2
+    sizes = [each.n for each in counts]
+    facts, number = sum(sizes), len(counts)
+    mean = sum(each.gained - each.lost for each in counts) / facts
+    apart = sum((each.gained - each.lost - mean * each.n) ** 2 for each in counts)
+    error = (number / (number - 1) * apart) ** 0.5 / facts
+    spread = error * student_t.ppf(0.975, facts**2 / sum(size**2 for size in sizes) - 1)
+    found = estimate_difference_by_cluster(counts)
+    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - spread, mean + spread))
+
+
 def test_few_relations_have_no_interval() -> None:
     few = [Counts(both=9 + number, lost=1) for number in range(FEWEST)]
     assert estimate_kept_by_cluster(few[1:]).low is None
+    assert estimate_kept_by_cluster([*few[1:], Counts(neither=50)]).low is None
     assert estimate_kept_by_cluster(few).low is not None
+    assert [estimate_difference_by_cluster(each).low is None for each in (few[1:], few)] == [True, False]
 
 
 def test_relations_of_which_nothing_was_known_say_nothing_of_what_was_kept() -> None:

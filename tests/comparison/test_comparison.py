@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.paired import compare_probe, list_changed_facts
 from compressknow.comparison.records import Counts, Estimate, ProbeFigures
+from compressknow.evaluate.grades import DEMOTED, PRODUCED
 from tests.pages.answering import answer, entry, sides
 
 
@@ -162,6 +163,18 @@ class TestMovement:
         movement = compared((before, after)).movement
         assert movement.kl_max == pytest.approx(0.25 * math.log(2), rel=1e-6)
         assert movement.kl_mean == movement.kl_median == pytest.approx(movement.kl_max / 2)
+        assert movement.rest == pytest.approx((0.25, (0.25 + 0.5) / 2))
+
+    @pytest.mark.parametrize(("tokens", "partly"), [(20, True), (21, False), (255, False), (256, True)])
+    def test_as_many_tokens_as_are_asked_for_leave_a_rest_and_a_smaller_vocabulary_leaves_none(
+        self, tokens: int, partly: bool
+    ) -> None:
+        """A server tells 20 tokens, other runtimes 256; what has fewer is a whole vocabulary but one."""
+        rows = sides(both=1, first_ids=tuple(range(tokens)), first_logp=(math.log(0.5 / tokens),) * tokens)
+        assert compared(rows).movement.rest == (pytest.approx((0.5, 0.5)) if partly else None)
+        few = sides(both=2)
+        both = tuple([*side, *replaced] for side, replaced in zip(rows, ([s[1]] for s in few), strict=True))
+        assert compared(both).movement.is_lower_bound is partly
 
     def test_not_where_other_tokens_were_asked_for(self) -> None:
         rows = sides(both=2)
@@ -223,6 +236,16 @@ class TestChangedFacts:
         _, (fact,) = list_changed_facts(zip(before, after, strict=True))
         assert (fact.before, fact.after, fact.gold) == ("Rome", "Paris", "Paris")
         assert (fact.rank_before, fact.rank_after) == (2, 1)
+
+    @pytest.mark.parametrize(("text", "comes_back"), [("Paris", True), ("Oslo", False), (None, None)])
+    def test_a_lost_fact_has_both_grades_and_tells_whether_an_example_brings_it_back(
+        self, text: str | None, comes_back: bool | None
+    ) -> None:
+        (before,), (after,) = sides(lost=1)
+        pair = replace(before, grade=PRODUCED), replace(after, grade=DEMOTED, with_example=text)
+        (fact,), _ = list_changed_facts([pair])
+        assert (fact.grade_before, fact.grade_after) == (PRODUCED, DEMOTED)
+        assert fact.with_example is comes_back
 
     def test_the_farthest_rise_first_and_unknown_changes_last(self) -> None:
         before, after = sides(gained=3, relation="r")

@@ -52,6 +52,9 @@ def test_confidently_wrong_by_hand() -> None:
     assert (told.wrong_original, told.confidently_wrong_original) == (30, 15)
     # Of the compressed model all below 30, and every third from 30 on; it is sure of the odd ones.
     assert (told.wrong_compressed, told.confidently_wrong_compressed) == (50, 25)
+    # Where all are as sure, none is surer than the median.
+    alike = compare_confidence([(sure(n, 0.5, n % 3 > 0), sure(n, 0.5, n % 2 > 0)) for n in range(30)])
+    assert (alike.confidently_wrong_original, alike.confidently_wrong_compressed) == (0, 0)
 
 
 def test_reliability_adds_up_to_the_calibration_error() -> None:

@@ -7,9 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, norm, t
 
 from compressknow.comparison.intervals import (
+    INDEPENDENT,
     Design,
     design_of_change,
     estimate_proportion,
@@ -152,3 +153,20 @@ def test_more_facts_of_the_same_relations_may_never_show_a_small_loss() -> None:
     needed = [count_facts_to_show(sum(c, Counts()), design=design_of_change(c)) for c in (alike, apart)]
     assert needed[0] is not None
     assert needed[1] is None
+
+
+@pytest.mark.parametrize("gate", [None, 0.9])
+def test_of_relations_that_hang_together_it_takes_more_facts_by_what_they_tell_less(gate: float | None) -> None:
+    """The effect grows with the facts of a relation, and Student's t takes the place of the normal quantile."""
+    counts, correlation, size, degrees = Counts(both=220, lost=10, gained=5, neither=165), 0.001, 20, 19
+
+    def count(design: Design) -> int:
+        found = count_facts_to_show(counts, design) if gate is None else count_facts_to_decide(counts, gate, design)
+        assert found is not None
+        return found
+
+    needed = count(Design(1 + (size - 1) * correlation, size, degrees))
+    effect = 1 + (size * needed / counts.known_before - 1) * correlation
+    tells = needed / effect / (t.ppf(0.975, degrees) / norm.ppf(0.975)) ** 2
+    assert tells == pytest.approx(count(INDEPENDENT), abs=1)
+    assert needed > 1.1 * tells

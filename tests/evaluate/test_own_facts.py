@@ -281,8 +281,11 @@ def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sent
 
 def test_half_of_a_character_is_an_error_that_says_where(tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
-    file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\uD83D"}\n', encoding="utf-8")
-    with pytest.raises(UsageError, match=r"line 1, column \d+: .ud83d is half of a character"):
-        read_facts_file(file)
+    for half in ("uD83D", "ude00"):
+        line = f'{{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\{half}"}}'
+        file.write_text(f"{line}\n", encoding="utf-8")
+        column = line.rindex("\\") + 1
+        with pytest.raises(UsageError, match=rf"line 1, column {column}: .{half.lower()} is half of a character"):
+            read_facts_file(file)
     file.write_text('{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\u00e4"}\n', encoding="utf-8")
     assert read_facts_file(file).facts[0].prompt == "😀 is [MASK]."

@@ -16,7 +16,7 @@ from compressknow.cli import main
 from compressknow.comparison.distributions import compare_wordings, measure_consistency
 from compressknow.evaluate.evaluate import put_after_example
 from compressknow.evaluate.facts import Probe, strip_wording
-from compressknow.evaluate.grades import merge_wordings
+from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, merge_wordings
 from compressknow.evaluate.sources import open_all
 from tests.evaluate.layouts import open_probe
 from tests.knowing import in_wordings, knowing
@@ -174,6 +174,32 @@ def test_a_fact_is_known_by_most_of_its_wordings(
     probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
     (merged,) = merge_wordings(answers(own, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
+
+
+@pytest.mark.parametrize(
+    ("grades", "shown", "grade", "comes_back"),
+    [
+        # What most of the wordings say that were put after an example; of as many, what is not the object.
+        ((GONE, DEMOTED, DEMOTED), ("Paris", "Oslo", "Paris"), DEMOTED, True),
+        ((GONE, GONE, DEMOTED), ("Paris", "Oslo", "Oslo"), GONE, False),
+        ((DEMOTED, GONE), ("Paris", "Oslo"), GONE, False),
+        # The middle grade; those that were known are not put after one.
+        ((RECOGNIZED, PRODUCED, GONE), (None, None, "Paris"), RECOGNIZED, True),
+        ((PRODUCED, PRODUCED, RECOGNIZED), (None, None, None), PRODUCED, None),
+        ((PRODUCED, None, RECOGNIZED), (None, None, None), None, None),
+    ],
+)
+def test_a_fact_has_the_middle_grade_and_what_most_say_after_an_example(
+    grades: tuple[str | None, ...], shown: tuple[str | None, ...], grade: str | None, comes_back: bool | None
+) -> None:
+    own = [
+        answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
+        for number, (each, text) in enumerate(zip(grades, shown, strict=True), 1)
+    ]
+    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
+    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    assert merged.grade == grade
+    assert (None if merged.with_example is None else merged.with_example == merged.gold) is comes_back
 
 
 def test_wordings_all_alike_are_wholly_consistent_and_single_ones_have_no_consistency() -> None:

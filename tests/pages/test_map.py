@@ -27,6 +27,7 @@ from compressknow.study.map import (
     write_verdict,
 )
 from compressknow.study.sensitivity import Sensitivity
+from tests.long import one_in
 from tests.pages.hostile import TEXTS
 from tests.pages.in_browser import cut, overflow, overlapping, unfold, violations
 from tests.pages.maps import TYPES, sensitivity_of, weight
@@ -159,7 +160,7 @@ def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
     assert "| layer 2 |" in (tmp_path / "map.md").read_text()
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", one_in(8, TEXTS))
 def test_no_name_is_markup(text: str) -> None:
     hostile = map_of(domains={text: 40})
     plain, named = (read(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text)))

@@ -99,3 +99,12 @@ def test_an_error_says_what_makes_the_smallest_file():
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
         "Give more. What --must asks for counts too.",
     ]
+    others = {f"t{place}": {"q2": Option(1000 * (9 - place), 1)} for place in range(9)}
+    with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):
+        allocate(table | others, 5_000_000, overhead=500_000)
+
+
+def test_what_is_joined_and_has_no_type_in_common_is_named():
+    table = {"q": {"q4": Option(4, 1)}, "k": {"q8": Option(8, 0)}}
+    with pytest.raises(UsageError, match="qk must be of one type, and have none in common"):
+        join_options(table, {"qk": ("q", "k")})

@@ -18,8 +18,6 @@ from compressknow.study.running import RayOptions
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
-pytest.importorskip("ray")
-
 GRID = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.8]\nquantize = ["none", "int8"]\n'
 
 
@@ -31,6 +29,7 @@ def workers() -> list[psutil.Process]:
 
 @long
 def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     grid = tmp_path / "grid.toml"
     grid.write_text(GRID, encoding="utf-8")

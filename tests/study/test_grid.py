@@ -260,7 +260,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[grid]\nprune = [0.1]", "'grid'"),
         ('[axes]\nquantize = ["int8"]\nmethod = ["l1-unstructured"]', "no cell prunes"),
         ('[[cells]]\nname = "nothing"', "neither prunes nor quantizes"),
-        ("[[cells]]\nprune = 0.1\nlayer = 3", "'layer'"),
+        ("[[cells]]\nprune = 0.1\n[[cells]]\nprune = 0.1\nlayer = 3", "mine.toml, cell 2: unknown key 'layer'"),
         ("[[cells]]\nname = 3\nprune = 0.1", "name"),
         ("[axes\n", "cannot be read"),
         ('[axes]\nprune = [0.5]\nrounding = ["gptq"]', "rounding applies to quantization, but no cell quantizes"),

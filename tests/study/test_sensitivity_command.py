@@ -90,6 +90,8 @@ def test_the_command_prints_and_writes_the_map_and_measures_once(
     model = compressknow.load("llama")
     assert found["others"] == sum(each.numel() for name, each in model.named_parameters() if "norm" in name)
 
+    assert main(["sensitivity", "llama", *WORDS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
     stages: list[str] = []
     again = compressknow.sensitivity(
         "llama",

@@ -279,6 +279,12 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     out = " ".join(capsys.readouterr().out.split())
     assert "Att wanda 30%: failed" in out
     assert "1 of 2 cells failed" in out
+    # The next run tries it again, and it alone.
+    answered = {path: path.stat().st_mtime_ns for path in (llama.folder / "failing").rglob("answers.parquet")}
+    text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 8), encoding="utf-8")
+    assert llama.sweep("failing", grid=grid) == 0
+    assert {row["status"] for row in llama.rows("failing").values()} == {"ok"}
+    assert {path: path.stat().st_mtime_ns for path in answered} == answered
 
 
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.reading import NotReadable, compute_sha256, find_lone_surrogate, parse_json, read_lines
 from compressknow.evaluate.facts import ARTS, GEOGRAPHY, OBJECT, PEOPLE, map_relations
+
+# The escape of half a surrogate pair without the other half.
+_HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -80,7 +84,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
     if not isinstance(value, dict):
         return "column 1: a JSON object {...} belongs here"
     if b"\\u" in line and (escape := find_lone_surrogate(json.dumps(value, ensure_ascii=False))):
-        return f"column {line.lower().find(escape.encode()) + 1}: {escape} is half of a character"
+        found = _HALF.search(line)
+        return f"column {found.start() + 1 if found else 1}: {escape} is half of a character"
     return value
 
 
