@@ -174,6 +174,16 @@ class Treatment:
     see: Callable[[slice, torch.Tensor], object] | None = None
 
 
+def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Tensor:
+    """Return the values of a tensor once it is pruned, float32 of its shape."""
+    tally, values = _Tally(planned, mask), torch.empty(planned.source.shape)
+    rows = values.view(-1, values.shape[-1])
+    for block in reader.blocks(planned.source):
+        tally.prune(block)
+        rows[block.rows] = block.values
+    return values
+
+
 class _Coder:
     """Coder of a tensor's blocks into what its scheme stores, which keeps their scales."""
 

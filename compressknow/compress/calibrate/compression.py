@@ -15,7 +15,7 @@ import torch
 
 from compressknow.base.format import write_size
 from compressknow.base.system import count_cores
-from compressknow.compress.blocks import Block, Pool
+from compressknow.compress.blocks import Block, Pool, Reader
 from compressknow.compress.calibrate import smooth
 from compressknow.compress.calibrate.compensation import fit_scales, round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured, Treatment, Work
+from compressknow.compress.process import Measured, Treatment, Work, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
@@ -84,8 +84,8 @@ def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
     for block, _, width in reads:
         squares[block] += width**2
     inside = {weight.parameter for weight in weights if weight.layer is not None}
-    # GPTQ runs the original too, and sums how far what is read has come from it.
-    pairs = 1 + any(map(_is_rounded_by_gptq, plan.tensors))
+    # With a second run of the text, and sums of how far what is read has come from the original's.
+    pairs = 1 + _looks_back(plan.tensors)
     _, memory, operations = _estimate_runs(
         weights,
         tokens,
@@ -132,6 +132,17 @@ def _is_sum_of_products(tensor: PlannedTensor) -> bool:
 
 def _is_rounded_by_gptq(tensor: PlannedTensor) -> bool:
     return bool(tensor.quantize and tensor.quantize.rounding == "gptq")
+
+
+def _looks_back(tensors: Sequence[PlannedTensor]) -> bool:
+    """Return True if GPTQ makes up for what rounding lost in earlier layers.
+
+    It does not make up for what pruning lost, which asks for more than the weights that stay can learn of the text: a
+    pruned model is taken for the original. Where each layer is pruned by what it reads of the layers rounded before it,
+    there is no such model.
+    """
+    is_pruned = any(tensor.prune and tensor.prune.calibrated for tensor in tensors)
+    return not is_pruned and any(map(_is_rounded_by_gptq, tensors))
 
 
 def _is_expert(tensor: PlannedTensor) -> bool:
@@ -240,8 +251,15 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         super().__init__(streamed, targets)
         self._plan, self._work, self._masks = plan, work, masks
         self._result, self._waits = result, waits
-        # What is rounded by GPTQ makes up for what was lost before it.
-        self.pairs = not waits and any(map(_is_rounded_by_gptq, targets))
+        self.pairs = not waits and _looks_back(targets)
+
+    def enter(self, module: str) -> None:
+        # A pruned model is what rounding is to keep.
+        pruned = [each for each in self._targets.get(module, ()) if self.pairs and each.name in self._masks]
+        reader = Reader(self._work.pool, self._work.files, lambda _: None)
+        values = self._work.pool.map(lambda tensor: read_pruned(reader, tensor, self._masks[tensor.name]), pruned)
+        for tensor, pruned_values in zip(pruned, values, strict=True):
+            self._streamed.replace(tensor.parameter, tensor.source, pruned_values)
 
     def keeps_output(self, module: str, batch: int) -> bool:
         return self.pairs and not batch % 2 and module in self._streamed.blocks

@@ -58,6 +58,9 @@ class Visitor:
         """True if nothing is left to do, so that the rest of the model need not run."""
         return False
 
+    def enter(self, module: str) -> None:
+        """Change the weights of a module, which are loaded, before any batch runs through it."""
+
     def list_watched(self, module: str) -> Collection[str]:  # noqa: ARG002
         """Return the parameters of a block (or lone layer) to watch; without any it is not visited."""
         return ()
@@ -211,6 +214,7 @@ def walk(
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
             run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
             with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
+                visitor.enter(module)
                 outputs: Sequence[Any] = [None] * len(stops)
                 if names := visitor.list_watched(module):
                     weights = {name: streamed.model.get_parameter(name) for name in names}

@@ -108,7 +108,8 @@ def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: P
 
 def test_what_gptq_rounds_makes_up_for_what_the_blocks_before_lost(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    steps = Prune(0.5, where=Where(layers="0")), Quantize("int8-weights", BLOCKS, rounding="gptq")
+    coarse = Quantize("int4", Where(layers="0", exclude=("down_proj",)), parameters={"group_size": 32})
+    steps = coarse, Quantize("int8-weights", Where(layers="1"), rounding="gptq")
     compressed(folder, tmp_path / "out", *steps, count=20)
     original, made, name = tiny("llama"), loaded(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
     batches = batches_of(original, 20)
@@ -159,6 +160,17 @@ def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> 
     assert (
         zeros >= sum(int((pruned[name] == 0).sum()) for name in rounded) > 0.49 * sum(both[n].numel() for n in rounded)
     )
+
+
+def test_gptq_makes_up_for_rounding_of_a_pruned_model_not_for_its_pruning(tmp_path: Path) -> None:
+    """So one conversion gives what two give, one after the other."""
+    prune, quantize = Prune(0.5, "l1-unstructured", BLOCKS), Quantize("int8", BLOCKS, rounding="gptq")
+    folder = save_tiny("llama", tmp_path / "in")
+    compressed(folder, tmp_path / "pruned", prune)
+    compressed(tmp_path / "pruned", tmp_path / "twice", quantize)
+    compressed(folder, tmp_path / "once", prune, quantize)
+    once, twice = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice"))
+    assert once == twice
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
