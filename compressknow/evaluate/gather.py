@@ -255,7 +255,9 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas. Raises
     what `open_named` and `check_gated` do."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
-    entry = next(iter(known.record.probes.values()), None) if known else None
+    entries = list(known.record.probes.values()) if known else []
+    # Of a probe with fewer facts no sample was drawn.
+    entry = next((each for each in entries if each.limit is not None), entries[0] if entries else None)
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
     opened = open_named(names, options, evaluation.known)

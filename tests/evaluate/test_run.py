@@ -288,6 +288,15 @@ def test_a_sample_is_drawn_by_its_seed(place: Path, tmp_path: Path) -> None:
     assert asked("d", 20, 0) > twelve
 
 
+def test_a_model_is_evaluated_on_the_sample_of_stored_answers(place: Path, tmp_path: Path) -> None:
+    lines = (place / "facts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
+    ask(place / "llama", tmp_path / "original", [tmp_path / "few.jsonl", place / "facts.jsonl"], FEW, Options(limit=12))
+    probes = [f"facts:{tmp_path / 'few.jsonl'}", f"facts:{place / 'facts.jsonl'}"]
+    card = compressknow.report(tmp_path / "original", place / "llama-3", probes, answers=tmp_path / "kept")
+    assert [probe.counts.n for probe in card.comparisons[0].probes] == [4, 12]
+
+
 def test_a_folder_that_another_run_uses_is_left_alone(place: Path, tmp_path: Path) -> None:
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     before = bytes_of(tmp_path / "a")
