@@ -70,15 +70,22 @@ def make_hash_entry(sha256: object, label: str = "SHA-256") -> Entry:
     return Entry(label, hash[:12], code=True, full=hash)
 
 
-def list_identity(model: ModelRecord) -> tuple[Entry, ...]:
+def list_origin(model: ModelRecord) -> list[Entry]:
     """Return which checkpoint this is, where it came from and what was done to it."""
     entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry(model.sha256)]
-    if source := model.source:
-        entries.append(make_name_entry("Made from", source.get("name", ""), source.get("revision")))
+    source = model.source or {}
+    if clean(name := source.get("name") or ""):
+        entries.append(make_name_entry("Made from", name, source.get("revision")))
     if model.setup:
         entries.append(Entry("Setup", clean(model.setup, 80)))
     if model.quantization:
         entries.append(Entry("Quantization", clean(model.quantization, 200)))
+    return entries
+
+
+def list_identity(model: ModelRecord) -> tuple[Entry, ...]:
+    """Return the same, what runs it, its kind and its size."""
+    entries = list_origin(model)
     if runtime := model.runtime:
         entries.append(Entry("Runtime", clean(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)))
         if types := runtime.get("types"):

@@ -240,7 +240,7 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = measure_kept(comparison, gate)
-    return f"{counts.both} of {counts.known_before}, {write_estimate(kept)}"
+    return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept)}"
 
 
 def decide(

@@ -47,9 +47,8 @@ from compressknow.pages.parts import (
     Table,
     draw_charts,
     draw_twice,
+    list_origin,
     make_fact_parts,
-    make_hash_entry,
-    make_name_entry,
     make_rest_note,
     show_run,
     write_bare_p,
@@ -134,18 +133,8 @@ def _write_headline(comparison: CheckpointComparison) -> str:
 
 
 def _describe_checkpoint(side: ModelRecord) -> tuple[Entry, ...]:
-    source = (side.source or {}).get("name") or ""
-    entries = (
-        make_name_entry("Name", side.name, side.revision),
-        make_hash_entry(side.sha256),
-        make_name_entry("Made from", source, None) if clean(source) else None,
-        Entry("Setup", clean(side.setup, 80)) if side.setup else None,
-        Entry("Calibrated on", clean(describe_text(side.calibration), 200)) if side.calibration else None,
-        Entry("Quantization", clean(side.quantization, 200)) if side.quantization else None,
-        Entry("Type", clean(side.dtype, 60)),
-        Entry("Size", write_size(side.bytes)),
-    )
-    return tuple(entry for entry in entries if entry)
+    text = [Entry("Calibrated on", clean(describe_text(side.calibration), 200))] if side.calibration else []
+    return (*list_origin(side), *text, Entry("Type", clean(side.dtype, 60)), Entry("Size", write_size(side.bytes)))
 
 
 def _show_behaviour(behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool) -> Iterator[Shown]:

@@ -145,6 +145,7 @@ class TestForMachines:
         summary = render_job_summary(card, parse_gates(0.9), strict=False)
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
+        assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(card_of(1900, 100), parse_gates(0.9), strict=False)
         assert "<b>" not in summary
         assert "[x](http" not in summary
         silent = make_card(

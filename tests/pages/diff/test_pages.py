@@ -78,6 +78,12 @@ def test_structure_and_settings_are_told() -> None:
     ]
 
 
+def test_a_checkpoint_says_of_which_revision_it_was_made() -> None:
+    made = comparison_of(facts=False)
+    b = replace(made.b, source={"name": "me/tiny-t5", "revision": "v2"})
+    assert "Made fromme/tiny-t5@v2" in read(render_comparison_html(replace(made, b=b))).text.replace("\n", "")
+
+
 def test_both_directions_are_told() -> None:
     page = read(render_comparison_html(comparison_of()))
     figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
