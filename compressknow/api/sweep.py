@@ -10,7 +10,7 @@ from typing import Unpack
 from compressknow.api.words import SeededWords, build_records, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import require
-from compressknow.base.progress import OnProgress, begin_stages, relabel_progress, resolve_progress
+from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.noise import NoiseFloors
@@ -31,7 +31,6 @@ from compressknow.study.cells import (
     check_study_folder,
     claim,
     grade,
-    save_cell,
 )
 from compressknow.study.grid import PAPER, list_cells
 from compressknow.study.running import Batch, RayOptions, open_runner
@@ -106,8 +105,10 @@ def sweep(
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     check_has_facts(opened, "A sweep")
     # On a cluster the workers keep what they need.
-    keep_in = None if cluster else folder
-    with closing(StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS)) as study_model:
+    keep_in, models = None if cluster else folder, folder / MODELS if save else None
+    with closing(
+        StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS, models=models)
+    ) as study_model:
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = list_cells(
             grid,
@@ -126,8 +127,8 @@ def sweep(
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
                 for result in (each.grade(before, known) for each in results):
                     by_cell[result.cell] = result
-                    if save and result.answers is not None:
-                        save_cell(study_model, result.cell, folder / MODELS, begin_stages(listener, result.cell.key))
+                    if result.answers is not None:
+                        study_model.save(result.cell, listener)
                     if on_result:
                         on_result(result)
             study = build_study(before, [by_cell[cell] for cell in cells], known=known, command=command)

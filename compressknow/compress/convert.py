@@ -23,8 +23,10 @@ from compressknow.compress.pruning import Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
+from compressknow.model.checkpoint import find_weight_files, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
+from compressknow.model.manifest import read_manifest
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
@@ -244,6 +246,17 @@ class VariantMaker:
         plan = prove(self.plan(recipe))
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return carry_out(plan, folder, self.text(plan, begin), begin=begin)
+
+    def read(self, folder: Path) -> Variant:
+        """Return what `make` gave of a recipe that was written to this folder: tensors in its files, not in memory."""
+        from safetensors.torch import load_file
+
+        from compressknow.engine.load import Variant
+
+        written, files = open_checkpoint(folder), [folder / name for name in find_weight_files(folder)]
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        nbytes = sum(file.stat().st_size for file in files)
+        return Variant(tensors, written.config, read_manifest(folder), nbytes, self.checkpoint.folder, self.tree)
 
     def text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
         """Return what a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what

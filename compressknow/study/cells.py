@@ -17,7 +17,7 @@ from compressknow.base import reading
 from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
-from compressknow.base.progress import Begin, Listener, begin_stages, relabel_progress
+from compressknow.base.progress import Listener, begin_stages, relabel_progress
 from compressknow.base.reading import find_mismatch
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
@@ -235,7 +235,7 @@ AddNoiseFloor = Callable[[NoiseFloors, Sequence[Opened], Answers], Answers]
 class StudyModel:
     """Original of a study, found and opened once: it, and every cell, is evaluated from here. `keep_in`, a folder on
     the disk, keeps its distributions for cells that are evaluated in this process; `texts` keeps calibration texts, so
-    that a study that resumes reads the same."""
+    that a study that resumes reads the same; `models` keeps the checkpoints of cells, if they are to be written."""
 
     def __init__(
         self,
@@ -245,13 +245,14 @@ class StudyModel:
         revision: str | None = None,
         keep_in: Path | None = None,
         texts: Path | None = None,
+        models: Path | None = None,
     ) -> None:
         located = locate(model, revision)
         check_is_checkpoint(model)
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
         # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
         self.prompts: dict[str, Prompts] = {}
-        self._texts = texts
+        self._texts, self._models = texts, models
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
@@ -327,6 +328,15 @@ class StudyModel:
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
         return not find_missing(CellHandle(self, cell), [probe], folder, Context(reference))
 
+    def save(self, cell: Cell, on_progress: Listener | None) -> Path | None:
+        """Write a cell's checkpoint, unless a run before has, and return its folder; None where none are written."""
+        from compressknow.pages.model_card import make_model_card
+
+        folder = self._models and self._models / self.name_folder(cell)
+        if folder and not folder.exists():
+            self.maker.write(cell.recipe, folder, make_model_card, begin_stages(on_progress, cell.key))
+        return folder
+
     def name_folder(self, cell: Cell) -> str:
         """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
         return f"{cell.key}-{CellHandle(self, cell).sha256[:8]}"
@@ -351,7 +361,7 @@ class CellHandle(ModelHandle):
         super().__init__(replace(original.located, name=cell.key, revision=None), original.settings)
         self.contents = original.contents
         self._study_model, self._cell = study_model, cell
-        self._begin = begin_stages(on_progress, cell.key)
+        self._on_progress = on_progress
         self._described: dict[str, Any] = {}
 
     @cached_property
@@ -369,7 +379,9 @@ class CellHandle(ModelHandle):
         except UsageError as error:
             # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
             raise UnsupportedError(error.what, error.why, error.hint) from error
-        variant = maker.make(plan, self._begin)
+        # Where it is written, that is what is evaluated: to make it once more may take as long again.
+        folder = self._study_model.save(self._cell, self._on_progress)
+        variant = maker.read(folder) if folder else maker.make(plan, begin_stages(self._on_progress, self._cell.key))
         self._described = describe_variant(self._cell.key, variant)
         return Transformers(
             make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
@@ -391,12 +403,3 @@ class CellHandle(ModelHandle):
 
     def describe(self) -> dict[str, Any]:
         return self._described
-
-
-def save_cell(study_model: StudyModel, cell: Cell, models: Path, begin: Begin) -> None:
-    """Write a cell's checkpoint below `models`, calibrated on the study's own text, unless a run before has."""
-    from compressknow.pages.model_card import make_model_card
-
-    folder = models / study_model.name_folder(cell)
-    if not folder.exists():
-        study_model.maker.write(cell.recipe, folder, make_model_card, begin)

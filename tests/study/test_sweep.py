@@ -292,8 +292,12 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     assert llama.sweep("unwritten", grid=ONE) == 0
 
 
-def test_saved_checkpoints_are_those_of_convert(llama: Place) -> None:
+def test_saved_checkpoints_are_those_of_convert_and_are_evaluated(llama: Place) -> None:
+    assert llama.sweep("unsaved", grid=ONE) == 0
     assert llama.sweep("saving", "--save", grid=ONE) == 0
+    assert llama.rows("saving") == llama.rows("unsaved")
+    saved, unsaved = (stored_in(llama.folder / name, "blocks-gp-30") for name in ("saving", "unsaved"))
+    assert [each.top5_logp for each in saved] == [each.top5_logp for each in unsaved]
     (saved,) = (llama.folder / "saving" / "models").iterdir()
     assert compressknow.verify(saved)
     compressknow.convert(llama.model, llama.folder / "same", prune=0.3)
