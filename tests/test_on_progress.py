@@ -145,8 +145,8 @@ def test_a_sweep_tells_how_a_cell_is_calibrated_and_saved(place: Path, tmp_path:
     begun = [progress.stage for progress in told if progress.state == "begins"]
     assert [(stage.work, stage.model) for stage in begun] == [
         *((work, "llama") for work in ORIGINAL),
-        *((work, dropped) for work in ("sample", "choose", "convert", "evaluate", "choose", "convert")),
-        *((work, pruned) for work in ("calibrate", "evaluate", "calibrate")),
+        *((work, dropped) for work in ("sample", "choose", "convert", "evaluate")),
+        *((work, pruned) for work in ("calibrate", "evaluate")),
     ]
     assert next(Line(stage, 0.0).text() for stage in begun if stage.work == "calibrate").startswith(
         "Compressing (3 of 3): "
