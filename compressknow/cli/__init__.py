@@ -197,10 +197,13 @@ def _report_bug(error: BaseException) -> int:
 
 
 def _suggest(error: click.NoSuchOption) -> click.UsageError:
-    """Return the error with the one option that was probably meant, in place of click's list."""
-    options = [name for option in error.ctx.command.params for name in option.opts] if error.ctx else []
-    near = suggest_word(error.option_name, [name for name in options if name.startswith("--")])
-    return click.UsageError(f"{error.message} {near}".rstrip(), error.ctx)
+    """Return the error with the one option that was probably meant, in place of click's list, or where it stands."""
+    ctx, name = error.ctx, error.option_name
+    options = [word for option in ctx.command.params for word in option.opts] if ctx else []
+    near = suggest_word(name, [word for word in options if word.startswith("--")])
+    if ctx and ctx.parent and any(name in option.opts for option in ctx.parent.command.params):
+        near = f"It stands before the command: compressknow {name} {ctx.info_name} ..."
+    return click.UsageError(f"{error.message} {near}".rstrip(), ctx)
 
 
 def _report_failure(what: str, *details: str | None) -> int:

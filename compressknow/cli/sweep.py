@@ -134,8 +134,9 @@ def _end(study: Study, output: Path) -> Iterator[str]:
     from compressknow.pages.study.findings import evaluate_findings
     from compressknow.pages.study.summary import draw_conclusions
 
-    yield ""
-    for each in draw_conclusions(study, evaluate_findings(study)[0]):
+    if conclusions := draw_conclusions(study, evaluate_findings(study)[0]):
+        yield ""
+    for each in conclusions:
         yield from wrap(str(each), break_on_hyphens=False)
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
