@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import PurePath
 from typing import Any, Self, dataclass_transform
 
 from compressknow.base.errors import UsageError, suggest_word
@@ -55,6 +57,7 @@ class Parameter:
 
     def check(self, value: Any) -> Any:
         """Return the value, ``inf`` as a number. Raises UsageError where it is of another kind, or does not fit."""
+        value = make_plain(value)
         if self.kind is float and value == "inf":
             value = math.inf
         if value is None and self.default is None:
@@ -171,6 +174,19 @@ class Parametric:
         return dataclasses.replace(  # type: ignore[type-var]
             self, **{name: known[name].check(value) for name, value in values.items()}
         )
+
+
+def make_plain(value: Any) -> Any:
+    """Return a scalar of numpy, as a loop over an array gives it, as Python's number, and a path as text."""
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        return value.item()
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def make_fields_plain(step: Any) -> None:
+    """Make the values of a frozen dataclass plain; called as it is made."""
+    for each in fields(step):
+        object.__setattr__(step, each.name, make_plain(getattr(step, each.name)))
 
 
 def is_of(kind: type, value: Any) -> bool:

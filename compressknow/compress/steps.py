@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.base.packages import Registry
-from compressknow.compress.parameters import is_of, option
+from compressknow.compress.parameters import is_of, make_fields_plain, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, parse_layers
@@ -115,6 +115,7 @@ class DropBlocks:
     where: Where = Where()
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         if isinstance(self.blocks, str):
             # Who lists blocks that no model has would not end.
             last = max(numbers[-1] for numbers in parse_layers(self.blocks).values())
@@ -172,6 +173,7 @@ class DropNeurons:
     calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         what, hint = "The amount of neurons to drop", "0.2 drops 20 % of the neurons of each feed-forward block."
         _check_amount(self.amount, what, hint)
         if self.multiple is not None and (not is_of(int, self.multiple) or self.multiple < 1):
@@ -226,6 +228,7 @@ class Prune:
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         hint = "0.2 prunes 20 % of the weights; leave pruning out to prune none."
         _check_amount(self.amount, "The pruning amount", hint)
         _check_known("pruning method", self.method, METHODS)
@@ -292,6 +295,7 @@ class Quantize:
     )
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         _check_known("scheme", self.scheme, SCHEMES)
         object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
         _check_known("rounding", self.rounding, ROUNDINGS)
@@ -401,6 +405,7 @@ class Calibration:
         return "sample" if self.kind == "self" else "text"
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         _find_kind(self.text)
         for name, least in (("tokens", 1), ("seed", 0)):
             value = getattr(self, name)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 import compressknow
 from compressknow.cli import main
 from compressknow.compress.recipe import read_recipe, to_toml
-from tests.models import logits, put_into_hub_cache, save_tiny, tiny
+from tests.models import logits, put_into_hub_cache, save_tiny, tiny, tiny_of_groups
 
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 BOTH = {"prune": 0.3, "quantize": "int8"}
@@ -113,6 +114,25 @@ PLANNED = [(name, how) for name in ("mixtral", "gpt2") for how in PRUNING] + [
     for name in ("bert", "albert", "t5-tied", "llama-tied")
     for how in (*PRUNING, {"quantize": "int8"}, BOTH)
 ]
+
+
+@pytest.mark.parametrize(
+    ("numpys", "pythons"),
+    [
+        ({"prune": np.float64(0.25)}, {"prune": 0.25}),
+        (
+            {"prune": np.float32(0.25), "prune_method": "random-unstructured", "seed": np.int64(3)},
+            {"prune": 0.25, "prune_method": "random-unstructured", "seed": 3},
+        ),
+        ({"quantize": "int4", "group_size": np.int64(32)}, {"quantize": "int4", "group_size": 32}),
+    ],
+    ids=["float64", "float32", "int64"],
+)
+def test_numbers_of_an_array_are_taken_as_they_are(numpys: dict[str, Any], pythons: Any, tmp_path: Path) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "in")
+    for name, options in (("a", numpys), ("b", pythons)):
+        compressknow.convert(tmp_path / "in", tmp_path / name, **options)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
 @pytest.mark.parametrize(("name", "how"), PLANNED)
