@@ -305,15 +305,12 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """
     modules = list_module_folders(folder)
-
-    def is_carried(name: Path) -> bool:
-        is_adapter = name.stem == ADAPTER and (folder / name).with_name(ADAPTER_CONFIG).is_file()
-        return is_adapter or any(name.is_relative_to(module) for module in modules)
-
     for name in walk_visible(folder):
         path = folder / name
-        is_other = path.suffix in WEIGHT_SUFFIXES and not is_carried(name)
-        if is_other or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
+        is_adapter = path.stem == ADAPTER and path.with_name(ADAPTER_CONFIG).is_file()
+        belongs = is_adapter or any(name.is_relative_to(module) for module in modules)
+        weights = path.suffix in WEIGHT_SUFFIXES and not belongs
+        if weights or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")

@@ -68,7 +68,7 @@ from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
-MATRIX, _PLAIN = "importance.gguf", "plain"
+_PLAIN = "plain"
 # What a file answers before it is called done.
 PROMPT = "The capital of France is"
 
@@ -270,7 +270,7 @@ def write(
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
         if beside and IMPORTANCE in beside:
-            move(work / MATRIX, place.folder / IMPORTANCE)
+            move(work / IMPORTANCE, place.folder / IMPORTANCE)
         if modelfile:
             place.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
@@ -338,7 +338,7 @@ def _make_file(
     kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
         importance, entries["importance"] = known
-        matrix = folder / MATRIX
+        matrix = folder / IMPORTANCE
         write_importance(importance, matrix)
     requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}
     with begin("quantize") as advance:

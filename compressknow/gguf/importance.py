@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.reading import open_regular
-from compressknow.model.gguf_file import check_gguf, read_gguf, read_value
+from compressknow.model.gguf_file import MAGIC, check_gguf, read_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.base.progress import Begin
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Statistics: TypeAlias = "Mapping[Key, InputStatistics]"
 SUMS, COUNTS = ".in_sum2", ".counts"
-_KIND, _MAGIC = "imatrix", b"GGUF"
+_KIND = "imatrix"
 _MODELS = "compressknow.models"
 _HINT = "Give the matrix of this model, or --calibration to make it."
 # An expert that read fewer tokens is taken to read all channels alike.
@@ -148,7 +148,7 @@ def read_importance(path: Path) -> Importance:
     """
     try:
         with open_regular(path) as file:
-            is_gguf = file.read(4) == _MAGIC
+            is_gguf = file.read(4) == MAGIC
         return _read_matrix(path) if is_gguf else _read_dat(path)
     except FileNotFoundError:
         raise UsageError(f"--imatrix {path}: no such file.") from None

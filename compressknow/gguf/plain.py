@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output import lay_out_file, list_carried_files
 from compressknow.compress.weights import Side, Values
-from compressknow.gguf.tensors import Tensors
+from compressknow.gguf.tensors import EXPERT, Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.manifest import CARD_NAME
@@ -27,7 +26,6 @@ PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
 # Energies of input channels: float64 [matrices, in].
 Energies = npt.NDArray[np.float64]
 _TOLERANCE = 1e-6
-_EXPERT = re.compile(r"experts\.(\d+)\.")
 # Weights of a GGUF file that are unpacked at a time.
 _BLOCK = 1 << 22
 
@@ -99,7 +97,7 @@ def find_same_channels(exact: Path, tensors: Tensors, plain: Mapping[str, Values
         for tensor in read_gguf(exact).tensors:
             stored = [name for name in tensors.stored.get(tensor.name, ()) if name in plain]
             # Experts are stacked by their number.
-            stored.sort(key=lambda name: int(expert[1]) if (expert := _EXPERT.search(name)) else 0)
+            stored.sort(key=lambda name: int(expert[1]) if (expert := EXPERT.search(name)) else 0)
             if stored and _has_channels_of([plain[name] for name in stored], tensor, reader):
                 names.append(tensor.name)
     return names

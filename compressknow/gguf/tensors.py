@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressknow.compress.weights import Side
 
 # Experts that are stored one by one are one tensor in GGUF.
-_EXPERT = re.compile(r"experts\.\d+\.")
+EXPERT = re.compile(r"experts\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
 # Of a file, beside what the one in between has: what llama.cpp adds of its own, and our keys.
 _METADATA, _RULE = 4096, 48
@@ -121,7 +121,7 @@ def _map_weights(
         held: dict[str, list[str]] = {}
         for name in own:
             mapped = (
-                name_map.get_name(_EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
+                name_map.get_name(EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
                 for each in (name, weight.parameter)
             )
             if (holder := next((each for each in mapped if each in tensors), None)) is not None:
