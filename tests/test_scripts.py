@@ -1,7 +1,8 @@
-"""The scripts beside the package: each has a help page, and shows it without doing its work."""
+"""The scripts beside the package: each has a help page, shows it without doing its work, and imports what there is."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def test_help_is_shown_and_nothing_done(script: str, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"usage: {Path(script).name}")
     assert list(tmp_path.iterdir()) == []
     assert files() == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_it_imports_of_the_package_is_there(script: str) -> None:
+    """Wherever in the script: most of it is run by hand alone."""
+    for each in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        if isinstance(each, ast.ImportFrom) and str(each.module).partition(".")[0] in ("compressknow", "tests"):
+            exec(compile(ast.Module([each], []), script, "exec"), {})
 
 
 def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:

@@ -32,8 +32,19 @@ EVERYWHERE: list[dict[str, Any]] = [
     {"prune": 0.25, "method": "random-structured", "scope": ["attention"], "seed": 3},
 ]
 LINEAR: list[dict[str, Any]] = [
-    {"quantize": scheme, "scope": ["attention", "feed-forward"]} for scheme in ("int8", "int8-paper", "int8-weights")
+    {"quantize": scheme, "scope": ["attention", "feed-forward"]}
+    for scheme in ("int8", "int8-paper", "int8-weights", "fp8", "int4")
 ]
+# Of models that have a tokenizer: on their own text.
+CALIBRATED: list[dict[str, Any]] = [
+    {"prune": 0.5, "method": "wanda"},
+    {"prune": 0.5, "method": "sparsegpt", "pattern": "2:4"},
+    {"quantize": "int4", "rounding": "gptq"},
+    {"quantize": "int8", "smooth": 0.5},
+    {"drop_blocks": 1},
+    {"drop_neurons": 0.25},
+]
+TOKENS = 4096
 # When and by which version something was made, and sentences: their words may change.
 LEFT_OUT = {"versions", "seconds", "command", "key", "verdict", "warnings", "method"}
 
@@ -99,10 +110,10 @@ def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
     results: dict[str, Any] = {"package": compressknow.__file__}
     knowing, tiny = sorted((models / "knowing").iterdir()), sorted((models / "tiny").iterdir())
     for model in [*tiny, *knowing, *real]:
-        for number, step in enumerate([*EVERYWHERE, *LINEAR]):
+        for number, step in enumerate([*EVERYWHERE, *LINEAR, *(CALIBRATED if model not in tiny else ())]):
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "converted"
-                name = f"{model.name} {number} {step.get('method', step.get('quantize', 'l1'))}"
+                name = f"{model.name} {number} {', '.join(f'{key} {value}' for key, value in step.items())}"
                 results[name] = converted(model, output, step)
                 if model in tiny or results[name].get("refused") or number not in (0, len(EVERYWHERE)):
                     continue
@@ -116,7 +127,8 @@ def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, A
     import compressknow
 
     try:
-        manifest = compressknow.convert(model, output, recipe={"steps": [dict(step)]})
+        recipe = {"steps": [dict(step)], **({"calibration": {"tokens": TOKENS}} if step in CALIBRATED else {})}
+        manifest = compressknow.convert(model, output, recipe=recipe)
     except compressknow.CompressknowError:
         # In which words, does not matter.
         return {"refused": True}

@@ -36,11 +36,17 @@ def floor_of(answers: Answers) -> NoiseFloor:
     return entry.noise_floor
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(family: str, tmp_path: Path) -> None:
-    model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
-    found = probe(model, tmp_path / "a", facts)
-    other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
+@pytest.fixture(scope="module", params=["bert", "llama", "t5"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
+    """Answers of a model with its noise floor, and those of a run of its own in the other precision."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, facts = knowing(request.param, folder / "model"), f"facts:{facts_file(folder / 'facts.jsonl')}"
+    found = probe(model, folder / "a", facts)
+    return found, probe(model, folder / "b", facts, reference=folder / "a", settings=BF16)
+
+
+def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(both: tuple[Answers, Answers]) -> None:
+    found, other = both
     before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
     floor = floor_of(found)
     assert floor.computed_in == "bfloat16"
@@ -62,11 +68,8 @@ def test_a_model_that_runs_in_its_own_precision_answers_in_another_one(tmp_path:
     assert floor.computed_in == "bfloat16"
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path: Path) -> None:
-    model, facts = knowing(family, tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
-    found = probe(model, tmp_path / "a", facts)
-    other = probe(model, tmp_path / "b", facts, reference=tmp_path / "a", settings=BF16)
+def test_where_known_means_produced_it_counts_what_is_said(both: tuple[Answers, Answers]) -> None:
+    found, other = both
     before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
     floor = floor_of(apply_reading(found, "produced"))
     assert floor.n == len(before)
@@ -77,19 +80,19 @@ def test_where_known_means_produced_it_counts_what_is_said(family: str, tmp_path
     assert floor.kl_mean == floor_of(found).kl_mean
 
 
-@pytest.mark.parametrize("known", ["recognized", "produced"])
-def test_of_facts_in_several_wordings_it_counts_majorities(known: str, tmp_path: Path) -> None:
+def test_of_facts_in_several_wordings_it_counts_majorities(tmp_path: Path) -> None:
     model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
     found = probe(model, tmp_path / "a", "bear", options=options)
     other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
-    before, after = (right_by_majority(apply_reading(answers, known)) for answers in (found, other))
-    floor = floor_of(merge_wordings(apply_reading(found, known)))
-    assert (floor.n, floor.known) == (32, sum(before.values()))
-    assert 0 < floor.known < 32
-    assert floor.lost == sum(before[fact] > after[fact] for fact in before)
-    assert floor.gained == sum(before[fact] < after[fact] for fact in before)
-    card = report(tmp_path / "a", tmp_path / "b", known=known)
-    assert card.comparisons[0].probes[0].noise_floor == floor
+    for known in ("recognized", "produced"):
+        before, after = (right_by_majority(apply_reading(answers, known)) for answers in (found, other))
+        floor = floor_of(merge_wordings(apply_reading(found, known)))
+        assert (floor.n, floor.known) == (32, sum(before.values()))
+        assert 0 < floor.known < 32
+        assert floor.lost == sum(before[fact] > after[fact] for fact in before)
+        assert floor.gained == sum(before[fact] < after[fact] for fact in before)
+        card = report(tmp_path / "a", tmp_path / "b", known=known)
+        assert card.comparisons[0].probes[0].noise_floor == floor
 
 
 def right_by_majority(answers: Answers) -> dict[str, bool]:

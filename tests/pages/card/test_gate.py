@@ -54,6 +54,10 @@ class TestGate:
         with pytest.raises(GateNotMet, match="Less than 99 %"):
             held(card_of(950, 50), 0.99, strict=True)
 
+    def test_a_strict_gate_is_met_where_the_interval_begins_at_it(self) -> None:
+        card = card_of(950, 50)
+        held(card, card.comparisons[0].kept.low, strict=True)
+
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
     def test_a_strict_gate_within_the_interval_cannot_be_told_yet(self, fail_under: float) -> None:
         with pytest.raises(GateUndecided, match=r"cannot be told yet whether 9.* keeps 92 of 100") as caught:

@@ -74,6 +74,11 @@ class TestVerdict:
     def test_no_facts(self) -> None:
         assert card_of().verdict.startswith("The models were not evaluated on any common fact")
 
+    def test_so_few_facts_that_no_loss_would_show(self) -> None:
+        assert card_of(3, 1).verdict.endswith(
+            "(p = 1). So few facts show no net loss at all; 400 known ones would show 2 %."
+        )
+
     def test_one_fact(self) -> None:
         assert card_of(1).verdict.startswith("Keeps the 1 fact that tiny-bert knew (100 %")
 
