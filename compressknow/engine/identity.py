@@ -29,7 +29,14 @@ from compressknow.base.reading import (
     read_json,
 )
 from compressknow.engine.load import Variant
-from compressknow.model.checkpoint import find_weight_files, is_address, open_checkpoint, suggest_beside
+from compressknow.model.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    find_weight_files,
+    is_address,
+    open_checkpoint,
+    suggest_beside,
+)
 from compressknow.model.manifest import (
     MANIFEST_NAME,
     SEAL,
@@ -52,9 +59,10 @@ SOURCE_FORM = {"name": str, "revision?": (str, None), "sha256": str, "original_s
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    *("source.spm", "target.spm", "tekken.json"),
 )
-# What decides the answers beside the weights.
-DECISIVE = ("config.json", *TOKENIZER_FILES)
+# What decides the answers beside the weights: transformers loads an adapter onto the model where peft is installed.
+DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import compressknow
 from compressknow.base.errors import CheckpointError
@@ -47,7 +49,9 @@ def test_any_change_of_weights_config_or_tokenizer_makes_another_model(place: Pa
     assert read_contents(located).sha256 != read_contents(type(located)("model", model)).sha256
 
 
-@pytest.mark.parametrize("name", ["modeling_mine.py", "vocab.txt", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "name", ["modeling_mine.py", "vocab.txt", "added_tokens.json", "source.spm", "adapter_config.json"]
+)
 def test_another_file_that_decides_makes_another_model(place: Path, model: Path, name: str) -> None:
     (model / name).write_text("[]")
     assert hash_of(model) != hash_of(place / "bert")
@@ -67,6 +71,13 @@ def test_an_original_is_told_by_its_files(place: Path) -> None:
         "dtype": "F32",
         "quantization": None,
     }
+
+
+def test_the_original_of_a_conversion_has_its_adapter_too(model: Path, tmp_path: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(1)}, model / "adapter_model.safetensors")
+    compressknow.convert(model, tmp_path / "out", prune=0.1)
+    assert describe(locate(tmp_path / "out"))["source"]["sha256"] == hash_of(model)
 
 
 def test_a_conversion_is_told_by_its_manifest_too(place: Path) -> None:
