@@ -425,7 +425,7 @@ def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> 
 def _check_amount(amount: Any, what: str, hint: str) -> None:
     """Raise UsageError where an amount is not between 0 and 1, with a further hint where it was meant as percent."""
     if not is_of(float, amount) or not 0 < amount < 1:
-        is_percent = is_of(float, amount) and 1 <= amount < 100
+        is_percent = is_of(float, amount) and 1 < amount < 100
         near = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
         raise UsageError(f"{what} must be greater than 0 and less than 1: {amount!r}.", hint=near + hint)
 

@@ -57,7 +57,10 @@ class Random(PruningMethod):
     """Method that draws for each tensor from the seed and its name alone."""
 
     seed: int = parameter(
-        default=0, help="Seed of the random methods.", must="a whole number of at least 0", fits=lambda seed: seed >= 0
+        default=0,
+        help="Seed of random methods and calibration.",
+        must="a whole number of at least 0",
+        fits=lambda seed: seed >= 0,
     )
 
 
