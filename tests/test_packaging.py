@@ -162,7 +162,7 @@ def _imported() -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared, extras = _declared()
     # pyproject.toml says why it is there.
-    by_others = {"protobuf", "safetensors", "sentencepiece"}
+    by_others = {"protobuf", "sentencepiece"}
     assert _imported() == (declared | extras) - by_others
 
 
