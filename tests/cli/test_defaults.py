@@ -113,7 +113,9 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
-ALONE = re.findall("`--(.+?)`", SHARED_OPTIONS.partition("is for\nthe command line alone: ")[2].partition(". ")[0])
+_, _, FROM_THERE = " ".join(SHARED_OPTIONS.split()).partition("is for the command line alone: ")
+ALONE = re.findall("`--(.+?)`", FROM_THERE.partition(". ")[0])
+assert ALONE
 
 
 @pytest.mark.parametrize("option", ALONE)
