@@ -194,7 +194,7 @@ def check_alike(key: str, before: tuple[str, object], after: tuple[str, object])
     if None not in (known, value) and known != value:
         raise CompressknowError(
             f"{name} is not a compressed version of {original}: they differ in {key}.",
-            why=f"{original} has {known}, {name} has {value}.",
+            why=f"The {key} of {original} is {known}, that of {name} {value}.",
             hint="Compare a model with the checkpoint that it was made from.",
         )
 

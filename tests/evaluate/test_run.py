@@ -390,7 +390,7 @@ def test_a_model_of_another_kind_is_refused_before_it_is_asked(place: Path, tmp_
         CompressknowError, match="bert is not a compressed version of llama: they differ in family"
     ) as error:
         ask(place / "bert", tmp_path / "a", place / "facts.jsonl", reference=reference)
-    assert error.value.why == "llama has causal, bert has masked."
+    assert error.value.why == "The family of llama is causal, that of bert masked."
     assert not (tmp_path / "a").exists()
 
 
