@@ -61,6 +61,7 @@ try:
     with Pool(2) as pool:
         pool.map(task, range(10))
 except KeyboardInterrupt:
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print(len(rings) > 2, len(begun), len(ended))
 """
 

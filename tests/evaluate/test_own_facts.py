@@ -230,7 +230,7 @@ rows = st.fixed_dictionaries(
         "relation": words,
         "subject": words,
         "sub_label": words,
-        "popularity": st.floats(0, exclude_min=True, allow_infinity=False),
+        "popularity": st.floats(0, 2**53, exclude_min=True),
     },
 )
 

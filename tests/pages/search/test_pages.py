@@ -34,7 +34,7 @@ def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() 
 
 def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
     with_line, without = (render_search_html(replace(found(), rounding=share)) for share in (0.985, None))
-    assert "The dotted line is what rounding alone keeps, 98.5 %" in with_line
+    assert "The dotted line is what rounding alone keeps, 98.5 %" in read(with_line).text
     assert "ounding alone" not in without
     dotted, plain_chart = (html.count("stroke-dasharray") for html in (with_line, without))
     assert dotted == plain_chart + 2  # in each size of the chart
