@@ -164,8 +164,9 @@ def export(
         job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
-    outputs: Any = {"beside": beside, "modelfile": chat, "overwrite": overwrite}
-    return write(job, place, **outputs, smoke=smoke, threads=threads, begin=begin)
+    return write(
+        job, place, beside=beside, modelfile=chat, overwrite=overwrite, smoke=smoke, threads=threads, begin=begin
+    )
 
 
 def _read_target(options: Mapping[str, Any]) -> Target | None:
