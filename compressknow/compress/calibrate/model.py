@@ -27,6 +27,21 @@ from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype,
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
 
 
+class Absent(torch.Tensor):
+    """Weight that is not in memory, on the meta device.
+
+    torch multiplies inputs by such a one without a word, and returns whatever was in memory. This one raises
+    RuntimeError where it meets values.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = (*args, *(kwargs or {}).values())
+        if any(isinstance(each, torch.Tensor) and not isinstance(each, cls) and not each.is_meta for each in values):
+            raise RuntimeError(f"{func.__name__} needs a weight that is not in memory")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
 class StreamedModel:
     """Checkpoint's model in float32, in evaluation mode, whose blocks hold weights only while they are loaded (`load`).
 
@@ -50,7 +65,10 @@ class StreamedModel:
         self._reading = threading.Lock()
         self._held: set[str] = set()
         late = set() if whole else self._hook_vocabulary()
-        self._fill([name for name in (self._owners if whole else self.outside) if name not in late])
+        # What stays in memory.
+        self._resident = [name for name in (self._owners if whole else self.outside) if name not in late]
+        self._drop(self._owners.keys() - set(self._resident))
+        self._fill(self._resident)
 
     def find_block(self, module: str) -> str:
         """Return the block that holds a module; the module itself if none does."""
@@ -59,7 +77,7 @@ class StreamedModel:
     @contextmanager
     def load(self, module: str) -> Iterator[None]:
         """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile, as they are now."""
-        names = self._list_parameters(module)
+        names = [name for name in self._list_parameters(module) if name not in self._resident]
         self._fill(names)
         try:
             yield
@@ -99,7 +117,7 @@ class StreamedModel:
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
-            self._set(name, torch.empty(self._get(name).shape, device="meta"))
+            self._set(name, torch.empty(self._get(name).shape, device="meta").as_subclass(Absent))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Run the whole model, which must hold all its weights, on a batch, for what is seen of it."""

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
-from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
@@ -121,6 +121,44 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, ke
         assert statistics is not None, parameter
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
         assert torch.equal(statistics.squares, statistics.products.diagonal())
+
+
+def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path: Path) -> None:
+    checkpoint, tree = open_complete(save_tiny("albert", tmp_path / "in"))
+    outputs: list[dict[str, torch.Tensor]] = []
+
+    class Listening(Visitor):
+        lone_layers = ("albert.encoder.embedding_hidden_mapping_in",)
+
+        def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:  # noqa: ARG002
+            outputs[-1][module] = output[0]
+
+    with OpenFiles() as files, Pool(2) as pool:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
+        for lone_layers in (Listening.lone_layers, ()):
+            outputs.append({})
+            visitor = Listening()
+            visitor.lone_layers = lone_layers
+            walk(streamed, batches_of(tiny("albert"), 1), visitor, pool)
+    first, second = outputs
+    assert first.keys() - second.keys() == set(Listening.lone_layers)
+    assert all(torch.equal(first[module], second[module]) for module in second)
+
+
+def test_a_weight_that_is_not_in_memory_multiplies_nothing(tmp_path: Path) -> None:
+    """Torch itself takes one on the meta device, and returns what happens to be in memory."""
+    checkpoint, tree = open_complete(save_tiny("llama", tmp_path / "in"))
+    with OpenFiles() as files:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
+        name = "model.layers.1.self_attn.q_proj"
+        weight, width = streamed.model.get_parameter(f"{name}.weight"), tree.config.hidden_size
+        for multiply in (streamed.model.get_submodule(name), lambda rows: rows @ weight.T):
+            with pytest.raises(RuntimeError, match="a weight that is not in memory"):
+                multiply(torch.ones(1, width))
+        with streamed.load("model.layers.1"):
+            assert streamed.model.get_submodule(name)(torch.ones(1, width)).isfinite().all()
+        with pytest.raises(RuntimeError, match="a weight that is not in memory"):
+            streamed.model.get_submodule(name)(torch.ones(1, width))
 
 
 def test_an_embedding_is_read_before_a_model_moves_token_ids_to_its_device(tmp_path: Path) -> None:
