@@ -22,9 +22,8 @@ from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, open_checkpoint
+from compressknow.model.checkpoint import ADAPTER_CONFIG, Checkpoint, find_weight_files, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import read_manifest
@@ -32,7 +31,10 @@ from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.smaller import Removal
     from compressknow.engine.load import Variant
 
 
@@ -48,8 +50,15 @@ def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, t
             f"Merge it into the model before, or remove {ADAPTER_CONFIG}.",
         )
     if recipe.removals:
-        return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+        return _plan_removal(checkpoint, tree, recipe)
     return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))
+
+
+def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
+    """Plan a recipe that leaves out blocks or neurons."""
+    from compressknow.compress.removal.smaller import remove
+
+    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
 
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
@@ -222,7 +231,7 @@ class VariantMaker:
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
         """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
         if recipe.removals:
-            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
+            return _plan_removal(self.checkpoint, self.tree, recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # In memory a form may not load only where weights are not stored under their own names.
         return prove(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan

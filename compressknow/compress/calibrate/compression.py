@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visi
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured, Treatment, Work, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 # A product of two matrices of this size is tried so many times to tell the pace.
 TRIAL, TRIALS = 512, 8
