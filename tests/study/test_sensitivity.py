@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 import compressknow
 from compressknow.compress.calibrate.backward import Batch, Product, choose_factors, compute_gradients
-from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
 from compressknow.compress.sources import Sources
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
@@ -350,6 +350,16 @@ def test_gradients_are_those_of_the_whole_model_where_each_head_has_a_bias(of: s
         gradient = torch.einsum("rdto,rti->oi", own.gradients.float(), own.inputs.float())
         exact = model.get_parameter(weight.parameter).grad
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
+    """Those of X-MOD read the languages of all copies of the rows, in a tensor of one dimension."""
+    tiny_model("xmod", "XmodForMaskedLM").save_pretrained(tmp_path)
+    ids = torch.full((2, 40), 9)
+    ids[:, ::4] = 4
+    texts = batch_text([{"input_ids": ids}], "masked", 4, seed=0)
+    with pytest.raises(BlockwiseUnsupported, match="shape of the mask"):
+        measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
 
 # Measures a model of some blocks on text, and says the most memory that the process had.

@@ -231,7 +231,7 @@ class GradientPass(ForwardPass):
     def run_forward(self, run: Callable[..., Any], call: _Call) -> Any:
         """Run a module without gradients, for one copy of each row."""
         args, kwargs = call.fill(call.inputs)
-        with torch.no_grad():
+        with torch.no_grad(), translate_failures():
             return run(*args, **kwargs)
 
     def run_backward(
