@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 import compressknow
-from compressknow.compress.calibrate.backward import Batch, choose_factors
+from compressknow.compress.calibrate.backward import Batch, Product, choose_factors, compute_gradients
+from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
+from compressknow.compress.sources import Sources
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
+from compressknow.model.tensors import OpenFiles
 from compressknow.study.guides import ScoredFact, batch_facts, batch_text
 from compressknow.study.measuring import (
     FactBatches,
@@ -45,6 +49,7 @@ from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file, knowing
 from tests.long import long
 from tests.models import save_tiny, tiny
+from tests.zoo import HEADS, tiny_model
 
 
 class FewSchemes(SchemeRoundings):
@@ -322,10 +327,47 @@ def text_of(known: Known, family: str) -> list[Batch]:
     return batch_text(picked, kind, mask, seed=0)
 
 
+@pytest.mark.parametrize("of", ["bloom", "mpt"])
+def test_gradients_are_those_of_the_whole_model_where_each_head_has_a_bias(of: str, tmp_path: Path) -> None:
+    """Blocks read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows."""
+    model = tiny_model(of, f"{of.title()}ForCausalLM")
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(4, 60, (HEADS // 2, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[3, 7]]).expand(len(ids), -1)
+    weights = torch.randn(len(ids), 2, 2, 1, generator=torch.Generator().manual_seed(1))
+    batch = Batch({"input_ids": ids}, 2, positions, lambda logits: (weights * logits.log_softmax(3))[..., 5].sum(2))
+    products: dict[str, Sequence[Product]] = {}
+    checkpoint, tree = open_complete(tmp_path)
+    structure = read_structure(tree)
+    with OpenFiles() as files:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
+        (scores,) = compute_gradients(streamed, structure.linears, [batch], lambda _, found: products.update(found))
+    logits = model(**batch.inputs).logits[torch.arange(len(ids))[:, None], positions]
+    torch.testing.assert_close(scores, batch.score(logits[:, None].expand(-1, 2, -1, -1)).detach())
+    batch.score(logits[:, None].expand(-1, 2, -1, -1)).sum().backward()
+    for weight in structure.linears[:4]:
+        (own,) = products[weight.parameter]
+        gradient = torch.einsum("rdto,rti->oi", own.gradients.float(), own.inputs.float())
+        exact = model.get_parameter(weight.parameter).grad
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
+    """Those of X-MOD read the languages of all copies of the rows, in a tensor of one dimension."""
+    tiny_model("xmod", "XmodForMaskedLM").save_pretrained(tmp_path)
+    ids = torch.full((2, 40), 9)
+    ids[:, ::4] = 4
+    texts = batch_text([{"input_ids": ids}], "masked", 4, seed=0)
+    with pytest.raises(BlockwiseUnsupported, match="shape of the mask"):
+        measure(*open_complete(tmp_path), SCHEMES, None, texts)
+
+
 # Measures a model of some blocks on text, and says the most memory that the process had.
 PEAK = """
 import sys, torch
+from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
+from compressknow.model.tensors import OpenFiles
 from compressknow.study.measuring import measure
 from compressknow.study.guides import batch_text
 from compressknow.study.measuring import SchemeRoundings

@@ -231,7 +231,7 @@ class GradientPass(ForwardPass):
     def run_forward(self, run: Callable[..., Any], call: _Call) -> Any:
         """Run a module without gradients, for one copy of each row."""
         args, kwargs = call.fill(call.inputs)
-        with torch.no_grad():
+        with torch.no_grad(), translate_failures():
             return run(*args, **kwargs)
 
     def run_backward(
@@ -289,13 +289,19 @@ class GradientPass(ForwardPass):
         return gradient.reshape(self._rows, self._copies, *gradient.shape[1:])
 
     def thin(self, value: torch.Tensor, keep: bool) -> torch.Tensor:
-        """Return one copy of each row, in a memory of its own; `keep` it for other calls with the same tensor."""
-        if self._copies == 1 or value.dim() < 2 or len(value) != self._rows * self._copies:
+        """Return one copy of each row, in a memory of its own; `keep` it for other calls with the same tensor.
+
+        A row may be several of a tensor's: one per head, where attention is biased (BLOOM).
+        """
+        if self._copies == 1 or value.dim() < 2 or not value.numel() or len(value) % (self._rows * self._copies):
             return value.detach()
+        copies = value.detach().reshape(self._rows, self._copies, -1, *value.shape[1:])
         if not keep:
-            return value.detach()[:: self._copies].clone()
+            return copies[:, 0].clone().flatten(0, 1)
         if id(value) not in self._thinned:
-            self._thinned[id(value)] = value, value[:: self._copies].clone()
+            # As many heads as rows are no rows (MPT): they differ.
+            alike = torch.equal(copies, copies[:, :1].expand_as(copies))
+            self._thinned[id(value)] = value, copies[:, 0].clone().flatten(0, 1) if alike else value.detach()
         return self._thinned[id(value)][1]
 
     def has_rows(self, value: torch.Tensor) -> bool:
