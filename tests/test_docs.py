@@ -135,6 +135,16 @@ def test_commands_of_a_page_run_one_after_the_other(
             assert code in ((0, 3) if gated else (0,)), f"{shown.line}\n{said.err}"
 
 
+def test_what_the_workflow_to_copy_does_after_the_gate_it_does_where_that_is_not_met() -> None:
+    workflow = yaml.safe_load((ROOT / "examples" / "ci" / "knowledge-gate.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["gate"]["steps"]
+    (gate,) = (place for place, step in enumerate(steps) if "--fail-under" in step.get("run", ""))
+    assert all(step["if"].startswith("always()") for step in steps[gate + 1 :])
+    saved = [step for step in steps[gate + 1 :] if step.get("uses", "").startswith("actions/cache/save@")]
+    # The action that also restores saves nothing after a step that failed.
+    assert [step["with"]["path"] for step in saved] == ["answers"]
+
+
 @long
 def test_the_workflow_to_copy_gates_a_conversion(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own steps by hand, in a shell with its own environment: packages and what only GitHub has are left out."""

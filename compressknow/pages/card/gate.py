@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -65,8 +66,9 @@ def _parse(value: float | str) -> Gate:
     name, _, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
     number = text.strip().removesuffix("%")
     try:
-        least = float(number) / 100 if number != text.strip() else float(number)
-    except ValueError:
+        # 0.949 of "94.9%", where 94.9 / 100 would be 0.9490000000000001, which 949 of 1,000 miss.
+        least = float(Decimal(number) / 100 if number != text.strip() else Decimal(number))
+    except (ArithmeticError, ValueError):
         least = -1.0
     if not 0 <= least <= 1:
         raise UsageError(

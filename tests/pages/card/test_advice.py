@@ -14,6 +14,7 @@ from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer, Answers
+from compressknow.pages.card.gate import parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
 from compressknow.pages.records import Comparison
@@ -97,6 +98,18 @@ class TestBranches:
 
     def test_nothing_where_there_are_no_facts(self) -> None:
         assert of().next == ""
+
+    def test_a_gate_of_all_facts_is_the_threshold(self) -> None:
+        original, compressed = run(sides(960, 40))
+
+        def advise(*gates: float | str) -> str:
+            return make_card(original, [compressed], gates=parse_gates(gates)).comparisons[0].next
+
+        assert advise("science=0.9") == advise()
+        assert "would tell whether 95 % is kept" in advise()
+        # Else a run that fails by its gate would advise to deploy what failed.
+        assert advise(0.99) == "Next: compress less, or in another way: less than 99 % is kept."
+        assert advise("science=0.9", 0.9) == "Next: deploy it, if 90 % is enough: the interval lies above."
 
     def test_a_gate_that_was_decided_early_is_the_threshold(self) -> None:
         comparison = of(29, 3)

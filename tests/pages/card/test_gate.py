@@ -33,6 +33,7 @@ def held(card: Card, *given: Any, strict: bool = False) -> None:
 class TestGate:
     def test_met_exactly(self) -> None:
         held(card_of(95, 5), 0.95)
+        held(card_of(949, 51), "94.9%")
 
     def test_not_met_by_a_hair(self) -> None:
         with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.995 %\)"):
