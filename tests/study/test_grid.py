@@ -283,6 +283,11 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[[cells]]\nquantize = "int8"\nprune = 0\nmethod = "wanda"', "method applies to pruning"),
         ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to what is drawn"),
         ("[[cells]]\nprune = 0.5\nseed = 3", "seed applies to what is drawn"),
+        ("[[cells]]\nsteps = [{prune = 2}]", "mine.toml, cell 1: The pruning amount"),
+        (
+            '[[cells]]\nprune = 0.1\n[[cells]]\nsteps = [{quantize = "int8"}, {prune = 0.5}]',
+            "mine.toml, cell 2: A recipe prunes before it quantizes",
+        ),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
