@@ -491,6 +491,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["--templates", "3"], "has one wording per fact", 2),
         (["--num-cpus", "4"], "are for tasks on a Ray cluster", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
+        (["--ray", "auto", "--num-gpus", "1", "--device", "cpu"], "--num-gpus 1: the original is run on", 2),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(
