@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,15 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     assert llama.sweep("failing", grid=grid) == 0
     assert {row["status"] for row in llama.rows("failing").values()} == {"ok"}
     assert {path: path.stat().st_mtime_ns for path in answered} == answered
+
+
+def test_a_long_setup_is_printed_whole_on_a_line_of_its_own(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = '[axes]\nscope = ["attention"]\nprune = [0.3]\nper_layer = [true]\nquantize = ["int8", "fp8"]\n'
+    assert llama.sweep("long", grid=grid) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for scheme in ("int8", "fp8"):
+        place = lines.index(f"Att L1-unstructured per layer 30% + Att_GQ ({scheme})")
+        assert re.fullmatch(r" {34}\d.* % \(.*\) +\d.* % +\d.* kB", lines[place + 1])
 
 
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
