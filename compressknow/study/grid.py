@@ -86,9 +86,7 @@ class Cell:
     @property
     def pruning(self) -> str | None:
         """Return the pruning method with its unusual parameters, such as ``wanda pattern 2:4``."""
-        if (step := self.prune) is None:
-            return None
-        return " ".join([step.method, *(f"{name} {value}" for name, value in step.chosen.changed().items())])
+        return " ".join([step.method, *step.chosen.describe_changed()]) if (step := self.prune) else None
 
     @property
     def quantization(self) -> str | None:

@@ -226,6 +226,10 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
         scope = "attention"
         prune = 0.2
         quantize = "int8"
+        [[cells]]
+        scope = "attention"
+        prune = 0.2
+        per_layer = true
         """,
     )
     assert [(cell.recipe.setup, cell.key) for cell in cells] == [
@@ -233,8 +237,10 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
         ("Att wanda 2:4 50%", "att-wanda-2-4-50-set-2048-tokens-seed-3"),
         ("Att sparsegpt 50% + Att_GQ int4 group_size 32", "att-sparsegpt-50-att-gq-int4-group-size-32"),
         ("Att_GPQ 20%", "att-gpq-20-int8"),
+        ("Att L1-unstructured per layer 20%", "att-l1-unstructured-per-layer-20"),
     ]
     assert cells[1].recipe.calibration == Calibration("hf:some/set", 2048, 3)
+    assert cells[4].pruning == "l1-unstructured per_layer"
 
 
 def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
