@@ -11,6 +11,7 @@ from compressknow.api.words import SeededWords, build_records, verb
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
+from compressknow.engine.language_model import CPU
 from compressknow.evaluate.gather import check_has_facts, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.noise import NoiseFloors
@@ -109,6 +110,11 @@ def sweep(
     with closing(
         StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS, models=models)
     ) as study_model:
+        if cluster and cluster.num_gpus and study_model.original.settings.device == CPU:
+            raise UsageError(
+                f"--num-gpus {cluster.num_gpus:g}: the original is run on this machine's cpu, and so are all cells.",
+                hint="Run the command where there is a GPU, or leave out --num-gpus.",
+            )
         # The model is opened for built-in grids alone: what is wrong with a file is said before.
         cells = list_cells(
             grid,

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from compressknow.pages.study.records import Study
     from compressknow.study.cells import CellResult
 
-COLUMNS = f"{'Setup':<34}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
+NAME = 34
+COLUMNS = f"{'Setup':<{NAME}}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
 GRID = """\
 \b
 A grid file (--grid FILE.toml) has axes, whose combinations are all run, and
@@ -119,15 +120,19 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
 def _describe_result(result: CellResult) -> Iterator[str]:
     # The setup leaves out a scheme of 8 bits, of which a grid may have several.
     unnamed = step if (step := result.cell.quantize) and not step.is_named else None
-    name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 33)
+    name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 200)
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
         yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")
         return
     right = sum(answer.correct for answer in result.answers.answers)
     share = write_percent(right, len(result.answers.answers))
+    if len(name) >= NAME:
+        # Cut short, several would look the same.
+        yield from wrap(name)
+        name = ""
     sparse = write_size(result.answers.record.model.totals["sparse_bytes"])
-    yield f"{name:<34}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
+    yield f"{name:<{NAME}}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:

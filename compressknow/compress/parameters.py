@@ -164,6 +164,10 @@ class Parametric:
         """Return the values that are not the default, by name."""
         return {p.name: value for p in self.parameters() if (value := getattr(self, p.name)) != p.default}
 
+    def describe_changed(self) -> list[str]:
+        """Return in words what is not the default: name and value, of a flag that is set the name alone."""
+        return [name if value is True else f"{name} {value}" for name, value in self.changed().items()]
+
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with these values. Raises UsageError where one has no such parameter, or does not fit."""
         known = {each.name: each for each in self.parameters()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -118,9 +119,21 @@ class Recipe:
         if unknown or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             wrong = f"unknown key {unknown[0]!r}" if unknown else "no list of [[steps]]"
             raise UsageError(f"{origin}: {wrong}.", hint="See examples/recipes for the format.")
-        parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
-        calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
-        return cls(parsed, values.get("module_map", "structural"), calibration)
+        with _say_where(origin):
+            parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
+            calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
+            return cls(parsed, values.get("module_map", "structural"), calibration)
+
+
+@contextmanager
+def _say_where(origin: str) -> Iterator[None]:
+    """Put the origin before the message of a UsageError that does not begin with it."""
+    try:
+        yield
+    except UsageError as error:
+        if error.what.startswith(origin):
+            raise
+        raise UsageError(f"{origin}: {error.what}", error.why, error.hint) from None
 
 
 def read_calibration(values: Any, origin: str) -> Calibration | None:

@@ -336,7 +336,7 @@ class Quantize:
     @property
     def further(self) -> list[str]:
         """Return what is not as usual beside the scheme, in words."""
-        further = [f"{name} {value}" for name, value in self.chosen.changed().items()]
+        further = self.chosen.describe_changed()
         further += [self.rounding] if self.rounding != ROUNDINGS[0] else []
         return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
 

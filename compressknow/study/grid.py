@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError, suggest_word
+from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text, hash_file
 from compressknow.compress.parameters import list_options
@@ -86,9 +86,7 @@ class Cell:
     @property
     def pruning(self) -> str | None:
         """Return the pruning method with its unusual parameters, such as ``wanda pattern 2:4``."""
-        if (step := self.prune) is None:
-            return None
-        return " ".join([step.method, *(f"{name} {value}" for name, value in step.chosen.changed().items())])
+        return " ".join([step.method, *step.chosen.describe_changed()]) if (step := self.prune) else None
 
     @property
     def quantization(self) -> str | None:
@@ -354,10 +352,7 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
         of_scheme = _get_parameters(given["quantize"])
         steps.append(_select(given, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | place)
     more = _select(given, "module_map") | _build_calibration(given, where)
-    try:
-        return Recipe.from_dict({"steps": steps} | more, where)
-    except CompressknowError as error:
-        raise UsageError(f"{where}: {error.what}", error.why, error.hint) from None
+    return Recipe.from_dict({"steps": steps} | more, where)
 
 
 def _build_calibration(point: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError
+from compressknow.base.errors import CompressknowError, OutputError, UnsupportedError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, Pace, Stage, begin_stages, relabel_progress, report_progress
@@ -27,6 +27,7 @@ from compressknow.evaluate.sources import Opened
 from compressknow.study.cells import CellResult, StudyModel, name_folder
 from compressknow.study.grid import Cell
 
+LOCAL = "local"
 LOST_WORKERS = 4
 SECONDS_TO_ANSWER = 10.0
 
@@ -65,13 +66,15 @@ Run = Callable[[Batch], Generator[CellResult]]
 def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
     """Yield what runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
 
-    Raises CompressknowError where the cluster does not answer.
+    Raises CompressknowError where the cluster does not answer, UsageError where no task could ever start there.
     """
     if ray is None:
         yield partial(_run_here, on_progress)
         return
     cluster = _start_ray(ray)
     try:
+        if ray.address == LOCAL:
+            _check_resources(cluster, ray)
         yield partial(_run_on_ray, cluster, ray, on_progress)
     finally:
         cluster.shutdown()
@@ -175,7 +178,7 @@ def _start_ray(where: RayOptions) -> Any:
         if host and port.isdecimal():
             # Where nobody listens, Ray itself would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
-        place = {"include_dashboard": False} if where.address == "local" else {"address": where.address}
+        place = {"include_dashboard": False} if where.address == LOCAL else {"address": where.address}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
     except Exception as error:
         raise CompressknowError(
@@ -184,6 +187,14 @@ def _start_ray(where: RayOptions) -> Any:
             hint="Start one (ray start --head) and give its address, or leave out --ray.",
         ) from error
     return ray
+
+
+def _check_resources(ray: Any, where: RayOptions) -> None:
+    """Raise UsageError where a task would take more than this machine has: Ray would wait for another without end."""
+    resources = ray.cluster_resources()
+    for option, name, needed in (("cpus", "CPU", where.num_cpus), ("gpus", "GPU", where.num_gpus)):
+        if needed > (has := resources.get(name, 0)):
+            raise UsageError(f"--num-{option} {needed:g}: Ray finds {has:g} on this machine.", hint="Give a task less.")
 
 
 def _run(

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.progress import Progress
 from compressknow.engine.identity import locate
 from compressknow.evaluate.handle import ModelHandle
@@ -72,3 +72,11 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path)
             model, study, grid=tmp_path / "grid.toml", probe=probe, ray=RayOptions("local"), on_result=results.append
         )
     assert results == []
+
+
+@long
+def test_a_task_that_this_machine_could_never_start_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    with pytest.raises(UsageError, match="num_cpus=4096`: Ray finds"):
+        compressknow.sweep(model, tmp_path / "study", probe=probe, ray="local", num_cpus=4096)

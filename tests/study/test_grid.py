@@ -226,6 +226,10 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
         scope = "attention"
         prune = 0.2
         quantize = "int8"
+        [[cells]]
+        scope = "attention"
+        prune = 0.2
+        per_layer = true
         """,
     )
     assert [(cell.recipe.setup, cell.key) for cell in cells] == [
@@ -233,8 +237,10 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
         ("Att wanda 2:4 50%", "att-wanda-2-4-50-set-2048-tokens-seed-3"),
         ("Att sparsegpt 50% + Att_GQ int4 group_size 32", "att-sparsegpt-50-att-gq-int4-group-size-32"),
         ("Att_GPQ 20%", "att-gpq-20-int8"),
+        ("Att L1-unstructured per layer 20%", "att-l1-unstructured-per-layer-20"),
     ]
     assert cells[1].recipe.calibration == Calibration("hf:some/set", 2048, 3)
+    assert cells[4].pruning == "l1-unstructured per_layer"
 
 
 def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
@@ -283,6 +289,11 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[[cells]]\nquantize = "int8"\nprune = 0\nmethod = "wanda"', "method applies to pruning"),
         ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to what is drawn"),
         ("[[cells]]\nprune = 0.5\nseed = 3", "seed applies to what is drawn"),
+        ("[[cells]]\nsteps = [{prune = 2}]", "mine.toml, cell 1: The pruning amount"),
+        (
+            '[[cells]]\nprune = 0.1\n[[cells]]\nsteps = [{quantize = "int8"}, {prune = 0.5}]',
+            "mine.toml, cell 2: A recipe prunes before it quantizes",
+        ),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:

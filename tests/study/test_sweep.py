@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -286,6 +287,15 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     assert {path: path.stat().st_mtime_ns for path in answered} == answered
 
 
+def test_a_long_setup_is_printed_whole_on_a_line_of_its_own(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = '[axes]\nscope = ["attention"]\nprune = [0.3]\nper_layer = [true]\nquantize = ["int8", "fp8"]\n'
+    assert llama.sweep("long", grid=grid) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for scheme in ("int8", "fp8"):
+        place = lines.index(f"Att L1-unstructured per layer 30% + Att_GQ ({scheme})")
+        assert re.fullmatch(r" {34}\d.* % \(.*\) +\d.* % +\d.* kB", lines[place + 1])
+
+
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -491,6 +501,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["--templates", "3"], "has one wording per fact", 2),
         (["--num-cpus", "4"], "are for tasks on a Ray cluster", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
+        (["--ray", "auto", "--num-gpus", "1", "--device", "cpu"], "--num-gpus 1: the original is run on", 2),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(

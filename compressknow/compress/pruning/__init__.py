@@ -106,7 +106,7 @@ class PruningMethod(Parametric, abc.ABC):
     @property
     def label(self) -> str:
         """Name of the method in setups, in the paper's words (`L1-structured`)."""
-        return " ".join([self.name, *(f"{name} {value}" for name, value in self.changed().items())])
+        return " ".join([self.name, *self.describe_changed()])
 
     def count(self, weights: Weights, amount: float) -> int:
         """Count the weights of a tensor that fall, from its shape alone."""

@@ -251,7 +251,8 @@ def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
 def _build_recipe_columns(cell: StudyCell | FailedCell) -> dict[str, Any]:
     texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
     return {
-        **cell.settings,
+        # A parameter of another package may be called n, or p: the figure has that column.
+        **{name: value for name, value in cell.settings.items() if name not in COLUMNS},
         **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
         "amount": cell.amount,
     }

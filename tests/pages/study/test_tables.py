@@ -139,6 +139,12 @@ def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
         assert known == {"key": "x", "setup": "Att_GP 95%", "status": "failed", "error": "no memory"}
 
 
+def test_a_parameter_that_is_called_like_a_figure_is_not_taken_for_it() -> None:
+    failed = FailedCell("x", "Att ours 50%", "no memory", settings={"n": 8, "p": 2.0, "width": 3})
+    (row,) = tidy_rows(study([], failed=[failed]))
+    assert (row["n"], row["p"], row["width"]) == (None, None, 3)
+
+
 def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -> None:
     rows = tidy_rows(whole_grid())
     as_csv, as_parquet = to_csv(rows), to_parquet(rows)
