@@ -102,17 +102,26 @@ def write_points(value: float | None) -> str:
     return f"{_write_signed(100 * value, digits)} points"
 
 
+# The reader holds p to this, and what is said beside it does too.
+_SIGNIFICANT = 0.05
+
+
 def write_p_value(p: float | None) -> str:
-    """Write a p-value: two digits, never rounded to 0 or 1.
+    """Write a p-value: two digits, never rounded to 0 or 1; more where it is below 0.05 and two would not say so.
 
     >>> [write_p_value(p) for p in (0.0004, 0.03, 0.0472, 0.999, 1.0, None)]
     ['p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-']
+    >>> write_p_value(0.0496), write_p_value(0.049997), write_p_value(0.0504)
+    ('p = 0.0496', 'p = 0.049997', 'p = 0.05')
     """
     if p is None:
         return NONE
     if p < 0.001:
         return "p < 0.001"
-    return "p > 0.99" if 0.99 < p < 1 else f"p = {p:.2g}"
+    if 0.99 < p < 1:
+        return "p > 0.99"
+    texts = (f"{p:.{digits}g}" for digits in range(2, 18))
+    return f"p = {next(text for text in texts if (float(text) < _SIGNIFICANT) == (p < _SIGNIFICANT))}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
