@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -17,17 +18,23 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+# From this part of a unit on, one decimal of the unit below would be 1,000.0 of that.
+_ROUNDED = 0.99995
+
+
 def write_millions(number: int | None) -> str:
     """Write a count of parameters, short: ``134.5 M``; a dash where it is not known.
 
     >>> write_millions(134_515_008), write_millions(6_607_000_000), write_millions(950), write_millions(None)
     ('134.5 M', '6.61 B', '950', '-')
+    >>> write_millions(999_940_000), write_millions(999_960_000)
+    ('999.9 M', '1.00 B')
     """
     if number is None:
         return NONE
     if number < 100_000:
         return count(number)
-    if number < 1_000_000_000:
+    if number < _ROUNDED * 1_000_000_000:
         return f"{number / 1e6:,.1f} M"
     return f"{number / 1e9:,.2f} B"
 
@@ -62,11 +69,13 @@ def write_size(number: int | None) -> str:
 
     >>> write_size(269_060_552), write_size(1_500_000_000), write_size(999), write_size(None)
     ('269.1 MB', '1.50 GB', '999 bytes', '-')
+    >>> write_size(999_940_000), write_size(999_960_000)
+    ('999.9 MB', '1.00 GB')
     """
     if number is None:
         return NONE
     for unit, factor, digits in (("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 1)):
-        if number >= factor:
+        if number >= _ROUNDED * factor:
             return f"{number / factor:,.{digits}f} {unit}"
     return f"{number} bytes"
 
@@ -102,17 +111,26 @@ def write_points(value: float | None) -> str:
     return f"{_write_signed(100 * value, digits)} points"
 
 
+# The reader holds p to this, and what is said beside it does too.
+_SIGNIFICANT = 0.05
+
+
 def write_p_value(p: float | None) -> str:
-    """Write a p-value: two digits, never rounded to 0 or 1.
+    """Write a p-value: two digits, never rounded to 0 or 1; more where it is below 0.05 and two would not say so.
 
     >>> [write_p_value(p) for p in (0.0004, 0.03, 0.0472, 0.999, 1.0, None)]
     ['p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-']
+    >>> write_p_value(0.0496), write_p_value(0.049997), write_p_value(0.0504)
+    ('p = 0.0496', 'p = 0.049997', 'p = 0.05')
     """
     if p is None:
         return NONE
     if p < 0.001:
         return "p < 0.001"
-    return "p > 0.99" if 0.99 < p < 1 else f"p = {p:.2g}"
+    if 0.99 < p < 1:
+        return "p > 0.99"
+    texts = (f"{p:.{digits}g}" for digits in range(2, 18))
+    return f"p = {next(text for text in texts if (float(text) < _SIGNIFICANT) == (p < _SIGNIFICANT))}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -120,13 +138,17 @@ def number(value: float | None, digits: int = 3) -> str:
 
     >>> number(0.12345), number(-1.5), number(0.0), number(0.00002), number(None)
     ('0.123', '−1.500', '0', '0.00002', '-')
+    >>> number(0.00000003), number(-0.0000000042)
+    ('0.00000003', '−0.000000004')
     """
     if value is None:
         return NONE
     if not value:
         return "0"
     text = f"{value:.{digits}f}"
-    return (text if float(text) else f"{value:.7f}".rstrip("0").rstrip(".")).replace("-", MINUS)
+    if not float(text):
+        text = f"{value:.{max(7, -math.floor(math.log10(abs(value))))}f}".rstrip("0")
+    return text.replace("-", MINUS)
 
 
 def compare_sizes(before: int | None, after: int | None) -> str:
