@@ -156,6 +156,8 @@ class Sums:
         # Inputs of the first of each pair that is under way.
         self._originals: dict[int, dict[Key, list[torch.Tensor]]] = {}
         self._products, self._peaks, self._check = products, peaks, check
+        # False if weights that read the same in one round of batches may not in the next.
+        self.has_twins = True
         self._sums: dict[Key, dict[int, InputStatistics]] = {}
         # What `get` gave: one object for all callers, who cache by it.
         self._given: dict[Key, InputStatistics] = {}
@@ -234,7 +236,7 @@ class Sums:
         first: dict[tuple[Any, ...], str] = {}
         distinct: dict[Key, list[torch.Tensor]] = {}
         for parameter, tensors in read.items():
-            leader = first.setdefault(tuple(tensors), parameter)
+            leader = first.setdefault(tuple(tensors), parameter) if self.has_twins else parameter
             if self._leaders.setdefault(parameter, leader) != leader:
                 raise BlockwiseUnsupported(
                     f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"

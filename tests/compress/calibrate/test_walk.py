@@ -123,6 +123,23 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, ke
         assert torch.equal(statistics.squares, statistics.products.diagonal())
 
 
+@pytest.mark.parametrize("name", ["ZambaForCausalLM", "Zamba2ForCausalLM"])
+def test_a_weight_that_blocks_share_is_seen_in_each_of_them(name: str, tmp_path: Path) -> None:
+    """An adapter of Zamba2's shared block is used in one of them alone, where it reads what a shared weight does."""
+    model, _ = built(name)
+    model.save_pretrained(tmp_path / "in")
+    checkpoint, tree = open_complete(tmp_path / "in")
+    batches, found = batches_of(model, 2), {}
+    observe(checkpoint, tree, [batches], lambda seen, *_: found.update(seen), products=True, threads=2)
+    expected = seen_by_hooks(model, batches)
+    shared = [weight for weight in read_structure(tree).linears if weight.sharing]
+    assert shared
+    for weight in shared:
+        products = sum(expected[module] for module in weight.modules if module in expected).float()
+        statistics = found[Key(weight.parameter)]
+        assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
+
+
 def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path: Path) -> None:
     checkpoint, tree = open_complete(save_tiny("albert", tmp_path / "in"))
     outputs: list[dict[str, torch.Tensor]] = []
