@@ -106,11 +106,9 @@ class Watch(TorchFunctionMode):
         if self._copies is not None:
             inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
         self._versions.append((inputs, inputs._version))
-        if weight.dim() > 2:
-            # A batch of products, one with each matrix.
-            self.seen += [(Key(name, matrix), inputs[matrix]) for matrix in range(len(weight))]
-        else:
-            self.seen.append((Key(name, weight.storage_offset() // self._sizes[name]), inputs))
+        # A batch of products, one with each matrix of a stack, or with some rows of one matrix (DeepSeek V4).
+        parts = zip(weight, inputs, strict=True) if weight.dim() > 2 else [(weight, inputs)]
+        self.seen += [(Key(name, part.storage_offset() // self._sizes[name]), read) for part, read in parts]
 
     @property
     def overwritten(self) -> bool:
