@@ -207,7 +207,9 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(tree.config)
-    config.use_cache = False
+    # Not every whole hands on to its text model that it is called without a cache.
+    for part in (config, config.get_text_config(decoder=True)):
+        part.use_cache = False
 
     def build(attention: str) -> PreTrainedModel:
         config._attn_implementation = attention

@@ -17,8 +17,13 @@ from compressknow.model.tensors import OpenFiles
 from tests.compress.test_zoo_converts import built
 from tests.zoo import inputs_of
 
-# Longformer divides its queries where they lie, and blocks of Zamba share weights.
-CLASSES = ("BertForMaskedLM", "LongformerForMaskedLM", "ZambaForCausalLM")
+# Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on.
+CLASSES = (
+    "BertForMaskedLM",
+    "LongformerForMaskedLM",
+    "ZambaForCausalLM",
+    "MossTranscribeDiarizeForConditionalGeneration",
+)
 
 
 def score(logits: torch.Tensor) -> torch.Tensor:
