@@ -55,6 +55,11 @@ class PlannedTensor:
     parameter: str = ""
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Return all modules that hold it."""
+        return self.module or "", *self.sharing
+
+    @property
     def to_prune(self) -> Weights:
         return Weights(self.source, self.transposed)
 

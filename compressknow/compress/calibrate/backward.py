@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -268,17 +269,17 @@ class GradientPass(ForwardPass):
         for direction in range(self._copies):
             own = torch.autograd.grad(
                 [output for output, _ in pairs],
-                [*sources, *(output for _, _, output in watch.seen)],
+                [*sources, *(edge for _, _, edge, _ in watch.seen)],
                 [gradient[:, direction] for _, gradient in pairs],
                 retain_graph=direction + 1 < self._copies,
                 allow_unused=True,
             )
             by_direction.append(own[: len(sources)])
-            for (_, _, output), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
-                each.append((torch.zeros_like(output) if gradient is None else gradient).to(GRADIENTS))
+            for (*_, shape), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
+                each.append((torch.zeros(shape) if gradient is None else gradient).to(GRADIENTS))
         # Several weights read the same inputs.
-        kept = {id(inputs): inputs.to(GRADIENTS) for _, inputs, _ in watch.seen}
-        for (name, inputs, _), each in zip(watch.seen, gradients, strict=True):
+        kept = {id(inputs): inputs.to(GRADIENTS) for _, inputs, *_ in watch.seen}
+        for (name, inputs, *_), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
             products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
@@ -351,14 +352,15 @@ def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor |
 
 
 class _GradientWatch(TorchFunctionMode):
-    """Recorder of every product with one of these weights: its name, the inputs and the output; not with a part of
+    """Recorder of every product with one of these weights: its name, the inputs, the edge of the graph at the output,
+    which stays what it is where the model overwrites that (Longformer's queries), and its shape; not with a part of
     one, as experts are."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
-        self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self.seen: list[tuple[str, torch.Tensor, GradientEdge, torch.Size]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
@@ -366,5 +368,5 @@ class _GradientWatch(TorchFunctionMode):
             inputs, weight = (args[place] for place in places)
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
-                self.seen.append((name, inputs.detach(), output))
+                self.seen.append((name, inputs.detach(), get_gradient_edge(output), output.shape))
         return output

@@ -106,11 +106,9 @@ class Watch(TorchFunctionMode):
         if self._copies is not None:
             inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
         self._versions.append((inputs, inputs._version))
-        if weight.dim() > 2:
-            # A batch of products, one with each matrix.
-            self.seen += [(Key(name, matrix), inputs[matrix]) for matrix in range(len(weight))]
-        else:
-            self.seen.append((Key(name, weight.storage_offset() // self._sizes[name]), inputs))
+        # A batch of products, one with each matrix of a stack, or with some rows of one matrix (DeepSeek V4).
+        parts = zip(weight, inputs, strict=True) if weight.dim() > 2 else [(weight, inputs)]
+        self.seen += [(Key(name, part.storage_offset() // self._sizes[name]), read) for part, read in parts]
 
     @property
     def overwritten(self) -> bool:
@@ -156,6 +154,8 @@ class Sums:
         # Inputs of the first of each pair that is under way.
         self._originals: dict[int, dict[Key, list[torch.Tensor]]] = {}
         self._products, self._peaks, self._check = products, peaks, check
+        # False if weights that read the same in one round of batches may not in the next.
+        self.has_twins = True
         self._sums: dict[Key, dict[int, InputStatistics]] = {}
         # What `get` gave: one object for all callers, who cache by it.
         self._given: dict[Key, InputStatistics] = {}
@@ -234,7 +234,7 @@ class Sums:
         first: dict[tuple[Any, ...], str] = {}
         distinct: dict[Key, list[torch.Tensor]] = {}
         for parameter, tensors in read.items():
-            leader = first.setdefault(tuple(tensors), parameter)
+            leader = first.setdefault(tuple(tensors), parameter) if self.has_twins else parameter
             if self._leaders.setdefault(parameter, leader) != leader:
                 raise BlockwiseUnsupported(
                     f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"

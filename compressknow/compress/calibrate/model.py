@@ -76,8 +76,13 @@ class StreamedModel:
 
     @contextmanager
     def load(self, module: str) -> Iterator[None]:
-        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile, as they are now."""
-        names = [name for name in self._list_parameters(module) if name not in self._resident]
+        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile, as they are now, under
+        all their names."""
+        supply, own = self._sources.supply, set(self._list_parameters(module))
+        tied = {supply[name] for name in own if name in supply}
+        names = [
+            name for name in self._owners if (name in own or supply.get(name) in tied) and name not in self._resident
+        ]
         self._fill(names)
         try:
             yield
@@ -202,7 +207,9 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(tree.config)
-    config.use_cache = False
+    # Not every whole hands on to its text model that it is called without a cache.
+    for part in (config, config.get_text_config(decoder=True)):
+        part.use_cache = False
 
     def build(attention: str) -> PreTrainedModel:
         config._attn_implementation = attention

@@ -93,20 +93,37 @@ T = TypeVar("T", bound=LinearWeight | PlannedTensor)
 
 
 def group_by_block(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, list[T]]:
-    """Return targets by the block that holds them, or by their own module if none does."""
+    """Return targets by the blocks that hold them, or by their own modules if none does."""
     groups: dict[str, list[T]] = {}
     for target in targets:
-        groups.setdefault(streamed.find_block(target.module or ""), []).append(target)
+        for block in dict.fromkeys(map(streamed.find_block, target.modules)):
+            groups.setdefault(block, []).append(target)
     return groups
 
 
+def _find_homes(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, str]:
+    """Return, by block, the first of the blocks that share targets with it (Zamba's); of most the block itself."""
+    homes: dict[str, str] = {}
+    for target in targets:
+        first, *others = dict.fromkeys(
+            homes.setdefault(block, block) for block in map(streamed.find_block, target.modules)
+        )
+        if others:
+            homes = {block: first if home in others else home for block, home in homes.items()}
+    return homes
+
+
 class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of what holds targets, which sums up what each of them reads."""
+    """Visitor of what holds targets, which sums up what each of them reads; of blocks that share some, at the first."""
 
     def __init__(self, streamed: StreamedModel, targets: Sequence[T]) -> None:
-        self._streamed, self._targets = streamed, group_by_block(streamed, targets)
-        self.modules = list(self._targets)
-        self.lone_layers = [module for module in self._targets if module not in streamed.blocks]
+        self._streamed, self._held = streamed, group_by_block(streamed, targets)
+        self._homes = _find_homes(streamed, targets)
+        self._targets: dict[str, list[T]] = {}
+        for target in targets:
+            self._targets.setdefault(self._homes[streamed.find_block(target.modules[0])], []).append(target)
+        self.modules = list(self._held)
+        self.lone_layers = [module for module in self._held if module not in streamed.blocks]
         self._sums: dict[str, Sums] = {}
         self._unvisited = dict.fromkeys(self._targets)
 
@@ -115,13 +132,16 @@ class TargetVisitor(Visitor, Generic[T]):
         raise NotImplementedError
 
     def list_watched(self, module: str) -> Collection[str]:
-        return list(dict.fromkeys(target.parameter for target in self._targets.get(module, ())))
+        return list(dict.fromkeys(target.parameter for target in self._held.get(module, ())))
 
     def get_sums(self, module: str) -> Sums:
         """Return the sums of a module, the same from one use of it to the next."""
-        if module not in self._sums:
-            self._sums[module] = self.make_sums(self._targets[module])
-        return self._sums[module]
+        home = self._homes[module]
+        if home not in self._sums:
+            self._sums[home] = self.make_sums(self._targets[home])
+            # A block may have layers of its own beside those that it shares.
+            self._sums[home].has_twins = list(self._homes.values()).count(home) == 1
+        return self._sums[home]
 
     def check_run(self, module: str) -> None:
         """Raise BlockwiseUnsupported for a block or head that the model does not run as a module: whatever it does with

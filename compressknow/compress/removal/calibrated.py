@@ -186,8 +186,8 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         return Sums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
-        once = [down for down in self._targets[module] if down.uses == 1]
-        self._select(self._sums[module], once)
+        once = [down for down in self._held[module] if down.uses == 1]
+        self._select(self.get_sums(module), once)
         if once:
             del self._sums[module]
 

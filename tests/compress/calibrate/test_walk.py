@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
+from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums, Watch
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
@@ -121,6 +121,33 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, ke
         assert statistics is not None, parameter
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
         assert torch.equal(statistics.squares, statistics.products.diagonal())
+
+
+def test_a_matrix_whose_rows_read_different_inputs_is_seen_with_all_of_them() -> None:
+    """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
+    weight, inputs = torch.rand(6, 4), torch.rand(3, 5, 4)
+    with Watch({"matrix": weight, "stack": (stack := torch.rand(3, 2, 4))}) as watch:
+        torch.bmm(inputs, weight.view(3, 2, 4).transpose(1, 2))
+        torch.bmm(inputs, stack.transpose(1, 2))
+    assert [key for key, _ in watch.seen] == [Key("matrix")] * 3 + [Key("stack", number) for number in range(3)]
+    assert torch.equal(torch.stack([read for _, read in watch.seen]), torch.cat([inputs, inputs]))
+
+
+@pytest.mark.parametrize("name", ["ZambaForCausalLM", "Zamba2ForCausalLM"])
+def test_a_weight_that_blocks_share_is_seen_in_each_of_them(name: str, tmp_path: Path) -> None:
+    """An adapter of Zamba2's shared block is used in one of them alone, where it reads what a shared weight does."""
+    model, _ = built(name)
+    model.save_pretrained(tmp_path / "in")
+    checkpoint, tree = open_complete(tmp_path / "in")
+    batches, found = batches_of(model, 2), {}
+    observe(checkpoint, tree, [batches], lambda seen, *_: found.update(seen), products=True, threads=2)
+    expected = seen_by_hooks(model, batches)
+    shared = [weight for weight in read_structure(tree).linears if weight.sharing]
+    assert shared
+    for weight in shared:
+        products = sum(expected[module] for module in weight.modules if module in expected).float()
+        statistics = found[Key(weight.parameter)]
+        assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
 
 
 def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Gradients of scores, block by block: what they come to for each weight is what torch gives of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressknow.compress.calibrate.backward import Batch, Product, compute_gradients
+from compressknow.compress.calibrate.model import StreamedModel
+from compressknow.compress.sources import Sources
+from compressknow.model.groups import read_structure
+from compressknow.model.loading import open_complete
+from compressknow.model.tensors import OpenFiles
+from tests.compress.test_zoo_converts import built
+from tests.zoo import inputs_of
+
+# Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on.
+CLASSES = (
+    "BertForMaskedLM",
+    "LongformerForMaskedLM",
+    "ZambaForCausalLM",
+    "MossTranscribeDiarizeForConditionalGeneration",
+)
+
+
+def score(logits: torch.Tensor) -> torch.Tensor:
+    drawn = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (logits.log_softmax(-1) * drawn).sum((2, 3))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: str, tmp_path: Path) -> None:
+    model, _ = built(name)
+    model.save_pretrained(tmp_path / "in")
+    inputs = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
+    positions = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(_: str, products: Mapping[str, Sequence[Product]]) -> None:
+        for parameter, own in products.items():
+            for each in own:
+                if each.inputs.is_floating_point():
+                    gradient = each.gradients.flatten(0, 2).float().T @ each.inputs.flatten(0, 1).float()
+                    found[parameter] = found.get(parameter, torch.zeros(1)) + gradient
+
+    checkpoint, tree = open_complete(tmp_path / "in")
+    structure = read_structure(tree)
+    weights = [weight for weight in structure.linears if weight.layer is not None and weight.group != "vision"]
+    with OpenFiles() as files:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
+        compute_gradients(streamed, weights, [Batch(inputs, 1, positions, score)], visit)
+    score(model(**inputs).logits[:, None]).sum().backward()
+    for weight in weights:
+        expected = model.get_parameter(weight.parameter).grad
+        if expected is None:  # Longformer's for tokens that all others see, of which the text has none.
+            assert weight.parameter not in found
+            continue
+        # What blocks read, and the gradients, are kept in 16 bits.
+        assert (found[weight.parameter] - expected).norm() < 0.05 * expected.norm(), weight.parameter
