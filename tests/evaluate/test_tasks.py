@@ -361,6 +361,29 @@ def test_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
 
 
+@pytest.mark.parametrize("where", ["a path", "a list", "a pattern", "a folder", "a group", "a member's settings"])
+def test_a_change_of_data_that_a_task_finds_by_itself_is_another_task(tmp_path: Path, where: str) -> None:
+    data = tmp_path / "data" / "cloze.jsonl"
+    write_jsonl(data, cloze_rows())
+    named = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    configs: list[dict[str, Any]] = [named]
+    if where == "a list":
+        configs = [CLOZE | {"dataset_kwargs": {"data_files": {"test": [str(data)]}}}]
+    elif where == "a pattern":
+        configs = [CLOZE | {"dataset_kwargs": {"data_files": str(data.with_name("*.jsonl"))}}]
+    elif where == "a folder":
+        configs = [CLOZE | {"dataset_path": str(data.parent), "dataset_kwargs": None}]
+    elif where == "a group":
+        configs = [named | {"task": "member"}, {"group": "cloze", "task": ["member"]}]
+    elif where == "a member's settings":
+        configs = [{"group": "cloze", "task": [named | {"task": "member"}]}]
+    folder = task_folder(tmp_path / "tasks", *configs)
+    first = open_task("lm-eval:cloze", include=folder).fingerprint()
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() == first
+    write_jsonl(data, cloze_rows(4))
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() != first
+
+
 def test_what_git_and_desktops_keep_beside_a_task_is_no_part_of_it(tmp_path: Path) -> None:
     folder = cloze(tmp_path / "tasks")
     first = open_task("lm-eval:cloze", include=folder).fingerprint()
