@@ -372,6 +372,8 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),
         *([context.runtime] if context.runtime else []),
+        *(["own code"] if handle.runs_own_code else []),
+        *([handle.generation] if isinstance(probe, Task) and handle.generation else []),
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
@@ -279,6 +280,20 @@ def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
     assert entry.chance is entry.majority is None
     assert entry.source["metrics"] == {"written": "exact_match,trimmed"}
+
+
+def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Path) -> None:
+    model, folder = knowing("llama", tmp_path / "model"), cloze(tmp_path / "tasks", WRITTEN)
+
+    def write() -> list[str]:
+        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:written", tasks=folder)
+        return [answer.predicted for answer in answers.answers]
+
+    first = write()
+    tokens = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(first[0].split())
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": tokens}))
+    assert first[0] not in write()
 
 
 def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
