@@ -375,6 +375,9 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *(["own code"] if handle.runs_own_code else []),
         *([handle.generation] if isinstance(probe, Task) and handle.generation else []),
     ]
+    if handle.runtime.name == TRANSFORMERS:
+        # Another release may split a text into other tokens, or compute otherwise.
+        decides += [version(name) for name in ("transformers", "tokenizers")]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 

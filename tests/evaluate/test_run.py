@@ -191,6 +191,17 @@ def test_another_way_of_running_asks_anew(place: Path, tmp_path: Path, settings:
     assert answers.record.model.computed_in == settings.here().computed_in
 
 
+def test_another_release_of_transformers_asks_anew(
+    place: Path, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    installed = run.version
+    monkeypatch.setattr(run, "version", lambda name: "9.9" if name == "transformers" else installed(name))
+    answers = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert len(loads) == 2
+    assert answers.record.versions["transformers"] == "9.9"
+
+
 def test_code_that_is_trusted_now_asks_anew(tmp_path: Path) -> None:
     model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")
     own = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n"
