@@ -82,6 +82,7 @@ class Encoder:
         """Return ids of an answer in running text after `context` and `gap`, or capitalized where that is empty."""
         if not context:
             return self.ids(capitalize(text))
+        # The last word is enough: no token reaches over more.
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:
