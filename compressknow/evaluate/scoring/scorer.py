@@ -71,11 +71,13 @@ class Encoder:
     def _tokenize_after(self, context: str, text: str) -> Ids:
         """Return ids of `text` where it follows `context`: those of both together without those of the context.
 
-        Where the boundary is not kept (a token reaches over it), `text` is tokenized by itself.
+        Where the boundary is not kept (a token reaches over it), it is tokenized after a bracket: by itself, some
+        tokenizers would put a space before it.
         """
-        alone, together = self.ids(context), self.ids(context + text)
-        if together[: len(alone)] == alone and len(together) > len(alone):
-            return together[len(alone) :]
+        for before in (context, "("):
+            alone, together = self.ids(before), self.ids(before + text)
+            if together[: len(alone)] == alone and len(together) > len(alone):
+                return together[len(alone) :]
         return self.ids(text)
 
     def answer(self, context: str, text: str, gap: str = " ") -> Ids:
