@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.progress import Advance, Pace
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.facts import BLANK, Fact, Probe
+from compressknow.evaluate.facts import BLANK, STOPS, Fact, Probe
 from compressknow.evaluate.grades import grade_answer
 from compressknow.evaluate.runtimes import BATCH_SIZE, Runtime
 from compressknow.evaluate.sources import Opened, Task
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.scoring.scorer import Ids, Query, Scorer, Whole
 
 
-_ENDED = re.compile(r"""[.!?…]["'”’)\]]*$""")
+_ENDED = re.compile(rf"""[.!?…{STOPS}]["'”’)\]」』]*$""")
 # So many facts are timed before the first batch, where there are LEAST times as many.
 SAMPLE, LEAST = 12, 16
 # So many tokens of candidates are scored, about, however many there are.

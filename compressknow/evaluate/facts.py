@@ -19,7 +19,12 @@ BLANK = "[MASK]"
 # Where subject and object go in a template.
 SUBJECT, OBJECT = "[X]", "[Y]"
 # What a word follows without a space.
-OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡")
+OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡", "（", "「", "『", "《", "〈", "【")
+# What ends a sentence, without a space after it.
+STOPS = "。！？；｡।۔؟"
+# Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+UNSPACED = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+UNSPACED += "\uff66-\uff9d\U00020000-\U0003ffff"
 
 # The domains of the report card's grades.
 DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
@@ -185,14 +190,15 @@ def add_blank(prompt: str) -> str:
 
     >>> add_blank("The capital of France is"), add_blank('France calls its capital "')
     ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
-    >>> add_blank("Paris is the capital of ."), add_blank("___ is in France")
-    ('Paris is the capital of .', '___ is in France')
+    >>> add_blank("法国的首都是"), add_blank("Paris is the capital of ."), add_blank("___ is in France")
+    ('法国的首都是[MASK]', 'Paris is the capital of .', '___ is in France')
     """
     marked = re.search(r"\[\w+\]|<[^<>\s]+>|_{2,}|\{\w*\}|\.{3}|…", prompt)
-    if marked or not prompt.strip() or prompt.rstrip().endswith((".", "!", "?", ";")):
+    if marked or not prompt.strip() or prompt.rstrip().endswith((".", "!", "?", ";", *STOPS)):
         return prompt
     prompt = prompt.rstrip()
     follows = prompt.endswith(OPENING) or (prompt.endswith('"') and prompt.count('"') % 2 == 1)
+    follows = follows or re.search(f"[{UNSPACED}，：、]$", prompt) is not None
     return f"{prompt}{'' if follows else ' '}{BLANK}"
 
 

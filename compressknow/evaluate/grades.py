@@ -23,14 +23,16 @@ from statistics import median_high
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 from compressknow.evaluate.answers import GRADES, Answer, Answers
-from compressknow.evaluate.facts import Fact, strip_wording
+from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
 # What may count as known: all that is right by the probe's rules, or only what is said.
 KNOWN = (RECOGNIZED, PRODUCED)
 # Being among the best so many makes a fact demoted, where there are more to choose from.
 NEAR = 5
-_END_OF_ANSWER = re.compile(r"\n|[.!?;](?:\s|$)")
+_END_OF_ANSWER = re.compile(rf"\n|[.!?;](?:\s|$)|[{STOPS}]")
+# Where one letter may follow another and belong to another word; kana of one kind run on.
+_SEAM = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", re.DOTALL)
 # What may stand before an answer and is no part of it: articles, quotes and other punctuation, but for the signs of a
 # number.
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
@@ -49,10 +51,12 @@ def find_opening(text: str) -> str:
 
 def find_end(text: str, label: str) -> int | None:
     """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
-    None where it does not.
+    None where it does not. Where a script has no space between words, any letter may begin the next one.
 
     >>> find_end("Paris, the city", "paris"), find_end("Parisian food", "Paris"), find_end('"Gambia"', "the Gambia")
     (5, None, 7)
+    >>> find_end("パリです", "パリ"), find_end("北京是首都", "北京"), find_end("ローマン", "ローマ")
+    (2, 2, None)
     """
     if (end := _match_label(text, label)) is not None:
         return end
@@ -67,7 +71,7 @@ def _match_label(text: str, label: str) -> int | None:
         return None
     # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
     end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
-    return None if end is None or re.match(r"\w", text[end:]) else end
+    return None if end is None or (re.match(r"\w", text[end:]) and not _SEAM.match(text, end - 1)) else end
 
 
 def cut(text: str, start: int = 0) -> str:

@@ -21,7 +21,7 @@ from compressknow.base.progress import (
     report_progress,
     translate_panics,
 )
-from compressknow.base.reading import check_unchanged, find_mismatch
+from compressknow.base.reading import check_unchanged, compute_sha256, find_mismatch
 from compressknow.engine.identity import TOKENIZER_FILES, Contents, Located, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
 from compressknow.engine.load import find_reason, load_tokenizer
@@ -277,6 +277,18 @@ class ModelHandle:
     @cached_property
     def sha256(self) -> str:
         return self.contents.sha256
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Return whether the model may run Python code of its folder, in place of that of transformers."""
+        trusted = self._settings.trust_remote_code and self.runtime is Transformers
+        return trusted and any(path.suffix == ".py" for path in self.located.files)
+
+    @property
+    def generation(self) -> str | None:
+        """Return the hash of the settings by which transformers writes texts, which tasks have it do; None without."""
+        path = self.located.path / "generation_config.json"
+        return compute_sha256(path) if path.is_file() else None
 
     @cached_property
     def loaded(self) -> Runtime:

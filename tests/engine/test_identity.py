@@ -50,7 +50,8 @@ def test_any_change_of_weights_config_or_tokenizer_makes_another_model(place: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["modeling_mine.py", "vocab.txt", "added_tokens.json", "source.spm", "adapter_config.json"]
+    "name",
+    ["modeling_mine.py", "vocab.txt", "added_tokens.json", "source.spm", "spm.model", "adapter_config.json"],
 )
 def test_another_file_that_decides_makes_another_model(place: Path, model: Path, name: str) -> None:
     (model / name).write_text("[]")

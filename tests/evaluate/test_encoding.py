@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.evaluate.evaluate import make_prompts
@@ -88,6 +89,17 @@ def test_a_space_belongs_to_the_word_after_it_and_a_sentence_begins_without_one(
     assert not tokenizer.convert_ids_to_tokens(list(encoder.answer("", "bern")))[0].startswith("Ġ")
     assert not tokenizer.convert_ids_to_tokens(list(encoder.answer('"', "Bern", "")))[0].startswith("Ġ")
     assert encoder.answer("", "the Netherlands") == encoder.ids("The Netherlands")
+
+
+def test_an_answer_that_would_merge_with_what_is_before_it_gets_no_space() -> None:
+    letters = [(letter, -5.0) for letter in "▁他出生在上海京("]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("在北京", -3.0), ("北京", -4.0), *letters], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.tokenize("他出生在北京")[-1] == "在北京"
+    encoder = Encoder(tokenizer)
+    written = [tokenizer.convert_ids_to_tokens(list(encoder.answer("他出生在", text, ""))) for text in ("上海", "北京")]
+    assert written == [["上", "海"], ["北京"]]
 
 
 def test_special_tokens_are_left_out_of_texts_and_kept_where_they_are_asked_for(

@@ -28,6 +28,7 @@ from compressknow.evaluate.grades import (
     check_known,
     find_choice,
     grade_answer,
+    judge,
 )
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
@@ -200,6 +201,34 @@ def test_quotes_articles_and_punctuation_before_an_answer_are_no_part_of_it(text
     assert find_choice(text, ["Paris", label]) == label
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("北京。它位于", "北京"),
+        ("北京是中国的首都", "北京"),
+        ("「パリ」です", "パリ"),
+        ("パリです", "パリ"),
+        ("Parisです", "Paris"),
+        ("1949年", "1949"),
+        ("กรุงเทพมหานคร", "กรุงเทพ"),
+    ],
+)
+def test_a_word_ends_without_a_space_where_its_script_has_none(text: str, label: str) -> None:
+    assert find_choice(text, ["Paris", label]) == label
+    assert judge(text, label)[1]
+
+
+def test_a_word_goes_on_where_its_script_shows_it() -> None:
+    assert not judge("ローマンの", "ローマ")[1]
+    assert not judge("Parisianの", "Paris")[1]
+    assert find_choice("日本語です", ["日本", "日本語"]) == "日本語"
+
+
+def test_a_sentence_ends_at_its_own_script_s_stop() -> None:
+    assert judge("北京。它位于", "上海") == ("北京", False)
+    assert judge("दिल्ली। यह", "मुंबई") == ("दिल्ली", False)
+
+
 def test_what_opens_an_answer_is_told_from_the_answer() -> None:
     assert find_choice("A. Then", ["B", "A"]) == "A"
     assert find_choice("-5 degrees", ["5", "-5"]) == "-5"
@@ -281,6 +310,16 @@ def test_an_example_is_of_all_facts_of_the_probe_not_of_its_sample() -> None:
     sample = as_probe(facts).sample(4)
     assert len({each.relation for each in sample.facts}) == len(sample.facts) == 4
     assert all(put_after_example(each, sample) for each in sample.facts)
+
+
+def test_an_example_that_ends_in_another_stop_gets_none() -> None:
+    facts = [
+        Fact(f"f{n}", "p", "r", "geography", country, city, f"{country}的首都是[MASK]。")
+        for n, (country, city) in enumerate([("法国", "巴黎"), ("中国", "北京")])
+    ]
+    shown = put_after_example(facts[1], as_probe(facts))
+    assert shown is not None
+    assert shown.prompt == "法国的首都是巴黎。 中国的首都是[MASK]。"
 
 
 def test_an_example_whose_sentence_is_open_is_closed() -> None:

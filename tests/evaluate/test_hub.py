@@ -173,6 +173,14 @@ def test_the_object_may_be_a_number_or_the_first_of_a_list(tmp_path: Path) -> No
     assert asked == ["1941", "b"]
 
 
+def test_a_year_is_one_also_where_another_cell_of_its_column_is_empty(tmp_path: Path) -> None:
+    rows = "year,text\n1815,Ada was born in [MASK].\n,Hypatia was born in [MASK].\n1564,Galileo was born in [MASK].\n"
+    (tmp_path / "born.csv").write_text(rows)
+    probe = read_hub_facts(str(tmp_path / "born.csv"), {"object": "year", "prompt": "text"})
+    assert [fact.obj_label for fact in probe.facts] == ["1815", "1564"]
+    assert probe.dropped == {"no object": 1}
+
+
 def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = [{"prompt": f"In {split}: [MASK].", "obj_label": "a"}]

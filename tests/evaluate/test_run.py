@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -188,6 +189,31 @@ def test_another_way_of_running_asks_anew(place: Path, tmp_path: Path, settings:
     assert len(loads) == 2
     assert len(answers.answers) == 64
     assert answers.record.model.computed_in == settings.here().computed_in
+
+
+def test_another_release_of_transformers_asks_anew(
+    place: Path, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    installed = run.version
+    monkeypatch.setattr(run, "version", lambda name: "9.9" if name == "transformers" else installed(name))
+    answers = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert len(loads) == 2
+    assert answers.record.versions["transformers"] == "9.9"
+
+
+def test_code_that_is_trusted_now_asks_anew(tmp_path: Path) -> None:
+    model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")
+    own = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n"
+    own += "    def forward(self, *given, **named):\n        output = super().forward(*given, **named)\n"
+    (model / "own.py").write_text(f"{own}        output.logits = -output.logits\n        return output\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (model / "config.json").write_text(json.dumps(config))
+    for trusted, architecture, right in ((False, "LlamaForCausalLM", 64), (True, "OwnForCausalLM", 0)):
+        answers = ask(model, tmp_path / "a", facts, replace(FEW, trust_remote_code=trusted))
+        assert answers.record.model.architecture == architecture
+        assert sum(answer.correct for answer in answers.answers) == right
 
 
 def test_one_folder_holds_several_probes_and_a_new_one_leaves_the_others(

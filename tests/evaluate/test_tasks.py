@@ -19,6 +19,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
@@ -281,6 +282,20 @@ def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path
     assert entry.source["metrics"] == {"written": "exact_match,trimmed"}
 
 
+def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Path) -> None:
+    model, folder = knowing("llama", tmp_path / "model"), cloze(tmp_path / "tasks", WRITTEN)
+
+    def write() -> list[str]:
+        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:written", tasks=folder)
+        return [answer.predicted for answer in answers.answers]
+
+    first = write()
+    tokens = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(first[0].split())
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": tokens}))
+    assert first[0] not in write()
+
+
 def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
     there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
     both = {"group": "both", "task": ["cloze", "written"]}
@@ -359,6 +374,29 @@ def test_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
     cloze(tmp_path / "b", rows=cloze_rows(4))
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
+
+
+@pytest.mark.parametrize("where", ["a path", "a list", "a pattern", "a folder", "a group", "a member's settings"])
+def test_a_change_of_data_that_a_task_finds_by_itself_is_another_task(tmp_path: Path, where: str) -> None:
+    data = tmp_path / "data" / "cloze.jsonl"
+    write_jsonl(data, cloze_rows())
+    named = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    configs: list[dict[str, Any]] = [named]
+    if where == "a list":
+        configs = [CLOZE | {"dataset_kwargs": {"data_files": {"test": [str(data)]}}}]
+    elif where == "a pattern":
+        configs = [CLOZE | {"dataset_kwargs": {"data_files": str(data.with_name("*.jsonl"))}}]
+    elif where == "a folder":
+        configs = [CLOZE | {"dataset_path": str(data.parent), "dataset_kwargs": None}]
+    elif where == "a group":
+        configs = [named | {"task": "member"}, {"group": "cloze", "task": ["member"]}]
+    elif where == "a member's settings":
+        configs = [{"group": "cloze", "task": [named | {"task": "member"}]}]
+    folder = task_folder(tmp_path / "tasks", *configs)
+    first = open_task("lm-eval:cloze", include=folder).fingerprint()
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() == first
+    write_jsonl(data, cloze_rows(4))
+    assert open_task("lm-eval:cloze", include=folder).fingerprint() != first
 
 
 def test_what_git_and_desktops_keep_beside_a_task_is_no_part_of_it(tmp_path: Path) -> None:

@@ -200,14 +200,8 @@ class CausalScorer(DecodingScorer):
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        after, context = fact.after if rest else "", fact.before
-        # Most often the last word before the answer is enough to give the same tokens.
-        word = fact.before.rpartition(" ")[2]
-        gold = self.encoder.answer(word, fact.obj_label, fact.gap)
-        whole = self.tokenizer(fact.before + fact.gap + fact.obj_label, add_special_tokens=False, verbose=False)
-        if tuple(whole["input_ids"]) == self.encoder.ids(fact.before) + gold:
-            context = word
-        return tuple(self.encoder.answer(context, text + after, fact.gap) for text in texts)
+        after = fact.after if rest else ""
+        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
 
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))

@@ -71,17 +71,20 @@ class Encoder:
     def _tokenize_after(self, context: str, text: str) -> Ids:
         """Return ids of `text` where it follows `context`: those of both together without those of the context.
 
-        Where the boundary is not kept (a token reaches over it), `text` is tokenized by itself.
+        Where the boundary is not kept (a token reaches over it), it is tokenized after a bracket: by itself, some
+        tokenizers would put a space before it.
         """
-        alone, together = self.ids(context), self.ids(context + text)
-        if together[: len(alone)] == alone and len(together) > len(alone):
-            return together[len(alone) :]
+        for before in (context, "("):
+            alone, together = self.ids(before), self.ids(before + text)
+            if together[: len(alone)] == alone and len(together) > len(alone):
+                return together[len(alone) :]
         return self.ids(text)
 
     def answer(self, context: str, text: str, gap: str = " ") -> Ids:
         """Return ids of an answer in running text after `context` and `gap`, or capitalized where that is empty."""
         if not context:
             return self.ids(capitalize(text))
+        # The last word is enough: no token reaches over more.
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:

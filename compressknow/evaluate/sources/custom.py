@@ -277,6 +277,9 @@ def _to_text(value: object) -> str | None:
     """Return a text, a number as one, the first of a list; None for what is empty or nothing of these."""
     if isinstance(value, list):
         return _to_text(value[0]) if value else None
+    if isinstance(value, float) and value.is_integer():
+        # Columns of whole numbers are read as floats where a cell is empty.
+        value = int(value)
     return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -140,9 +141,21 @@ class LmEvalTask(Task):
             paths = [path for path in sorted(self.include.rglob("*")) if path.is_file()]
             named = [(path, path.relative_to(self.include)) for path in paths]
             files = [(path, name.as_posix()) for path, name in named if _is_part(name)] + files
+            files += [(path, path.name) for path in self._list_other_data()]
         for path, name in files:
             digest.update(json.dumps([name, compute_sha256(path)]).encode())
         return digest.hexdigest()
+
+    def _list_other_data(self) -> list[Path]:
+        """Return the local files that `datasets` finds by itself: at absolute paths, by lists and patterns, in folders,
+        and those of a group's tasks."""
+        assert self.include is not None
+        entry = find_entry(self.include, self.task)
+        # Which tasks belong to a group, its load tells; here those of its folder are all taken for its own.
+        entries = [entry] if _is_task(entry) else _read_index(self.include).task_index.values()
+        named = dict.fromkeys(name for each in entries for name in _list_named_data(each.cfg or {}))
+        known = {path.resolve() for path in self.local_files().values()}
+        return [path for name in named for path in _find_local_data(name) if path.resolve() not in known]
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
         """Have lm-eval run it on a model; gives the answers, and the probe's entry in ``probe.json``.
@@ -230,6 +243,29 @@ def list_data_files(entry: Any) -> dict[str, str]:
         for split, file in (pairs.items() if isinstance(pairs, dict) else ())
         if isinstance(file, str) and "://" not in file and not Path(file).is_absolute()
     }
+
+
+def _list_named_data(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a task names as its data, and a group for members that it changes: names, paths and patterns."""
+    members = config.get("task")
+    for each in (config, *(one for one in (members if isinstance(members, list) else []) if isinstance(one, dict))):
+        kwargs = each.get("dataset_kwargs") or {}
+        left = [each.get("dataset_path"), kwargs.get("data_dir"), kwargs.get("data_files")]
+        while left:
+            value = left.pop(0)
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list | dict):
+                left += value.values() if isinstance(value, dict) else value
+
+
+def _find_local_data(name: str) -> list[Path]:
+    """Return the files that a path or a pattern is of; none of a name on the Hub, or of a kind of file."""
+    if "://" in name or not ("/" in name or Path(name).suffix):
+        return []
+    # Not Path.glob: it fails on patterns that these libraries take.
+    found = [Path(path) for path in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
+    return [file for path in found for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
 
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
