@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from compressknow.base.format import clean, clean_lines, count, dump_json, is_seen, write_size
+from compressknow.base.format import MINUS, clean, clean_lines, count, dump_json, is_seen, write_size
 from compressknow.base.progress import Progress, Repeating, Stage
 
 # Work that ends sooner shows no line.
@@ -66,17 +66,29 @@ def show_json(values: Any) -> None:
 
 
 def show_json_text(text: str) -> None:
-    """Print a JSON text; what `show` would name is escaped, so that it stands for the same values."""
+    """Print a JSON text; what `show` would name, and what it would spell in other characters, is escaped, so that it
+    stands for the same values."""
+    spelt_out = {c for c in _SPELT_OUT if not _can_encode(c)}
+
+    def write(character: str) -> str:
+        return character if is_seen(character) and character not in spelt_out else _count_code_units(character)
+
     # Outside its strings JSON holds nothing of the kind but its line ends.
-    click.echo(
-        re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if is_seen(c[0]) else _count_code_units(c[0]), text.rstrip("\n"))
-    )
+    click.echo(re.sub(r"[^\x20-\x7e\n]", lambda found: write(found[0]), text.rstrip("\n")))
+
+
+def _can_encode(character: str) -> bool:
+    try:
+        character.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # How a character is written that a stream's encoding lacks: as in JSON, so that printed JSON stays JSON.
 ESCAPE = "compressknow.escape"
 STANDARD_OUTPUT = "standard output"
-_SPELT_OUT = {"…": "...", "–": "-", "—": "-", "→": "->"}
+_SPELT_OUT = {"…": "...", "–": "-", "—": "-", MINUS: "-", "→": "->"}
 
 
 def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:

@@ -180,8 +180,7 @@ class Code(Part):
 def show_run(command: str | None, versions: Mapping[str, str], entries: Sequence[Entry] = ()) -> tuple[Part, ...]:
     """Return how a page was made, for making it again: the command, and the versions after other entries."""
     listed = ", ".join(f"{clean(name, 40)} {clean(version, 40)}" for name, version in versions.items())
-    text = clean(command, 2000) if command else None
-    return Code(text, "sh"), Entries((*entries, Entry("Versions", listed or NONE)))
+    return Code(command, "sh"), Entries((*entries, Entry("Versions", listed or NONE)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,11 @@ def test_output_that_cannot_be_written_is_one_message() -> None:
     assert done.stderr == b"Error: No space left on device: standard output\n"
 
 
-SHOWN = {"latin-1": "Zürich... \\ud83d\\ude00", "cp1252": "Zürich… \\ud83d\\ude00", "utf-8": "Zürich… 😀"}
+SHOWN = {
+    "latin-1": "Zürich... -3.0 % \\ud83d\\ude00",
+    "cp1252": "Zürich… -3.0 % \\ud83d\\ude00",
+    "utf-8": "Zürich… −3.0 % 😀",
+}
 
 
 @pytest.mark.parametrize("encoding", SHOWN)
@@ -73,7 +77,7 @@ def test_no_encoding_refuses_a_character(encoding: str) -> None:
     script = """
 import sys, click
 from compressknow.cli import run
-text = "Z\u00fcrich\u2026 \U0001f600"
+text = "Z\u00fcrich\u2026 \u22123.0 % \U0001f600"
 sys.exit(run(click.Command("say", callback=lambda: [click.echo(text), click.echo(text, err=True)]), []))
 """
     done = shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
@@ -103,6 +107,18 @@ def test_json_stays_json_in_a_narrow_encoding(model: Path) -> None:
     done = shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout.decode("latin-1"))["model"] == model.name
+
+
+@pytest.mark.parametrize("encoding", SHOWN)
+def test_json_stands_for_the_same_values_in_every_encoding(encoding: str) -> None:
+    script = """
+import sys, click
+from compressknow.cli import run
+from compressknow.cli.terminal import show_json
+sys.exit(run(click.Command("say", callback=lambda: show_json("1914\u20131918 \u2192 \u22123\u2026 \U0001f600")), []))
+"""
+    done = shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
+    assert json.loads(done.stdout.decode(encoding)) == "1914–1918 → −3… 😀"
 
 
 def test_what_is_printed_behind_pythons_back_is_no_result() -> None:

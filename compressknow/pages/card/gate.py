@@ -308,9 +308,8 @@ def decide(
         else f"the smallest of {count(len(enough))} models{at_most} {several}"
     )
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
-    others = (
-        f"No test tells it from {alike}." if alike else "What each of the others keeps differs by more than chance."
-    )
+    rest = "the other" if len(comparisons) == 2 else "each of the others"
+    others = f"No test tells it from {alike}." if alike else f"What {rest} keeps differs by more than chance."
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)

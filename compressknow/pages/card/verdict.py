@@ -80,7 +80,8 @@ loss that chance does not explain (p = 0.012).
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-        return f"{name} knew none of the {count_facts(counts.n)}, so there is nothing to keep{gained}."
+        none = "did not know the 1 fact" if counts.n == 1 else f"knew none of the {count(counts.n)} facts"
+        return f"{name} {none}, so there is nothing to keep{gained}."
     interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
     sentence = _write_kept(name, counts, interval, certainty.test.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
@@ -97,7 +98,8 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
         every = "the 1 fact" if counts.both == 1 else f"all {count(counts.both)} facts"
         return f"Keeps {every} that {name} knew {interval}, and gained {gained}."
     if not counts.both:
-        return f"Keeps none of the {count_facts(counts.lost)} that {name} knew {interval}, and gained {gained}{change}."
+        none = "Forgot the 1 fact" if counts.lost == 1 else f"Keeps none of the {count(counts.lost)} facts"
+        return f"{none} that {name} knew {interval}, and gained {gained}{change}."
     opening = f"Keeps {count(counts.both)} of {count_facts(counts.known_before)} that {name} knew {interval}"
     return f"{opening}: it forgot {count(counts.lost)} and gained {gained}{change}."
 
@@ -164,6 +166,12 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     if _get_kept(best) == _get_kept(worst):
         every = "Both" if len(known) == 2 else f"All {len(known)}"
         return f"{every} compressed models keep {share(_get_kept(best))} of what {name} knew."
+    if len(known) == 2:
+        chance = "could explain" if alike else "does not explain"
+        return (
+            f"{best[1]} keeps more of what {name} knew ({_write_share(best[0])}) than {worst[1]} "
+            f"({_write_share(worst[0])}), a difference that chance {chance}."
+        )
     sentence = (
         f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0])}) "
         f"and {worst[1]} least ({_write_share(worst[0])})."

@@ -11,7 +11,7 @@ import pytest
 
 from compressknow.base.format import clean
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import render_html
+from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import isolate
 from compressknow.pages.records import Card, label_models, name_models
 from tests.pages.answering import run, sides
@@ -87,6 +87,14 @@ def test_card_made_from_answers_is_a_page() -> None:
     page = read(render_html(make_card(original, [compressed], command="compressknow report a b")))
     assert page.one("h1").text == "90.3 % of its knowledge kept"
     assert [len(table.all("tr")) - 1 for table in with_class(page, "table", "facts")] == [15, 2]
+
+
+def test_the_command_is_whole_however_long_it_is() -> None:
+    models = " ".join(f"models/smollm2-attention-and-feed-forward-{number}" for number in range(60))
+    command = f"compressknow report original {models} -p 'facts:two  spaces.jsonl' --limit 300"
+    made = replace(card_of_one(), command=command)
+    assert command in [code.text for code in read(render_html(made)).all("code")]
+    assert f"\n{command}\n" in render_markdown(made)
 
 
 def test_overview_has_the_accuracy_that_each_probe_reports() -> None:

@@ -150,6 +150,19 @@ def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> No
     expect(page.locator("details.model").nth(2)).to_have_attribute("open", "")
 
 
+def test_figures_of_domains_of_one_long_word_are_in_sight(page: Page, tmp_path: Path) -> None:
+    card = card_of_one()
+    names = ("high_school_european_history", "Wirtschaftswissenschaften", "x" * 80)
+    named = tuple(replace(each, subject=name) for each, name in zip(card.comparisons[0].grades, names, strict=False))
+    file = tmp_path / "named.html"
+    page_of_named = render_html(replace(card, comparisons=(replace(card.comparisons[0], grades=named),)))
+    file.write_text(page_of_named, encoding="utf-8")
+    page.goto(file.as_uri())
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert "Knowledge kept by domain" not in scrolled(page), width
+
+
 def test_page_is_whole_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -81,14 +81,24 @@ class TestVerdict:
 
     def test_one_fact(self) -> None:
         assert card_of(1).verdict.startswith("Keeps the 1 fact that tiny-bert knew (100 %")
+        assert card_of(0, 1).verdict.startswith("Forgot the 1 fact that tiny-bert knew (0 %")
+        assert card_of(0, 0, 0, 1).verdict == "tiny-bert did not know the 1 fact, so there is nothing to keep."
 
     def test_several_models_are_judged_by_the_best_and_the_worst(self) -> None:
         original, good = run(sides(95, 5))
         _, bad = run(sides(20, 80))
         bad = answers(bad.answers, model(sha256="c" * 64, setup="FLP L1-unstructured 40%"))
         assert make_card(original, [bad, good]).verdict == (
-            "Of 2 compressed models, Overall_GQ keeps most of what tiny-bert knew (95 of 100, 95.0 %) and "
-            "FLP L1-unstructured 40% least (20 of 100, 20.0 %). No other keeps as much: that is more than chance."
+            "Overall_GQ keeps more of what tiny-bert knew (95 of 100, 95.0 %) than FLP L1-unstructured 40% (20 of 100, "
+            "20.0 %), a difference that chance does not explain."
+        )
+
+    def test_two_models_that_chance_could_tell_apart(self) -> None:
+        original, good = run(sides(95, 5))
+        near = answers(sides(94, 6)[1], model(sha256="c" * 64, setup="Att_GP 94%"))
+        assert make_card(original, [near, good]).verdict == (
+            "Overall_GQ keeps more of what tiny-bert knew (95 of 100, 95.0 %) than Att_GP 94% (94 of 100, 94.0 %), a "
+            "difference that chance could explain."
         )
 
     def test_the_best_of_several_is_tested_against_all_others(self) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from compressknow.comparison.diff import StructureChange
 from compressknow.pages.diff.pages import render_comparison_html
 from tests.pages.diff.contrasts import comparison_of
-from tests.pages.in_browser import check_fits, overflow, unfold, violations
+from tests.pages.in_browser import check_fits, overflow, scrolled, unfold, violations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -37,6 +39,19 @@ def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> No
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert overflow(page) <= 0
+
+
+def test_names_of_tensors_that_are_not_stored_alike_are_in_sight(page: Page, tmp_path: Path) -> None:
+    names = [f"bert.encoder.layer.{number}.attention.self.query.weight" for number in range(3)]
+    changes = tuple(StructureChange(name, "retyped", "BF16 [384, 384]", "I8 [384, 384]") for name in names)
+    compared = comparison_of()
+    file = tmp_path / "structure.html"
+    file.write_text(
+        render_comparison_html(replace(compared, difference=replace(compared.difference, structure=changes))),
+        encoding="utf-8",
+    )
+    page.goto(file.as_uri())
+    assert "Tensors that are not stored alike" not in scrolled(page)
 
 
 def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: str) -> None:

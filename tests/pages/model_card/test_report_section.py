@@ -97,7 +97,7 @@ def test_the_hub_reads_the_figures_back(card: Card, folder: Path) -> None:
 def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> None:
     text = written(card, folder)
     assert escape_markdown(card.verdict) in text
-    assert "| geography | 100 | 90.0 % (82.6 to 94.5 %) |" in text
+    assert "| geography | 100 | 90.0 % (82.6 to 94.5 %) | C (B to D) |" in text
     assert "| atlas | 120 | " in text
     assert MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1]).count("<table>") == 2
 
