@@ -172,7 +172,7 @@ def gather(
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, whole=whole)
-            folder = choose_folder(evaluation.keep_in, side, context)
+            folder = choose_folder(evaluation.keep_in, side, context, probes)
             answers = probe_model(side, probes, folder, context, on_progress=watched, wait=True)
             if not gathered:
                 answers = NoiseFloors(side, folder, watched, whole=whole).add(probes, answers, sides[1:])
@@ -284,12 +284,15 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     return opened
 
 
-def choose_folder(keep_in: Path, model: ModelHandle, context: Context) -> Path:
-    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime and
+    size of sample. A folder has one set of answers per probe, and those to a few facts must not replace those to all.
+    """
     names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    return keep_in / "-".join(name for name in names if name is not None)
+    limits = sorted({limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None})
+    return keep_in / "-".join([*(name for name in names if name is not None), *(f"limit{each}" for each in limits)])
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
@@ -350,7 +353,7 @@ def evaluate_both(
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
-        folder = choose_folder(keep_in, model, context)
+        folder = choose_folder(keep_in, model, context, probes)
         return probe_model(model, probes, folder, context, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
@@ -359,7 +362,7 @@ def evaluate_both(
         return PairedAnswers(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, Context(whole=whole_a))
-        folder = choose_folder(keep_in, a, Context())
+        folder = choose_folder(keep_in, a, Context(), probes)
         of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
         a.release()
         b_like_a = evaluate(b, Context(of_a, whole=whole_a))
