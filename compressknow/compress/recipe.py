@@ -257,6 +257,14 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
         if action in given:
             values = {field: given[name] for name, field in _list_fields(kind, by="name").items() if name in given}
             steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
+    if steps and where != side and not any(isinstance(step, Prune | Quantize) for step in steps):
+        idle = [each for each in list_options(Where) if getattr(where, each.field) != getattr(side, each.field)]
+        raise UnusedOptions(
+            [each.name for each in idle],
+            f"{idle[0].option} does not narrow what is dropped.",
+            "Only --scope encoder and --scope decoder do; all else is for --prune and --quantize.",
+            "Leave it out. Blocks can be named: --drop-blocks 20-23.",
+        )
     _check_has_step(given)
     text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
     calibrates = text or any(step.calibrated for step in steps)
