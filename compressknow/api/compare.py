@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import SeededWords, build_records, list_files, verb
-from compressknow.base.errors import UsageError
+from compressknow.base.errors import UnusedOptions
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
 from compressknow.evaluate.gather import (
@@ -19,10 +19,10 @@ from compressknow.evaluate.gather import (
     find_both,
     open_named,
 )
-from compressknow.evaluate.grades import check_known
+from compressknow.evaluate.grades import PRODUCED, check_known
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import Options
+from compressknow.evaluate.sources import WORDS, Options
 from compressknow.pages.card.gate import check_gates, hold_to_gates, parse_gates
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, make_comparison
 from compressknow.pages.diff.pages import write_comparisons
@@ -85,13 +85,17 @@ def compare(
     """
     check_known(known)
     gates = parse_gates(fail_under)
-    if gates and not probe:
-        raise UsageError("--fail-under needs a probe.", hint="Choose one with -p PROBE.")
+    options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    asked = {"fail_under": bool(gates), "strict": strict and bool(gates), "known": known == PRODUCED}
+    of_facts = [name for name, given in asked.items() if given]
+    of_facts += [WORDS.get(field, field) for field in options.list_changed()]
+    if of_facts and not probe:
+        option = of_facts[0].replace("_", "-")
+        raise UnusedOptions(of_facts, f"--{option} needs a probe.", hint="Choose one with -p PROBE.")
     check_gates(gates, strict=strict)
     files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     opened = open_named(probe, options, known) if probe else []
     gated = [gate.of for gate in gates]
     check_gated(opened, gated)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.api.words import list_rules, verb
-from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.errors import CheckpointError, UnusedOptions, UsageError
 from compressknow.base.files import check_links, write_whole
 from compressknow.base.format import parse_size
 from compressknow.base.packages import require
@@ -174,7 +174,9 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
     if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "must", "rounding"):
             if options[name]:
-                raise UsageError(f"--{name} goes with --size or --bits: without them types are given, not chosen.")
+                raise UnusedOptions(
+                    [name], f"--{name} goes with --size or --bits: without them types are given, not chosen."
+                )
         return None
     given = "bits" if options["size"] is None else "size"
     pin = f"--{given} chooses the types. Give --must for weights that get this type in any case."
@@ -232,7 +234,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
         if text is None and tokens is not None:
-            raise UsageError("--calibration-tokens goes with --calibration.")
+            raise UnusedOptions(["calibration_tokens"], "--calibration-tokens goes with --calibration.")
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)

@@ -13,7 +13,7 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.gather import open_named, read_reference
-from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.handle import make_handles
 from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
@@ -61,7 +61,7 @@ def probe(
     options, settings = build_records(words, options, settings)
     opened = open_named(probe, options)
     original = read_reference(reference) if reference is not None else None
-    handle = ModelHandle(locate(model, revision), settings)
+    (handle,) = make_handles([locate(model, revision)], settings, opened)
     listener = resolve_progress(on_progress)
     answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listener)
     return answers if original else NoiseFloors(handle, Path(output), listener).add_precision(opened, answers)

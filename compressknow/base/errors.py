@@ -82,6 +82,15 @@ class UsageError(CompressknowError):
     exit_code = 2
 
 
+class UnusedOptions(UsageError):
+    """Options that change nothing beside the others, by their names in Python: a user who gave one is told, and what a
+    project's file says for every command is left out."""
+
+    def __init__(self, names: Iterable[str], what: str, why: str | None = None, hint: str | None = None) -> None:
+        self.names = tuple(names)
+        super().__init__(what, why, hint)
+
+
 class CheckpointError(CompressknowError):
     """Checkpoint that is missing, damaged, or of a kind that cannot be read safely."""
 

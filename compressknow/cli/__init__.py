@@ -26,6 +26,7 @@ from compressknow.base.errors import (
     CompressknowError,
     GateNotMet,
     GateUndecided,
+    UnusedOptions,
     UsageError,
     is_out_of_memory,
     is_panic,
@@ -89,7 +90,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if type(error) in (click.BadParameter, UsageError):
+            if type(error) in (click.BadParameter, UsageError, UnusedOptions):
                 for name, given in (ctx.default_map or {}).items():
                     if given and (command := self.get_command(ctx, name)):
                         error.add_note(describe_project_defaults(command, given))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.reading import read_toml
 
 if TYPE_CHECKING:
@@ -61,6 +61,27 @@ class Option(click.Option):
 
 class Command(click.Command):
     """Command whose options are shown in groups, and with `--probe` the probes that there are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line, and keep them."""
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; once more without what a project's file says for all commands, where it turns out, before
+        any work, that this changes nothing."""
+        try:
+            return super().invoke(ctx)
+        except UnusedOptions as unused:
+            idle = _list_for_all_commands(ctx) & set(unused.names)
+            if not idle:
+                raise
+        # The group has the same mapping, for its notes to errors.
+        given: Any = ctx.default_map
+        for name in idle:
+            del given[name]
+        with self.make_context(ctx.info_name, ctx.obj, ctx.parent, default_map=given) as without:
+            return self.invoke(without)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the epilog, and the probes."""
@@ -393,9 +414,21 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
 
 def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options without those of `names` that the project's file gives, where a recipe says them instead."""
-    source = click.get_current_context().get_parameter_source
-    is_of_file = {name for name in names if source(name) == click.core.ParameterSource.DEFAULT_MAP}
+    ctx = click.get_current_context()
+    is_of_file = {name for name in names if _is_of_file(ctx, name)}
     return {name: value for name, value in options.items() if options["recipe"] is None or name not in is_of_file}
+
+
+def _list_for_all_commands(ctx: click.Context) -> set[str]:
+    """List the options of a command, by their names in Python, whose values stand above the tables of the file."""
+    nearest, options = _find_file(Path.cwd()), _list_options(ctx.command)
+    table = nearest[1].get(str(ctx.info_name), {}) if nearest else {}
+    own = {options[key.replace("-", "_")].name for key in table}
+    return {name for name in ctx.default_map or {} if name not in own and _is_of_file(ctx, name)}
+
+
+def _is_of_file(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT_MAP
 
 
 def _list_options(command: click.Command) -> dict[str, click.Option]:

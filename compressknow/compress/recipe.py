@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.reading import MANIFEST, read_json, read_toml
 from compressknow.compress.parameters import Parameter, list_options, option
 from compressknow.compress.pruning import METHODS
@@ -67,7 +67,8 @@ class Recipe:
         if calibrated and self.calibration is None:
             object.__setattr__(self, "calibration", Calibration())
         if self.calibration is not None and not calibrated:
-            raise UsageError(
+            raise UnusedOptions(
+                ("calibration", "calibration_tokens"),
                 "There is nothing to calibrate: no step looks at activations.",
                 hint="Leave it out, or use --prune-method wanda or sparsegpt, --rounding gptq, --smooth, "
                 "--drop-blocks N or --drop-neurons.",
@@ -269,6 +270,14 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
         if action in given:
             values = {field: given[name] for name, field in _list_fields(kind, by="name").items() if name in given}
             steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
+    if steps and where != side and not any(isinstance(step, Prune | Quantize) for step in steps):
+        idle = [each for each in list_options(Where) if getattr(where, each.field) != getattr(side, each.field)]
+        raise UnusedOptions(
+            [each.name for each in idle],
+            f"{idle[0].option} does not narrow what is dropped.",
+            "Only --scope encoder and --scope decoder do; all else is for --prune and --quantize.",
+            "Leave it out. Blocks can be named: --drop-blocks 20-23.",
+        )
     _check_has_step(given)
     text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
     calibrates = text or any(step.calibrated for step in steps)
@@ -351,7 +360,7 @@ def _check_has_step(given: Mapping[str, Any]) -> None:
         if action.name not in given and any(given.get(name, default) != default for name, default in usual.items()):
             *flags, last = (f"--{name.replace('_', '-')}" for name in usual)
             hint = f"{', '.join(flags)} and {last} go with {action.option} {action.metavar}."
-            raise UsageError(f"There is nothing to {what}.", hint=hint)
+            raise UnusedOptions(usual, f"There is nothing to {what}.", hint=hint)
 
 
 def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
@@ -360,7 +369,7 @@ def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Qua
         names = " and ".join(step.chosen.name for step in steps) or "a step that drops blocks or neurons"
         near = suggest_word(unknown[0], known)
         hint = f"{near}Choose from {', '.join(sorted(known))}." if known else None
-        raise UsageError(f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
+        raise UnusedOptions([unknown[0]], f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
 
 
 def to_toml(recipe: dict[str, Any]) -> str:

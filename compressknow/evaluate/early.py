@@ -137,7 +137,7 @@ class _Side:
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
         """Take the answers that are stored to all these facts. Raise CompressknowError where they are to others."""
         if self.handle is not None:
-            folder = choose_folder(keep_in, self.handle, Context(reference))
+            folder = choose_folder(keep_in, self.handle, Context(reference), probes)
             self.stored = find_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
             self.stored = select_probes(self.stored, [probe.name for probe in probes])
@@ -169,7 +169,7 @@ class _Side:
             answers = self.stored.restrict(chunk)
         else:
             assert self.handle is not None
-            place = choose_folder(folder, self.handle, context)
+            place = choose_folder(folder, self.handle, context, chunk)
             answers = probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
@@ -23,7 +23,7 @@ from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import DEFAULT, Opened, Options, Task, normalize_name, open_all
+from compressknow.evaluate.sources import Opened, Options, Task, normalize_name, open_all
 from compressknow.evaluate.speed import measure
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error, is_address
@@ -64,7 +64,7 @@ def find_answers_folder() -> Path:
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
     """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading. Raises
     UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that."""
-    opened = open_all(list_names(probes) or DEFAULT, options or Options())
+    opened = open_all(list_names(probes), options or Options())
     check_unique(opened)
     for task in opened:
         if known == PRODUCED and isinstance(task, Task):
@@ -156,6 +156,7 @@ def gather(
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
     if all(stored):
+        _check_none_evaluated([answers for answers in stored if answers], evaluation)
         first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers]
         return first, others
     probes = open_matching(next(filter(None, stored), None), evaluation)
@@ -171,12 +172,30 @@ def gather(
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, whole=whole)
-            folder = choose_folder(evaluation.keep_in, side, context)
+            folder = choose_folder(evaluation.keep_in, side, context, probes)
             answers = probe_model(side, probes, folder, context, on_progress=watched, wait=True)
             if not gathered:
                 answers = NoiseFloors(side, folder, watched, whole=whole).add(probes, answers, sides[1:])
             gathered.append(finish_answers(answers, side, context.reference, replace(evaluation, on_progress=watched)))
     return gathered[0], gathered[1:]
+
+
+def _check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
+    """Raise UnusedOptions for what changes nothing where all answers are stored."""
+    if evaluation.timed:
+        raise UnusedOptions(
+            ["time"],
+            "--time measures models, and these are answers folders.",
+            hint="Give a model, or leave --time out.",
+        )
+    limit = evaluation.options.limit
+    entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
+    if limit is not None and any(entry.limit != limit and entry.asked > limit for entry in entries):
+        raise UnusedOptions(
+            ["limit"],
+            f"--limit {limit} draws facts to evaluate, and these answers folders hold answers to more.",
+            hint="Leave it out to compare all of them, or give a model in place of a folder.",
+        )
 
 
 def read_if_stored(model: str | Path) -> Answers | None:
@@ -265,12 +284,15 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     return opened
 
 
-def choose_folder(keep_in: Path, model: ModelHandle, context: Context) -> Path:
-    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime."""
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime and
+    size of sample. A folder has one set of answers per probe, and those to a few facts must not replace those to all.
+    """
     names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    return keep_in / "-".join(name for name in names if name is not None)
+    limits = sorted({limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None})
+    return keep_in / "-".join([*(name for name in names if name is not None), *(f"limit{each}" for each in limits)])
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
@@ -331,7 +353,7 @@ def evaluate_both(
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
-        folder = choose_folder(keep_in, model, context)
+        folder = choose_folder(keep_in, model, context, probes)
         return probe_model(model, probes, folder, context, on_progress=watched, wait=True)
 
     if a.sha256 == b.sha256:
@@ -340,7 +362,7 @@ def evaluate_both(
         return PairedAnswers(alone, alone, alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, Context(whole=whole_a))
-        folder = choose_folder(keep_in, a, Context())
+        folder = choose_folder(keep_in, a, Context(), probes)
         of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
         a.release()
         b_like_a = evaluate(b, Context(of_a, whole=whole_a))

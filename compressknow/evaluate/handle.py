@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UnusedOptions, UsageError
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import (
@@ -427,6 +427,14 @@ def make_handles(
     reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
     if located and not any(reads):
         choose_runtime(located[-1], named)
+    default, of_servers = Settings(), ("model", "parallel", "timeout")
+    idle = [name for name in of_servers if getattr(settings, name) != getattr(default, name)]
+    if idle and not any(each.url for each in located):
+        raise UnusedOptions(
+            ["model_name" if name == "model" else name for name in idle],
+            f"--{idle[0]} is for a server, and no model here is on one.",
+            hint="Give an address, http://HOST:PORT, or leave it out.",
+        )
     handles = [ModelHandle(each, settings if own else unnamed) for each, own in zip(located, reads, strict=True)]
     for handle in handles:
         handle.check_tasks(probes)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.packages import require
 from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
 from compressknow.compress.recipe import EXPORT, read_calibration
@@ -113,7 +113,8 @@ class Choice:
             raise UsageError("--calibration and --imatrix cannot be combined: both say the importance matrix.")
         rounded = [kind for kind in (self.type, *(kind for _, kind in self.types)) if kind not in FLOATS.values()]
         if has_matrix and not rounded:
-            raise UsageError(
+            raise UnusedOptions(
+                ("calibration", "calibration_tokens", "imatrix"),
                 f"There is nothing to calibrate: {self.type} has no need of an importance matrix.",
                 hint="Leave it out, or choose a smaller --type.",
             )

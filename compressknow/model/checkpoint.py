@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressknow.base import reading
-from compressknow.base.errors import CheckpointError, find_nearest
+from compressknow.base.errors import CheckpointError, UnusedOptions, find_nearest
 from compressknow.base.files import escape_name
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, get_state
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
@@ -113,6 +113,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     weight files are missing or damaged.
     """
     check_is_checkpoint(model)
+    if revision is not None and Path(model).is_dir():
+        raise UnusedOptions(
+            ("revision", "revision_b"),
+            f"{model} is a folder here, of which there is no revision {revision}.",
+            hint="Leave it out, or give the model's id on the Hub.",
+        )
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
     if not (folder / "config.json").exists():

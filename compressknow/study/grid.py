@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
+from compressknow.base.errors import UnsupportedError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text, hash_file
 from compressknow.compress.parameters import list_options
@@ -139,7 +139,8 @@ def list_cells(
     has = {PAPER: ("module_map", "quantize"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
     for name, value in {"module_map": module_map, "quantize": quantize, **text}.items():
         if value is not None and name not in has:
-            raise UsageError(
+            raise UnusedOptions(
+                [name],
                 f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
             )

@@ -11,10 +11,10 @@ from typing import Any
 import click
 import pytest
 
-from compressknow.base.errors import UsageError
+from compressknow.base.errors import UnusedOptions, UsageError
 from compressknow.base.packages import is_installed
 from compressknow.cli import COMMANDS, cli, main
-from compressknow.cli.options import read_project_defaults, read_type_of
+from compressknow.cli.options import Command, read_project_defaults, read_type_of
 from compressknow.cli.report import get_command
 from tests.models import save_tiny
 
@@ -110,6 +110,52 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
     (project / "compressknow.toml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
         called()
+
+
+@click.command(cls=Command)
+@click.option("--limit", type=int)
+@click.option("--seed", type=int)
+def pick(limit: int | None, seed: int) -> tuple[int, str]:
+    if limit is not None:
+        raise UnusedOptions(["limit"], "--limit changes nothing.")
+    return seed, get_command()
+
+
+def test_what_is_said_for_all_commands_is_left_out_where_it_changes_nothing(project: Path) -> None:
+    def run(text: str, *words: str) -> object:
+        (project / "compressknow.toml").write_text(text)
+        values = read_project_defaults("pick", pick, ["pick"], {"pick": pick}.get)
+        return pick.main(list(words), prog_name="pick", standalone_mode=False, default_map=values)
+
+    assert run("limit = 1\nseed = 2\n") == (2, "compressknow pick --seed 2")
+    # Whoever says it of this very command is told.
+    for text, words in (("seed = 2\n[pick]\nlimit = 1", ()), ("limit = 1\nseed = 2\n", ("--limit", "3"))):
+        with pytest.raises(UnusedOptions):
+            run(text, *words)
+
+
+def test_a_calibration_text_for_all_commands_is_for_those_that_calibrate(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text('calibration = "self"\ncalibration-tokens = 64\nrounding = "gptq"\n')
+    model = save_tiny("bert", project / "model")
+    words = ["convert", str(model), "out", "--dry-run", "--json", "--prune", "0.5"]
+    assert main(words) == 0
+    assert "calibration" not in json.loads(capsys.readouterr().out)["recipe"]
+    assert main([*words, "--quantize", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["calibration"]["tokens"] == 64
+    assert main([*words, "--calibration", "self"]) == 2
+    assert "There is nothing to calibrate" in capsys.readouterr().err
+
+
+def test_a_gate_for_all_commands_is_for_those_that_count_facts(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text("fail-under = 0.9\nstrict = true\nlimit = 9\n")
+    model = save_tiny("bert", project / "model")
+    assert main(["compare", str(model), str(model)]) == 0
+    assert main(["compare", str(model), str(model), "--limit", "9"]) == 2
+    assert "--limit needs a probe." in capsys.readouterr().err
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")

@@ -99,6 +99,21 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("bert is not an answers folder",),
     ),
     "a reference of another family": ((*PROBE, *FACTS, "--reference", "{place}/on-bert"), 1, ("differ in family",)),
+    "options that no probe takes": (
+        (*PROBE, *FACTS, "--template", "2", "--context", "64", "--map", "subject=a"),
+        2,
+        ("No probe here takes --template, --context, --map.", "--template is for atlas, bear; --context is for text;"),
+    ),
+    "data of a set that is not named": (
+        ("report", "{place}/llama", "{place}/llama-5", "--data", "{place}"),
+        2,
+        ("No probe here takes --data.", "--data is for lama, bear, lm-eval."),
+    ),
+    "a sample of answers": ((*REPORT, "--limit", "9"), 2, ("--limit 9 draws facts to evaluate", "answers to more")),
+    "the speed of answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
+    "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("there is no revision v1",)),
+    "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
+    "a sample of no facts": (("compare", "{place}/llama", "{place}/llama-5", "--limit", "9"), 2, ("needs a probe",)),
     "no compressed model": (("report", "{place}/on-llama"), 2, ("Missing argument 'COMPRESSED...'",)),
     "an early gate of several models": (
         (*REPORT, "{place}/on-llama-8", "--fail-under", "0.9", "--early"),

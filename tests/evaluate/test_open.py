@@ -91,11 +91,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_only_some_probes_have_several_templates(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "mine.jsonl", [FACT])
-    assert open_probe(f"facts:{path}", Options(template=2)) == open_probe(f"facts:{path}")
+    facts = f"facts:{write_jsonl(tmp_path / 'mine.jsonl', [FACT])}"
     lama_folder(tmp_path)
-    trex = [open_probe("lama:trex", Options(data=tmp_path, template=number)) for number in (1, 2)]
-    assert trex[0] == trex[1]
+    _, *others = open_all(["atlas", facts, "lama:trex"], Options(data=tmp_path, template=2))
+    assert others == [open_probe(facts), open_probe("lama:trex", Options(data=tmp_path))]
+    assert "No probe here takes --template." in message("lama:trex", data=tmp_path, template=2)
     assert "There are 3 templates" in message("atlas", template=4)
 
 

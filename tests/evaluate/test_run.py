@@ -464,14 +464,15 @@ def test_known_answers_are_asked_the_other_tokens_alone(
     assert anew.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()
 
 
-def report_on(place: Path, compressed: Sequence[str], keep_in: Path) -> list[str]:
-    """The names of the models that are loaded for a report."""
+def report_on(place: Path, compressed: Sequence[str], keep_in: Path, limit: int | None = None) -> list[str]:
+    """The names of the folders of answers that a report leaves."""
     compressknow.report(
         place / "llama",
         [place / name for name in compressed],
         [f"facts:{place / 'facts.jsonl'}"],
         settings=FEW,
         answers=keep_in,
+        limit=limit,
     )
     return sorted(path.name for path in keep_in.iterdir())
 
@@ -486,6 +487,13 @@ def test_a_report_asks_each_model_once_and_the_original_once_for_all(
     report_on(place, names, tmp_path / "kept")
     # The original once more for its distributions, with which only the last one is compared.
     assert [path.name for path in loads] == ["llama", "llama-3", "llama-6", "llama", "llama-9"]
+
+
+def test_a_report_on_a_few_facts_leaves_the_answers_to_all(place: Path, tmp_path: Path, loads: list[Path]) -> None:
+    for _ in range(2):
+        for limit in (None, 16):
+            report_on(place, ["llama-3"], tmp_path / "kept", limit)
+    assert [path.name for path in loads] == ["llama", "llama-3"] * 2
 
 
 def test_a_model_in_two_reports_in_two_roles_is_asked_once_for_each(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
-from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.packages import Registry
 from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
@@ -20,7 +20,7 @@ from compressknow.evaluate.text import RunningText
 
 @dataclass(frozen=True)
 class Options:
-    """Options of how probes are read; each applies to the probes that know it.
+    """Options of how probes are read; each applies to the probes that know it, of which there must be one.
 
     Attributes
     ----------
@@ -50,6 +50,10 @@ class Options:
         """Return the names of the options that are not at their defaults."""
         default = Options()
         return [each.name for each in fields(self) if getattr(self, each.name) != getattr(default, each.name)]
+
+
+# Fields of options that users know by another word.
+WORDS = {"columns": "map"}
 
 
 class Task(ABC):
@@ -173,9 +177,10 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """Open the probes of these names, in their order; each reads the options that its source takes.
+    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes.
 
-    Raises UsageError for one that is unknown, missing or empty, CompressknowError for one that cannot be used.
+    Raises UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
+    CompressknowError for one that cannot be used.
     """
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
@@ -184,7 +189,8 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
         if options.protocol not in known:
             near = suggest_word(options.protocol, known)
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}Choose {' or '.join(known)}.")
-    return [_open_by_name(name, options) for name in names]
+    _check_taken(names, options)
+    return [_open_by_name(name, options) for name in names or DEFAULT]
 
 
 def find_source(name: str) -> ProbeSource | None:
@@ -207,6 +213,31 @@ def list_usable() -> Iterator[tuple[str, ProbeSource]]:
     for kind in PROBES:
         if source := find_source(kind):
             yield kind, source
+
+
+def _check_taken(names: Sequence[str], options: Options) -> None:
+    """Raise UnusedOptions where there are options that no probe of these names takes. A folder of data may be there for
+    other probes, but where none is named it was meant for one."""
+    sources = [find_source(name) for name in names or DEFAULT]
+    general = {"limit", "seed", "templates"} | ({"data"} if names else set())
+    idle = [
+        field
+        for field in options.list_changed()
+        # What is wrong with a name is said where it is opened.
+        if field not in general and not any(source is None or _takes(source, field) for source in sources)
+    ]
+    if idle:
+        words = [WORDS.get(field, field) for field in idle]
+        takers = [
+            f"--{word} is for {', '.join(kind for kind, source in list_usable() if _takes(source, field))}"
+            for word, field in zip(words, idle, strict=True)
+        ]
+        raise UnusedOptions(
+            words,
+            f"No probe here takes {', '.join(f'--{word}' for word in words)}.",
+            f"{'; '.join(takers)}.",
+            "Leave out what no probe takes, or name one that does with -p.",
+        )
 
 
 def _open_by_name(name: str, options: Options) -> Opened:
@@ -267,12 +298,16 @@ def _normalize_part(source: ProbeSource, part: str) -> str:
 
 def _select_options(source: ProbeSource, options: Options) -> Options:
     """Return the options that a source takes, and the defaults in place of others."""
-    takes = source.takes | {"limit", "seed", "data"} | ({"protocol"} if source.protocols else set())
-    default = Options()
-    others = {name: getattr(default, name) for name in options.list_changed() if name not in takes}
+    default, general = Options(), ("limit", "seed", "data")
+    changed = [name for name in options.list_changed() if name not in general and not _takes(source, name)]
+    others = {name: getattr(default, name) for name in changed}
     if source.protocols and options.protocol not in source.protocols:
         others["protocol"] = source.protocols[0]
     return replace(options, **others)
+
+
+def _takes(source: ProbeSource, field: str) -> bool:
+    return field in source.takes or (field == "protocol" and bool(source.protocols))
 
 
 def _check_opened(kind: str, name: str, opened: object) -> None:

@@ -104,6 +104,8 @@ def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
         (["--prune", "0.2", "--calibration-tokens", "4096"], 2, "There is nothing to calibrate"),
         ([*WANDA, "--calibration-tokens", "10"], 2, "make no sequence: this model's have 64"),
         ([*WANDA, "--scope", "vision"], 2, 'The scope "vision" is empty'),
+        (["--drop-neurons", "0.5", "--layers", "0-0"], 2, "--layers does not narrow what is dropped"),
+        (["--drop-blocks", "1", "--scope", "attention"], 2, "--scope does not narrow what is dropped"),
         (["--drop-blocks", "2"], 2, "Dropping 2 blocks would leave none"),
     ],
 )
