@@ -177,11 +177,11 @@ def _claim_high_rapid(study: Study) -> Claim:
     cells = list(by_amount.values())
     weights = sum(1 - cell.percent / 100 for cell in cells) / len(cells)
     first, last = cells[0], cells[-1]
-    amounts = f"{first.percent:g} to {last.percent:g} %" if len(cells) > 1 else f"{first.percent:g} %"
+    amounts = f"{first.percent:g} to {last.percent:g} %, on average" if len(cells) > 1 else f"{first.percent:g} %"
     mean = average([measure_remaining(study, cell) for cell in cells])
     return Claim(
         bounds=(
-            hold_to_limit(f"overall pruned by {amounts}, on average", mean, weights),
+            hold_to_limit(f"overall pruned by {amounts}", mean, weights),
             hold_to_limit(by_amount[MOST].key, measure_remaining(study, by_amount[MOST]), NEAR),
         )
     )

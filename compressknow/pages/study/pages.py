@@ -241,9 +241,10 @@ def _show_paper_tables(study: Study) -> Iterator[Part]:
     if tables := build_paper_tables(study):
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
         if known := [p for p in study.probes if p.majority is not None]:
-            # As the paper sets them above its tables 4 and 5.
-            majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, False)}" for p in known)
-            note += f" Majority baselines: {majorities}."
+            # As the paper sets them above its tables 4 and 5, in the unit of the table.
+            in_percent = study.original.family == "masked"
+            majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, in_percent)}" for p in known)
+            note += f" Majority baselines{' in %' * in_percent}: {majorities}."
         yield Note(note)
         yield from tables
 

@@ -275,7 +275,7 @@ def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclus
     by = f" ({_PAPER_METHOD})" if len(list_methods(study)) > 1 else ""
     conclusions = [
         *(
-            _conclude_modules(f"Pruned by {each.level}{by}", each, "kept on average", _KEPT)
+            _conclude_modules(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT)
             for each in orders["modules"]
         ),
         *(_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)),
@@ -307,7 +307,7 @@ def _conclude_method(study: Study, least: Least) -> Conclusion:
         least,
         f"With {IN_WORDS[least.level]} pruned by {amounts} %, {claim}",
         least.clear or least.clear_worst,
-        "kept on average" if len(least.amounts) > 1 else "kept",
+        _name_kept(least.amounts),
         _METHODS[least.level] if draw_by_method(study, least.level) else _METHODS_ALONE,
     )
 
@@ -321,8 +321,11 @@ def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterato
     name = clean(axis.name, 40)
     for least in orders:
         claim = f"All else equal, {_claim_least(least, f'{name} of these', f'{name} ')}"
-        what = "kept on average" if len(axis.groups) > 1 else "kept"
-        yield _conclude_order(least, claim, least.clear, what, axis.chart)
+        yield _conclude_order(least, claim, least.clear, _name_kept(axis.groups), axis.chart)
+
+
+def _name_kept(averaged: Sequence[object]) -> str:
+    return "kept on average" if len(averaged) > 1 else "kept"
 
 
 def _claim_least(least: Least, kind: str, before: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it(
     assert "The clearest of the other way round: Att_GP 50% answers 140 of 300 right" in finding.statistic
     assert "does not hold. FF_GP 50% loses" in finding.per_million
     assert "points of accuracy less a million than Att_GP 50%" in finding.per_million
+
+
+@pytest.mark.parametrize(
+    ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
+)
+def test_what_is_left_of_one_amount_is_no_average(amounts: Sequence[float], of: str) -> None:
+    (f5,) = (each for each in evaluate_findings(study(at(ALL, DEAD, *amounts)))[0] if each.id == "F5")
+    assert f5.bounds[0].of == of
 
 
 @pytest.mark.parametrize(

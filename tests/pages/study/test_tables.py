@@ -49,17 +49,20 @@ def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
     assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
     dashes = ("-",) * 5
     assert table.rows == (("tiny-bert", "lama:trex", "77.778", "-", "66.667", "-", *dashes, "34.444"),)
+    assert "Majority baselines in %: lama:trex 5.000." in render_study_markdown(made)
 
 
 @pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
 def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: int) -> None:
-    (table,) = build_paper_tables(study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS))
+    made = study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
+    (table,) = build_paper_tables(made)
     assert f"Table {place} " in table.caption
     assert [row[:4] for row in table.rows] == [
         ("tiny-bert", "lm-eval:boolq", "0.8000", "0.5300"),
         ("tiny-bert", "lm-eval:piqa", "0.8000", "0.5300"),
     ]
     assert [row[8] for row in table.rows] == ["0.7500", "0.7500"]
+    assert "Majority baselines: lm-eval:boolq 0.6210, lm-eval:piqa 0.6210." in render_study_markdown(made)
 
 
 def test_each_scheme_has_a_table_of_its_own() -> None:
