@@ -95,7 +95,7 @@ def test_of_one_fact_a_relation_the_test_is_mcnemars() -> None:
 
 def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None:
     changes = [7, 9, 4, -8, 5]
-    clusters = [Counts(both=20, lost=max(0, change), gained=max(0, -change)) for change in changes]
+    clusters = [Counts(both=20 - abs(change), lost=max(0, change), gained=max(0, -change)) for change in changes]
     assert FEWEST <= len(clusters) < FEWEST_SIGNS
     assert run_paired_test(clusters).p == pytest.approx(ttest_1samp(changes, 0).pvalue)
     assert run_paired_test(clusters).unit == "relation"
@@ -105,6 +105,31 @@ def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None
     assert run_paired_test([*clusters, *[Counts()] * 5]) == run_paired_test(clusters)
     # Of fewer nothing can be learned of how they differ.
     assert run_paired_test(clusters[:4]) == PairedTest(run_mcnemar(sum(clusters[:4], Counts())), "fact")
+
+
+def test_a_large_relation_beside_small_ones_hides_no_loss() -> None:
+    """Each lost about half of its facts, so that net changes differ as much as sizes do."""
+    sizes, lost = np.array([180, 30, 30, 30, 30, 30]), np.array([90, 14, 15, 16, 13, 17])
+    assert ttest_1samp(lost, 0).pvalue > 0.05
+    others = (lost.sum() - lost) / (sizes.sum() - sizes)
+    error = (5 / 6 * ((others - 0.5) ** 2).sum()) ** 0.5
+    expected = 2 * student_t.sf(0.5 / error, 330**2 / (sizes**2).sum() - 1)
+    found = run_paired_test([Counts(both=n - less, lost=less) for n, less in zip(sizes, lost, strict=True)])
+    assert found == PairedTest(pytest.approx(expected), "relation")
+    assert expected < 0.001
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("sizes", [(600, 300, 200, 150, 120, 100), (270, *[30] * 8)])
+def test_of_relations_of_unequal_sizes_few_tests_say_what_is_not_so(sizes: tuple[int, ...], icc: float) -> None:
+    drawn, alarms = np.random.default_rng(5), 0
+    for _ in range(SIMULATED):
+        changed = drawn.binomial(sizes, 0.12)
+        lost = drawn.binomial(changed, shares(drawn, 0.5, icc, len(sizes)))
+        rows = zip(sizes, changed.tolist(), lost.tolist(), strict=True)
+        made = [Counts(both=n - of, lost=less, gained=of - less) for n, of, less in rows]
+        alarms += run_paired_test(made).p < 0.05
+    assert alarms / SIMULATED <= 0.06 + 1.64 * (0.06 * 0.94 / SIMULATED) ** 0.5
 
 
 def test_a_probe_of_one_relation_is_of_single_facts() -> None:

@@ -282,8 +282,8 @@ def _describe_figures() -> Iterator[str]:
     yield (
         "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
         f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
-        f"fewer the larger one of Student's t-test of these and of the exact McNemar test, of less than {FEWEST} "
-        "McNemar's. Those of a table of groups are adjusted by Holm's method."
+        "fewer the larger one of Student's t-test by the jackknife over relations and of the exact McNemar test, of "
+        f"less than {FEWEST} McNemar's. Those of a table of groups are adjusted by Holm's method."
     )
     yield (
         "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "
