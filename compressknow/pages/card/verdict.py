@@ -107,11 +107,15 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
 
     >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
+    >>> describe_power(Counts(both=8), Certainty(smallest_loss=0.997))
+    'A net loss under 100 % of these 8 may go unseen.'
     """
     more, known = certainty.facts_for_two, count(counts.known_before)
     if certainty.smallest_loss is None:
         return f"So few facts show no net loss at all; {round_up(more)} known ones would show 2 %." if more else ""
-    seen = f"A net loss under {100 * certainty.smallest_loss:.2g} % of these {known} may go unseen"
+    # Two digits: 4.2, 12, but no 1e+02.
+    least = float(f"{100 * certainty.smallest_loss:.2g}")
+    seen = f"A net loss under {least:g} % of these {known} may go unseen"
     if more is None or certainty.smallest_loss <= SMALL:
         return f"{seen}."
     return f"{seen}; {round_up(more)} known facts would show {100 * SMALL:g} %."
