@@ -254,6 +254,12 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
     counts, wanted = comparison.counts, f"{100 * gate:g} %"
     needed = estimate_facts_needed(comparison, gate)
     if needed is None:
+        alone = count_facts_to_decide(counts, gate)
+        if alone is not None and alone <= MOST:
+            return (
+                "Next: evaluate facts of more relations: what is kept differs so much between these that more of their "
+                f"facts would not soon tell whether {wanted} is kept."
+            )
         return (
             f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts of these probes "
             "would soon tell."
