@@ -188,7 +188,8 @@ def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, 
     estimates = []
     for value, samples in zip(_average_relations(table, sizes), _average_relations(drawn, sizes), strict=True):
         ends = np.percentile(samples, _QUANTILES) if np.ptp(samples) else ()
-        estimates.append(Estimate(float(value), *map(float, ends)))
+        # Changes of 1/10, 2/10 and -3/10 add up to 6e-17 in floats.
+        estimates.append(Estimate(*(float(end) if abs(end) > 1e-12 else 0.0 for end in (value, *ends))))
     before, after, difference = estimates
     return before, after, difference
 

@@ -98,7 +98,7 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     relations = [group.counts for group in by_relation]
     before, after, difference = average_relations(relations)
     kept = estimate_kept(list_clusters(relations))
-    drop_absolute, drop_relative = _compute_drop(total, (before, after) if average == "macro" else None)
+    drop_absolute, drop_relative = _compute_drop(total, (before, difference) if average == "macro" else None)
     return {
         "counts": total,
         "accuracy_original": estimate_proportion(total.known_before, total.n),
@@ -222,14 +222,16 @@ def _share_changed(pairs: Sequence[Pair]) -> float | None:
 
 
 def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
-    """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before."""
+    """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before;
+    `macros` are the mean over relations before, and how much higher it is after, where that is the headline.
+    """
     if not total.n:
         return None, None
     if macros is None:
         lost = total.lost - total.gained
         return lost / total.n, lost / total.known_before if total.known_before else None
-    before, after = macros[0].value or 0.0, macros[1].value or 0.0
-    return before - after, (before - after) / before if before else None
+    before, drop = macros[0].value or 0.0, 0.0 - (macros[1].value or 0.0)
+    return drop, drop / before if before else None
 
 
 def _measure_movement(pairs: Sequence[Pair]) -> Movement | None:

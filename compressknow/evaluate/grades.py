@@ -37,6 +37,9 @@ _SEAM = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", r
 # number.
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
 
+# A label is no answer where a text goes on so after it: in a longer word, or number.
+_GOES_ON = re.compile(r"\w|(?<=\d)[.,]\d")
+
 
 def find_opening(text: str) -> str:
     """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
@@ -71,7 +74,7 @@ def _match_label(text: str, label: str) -> int | None:
         return None
     # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
     end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
-    return None if end is None or (re.match(r"\w", text[end:]) and not _SEAM.match(text, end - 1)) else end
+    return None if end is None or (_GOES_ON.match(text, end) and not _SEAM.match(text, end - 1)) else end
 
 
 def cut(text: str, start: int = 0) -> str:
@@ -112,6 +115,8 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
 
     >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
+    >>> judge("1.5 km", "1"), judge("1,000", "1"), judge("1. The", "1"), judge("1, or 2", "1")
+    (('1.5 km', False), ('1,000', False), ('1', True), ('1, or 2', True))
     """
     text = text.strip()
     after = find_end(text, gold)

@@ -28,6 +28,7 @@ from compressknow.compress.schemes import (
 from compressknow.model.checkpoint import list_some, read_json
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.pages import render, to_code_span, to_yaml
+from compressknow.pages.parts import get_headline_accuracy
 
 if TYPE_CHECKING:
     from compressknow.evaluate.records import ModelRecord
@@ -265,7 +266,7 @@ def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[
     ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
         metrics = [
-            {"type": "accuracy", "value": probe.accuracy_compressed.value, "name": "accuracy"},
+            {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": "accuracy"},
             {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
         ]
         if known := [metric for metric in metrics if metric["value"] is not None]:

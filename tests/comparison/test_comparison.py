@@ -148,6 +148,16 @@ class TestDrop:
         assert figures.macro_original.value == pytest.approx(2 / 3)
         assert (figures.drop_absolute, figures.drop_relative) == pytest.approx((1 / 6, 0.25))
 
+    def test_means_that_even_out_have_not_dropped(self) -> None:
+        joined = [], []
+        for relation, kinds in (("a", (3, 1, 2, 0)), ("b", (0, 3, 2, 1)), ("c", (1, 3, 3, 3))):
+            own = sides(**dict(zip(("both", "lost", "gained", "neither"), kinds, strict=True)))
+            for rows, more in zip(joined, own, strict=True):
+                rows += [replace(row, relation=relation, fact_id=relation + row.fact_id) for row in more]
+        figures = compared(joined, average="macro")
+        assert figures.macro_original.value != figures.macro_compressed.value  # By the last bit.
+        assert (figures.drop_absolute, figures.drop_relative) == (0, 0)
+
     def test_nothing_known_has_no_relative_drop(self) -> None:
         assert compared(sides(neither=3)).drop_relative is None
 

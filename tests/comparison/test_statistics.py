@@ -183,6 +183,11 @@ class TestMacro:
         assert before.low < before.value < before.high
         assert difference == Estimate(0.0)
 
+    def test_changes_that_even_out_leave_no_residue(self) -> None:
+        # Of 10 facts each: 1 / 10 + 2 / 10 - 3 / 10 is 6e-17 in floats.
+        relations = [Counts(5, gained=1, neither=4), Counts(5, gained=2, neither=3), Counts(5, lost=3, neither=2)]
+        assert average_relations(relations)[2].value == 0
+
     def test_no_facts_and_no_spread(self) -> None:
         assert average_relations([]) == average_relations([Counts()]) == (Estimate(None),) * 3
         assert average_relations([Counts(both=1), Counts(neither=1)])[0] == Estimate(0.5)

@@ -165,7 +165,14 @@ def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool 
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
     _, kept = measure_kept(comparison, gate)
-    return write_range(kept.low or 0.0, kept.high or 0.0)
+    return write_range(kept.low or 0.0, kept.high or 0.0, partial(_write_beside, gate))
+
+
+def _write_beside(gate: Gate, value: float) -> str:
+    """Write a share as elsewhere; with more digits where it would read as one on the other side of the gate."""
+    least, percent = round(100 * gate.least, 9), 100 * value
+    digits = next((n for n in range(1, 7) if (round(percent, n) >= least) == (value >= gate.least)), 7)
+    return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
 
 def _describe_share(gates: Iterable[Gate]) -> str:
@@ -242,7 +249,7 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = measure_kept(comparison, gate)
-    return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept)}"
+    return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept, partial(_write_beside, gate))}"
 
 
 def decide(

@@ -109,11 +109,15 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
 
     >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
+    >>> describe_power(Counts(both=8), Certainty(smallest_loss=0.997))
+    'A net loss under 100 % of these 8 may go unseen.'
     """
     more, known = certainty.facts_for_two, count(counts.known_before)
     if certainty.smallest_loss is None:
         return f"So few facts show no net loss at all; {round_up(more)} known ones would show 2 %." if more else ""
-    seen = f"A net loss under {100 * certainty.smallest_loss:.2g} % of these {known} may go unseen"
+    # Two digits: 4.2, 12, but no 1e+02.
+    least = float(f"{100 * certainty.smallest_loss:.2g}")
+    seen = f"A net loss under {least:g} % of these {known} may go unseen"
     if more is None or certainty.smallest_loss <= SMALL:
         return f"{seen}."
     return f"{seen}; {round_up(more)} known facts would show {100 * SMALL:g} %."
@@ -258,6 +262,12 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
     counts, wanted = comparison.counts, f"{100 * gate:g} %"
     needed = estimate_facts_needed(comparison, gate)
     if needed is None:
+        alone = count_facts_to_decide(counts, gate)
+        if alone is not None and alone <= MOST:
+            return (
+                "Next: evaluate facts of more relations: what is kept differs so much between these that more of their "
+                f"facts would not soon tell whether {wanted} is kept."
+            )
         return (
             f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts of these probes "
             "would soon tell."

@@ -76,7 +76,8 @@ class TestBranches:
         assert kept.counts == gone.counts
         assert kept.next.startswith("Next: deploy it")
         # More facts of these relations would not tell either: of the next relation all may be lost.
-        assert gone.next.startswith("Next: look at the facts lost")
+        assert gone.next.startswith("Next: evaluate facts of more relations")
+        assert "near 95 %" not in gone.next
 
     def test_less_where_the_whole_interval_is_below(self) -> None:
         recipe = Recipe((Prune(0.4, where=ATTENTION), Quantize("int8", ATTENTION)))

@@ -66,6 +66,15 @@ class TestGate:
         assert caught.value.exit_code == 4
         assert re.search("about [0-9,]+ that the original knows would tell", str(caught.value))
 
+    def test_an_interval_that_begins_just_below_a_strict_gate_is_written_so(self) -> None:
+        # It begins at 95.056 %.
+        card = card_of(964, 36)
+        with pytest.raises(GateUndecided, match=r"interval 95\.06 to 97\.4 %"):
+            held(card, 0.951, strict=True)
+        summary = render_job_summary(card, parse_gates(0.951), strict=True)
+        assert "| 964 of 1,000, 96.4 % (95.06 to 97.4 %) | undecided |" in summary
+        assert "(95.1 to 97.4 %) | met |" in render_job_summary(card, parse_gates(0.95), strict=True)
+
     def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
         before, after = sides(950, 50)
         # All lost facts are of two relations of twelve.
@@ -150,6 +159,9 @@ class TestForMachines:
         summary = render_job_summary(card, parse_gates(0.9), strict=False)
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
+        assert "| 18,999 of 20,000, 94.99 % (94.7 to 95.3 %) | not met |" in render_job_summary(
+            card_of(18_999, 1001), parse_gates(0.95), strict=False
+        )
         assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(card_of(1900, 100), parse_gates(0.9), strict=False)
         assert "<b>" not in summary
         assert "[x](http" not in summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_i
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card
 from tests.knowing import facts_file, knowing
-from tests.pages.answering import run, sides
+from tests.pages.answering import answers, entry, model, run, sides
 from tests.pages.hostile import TEXTS, numbered
 
 NOT_MEASURED = "has not been measured here"
@@ -92,6 +93,19 @@ def test_the_hub_reads_the_figures_back(card: Card, folder: Path) -> None:
     assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
     first: EvalResult = ModelCard.load(folder / "README.md").data.eval_results[0]
     assert (first.task_type, first.dataset_type) == ("fill-mask", "atlas")
+
+
+def test_the_hub_reads_the_accuracy_that_the_protocol_of_a_probe_asks_for(folder: Path) -> None:
+    """LAMA's is the mean over relations: 40 of 40 and 0 of 10 are right."""
+    rows = sides(both=40, neither=10)
+    by_relation = tuple([replace(row, relation="a" if row.correct else "b") for row in side] for side in rows)
+    probes = {"atlas": entry(average="macro")}
+    original, compressed = (
+        answers(by_relation[0], probes=probes),
+        answers(by_relation[1], model(sha256="b" * 64), probes),
+    )
+    written(make_card(original, [compressed]), folder)
+    assert results(folder)["atlas", "accuracy"] == 0.5
 
 
 def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> None:
