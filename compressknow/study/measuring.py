@@ -256,7 +256,12 @@ def measure(
     """
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
-    weights = [weight for weight in structure.linears if weight.group != "vision" and weight.kind != "experts"]
+    # Which rows the tokens of an expert come from is not known.
+    weights = [
+        weight
+        for weight in structure.linears
+        if weight.group != "vision" and weight.kind != "experts" and ".experts." not in weight.parameter
+    ]
     facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
     with OpenFiles() as files:
         streamed = StreamedModel(tree, sources, files)

@@ -45,6 +45,7 @@ from compressknow.study.sensitivity import (
     read_sensitivity,
     write_sensitivity,
 )
+from tests.compress.test_zoo_converts import built
 from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file, knowing
 from tests.long import long
@@ -316,6 +317,17 @@ def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, know
     estimate = measured.text[name, "int4/32"].double().square().mean(1) / 2
     # Draws are few, so that the mean alone is near.
     assert 0.5 < float(estimate.mean() / real.mean()) < 2
+
+
+def test_experts_that_are_stored_one_by_one_are_left_out_too(tmp_path: Path) -> None:
+    """They get some tokens of some rows."""
+    model, _ = built("SwitchTransformersForConditionalGeneration")
+    model.save_pretrained(tmp_path / "in")
+    ids = torch.arange(5, 29).reshape(2, 12)
+    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], "seq2seq", None, seed=0)
+    names = measure(*open_complete(tmp_path / "in"), SCHEMES, None, texts).weights
+    assert any(name.endswith("router.classifier.weight") for name in names)
+    assert not any(".experts." in name for name in names)
 
 
 def text_of(known: Known, family: str) -> list[Batch]:

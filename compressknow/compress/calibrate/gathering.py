@@ -80,7 +80,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False, ends: bool = False) -> None:
         super().__init__()
         self._ends = ends
-        self._copies: dict[tuple[Any, ...], torch.Tensor] | None = {} if copies else None
+        # Each beside what it is a copy of, in whose place another tensor would come to lie if it were freed.
+        self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.
         self._sizes = {name: max(math.prod(tensor.shape[-2:]), 1) for name, tensor in weights.items()}
@@ -104,7 +105,10 @@ class Watch(TorchFunctionMode):
         if name is None:
             return
         if self._copies is not None:
-            inputs = self._copies.setdefault((*_identify(inputs), inputs._version), inputs.clone())
+            place = *_identify(inputs), inputs._version
+            if place not in self._copies:
+                self._copies[place] = inputs, inputs.clone()
+            inputs = self._copies[place][1]
         self._versions.append((inputs, inputs._version))
         # A batch of products, one with each matrix of a stack, or with some rows of one matrix (DeepSeek V4).
         parts = zip(weight, inputs, strict=True) if weight.dim() > 2 else [(weight, inputs)]

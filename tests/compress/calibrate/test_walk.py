@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
@@ -131,6 +132,14 @@ def test_a_matrix_whose_rows_read_different_inputs_is_seen_with_all_of_them() ->
         torch.bmm(inputs, stack.transpose(1, 2))
     assert [key for key, _ in watch.seen] == [Key("matrix")] * 3 + [Key("stack", number) for number in range(3)]
     assert torch.equal(torch.stack([read for _, read in watch.seen]), torch.cat([inputs, inputs]))
+
+
+def test_a_copy_is_of_what_was_read_though_another_lay_in_its_place() -> None:
+    weights, read = {str(number): torch.rand(3, 64) for number in range(20)}, list(torch.rand(20, 10, 64))
+    with Watch(weights, copies=True) as watch:
+        for inputs, weight in zip(read, weights.values(), strict=True):
+            functional.linear(inputs.clone(), weight)
+    assert all(torch.equal(seen, inputs) for (_, seen), inputs in zip(watch.seen, read, strict=True))
 
 
 @pytest.mark.parametrize("name", ["ZambaForCausalLM", "Zamba2ForCausalLM"])
