@@ -365,7 +365,7 @@ def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[s
 def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
     settings = handle.settings
-    decides = [
+    decides: list[object] = [
         # Another version may prompt or score otherwise; this one finds answers in Chinese, in quotes and as whole numbers,
         # and the sum over all.
         *(SCHEMA_VERSION, __version__, "grades/3", handle.sha256, probe.fingerprint()),
@@ -379,6 +379,10 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     if handle.runtime.name == TRANSFORMERS:
         # Another release may split a text into other tokens, or compute otherwise.
         decides += [version(name) for name in ("transformers", "tokenizers")]
+    if isinstance(probe, Probe):
+        # Of all facts, whatever the sample: what is shown solved before those that were lost, and the baseline.
+        decides += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
+        decides += probe.most_frequent.items()
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 

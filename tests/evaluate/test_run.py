@@ -21,6 +21,7 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
+from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
@@ -245,6 +246,28 @@ def test_a_changed_facts_file_is_asked_anew_in_place_of_the_old_one(place: Path,
     file.write_text("".join(lines[:20]))
     assert len(ask(place / "llama", tmp_path / "a", file).answers) == 20
     assert len(read_table(tmp_path / "a" / TABLE)) == 20
+
+
+def test_a_fact_outside_the_sample_that_is_an_example_asks_anew(place: Path, tmp_path: Path) -> None:
+    file, few = tmp_path / "facts.jsonl", Options(limit=4)
+    file.write_text((place / "facts.jsonl").read_text())
+    original = ask(place / "llama", tmp_path / "original", file, options=few)
+    (probe,) = open_all([f"facts:{file}"], few)
+    assert isinstance(probe, Probe)
+    sampled = {fact.prompt for fact in probe.facts}
+
+    def ask_pruned(folder: str) -> list[str | None]:
+        found = ask(place / "llama-9", tmp_path / folder, file, options=few, reference=original)
+        return [answer.with_example for answer in found.answers]
+
+    before = ask_pruned("a")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    other = {"capital": "Zemra", "language": "Dorse", "food": "salt", "home": "ice"}
+    for row in rows:
+        if row["prompt"] not in sampled:
+            row["obj_label"] = other[row["relation"]]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert ask_pruned("a") == ask_pruned("b") != before
 
 
 def test_domains_that_are_corrected_are_those_of_answers_that_are_kept(
