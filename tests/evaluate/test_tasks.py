@@ -296,6 +296,19 @@ def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Pat
     assert first[0] not in write()
 
 
+@pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes"])
+def test_an_answer_is_what_the_metric_compares(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
+    choices = ["Tarsk", "Port Corin", "New Alba", "Ж Ж Ж"]
+    rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(cloze_rows())]
+    config = CLOZE | {"metric_list": [{"metric": metric}]}
+    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path, config, rows=rows)).run(llama)
+    assert entry.source["metrics"] == {"cloze": f"{metric},none"}
+    # Longer ones are chosen although they are less likely.
+    assert any(answer.top5_logp[0] < max(answer.top5_logp) for answer in answers)
+    for answer in answers:
+        assert answer.correct == (answer.rank == 1) == (answer.predicted == answer.gold)
+
+
 def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
     there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
     both = {"group": "both", "task": ["cloze", "written"]}

@@ -60,7 +60,8 @@ def collect_answers(
             if places := _find_golds(task, sample, choices):
                 golds[places[0]] += 1
                 texts, prompt = _shorten(choices, contexts, continuation)
-                answers.append(Answer(**common, prompt=prompt, **_read_choice(texts, places, sample, correct)))
+                lengths = _measure_lengths(metric, choices)
+                answers.append(Answer(**common, prompt=prompt, **_read_choice(texts, places, sample, correct, lengths)))
             else:
                 dropped[NO_GOLD] += 1
     return answers, dropped, metrics, golds
@@ -75,14 +76,23 @@ def select_first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[st
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
 
 
+def _measure_lengths(metric: str, choices: Sequence[str]) -> list[int]:
+    """Return by what a metric divides the choices' log-likelihoods before it compares them (lm-eval's api/task.py)."""
+    if metric == "acc_norm":
+        return [max(len(choice), 1) for choice in choices]
+    return [max(len(choice.encode()), 1) if metric == "acc_bytes" else 1 for choice in choices]
+
+
 def _read_choice(
-    texts: Sequence[str], places: Sequence[int], sample: Mapping[str, Any], correct: bool
+    texts: Sequence[str], places: Sequence[int], sample: Mapping[str, Any], correct: bool, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Return fields of an answer that was chosen; `places` are those of the right choices."""
+    """Return fields of an answer that was chosen; `places` are those of the right choices, which are ranked by
+    log-likelihood over `lengths`."""
     scores = np.array([score for score, _ in sample["filtered_resps"][: len(texts)]], dtype=np.float64)
-    order = np.argsort(-scores, kind="stable")
-    gold = min(places, key=lambda index: (np.isnan(scores[index]), -scores[index]))
-    rank = find_rank(gold, scores)
+    compared = scores / lengths
+    order = np.argsort(-compared, kind="stable")
+    gold = min(places, key=lambda index: (np.isnan(compared[index]), -compared[index]))
+    rank = find_rank(gold, compared)
     return {
         "gold": texts[gold],
         "predicted": texts[order[0]],
