@@ -21,6 +21,7 @@ from compressknow.pages.card import warnings
 from compressknow.pages.card.gate import Gate, decide
 from compressknow.pages.card.sections import add_sections, list_explained, list_failures
 from compressknow.pages.card.verdict import (
+    ENOUGH,
     LOWEST,
     SCALE,
     describe_early,
@@ -70,7 +71,8 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
-    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`.
+    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The advice
+        on each goes by the gate of all facts, if there is one.
 
     Raises
     ------
@@ -84,8 +86,9 @@ def make_card(
     original, *compressed = map(merge_wordings, by_wording)
     model = read_model_facts(original.record.model)
     comparisons = []
+    enough = next((gate.least for gate in gates if gate.of is None), ENOUGH)
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
-        compared = compare(original, answers, show_facts=show_facts, early=early, path=path)
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, enough=enough)
         # The figures of each wording are of answers that are not put together yet.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
@@ -160,8 +163,10 @@ def compare(
     show_facts: bool = True,
     early: EarlyStop | None = None,
     path: str | None = None,
+    enough: float = ENOUGH,
 ) -> Comparison:
-    """Return all figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model, with advice that goes by whether it keeps `enough`. Raises
+    CompressknowError where the two cannot be compared."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
@@ -202,7 +207,7 @@ def compare(
     )
     is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
     source = path if warnings.is_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else write_advice(compared, source))
+    return replace(compared, next=_REPAIR if is_broken else write_advice(compared, source, enough))
 
 
 def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

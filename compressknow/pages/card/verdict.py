@@ -226,12 +226,12 @@ FINEST = "int8-weights"  # the scheme that errs least
 MOST = 20_000  # facts beyond this many nobody evaluates to know a share
 
 
-def write_advice(comparison: Comparison, path: str | None = None) -> str:
+def write_advice(comparison: Comparison, path: str | None = None, enough: float = ENOUGH) -> str:
     """Return the line; nothing where the numbers carry none. `path` is where the user has the model's source.
 
-    They are held to `ENOUGH`, on one side of which the interval must lie, or else to the gate that was decided early.
+    They are held to `enough`, on one side of which the interval must lie, or else to the gate that was decided early.
     """
-    counts, gate = comparison.counts, comparison.early.gate if comparison.early else ENOUGH
+    counts, gate = comparison.counts, comparison.early.gate if comparison.early else enough
     if not counts.known_before:
         return "Next: choose facts that the original knows (-p PROBE); it knew none of these." if counts.n else ""
     kept = comparison.kept

@@ -14,6 +14,7 @@ from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer, Answers
+from compressknow.pages.card.gate import parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
 from compressknow.pages.records import Comparison
@@ -53,6 +54,16 @@ class TestBranches:
         assert needed > 100
         assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
         assert "it knew 100 of these." in comparison.next
+
+    def test_the_gate_of_all_facts_says_what_is_enough(self) -> None:
+        original, compressed = run(sides(850, 150))
+        for gates, said in (
+            (("0.8", "science=0.99"), "deploy it, if 80 % is enough"),
+            (("0.9",), "less than 90 % is kept"),
+            (("0.86",), "would tell whether 86 % is kept"),
+            (("geography=0.8",), "less than 95 % is kept"),
+        ):
+            assert said in make_card(original, [compressed], gates=parse_gates(gates)).comparisons[0].next
 
     def test_more_facts_says_which_limit_gives_them(self) -> None:
         rows = sides(92, 8, 0, 100)
