@@ -7,7 +7,7 @@ const NAMES = new Intl.Collator("en", { numeric: true });
 
 function sortKey(cell) {
   const text = cell.textContent.trim().replaceAll("−", "-").replaceAll(",", "");
-  const number = /^([<>]?) *(-?\d+(?:\.\d+)?)(?:\s(kB|MB|GB))?/.exec(text);
+  const number = /^([<>]?) *(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)(?:\s(kB|MB|GB))?/.exec(text);
   if (!number) return text === "-" || text === "" ? null : text;
   const nudge = number[1] === "<" ? -1e-9 : number[1] === ">" ? 1e-9 : 0;
   return Number(number[2]) * (UNITS[number[3]] || 1) + nudge;

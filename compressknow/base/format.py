@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ from compressknow.base.errors import UsageError
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "-"  # what stands where there is nothing to measure
+_LITTLE, _MANY = 1e-7, 1e9  # outside of these a number is written as a power of ten
 
 
 def count(number: int) -> str:
@@ -100,14 +100,15 @@ def _write_hundredths(percent: float) -> str:
 def write_points(value: float | None) -> str:
     """Write a difference of two shares, in percentage points with its sign.
 
-    >>> write_points(-0.0234), write_points(0.5), write_points(-0.0004), write_points(0.0), write_points(None)
-    ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
+    >>> [write_points(value) for value in (-0.0234, 0.5, -0.0004, 3.2e40, 0.0, None)]
+    ['−2.3 points', '+50.0 points', '−0.04 points', '+3.2e+42 points', '0 points', '-']
     """
     if value is None:
         return NONE
     if not value:
         return "0 points"
     digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
+    digits = "+.1e" if 100 * abs(value) >= _MANY else digits
     return f"{_write_signed(100 * value, digits)} points"
 
 
@@ -134,12 +135,11 @@ def write_p_value(p: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number without unit, to so many decimals; what would round to zero keeps one digit.
+    """Write a number without unit, to so many decimals; what would round to zero keeps one digit, and what would be a
+    row of digits is written as a power of ten.
 
-    >>> number(0.12345), number(-1.5), number(0.0), number(0.00002), number(None)
-    ('0.123', '−1.500', '0', '0.00002', '-')
-    >>> number(0.00000003), number(-0.0000000042)
-    ('0.00000003', '−0.000000004')
+    >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.00002, -3e-9, 2.7182e43, None)]
+    ['0.123', '−1.500', '0', '0.00002', '−3e-09', '2.72e+43', '-']
     """
     if value is None:
         return NONE
@@ -147,8 +147,11 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     text = f"{value:.{digits}f}"
     if not float(text):
-        text = f"{value:.{max(7, -math.floor(math.log10(abs(value))))}f}".rstrip("0")
-    return text.replace("-", MINUS)
+        text = f"{value:.7f}".rstrip("0").rstrip(".") if abs(value) >= _LITTLE else f"{value:.0e}"
+    elif abs(value) >= _MANY:
+        text = f"{value:.2e}"
+    # The power keeps its own sign.
+    return text.replace("-", MINUS, 1) if value < 0 else text
 
 
 def compare_sizes(before: int | None, after: int | None) -> str:

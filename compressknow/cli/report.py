@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.files import escape_name
-from compressknow.base.format import clean, count, share, write_p_value, write_size
+from compressknow.base.format import NONE, clean, count, share, write_p_value, write_size
 from compressknow.cli import RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     EVALUATE,
@@ -110,6 +110,7 @@ def list_given(names: Collection[str]) -> Iterator[str]:
 _SET = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP)
 GRADES = f"{'Domain':<22}{'Known before':>14}{'Kept':>8}   {'Share kept (95 % interval)':<27}{'Grade':>6}"
 MODELS = f"{'Model':<40}{'Size':>10}  {'Kept (95 % interval)':<28}"
+SPEEDS = f"{'Speed and memory':<44}{'Facts/s':>11}{'Tokens/s':>11}{'Peak memory':>14}"
 
 
 def report_page(card: Card) -> Iterator[str]:
@@ -128,6 +129,7 @@ def report_page(card: Card) -> Iterator[str]:
         yield from _list_texts(first)
     else:
         yield from _list_models(card)
+    yield from _list_speeds(card)
     for warning in _list_warnings(card):
         yield ""
         yield from wrap(f"! {warning}")
@@ -200,3 +202,21 @@ def _list_models(card: Card) -> Iterator[str]:
         yield f"{clean(name, 39):<40}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
     if standings:
         yield "* no model of these keeps more in as many bytes"
+
+
+def _list_speeds(card: Card) -> Iterator[str]:
+    """Yield a line for each model that was timed, and what it was run in; nothing where none was."""
+    timed = [
+        (model.name, model.speed)
+        for model in (card.original, *(comparison.model for comparison in card.comparisons))
+        if model.speed
+    ]
+    if timed:
+        yield from ("", SPEEDS, "-" * len(SPEEDS))
+    for name, speed in timed:
+        ran_in = f" ({clean(speed.computed_in, 20)})" if speed.computed_in else ""
+        tokens = NONE if speed.tokens_per_second is None else f"{speed.tokens_per_second:,.1f}"
+        yield (
+            f"{clean(name, 43 - len(ran_in)) + ran_in:<44}{speed.facts_per_second:>11,.1f}{tokens:>11}"
+            f"{write_size(speed.peak_bytes):>14}"
+        )

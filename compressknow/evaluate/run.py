@@ -366,8 +366,8 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
     settings = handle.settings
     decides: list[object] = [
-        # Another version may prompt or score otherwise; this one finds answers in Chinese, in quotes and as whole numbers,
-        # and the sum over all.
+        # Another version may prompt or score otherwise; this one finds answers in Chinese, in quotes and as whole
+        # numbers, and the sum over all.
         *(SCHEMA_VERSION, __version__, "grades/3", handle.sha256, probe.fingerprint()),
         context.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),

@@ -260,18 +260,19 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe;
-    nothing where there are neither."""
+    """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe of
+    which the original knew something; nothing where there are neither."""
     task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
     ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
-        metrics = [
-            {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": "accuracy"},
-            {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
-        ]
-        if known := [metric for metric in metrics if metric["value"] is not None]:
+        # Without this metric a later report could not tell its own result from the user's.
+        if probe.kept.value is not None:
+            metrics = [
+                {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": "accuracy"},
+                {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
+            ]
             dataset = {"name": probe.probe, "type": probe.probe.partition(":")[0]}
-            ours.append({"task": {"type": task}, "dataset": dataset, "metrics": known})
+            ours.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
 
     def is_ours(result: Mapping[str, Any]) -> bool:
         return any(metric.get("type") == _OURS for metric in result["metrics"])

@@ -69,7 +69,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     change = "unchanged" if moved.ratio.value == 1 else f"{write_change(moved.ratio)}, from {before}"
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
     same = share(moved.same_top.value)
-    return f"On {name} {whose} is {after} ({change}), and the most likely token the same in {same} of places."
+    return f"On {name} {whose} is {after} ({change}), and the most likely token is the same in {same} of places."
 
 
 def write_text_headline(figures: TextFigures) -> str:

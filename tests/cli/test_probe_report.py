@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
+from compressknow.cli.report import report_page
 from compressknow.evaluate.answers import RECORD
+from compressknow.pages.records import Card
 from tests.cli.conftest import Run, refused
 from tests.evaluate.layouts import read_facts_file
 from tests.knowing import facts_file, knowing
+from tests.pages.card.cards import card_of_one, card_of_several
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
 
@@ -363,6 +366,16 @@ def test_the_report_is_printed_within_80_columns(run: Run, compressed: list[str]
     for name in compressed:
         assert name.removeprefix("on-") in ended.out or len(compressed) == 1
     assert ended.err == ""
+
+
+@pytest.mark.parametrize("card", [card_of_one(), card_of_several((20,))], ids=["one", "several"])
+def test_what_was_timed_is_printed_within_80_columns(card: Card) -> None:
+    lines = list(report_page(card))
+    assert "HuggingFaceTB/SmolLM2-135M (bfloat16)              31.6          -       1.10 GB" in lines
+    assert len([line for line in lines if re.search(r" \((bfloat16|llama.cpp b1)\) ", line)]) == 1 + len(
+        card.comparisons
+    )
+    assert max(map(len, lines)) <= 80
 
 
 def test_answers_are_printed_within_80_columns(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,13 @@ def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
     assert figures.moved.ratio.value == math.inf
     assert "its perplexity is - (-, from " in write_sentence(figures)
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
+
+
+def test_a_perplexity_of_a_hundred_digits_is_written_as_a_power_of_ten() -> None:
+    far = tuple(replace(c, logp=c.logp - 230) for c in chunks(2))
+    figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), far)
+    assert re.search(r"its perplexity is \d\.\d\de\+10\d \(\+\d\.\de\+10\d %, from ", write_sentence(figures))
+    assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 120
 
 
 def test_a_broken_model_is_told_and_the_report_is_written() -> None:

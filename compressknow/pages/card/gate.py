@@ -285,10 +285,10 @@ def decide(
         least, which = min(sound, key=sound.__getitem__), " that computes numbers" if broken else ""
         return conclude(
             None,
-            f"No model{which} has {write_size(within)} at most: none is recommended. "
+            f"No model{which} has at most {write_size(within)}: none is recommended. "
             f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
         )
-    at_most = f" of {write_size(within)} at most" if within is not None else ""
+    at_most = f" of at most {write_size(within)}" if within is not None else ""
     rounding = find_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:

@@ -165,7 +165,8 @@ def compare(
     path: str | None = None,
     least: float = ENOUGH,
 ) -> Comparison:
-    """Return all figures of one compressed model. Raises CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model, with advice that goes by whether it keeps `least`. Raises
+    CompressknowError where the two cannot be compared."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]

@@ -92,7 +92,7 @@ from compressknow.pages.texts import write_measured
 _DEFINITIONS = (
     "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
     "change falls out (sign flips; exact McNemar where a probe has one relation). All that the findings claim, by "
-    "method too, is adjusted together (Holm): the chance that any of it is not so is 5 % at most. A finding holds if "
+    "method too, is adjusted together (Holm): the chance that any of it is not so is at most 5 %. A finding holds if "
     "all significant comparisons (p < 0.05) agree with the claim, with at least one for each part of it. It does not "
     "hold if one contradicts the claim. Otherwise, the study cannot tell.",
     "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "

@@ -342,7 +342,7 @@ def _conclude_order(least: Least, claim: str, clear: bool, what: str, chart: str
 def _conclude_cliff(cliff: Cliff, chart: str, by: str = "") -> Conclusion:
     limit, module = f"{100 * CLIFF:g} %", cliff.module or "each form"
     if cliff.below is None:
-        claim, kept = f"Pruned by up to {cliff.before:g} %{by}, {module} keeps {limit} at least", ""
+        claim, kept = f"Pruned by up to {cliff.before:g} %{by}, {module} keeps at least {limit}", ""
     else:
         claim, kept = f"Pruned by {cliff.below:g} %{by}, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
     start, end = cliff.steepest

@@ -216,10 +216,10 @@ class TestDecision:
     def test_within_so_many_bytes(self) -> None:
         card = several(199, 192, sizes=(300_000, 200_000), within=250_000)
         assert card.decision is not None
-        assert (card.decision.place, "of 250.0 kB at most" in card.decision.reason) == (1, True)
+        assert (card.decision.place, "of at most 250.0 kB" in card.decision.reason) == (1, True)
         none = several(199, 192, sizes=(300_000, 200_000), within=1000).decision
         assert none is not None
-        assert none.reason.startswith("No model has 1.0 kB at most: none is recommended. The smallest, keeps 192, has")
+        assert none.reason.startswith("No model has at most 1.0 kB: none is recommended. The smallest, keeps 192, has")
 
     def test_one_model_larger_than_it_may_be_is_warned_of(self) -> None:
         assert several(199, sizes=(300_000,), within=300_000).warnings == ()
@@ -266,5 +266,5 @@ class TestDecision:
         decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
         assert decision is not None
         assert decision.reason == (
-            "No model that computes numbers has 2.0 kB at most: none is recommended. The smallest, sound, has 5.0 kB."
+            "No model that computes numbers has at most 2.0 kB: none is recommended. The smallest, sound, has 5.0 kB."
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.sync_api import expect
 
+from compressknow.base.format import number
 from compressknow.pages.card.pages import render_html
 from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
 from tests.pages.hostile import TEXTS, hostile
@@ -127,6 +128,13 @@ def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
     table.get_by_role("button", name="Size").press("Enter")
     cells = table.locator("tbody").last.locator("tr > td:nth-child(2)").all_inner_texts()
     assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["1.50 GB", "2.0 MB", "999.0 kB"]
+
+
+def test_powers_of_ten_sort_by_what_they_are(page: Page, files: dict[str, Path]) -> None:
+    page.goto(files["several"].as_uri())
+    texts = [number(value, 2) for value in (457.57, 3.6e102, -3e-9, 9e9)]
+    keys = page.evaluate("(texts) => texts.map((text) => sortKey({ textContent: text }))", texts)
+    assert keys == [457.57, 3.6e102, -3e-9, 9e9]
 
 
 def test_percents_below_bars_of_long_names_stand_apart(page: Page, tmp_path: Path) -> None:

@@ -141,6 +141,14 @@ def test_a_later_report_takes_the_place_of_the_earlier_one(card: Card, worse: Ca
     assert second.replace("\nAfter.\n", "") == written(worse, folder, text)
 
 
+def test_of_an_original_that_knew_nothing_no_result_is_left_behind(card: Card, folder: Path) -> None:
+    nothing = card_of(gained=2, neither=20)
+    text = "---\nlicense: mit\n---\n\n# A model\n"
+    assert written(nothing, folder, text) == written(nothing, folder)
+    written(card, folder)
+    assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
+
+
 def test_what_the_author_wrote_stays_as_it_is_written(card: Card, folder: Path) -> None:
     head = (
         "# Comments too\nlanguage:\n- no  # Norwegian, not false\nlicense:   'mit'\nwidget:\n- text: \"a: b\"\n"
