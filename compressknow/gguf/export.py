@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +60,9 @@ from compressknow.gguf.record import (
     read_record,
     write_with_metadata,
 )
-from compressknow.gguf.tensors import Tensors, count_by_group, measure_overhead, read_tensors, resolve_types
+from compressknow.gguf.tensors import Tensors, count_by_group, describe_tensors, measure_overhead, resolve_types
 from compressknow.model.checkpoint import Checkpoint, check_inside
+from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
@@ -259,8 +260,10 @@ def write(
         work = place.folder / "work"
         work.mkdir()
         made, entries = _make_file(export, work, threads, begin)
-        record = _build_record(export, made, entries)
-        write_with_metadata(build_metadata(record), made, place.file)
+        reader = read_gguf(made)
+        record = _build_record(export, reader, entries)
+        write_with_metadata(build_metadata(record), reader, place.file)
+        del reader  # Windows removes no file that is mapped.
         made.unlink()
         with place.file.open("rb+") as file:
             os.fsync(file.fileno())
@@ -314,7 +317,7 @@ def preview(
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)
         types = read_planned_types(folder) if export.is_quantized else {}
-        return _build_record(export, made, entries, types)
+        return _build_record(export, read_gguf(made), entries, types)
 
 
 def _make_file(
@@ -334,9 +337,12 @@ def _make_file(
     if not export.is_compensated:
         # Room for what llama.cpp makes.
         shutil.rmtree(folder / _PLAIN, ignore_errors=True)
-    tensors = read_tensors(exact, export.side)
+    # It takes seconds where the vocabulary is large, so it is read once.
+    reader = read_gguf(exact)
+    tensors, floats = describe_tensors(reader, export.side), reader.tensors
+    del reader
     kind, types, entries = _choose_types(export, tensors)
-    if not dry_run and (known := _find_importance(export, exact, tensors, inputs)):
+    if not dry_run and (known := _find_importance(export, floats, tensors, inputs)):
         importance, entries["importance"] = known
         matrix = folder / IMPORTANCE
         write_importance(importance, matrix)
@@ -346,8 +352,9 @@ def _make_file(
     if dry_run:
         return exact, entries
     if export.fit and export.is_compensated:
-        same = find_same_channels(exact, tensors, export.tensors)
-        entries["fit"]["compensated"] = round_file(output, exact, tensors, same, source, export.fit.texts, **options)
+        same = find_same_channels(floats, tensors, export.tensors)
+        entries["fit"]["compensated"] = round_file(output, floats, tensors, same, source, export.fit.texts, **options)
+    del floats
     if export.floats is None:
         exact.unlink()
     return output, entries
@@ -379,7 +386,7 @@ def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> Non
 
 
 def _find_importance(
-    export: Export, exact: Path, tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
+    export: Export, exact: Sequence[Any], tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
 ) -> tuple[Importance, dict[str, Any]] | None:
     """Return the importance matrix of a text or a file, and what a record says of it; None without either."""
     if inputs is not None:
@@ -430,9 +437,9 @@ def _describe_export(export: Export) -> dict[str, Any]:
 
 
 def _build_record(
-    export: Export, made: Path, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
+    export: Export, made: Any, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
 ) -> ExportRecord:
-    groups = count_by_group(read_tensors(made, export.side), types)
+    groups = count_by_group(describe_tensors(made, export.side), types)
     every = [counts for by_type in groups.values() for counts in by_type.values()]
     totals = {key: sum(counts[key] for counts in every) for key in COUNTS}
     return ExportRecord({**_describe_export(export), **entries, "groups": groups, "totals": totals})

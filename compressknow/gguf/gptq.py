@@ -12,11 +12,11 @@ The file has its types and sizes already, from llama.cpp; only codes and scales 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -205,7 +205,7 @@ def batch_sequences(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.
 
 def round_file(
     output: Path,
-    exact: Path,
+    exact: Iterable[Any],
     tensors: Tensors,
     same_channels: Collection[str],
     source: Path,
@@ -219,7 +219,7 @@ def round_file(
 
     Parameters
     ----------
-    exact : the file with the same tensors in 32 or 16 bits, of which `tensors` tells.
+    exact : the same tensors of a file in 32 or 16 bits, of which `tensors` tells.
     same_channels : the tensors whose input channels are those of the checkpoint, in its order.
     source : the checkpoint, of floats.
     texts : each counts as much as the others.
@@ -229,7 +229,7 @@ def round_file(
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
     file = read_gguf(output, "r+")
     made = {tensor.name: tensor for tensor in file.tensors}
-    floats = {tensor.name: tensor for tensor in read_gguf(exact).tensors}
+    floats = {tensor.name: tensor for tensor in exact}
     # Of what was merged, all parts read the same; what was split (gate and up of experts) is several tensors.
     names: dict[str, list[str]] = {}
     for name in same_channels:

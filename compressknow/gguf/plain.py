@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from compressknow.compress.output import lay_out_file, list_carried_files
 from compressknow.compress.weights import Side, Values
 from compressknow.gguf.tensors import EXPERT, Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
-from compressknow.model.gguf_file import read_gguf
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
@@ -84,9 +83,9 @@ def _read_pieces(values: Values, reader: Reader) -> Iterator[torch.Tensor]:
     return (floats.to(torch.float32) for _, floats in values.floats(reader))
 
 
-def find_same_channels(exact: Path, tensors: Tensors, plain: Mapping[str, Values]) -> list[str]:
-    """Return the names of tensors of a GGUF file in 32 or 16 bits whose input channels are those of the checkpoint, in
-    its order.
+def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[str, Values]) -> list[str]:
+    """Return the names of those tensors of a GGUF file, `exact` in 32 or 16 bits, whose input channels are those of the
+    checkpoint, in its order.
 
     The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
     channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
@@ -94,7 +93,7 @@ def find_same_channels(exact: Path, tensors: Tensors, plain: Mapping[str, Values
     names = []
     with Pool(1) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
-        for tensor in read_gguf(exact).tensors:
+        for tensor in exact:
             stored = [name for name in tensors.stored.get(tensor.name, ()) if name in plain]
             # Experts are stacked by their number.
             stored.sort(key=lambda name: int(expert[1]) if (expert := EXPERT.search(name)) else 0)

@@ -30,7 +30,7 @@ from compressknow.compress.staging import Staging, check_overlap
 from compressknow.engine.identity import SOURCE_FORM, get_record_path
 from compressknow.gguf.choice import Choice
 from compressknow.model.checkpoint import read_json
-from compressknow.model.gguf_file import open_gguf, read_gguf, read_value
+from compressknow.model.gguf_file import open_gguf, read_value
 
 if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
@@ -233,12 +233,11 @@ def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     return {f"{PREFIX}.{key}": value for key, value in values.items() if value}
 
 
-def write_with_metadata(metadata: Mapping[str, str], source: Path, output: Path) -> None:
-    """Write a GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
+def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) -> None:
+    """Write an open GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-    reader = read_gguf(source)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
     writer = gguf.GGUFWriter(output, architecture, endianess=reader.endianess)
     if (alignment := reader.get_field(gguf.Keys.General.ALIGNMENT)) is not None:

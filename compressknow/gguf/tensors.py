@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, suggest_word
-from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, count_by_type, list_tensors, read_gguf
+from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, count_by_type, list_tensors
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
 if TYPE_CHECKING:
@@ -80,9 +79,8 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: st
     }
 
 
-def read_tensors(path: Path, side: Side) -> Tensors:
-    """Read what a GGUF file holds, but for its weights."""
-    reader = read_gguf(path)
+def describe_tensors(reader: Any, side: Side) -> Tensors:
+    """Return what an open GGUF file holds, but for its weights."""
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}

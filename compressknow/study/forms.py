@@ -23,7 +23,8 @@ from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Choice, Fit, Rounding
 from compressknow.gguf.converter import find_converter, read_version
-from compressknow.gguf.tensors import Tensors, align, measure_overhead, read_tensors
+from compressknow.gguf.tensors import Tensors, align, describe_tensors, measure_overhead
+from compressknow.model.gguf_file import read_gguf
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study.allocation import (
     PIN_LESS,
@@ -437,5 +438,5 @@ def open_form(
     check_usable(job.checkpoint)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
-        tensors = read_tensors(floats, job.side)
+        tensors = describe_tensors(read_gguf(floats), job.side)
         yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(tensors), target)

@@ -270,7 +270,8 @@ def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is no match."""
     from compressknow.compress.weights import read_side
     from compressknow.gguf.plain import find_same_channels, list_plain_tensors
-    from compressknow.gguf.tensors import read_tensors
+    from compressknow.gguf.tensors import describe_tensors
+    from compressknow.model.gguf_file import read_gguf
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     loaded, _ = open_complete(world / "model")
@@ -285,8 +286,9 @@ def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     plain = list_plain_tensors(side, loaded)
-    tensors = read_tensors(tmp_path / "turned.gguf", side)
-    same = find_same_channels(tmp_path / "turned.gguf", tensors, plain)
+    reader = read_gguf(tmp_path / "turned.gguf")
+    tensors = describe_tensors(reader, side)
+    same = find_same_channels(reader.tensors, tensors, plain)
     assert set(tensors.weights) - set(same) == turned
 
 
