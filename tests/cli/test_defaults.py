@@ -223,11 +223,12 @@ def test_an_option_is_known_by_what_the_command_line_calls_it(project: Path, tex
 
 
 def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (project / "compressknow.toml").write_text('[report]\nlimit = "many"\n')
-    assert main(["report", "a", "b"]) == 2
-    message = capsys.readouterr().err
-    assert "Invalid value for '--limit'" in message
-    assert message.endswith(f"\n  Options of {project / 'compressknow.toml'}: --limit.\n")
+    for value in ('"many"', "1.5", "true", "2026-01-01"):
+        (project / "compressknow.toml").write_text(f"[report]\nlimit = {value}\n")
+        assert main(["report", "a", "b"]) == 2
+        message = capsys.readouterr().err
+        assert "Invalid value for '--limit'" in message
+        assert message.endswith(f"\n  Options of {project / 'compressknow.toml'}: --limit.\n")
     (project / "compressknow.toml").write_text("[report]\nfail-under = 95\n")
     assert main(["report", "a", "b"]) == 2
     assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err
