@@ -156,6 +156,24 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="users have no numbers")
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(OutputError, match=r"no home folder.*\nSet HOME, or XDG_CACHE_HOME"):
+        find_cache_folder()
+    (tmp_path / "file").write_bytes(b"")
+    # What else is wrong is said all the same.
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_whole(tmp_path / "file" / "a", b"whole")
+
+
 def test_a_cache_that_cannot_be_written_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").touch()

@@ -91,7 +91,7 @@ def compare(
     of_facts += [WORDS.get(field, field) for field in options.list_changed()]
     if of_facts and not probe:
         option = of_facts[0].replace("_", "-")
-        raise UnusedOptions(of_facts, f"--{option} needs a probe.", hint="Choose one with -p PROBE.")
+        raise UnusedOptions(f"--{option} needs a probe.", hint="Choose one with -p PROBE.", names=of_facts)
     check_gates(gates, strict=strict)
     files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))

@@ -175,7 +175,7 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
         for name in ("guide", "facts", "must", "rounding"):
             if options[name]:
                 raise UnusedOptions(
-                    [name], f"--{name} goes with --size or --bits: without them types are given, not chosen."
+                    f"--{name} goes with --size or --bits: without them types are given, not chosen.", names=[name]
                 )
         return None
     given = "bits" if options["size"] is None else "size"
@@ -234,7 +234,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
         if text is None and tokens is not None:
-            raise UnusedOptions(["calibration_tokens"], "--calibration-tokens goes with --calibration.")
+            raise UnusedOptions("--calibration-tokens goes with --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
         choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)

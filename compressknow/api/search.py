@@ -30,6 +30,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.evaluate.text import RunningText
 from compressknow.gguf.choice import Rounding
+from compressknow.pages.card.gate import parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
@@ -204,7 +205,14 @@ def search(
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
-            card = make_card(grading.reference, [after], show_facts=not no_facts, known=known, command=command)
+            card = make_card(
+                grading.reference,
+                [after],
+                show_facts=not no_facts,
+                known=known,
+                command=command,
+                gates=parse_gates(keep),
+            )
             write_reports(card, [folder / name for name in REPORTS], overwrite=True)
             write_whole(folder / RECIPE, f"{result.recipe}\n".encode())
         write_search(result, folder)

@@ -86,9 +86,11 @@ class UnusedOptions(UsageError):
     """Options that change nothing beside the others, by their names in Python: a user who gave one is told, and what a
     project's file says for every command is left out."""
 
-    def __init__(self, names: Iterable[str], what: str, why: str | None = None, hint: str | None = None) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self, what: str, why: str | None = None, hint: str | None = None, *, names: Iterable[str] = ()
+    ) -> None:
         super().__init__(what, why, hint)
+        self.names = tuple(names)
 
 
 class CheckpointError(CompressknowError):

@@ -28,8 +28,15 @@ _ATTEMPTS = 100
 
 
 def find_cache_folder() -> Path:
-    """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
+    """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``. Raise OutputError
+    where that is not set, and the user has no home: a number without a name, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
+    except RuntimeError:
+        raise OutputError(
+            "There is no home folder, in which what can be made again is kept.",
+            hint="Set HOME, or XDG_CACHE_HOME to a folder.",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -209,7 +216,9 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
     """Return the error of a file or folder that the system does not let us write, in our form."""
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
-    is_cached = path.is_relative_to(find_cache_folder())
+    is_cached = False
+    with contextlib.suppress(OutputError):
+        is_cached = path.is_relative_to(find_cache_folder())
     remedy = "set XDG_CACHE_HOME to another folder" if is_cached else "choose another place"
     hint = (
         f"Free some space, or {remedy}. Files that were complete before are unchanged."

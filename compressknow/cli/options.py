@@ -401,7 +401,7 @@ def read_project_defaults(
         if not any(key in _list_options(other) for other in map(open_command, commands) if other is not None):
             raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
-    return {str(options[key].name): _resolve_paths(value, options[key], file) for key, value in values.items()}
+    return {str(options[key].name): _write_as_words(value, options[key], file) for key, value in values.items()}
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
@@ -462,12 +462,12 @@ def _read(file: Path) -> dict[str, Any] | None:
     return own if isinstance(own, dict) else None
 
 
-def _resolve_paths(value: Any, option: click.Option, file: Path) -> Any:
-    """Return a path as seen from the file's folder; several values as a list. Raises UsageError for what is no value of
-    the option."""
+def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
+    """Return a value as the command line would have it, so that 1.5 is no whole number here either: a path as seen from
+    the file's folder; several values as a list. Raises UsageError for what is no value of the option."""
     if isinstance(value, list | dict) and not option.multiple:
         raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
-    values = value if isinstance(value, list) else [value]
+    values = [str(each) for each in (value if isinstance(value, list) else [value])]
     if isinstance(option.type, click.Path):
-        values = [str(file.parent / each) if isinstance(each, str) else each for each in values]
+        values = [str(file.parent / each) for each in values]
     return values if option.multiple else values[0]

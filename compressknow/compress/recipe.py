@@ -68,10 +68,10 @@ class Recipe:
             object.__setattr__(self, "calibration", Calibration())
         if self.calibration is not None and not calibrated:
             raise UnusedOptions(
-                ("calibration", "calibration_tokens"),
                 "There is nothing to calibrate: no step looks at activations.",
                 hint="Leave it out, or use --prune-method wanda or sparsegpt, --rounding gptq, --smooth, "
                 "--drop-blocks N or --drop-neurons.",
+                names=("calibration", "calibration_tokens"),
             )
         if self.module_map not in get_args(ModuleMap):
             raise UsageError(f"Unknown module map {self.module_map!r}.", hint="Choose structural or paper.")
@@ -273,10 +273,10 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     if steps and where != side and not any(isinstance(step, Prune | Quantize) for step in steps):
         idle = [each for each in list_options(Where) if getattr(where, each.field) != getattr(side, each.field)]
         raise UnusedOptions(
-            [each.name for each in idle],
             f"{idle[0].option} does not narrow what is dropped.",
             "Only --scope encoder and --scope decoder do; all else is for --prune and --quantize.",
             "Leave it out. Blocks can be named: --drop-blocks 20-23.",
+            names=[each.name for each in idle],
         )
     _check_has_step(given)
     text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
@@ -360,7 +360,7 @@ def _check_has_step(given: Mapping[str, Any]) -> None:
         if action.name not in given and any(given.get(name, default) != default for name, default in usual.items()):
             *flags, last = (f"--{name.replace('_', '-')}" for name in usual)
             hint = f"{', '.join(flags)} and {last} go with {action.option} {action.metavar}."
-            raise UnusedOptions(usual, f"There is nothing to {what}.", hint=hint)
+            raise UnusedOptions(f"There is nothing to {what}.", hint=hint, names=usual)
 
 
 def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
@@ -369,7 +369,7 @@ def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Qua
         names = " and ".join(step.chosen.name for step in steps) or "a step that drops blocks or neurons"
         near = suggest_word(unknown[0], known)
         hint = f"{near}Choose from {', '.join(sorted(known))}." if known else None
-        raise UnusedOptions([unknown[0]], f"{unknown[0]!r} is no parameter of {names}.", hint=hint)
+        raise UnusedOptions(f"{unknown[0]!r} is no parameter of {names}.", hint=hint, names=[unknown[0]])
 
 
 def to_toml(recipe: dict[str, Any]) -> str:

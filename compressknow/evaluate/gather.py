@@ -184,17 +184,17 @@ def _check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> 
     """Raise UnusedOptions for what changes nothing where all answers are stored."""
     if evaluation.timed:
         raise UnusedOptions(
-            ["time"],
             "--time measures models, and these are answers folders.",
             hint="Give a model, or leave --time out.",
+            names=["time"],
         )
     limit = evaluation.options.limit
     entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
     if limit is not None and any(entry.limit != limit and entry.asked > limit for entry in entries):
         raise UnusedOptions(
-            ["limit"],
             f"--limit {limit} draws facts to evaluate, and these answers folders hold answers to more.",
             hint="Leave it out to compare all of them, or give a model in place of a folder.",
+            names=["limit"],
         )
 
 

@@ -431,9 +431,9 @@ def make_handles(
     idle = [name for name in of_servers if getattr(settings, name) != getattr(default, name)]
     if idle and not any(each.url for each in located):
         raise UnusedOptions(
-            ["model_name" if name == "model" else name for name in idle],
             f"--{idle[0]} is for a server, and no model here is on one.",
             hint="Give an address, http://HOST:PORT, or leave it out.",
+            names=["model_name" if name == "model" else name for name in idle],
         )
     handles = [ModelHandle(each, settings if own else unnamed) for each, own in zip(located, reads, strict=True)]
     for handle in handles:

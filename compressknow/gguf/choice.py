@@ -114,9 +114,9 @@ class Choice:
         rounded = [kind for kind in (self.type, *(kind for _, kind in self.types)) if kind not in FLOATS.values()]
         if has_matrix and not rounded:
             raise UnusedOptions(
-                ("calibration", "calibration_tokens", "imatrix"),
                 f"There is nothing to calibrate: {self.type} has no need of an importance matrix.",
                 hint="Leave it out, or choose a smaller --type.",
+                names=("calibration", "calibration_tokens", "imatrix"),
             )
         if needing := [kind for kind in rounded if kind in NEED_IMPORTANCE and not has_matrix]:
             raise UsageError(

@@ -115,9 +115,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     check_is_checkpoint(model)
     if revision is not None and Path(model).is_dir():
         raise UnusedOptions(
-            ("revision", "revision_b"),
             f"{model} is a folder here, of which there is no revision {revision}.",
             hint="Leave it out, or give the model's id on the Hub.",
+            names=("revision", "revision_b"),
         )
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)

@@ -140,9 +140,9 @@ def list_cells(
     for name, value in {"module_map": module_map, "quantize": quantize, **text}.items():
         if value is not None and name not in has:
             raise UnusedOptions(
-                [name],
                 f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
+                names=[name],
             )
     if calibration is not None:
         check_text(Calibration(calibration, calibration_tokens or TOKENS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None
 @click.option("--seed", type=int)
 def pick(limit: int | None, seed: int) -> tuple[int, str]:
     if limit is not None:
-        raise UnusedOptions(["limit"], "--limit changes nothing.")
+        raise UnusedOptions("--limit changes nothing.", names=["limit"])
     return seed, get_command()
 
 
@@ -130,8 +131,10 @@ def test_what_is_said_for_all_commands_is_left_out_where_it_changes_nothing(proj
     assert run("limit = 1\nseed = 2\n") == (2, "compressknow pick --seed 2")
     # Whoever says it of this very command is told.
     for text, words in (("seed = 2\n[pick]\nlimit = 1", ()), ("limit = 1\nseed = 2\n", ("--limit", "3"))):
-        with pytest.raises(UnusedOptions):
+        with pytest.raises(UnusedOptions) as caught:
             run(text, *words)
+        # As a worker's error reaches its caller.
+        assert pickle.loads(pickle.dumps(caught.value)).names == ("limit",)
 
 
 def test_a_calibration_text_for_all_commands_is_for_those_that_calibrate(
@@ -223,11 +226,12 @@ def test_an_option_is_known_by_what_the_command_line_calls_it(project: Path, tex
 
 
 def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (project / "compressknow.toml").write_text('[report]\nlimit = "many"\n')
-    assert main(["report", "a", "b"]) == 2
-    message = capsys.readouterr().err
-    assert "Invalid value for '--limit'" in message
-    assert message.endswith(f"\n  Options of {project / 'compressknow.toml'}: --limit.\n")
+    for value in ('"many"', "1.5", "true", "2026-01-01"):
+        (project / "compressknow.toml").write_text(f"[report]\nlimit = {value}\n")
+        assert main(["report", "a", "b"]) == 2
+        message = capsys.readouterr().err
+        assert "Invalid value for '--limit'" in message
+        assert message.endswith(f"\n  Options of {project / 'compressknow.toml'}: --limit.\n")
     (project / "compressknow.toml").write_text("[report]\nfail-under = 95\n")
     assert main(["report", "a", "b"]) == 2
     assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err

@@ -217,6 +217,12 @@ def test_the_page_has_the_chart_and_asks_nothing_of_any_server(place: Place) -> 
     assert all((place.folder / "found" / f"report.{suffix}").is_file() for suffix in ("html", "md", "json"))
 
 
+def test_the_report_card_of_a_winner_advises_by_the_share_to_keep(place: Place) -> None:
+    keep = place.found("found")["keep"]
+    report = json.loads((place.folder / "found" / "report.json").read_text(encoding="utf-8"))
+    assert f" {100 * keep:g} % is" in report["compressed"][0]["next"]
+
+
 def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(place: Place) -> None:
     *chose, graded = (read_answers(f) for part in PARTS for f in (place.folder / "found" / part / "original").iterdir())
     (entry,) = graded.record.probes.values()

@@ -233,10 +233,10 @@ def _check_taken(names: Sequence[str], options: Options) -> None:
             for word, field in zip(words, idle, strict=True)
         ]
         raise UnusedOptions(
-            words,
             f"No probe here takes {', '.join(f'--{word}' for word in words)}.",
             f"{'; '.join(takers)}.",
             "Leave out what no probe takes, or name one that does with -p.",
+            names=words,
         )
 
 
