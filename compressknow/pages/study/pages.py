@@ -90,11 +90,10 @@ from compressknow.pages.svg import make_standalone
 from compressknow.pages.texts import write_measured
 
 _DEFINITIONS = (
-    "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
-    "change falls out (sign flips; exact McNemar where a probe has one relation). All that the findings claim, by "
-    "method too, is adjusted together (Holm): the chance that any of it is not so is 5 % at most. A finding holds if "
-    "all significant comparisons (p < 0.05) agree with the claim, with at least one for each part of it. It does not "
-    "hold if one contradicts the claim. Otherwise, the study cannot tell.",
+    "Two cells are compared fact by fact by the test that p-values are of, over the relations of all probes together. "
+    "All that the findings claim, by method too, is adjusted together (Holm): the chance that any of it is not so is "
+    "5 % at most. A finding holds if all significant comparisons (p < 0.05) agree with the claim, with at least one "
+    "for each part of it. It does not hold if one contradicts the claim. Otherwise, the study cannot tell.",
     "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "
     "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
     "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
