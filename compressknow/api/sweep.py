@@ -131,7 +131,7 @@ def sweep(
             )
             before, by_cell = grade(original, known), {}
             with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
-                for result in (each.grade(before, known) for each in results):
+                for result in (study_model.add_facts_in_text(each.grade(before, known)) for each in results):
                     by_cell[result.cell] = result
                     if result.answers is not None:
                         study_model.save(result.cell, listener)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
@@ -33,15 +33,20 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
     that is at hand. (Stored answers may be those of another folder with the same weights.) `known_by` is what the model
     that it is compared with answered to the same facts; None for the original."""
-    calibration, found = model.describe().get("calibration"), None
-    if calibration and known_by:
-        from compressknow.compress.calibrate.text import reread_texts
-
-        trusted = model.settings.trust_remote_code
-        texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-        found = count_facts_in_text(texts, known_by) if texts else None
+    calibration = model.describe().get("calibration")
+    found = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
     record = replace(answers.record.model, calibration=calibration, in_calibration=found)
     return replace(answers, record=replace(answers.record, model=record))
+
+
+def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
+    """Count the facts that stand in the text of a calibration, which the tokenizer of `model` reads; None where the
+    text is not at hand."""
+    from compressknow.compress.calibrate.text import reread_texts
+
+    trusted = model.settings.trust_remote_code
+    texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
+    return count_facts_in_text(texts, known_by) if texts else None
 
 
 def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:

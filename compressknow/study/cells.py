@@ -27,9 +27,11 @@ from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.gather import find_facts_in_text
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, Transformers
 from compressknow.evaluate.noise import NoiseFloors
+from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.run import count_facts, find_missing, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened
@@ -253,6 +255,7 @@ class StudyModel:
         # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
         self.prompts: dict[str, Prompts] = {}
         self._texts, self._models = texts, models
+        self._in_text: dict[str, FactsInText | None] = {}
         self._whole = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
@@ -327,6 +330,18 @@ class StudyModel:
         """Return whether `evaluate_cell` would find these answers there."""
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
         return not find_missing(CellHandle(self, cell), [probe], folder, Context(reference))
+
+    def add_facts_in_text(self, result: CellResult) -> CellResult:
+        """Add to a cell's result the facts that stand in the text that it was calibrated on, if that is at hand."""
+        answers = result.answers
+        if answers is None or (calibration := answers.record.model.calibration) is None:
+            return result
+        sha256 = calibration["sha256"]
+        if sha256 not in self._in_text:
+            # Once for all cells of a text: it may be long, and the facts are the same.
+            self._in_text[sha256] = find_facts_in_text(calibration, self.original, result.original)
+        model = replace(answers.record.model, in_calibration=self._in_text[sha256])
+        return replace(result, answers=replace(answers, record=replace(answers.record, model=model)))
 
     def save(self, cell: Cell, on_progress: Listener | None) -> Path | None:
         """Write a cell's checkpoint, unless a run before has, and return its folder; None where none are written."""

@@ -410,6 +410,25 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
+def test_a_study_says_that_the_facts_stand_in_a_calibration_text(llama: Place) -> None:
+    text = llama.folder / "facts.txt"
+    told = KNOWN_FACTS[:16]
+    text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in told * 64), encoding="utf-8")
+    grid = f"""
+    [axes]
+    scope = ["attention", "feed-forward"]
+    method = ["wanda"]
+    prune = [0.3]
+    calibration = ["self", {json.dumps(str(text))}]
+    calibration_tokens = [512]
+    """
+    for _ in range(2):  # a study that resumes says so too
+        assert llama.sweep("told", grid=grid) == 0
+        page = " ".join((llama.folder / "told" / "study.md").read_text(encoding="utf-8").split())
+        assert page.count("16 stand in the calibration text") == page.count("> **Note:** Of 64 facts, 16 stand in") == 1
+        assert "was calibrated on" not in page
+
+
 def test_a_text_file_that_has_changed_calibrates_anew(llama: Place) -> None:
     grid = CALIBRATED.replace("[512]", f"[512]\ncalibration = ['{(file := text_of(llama))}']")
     grid = grid.replace('"wanda", "sparsegpt"', '"wanda"').replace('"none", "int8"', '"none"').replace("rounding", "#")

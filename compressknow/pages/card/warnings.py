@@ -143,18 +143,26 @@ def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[s
     """Warn that the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
     if not model.calibration:
         return
-    found = model.in_calibration
-    if found and found.known_found > MANY_IN_TEXT * found.known:
-        stand = "stands" if found.found == 1 else "stand"
-        yield (
-            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in the text that {clean(model.name, 80)} "
-            f"was calibrated on, {count(found.known_found)} of them among the {count(found.known)} that "
-            f"{clean(original.name, 80)} knew. It may keep more of these than of other facts."
-        )
+    yield from warn_of_facts_in_text(original, model)
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
         yield (
             f"The calibration text did not reach {share(unseen)} of the parameters that {clean(model.name, 80)} has in "
             "scope: they were compressed without knowledge of the inputs. Calibrate it on more tokens."
+        )
+
+
+def warn_of_facts_in_text(original: ModelRecord, model: ModelRecord, source: str | None = None) -> Iterator[str]:
+    """Warn that many facts stand in the calibration text of a model; with its source, in that of several models."""
+    found = model.in_calibration
+    text, it = f"the text that {clean(model.name, 80)} was calibrated on", "It"
+    if source is not None:
+        text, it = f"the calibration text {clean(source, 80)}", "What is calibrated on it"
+    if found and found.known_found > MANY_IN_TEXT * found.known:
+        stand = "stands" if found.found == 1 else "stand"
+        yield (
+            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in {text}, {count(found.known_found)} of "
+            f"them among the {count(found.known)} that {clean(original.name, 80)} knew. {it} may keep more of these "
+            "than of other facts."
         )
 
 

@@ -259,8 +259,8 @@ _FIGURES = (
         "Accuracy lost by kind of attention pruned, in points",
         _DROP,
         lambda study: draw_by_amount(study, ATTENTION_KINDS, compute_mean_drop),
-        {"seq2seq": "figures 8 and 11"},
-        {"seq2seq": "figure 18"},
+        # In the paper's figures each kind is pruned and quantized.
+        by_probe={},
     ),
     _Figure(
         "attention-kinds-kept",

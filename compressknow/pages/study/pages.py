@@ -19,7 +19,7 @@ from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
 from compressknow.pages.card.verdict import join_words
-from compressknow.pages.card.warnings import warn_of_grades, warn_of_known
+from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.parts import (
     BAR,
@@ -90,11 +90,10 @@ from compressknow.pages.svg import make_standalone
 from compressknow.pages.texts import write_measured
 
 _DEFINITIONS = (
-    "Two cells are compared fact by fact, over all probes together, by the two-sided test of how a relation's net "
-    "change falls out (sign flips; exact McNemar where a probe has one relation). All that the findings claim, by "
-    "method too, is adjusted together (Holm): the chance that any of it is not so is at most 5 %. A finding holds if "
-    "all significant comparisons (p < 0.05) agree with the claim, with at least one for each part of it. It does not "
-    "hold if one contradicts the claim. Otherwise, the study cannot tell.",
+    "Two cells are compared fact by fact by the test that p-values are of, over the relations of all probes together. "
+    "All that the findings claim, by method too, is adjusted together (Holm): the chance that any of it is not so is "
+    "5 % at most. A finding holds if all significant comparisons (p < 0.05) agree with the claim, with at least one "
+    "for each part of it. It does not hold if one contradicts the claim. Otherwise, the study cannot tell.",
     "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "
     "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
     "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
@@ -255,7 +254,7 @@ def _show_cells(study: Study) -> Iterator[Part]:
     common, names = _find_common_warnings(study), name_cells(study)
     single: dict[str, list[str]] = {}
     for cell in study.cells:
-        for warning in _list_warnings(cell):
+        for warning in _list_warnings(study, cell):
             if warning not in common:
                 single.setdefault(clean(warning, 1000), []).append(names[cell.key])
     if single:
@@ -269,24 +268,32 @@ def _show_failed(cells: Sequence[FailedCell]) -> tuple[Part, ...]:
 
 
 def _write_warnings(study: Study) -> tuple[str, ...]:
-    """Say what counts as known, that some cells failed, and what holds for every cell, once."""
+    """Say what counts as known, that some cells failed, which calibration texts hold facts, and what holds for every
+    cell, once.
+    """
     warnings = [*warn_of_known(study.known)]
     if study.failed:
         total = len(study.cells) + len(study.failed) + len(study.refused)
         warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
+    for cell in study.cells:
+        if calibration := cell.comparison.model.calibration:
+            warnings += warn_of_facts_in_text(study.original, cell.comparison.model, calibration["source"])
     warnings += _find_common_warnings(study)
     return tuple(dict.fromkeys(clean(warning, 1000) for warning in warnings))
 
 
 def _find_common_warnings(study: Study) -> list[str]:
-    of_cells = [_list_warnings(cell) for cell in study.cells]
+    of_cells = [_list_warnings(study, cell) for cell in study.cells]
     return [w for w in of_cells[0] if all(w in others for others in of_cells)] if of_cells else []
 
 
-def _list_warnings(cell: StudyCell) -> list[str]:
-    """Return the warnings of a cell, but for those of grades, which a study does not show."""
-    of_grades = {*warn_of_grades(cell.comparison.grades)}
-    return [warning for warning in cell.comparison.warnings if warning not in of_grades]
+def _list_warnings(study: Study, cell: StudyCell) -> list[str]:
+    """Return the warnings of a cell, but for those of grades, which a study does not show, and of facts in its
+    calibration text, which stand above all cells.
+    """
+    of_text = warn_of_facts_in_text(study.original, cell.comparison.model)
+    elsewhere = {*warn_of_grades(cell.comparison.grades), *of_text}
+    return [warning for warning in cell.comparison.warnings if warning not in elsewhere]
 
 
 def _describe_run(study: Study) -> tuple[Entry, ...]:

@@ -232,6 +232,13 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
         assert title.endswith(numbered.get(name, "by probe"))
 
 
+def test_kinds_of_attention_that_are_pruned_alone_are_no_figure_of_the_paper() -> None:
+    cells = [gp(kind, a, range(60)) for kind in ("self-attention", "cross-attention") for a in (0.2, 0.4)]
+    titles = [chart.title for chart in draw_charts(study(cells, "seq2seq", TASKS))]
+    assert "Accuracy lost by kind of attention pruned, in points, by probe" in titles
+    assert not any("of the paper" in title for title in titles)
+
+
 def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
     chart = draw_charts(of_two_probes())[-1]
     root = ElementTree.fromstring(
