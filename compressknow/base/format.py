@@ -102,13 +102,16 @@ def write_points(value: float | None) -> str:
 
     >>> write_points(-0.0234), write_points(0.5), write_points(-0.0004), write_points(0.0), write_points(None)
     ('−2.3 points', '+50.0 points', '−0.04 points', '0 points', '-')
+    >>> write_points(0.0000003)
+    '+0.00003 points'
     """
     if value is None:
         return NONE
     if not value:
         return "0 points"
-    digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
-    return f"{_write_signed(100 * value, digits)} points"
+    # Of less than a tenth the first digit, wherever it stands.
+    decimals = 1 if abs(value) >= 0.001 else -math.floor(math.log10(float(f"{abs(100 * value):.1g}")))
+    return f"{_write_signed(100 * value, f'+.{decimals}f')} points"
 
 
 # The reader holds p to this, and what is said beside it does too.
