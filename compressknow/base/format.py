@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -102,13 +103,16 @@ def write_points(value: float | None) -> str:
 
     >>> [write_points(value) for value in (-0.0234, 0.5, -0.0004, 3.2e40, 0.0, None)]
     ['−2.3 points', '+50.0 points', '−0.04 points', '+3.2e+42 points', '0 points', '-']
+    >>> write_points(-3e-7), write_points(0.00098)
+    ('−0.00003 points', '+0.1 points')
     """
     if value is None:
         return NONE
     if not value:
         return "0 points"
-    digits = "+.1f" if abs(value) >= 0.001 else "+.1g"
-    digits = "+.1e" if 100 * abs(value) >= _MANY else digits
+    # Of less than a tenth the first digit, wherever it stands.
+    decimals = 1 if abs(value) >= 0.001 else -math.floor(math.log10(float(f"{abs(100 * value):.1g}")))
+    digits = "+.1e" if 100 * abs(value) >= _MANY else f"+.{decimals}f"
     return f"{_write_signed(100 * value, digits)} points"
 
 

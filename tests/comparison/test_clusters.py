@@ -14,6 +14,7 @@ from scipy.stats import ttest_1samp
 from compressknow.comparison.intervals import (
     FEWEST,
     FEWEST_SIGNS,
+    estimate_difference,
     estimate_difference_by_cluster,
     estimate_kept_by_cluster,
     estimate_proportion,
@@ -151,17 +152,32 @@ def test_facts_that_hang_together_tell_less() -> None:
     assert far.high - far.low > 1.3 * (near.high - near.low)
 
 
-def test_the_interval_of_a_difference_is_that_of_a_ratio_over_relations_of_unequal_size() -> None:
-    """Each relation's net change less what the mean over all facts would make of its size (Cochran 1977, 9A.2)."""
-    counts = [Counts(5, 3, 1, 4), Counts(40, 2, 6, 10), Counts(2, 1, 0, 0), Counts(9, 9, 0, 20), Counts(3, 0, 2, 1)] * 2
-    sizes = [each.n for each in counts]
-    facts, number = sum(sizes), len(counts)
-    mean = sum(each.gained - each.lost for each in counts) / facts
-    apart = sum((each.gained - each.lost - mean * each.n) ** 2 for each in counts)
-    error = (number / (number - 1) * apart) ** 0.5 / facts
-    spread = error * student_t.ppf(0.975, facts**2 / sum(size**2 for size in sizes) - 1)
-    found = estimate_difference_by_cluster(counts)
-    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - spread, mean + spread))
+@pytest.mark.parametrize("icc", [0.0, 0.1])
+@pytest.mark.parametrize(("number", "loss"), [(60, 0.05), (20, 0.1), (8, 0.1)])
+def test_the_interval_of_a_difference_holds_the_true_one(number: int, loss: float, icc: float) -> None:
+    drawn, held = np.random.default_rng(14), 0
+    for _ in range(SIMULATED):
+        sizes = drawn.integers(10, 60, number)
+        lost = drawn.binomial(sizes, shares(drawn, loss, icc, number))
+        made = [Counts(both=n - less, lost=less) for n, less in zip(sizes.tolist(), lost.tolist(), strict=True)]
+        found = estimate_difference_by_cluster(made)
+        held += found.low <= -loss <= found.high
+    assert held / SIMULATED >= 0.92
+
+
+def test_the_interval_of_a_difference_is_newcombes_of_as_many_facts_as_tell_as_much() -> None:
+    # All that changed in a relation was lost: 100 facts of 10 relations tell as much as 10.
+    clusters = [Counts(both=10)] * 8 + [Counts(lost=10)] * 2
+    found = estimate_difference_by_cluster(clusters)
+    effect = 10 / 9 * (8 * 2**2 + 2 * 8**2) / (20 - 4)
+    assert effect == pytest.approx(100 / 9)
+    z, number = student_t.ppf(0.975, 9), 100 / effect
+    middle, half = (0.2 + z**2 / number / 2), z * (0.16 / number + z**2 / number**2 / 4) ** 0.5
+    wilson = sorted((middle + side * half) / (1 + z**2 / number) for side in (-1, 1))
+    of_all = 1 / (1 + z**2 / number)  # The lower end of Wilson's interval of all.
+    below = np.hypot(wilson[1] - 0.2, 0)
+    above = np.hypot(0.2 - wilson[0], 1 - of_all)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.2, -0.2 - below, -0.2 + above))
 
 
 def test_few_relations_have_no_interval() -> None:
@@ -204,6 +220,8 @@ def test_intervals_hold_their_figure_and_are_nowhere_narrower_than_the_simple_on
         simple = estimate_proportion(total.both, total.known_before, level)
         assert 0 <= kept.low <= simple.low <= kept.value <= simple.high <= kept.high <= 1
     if difference.low is not None:
-        assert difference.low <= difference.value <= difference.high
+        simple = estimate_difference(total, level)
+        assert difference.low <= simple.low + 1e-12
+        assert simple.low <= difference.value <= simple.high <= difference.high + 1e-12
     p = run_paired_test(counts).p
     assert p is None or 0 <= p <= 1

@@ -237,7 +237,7 @@ class HowSure(Section):
     )
     method = (
         "Intervals over relations are Wilson's, of as many independent facts as tell as much (design effect, Kish "
-        f"1965; Korn and Graubard 1998), with Student's t; the difference's is of a linearized ratio. Below {FEWEST} "
+        f"1965; Korn and Graubard 1998), with Student's t; the difference's is Newcombe's of as many. Below {FEWEST} "
         "relations there are none.",
         "The smallest loss seen is that which the test shows with a power of 80 % (Duffy 1984), were facts gained as "
         "often as they were here. Facts that hang together count as the independent ones that tell as much.",
