@@ -38,9 +38,9 @@ NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 def find_norms(
     block: str, module: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], Any]
 ) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Find the norms in a block that can take the division for Linear weights that read them, with nothing else reading
-    them: yield the name of each, the parameters that multiply with its outputs, and the number that is added to its
-    weight before it multiplies with it (1 in Gemma's, else 0).
+    """Find the norms in a block that can take the division for Linear weights that read them, and read nothing else,
+    with nothing else reading them: yield the name of each, the parameters that multiply with its outputs, and the
+    number that is added to its weight before it multiplies with it (1 in Gemma's, else 0).
 
     `block` is the name of `module`, which has its weights; `weights` may be smoothed, by name; `run` runs the block on
     some text, and returns its output.
@@ -49,8 +49,9 @@ def find_norms(
     with recorder:
         leaving = recorder.find_norms(_find_places(run()))
     for name, norm in recorder.norms.items():
-        readers = tuple(dict.fromkeys(recorder.readers[name]))
-        if readers and name not in leaving | recorder.elsewhere:
+        readers = tuple(reader for reader, norms in recorder.sources.items() if name in norms)
+        alone = all(len(recorder.sources[reader]) == 1 for reader in readers)
+        if readers and alone and name not in leaving | recorder.elsewhere:
             offset = _find_offset(norm, recorder.inputs[name])
             if offset is not None:
                 yield f"{block}.{name}" if name else block, readers, offset
@@ -65,7 +66,8 @@ class _Recorder(TorchFunctionMode):
 
     Attributes
     ----------
-    inputs, readers : by norm, what it read, and the Linear weights that read its outputs.
+    inputs : by norm, what it read.
+    sources : by Linear weight, the norms whose outputs it reads; None for anything else.
     elsewhere : norms whose outputs anything else reads.
     """
 
@@ -78,7 +80,7 @@ class _Recorder(TorchFunctionMode):
             if type(child).__name__.endswith("Norm") and getattr(getattr(child, "weight", None), "ndim", 0) == 1
         }
         self.inputs: dict[str, torch.Tensor] = {}
-        self.readers: dict[str, list[str]] = {name: [] for name in self.norms}
+        self.sources: dict[str, set[str | None]] = {}
         self.elsewhere: set[str] = set()
         # By place, each output and its norm; it is held, so that no other tensor comes to lie there.
         self._outputs: dict[int, tuple[torch.Tensor, str]] = {}
@@ -109,14 +111,13 @@ class _Recorder(TorchFunctionMode):
         made = _find_places(result) if read else set()
         # A view is no use yet: what reads it will be seen.
         used = self.find_norms(read - made) if made else set()
-        operands = OPERANDS.get(func)
-        weight = args[operands[1]] if used and operands and len(args) > operands[1] else None
-        name = None if weight is None else self._names.get(weight.untyped_storage().data_ptr())
+        name = None
+        if (operands := OPERANDS.get(func)) and len(args) > operands[1]:
+            name = self._names.get(args[operands[1]].untyped_storage().data_ptr())
         if name is None:
             self.elsewhere |= used
         else:
-            for norm in used:
-                self.readers[norm].append(name)
+            self.sources.setdefault(name, set()).update(used or {None})
         return result
 
 

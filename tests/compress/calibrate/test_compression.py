@@ -36,6 +36,7 @@ from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantiz
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
+from tests.compress.test_zoo_converts import built
 from tests.long import long
 from tests.models import convert, save_tiny, tiny
 
@@ -247,6 +248,24 @@ def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path)
         compressed(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("name", ["T5Gemma2ForConditionalGeneration", "PegasusXForConditionalGeneration"])
+def test_a_norm_whose_layers_read_something_else_too_takes_nothing(name: str, tmp_path: Path) -> None:
+    """Keys and values of T5Gemma 2's decoder are of what the encoder gives too, by the same layers; PegasusX has two
+    norms before one layer."""
+    model, _ = built(name)
+    with torch.no_grad():
+        for parameter, values in model.named_parameters():
+            if "norm" in parameter:
+                values.mul_(torch.linspace(1, 4, len(values)))
+    model.save_pretrained(tmp_path / "in")
+    manifest = compressed(tmp_path / "in", tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
+    assert manifest["calibration"]["smoothed"]
+    inputs = batches_of(model)[0]
+    with torch.no_grad():
+        before, after = model(**inputs).logits, type(model).from_pretrained(tmp_path / "out")(**inputs).logits
+    assert float((after - before).norm() / before.norm()) < 0.05
 
 
 def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
