@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -69,12 +70,17 @@ def find_end(text: str, label: str) -> int | None:
 
 
 def _match_label(text: str, label: str) -> int | None:
-    folded = label.casefold()
+    folded = _compose(label).casefold()
     if not folded or not text.casefold().startswith(folded):
         return None
     # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
     end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
     return None if end is None or (_GOES_ON.match(text, end) and not _SEAM.match(text, end - 1)) else end
+
+
+def _compose(text: str) -> str:
+    """Return the text with its letters and accents composed: files may have them apart, and models hardly write so."""
+    return unicodedata.normalize("NFC", text)
 
 
 def cut(text: str, start: int = 0) -> str:
@@ -98,7 +104,7 @@ def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str]
     >>> find_choice("New York City, of course", ["New York", "New York City"]), find_choice("a city. It", ["Paris"])
     ('New York City', 'a city')
     """
-    text = text.strip()
+    text = _compose(text.strip())
 
     def find_place(choice: str) -> tuple[int, bool]:
         """Return where it ends in the text, and whether it stands there to the letter."""
@@ -118,7 +124,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
     >>> judge("1.5 km", "1"), judge("1,000", "1"), judge("1. The", "1"), judge("1, or 2", "1")
     (('1.5 km', False), ('1,000', False), ('1', True), ('1, or 2', True))
     """
-    text = text.strip()
+    text = _compose(text.strip())
     after = find_end(text, gold)
     return cut(text, after or 0), after is not None
 

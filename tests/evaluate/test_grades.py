@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -216,6 +217,15 @@ def test_quotes_articles_and_punctuation_before_an_answer_are_no_part_of_it(text
 def test_a_word_ends_without_a_space_where_its_script_has_none(text: str, label: str) -> None:
     assert find_choice(text, ["Paris", label]) == label
     assert judge(text, label)[1]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_letters_and_accents_may_be_apart(form: Literal["NFC", "NFD"]) -> None:
+    label, text = (unicodedata.normalize(form, "São Tomé"), "São Tomé, an island")
+    assert find_choice(text, ["Paris", label]) == label
+    assert judge(text, label)[1]
+    assert judge(unicodedata.normalize("NFD", text), label)[1]
+    assert not judge(unicodedata.normalize(form, "Café"), "Cafe")[1]
 
 
 def test_a_word_goes_on_where_its_script_shows_it() -> None:

@@ -180,6 +180,7 @@ def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
         ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of texts, none empty"),
         ({**PROMPT, "candidates": ["Paris"]}, "candidates: must be at least 2"),
         ({**PROMPT, "candidates": ["Paris", "Rome", "Rome"]}, "candidates: hold one answer twice"),
+        ({**PROMPT, "candidates": ["Paris", "Málaga", "Ma\u0301laga"]}, "candidates: hold one answer twice"),
         ({**PROMPT, "candidates": ["Rome", "Bonn"]}, "candidates: the object 'Paris' is not among them"),
         ({**PROMPT, "popularity": 0}, "popularity: must be a number above 0, and at most 2^53"),
         ({**PROMPT, "popularity": True}, "popularity: must be a number above 0, and at most 2^53"),

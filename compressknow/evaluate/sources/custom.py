@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def _check_candidates(row: dict[str, Any]) -> list[str]:
         return []
     if len(candidates) < 2:
         return ["candidates: must be at least 2"]
-    if len(set(candidates)) < len(candidates):
+    if len({unicodedata.normalize("NFC", each) for each in candidates}) < len(candidates):
         return ["candidates: hold one answer twice"]
     if "obj_label" in row and row["obj_label"] not in candidates:
         return [f"candidates: the object {row['obj_label']!r} is not among them"]
