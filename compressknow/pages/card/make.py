@@ -285,10 +285,11 @@ def _describe_figures() -> Iterator[str]:
         "kept and lost together."
     )
     yield (
-        "p-values say whether facts lost and gained are out of balance, two-sided, with a relation as what could "
-        f"have fallen out otherwise: from {FEWEST_SIGNS} relations on all flips of the signs of their net changes, of "
-        "fewer the larger one of Student's t-test by the jackknife over relations and of the exact McNemar test, of "
-        f"less than {FEWEST} McNemar's. Those of a table of groups are adjusted by Holm's method."
+        "p-values (two-sided) say whether chance could explain the balance of facts lost and gained. What chance draws "
+        f"is a relation, not a fact: with {FEWEST_SIGNS} relations or more, p counts all flips of the signs of their "
+        "net changes; with fewer, it is the larger one of Student's t-test by the jackknife over relations and the "
+        f"exact McNemar test; with fewer than {FEWEST}, that of the McNemar test. In a table of groups, p-values are "
+        "adjusted by Holm's method."
     )
     yield (
         "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "

@@ -379,9 +379,10 @@ def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names
     best = min(against or known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
     answer = decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
+    how = f"{number(abs(rate))} {'more' if rate > 0 else 'fewer'} points of accuracy per million than"
     return (
-        f"Per million parameters changed: {answer}. {names[best.more]} loses {number(abs(rate))} points of accuracy "
-        f"{'more' if rate > 0 else 'less'} a million than {names[best.less]} ({write_p_value(best.rate_p_holm)})."
+        f"Per million parameters changed: {answer}. {names[best.more]} loses "
+        f"{how if rate else 'as much per million as'} {names[best.less]} ({write_p_value(best.rate_p_holm)})."
     )
 
 

@@ -362,15 +362,19 @@ def _make_axis(study: Study, name: str) -> Axis:
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
-    groups, has_methods = [], len(list_methods(study)) > 1
+    groups, in_figures, has_methods = [], [], len(list_methods(study)) > 1
     for wide in widest:
         members = [cell for cell, rest in cells if _is_fit(rest, wide)]
-        in_figures = name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members)
-        if not in_figures and len({cell.settings[name] for cell in members}) > 1:
+        if len({cell.settings[name] for cell in members}) < 2:
+            continue
+        if name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members):
+            in_figures.append(dict(wide))
+        else:
             groups.append((dict(sorted(wide)), members))
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
-    rest_of_all = [rest for rest, _ in groups]
+    # A group must not be called what one in a figure is called.
+    rest_of_all = [*(rest for rest, _ in groups), *in_figures]
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 

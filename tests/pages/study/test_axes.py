@@ -159,8 +159,16 @@ def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[s
     grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
     axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]))
     groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
-    # A single group has nothing that tells it from others.
-    assert groups == {"scope": amounts if len(amounts) > 1 else [""], "prune": ["attention", "feed-forward"]}
+    assert groups == {"scope": amounts, "prune": ["attention", "feed-forward"]}
+
+
+def test_a_group_is_not_called_what_one_in_the_papers_figures_is(tmp_path: Path) -> None:
+    grid = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.5, 0.9]\nquantize = ["none", "int8"]\n'
+    made = own_grid(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
+    groups = {axis.name: [name for name, _ in axis.groups] for axis in find_axes(made)}
+    assert groups["prune"] == ["attention, int8", "feed-forward, int8"]
+    claims = [conclusion.claim for conclusion in draw_conclusions(made, [])]
+    assert len(set(claims)) == len(claims)
 
 
 def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it(
     assert "3 of 4 comparisons as claimed, 1 against it; Att_GP 50% 46.7 % right, FF_GP 50% 60.0 %" in finding.numbers
     assert "The clearest of the other way round: Att_GP 50% answers 140 of 300 right" in finding.statistic
     assert "does not hold. FF_GP 50% loses" in finding.per_million
-    assert "points of accuracy less a million than Att_GP 50%" in finding.per_million
+    assert "fewer points of accuracy per million than Att_GP 50%" in finding.per_million
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
     (pair,) = finding.comparisons
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
     assert finding.per_million.startswith("Per million parameters changed:")
-    assert "FF_GP 40% loses 0.273 points of accuracy less a million than Att_GP 40%" in finding.per_million
+    assert "FF_GP 40% loses 0.273 fewer points of accuracy per million than Att_GP 40%" in finding.per_million
 
 
 def test_rate_difference_by_hand() -> None:
