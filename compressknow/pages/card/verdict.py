@@ -10,7 +10,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import NONE, clean, count, share, write_p_value, write_percent
-from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept
+from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
@@ -91,9 +91,13 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
     gained, change = count(counts.gained) if counts.gained else "none", ", which evens out"
     # Many of both, of a model that is much changed, can even out.
     if p is not None and counts.lost != counts.gained:
-        net = "loss" if counts.lost > counts.gained else "gain"
-        chance = "does not explain" if p < SIGNIFICANT else "could explain"
-        change = f", a net {net} that chance {chance} ({write_p_value(p)})"
+        net, explained = "loss" if counts.lost > counts.gained else "gain", "chance could explain"
+        if p < SIGNIFICANT:
+            explained = "chance does not explain"
+        elif (run_mcnemar(counts) or 0.0) < SIGNIFICANT:
+            # Too uneven for facts drawn one by one, but of few relations.
+            explained = "the choice of relations could explain"
+        change = f", a net {net} that {explained} ({write_p_value(p)})"
     if not counts.lost:
         every = "the 1 fact" if counts.both == 1 else f"all {count(counts.both)} facts"
         return f"Keeps {every} that {name} knew {interval}, and gained {gained}."

@@ -60,6 +60,16 @@ def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
     assert "no clusters" not in text
 
 
+def test_the_verdict_names_the_relations_where_few_of_them_lost_everything() -> None:
+    """Of 12 relations of 10 facts two were lost whole: chance among facts does not explain that."""
+    lost = [n % 12 < 2 for n in range(120)]
+    rows = [[answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
+    original, compressed = run(rows)
+    card = make_card(original, [compressed])
+    assert run_mcnemar(card.comparisons[0].counts) < 0.001
+    assert "forgot 20 and gained none, a net loss that the choice of relations could explain (p = 0.5)." in card.verdict
+
+
 @pytest.mark.parametrize(
     ("relations", "said"),
     [
