@@ -179,4 +179,5 @@ def _list_knowledge(behaviour: Behaviour) -> Iterator[str]:
             yield f"  {name:<40}{figure:>36}"
     for figures in behaviour.b_against_a.comparisons[0].texts:
         yield ""
-        yield from summarize_text(figures, ("of A", "of B"))
+        for line in summarize_text(figures, ("of A", "of B")):
+            yield from wrap(line)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.files import escape_name
-from compressknow.base.format import NONE, clean, count, share, write_p_value, write_size
+from compressknow.base.format import NONE, clean, count, number, share, write_p_value, write_size
 from compressknow.cli import RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     EVALUATE,
@@ -172,7 +172,8 @@ def _list_probes(comparison: Comparison) -> Iterator[str]:
         )
         if probe.movement:
             least = "at least " if probe.movement.is_lower_bound else ""
-            yield f"  KL mean {least}{probe.movement.kl_mean:.4f}, p99 {least}{probe.movement.kl_p99:.4f} nats"
+            mean, p99 = (number(value, 4) for value in (probe.movement.kl_mean, probe.movement.kl_p99))
+            yield f"  KL mean {least}{mean}, p99 {least}{p99} nats"
         if probe.knowing:
             yield f"  before: {describe_grades(probe.knowing.original)}"
             yield f"  after:  {describe_grades(probe.knowing.compressed)}"

@@ -58,7 +58,8 @@ class Sums:
         if not self.finite or not self.energy_a or not self.energy_b:
             return None
         if not self.energy_change:
-            return 1.0  # Roots are rounded: of the same values this would not always come out.
+            # Roots that are rounded would leave it a little below.
+            return 1.0
         product = (self.energy_a + self.energy_b - self.energy_change) / 2
         return max(-1.0, min(1.0, product / math.sqrt(self.energy_a) / math.sqrt(self.energy_b)))
 

@@ -143,8 +143,12 @@ def test_the_json_has_every_figure_and_its_totals_add_up(run: Run, tmp_path: Pat
     assert [change["key"] for change in printed["config"]] == ["quantization_config"]
 
 
-def test_what_is_printed_says_the_groups_and_the_layers_that_differ_most_within_80_columns(run: Run) -> None:
-    for arguments in (LLAMAS, (*LLAMAS, *FACTS), ("{place}/t5", "{place}/t5-b")):
+def test_what_is_printed_says_the_groups_and_the_layers_that_differ_most_within_80_columns(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. " * 400, encoding="utf-8")
+    text = ("-p", "text:text.txt", "--answers", "{place}/kept-text")
+    for arguments in (LLAMAS, (*LLAMAS, *text), (*LLAMAS, *FACTS), ("{place}/t5", "{place}/t5-b")):
         ended = run(*arguments)
         assert ended.code == 0
         assert ended.err == ""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,16 @@ def test_what_was_timed_is_printed_within_80_columns(card: Card) -> None:
         card.comparisons
     )
     assert max(map(len, lines)) <= 80
+
+
+def test_a_small_divergence_is_not_printed_as_none() -> None:
+    card = card_of_one()
+    (first, *others) = card.comparisons[0].probes
+    assert first.movement is not None
+    moved = replace(first, movement=replace(first.movement, kl_mean=0.000005, kl_p99=0.0))
+    near = replace(card.comparisons[0], probes=(moved, *others))
+    lines = list(report_page(replace(card, comparisons=(near,))))
+    assert "  KL mean at least 0.000005, p99 at least 0 nats" in lines
 
 
 def test_answers_are_printed_within_80_columns(run: Run, tmp_path: Path) -> None:

@@ -325,6 +325,10 @@ def test_a_tensor_that_was_all_zero_has_no_relative_error() -> None:
     assert {Sums(4, 0, 0, energy / 7, energy / 7).cosine for energy in range(1, 40)} == {1.0}
 
 
+def test_what_did_not_change_points_the_same_way() -> None:
+    assert {Sums(9, energy_a=energy, energy_b=energy).cosine for energy in (3.0, 7.0, 10.7, 45.1, 1e300)} == {1.0}
+
+
 PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
     "pack-quantized": lambda tensors, x: tensors.update(
         {f"{x}.weight_packed": torch.ones(32, 4, dtype=torch.int32), f"{x}.weight_scale": torch.ones(32, 1)}

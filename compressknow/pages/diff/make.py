@@ -204,7 +204,7 @@ def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
     a, b = names
     if not there.known_before and not back.known_before:
         return f"Neither model knows any of the {count(there.n)} facts."
-    return f"{b} knows {_count_kept(there)} that {a} knows, {a} knows {_count_kept(back)} that {b} knows."
+    return f"{b} knows {_count_kept(there)} that {a} knows, and {a} knows {_count_kept(back)} that {b} knows."
 
 
 def _count_kept(counts: Counts) -> str:
