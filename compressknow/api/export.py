@@ -172,7 +172,7 @@ def export(
 def _read_target(options: Mapping[str, Any]) -> Target | None:
     """Return how large the file is to be; None where types are given instead."""
     if options["size"] is None and options["bits"] is None:
-        for name in ("guide", "facts", "must", "rounding"):
+        for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:
                 raise UnusedOptions(
                     f"--{name} goes with --size or --bits: without them types are given, not chosen.", names=[name]

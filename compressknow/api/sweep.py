@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import SeededWords, build_records, verb
-from compressknow.base.errors import UsageError
+from compressknow.base.errors import UnusedOptions
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.engine.language_model import CPU
@@ -96,7 +96,11 @@ def sweep(
     """
     options, settings = build_records(words, options, settings)
     if not isinstance(ray, str) and (num_cpus, num_gpus) != (1, 0):
-        raise UsageError("--num-cpus and --num-gpus are for tasks on a Ray cluster.", hint="Add --ray ADDRESS.")
+        raise UnusedOptions(
+            "--num-cpus and --num-gpus are for tasks on a Ray cluster.",
+            hint="Add --ray ADDRESS.",
+            names=("num_cpus", "num_gpus"),
+        )
     cluster = RayOptions(ray, num_cpus, num_gpus) if isinstance(ray, str) else ray
     require("matplotlib", "pyarrow", "scipy", *(["ray"] if cluster else []))
     check_known(known)

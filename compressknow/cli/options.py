@@ -7,6 +7,7 @@ comes before the file; in the file, the table of a command before what stands ab
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -63,7 +64,13 @@ class Command(click.Command):
     """Command whose options are shown in groups, and with `--probe` the probes that there are."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words of the command line, and keep them."""
+        """Parse the words of the command line, and keep them. Raise UsageError for an empty one: taken for a folder, it
+        would be the working directory."""
+        empty = next((place for place, word in enumerate(args) if not word or re.fullmatch("--[a-z-]+=", word)), None)
+        if empty is not None and not ctx.resilient_parsing:
+            option = args[empty].removesuffix("=")
+            what = f"The value of {option}" if option else f"The word after {[ctx.info_name, *args][empty]}"
+            raise UsageError(f"{what} is empty.", hint="Is a variable of your script not set?")
         ctx.obj = list(args)
         return super().parse_args(ctx, args)
 

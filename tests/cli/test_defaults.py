@@ -151,14 +151,16 @@ def test_a_calibration_text_for_all_commands_is_for_those_that_calibrate(
     assert "There is nothing to calibrate" in capsys.readouterr().err
 
 
-def test_a_gate_for_all_commands_is_for_those_that_count_facts(
+def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (project / "compressknow.toml").write_text("fail-under = 0.9\nstrict = true\nlimit = 9\n")
+    (project / "compressknow.toml").write_text("fail-under = 0.9\nstrict = true\nlimit = 9\nnum-gpus = 1\n")
     model = save_tiny("bert", project / "model")
     assert main(["compare", str(model), str(model)]) == 0
     assert main(["compare", str(model), str(model), "--limit", "9"]) == 2
     assert "--limit needs a probe." in capsys.readouterr().err
+    assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
+    assert "none.toml: no such grid." in capsys.readouterr().err
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
@@ -258,6 +260,8 @@ def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
     (project / "compressknow.toml").write_text('data = "."\n')
     assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0"]) == 1
     assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
+    assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0", "--data", "."]) == 2
+    assert capsys.readouterr().err.startswith("Error: --data goes with --size or --bits")
 
 
 def test_a_recipe_comes_before_what_the_file_says_of_its_steps(

@@ -118,6 +118,9 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("there is no revision v1",)),
     "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
     "a sample of no facts": (("compare", "{place}/llama", "{place}/llama-5", "--limit", "9"), 2, ("needs a probe",)),
+    "a model of no name": (("report", "", "{place}/llama-5"), 2, ("The word after report is empty.", "variable")),
+    "a folder of no name": ((*PROBE, *FACTS, "--data", ""), 2, ("The word after --data is empty.",)),
+    "a share of no number": ((*REPORT, "--fail-under="), 2, ("The value of --fail-under is empty.",)),
     "no compressed model": (("report", "{place}/on-llama"), 2, ("Missing argument 'COMPRESSED...'",)),
     "an early gate of several models": (
         (*REPORT, "{place}/on-llama-8", "--fail-under", "0.9", "--early"),
