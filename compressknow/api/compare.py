@@ -116,7 +116,7 @@ def compare(
         folder = Path(answers) if answers else find_answers_folder()
         both = evaluate_both(first, second, opened, folder, listener)
         check_names(both.a.answers, gated)
-        behaviour = make_behaviour(both, show_facts=not no_facts, known=known)
+        behaviour = make_behaviour(both, show_facts=not no_facts, known=known, gates=gates, strict=strict)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(
@@ -130,5 +130,5 @@ def compare(
     )
     write_comparisons(comparison, files, overwrite=overwrite)
     if comparison.behaviour:
-        hold_to_gates(comparison, comparison.behaviour.b_against_a, gates, strict=strict)
+        hold_to_gates(comparison, comparison.behaviour.b_against_a)
     return comparison

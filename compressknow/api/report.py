@@ -132,8 +132,8 @@ def report(
         strict=strict,
         within=most,
     )
-    write_reports(card, files, overwrite=overwrite, gates=gates, strict=strict)
+    write_reports(card, files, overwrite=overwrite)
     if into_model_card:
         write_into_model_cards(card, models)
-    hold_to_gates(card, card, gates, strict=strict)
+    hold_to_gates(card, card)
     return card

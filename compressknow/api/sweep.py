@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import SeededWords, build_records, verb
-from compressknow.base.errors import UnusedOptions
+from compressknow.base.errors import UnusedOptions, UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
 from compressknow.engine.language_model import CPU

@@ -127,6 +127,43 @@ class Comparison(Shown):
         return Summary(f"Comparison: what {clean(self.model.name, 60)} kept", self.verdict, columns, rows)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
+
+    >>> Gate(0.9).in_words, Gate(0.85, "science").in_words
+    ('at least 90 %', 'at least 85 % of science')
+    """
+
+    least: float
+    of: str | None = None
+
+    @property
+    def in_words(self) -> str:
+        return f"at least {100 * self.least:g} %{f' of {self.of}' if self.of else ''}"
+
+    def measure_kept(self, comparison: Comparison) -> tuple[Counts, Estimate]:
+        """Return the counts of the facts that it is of, and knowledge kept of them with its interval."""
+        if self.of is None:
+            return comparison.counts, comparison.kept
+        for grade in comparison.grades:
+            if grade.subject == self.of:
+                return grade.counts, grade.kept
+        relations = (group for probe in comparison.probes for group in probe.by_relation)
+        clusters = [group.counts for group in relations if group.name == self.of]
+        return sum(clusters, Counts()), estimate_kept(clusters)
+
+    def is_met(self, comparison: Comparison, *, strict: bool = False) -> bool | None:
+        """Return whether a model meets it; None where a strict one is neither met nor missed."""
+        if comparison.early is not None:
+            return comparison.early.met
+        counts, interval = self.measure_kept(comparison)
+        if counts.kept is None or not strict:
+            return counts.kept is not None and counts.kept >= self.least
+        low, high = interval.low or 0.0, interval.high or 0.0
+        return None if low < self.least <= high else low >= self.least
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Choice of one of several models."""
@@ -154,6 +191,8 @@ class Card(Tabular):
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
     decision: Decision | None = None  # of several compressed models
+    gates: tuple[Gate, ...] = ()
+    strict: bool = False  # intervals are held to the gates, not shares alone
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
@@ -166,6 +205,13 @@ class Card(Tabular):
             "verdict": self.verdict,
             "known": self.known,
             "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
+            "gates": [
+                {
+                    **{"of": gate.of, "least": gate.least, "strict": self.strict},
+                    "met": [gate.is_met(each, strict=self.strict) for each in self.comparisons],
+                }
+                for gate in self.gates
+            ],
             "original": _dump_run_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
             "warnings": list(self.warnings),

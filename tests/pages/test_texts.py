@@ -254,4 +254,4 @@ def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
     with pytest.raises(UsageError, match="holds models to facts"):
-        hold_to_gates(card, card, parse_gates(0.9))
+        hold_to_gates(card, replace(card, gates=parse_gates(0.9)))

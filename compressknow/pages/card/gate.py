@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import answer, clean, count, share, write_percent, write_size
-from compressknow.comparison.intervals import estimate_kept
 from compressknow.comparison.paired import find_smallest, rank_models
-from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import find_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
-from compressknow.pages.parts import write_prompt
+from compressknow.pages.parts import Table, write_prompt
 from compressknow.pages.records import (
     Card,
     Comparison,
     Decision,
+    Gate,
     label_models,
     name_models,
     write_estimate,
@@ -31,22 +29,6 @@ from compressknow.pages.records import (
 SUMMARY = "summary.md"
 _FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
 _RESULTS = {True: "met", False: "not met", None: "undecided"}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
-
-    >>> Gate(0.9).in_words, Gate(0.85, "science").in_words
-    ('at least 90 %', 'at least 85 % of science')
-    """
-
-    least: float
-    of: str | None = None
-
-    @property
-    def in_words(self) -> str:
-        return f"at least {100 * self.least:g} %{f' of {self.of}' if self.of else ''}"
 
 
 def parse_gates(values: float | str | Sequence[float | str] | None) -> tuple[Gate, ...]:
@@ -98,15 +80,15 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
         )
 
 
-def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: bool = False) -> None:
-    """Hold every compressed model to each gate; errors bear the `result` that the caller has made.
+def hold_to_gates(result: object, card: Card) -> None:
+    """Hold every compressed model to each gate of a card; errors bear the `result` that the caller has made.
 
-    Where `strict`, a model whose interval reaches to both sides of a gate has neither met nor missed it.
+    Where it is strict, a model whose interval reaches to both sides of a gate has neither met nor missed it.
 
     Raises GateNotMet where a model keeps less, or where the original knew nothing that could be kept; GateUndecided
     where that cannot be told of one and all others meet it; UsageError where no facts were evaluated.
     """
-    if not gates:
+    if not card.gates:
         return
     if any(comparison.only_texts for comparison in card.comparisons):
         raise UsageError(
@@ -114,15 +96,15 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
         )
     labels = label_models(card.comparisons)
     judged = [
-        (label, comparison, gate, is_met(comparison, gate, strict=strict))
+        (label, comparison, gate, gate.is_met(comparison, strict=card.strict))
         for label, comparison in zip(labels, card.comparisons, strict=True)
-        for gate in gates
+        for gate in card.gates
     ]
     unmet: GateNotMet | GateUndecided
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
-        is_known = any(measure_kept(c, gate)[0].known_before for _, c, gate in failed)
+        is_known = any(gate.measure_kept(c)[0].known_before for _, c, gate in failed)
         unmet = GateNotMet(
-            f"Less than {_describe_share(gate for *_, gate in failed)} is kept: "
+            f"Less than {describe_share(gate for *_, gate in failed)} is kept: "
             f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
             hint="The report says which facts and domains were lost; compress less, or lower --fail-under."
             if is_known
@@ -131,7 +113,7 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
         unmet = GateUndecided(
-            f"It cannot be told yet whether {_describe_share(gate for *_, gate in unsure)} is kept: "
+            f"It cannot be told yet whether {describe_share(gate for *_, gate in unsure)} is kept: "
             f"{'; '.join(shortfalls)}.",
             hint=_advise_more_facts([(c, gate) for _, c, gate in unsure]),
         )
@@ -141,30 +123,8 @@ def hold_to_gates(result: object, card: Card, gates: Sequence[Gate], *, strict: 
     raise unmet
 
 
-def measure_kept(comparison: Comparison, gate: Gate) -> tuple[Counts, Estimate]:
-    """Return the counts of the facts that a gate is of, and knowledge kept of them with its interval."""
-    if gate.of is None:
-        return comparison.counts, comparison.kept
-    for grade in comparison.grades:
-        if grade.subject == gate.of:
-            return grade.counts, grade.kept
-    clusters = [group.counts for probe in comparison.probes for group in probe.by_relation if group.name == gate.of]
-    return sum(clusters, Counts()), estimate_kept(clusters)
-
-
-def is_met(comparison: Comparison, gate: Gate, *, strict: bool = False) -> bool | None:
-    """Return whether a gate is met; None where a strict one is neither met nor missed."""
-    if comparison.early is not None:
-        return comparison.early.met
-    counts, interval = measure_kept(comparison, gate)
-    if counts.kept is None or not strict:
-        return counts.kept is not None and counts.kept >= gate.least
-    low, high = interval.low or 0.0, interval.high or 0.0
-    return None if low < gate.least <= high else low >= gate.least
-
-
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
-    _, kept = measure_kept(comparison, gate)
+    _, kept = gate.measure_kept(comparison)
     return write_range(kept.low or 0.0, kept.high or 0.0, partial(_write_beside, gate))
 
 
@@ -175,7 +135,7 @@ def _write_beside(gate: Gate, value: float) -> str:
     return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
 
-def _describe_share(gates: Iterable[Gate]) -> str:
+def describe_share(gates: Iterable[Gate]) -> str:
     """Return ``95 % of the knowledge``, of one gate; of several, no number."""
     several = list(dict.fromkeys(gates))
     if len(several) > 1:
@@ -194,7 +154,7 @@ def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
 
 
 def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
-    counts, _ = measure_kept(comparison, gate)
+    counts, _ = gate.measure_kept(comparison)
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
         return f"{label}, where the original knew none of {count(counts.n)} facts{of}"
@@ -202,15 +162,15 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
 
 
-def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
-    """Return gates as test cases, a suite per model; one that is not met fails, and so does an ``undecided`` one."""
+def render_junit(card: Card) -> str:
+    """Return a card's gates as test cases, a suite per model; one that is not met fails, and so does an undecided one."""
     suites = Element("testsuites", name="compressknow")
     for name, comparison in zip(name_models(card), card.comparisons, strict=True):
-        suite = SubElement(suites, "testsuite", name=name, tests=str(len(gates)))
+        suite = SubElement(suites, "testsuite", name=name, tests=str(len(card.gates)))
         failures = 0
-        for gate in gates:
+        for gate in card.gates:
             case = SubElement(suite, "testcase", classname=f"compressknow.{name}", name=f"keeps {gate.in_words}")
-            met = is_met(comparison, gate, strict=strict)
+            met = gate.is_met(comparison, strict=card.strict)
             if not met:
                 failures += 1
                 kind = "GateNotMet" if met is False else "GateUndecided"
@@ -221,18 +181,12 @@ def render_junit(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
     return f"<?xml version='1.0' encoding='utf-8'?>\n{tostring(suites, encoding='unicode')}\n"
 
 
-def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> str:
-    """Return as Markdown the gates, then which of several models to take, or one's domains and first losses."""
+def render_job_summary(card: Card) -> str:
+    """Return as Markdown a card's gates, then which of several models to take, or one's domains and first losses."""
     results = [
-        (
-            name,
-            write_size(each.model.bytes),
-            gate.in_words,
-            _write_kept(each, gate),
-            _RESULTS[is_met(each, gate, strict=strict)],
-        )
+        (name, write_size(each.model.bytes), *cells)
         for name, each in zip(name_models(card), card.comparisons, strict=True)
-        for gate in gates
+        for cells in list_results(card, each)
     ]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
@@ -247,8 +201,22 @@ def render_job_summary(card: Card, gates: Sequence[Gate], *, strict: bool) -> st
     return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
 
 
+def list_results(card: Card, comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Return each gate of a card in words, what a model keeps of its facts, and whether the gate is met."""
+    return [
+        (gate.in_words, _write_kept(comparison, gate), _RESULTS[gate.is_met(comparison, strict=card.strict)])
+        for gate in card.gates
+    ]
+
+
+def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
+    """Yield a table of a card's gates, if it has any."""
+    if rows := tuple(tuple(clean(cell, 200) for cell in cells) for cells in list_results(card, comparison)):
+        yield Table("Gates", ("Gate", "Kept (95 % interval)", "Result"), rows, prose=True)
+
+
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
-    counts, kept = measure_kept(comparison, gate)
+    counts, kept = gate.measure_kept(comparison)
     return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept, partial(_write_beside, gate))}"
 
 
@@ -294,7 +262,7 @@ def decide(
     if gates:
         # What keeps as much may miss a strict gate by its interval.
         floor, sure = join_names([gate.in_words for gate in gates]), "surely " if strict else ""
-        enough = [i for i in fitting if all(is_met(comparisons[i], gate, strict=strict) for gate in gates)]
+        enough = [i for i in fitting if all(gate.is_met(comparisons[i], strict=strict) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
         if not enough:
             most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"

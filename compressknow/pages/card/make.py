@@ -18,19 +18,20 @@ from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordin
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
 from compressknow.evaluate.sources import find_source
 from compressknow.pages.card import warnings
-from compressknow.pages.card.gate import Gate, decide
+from compressknow.pages.card.gate import decide, describe_share
 from compressknow.pages.card.sections import add_sections, list_explained, list_failures
 from compressknow.pages.card.verdict import (
     ENOUGH,
     LOWEST,
     SCALE,
+    advise_less,
     describe_early,
     grade_domains,
     write_advice,
     write_joint_verdict,
     write_verdict,
 )
-from compressknow.pages.records import Card, Comparison, Decision, label_models
+from compressknow.pages.records import Card, Comparison, Decision, Gate, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
@@ -71,8 +72,8 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
-    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The gate
-        of all facts is what the advice on each goes by.
+    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The advice
+        on each goes by the gates, too.
 
     Raises
     ------
@@ -85,10 +86,9 @@ def make_card(
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)
     model = read_model_facts(original.record.model)
-    least = next((gate.least for gate in gates if gate.of is None), ENOUGH)
     comparisons = []
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
-        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, least=least)
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
         # The figures of each wording are of answers that are not put together yet.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
@@ -122,6 +122,8 @@ def make_card(
         method=describe_method(original, comparisons, tuple(dict.fromkeys(of_sections))),
         known=known,
         decision=decision,
+        gates=tuple(gates),
+        strict=strict,
     )
 
 
@@ -163,10 +165,10 @@ def compare(
     show_facts: bool = True,
     early: EarlyStop | None = None,
     path: str | None = None,
-    least: float = ENOUGH,
+    gates: Sequence[Gate] = (),
 ) -> Comparison:
-    """Return all figures of one compressed model, with advice that goes by whether it keeps `least`. Raises
-    CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model, with advice that goes by `gates`. Raises CompressknowError where the
+    two cannot be compared."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
@@ -207,7 +209,15 @@ def compare(
     )
     is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
     source = path if warnings.is_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else write_advice(compared, source, least))
+    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates))
+
+
+def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
+    """Return what to do next: of a domain or relation it is enough that a gate is missed."""
+    missed = [gate for gate in gates if gate.of and gate.is_met(comparison) is False]
+    if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
+        return advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
+    return write_advice(comparison, path, next((gate.least for gate in gates if gate.of is None), ENOUGH))
 
 
 def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

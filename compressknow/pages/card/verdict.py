@@ -253,7 +253,7 @@ def write_advice(comparison: Comparison, path: str | None = None, least: float =
         return f"Next: deploy it, if {wanted} is enough: the interval lies above."
     elif high >= gate:
         return _advise_more_facts(comparison, gate)
-    return _advise_less(comparison, f"less than {wanted} is kept", path)
+    return advise_less(comparison, f"less than {wanted} is kept", path)
 
 
 def estimate_facts_needed(comparison: Comparison, gate: float) -> int | None:
@@ -296,7 +296,7 @@ def _advise_limit(comparison: Comparison, needed: int) -> str:
     return f" ({more})" if enough else f" ({more}, and with more probes)"
 
 
-def _advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
+def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     model = comparison.model
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None

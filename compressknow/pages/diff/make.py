@@ -18,7 +18,7 @@ from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordin
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
-from compressknow.pages.records import Card
+from compressknow.pages.records import Card, Gate
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
 
@@ -214,10 +214,18 @@ def _count_kept(counts: Counts) -> str:
     return f"{count(counts.both)} of the {count(known)} facts ({write_percent(counts.both, known)})"
 
 
-def make_behaviour(answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED) -> Behaviour:
-    """Make the statistics in both directions; parameters and errors are those of `make_card`."""
+def make_behaviour(
+    answers: PairedAnswers,
+    *,
+    show_facts: bool,
+    known: str = RECOGNIZED,
+    gates: Sequence[Gate] = (),
+    strict: bool = False,
+) -> Behaviour:
+    """Make the statistics in both directions; `gates` are of B against A. Parameters and errors are those of
+    `make_card`."""
     answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
-    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts)
+    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts, gates=gates, strict=strict)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
         b_against_a=there,

@@ -29,6 +29,7 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.records import ModelRecord
 from compressknow.model.manifest import describe_text
 from compressknow.model.structure import GROUPS, NOT_LINEAR
+from compressknow.pages.card.gate import tabulate_results
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
@@ -139,7 +140,9 @@ def _describe_checkpoint(side: ModelRecord) -> tuple[Entry, ...]:
 
 def _show_behaviour(behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool) -> Iterator[Shown]:
     probes = pair_probes(behaviour)
-    yield Shown("compare-knowledge", "Knowledge", tuple(_show_knowledge(probes)))
+    there = behaviour.b_against_a
+    gates = tabulate_results(there, there.comparisons[0])
+    yield Shown("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
     texts = draw_charts(_show_texts(behaviour), "compare-text", charts)
     yield Shown("compare-text", "Running text", tuple(texts))
     if probes:

@@ -21,13 +21,18 @@ from compressknow.pages.card.gate import (
     render_junit,
 )
 from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
 from tests.pages.answering import answers, entry, model, run, sides
 from tests.pages.card.test_make import card_of
 
 
+def gated(card: Card, *given: Any, strict: bool = False) -> Card:
+    return replace(card, gates=parse_gates(given), strict=strict)
+
+
 def held(card: Card, *given: Any, strict: bool = False) -> None:
-    hold_to_gates(card, card, parse_gates(given), strict=strict)
+    hold_to_gates(card, gated(card, *given, strict=strict))
 
 
 class TestGate:
@@ -71,9 +76,9 @@ class TestGate:
         card = card_of(964, 36)
         with pytest.raises(GateUndecided, match=r"interval 95\.06 to 97\.4 %"):
             held(card, 0.951, strict=True)
-        summary = render_job_summary(card, parse_gates(0.951), strict=True)
+        summary = render_job_summary(gated(card, 0.951, strict=True))
         assert "| 964 of 1,000, 96.4 % (95.06 to 97.4 %) | undecided |" in summary
-        assert "(95.1 to 97.4 %) | met |" in render_job_summary(card, parse_gates(0.95), strict=True)
+        assert "(95.1 to 97.4 %) | met |" in render_job_summary(gated(card, 0.95, strict=True))
 
     def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
         before, after = sides(950, 50)
@@ -139,11 +144,38 @@ def of_science(both: int, lost: int) -> tuple[list[Any], ...]:
     return tuple([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in rows)
 
 
+class TestOnPages:
+    def test_a_page_says_whether_each_gate_is_met(self) -> None:
+        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+        card = make_card(original, [compressed], gates=parse_gates([0.8, "science=0.85"]))
+        text = render_markdown(card)
+        assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
+        assert "| at least 85 % of science | 6 of 10, 60.0 % (31.3 to 83.2 %) | not met |" in text
+        assert "<td>not met</td>" in render_html(card)
+        assert "Gates" not in render_markdown(make_card(original, [compressed]))
+        assert card.to_dict()["gates"] == [
+            {"of": None, "least": 0.8, "strict": False, "met": [True]},
+            {"of": "science", "least": 0.85, "strict": False, "met": [False]},
+        ]
+
+    def test_of_several_models_each_has_a_column(self) -> None:
+        text = render_markdown(several(195, 170, sizes=(2, 1), gates=parse_gates(0.9)))
+        header, _, _, *rows = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
+        place = header.index("Keeps at least 90 %")
+        assert [row[place] for row in rows[:2]] == ["met", "not met"]
+
+    def test_who_misses_a_gate_of_a_domain_is_not_told_to_deploy(self) -> None:
+        original, compressed = run([[*a, *b] for a, b in zip(sides(995, 5), of_science(6, 4), strict=True)])
+        assert "deploy" in make_card(original, [compressed]).comparisons[0].next
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
+        assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
+
+
 class TestForMachines:
     def test_junit_has_a_case_a_gate(self) -> None:
         original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
-        gates = parse_gates([0.8, "science=0.65"])
-        suites = ElementTree.fromstring(render_junit(make_card(original, [compressed]), gates, strict=True).encode())
+        card = gated(make_card(original, [compressed]), 0.8, "science=0.65", strict=True)
+        suites = ElementTree.fromstring(render_junit(card).encode())
         (suite,) = suites
         assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("Overall_GQ", "2", "1")
         met, undecided = suite.findall("testcase")
@@ -156,20 +188,20 @@ class TestForMachines:
     def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
         original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
         card = replace(make_card(original, [compressed]), versions={"compressknow": "<b>[x](http://y)|"})
-        summary = render_job_summary(card, parse_gates(0.9), strict=False)
+        summary = render_job_summary(gated(card, 0.9))
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
         assert "| 18,999 of 20,000, 94.99 % (94.7 to 95.3 %) | not met |" in render_job_summary(
-            card_of(18_999, 1001), parse_gates(0.95), strict=False
+            gated(card_of(18_999, 1001), 0.95)
         )
-        assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(card_of(1900, 100), parse_gates(0.9), strict=False)
+        assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(gated(card_of(1900, 100), 0.9))
         assert "<b>" not in summary
         assert "[x](http" not in summary
         silent = make_card(
             original, [replace(compressed, answers=tuple(replace(a, predicted="") for a in compressed.answers))]
         )
-        assert "(Paris, now (nothing))" in render_job_summary(silent, (), strict=False)
-        hidden = render_job_summary(make_card(original, [compressed], show_facts=False), (), strict=False)
+        assert "(Paris, now (nothing))" in render_job_summary(silent)
+        hidden = render_job_summary(make_card(original, [compressed], show_facts=False))
         assert "Forgotten" not in hidden
 
 
