@@ -546,7 +546,7 @@ class TestMethodThatLooksAtActivations:
         ("wrong", "message"),
         [
             (("return mask", "return 1 / 0, mask"), "ZeroDivisionError"),
-            (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "loud gives [1, "),
+            (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "it gives [1, "),
             (("amount * weight.numel()", "amount * weight.numel() / 2"), "where it said"),
         ],
     )
@@ -555,9 +555,9 @@ class TestMethodThatLooksAtActivations:
     ) -> None:
         install(METHODS, "loud", LOOKING.replace(*wrong), "Loud")
         assert main(["convert", "model", "pruned", *self.OPTIONS]) == 1
-        shown = capsys.readouterr().err
+        shown = " ".join(capsys.readouterr().err.split())
         assert message in shown
-        assert "loud" in shown
+        assert "'loud' that toy_loud adds failed" in shown
         assert "Traceback" not in shown
         assert not Path("pruned").exists()
 
@@ -690,7 +690,7 @@ class TestPruningMethod:
         assert change[0] in code
         install(METHODS, "l1-spans", code.replace(*change), "Spans")
         options = ["--prune", "0.5", "--prune-method", "l1-spans"]
-        assert refused(["convert", "model", "out", *options], capsys, says)
+        assert "toy_l1_spans" in refused(["convert", "model", "out", *options], capsys, says)
 
     def test_one_that_cannot_be_used_does_not_keep_others_from_working(
         self,
@@ -859,8 +859,8 @@ class TestScheme:
         ("change", "says"),
         [
             (("torch.finfo", "torch.info"), "AttributeError"),
-            (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "does not store what it says of model.layers"),
-            (("return (absmax", "return 0 * (absmax"), "scales that are zero or no numbers"),
+            (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
+            (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it gives scales that"),
             (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),

@@ -118,9 +118,14 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:
+    from compressknow.study.grid import slugify
+
     # The setup leaves out a scheme of 8 bits, of which a grid may have several.
     unnamed = step if (step := result.cell.quantize) and not step.is_named else None
     name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 200)
+    if (key := result.cell.key) != slugify(name):
+        # The name that the grid gives it, or what tells cells of one setup apart: a seed, a text.
+        name += f" [{key}]"
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
         yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")

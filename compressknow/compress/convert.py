@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
@@ -19,7 +19,7 @@ from compressknow.compress.output import Memory, NewFolder, RenderCard
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
-from compressknow.compress.pruning import Mask, Patterned
+from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
@@ -185,7 +185,8 @@ def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
     for step, tensors in plan.list_prune_steps():
         _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
         if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:
-            raise CompressknowError(f"{step.method} prunes {pruned:,} weights where it said {expected:,}.")
+            with METHODS.explain_failures(step.method):
+                raise ValueError(f"it prunes {pruned:,} weights where it said {expected:,}")
 
 
 def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> int:

@@ -220,19 +220,18 @@ class _Coder:
         """Return what is stored beside the rows, by suffix; called once, after the last block."""
         with SCHEMES.explain_failures(self._scheme.name):
             made = dict(self._scheme.constants(self._planned.source.shape))
-        made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
-        if not bool((scales > 0).all() & torch.isfinite(scales).all()):
-            raise CompressknowError(f"The scheme {self._scheme.name!r} gives scales that are zero or no numbers.")
+            made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
+            if not bool((scales > 0).all() & torch.isfinite(scales).all()):
+                raise ValueError("it gives scales that are zero or no numbers")
         return {part.suffix: self._check(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
 
     def _check(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
         """Return what was made. Raises CompressknowError where it would not fit its place in the file."""
         dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
         if made.dtype != dtype or tuple(made.shape) != shape:
-            raise CompressknowError(
-                f"The scheme {self._scheme.name!r} does not store what it says of {self._planned.name}.",
-                why=f"It makes {list(made.shape)} of {made.dtype} where it says {list(shape)} of {dtype}.",
-            )
+            stored = f"it stores {list(made.shape)} of {made.dtype} for {self._planned.name}"
+            with SCHEMES.explain_failures(self._scheme.name):
+                raise ValueError(f"{stored} where it says {list(shape)} of {dtype}")
         return made
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.packages import Registry
 from compressknow.compress.parameters import is_of, make_fields_plain, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
@@ -447,7 +447,7 @@ def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> lis
     with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
-            raise CompressknowError(f"{step.method} gives {len(masks)} masks for {len(weights)} tensors.")
+            raise ValueError(f"it gives {len(masks)} masks for {len(weights)} tensors")
     return list(masks)
 
 
@@ -464,7 +464,5 @@ def prune_matrix(
         mask, values = method.prune(weight, inputs, step.amount)
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
-            raise CompressknowError(
-                f"{step.method} gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}."
-            )
+            raise ValueError(f"it gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}")
     return mask, values

@@ -387,7 +387,7 @@ def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ..
     for name, recipe in recipes:
         if recipe in cells:
             continue
-        key = _slugify(name) if name else name_recipe(recipe)
+        key = slugify(name) if name else name_recipe(recipe)
         numbered = (f"{key}-{number}" for number in count(2))
         unique = next(each for each in chain([key], numbered) if each not in taken)
         cells[recipe] = Cell(unique, recipe)
@@ -402,11 +402,11 @@ def name_recipe(recipe: Recipe) -> str:
     'att-gpq-20-int8'
     """
     schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]
-    parts = [_slugify(recipe.setup), *dict.fromkeys(schemes)]
+    parts = [slugify(recipe.setup), *dict.fromkeys(schemes)]
     usual = Calibration()
     calibration = recipe.calibration or usual
     if calibration.text != usual.text:
-        parts.append(_slugify(Path(calibration.text).name))
+        parts.append(slugify(Path(calibration.text).name))
     if calibration.tokens != usual.tokens:
         parts.append(f"{calibration.tokens}-tokens")
     if calibration.seed != usual.seed:
@@ -414,6 +414,11 @@ def name_recipe(recipe: Recipe) -> str:
     return "-".join(parts)
 
 
-def _slugify(text: str) -> str:
+def slugify(text: str) -> str:
+    """Return a text as a part of a folder's name.
+
+    >>> slugify("Att_GPQ 20% (int8)")
+    'att-gpq-20-int8'
+    """
     # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:240] or "cell"

@@ -277,7 +277,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     recipe = [rows["att-wanda-30-short.txt"][name] for name in ("scope", "method", "amount", "calibration")]
     assert recipe == ["attention", "wanda", "0.3", str(text)]
     out = " ".join(capsys.readouterr().out.split())
-    assert "Att wanda 30%: failed" in out
+    assert "Att wanda 30% [att-wanda-30-short.txt]: failed" in out
     assert "1 of 2 cells failed" in out
     # The next run tries it again, and it alone.
     answered = {path: path.stat().st_mtime_ns for path in (llama.folder / "failing").rglob("answers.parquet")}
@@ -289,11 +289,14 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
 
 def test_a_long_setup_is_printed_whole_on_a_line_of_its_own(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     grid = '[axes]\nscope = ["attention"]\nprune = [0.3]\nper_layer = [true]\nquantize = ["int8", "fp8"]\n'
+    grid += '[[cells]]\nname = "Late layers"\nlayers = "1"\nprune = 0.3\n'
     assert llama.sweep("long", grid=grid) == 0
     lines = capsys.readouterr().out.splitlines()
     for scheme in ("int8", "fp8"):
         place = lines.index(f"Att L1-unstructured per layer 30% + Att_GQ ({scheme})")
         assert re.fullmatch(r" {34}\d.* % \(.*\) +\d.* % +\d.* kB", lines[place + 1])
+    # So that it can be told from others, with the name that the grid gives it.
+    assert "Blocks[layers 1]_GP 30% [late-layers]" in lines
 
 
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
@@ -479,7 +482,7 @@ def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fai
     }
     assert "can be smoothed" in rows["att-gq-smooth-0.5-int8-512-tokens"]["error"]
     printed = capsys.readouterr().out
-    assert "Att_GQ smooth 0.5 (int8): refused" in " ".join(printed.split())
+    assert "Att_GQ smooth 0.5 (int8) [att-gq-smooth-0.5-int8-512-tokens]: refused" in " ".join(printed.split())
     # Of one cell there is nothing to conclude.
     assert "\n\nWritten: " in printed
     assert "\n\n\n" not in printed
