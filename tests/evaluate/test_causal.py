@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers as hf
 
-from compressknow.base.errors import CheckpointError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import Fact
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, SEVERAL_TOKENS, Query
+from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, NO_BEGINNING, SEVERAL_TOKENS, Query
 from tests.evaluate.references import (
     CLOSE,
     answers_to,
@@ -191,5 +190,7 @@ def test_a_text_that_begins_with_the_blank_begins_with_the_end_of_another_where_
     answers = answers_to(model, tokenizer, "causal", as_probe([fact]))
     check_choices(answers, [fact], lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
     tokenizer.eos_token = None
-    with pytest.raises(CheckpointError, match="begins with the blank"):
-        answers_to(model, tokenizer, "causal", as_probe([fact]))
+    others = word_facts()[:-1]
+    prompts = make_prompts(make_scorer(model, tokenizer, "causal", as_probe([*others, fact])))
+    assert prompts.dropped == {NO_BEGINNING: 1}
+    assert prompts.total == len(others)

@@ -267,11 +267,16 @@ def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> lis
 
     >>> _find_spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
+    >>> _find_spans("é.", ["bytes:\\xc3", "bytes:\\xa9", "."], [0, 0, 1])
+    [(0, 1), (0, 1), (1, 2)]
     """
     begins = [offset - offsets[0] for offset in offsets]
     ahead = begins[1] if len(begins) > 1 and not text.startswith(tokens[0]) else 0
     starts = [begin - ahead for begin in begins]
-    return [(start, start + len(token)) for start, token in zip(starts, tokens, strict=True)]
+    # Where the next letter begins: servers write out the bytes of a part of one.
+    ends = [start + len(token) for start, token in zip(starts, tokens, strict=True)]
+    later = [next((other for other in starts[place:] if other > start), None) for place, start in enumerate(starts)]
+    return [(start, end if other is None else other) for start, end, other in zip(starts, ends, later, strict=True)]
 
 
 def _mend(text: str) -> str:

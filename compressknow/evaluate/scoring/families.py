@@ -14,7 +14,7 @@ from compressknow.engine.language_model import count_embedding_rows, find_decode
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
-from compressknow.evaluate.scoring.scorer import ROWS, Ids, Query, Scorer
+from compressknow.evaluate.scoring.scorer import NO_BEGINNING, ROWS, Ids, Query, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -192,8 +192,11 @@ class CausalScorer(DecodingScorer):
 
     family = "causal"
 
+    def find_obstacle(self, fact: Fact) -> str | None:
+        return super().find_obstacle(fact) or (NO_BEGINNING if not fact.before and self._start is None else None)
+
     def encode_prompt(self, fact: Fact) -> Ids:
-        if not fact.before:
+        if not fact.before and self._start is not None:
             return (self._start,)
         ids = self.encoder.ids(fact.before, True)
         # Some tokenizers close each text.
@@ -224,15 +227,10 @@ class CausalScorer(DecodingScorer):
         return can_cut_logits(self.model)
 
     @property
-    def _start(self) -> int:
-        start = self.tokenizer.bos_token_id
-        start = self.tokenizer.eos_token_id if start is None else start
-        if start is None:
-            raise CheckpointError(
-                "A prompt begins with the blank, and the tokenizer has no token to begin a text with.",
-                hint="Choose another template, with the object last.",
-            )
-        return int(start)
+    def _start(self) -> int | None:
+        start: int | None = self.tokenizer.bos_token_id
+        end: int | None = self.tokenizer.eos_token_id
+        return end if start is None else start
 
 
 class Seq2SeqScorer(DecodingScorer):

@@ -52,6 +52,7 @@ NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for t
 NO_TOKENS = "an answer has no tokens in this model's vocabulary"
 SAME_TOKENS = "the object and another candidate are the same tokens for this model"
 TOO_LONG = "the prompt is longer than this model reads"
+NO_BEGINNING = "the blank begins the prompt, and this model has no token to begin a text with"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
