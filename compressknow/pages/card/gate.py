@@ -163,7 +163,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
 
 
 def render_junit(card: Card) -> str:
-    """Return a card's gates as test cases, a suite per model; one that is not met fails, and so does an undecided one."""
+    """Return gates as test cases, a suite per model; one that is not met fails, and so does an ``undecided`` one."""
     suites = Element("testsuites", name="compressknow")
     for name, comparison in zip(name_models(card), card.comparisons, strict=True):
         suite = SubElement(suites, "testsuite", name=name, tests=str(len(card.gates)))
