@@ -278,7 +278,7 @@ class GradientPass(ForwardPass):
             for (*_, shape), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
                 each.append((torch.zeros(shape) if gradient is None else gradient).to(GRADIENTS))
         # Several weights read the same inputs.
-        kept = {id(inputs): inputs.to(GRADIENTS) for _, inputs, *_ in watch.seen}
+        kept = {id(inputs): inputs.detach().to(GRADIENTS) for _, inputs, *_ in watch.seen}
         for (name, inputs, *_), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
@@ -362,5 +362,5 @@ class _GradientWatch(TorchFunctionMode):
             inputs, weight = (args[place] for place in places)
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
-                self.seen.append((name, inputs.detach(), get_gradient_edge(output), output.shape))
+                self.seen.append((name, inputs, get_gradient_edge(output), output.shape))
         return output
