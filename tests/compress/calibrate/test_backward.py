@@ -14,6 +14,7 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
+from compressknow.study.measuring import SchemeRoundings, measure
 from tests.compress.test_zoo_converts import built
 from tests.models import save_tiny
 from tests.zoo import inputs_of
@@ -78,3 +79,14 @@ def test_layers_that_read_the_same_tensor_keep_it_once(tmp_path: Path) -> None:
         compute_gradients(streamed, weights, [batch], visit)
     assert len(kept) == 3
     assert len(set(kept.values())) == 1
+
+
+def test_a_matrix_that_is_multiplied_in_parts_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
+    model, _ = built("DeepseekV4ForCausalLM")
+    model.save_pretrained(tmp_path / "in")
+    ids = torch.arange(5, 29).reshape(2, 12)
+    texts = [Batch({"input_ids": ids}, 1, torch.arange(12).expand(2, -1), score)]
+    names = measure(*open_complete(tmp_path / "in"), SchemeRoundings(), None, texts).weights
+    assert any(name.endswith("o_b_proj.weight") for name in names)
+    assert not any(name.endswith("o_a_proj.weight") for name in names)
