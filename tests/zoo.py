@@ -123,6 +123,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"o_lora_rank": 16},
     # Its lists count attention and feed-forward apart.
     "dory": {
         "num_hidden_layers": 6,

@@ -278,7 +278,7 @@ class GradientPass(ForwardPass):
             for (*_, shape), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
                 each.append((torch.zeros(shape) if gradient is None else gradient).to(GRADIENTS))
         # Several weights read the same inputs.
-        kept = {id(inputs): inputs.to(GRADIENTS) for _, inputs, *_ in watch.seen}
+        kept = {id(inputs): inputs.detach().to(GRADIENTS) for _, inputs, *_ in watch.seen}
         for (name, inputs, *_), each in zip(watch.seen, gradients, strict=True):
             # Tokens that were flattened are split by row again.
             tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
@@ -354,7 +354,7 @@ def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor |
 class _GradientWatch(TorchFunctionMode):
     """Recorder of every product with one of these weights: its name, the inputs, the edge of the graph at the output,
     which stays what it is where the model overwrites that (Longformer's queries), and its shape; not with a part of
-    one, as experts are."""
+    one, as experts are, nor with several (DeepSeek V4)."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -367,6 +367,6 @@ class _GradientWatch(TorchFunctionMode):
         if (places := OPERANDS.get(func)) and len(args) > places[1]:
             inputs, weight = (args[place] for place in places)
             name = self._names.get(weight.untyped_storage().data_ptr())
-            if name is not None and weight.numel() == self._sizes[name] and output.requires_grad:
-                self.seen.append((name, inputs.detach(), get_gradient_edge(output), output.shape))
+            if name is not None and weight.numel() == self._sizes[name] and weight.dim() == 2 and output.requires_grad:
+                self.seen.append((name, inputs, get_gradient_edge(output), output.shape))
         return output

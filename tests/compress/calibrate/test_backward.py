@@ -14,7 +14,9 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
+from compressknow.study.measuring import SchemeRoundings, measure
 from tests.compress.test_zoo_converts import built
+from tests.models import save_tiny
 from tests.zoo import inputs_of
 
 # Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on.
@@ -60,3 +62,31 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
             continue
         # What blocks read, and the gradients, are kept in 16 bits.
         assert (found[weight.parameter] - expected).norm() < 0.05 * expected.norm(), weight.parameter
+
+
+def test_layers_that_read_the_same_tensor_keep_it_once(tmp_path: Path) -> None:
+    checkpoint, tree = open_complete(save_tiny("bert", tmp_path / "in"))
+    structure, ids = read_structure(tree), torch.arange(5, 17)[None]
+    kept: dict[str, int] = {}
+
+    def visit(_: str, products: Mapping[str, Sequence[Product]]) -> None:
+        kept.update({name: own[0].inputs.data_ptr() for name, own in products.items() if "attention" in name})
+
+    with OpenFiles() as files:
+        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
+        weights = [weight for weight in structure.linears if ".layer.1.attention.self." in weight.module]
+        batch = Batch({"input_ids": ids}, 1, torch.arange(ids.shape[1])[None], score)
+        compute_gradients(streamed, weights, [batch], visit)
+    assert len(kept) == 3
+    assert len(set(kept.values())) == 1
+
+
+def test_a_matrix_that_is_multiplied_in_parts_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
+    model, _ = built("DeepseekV4ForCausalLM")
+    model.save_pretrained(tmp_path / "in")
+    ids = torch.arange(5, 29).reshape(2, 12)
+    texts = [Batch({"input_ids": ids}, 1, torch.arange(12).expand(2, -1), score)]
+    names = measure(*open_complete(tmp_path / "in"), SchemeRoundings(), None, texts).weights
+    assert any(name.endswith("o_b_proj.weight") for name in names)
+    assert not any(name.endswith("o_a_proj.weight") for name in names)
