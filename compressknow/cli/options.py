@@ -392,10 +392,20 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
 
 
 def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the options without those of `names` that the project's file gives, where a recipe says them instead."""
-    source = click.get_current_context().get_parameter_source
-    is_of_file = {name for name in names if source(name) == click.core.ParameterSource.DEFAULT_MAP}
-    return {name: value for name, value in options.items() if options["recipe"] is None or name not in is_of_file}
+    """Return the options without those of `names` that the project's file gives, where a recipe says them instead.
+
+    Raises UsageError where one of `names` is on the command line beside a recipe, even with the value that it has when
+    left out: the recipe may say another.
+    """
+    if options["recipe"] is None:
+        return dict(options)
+    from compressknow.compress.recipe import check_beside_recipe
+
+    source = {name: click.get_current_context().get_parameter_source(name) for name in names}
+    given = {name: where == click.core.ParameterSource.COMMANDLINE for name, where in source.items()}
+    check_beside_recipe(given, dict.fromkeys(names, False))
+    is_of_file = {name for name, where in source.items() if where == click.core.ParameterSource.DEFAULT_MAP}
+    return {name: value for name, value in options.items() if name not in is_of_file}
 
 
 def _list_options(command: click.Command) -> dict[str, click.Option]:
