@@ -331,5 +331,7 @@ def run_without_cache(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
     parameters = inspect.signature(type(model).forward).parameters
     # Many that take images hand it on, unnamed, to their language model. With a cache, a block that runs again would
     # read the keys of its first run too.
-    hands_on = "kwargs" in parameters and hasattr(model.config.get_text_config(), "use_cache")
-    return model(**inputs, **({"use_cache": False} if "use_cache" in parameters or hands_on else {}))
+    takes_cache = "use_cache" in parameters or (
+        "kwargs" in parameters and hasattr(model.config.get_text_config(decoder=True), "use_cache")
+    )
+    return model(**inputs, **({"use_cache": False} if takes_cache else {}))
