@@ -28,7 +28,7 @@ from compressknow.cli.options import (
 from compressknow.cli.terminal import WIDTH, Lines, format_duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import OPTIONS, check_beside_recipe, list_parameters
+from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
 from compressknow.compress.steps import SELF
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
@@ -122,11 +122,6 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     options = drop_beside_recipe(options, (*OPTIONS, *_PARAMETERS))
-    if options["recipe"]:
-        # An option that was given as it is when left out too: the recipe may say another value.
-        source = ctx.get_parameter_source
-        given = {name: source(name) == click.core.ParameterSource.COMMANDLINE for name in (*OPTIONS, *_PARAMETERS)}
-        check_beside_recipe(given, dict.fromkeys(given, False))
     # Those of other packages; the function has parameters for the rest.
     further = options.keys() - signature(run).parameters
     others = {name: options.pop(name) for name in _PARAMETERS if name in further}

@@ -78,7 +78,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
         raise UsageError(
             f"{write_size(budget)} is too small: the smallest file has {write_size(floor)}.",
             why=_explain_floor(table, overhead),
-            hint="Give more. What --must asks for counts too.",
+            hint=f"Give --size {floor} or more. What --must asks for counts too.",
         )
     tensors = list(table.values())
     chosen = _solve(tensors, budget - floor)

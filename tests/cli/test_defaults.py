@@ -280,3 +280,6 @@ def test_a_recipe_comes_before_what_the_file_says_of_its_steps(
     if is_installed("llama_cpp_py_sync"):
         assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types)]) == 1
         assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
+        # What is given as it is when left out is given, too.
+        assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types), "--type", "q8_0"]) == 2
+        assert capsys.readouterr().err.startswith("Error: --recipe cannot be combined with --type.\n")

@@ -41,9 +41,11 @@ def test_no_choice_within_the_budget_loses_less(table, spare, overhead):
 @settings(max_examples=100, deadline=None)
 @given(TABLES, st.integers(1, 3000))
 def test_a_budget_below_the_smallest_file_is_refused(table, missing):
-    smallest = min(nbytes for nbytes, _ in choices(table))
-    with pytest.raises(UsageError, match="the smallest file has"):
-        allocate(table, smallest + 7 - min(missing, smallest + 7), overhead=7)
+    """The size that the message says is enough."""
+    smallest = min(nbytes for nbytes, _ in choices(table)) + 7
+    with pytest.raises(UsageError, match=rf"the smallest file has (?s:.*)Give --size {smallest} or more\."):
+        allocate(table, smallest - min(missing, smallest), overhead=7)
+    assert allocate(table, smallest, overhead=7).nbytes == smallest
 
 
 def real(count, seed=0):
@@ -97,7 +99,7 @@ def test_an_error_says_what_makes_the_smallest_file():
     assert str(caught.value).splitlines() == [
         "5.0 MB is too small: the smallest file has 10.5 MB.",
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
-        "Give more. What --must asks for counts too.",
+        "Give --size 10500000 or more. What --must asks for counts too.",
     ]
     others = {f"t{place}": {"q2": Option(1000 * (9 - place), 1)} for place in range(9)}
     with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):

@@ -335,5 +335,10 @@ def intercept(
 
 def run_without_cache(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Return a model's output, without keys and values for tokens to come."""
-    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    parameters = inspect.signature(type(model).forward).parameters
+    # Many that take images hand it on, unnamed, to their language model. With a cache, a block that runs again would
+    # read the keys of its first run too.
+    takes_cache = "use_cache" in parameters or (
+        "kwargs" in parameters and hasattr(model.config.get_text_config(decoder=True), "use_cache")
+    )
     return model(**inputs, **({"use_cache": False} if takes_cache else {}))
