@@ -24,7 +24,7 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
-SCHEMA = 2
+SCHEMA = 3
 # The fewest facts that tell one weight from another.
 FEWEST = 30
 # Tokens of the text that guides, unless more are asked for.
