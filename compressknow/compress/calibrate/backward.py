@@ -28,7 +28,6 @@ from compressknow.compress.calibrate.model import (
     ForwardPass,
     StreamedModel,
     intercept,
-    run_without_cache,
     translate_failures,
 )
 from compressknow.model.structure import LinearWeight
@@ -214,7 +213,7 @@ class GradientPass(ForwardPass):
 
     def compute(self) -> None:
         with torch.enable_grad():
-            logits = run_without_cache(self._model, self._inputs).logits.float()
+            logits = self._model(**self._inputs).logits.float()
             scores = self._batch.score(logits.reshape(self._rows, self._copies, *logits.shape[1:]))
             del logits
             self.scores = scores.detach()

@@ -7,7 +7,6 @@ masks, positions, caches or encoders. So any model whose blocks are modules can 
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,7 +126,7 @@ class StreamedModel:
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Run the whole model, which must hold all its weights, on a batch, for what is seen of it."""
         with torch.no_grad():
-            run_without_cache(self.model, batch)
+            self.model(**batch)
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""
@@ -207,9 +206,6 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(tree.config)
-    # Not every whole hands on to its text model that it is called without a cache.
-    for part in (config, config.get_text_config(decoder=True)):
-        part.use_cache = False
 
     def build(attention: str) -> PreTrainedModel:
         config._attn_implementation = attention
@@ -220,9 +216,15 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
 
     with silence_libraries(), torch.random.fork_rng(devices=[]):
         try:
-            return build("sdpa")
+            model = build("sdpa")
         except (ValueError, ImportError):
-            return build("eager")
+            model = build("eager")
+    # A block that runs again would read the keys of its first run, too. Not every model takes `use_cache`, or hands it
+    # on to the one that it wraps.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.use_cache = False
+    return model
 
 
 class Call(NamedTuple):
@@ -300,7 +302,7 @@ class ForwardPass:
         """Run the model, for what happens before its blocks; in the pass's own thread."""
         torch.set_num_threads(1)
         with torch.no_grad():
-            run_without_cache(self._model, self._inputs)
+            self._model(**self._inputs)
 
     def _run(self) -> None:
         _here.forward_pass = self
@@ -331,14 +333,3 @@ def intercept(
             each.close()
         for module in set(modules.values()):
             del module.forward
-
-
-def run_without_cache(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Any:
-    """Return a model's output, without keys and values for tokens to come."""
-    parameters = inspect.signature(type(model).forward).parameters
-    # Many that take images hand it on, unnamed, to their language model. With a cache, a block that runs again would
-    # read the keys of its first run too.
-    takes_cache = "use_cache" in parameters or (
-        "kwargs" in parameters and hasattr(model.config.get_text_config(decoder=True), "use_cache")
-    )
-    return model(**inputs, **({"use_cache": False} if takes_cache else {}))
