@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from compressknow.compress.calibrate.backward import Batch, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
@@ -35,6 +36,8 @@ def score(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: str, tmp_path: Path) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model, _ = built(name)
     model.save_pretrained(tmp_path / "in")
     inputs = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
