@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -22,7 +22,7 @@ from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
-from compressknow.evaluate.gather import check_has_facts, list_names, open_named
+from compressknow.evaluate.gather import check_has_facts, find_facts_in_text, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import NoiseFloors
@@ -194,7 +194,10 @@ def search(
         else:
             chosen, found = None, form.choose(request.size or 0)
             winner = Candidate(found, candidates.trial(found, Estimate(None)))
-        result = build_search(request, form, chosen, guided, selection, grading, seed=seed, command=command)
+        # With the hash of what was read, so that a file that has changed since counts as gone.
+        read = {**asdict(request.text), "source": request.text.text, "kind": request.text.kind}
+        in_text = find_facts_in_text(read | {"sha256": form.guidance.text}, original, grading.original)
+        result = build_search(request, form, chosen, guided, selection, grading, in_text, seed=seed, command=command)
         for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
             (folder / name).unlink(missing_ok=True)
         if winner is None:
@@ -205,9 +208,10 @@ def search(
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
+            told = replace(after.record.model, in_calibration=in_text)
             card = make_card(
                 grading.reference,
-                [after],
+                [replace(after, record=replace(after.record, model=told))],
                 show_facts=not no_facts,
                 known=known,
                 command=command,

@@ -236,6 +236,18 @@ def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(plac
     assert all(each.noise_floor is None for seen in chose for each in seen.record.probes.values())
 
 
+def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) -> None:
+    found, text = place.found("found"), Path(place.text).read_text(encoding="utf-8")
+    counts, folder = found["in_calibration"], place.folder / "found"
+    (graded,) = (read_answers(each) for each in (folder / "grading" / "original").iterdir())
+    # The first 256 tokens of the text have some of its facts alone.
+    assert all(f"{answer.sub_label}" in text for answer in graded.answers)
+    assert 0 < counts["found"] < counts["facts"] == counts["known"] == len(graded.answers)
+    told = f"Of {counts['facts']} facts, {counts['found']} stand in the text that "
+    assert told in (folder / "search.html").read_text(encoding="utf-8")
+    assert told in (folder / "report.md").read_text(encoding="utf-8")
+
+
 @long
 def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
     gguf: Place, llama: Place, capsys: pytest.CaptureFixture[str]

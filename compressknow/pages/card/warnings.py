@@ -12,7 +12,7 @@ from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
+from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
 from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
@@ -140,10 +140,10 @@ def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn that the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
+    """Warn that the facts stand in the text that a model was calibrated on, or that the text hardly reached it."""
+    yield from warn_of_facts_in_text(original, model)
     if not model.calibration:
         return
-    yield from warn_of_facts_in_text(original, model)
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
         yield (
             f"The calibration text did not reach {share(unseen)} of the parameters that {clean(model.name, 80)} has in "
@@ -153,10 +153,14 @@ def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[s
 
 def warn_of_facts_in_text(original: ModelRecord, model: ModelRecord, source: str | None = None) -> Iterator[str]:
     """Warn that many facts stand in the calibration text of a model; with its source, in that of several models."""
-    found = model.in_calibration
     text, it = f"the text that {clean(model.name, 80)} was calibrated on", "It"
     if source is not None:
         text, it = f"the calibration text {clean(source, 80)}", "What is calibrated on it"
+    yield from describe_facts_in_text(original, model.in_calibration, text, it)
+
+
+def describe_facts_in_text(original: ModelRecord, found: FactsInText | None, text: str, it: str) -> Iterator[str]:
+    """Say that many facts stand in a text, and that so `it`, which was made with the text, may keep more of them."""
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
         yield (
