@@ -126,7 +126,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
         if recipe.calibration not in texts:
             try:
                 texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe), begin))
-            except CompressknowError:
+            except Exception:  # Also where memory runs out here: the worker may have more.
                 return None
         return texts[recipe.calibration]
 
