@@ -279,8 +279,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
             "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
         )
-    text = "the text that decided its types and how they are rounded"
-    warnings += describe_facts_in_text(search.original, search.in_calibration, text, "The file")
+    warnings += describe_facts_in_text(search.original, search.in_calibration, "the calibration text", "The file")
     return (*warnings, *warn_of_known(search.known))
 
 
