@@ -18,6 +18,7 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, begin_stages, resolve_progress
+from compressknow.base.reading import RECORD, read_json
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
@@ -36,7 +37,7 @@ from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, claim
-from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
+from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, CheckpointForm, GgufForm, Request, open_form
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -198,6 +199,7 @@ def search(
         read = {**asdict(request.text), "source": request.text.text, "kind": request.text.kind}
         in_text = find_facts_in_text(read | {"sha256": form.guidance.text}, original, grading.original)
         result = build_search(request, form, chosen, guided, selection, grading, in_text, seed=seed, command=command)
+        _remove_winner_of_other_form(folder, form.name)
         for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
             (folder / name).unlink(missing_ok=True)
         if winner is None:
@@ -231,6 +233,18 @@ def _check_minimize(minimize: str) -> None:
             f"--minimize {minimize}: a search makes files small, in bytes.",
             hint="Leave --minimize out. `compressknow sweep` studies pruning.",
         )
+
+
+def _remove_winner_of_other_form(folder: Path, name: str) -> None:
+    """Remove what an earlier search of the folder has found in another form than the one of that name, by its record:
+    it would stand beside a page that is not about it."""
+    try:
+        earlier = read_json(folder / "search.json", RECORD)
+    except (OSError, ValueError):
+        return
+    for form in (GgufForm, CheckpointForm):
+        if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.place):
+            remove(folder / form.place)
 
 
 def _check_winners_place(place: Path) -> None:

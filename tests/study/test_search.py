@@ -243,9 +243,9 @@ def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) 
     # The first 256 tokens of the text have some of its facts alone.
     assert all(f"{answer.sub_label}" in text for answer in graded.answers)
     assert 0 < counts["found"] < counts["facts"] == counts["known"] == len(graded.answers)
-    told = f"Of {counts['facts']} facts, {counts['found']} stand in the text that "
-    assert told in (folder / "search.html").read_text(encoding="utf-8")
-    assert told in (folder / "report.md").read_text(encoding="utf-8")
+    told = f"Of {counts['facts']} facts, {counts['found']} stand in the "
+    assert f"{told}calibration text" in (folder / "search.html").read_text(encoding="utf-8")
+    assert f"{told}text that {place.file} was calibrated on" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 @long
@@ -318,6 +318,19 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
     assert found["closest"]["held_out"]["low"] < 0.7
     left = {path.name for path in (gguf.folder / "twice").iterdir()}
     assert not left & {"model.gguf", "model.gguf.json", "recipe.toml", "report.html", "report.md", "report.json"}
+
+
+@long
+def test_a_winner_of_another_form_does_not_stay_beside_a_later_one(gguf: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "found"
+    for size, form, own, other in (
+        ("700kB", "gguf", "model.gguf", "model"),
+        ("1.8MB", "checkpoint", "model", "model.gguf"),
+    ):
+        compressknow.search(gguf.model, folder, size=size, **gguf.options | {"to": form})
+        left = {path.name for path in folder.iterdir()}
+        assert own in left
+        assert not left & {other, f"{other}.json"}
 
 
 def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
