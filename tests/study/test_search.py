@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -35,7 +36,7 @@ from compressknow.study.forms import Request, open_form
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
-from tests.gguf.making import knowing_llama, needs_converter, text_file, types
+from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
 from tests.models import put_into_hub_cache, save_tiny
@@ -586,6 +587,14 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
     assert "300.0 kB is too small: the smallest file has 4" in said
     assert "(q2_k)" in said
     assert not (gguf.folder / "bad").exists()
+
+
+@needs_converter
+def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"too small: the smallest file has(.|\n)*_exps.weight \(q8_0\)"):
+        compressknow.search(source, tmp_path / "found", size="700kB", **llama.options | {"to": "gguf"})
+    assert not (tmp_path / "found").exists()
 
 
 def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:
