@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from compressknow.base.format import clean, count, share, write_percent, write_size
 from compressknow.comparison.intervals import FEWEST, average_estimates, estimate_proportion
-from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
+from compressknow.comparison.records import Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
@@ -378,6 +378,18 @@ def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
         return None
     weights = [probe.counts.known_before for probe in known]
     return sum(weight * (share or 0.0) for weight, share in zip(weights, shares, strict=True)) / sum(weights)
+
+
+def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
+    """Return the same with its interval: it is measured on a sample of the facts."""
+    known = [probe for probe in probes if probe.counts.known_before]
+    floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
+    if not known or len(floors) < len(known):
+        return Estimate(None)
+    return average_estimates(
+        [estimate_proportion(floor.known - floor.lost, floor.known) for floor in floors],
+        [probe.counts.known_before for probe in known],
+    )
 
 
 def mark_rounding(kept: float | None) -> dict[str, float]:
