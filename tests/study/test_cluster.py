@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.errors import OutputError, UnusedOptions, UsageError
 from compressknow.base.progress import Progress
 from compressknow.compress.convert import VariantMaker
 from compressknow.engine.identity import locate
@@ -82,6 +82,13 @@ def test_a_task_that_this_machine_could_never_start_is_refused(tmp_path: Path) -
     model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     with pytest.raises(UsageError, match="num_cpus=4096`: Ray finds"):
         compressknow.sweep(model, tmp_path / "study", probe=probe, ray="local", num_cpus=4096)
+
+
+def test_what_a_task_takes_is_said_once(tmp_path: Path) -> None:
+    with pytest.raises(UnusedOptions, match=r"are for tasks on a Ray cluster\.\nAdd `ray=ADDRESS`"):
+        compressknow.sweep("model", tmp_path / "study", num_cpus=2)
+    with pytest.raises(UnusedOptions, match=r"Set them in the RayOptions\."):
+        compressknow.sweep("model", tmp_path / "study", ray=RayOptions("local"), num_cpus=2)
 
 
 @long
