@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -36,8 +37,8 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, claim
-from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, CheckpointForm, GgufForm, Request, open_form
+from compressknow.study.cells import ORIGINAL, AddNoiseFloor, StudyModel, check_study_folder, claim
+from compressknow.study.forms import GGUF, NEEDED, CheckpointForm, GgufForm, Request, open_form
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -56,8 +57,6 @@ from compressknow.study.sensitivity import FIT_TOKENS, Guide, can_guide
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
-# Of the facts that grade: what running the original otherwise changes.
-NOISE = {GGUF: (NoiseFloors.add_precision, NoiseFloors.add_runtime), CHECKPOINT: (NoiseFloors.add_precision,)}
 
 
 @verb
@@ -159,7 +158,7 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             place = folder / GRADING / ORIGINAL
-            floors = NOISE[CHECKPOINT]
+            floors = [NoiseFloors.add_precision]
             study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=floors)
         selection = None
         if keep is not None:
@@ -173,8 +172,12 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
+        # What running the original otherwise changes.
+        noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
+        if form.name == GGUF:
+            noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))
         grading = EvaluationSet(
-            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
+            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=noise
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 

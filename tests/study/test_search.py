@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from compressknow.base.errors import GateNotMet, OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
 from compressknow.base.packages import can_read_gguf
-from compressknow.base.progress import ignore_progress
+from compressknow.base.progress import Progress, ignore_progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
@@ -587,6 +588,18 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
     assert "300.0 kB is too small: the smallest file has 4" in said
     assert "(q2_k)" in said
     assert not (gguf.folder / "bad").exists()
+
+
+@long
+def test_the_original_is_converted_once(gguf: Place, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    compressknow.search(gguf.model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
+    works = [work for work, _ in groupby(each.stage.work for each in told)]
+    assert works.count("export") == works.count("runtime") == 1
+    (graded,) = (read_answers(each) for each in (tmp_path / "found" / "grading" / "original").iterdir())
+    (entry,) = graded.record.probes.values()
+    (floor,) = entry.runtime_noise_floors.values()
+    assert floor.known == entry.noise_floor.known
 
 
 @needs_converter
