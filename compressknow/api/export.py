@@ -204,7 +204,7 @@ def _make_fit(
     from compressknow.study.measuring import GgufRoundings
 
     check_usable(job.checkpoint)
-    is_expert = {name: (own := job.side.linear(name)) and own.kind == "experts" for name in job.tensors}
+    is_expert = {name: (own := job.side.linear(name)) and own.is_expert for name in job.tensors}
     shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
     experts = sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
     check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -18,11 +19,12 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, begin_stages, resolve_progress
+from compressknow.base.reading import RECORD, read_json
 from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
-from compressknow.evaluate.gather import check_has_facts, list_names, open_named
+from compressknow.evaluate.gather import check_has_facts, find_facts_in_text, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.noise import NoiseFloors
@@ -35,8 +37,8 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
-from compressknow.study.cells import ORIGINAL, StudyModel, check_study_folder, claim
-from compressknow.study.forms import CHECKPOINT, GGUF, NEEDED, Request, open_form
+from compressknow.study.cells import ORIGINAL, AddNoiseFloor, StudyModel, check_study_folder, claim
+from compressknow.study.forms import GGUF, NEEDED, CheckpointForm, GgufForm, Request, open_form
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -55,8 +57,6 @@ from compressknow.study.sensitivity import FIT_TOKENS, Guide, can_guide
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
-# Of the facts that grade: what running the original otherwise changes.
-NOISE = {GGUF: (NoiseFloors.add_precision, NoiseFloors.add_runtime), CHECKPOINT: (NoiseFloors.add_precision,)}
 
 
 @verb
@@ -158,7 +158,7 @@ def search(
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
             place = folder / GRADING / ORIGINAL
-            floors = NOISE[CHECKPOINT]
+            floors = [NoiseFloors.add_precision]
             study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=floors)
         selection = None
         if keep is not None:
@@ -172,8 +172,12 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
+        # What running the original otherwise changes.
+        noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
+        if form.name == GGUF:
+            noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))
         grading = EvaluationSet(
-            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=NOISE[form.name]
+            study_model, [*graded_by, *texts], folder / GRADING, listener, known, noise_floors=noise
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
@@ -194,7 +198,11 @@ def search(
         else:
             chosen, found = None, form.choose(request.size or 0)
             winner = Candidate(found, candidates.trial(found, Estimate(None)))
-        result = build_search(request, form, chosen, guided, selection, grading, seed=seed, command=command)
+        # With the hash of what was read, so that a file that has changed since counts as gone.
+        read = {**asdict(request.text), "source": request.text.text, "kind": request.text.kind}
+        in_text = find_facts_in_text(read | {"sha256": form.guidance.text}, original, grading.original)
+        result = build_search(request, form, chosen, guided, selection, grading, in_text, seed=seed, command=command)
+        _remove_winner_of_other_form(folder, form.name)
         for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
             (folder / name).unlink(missing_ok=True)
         if winner is None:
@@ -205,9 +213,10 @@ def search(
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
+            told = replace(after.record.model, in_calibration=in_text)
             card = make_card(
                 grading.reference,
-                [after],
+                [replace(after, record=replace(after.record, model=told))],
                 show_facts=not no_facts,
                 known=known,
                 command=command,
@@ -227,6 +236,18 @@ def _check_minimize(minimize: str) -> None:
             f"--minimize {minimize}: a search makes files small, in bytes.",
             hint="Leave --minimize out. `compressknow sweep` studies pruning.",
         )
+
+
+def _remove_winner_of_other_form(folder: Path, name: str) -> None:
+    """Remove what an earlier search of the folder has found in another form than the one of that name, by its record:
+    it would stand beside a page that is not about it."""
+    try:
+        earlier = read_json(folder / "search.json", RECORD)
+    except (OSError, ValueError):
+        return
+    for form in (GgufForm, CheckpointForm):
+        if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.place):
+            remove(folder / form.place)
 
 
 def _check_winners_place(place: Path) -> None:

@@ -98,7 +98,7 @@ def sweep(
     if not isinstance(ray, str) and (num_cpus, num_gpus) != (1, 0):
         raise UnusedOptions(
             "--num-cpus and --num-gpus are for tasks on a Ray cluster.",
-            hint="Add --ray ADDRESS.",
+            hint="Set them in the RayOptions." if ray else "Add --ray ADDRESS.",
             names=("num_cpus", "num_gpus"),
         )
     cluster = RayOptions(ray, num_cpus, num_gpus) if isinstance(ray, str) else ray

@@ -134,7 +134,8 @@ class Registry(Generic[Thing]):
             if not self.is_added(name):
                 raise
             what = f"The {self.kind} {name!r} that {self.added_by(name)} adds failed."
-            raise CompressknowError(what, why=f"{type(error).__name__}: {error}", hint=self._hint(name)) from error
+            why = f"{type(error).__name__}: {error}".rstrip(" .:")
+            raise CompressknowError(what, why=f"{why}.", hint=self._hint(name)) from error
 
     def built_in(self) -> dict[str, Thing]:
         """Return those of this package, by name, whatever others add."""

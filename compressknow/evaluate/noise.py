@@ -79,8 +79,9 @@ class NoiseFloors:
             return answers
         return self._store(answers, {name: {"noise_floor": floor} for name, floor in found.items()})
 
-    def add_runtime(self, probes: Sequence[Opened], answers: Answers) -> Answers:
-        """Add that of llama.cpp, of the same sample of facts; where it cannot be measured, add why."""
+    def add_runtime(self, probes: Sequence[Opened], answers: Answers, *, floats: Path | None = None) -> Answers:
+        """Add that of llama.cpp, of the same sample of facts; where it cannot be measured, add why. `floats` is the
+        original as a GGUF file in its own type, where there is one already."""
         if not self._original.settings.noise_floor:
             return mark_unmeasured(answers, "--no-noise-floor leaves it out.")
         facts = [probe for probe in probes if isinstance(probe, Probe)]
@@ -93,7 +94,7 @@ class NoiseFloors:
             lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
             if not lacking:
                 return answers
-            with self._open_in_llama_cpp(answers) as other:
+            with self._open_in_llama_cpp(answers, floats) as other:
                 found = self._measure(other, "runtime", lacking, answers)
         except NotInstalled as error:
             return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
@@ -150,7 +151,7 @@ class NoiseFloors:
         return replace(answers, record=add_found(answers.record))
 
     @contextmanager
-    def _open_in_llama_cpp(self, answers: Answers) -> Iterator[ModelHandle]:
+    def _open_in_llama_cpp(self, answers: Answers, floats: Path | None) -> Iterator[ModelHandle]:
         """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError where
         the converter is missing, or does not take it."""
         from compressknow.compress.staging import make_scratch
@@ -164,11 +165,14 @@ class NoiseFloors:
         export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code)
         # The converter takes memory of its own.
         self._original.release()
+        settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
+        # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
+        kind = "f32" if export.exact == "f32" else "f16"
+        if floats is not None and kind == export.exact:
+            yield ModelHandle(replace(located, path=floats), settings)
+            return
         with make_scratch(self._folder / "in-llama-cpp") as place:
-            # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
-            kind = "f32" if export.exact == "f32" else "f16"
             file = write_floats(export, place, kind, begin=begin_stages(self._on_progress, located.name))
-            settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
             yield ModelHandle(replace(located, path=file), settings)
 
 

@@ -51,6 +51,11 @@ class LinearWeight:
         return self.module, *self.sharing
 
     @property
+    def is_expert(self) -> bool:
+        """Return whether it belongs to experts of a mixture, fused or one by one."""
+        return self.kind == "experts" or ".experts." in self.parameter
+
+    @property
     def stored(self) -> int:
         """Count the elements of the tensor."""
         return prod(self.shape)

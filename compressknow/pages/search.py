@@ -14,9 +14,9 @@ from compressknow.base.format import clean, clean_lines, compare_sizes, count, d
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
-from compressknow.evaluate.records import ModelRecord
+from compressknow.evaluate.records import FactsInText, ModelRecord
 from compressknow.pages.as_json import dump_model
-from compressknow.pages.card.warnings import warn_of_known
+from compressknow.pages.card.warnings import describe_facts_in_text, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.parts import (
@@ -103,6 +103,8 @@ class Search(notebook.Tabular):
     # Share of what the original knows of the facts that grade that it still knows in another precision, by a sample of
     # them (0 to 1); None where that was not found.
     rounding: float | None = None
+    # Facts that grade and stand in the text that guided the types and their rounding; None where it is not at hand.
+    in_calibration: FactsInText | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
         # Of a file that was confirmed, the row with its share of held-out facts.
@@ -262,7 +264,7 @@ def write_verdict(search: Search) -> str:
 
 def list_warnings(search: Search) -> tuple[str, ...]:
     """Return what may have cost a smaller file: that more is asked for than rounding alone keeps, or that there are too
-    few facts; and what counts as known, where that is to be said."""
+    few facts; that the facts stand in the text that guided; and what counts as known, where that is to be said."""
     warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
         warnings.append(
@@ -277,6 +279,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
             "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
         )
+    warnings += describe_facts_in_text(search.original, search.in_calibration, "the calibration text", "The file")
     return (*warnings, *warn_of_known(search.known))
 
 

@@ -253,7 +253,8 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
             continue
         own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
         kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else [UNMEASURED]
-        kinds = kinds if sensitivity else CANDIDATES
+        if sensitivity is None and not any(weight.is_expert for weight in tensors.weights.get(name, ())):
+            kinds = CANDIDATES  # Nothing was measured yet, and all but experts will be.
         shape = tensor.shape[::-1]
         table[name] = {
             kind: Option(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))

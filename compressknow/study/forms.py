@@ -107,6 +107,7 @@ class Form(ABC):
     place: ClassVar[str]  # the name of its file
     roundings: Roundings
     label: str  # what decides the types, and how weights are rounded
+    floats: Path | None = None  # the model as a GGUF file in its own type, while the form is open
     guidance: Guidance  # as the texts, what `learn` was given
     texts: tuple[Batches, ...]
 
@@ -198,7 +199,7 @@ class GgufForm(Form):
         from compressknow.study.measuring import GgufRoundings
 
         self.roundings = GgufRoundings()
-        self._job, self._tensors, self._target = job, tensors, target
+        self._job, self._tensors, self._target, self.floats = job, tensors, target, job.floats
         self.label = f"{name_guide(target.guide)}, rounded by {'GPTQ' if target.rounding == 'gptq' else 'llama.cpp'}"
         table = self.predict_losses(None)
         whole = overhead + sum(align(tensors.tensors[name].nbytes) for name in table)

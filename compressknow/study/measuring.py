@@ -257,11 +257,7 @@ def measure(
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
     # Which rows the tokens of an expert come from is not known.
-    weights = [
-        weight
-        for weight in structure.linears
-        if weight.group != "vision" and weight.kind != "experts" and ".experts." not in weight.parameter
-    ]
+    weights = [weight for weight in structure.linears if weight.group != "vision" and not weight.is_expert]
     facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
     with OpenFiles() as files:
         streamed = StreamedModel(tree, sources, files)

@@ -126,7 +126,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
         if recipe.calibration not in texts:
             try:
                 texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe), begin))
-            except CompressknowError:
+            except Exception:  # Also where memory runs out here: the worker may have more.
                 return None
         return texts[recipe.calibration]
 
@@ -149,7 +149,8 @@ def _collect(
     left = Counter(cell for cell, _ in pending.values())
     yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
     total = count_facts([probe for _, probe in pending.values()])
-    stage = Stage("evaluate", f"{count(len(left))} cells on Ray", ", ".join(probe.name for probe in batch.probes))
+    cells = f"{count(len(left))} cell{'s' * (len(left) != 1)} on Ray"
+    stage = Stage("evaluate", cells, ", ".join(probe.name for probe in batch.probes))
     pace = Pace(total)
     while pending:
         cell = None

@@ -27,6 +27,7 @@ from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.model.manifest import MANIFEST_NAME
@@ -298,11 +299,13 @@ def build_search(
     guided: EvaluationSet,
     selection: EvaluationSet | None,
     grading: EvaluationSet,
+    in_calibration: FactsInText | None,
     *,
     seed: int,
     command: str | None,
 ) -> Search:
-    """Return the record of a search, but for its winner; without a search and facts that select, of a size."""
+    """Return the record of a search, but for its winner; without a search and facts that select, of a size.
+    `in_calibration` are the facts that grade and stand in the text that guided it."""
     original, itself = guided.original, compare(grading.original, grading.original, show_facts=False)
     confirmed = search.confirmed if search else []
     nearest = max(confirmed, key=_get_lowest, default=None)
@@ -332,6 +335,7 @@ def build_search(
         known=guided.known_as,
         templates=max(entry.templates or 1 for entry in original.record.probes.values()),
         rounding=find_rounding_kept(itself.probes),
+        in_calibration=in_calibration,
     )
 
 

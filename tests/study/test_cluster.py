@@ -8,13 +8,15 @@ import psutil
 import pytest
 
 import compressknow
-from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.errors import OutputError, UnusedOptions, UsageError
 from compressknow.base.progress import Progress
+from compressknow.compress.convert import VariantMaker
 from compressknow.engine.identity import locate
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import CellResult, claim
 from compressknow.study.running import RayOptions
+from tests.gguf.making import text_file
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
@@ -80,3 +82,28 @@ def test_a_task_that_this_machine_could_never_start_is_refused(tmp_path: Path) -
     model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
     with pytest.raises(UsageError, match="num_cpus=4096`: Ray finds"):
         compressknow.sweep(model, tmp_path / "study", probe=probe, ray="local", num_cpus=4096)
+
+
+def test_what_a_task_takes_is_said_once(tmp_path: Path) -> None:
+    with pytest.raises(UnusedOptions, match=r"are for tasks on a Ray cluster\.\nAdd `ray=ADDRESS`"):
+        compressknow.sweep("model", tmp_path / "study", num_cpus=2)
+    with pytest.raises(UnusedOptions, match=r"Set them in the RayOptions\."):
+        compressknow.sweep("model", tmp_path / "study", ray=RayOptions("local"), num_cpus=2)
+
+
+@long
+def test_where_memory_runs_out_for_a_calibration_text_the_workers_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    grid, text = tmp_path / "grid.toml", text_file(tmp_path / "text.txt")
+    recipe = f"calibration = ['{text}']\ncalibration_tokens = [256]\n"
+    grid.write_text(f'[axes]\nscope = ["attention"]\nmethod = ["wanda"]\nprune = [0.2]\n{recipe}', encoding="utf-8")
+
+    def run_out(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(VariantMaker, "text", run_out)  # of this process alone
+    study = compressknow.sweep(model, tmp_path / "study", grid=grid, probe=probe, ray=RayOptions("local"))
+    assert [len(study.cells), len(study.failed)] == [1, 0]

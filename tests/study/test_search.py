@@ -8,9 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -19,7 +21,7 @@ from compressknow.base.errors import GateNotMet, OutputError, UsageError
 from compressknow.base.files import LOCK
 from compressknow.base.format import number
 from compressknow.base.packages import can_read_gguf
-from compressknow.base.progress import ignore_progress
+from compressknow.base.progress import Progress, ignore_progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
@@ -35,7 +37,7 @@ from compressknow.study.forms import Request, open_form
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
-from tests.gguf.making import knowing_llama, needs_converter, text_file, types
+from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
 from tests.models import put_into_hub_cache, save_tiny
@@ -236,6 +238,18 @@ def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(plac
     assert all(each.noise_floor is None for seen in chose for each in seen.record.probes.values())
 
 
+def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) -> None:
+    found, text = place.found("found"), Path(place.text).read_text(encoding="utf-8")
+    counts, folder = found["in_calibration"], place.folder / "found"
+    (graded,) = (read_answers(each) for each in (folder / "grading" / "original").iterdir())
+    # The first 256 tokens of the text have some of its facts alone.
+    assert all(f"{answer.sub_label}" in text for answer in graded.answers)
+    assert 0 < counts["found"] < counts["facts"] == counts["known"] == len(graded.answers)
+    told = f"Of {counts['facts']} facts, {counts['found']} stand in the "
+    assert f"{told}calibration text" in (folder / "search.html").read_text(encoding="utf-8")
+    assert f"{told}text that {place.file} was calibrated on" in (folder / "report.md").read_text(encoding="utf-8")
+
+
 @long
 def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
     gguf: Place, llama: Place, capsys: pytest.CaptureFixture[str]
@@ -306,6 +320,19 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
     assert found["closest"]["held_out"]["low"] < 0.7
     left = {path.name for path in (gguf.folder / "twice").iterdir()}
     assert not left & {"model.gguf", "model.gguf.json", "recipe.toml", "report.html", "report.md", "report.json"}
+
+
+@long
+def test_a_winner_of_another_form_does_not_stay_beside_a_later_one(gguf: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "found"
+    for size, form, own, other in (
+        ("700kB", "gguf", "model.gguf", "model"),
+        ("1.8MB", "checkpoint", "model", "model.gguf"),
+    ):
+        compressknow.search(gguf.model, folder, size=size, **gguf.options | {"to": form})
+        left = {path.name for path in folder.iterdir()}
+        assert own in left
+        assert not left & {other, f"{other}.json"}
 
 
 def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
@@ -561,6 +588,26 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
     assert "300.0 kB is too small: the smallest file has 4" in said
     assert "(q2_k)" in said
     assert not (gguf.folder / "bad").exists()
+
+
+@long
+def test_the_original_is_converted_once(gguf: Place, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    compressknow.search(gguf.model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
+    works = [work for work, _ in groupby(each.stage.work for each in told)]
+    assert works.count("export") == works.count("runtime") == 1
+    (graded,) = (read_answers(each) for each in (tmp_path / "found" / "grading" / "original").iterdir())
+    (entry,) = graded.record.probes.values()
+    (floor,) = entry.runtime_noise_floors.values()
+    assert floor.known == entry.noise_floor.known
+
+
+@needs_converter
+def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"too small: the smallest file has(.|\n)*_exps.weight \(q8_0\)"):
+        compressknow.search(source, tmp_path / "found", size="700kB", **llama.options | {"to": "gguf"})
+    assert not (tmp_path / "found").exists()
 
 
 def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
-from compressknow.study.search import APART, CONFIRMED, HALVINGS, SizeSearch
+from compressknow.study.search import APART, CONFIRMED, HALVINGS, Candidate, SizeSearch
 
 FLOOR, CEILING = 1_000_000, 3_000_000
 
@@ -80,6 +80,16 @@ def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_le
     assert all(found in [each.found for each in search.tried] for found in put)
     assert search.winner is search.confirmed[-1]
     assert search.winner.found == put[-1]
+
+
+def test_of_the_tried_files_that_may_lose_enough_less_the_smallest_is_put_to_the_held_out_facts() -> None:
+    search, evaluated = explored(1_800_000)
+    first = min(each.nbytes for each in evaluated.given if each.nbytes >= 1_800_000)
+    # From here on files lose half as much.
+    least = next(n for n in range(first, CEILING, 1000) if choose(n).loss <= APART * choose(first).loss)
+    near = [choose(round(share * least)) for share in (1.025, 1.01, 1.02)]
+    search.tried += [Candidate(found, evaluated(found)) for found in near]
+    assert confirm_with(search, 0.8, 0.95)[1] == near[1]
 
 
 def test_the_largest_file_is_the_last_that_is_put_to_the_held_out_facts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
@@ -10,9 +11,10 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import answer, clean, count, share, write_percent, write_size
 from compressknow.comparison.paired import find_smallest, rank_models
+from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
-from compressknow.pages.card.warnings import find_rounding_kept, list_probes
+from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
 from compressknow.pages.records import (
@@ -233,7 +235,7 @@ def decide(
     """Choose the smallest model that keeps enough; None where they were not evaluated on the same facts, or none knows
     any.
 
-    The gates say what is enough. Without them it is what rounding alone keeps, as far as the interval reaches; where
+    The gates say what is enough. Without them it is what rounding alone keeps, as far as both intervals tell; where
     that is not known or none keeps it, what no test tells from the model that keeps most. `within` are the most bytes
     that a model may have, `broken` the places of those that compute no numbers.
     """
@@ -257,7 +259,7 @@ def decide(
             f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
         )
     at_most = f" of at most {write_size(within)}" if within is not None else ""
-    rounding = find_rounding_kept(list_probes(comparisons))
+    rounding = estimate_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
         # What keeps as much may miss a strict gate by its interval.
@@ -268,12 +270,12 @@ def decide(
             most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"
             return conclude(None, f"No model{at_most} {sure}keeps {floor}: none is recommended. {most}.")
     else:
-        floor = f"what rounding alone keeps ({share(rounding)})" if rounding is not None else ""
-        enough = [i for i in fitting if rounding is not None and (comparisons[i].kept.high or 0.0) >= rounding]
-        one, several = f"whose interval reaches {floor}", f"whose intervals reach {floor}"
+        floor = f"rounding alone, which keeps {write_estimate(rounding)}" if rounding.value is not None else ""
+        enough = [place for place in fitting if _may_keep_as_much(comparisons[place].kept, rounding)]
+        one = several = f"that the intervals do not tell from {floor}"
     if not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
-        before = f"none keeps {floor}; " if floor else ""
+        before = f"none keeps as much as {floor}; " if floor else ""
         one, several = "that keeps so much", f"that no test tells from {labels[best]}, which keeps most"
     taken = find_smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
@@ -288,6 +290,15 @@ def decide(
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)
+
+
+def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
+    """Return whether the interval of the difference between two shares, of which each has its own (MOVER), reaches
+    nought: a sample of which rounding lost nothing does not say that it never loses anything."""
+    if None in (kept.value, kept.high, rounding.value, rounding.low):
+        return False
+    room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))
+    return (kept.value or 0.0) + room >= (rounding.value or 0.0)
 
 
 def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:

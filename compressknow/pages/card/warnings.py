@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from compressknow.base.format import clean, count, share, write_percent, write_size
 from compressknow.comparison.intervals import FEWEST, average_estimates, estimate_proportion
-from compressknow.comparison.records import Counts, EarlyStop, ProbeFigures
+from compressknow.comparison.records import Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
-from compressknow.evaluate.records import UNKNOWN, ModelRecord, is_on_server
+from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
 from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
@@ -140,10 +140,10 @@ def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn that the facts stand in the text that a checkpoint was calibrated on, or that the text hardly reached it."""
+    """Warn that the facts stand in the text that a model was calibrated on, or that the text hardly reached it."""
+    yield from warn_of_facts_in_text(original, model)
     if not model.calibration:
         return
-    yield from warn_of_facts_in_text(original, model)
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
         yield (
             f"The calibration text did not reach {share(unseen)} of the parameters that {clean(model.name, 80)} has in "
@@ -153,10 +153,14 @@ def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[s
 
 def warn_of_facts_in_text(original: ModelRecord, model: ModelRecord, source: str | None = None) -> Iterator[str]:
     """Warn that many facts stand in the calibration text of a model; with its source, in that of several models."""
-    found = model.in_calibration
     text, it = f"the text that {clean(model.name, 80)} was calibrated on", "It"
     if source is not None:
         text, it = f"the calibration text {clean(source, 80)}", "What is calibrated on it"
+    yield from describe_facts_in_text(original, model.in_calibration, text, it)
+
+
+def describe_facts_in_text(original: ModelRecord, found: FactsInText | None, text: str, it: str) -> Iterator[str]:
+    """Say that many facts stand in a text, and that so `it`, which was made with the text, may keep more of them."""
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
         yield (
@@ -374,6 +378,18 @@ def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
         return None
     weights = [probe.counts.known_before for probe in known]
     return sum(weight * (share or 0.0) for weight, share in zip(weights, shares, strict=True)) / sum(weights)
+
+
+def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
+    """Return the same with its interval: it is measured on a sample of the facts."""
+    known = [probe for probe in probes if probe.counts.known_before]
+    floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
+    if not known or len(floors) < len(known):
+        return Estimate(None)
+    return average_estimates(
+        [estimate_proportion(floor.known - floor.lost, floor.known) for floor in floors],
+        [probe.counts.known_before for probe in known],
+    )
 
 
 def mark_rounding(kept: float | None) -> dict[str, float]:

@@ -135,7 +135,7 @@ class Study(Tabular):
         probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
         return Summary(
             f"Study: {clean(self.original.name, 60)}",
-            f"{count(len(self.cells))} cells{failed}; evaluated on {probes or 'nothing'}.",
+            f"{count(len(self.cells))} cell{'s' * (len(self.cells) != 1)}{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
                 (

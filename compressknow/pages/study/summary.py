@@ -75,6 +75,7 @@ class Cliff:
     steepest: tuple[float, float]  # the neighbouring amounts between which most is lost for each point pruned
     fall: float  # that loss (0 to 1)
     clear: bool
+    lasts: bool = False  # whether every larger amount keeps less than `CLIFF` too
 
 
 _Key = TypeVar("_Key")
@@ -172,7 +173,8 @@ def _find_cliff(module: str, cells: Mapping[float, StudyCell], level: float) -> 
     else:
         high = cells[below].comparison.kept_at(level).high
         clear = high is not None and high < CLIFF
-    return Cliff(module, below, None if below is None else kept[below], before, steepest, fall, clear)
+    lasts = below is not None and all(share < CLIFF for amount, share in kept.items() if amount >= below)
+    return Cliff(module, below, None if below is None else kept[below], before, steepest, fall, clear, lasts)
 
 
 _NAME = 80
@@ -193,9 +195,12 @@ def write_verdict(study: Study) -> str:
     orders, cliffs = rank_cells(study), find_cliffs(study)
     parts = [_summarize_modules(orders["modules"])] if orders["modules"] else []
     if cliffs:
-        fallen = [f"{cliff.below:g} % ({cliff.module})" for cliff in cliffs if cliff.below is not None]
-        below = f"less than {100 * CLIFF:g} % is kept from {join_words(fallen)} on"
-        parts.append(below if fallen else f"no amount in the grid keeps less than {share(CLIFF)}")
+        fallen = [cliff for cliff in cliffs if cliff.below is not None]
+        for lasts, where in ((True, "from {} on"), (False, "at {}, but more at a larger amount")):
+            if own := [f"{cliff.below:g} % ({cliff.module})" for cliff in fallen if cliff.lasts == lasts]:
+                parts.append(f"less than {100 * CLIFF:g} % is kept {where.format(join_words(own))}")
+        if not fallen:
+            parts.append(f"no amount in the grid keeps less than {share(CLIFF)}")
     by = f", with {_PAPER_METHOD}" if parts and len(list_methods(study)) > 1 else ""
     parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:

@@ -267,12 +267,23 @@ class TestDecision:
         ]
         decision = make_card(before, models).decision
         assert decision is not None
-        assert (
-            "it is the smallest of 2 models whose intervals reach what rounding alone keeps (99.0 %)" in decision.reason
-        )
+        floor = "rounding alone, which keeps 99.0 % (96.4 to 99.7 %)"
+        assert f"it is the smallest of 2 models that the intervals do not tell from {floor}." in decision.reason
         worse = make_card(before, models[2:] + models[2:]).decision
         assert worse is not None
-        assert "none keeps what rounding alone keeps (99.0 %); it is the" in worse.reason
+        assert f"none keeps as much as {floor}; it is the" in worse.reason
+
+    def test_a_sample_of_which_rounding_lost_nothing_is_no_limit_that_a_single_lost_fact_misses(self) -> None:
+        floor = {"n": 60, "changed": 0, "known": 60, "lost": 0, "gained": 0, "kl_mean": None, "computed_in": "bf16"}
+        before = answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)})
+        models = [
+            answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
+            for kept in (199, 197, 150)
+        ]
+        decision = make_card(before, models).decision
+        assert decision is not None
+        assert decision.place == 1
+        assert "do not tell from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
 
     def test_what_a_smaller_model_beats_and_how_surely(self) -> None:
         decision = several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision

@@ -320,6 +320,15 @@ def test_verdict_says_what_the_figures_say() -> None:
     assert said.endswith("less than 90 % is kept from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
 
 
+def test_verdict_says_that_a_larger_amount_keeps_more_where_one_does() -> None:
+    back = study([*at(ATT, BAD, 0.4), *at(ATT, INTACT, 0.5), *at(FF, BAD, 0.4, 0.5)])
+    assert write_verdict(back).endswith(
+        "less than 90 % is kept from 40 % (feed-forward) on; "
+        "less than 90 % is kept at 40 % (attention), but more at a larger amount."
+    )
+    assert [cliff.lasts for cliff in find_cliffs(back)] == [False, True]
+
+
 def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst() -> None:
     made = study([gq(ATT, GOOD), gq(FF, BAD)])
     assert write_verdict(made) == (

@@ -35,6 +35,11 @@ def test_same_study_gives_the_same_bytes(name: str) -> None:
     assert json.dumps(dump_study(made)) == json.dumps(dump_study(STUDIES[name]()))
 
 
+def test_a_study_at_a_prompt_counts_its_cells() -> None:
+    assert "1 cell; evaluated on lama:trex." in str(STUDIES["one"]())
+    assert "40 cells, 1 failed; evaluated on lama:trex." in str(whole_grid())
+
+
 def test_page_opens_with_what_is_kept_and_the_verdict() -> None:
     page = read(render_study_html(whole_grid()))
     assert page.one("h1").text == "40 compressed forms keep 0 to 100 % of the knowledge"
