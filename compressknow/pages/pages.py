@@ -34,6 +34,8 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
+# A person, an address, an issue.
+_MENTION = re.compile(r"@(?=\w)|(?:#|\bGH-)(?=\d)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
@@ -50,12 +52,16 @@ def read_source(name: str) -> str:
 
 def escape_markdown(text: object) -> str:
     r"""Return one line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of
-    it.
+    it, nor is anyone mentioned.
 
     >>> print(escape_markdown("[x](http://y) <b>"))
     \[x\](http&#58;//y) &lt;b&gt;
+    >>> escape_markdown("@me fixed a/b#12 and GH-7") == "@\u2060me fixed a/b\\#\u206012 and GH-\u20607"
+    True
     """
-    escaped = _join_lines(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # GitHub looks for these in what it has rendered, where no backslash or entity is left.
+    escaped = _MENTION.sub("\\g<0>\N{WORD JOINER}", _join_lines(text))
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
     escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
     # A bare address would become a link.
