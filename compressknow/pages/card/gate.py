@@ -27,7 +27,8 @@ from compressknow.pages.records import (
 )
 
 SUMMARY = "summary.md"
-_FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
+# Lost facts that a summary shows, domains, and results of gates: a comment on GitHub has at most 65,536 characters.
+_FACTS, _DOMAINS, _MOST_RESULTS = 5, 6, 100
 _RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 
@@ -184,10 +185,12 @@ def render_junit(card: Card) -> str:
 def render_job_summary(card: Card) -> str:
     """Return as Markdown a card's gates, then which of several models to take, or one's domains and first losses."""
     results = [
-        (name, write_size(each.model.bytes), *cells)
+        (name, write_size(each.model.bytes), *(clean(cell, 80) for cell in cells))
         for name, each in zip(name_models(card), card.comparisons, strict=True)
         for cells in list_results(card, each)
     ]
+    # Of many, those that are met are left out before the others.
+    told = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
     worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
@@ -198,7 +201,9 @@ def render_job_summary(card: Card) -> str:
     ]
     facts = single.lost[:_FACTS] if single and card.show_facts else ()
     lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
-    return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
+    more = len(results) - len(told)
+    results = told if more else results
+    return render("summary.md.j2", card=card, results=results, more=more, domains=domains, lost=lost)
 
 
 def list_results(card: Card, comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -204,6 +204,16 @@ class TestForMachines:
         hidden = render_job_summary(make_card(original, [compressed], show_facts=False))
         assert "Forgotten" not in hidden
 
+    def test_a_summary_of_many_models_fits_into_a_comment_and_leaves_out_what_is_met(self) -> None:
+        card = several(*range(200, 50, -1), sizes=(1,) * 150, gates=parse_gates(0.5))
+        summary = render_job_summary(card)
+        rows = [line for line in summary.splitlines() if line.endswith("met |")]
+        assert (len(rows), sum(row.endswith("| not met |") for row in rows)) == (100, 49)
+        assert "The report has 50 more of these." in summary
+        assert len(summary) < 65_536
+        few = replace(card, comparisons=card.comparisons[:100])
+        assert "more of these" not in render_job_summary(few)
+
 
 def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:
     """A card of models that keep so many of the facts, of so many bytes."""
