@@ -17,6 +17,7 @@ from compressknow.pages.pages import escape_markdown
 from compressknow.pages.parts import Folded, Page, Shown
 from tests.pages.card.cards import card_of_one
 from tests.pages.card.test_html import CARDS
+from tests.pages.card.test_make import card_of
 from tests.pages.hostile import TEXTS, numbered
 from tests.pages.pages import Element, read
 
@@ -98,6 +99,12 @@ def test_method_and_glossary_are_two_lists() -> None:
 
 def test_a_fold_of_nothing_leaves_nothing() -> None:
     assert pages.render_markdown(Page("Title", (Shown("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
+
+
+def test_one_fact_is_singular() -> None:
+    card = card_of(1, 0)
+    assert "Of 1 fact: 1 kept" in render_markdown(card)
+    assert "of 1 fact evaluated" in render_html(card)
 
 
 def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
