@@ -66,6 +66,11 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
     if not gates and (strict or early):
         option = "--strict" if strict else "--early"
         raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
+    if strict and any(gate.least == 1 for gate in gates):
+        raise UsageError(
+            "--strict with a gate of 100 % is never met: no number of facts shows that nothing at all is lost.",
+            hint="Choose a lower --fail-under, or leave out --strict to go by the share alone.",
+        )
     if not early:
         return
     if [gate.of for gate in gates] != [None]:

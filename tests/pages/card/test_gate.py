@@ -106,6 +106,10 @@ class TestGate:
     def test_a_strict_gate_needs_a_gate(self) -> None:
         with pytest.raises(UsageError, match="--strict needs a gate"):
             check_gates((), strict=True)
+        # No interval lies at 100 % as a whole, even of a model that is the same.
+        with pytest.raises(UsageError, match="--strict with a gate of 100 % is never met"):
+            check_gates(parse_gates(["0.9", "science=100%"]), strict=True)
+        check_gates(parse_gates(1))
 
     def test_percent_given_for_a_share(self) -> None:
         with pytest.raises(UsageError, match="between 0 and 1: 95"):
