@@ -175,6 +175,12 @@ class TestOnPages:
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"]), strict=True).comparisons
+        assert comparison.next == "Next: evaluate more facts: these do not tell whether 65 % of science is kept."
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"]), strict=True).comparisons
+        assert "deploy" not in comparison.next
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.2"]), strict=True).comparisons
+        assert "deploy" in comparison.next
 
 
 class TestForMachines:
