@@ -157,7 +157,9 @@ class TestOnPages:
         text = render_markdown(card)
         assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
         assert "| at least 85 % of science | 6 of 10, 60.0 % (31.3 to 83.2 %) | not met |" in text
-        assert "<td>not met</td>" in render_html(card)
+        page = render_html(card)
+        assert "<td>met</td>" in page
+        assert '<td class="unmet">not met</td>' in page
         assert "Gates" not in render_markdown(make_card(original, [compressed]))
         assert card.to_dict()["gates"] == [
             {"of": None, "least": 0.8, "strict": False, "met": [True]},
