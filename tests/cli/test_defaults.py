@@ -176,6 +176,12 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
     assert main(["compare", str(model), str(model)]) == 0
     assert main(["compare", str(model), str(model), "--limit", "9"]) == 2
     assert "--limit needs a probe." in capsys.readouterr().err
+    (project / "compressknow.toml").write_text('answers = "kept"\ndevice = "cpu"\nbatch-size = 4\ndtype = "float32"\n')
+    assert main(["compare", str(model), str(model)]) == 0
+    capsys.readouterr()
+    for words in (["--answers", "kept"], ["--device", "cpu"], ["--batch-size", "4"], ["--dtype", "float32"]):
+        assert main(["compare", str(model), str(model), *words]) == 2
+        assert f"{words[0]} needs a probe." in capsys.readouterr().err
     assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
     assert "none.toml: no such grid." in capsys.readouterr().err
 
