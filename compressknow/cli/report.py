@@ -152,7 +152,7 @@ def _list_grades(comparison: Comparison) -> Iterator[str]:
     for grade in comparison.grades:
         yield (
             f"{clean(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
-            f"{write_estimate(grade.kept):<27}{grade.mark:>6}"
+            f"{grade.written:<27}{grade.mark:>6}"
         )
     if any(grade.range for grade in comparison.grades):
         yield "? the interval spans several grades"

@@ -8,7 +8,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, share, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share, share_beside, write_percent, write_size
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
@@ -131,14 +131,7 @@ def hold_to_gates(result: object, card: Card) -> None:
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
     _, kept = gate.measure_kept(comparison)
-    return write_range(kept.low or 0.0, kept.high or 0.0, partial(_write_beside, gate))
-
-
-def _write_beside(gate: Gate, value: float) -> str:
-    """Write a share as elsewhere; with more digits where it would read as one on the other side of the gate."""
-    least, percent = round(100 * gate.least, 9), 100 * value
-    digits = next((n for n in range(1, 7) if (round(percent, n) >= least) == (value >= gate.least)), 7)
-    return share(value) if digits == 1 else f"{percent:.{digits}f} %"
+    return write_range(kept.low or 0.0, kept.high or 0.0, partial(share_beside, limits=[gate.least]))
 
 
 def describe_share(gates: Iterable[Gate]) -> str:
@@ -228,7 +221,8 @@ def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = gate.measure_kept(comparison)
-    return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept, partial(_write_beside, gate))}"
+    told = write_estimate(kept, partial(share_beside, limits=[gate.least]))
+    return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
 
 
 def decide(

@@ -23,7 +23,6 @@ from compressknow.pages.card.sections import add_sections, list_explained, list_
 from compressknow.pages.card.verdict import (
     ENOUGH,
     LOWEST,
-    SCALE,
     advise_less,
     describe_early,
     grade_domains,
@@ -31,7 +30,7 @@ from compressknow.pages.card.verdict import (
     write_joint_verdict,
     write_verdict,
 )
-from compressknow.pages.records import Card, Comparison, Decision, Gate, label_models
+from compressknow.pages.records import SCALE, Card, Comparison, Decision, Gate, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
