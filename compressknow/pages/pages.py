@@ -34,6 +34,8 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
+# A p-value, as HTML has it: p &lt; 0.001.
+_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
 # A person, an address, an issue.
 _MENTION = re.compile(r"@(?=\w)|(?:#|\bGH-)(?=\d)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
@@ -101,12 +103,13 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def isolate(sentence: object) -> Markup:
     """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
-    round, and a number stays in one line with its unit.
+    round, and a number stays in one line with its unit, or with the p before it.
 
-    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"))
-    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB
+    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"), isolate("p < 0.001"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB p\xa0&lt;\xa00.001
     """
     isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
+    isolated = _P_VALUE.sub("p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", isolated)
     return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
 
 
