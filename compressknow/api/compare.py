@@ -89,6 +89,11 @@ def compare(
     asked = {"fail_under": bool(gates), "strict": strict and bool(gates), "known": known == PRODUCED}
     of_facts = [name for name, given in asked.items() if given]
     of_facts += [WORDS.get(field, field) for field in options.list_changed()]
+    default = Settings()
+    of_facts += [
+        name for name in ("device", "dtype", "batch_size") if getattr(settings, name) != getattr(default, name)
+    ]
+    of_facts += ["answers"] if answers is not None else []
     if of_facts and not probe:
         option = of_facts[0].replace("_", "-")
         raise UnusedOptions(f"--{option} needs a probe.", hint="Choose one with -p PROBE.", names=of_facts)

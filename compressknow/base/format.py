@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from compressknow.base.errors import UsageError
@@ -88,6 +89,18 @@ def share(value: float | None) -> str:
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
     """
     return NONE if value is None else _write_hundredths(100 * value)
+
+
+def share_beside(value: float, limits: Iterable[float]) -> str:
+    """Write a share as `share` does; with more digits where it would read as one on the other side of a limit.
+
+    >>> share_beside(0.9296, [0.93]), share_beside(0.93, [0.93]), share_beside(0.9296, [0.95])
+    ('92.96 %', '93.0 %', '93.0 %')
+    """
+    percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]
+    told = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
+    digits = next(told, 7)
+    return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
 
 def _write_hundredths(percent: float) -> str:

@@ -366,6 +366,9 @@ ray_options = join_options(
 
 
 FILE, PROJECT = "compressknow.toml", "pyproject.toml"
+# Options whose value may hold the path of a file, and what may stand before that.
+_NAMING_FILES = {"probe", "facts", "calibration", "grid"}
+_KINDS = ("facts:", "text:", "hf:")
 # A file that came with someone's repository is not asked to run its code, to replace files or to upload any.
 _COMMAND_LINE_ALONE = {
     *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
@@ -488,4 +491,16 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
     values = [str(each) for each in (value if isinstance(value, list) else [value])]
     if isinstance(option.type, click.Path):
         values = [str(file.parent / each) for each in values]
+    elif option.name in _NAMING_FILES:
+        values = [_find_beside(file, each) for each in values]
     return values if option.multiple else values[0]
+
+
+def _find_beside(file: Path, value: str) -> str:
+    """Return a value such as ``facts:mine.jsonl`` or ``notes.txt`` with its path as seen from the file's folder, where
+    there is such a file."""
+    kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
+    place = file.parent / part
+    # What is not told by its kind is a file by its ending: one called atlas may lie about.
+    is_there = part and place.exists() if colon else place.suffix and place.is_file()
+    return f"{kind}{colon}{place}" if is_there else value

@@ -22,7 +22,7 @@ from compressknow.cli.options import (
     server_options,
 )
 from compressknow.cli.report import describe_grades
-from compressknow.cli.terminal import Lines, show, show_json, wrap
+from compressknow.cli.terminal import Lines, pad, show, show_json, wrap
 from compressknow.comparison.text import compute_perplexity
 from compressknow.pages.as_json import dump_perplexity
 from compressknow.pages.texts import write_measured
@@ -90,7 +90,7 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
         facts = answers.of(name)
         right = sum(answer.correct for answer in facts)
         yield (
-            f"{clean(name, 31):<32}{count(len(facts)):>10}{count(right):>10}{write_percent(right, len(facts)):>10}"
+            f"{pad(name, 32)}{count(len(facts)):>10}{count(right):>10}{write_percent(right, len(facts)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
         if grades := Counter(answer.grade for answer in facts if answer.grade):
@@ -121,7 +121,7 @@ def _list_domains(answers: Answers) -> Iterator[str]:
         yield ""
         for subject, correct in sorted(subjects.items()):
             right = write_percent(sum(correct), len(correct))
-            yield f"{clean(subject, 31):<32}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
+            yield f"{pad(subject, 32)}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from compressknow.cli.options import (
     server_options,
     strict_option,
 )
-from compressknow.cli.terminal import Lines, show, show_json, show_written, wrap, wrap_whole
+from compressknow.cli.terminal import Lines, pad, show, show_json, show_written, wrap, wrap_whole
 from compressknow.pages.records import Card, Comparison, write_estimate
 from compressknow.pages.texts import summarize_text
 
@@ -151,8 +151,8 @@ def _list_grades(comparison: Comparison) -> Iterator[str]:
     yield "-" * len(GRADES)
     for grade in comparison.grades:
         yield (
-            f"{clean(grade.subject, 21):<22}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
-            f"{write_estimate(grade.kept):<27}{grade.mark:>6}"
+            f"{pad(grade.subject, 22)}{count(grade.counts.known_before):>14}{count(grade.counts.both):>8}   "
+            f"{grade.written:<27}{grade.mark:>6}"
         )
     if any(grade.range for grade in comparison.grades):
         yield "? the interval spans several grades"
@@ -200,7 +200,7 @@ def _list_models(card: Card) -> Iterator[str]:
         name = f"{model.name} ({model.setup})" if model.setup else model.name
         mark = "*" if standings and standings[place].beaten_by is None else ""
         kept = write_estimate(comparison.kept)
-        yield f"{clean(name, 39):<40}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
+        yield f"{pad(name, 40)}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
     if standings:
         yield "* no model of these keeps more in as many bytes"
 
@@ -217,7 +217,5 @@ def _list_speeds(card: Card) -> Iterator[str]:
     for name, speed in timed:
         ran_in = f" ({clean(speed.computed_in, 20)})" if speed.computed_in else ""
         tokens = NONE if speed.tokens_per_second is None else f"{speed.tokens_per_second:,.1f}"
-        yield (
-            f"{clean(name, 43 - len(ran_in)) + ran_in:<44}{speed.facts_per_second:>11,.1f}{tokens:>11}"
-            f"{write_size(speed.peak_bytes):>14}"
-        )
+        rates = f"{speed.facts_per_second:>11,.1f}{tokens:>11}"
+        yield f"{pad(name, 44, ran_in)}{rates}{write_size(speed.peak_bytes):>14}"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import click
 
@@ -58,6 +59,28 @@ def wrap(text: str, indent: str = "  ", **how: Any) -> list[str]:
 def wrap_whole(text: str) -> list[str]:
     """Return the lines of a text whose words, such as those of a command, are not broken."""
     return wrap(text, indent="", break_long_words=False, break_on_hyphens=False)
+
+
+def pad(name: str, width: int, after: str = "") -> str:
+    """Return a name, cut where it is too long, and what stands `after` it, in a column of so many cells.
+
+    >>> pad("geography", 12) + "|", pad("geography of Asia", 12) + "|", pad("\u5730\u7406", 12) + "|"
+    ('geography   |', 'geography…  |', '\u5730\u7406        |')
+    >>> pad("smollm2", 12, " (f32)") + "|"
+    'smol… (f32) |'
+    >>> pad("\u5730\u7406" * 9, 8) + "|", pad("cafe\u0301", 8) == "cafe\u0301    "
+    ('\u5730\u7406\u5730… |', True)
+    """
+    room = width - 1 - len(after)
+    text = clean(name, room)
+    while _count_cells(text) > room:
+        text = f"{text.rstrip('…')[:-1]}…"
+    return text + after + " " * (width - len(after) - _count_cells(text))
+
+
+def _count_cells(text: str) -> int:
+    """Count the cells that a text takes: letters of Chinese, Japanese and Korean take two, accents apart none."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def show_json(values: Any) -> None:

@@ -34,6 +34,10 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
+# A p-value, as HTML has it: p &lt; 0.001.
+_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
+# A person, an address, an issue.
+_MENTION = re.compile(r"@(?=\w)|(?:#|\bGH-)(?=\d)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
@@ -50,12 +54,16 @@ def read_source(name: str) -> str:
 
 def escape_markdown(text: object) -> str:
     r"""Return one line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of
-    it.
+    it, nor is anyone mentioned.
 
     >>> print(escape_markdown("[x](http://y) <b>"))
     \[x\](http&#58;//y) &lt;b&gt;
+    >>> escape_markdown("@me fixed a/b#12 and GH-7") == "@\u2060me fixed a/b\\#\u206012 and GH-\u20607"
+    True
     """
-    escaped = _join_lines(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # GitHub looks for these in what it has rendered, where no backslash or entity is left.
+    escaped = _MENTION.sub("\\g<0>\N{WORD JOINER}", _join_lines(text))
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
     escaped = _LIST_NUMBER.sub(r"\1\\\2", escaped)
     # A bare address would become a link.
@@ -95,12 +103,13 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def isolate(sentence: object) -> Markup:
     """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
-    round, and a number stays in one line with its unit.
+    round, and a number stays in one line with its unit, or with the p before it.
 
-    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"))
-    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB
+    >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"), isolate("p < 0.001"))
+    &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB p\xa0&lt;\xa00.001
     """
     isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
+    isolated = _P_VALUE.sub("p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", isolated)
     return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
 
 

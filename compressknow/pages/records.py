@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import NONE, clean, count, share, write_size
+from compressknow.base.format import NONE, clean, count, share, share_beside, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # of a name that a sentence can carry
+# The least that must be kept for each grade, in percent.
+SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,11 @@ class Grade:
     @property
     def mark(self) -> str:
         return self.grade + "?" * (self.range is not None)
+
+    @property
+    def written(self) -> str:
+        """Return the share kept with its interval, in the digits that tell the grades of both: 92.96 % is a C."""
+        return write_estimate(self.kept, partial(share_beside, limits=[least / 100 for _, least in SCALE]))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -118,7 +126,7 @@ class Comparison(Shown):
                 grade.subject,
                 count(grade.counts.known_before),
                 count(grade.counts.both),
-                write_estimate(grade.kept),
+                grade.written,
                 grade.mark,
             )
             for grade in self.grades

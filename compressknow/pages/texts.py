@@ -65,8 +65,9 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     if moved is None:
         before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
-    before, after = write_perplexity(figures.original), write_perplexity(figures.compressed)
-    change = "unchanged" if moved.ratio.value == 1 else f"{write_change(moved.ratio)}, from {before}"
+    before, after = _tell_perplexity(figures.original), _tell_perplexity(figures.compressed)
+    change = f"{write_change(moved.ratio)}, from {before}" if math.isfinite(moved.ratio.value) else f"from {before}"
+    change = "unchanged" if moved.ratio.value == 1 else change
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
     same = share(moved.same_top.value)
     return f"On {name} {whose} is {after} ({change}), and the most likely token is the same in {same} of places."
@@ -74,7 +75,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
 
 def write_text_headline(figures: TextFigures) -> str:
     """Write the figure of a page that has no facts."""
-    if figures.moved:
+    if figures.moved and math.isfinite(figures.moved.ratio.value):
         return f"Perplexity {write_change(figures.moved.ratio)} on {clean(figures.text, 60)}"
     return f"Perplexity on {clean(figures.text, 60)}"
 
@@ -97,13 +98,18 @@ def write_perplexity(found: Perplexity | None) -> str:
     return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
 
 
+def _tell_perplexity(found: Perplexity) -> str:
+    """Write a perplexity in a sentence."""
+    return write_perplexity(found) if math.isfinite(found.value.value) else "no number"
+
+
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
     """Write one text as a sentence of the verdict on several models, each with its label."""
     # A model that computes no numbers would be the lowest and the highest.
     found = [each for each in found if math.isfinite(each[1].value.value)] or found
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
-    place = f"On {clean(text, 60)}, where the original's perplexity is {write_perplexity(original)}"
-    lowest, highest = write_perplexity(best[1]), write_perplexity(worst[1])
+    place = f"On {clean(text, 60)}, where the original's perplexity is {_tell_perplexity(original)}"
+    lowest, highest = _tell_perplexity(best[1]), _tell_perplexity(worst[1])
     if best is worst:
         return f"{place}, {best[0] if len(found) == 1 else 'each model'} has {lowest}."
     return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."

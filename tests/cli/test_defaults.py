@@ -72,6 +72,23 @@ def test_the_nearest_file_the_commands_own_table_and_the_command_line_win(projec
     assert called("--limit", "5", "-p", "z")[0] | {"answers": 0} == {**given, "limit": 5, "probe": ("z",), "answers": 0}
 
 
+def test_a_file_of_facts_is_sought_beside_the_projects_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "mine.jsonl").write_text('{"prompt": "Paris lies on the [MASK]."}\n')
+    (project / "atlas").write_text("no probe\n")
+    probes = ["facts:mine.jsonl", "facts:other.jsonl", "text:C:/x.txt", "atlas", "hf:a/b", "hf:"]
+    (project / "compressknow.toml").write_text(f"probe = {probes}\n")
+    assert called()[0]["probe"] == (f"facts:{project / 'mine.jsonl'}", *probes[1:])
+    assert main(["report", "./a", "./b", "-p", "facts:mine.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("Error: There is no file mine.jsonl.")
+    (project / "compressknow.toml").write_text('probe = ["facts:mine.jsonl"]\n')
+    assert main(["report", "./a", "./b"]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {project / 'mine.jsonl'} cannot be read as facts:")
+    (project / "own.toml").write_text("axes = 3\n")
+    (project / "compressknow.toml").write_text('[sweep]\ngrid = "own.toml"\n')
+    assert main(["sweep", str(save_tiny("bert", project / "model")), "-o", "study"]) == 2
+    assert f"Error: {project / 'own.toml'}" in capsys.readouterr().err
+
+
 @click.command()
 @click.option("--must", multiple=True, type=read_type_of)
 @click.option("--no-facts", is_flag=True, expose_value=False)
@@ -159,6 +176,12 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
     assert main(["compare", str(model), str(model)]) == 0
     assert main(["compare", str(model), str(model), "--limit", "9"]) == 2
     assert "--limit needs a probe." in capsys.readouterr().err
+    (project / "compressknow.toml").write_text('answers = "kept"\ndevice = "cpu"\nbatch-size = 4\ndtype = "float32"\n')
+    assert main(["compare", str(model), str(model)]) == 0
+    capsys.readouterr()
+    for words in (["--answers", "kept"], ["--device", "cpu"], ["--batch-size", "4"], ["--dtype", "float32"]):
+        assert main(["compare", str(model), str(model), *words]) == 2
+        assert f"{words[0]} needs a probe." in capsys.readouterr().err
     assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
     assert "none.toml: no such grid." in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, share, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share, share_beside, write_percent, write_size
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
@@ -29,7 +29,8 @@ from compressknow.pages.records import (
 )
 
 SUMMARY = "summary.md"
-_FACTS, _DOMAINS = 5, 6  # lost facts that a summary shows, and domains
+# Lost facts that a summary shows, domains, and results of gates: a comment on GitHub has at most 65,536 characters.
+_FACTS, _DOMAINS, _MOST_RESULTS = 5, 6, 100
 _RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 
@@ -67,6 +68,11 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
     if not gates and (strict or early):
         option = "--strict" if strict else "--early"
         raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
+    if strict and any(gate.least == 1 for gate in gates):
+        raise UsageError(
+            "--strict with a gate of 100 % is never met: no number of facts shows that nothing at all is lost.",
+            hint="Choose a lower --fail-under, or leave out --strict to go by the share alone.",
+        )
     if not early:
         return
     if [gate.of for gate in gates] != [None]:
@@ -127,14 +133,7 @@ def hold_to_gates(result: object, card: Card) -> None:
 
 def _write_ends(comparison: Comparison, gate: Gate) -> str:
     _, kept = gate.measure_kept(comparison)
-    return write_range(kept.low or 0.0, kept.high or 0.0, partial(_write_beside, gate))
-
-
-def _write_beside(gate: Gate, value: float) -> str:
-    """Write a share as elsewhere; with more digits where it would read as one on the other side of the gate."""
-    least, percent = round(100 * gate.least, 9), 100 * value
-    digits = next((n for n in range(1, 7) if (round(percent, n) >= least) == (value >= gate.least)), 7)
-    return share(value) if digits == 1 else f"{percent:.{digits}f} %"
+    return write_range(kept.low or 0.0, kept.high or 0.0, partial(share_beside, limits=[gate.least]))
 
 
 def describe_share(gates: Iterable[Gate]) -> str:
@@ -159,7 +158,8 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     counts, _ = gate.measure_kept(comparison)
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
-        return f"{label}, where the original knew none of {count(counts.n)} facts{of}"
+        none = "did not know the 1 fact" if counts.n == 1 else f"knew none of {count(counts.n)} facts"
+        return f"{label}, where the original {none}{of}"
     # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
 
@@ -186,10 +186,12 @@ def render_junit(card: Card) -> str:
 def render_job_summary(card: Card) -> str:
     """Return as Markdown a card's gates, then which of several models to take, or one's domains and first losses."""
     results = [
-        (name, write_size(each.model.bytes), *cells)
+        (name, write_size(each.model.bytes), *(clean(cell, 80) for cell in cells))
         for name, each in zip(name_models(card), card.comparisons, strict=True)
         for cells in list_results(card, each)
     ]
+    # Of many, those that are met are left out before the others.
+    told = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
     worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
@@ -200,7 +202,9 @@ def render_job_summary(card: Card) -> str:
     ]
     facts = single.lost[:_FACTS] if single and card.show_facts else ()
     lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
-    return render("summary.md.j2", card=card, results=results, domains=domains, lost=lost)
+    more = len(results) - len(told)
+    results = told if more else results
+    return render("summary.md.j2", card=card, results=results, more=more, domains=domains, lost=lost)
 
 
 def list_results(card: Card, comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -219,7 +223,8 @@ def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = gate.measure_kept(comparison)
-    return f"{count(counts.both)} of {count(counts.known_before)}, {write_estimate(kept, partial(_write_beside, gate))}"
+    told = write_estimate(kept, partial(share_beside, limits=[gate.least]))
+    return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
 
 
 def decide(

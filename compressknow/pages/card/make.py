@@ -23,7 +23,6 @@ from compressknow.pages.card.sections import add_sections, list_explained, list_
 from compressknow.pages.card.verdict import (
     ENOUGH,
     LOWEST,
-    SCALE,
     advise_less,
     describe_early,
     grade_domains,
@@ -31,7 +30,7 @@ from compressknow.pages.card.verdict import (
     write_joint_verdict,
     write_verdict,
 )
-from compressknow.pages.records import Card, Comparison, Decision, Gate, label_models
+from compressknow.pages.records import SCALE, Card, Comparison, Decision, Gate, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
@@ -88,7 +87,7 @@ def make_card(
     model = read_model_facts(original.record.model)
     comparisons = []
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
-        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates, strict=strict)
         # The figures of each wording are of answers that are not put together yet.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
@@ -166,6 +165,7 @@ def compare(
     early: EarlyStop | None = None,
     path: str | None = None,
     gates: Sequence[Gate] = (),
+    strict: bool = False,
 ) -> Comparison:
     """Return all figures of one compressed model, with advice that goes by `gates`. Raises CompressknowError where the
     two cannot be compared."""
@@ -209,15 +209,19 @@ def compare(
     )
     is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
     source = path if warnings.is_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates))
+    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates, strict=strict))
 
 
-def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
+def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate], *, strict: bool) -> str:
     """Return what to do next: of a domain or relation it is enough that a gate is missed."""
-    missed = [gate for gate in gates if gate.of and gate.is_met(comparison) is False]
+    met = {gate: gate.is_met(comparison, strict=strict) for gate in gates if gate.of}
+    missed, unsure = ([gate for gate in met if met[gate] is which] for which in (False, None))
     if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
         return advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
-    return write_advice(comparison, path, next((gate.least for gate in gates if gate.of is None), ENOUGH))
+    least = next((gate.least for gate in gates if gate.of is None), ENOUGH)
+    if unsure and (comparison.kept.low or 0.0) >= least:
+        return f"Next: evaluate more facts: these do not tell whether {describe_share(unsure)} is kept."
+    return write_advice(comparison, path, least)
 
 
 def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

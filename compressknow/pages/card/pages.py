@@ -269,13 +269,13 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
     rows = [
         (
             clean(grade.subject, 80),
-            *_write_kept(grade.counts, grade.kept),
+            *_write_kept(grade.counts, grade.written),
             clean(grade.grade, 4),
             clean(grade.range or "", 20),
         )
         for grade in comparison.grades
     ]
-    rows.append(("All domains", *_write_kept(comparison.counts, comparison.kept), "", ""))
+    rows.append(("All domains", *_write_kept(comparison.counts, write_estimate(comparison.kept)), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
     graded = Graded(tuple(rows), bars, find_rounding_kept(comparison.probes))
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
@@ -284,9 +284,9 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
     return Shown(f"{id}-card", "Report card", (graded, note, *gates), look="card")
 
 
-def _write_kept(counts: Counts, kept: Estimate) -> tuple[str, str, str]:
+def _write_kept(counts: Counts, kept: str) -> tuple[str, str, str]:
     """Return the facts known before, the share kept and, apart so that a narrow screen breaks there, its interval."""
-    value, opening, interval = write_estimate(kept).partition("(")
+    value, opening, interval = kept.partition("(")
     return f"{count(counts.known_before)} of {count(counts.n)}", value.rstrip(), opening + interval
 
 

@@ -26,10 +26,8 @@ from compressknow.compress.steps import (
     Step,
     Where,
 )
-from compressknow.pages.records import NAME_CHARACTERS, Comparison, Grade, label_models, write_range
+from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade, label_models, write_range
 
-# The least that must be kept for each grade, in percent.
-SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 LOWEST = "F"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
 LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."

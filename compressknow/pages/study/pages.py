@@ -132,11 +132,11 @@ _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
     """Return the study as text, with its charts where they are given; no fact's text is in it."""
-    headline = write_headline(study)
+    headline, forms = write_headline(study), "form" if len(study.cells) == 1 else "forms"
     return Page(
         what="study",
         title=f"{headline}: {clean(study.original.name, 60)}",
-        models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed forms of it",
+        models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed {forms} of it",
         headline=headline,
         verdict=write_verdict(study),
         warnings=_write_warnings(study),

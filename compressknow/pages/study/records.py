@@ -133,9 +133,10 @@ class Study(Tabular):
         failed = f", {count(len(self.failed))} failed" if self.failed else ""
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
+        cells = "1 cell" if len(self.cells) == 1 else f"{count(len(self.cells))} cells"
         return Summary(
             f"Study: {clean(self.original.name, 60)}",
-            f"{count(len(self.cells))} cell{'s' * (len(self.cells) != 1)}{failed}; evaluated on {probes or 'nothing'}.",
+            f"{cells}{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
                 (

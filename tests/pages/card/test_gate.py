@@ -54,6 +54,8 @@ class TestGate:
         with pytest.raises(GateNotMet, match=r"knew none of 10 facts\.\nChoose facts") as caught:
             held(card_of(0, 0, 0, 10), 0)
         assert caught.value.exit_code == 3
+        with pytest.raises(GateNotMet, match=r"did not know the 1 fact\.\nChoose facts"):
+            held(card_of(0, 0, 0, 1), 0)
 
     def test_a_strict_gate_is_met_or_missed_by_the_whole_interval(self) -> None:
         held(card_of(950, 50), 0.9, strict=True)
@@ -104,6 +106,10 @@ class TestGate:
     def test_a_strict_gate_needs_a_gate(self) -> None:
         with pytest.raises(UsageError, match="--strict needs a gate"):
             check_gates((), strict=True)
+        # No interval lies at 100 % as a whole, even of a model that is the same.
+        with pytest.raises(UsageError, match="--strict with a gate of 100 % is never met"):
+            check_gates(parse_gates(["0.9", "science=100%"]), strict=True)
+        check_gates(parse_gates(1))
 
     def test_percent_given_for_a_share(self) -> None:
         with pytest.raises(UsageError, match="between 0 and 1: 95"):
@@ -151,7 +157,9 @@ class TestOnPages:
         text = render_markdown(card)
         assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
         assert "| at least 85 % of science | 6 of 10, 60.0 % (31.3 to 83.2 %) | not met |" in text
-        assert "<td>not met</td>" in render_html(card)
+        page = render_html(card)
+        assert "<td>met</td>" in page
+        assert '<td class="unmet">not met</td>' in page
         assert "Gates" not in render_markdown(make_card(original, [compressed]))
         assert card.to_dict()["gates"] == [
             {"of": None, "least": 0.8, "strict": False, "met": [True]},
@@ -169,6 +177,12 @@ class TestOnPages:
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"]), strict=True).comparisons
+        assert comparison.next == "Next: evaluate more facts: these do not tell whether 65 % of science is kept."
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"]), strict=True).comparisons
+        assert "deploy" not in comparison.next
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.2"]), strict=True).comparisons
+        assert "deploy" in comparison.next
 
 
 class TestForMachines:
@@ -203,6 +217,16 @@ class TestForMachines:
         assert "(Paris, now (nothing))" in render_job_summary(silent)
         hidden = render_job_summary(make_card(original, [compressed], show_facts=False))
         assert "Forgotten" not in hidden
+
+    def test_a_summary_of_many_models_fits_into_a_comment_and_leaves_out_what_is_met(self) -> None:
+        card = several(*range(200, 50, -1), sizes=(1,) * 150, gates=parse_gates(0.5))
+        summary = render_job_summary(card)
+        rows = [line for line in summary.splitlines() if line.endswith("met |")]
+        assert (len(rows), sum(row.endswith("| not met |") for row in rows)) == (100, 49)
+        assert "The report has 50 more of these." in summary
+        assert len(summary) < 65_536
+        few = replace(card, comparisons=card.comparisons[:100])
+        assert "more of these" not in render_job_summary(few)
 
 
 def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:

@@ -67,3 +67,10 @@ def test_the_grade_lies_within_its_range(both: int, lost: int) -> None:
     for grade in grade_domains([compare_probe(*sides(both, lost), entry(), entry(), probe="atlas", ran_in="")]):
         best, worst = (grade.range or f"{grade.grade} to {grade.grade}").split(" to ")
         assert order.index(best) <= order.index(grade.grade) <= order.index(worst)
+
+
+def test_a_share_reads_as_one_of_its_grade() -> None:
+    (grade,) = grade_domains([compare_probe(*sides(9296, 704), entry(), entry(), probe="atlas", ran_in="")])
+    assert (grade.grade, grade.written) == ("C", "92.96 % (92.4 to 93.4 %)")
+    (grade,) = grade_domains([compare_probe(*sides(93, 7), entry(), entry(), probe="atlas", ran_in="")])
+    assert (grade.grade, grade.written) == ("B", "93.0 % (86.3 to 96.6 %)")

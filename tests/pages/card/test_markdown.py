@@ -13,9 +13,11 @@ from markdown_it.token import Token
 from compressknow.base.format import clean
 from compressknow.pages import pages
 from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.pages import escape_markdown
 from compressknow.pages.parts import Folded, Page, Shown
 from tests.pages.card.cards import card_of_one
 from tests.pages.card.test_html import CARDS
+from tests.pages.card.test_make import card_of
 from tests.pages.hostile import TEXTS, numbered
 from tests.pages.pages import Element, read
 
@@ -99,6 +101,12 @@ def test_a_fold_of_nothing_leaves_nothing() -> None:
     assert pages.render_markdown(Page("Title", (Shown("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
 
 
+def test_one_fact_is_singular() -> None:
+    card = card_of(1, 0)
+    assert "Of 1 fact: 1 kept" in render_markdown(card)
+    assert "of 1 fact evaluated" in render_html(card)
+
+
 def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
     def write(before: int | None, after: int | None) -> str:
         card = card_of_one()
@@ -140,6 +148,14 @@ def test_hostile_text_stays_text(name: str) -> None:
         assert not {token.type for token in parse(shown)} & {"link_open", "image", "html_inline", "html_block", "hr"}
         assert clean(text, 60)[:30].strip() in re.sub("[\u2068\u2069]", "", rendered(shown).text)
         shown.encode("utf-8")
+
+
+@pytest.mark.parametrize("text", ["@octocat", "me@example.org", "\\@octocat", "a/b#12", "#12", "gh-12"])
+def test_nobody_is_mentioned_and_no_issue_is_linked(text: str) -> None:
+    shown = rendered(escape_markdown(text)).text
+    assert shown.strip().replace("\N{WORD JOINER}", "") == text
+    # What GitHub looks for in what it has rendered.
+    assert not re.search(r"@\w|#\d|GH-\d", shown, re.IGNORECASE)
 
 
 def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
