@@ -378,6 +378,24 @@ def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
         measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "said"),
+    [
+        ("xlnet", "XLNetLMHeadModel", "no gradient comes back to its blocks"),
+        ("fsmt", "FSMTForConditionalGeneration", "one of its own checks fails"),
+        ("reformer", "ReformerModelWithLMHead", r"into training mode$"),
+    ],
+)
+def test_a_model_without_gradients_block_by_block_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
+    """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own."""
+    tiny_model(of, name).save_pretrained(tmp_path)
+    ids = torch.arange(5, 41).reshape(3, 12)
+    kind = "seq2seq" if of == "fsmt" else "causal"
+    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], kind, None, seed=0)
+    with pytest.raises(BlockwiseUnsupported, match=said):
+        measure(*open_complete(tmp_path), SCHEMES, None, texts)
+
+
 # Measures a model of some blocks on text, and says the most memory that the process had.
 PEAK = """
 import sys, torch

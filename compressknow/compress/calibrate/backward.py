@@ -129,6 +129,7 @@ def _run(
     """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
     gradients there are as large as a vocabulary."""
     waiting = {each: call for each in passes if (call := each.advance()) is not None}
+    returned = set[int]()
     while waiting:
         first = next(iter(waiting.values()))
         module, is_back = first.module, first.is_back
@@ -155,6 +156,11 @@ def _run(
                     waiting[each] = after
             if turns:
                 visit(module, products)
+                if module in streamed.blocks:
+                    returned |= {product.batch for own in products.values() for product in own}
+    if len(returned) < len(passes):
+        # XLNet's states are [tokens, rows], which are taken for rows only where there are as many.
+        raise BlockwiseUnsupported("no gradient comes back to its blocks")
 
 
 @contextmanager
