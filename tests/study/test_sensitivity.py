@@ -341,11 +341,14 @@ def text_of(known: Known, family: str) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [("bloom", "BloomForCausalLM"), ("mpt", "MptForCausalLM"), ("llava", "LlavaForConditionalGeneration")],
+    [
+        *(("bloom", "BloomForCausalLM"), ("mpt", "MptForCausalLM"), ("llava", "LlavaForConditionalGeneration")),
+        ("ctrl", "CTRLLMHeadModel"),
+    ],
 )
 def test_gradients_are_those_of_the_whole_model(of: str, name: str, tmp_path: Path) -> None:
     """Blocks read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT).
-    Other models do not name `use_cache`, but hand it on."""
+    Other models do not name `use_cache`, but hand it on. CTRL scales its embeddings where they lie."""
     model = tiny_model(of, name)
     model.save_pretrained(tmp_path)
     ids = torch.randint(4, 60, (HEADS // 2, 9), generator=torch.Generator().manual_seed(0))

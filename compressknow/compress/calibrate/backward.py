@@ -316,7 +316,9 @@ class GradientPass(ForwardPass):
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """Repeat each row for all directions."""
-        return value.repeat_interleave(self._copies, 0) if self.has_rows(value) else value
+        # No view, as `repeat_interleave` gives: models scale what an embedding gives in its place (CTRL).
+        rows = torch.arange(len(value)).repeat_interleave(self._copies) if self.has_rows(value) else None
+        return value if rows is None else value[rows]
 
 
 class _Stop(torch.autograd.Function):
