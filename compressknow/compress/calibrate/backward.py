@@ -158,7 +158,7 @@ def _run(
                 visit(module, products)
                 if module in streamed.blocks:
                     returned |= {product.batch for own in products.values() for product in own}
-    if len(returned) < len(passes):
+    if len(returned) < len(passes) and any(streamed.find_block(own.module) in streamed.blocks for own in weights):
         # XLNet's states are [tokens, rows], which are taken for rows only where there are as many.
         raise BlockwiseUnsupported("no gradient comes back to its blocks")
 
