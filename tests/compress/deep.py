@@ -39,6 +39,8 @@ BUILDERS: dict[str, Builder] = {
         hf.BartConfig(**_BART | {"encoder_layers": 3, "decoder_layers": DEPTH, "decoder_ffn_dim": 64})
     ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2 | {"n_layer": DEPTH})),
+    # All its blocks have one activation.
+    "openai-gpt": lambda: hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**_GPT2 | {"n_layer": DEPTH})),
     "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_NEOX | _DEEP)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT | _DEEP)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA | _DEEP)),
@@ -63,6 +65,7 @@ STACKS = {
     "mt5": ("encoder.block", "decoder.block"),
     "bart": ("model.encoder.layers", "model.decoder.layers"),
     "gpt2": ("transformer.h",),
+    "openai-gpt": ("transformer.h",),
     "gpt-neox": ("gpt_neox.layers",),
     "opt": ("model.decoder.layers",),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,8 @@ from compressknow.pages.card.warnings import warn_of_recipe
 from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.long import one_in
-from tests.models import edit_config, load, logits, save_tiny
+from tests.models import _LLAMA, edit_config, load, logits, save_tiny
+from tests.zoo import tiny_config
 
 # ModernBERT's first block has no norm before its attention: no other can take its place.
 CHOICES = ([0], [1, 2], [DEPTH - 1])
@@ -91,6 +92,60 @@ def test_kinds_of_layers_stay_with_their_blocks(checkpoints: dict[str, Path], tm
     compressknow.convert(checkpoints["gemma3"], tmp_path / "out", drop_blocks="1")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _zamba2() -> transformers.PreTrainedModel:
+    config = tiny_config("zamba2", "Zamba2ForCausalLM").to_dict()
+    kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
+    settings = {"num_hidden_layers": 5, "layers_block_type": kinds, "hybrid_layer_ids": [1, 3]}
+    return transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**config | settings))
+
+
+def _llama4() -> transformers.PreTrainedModel:
+    settings = {"num_hidden_layers": DEPTH, "moe_layers": [0, 1, 2, 3], "no_rope_layers": [1, 0, 1, 1]}
+    config = transformers.Llama4TextConfig(**_LLAMA | settings, intermediate_size_mlp=48, num_local_experts=2)
+    return transformers.Llama4ForCausalLM(config)
+
+
+def _molmo2() -> transformers.PreTrainedModel:
+    if not hasattr(transformers, "Molmo2Config"):
+        pytest.skip("this transformers has no Molmo2")
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    text = {"num_hidden_layers": DEPTH, "head_dim": 8, "rope_parameters": rope, "rope_scaling_layers": [0, 1, 3]}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    adapter = vision | {"text_hidden_size": 32, "vision_feature_layer": [1]}
+    config = transformers.Molmo2Config(text_config=_LLAMA | text, vision_config=vision, adapter_config=adapter)
+    return transformers.Molmo2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("build", "key", "numbers"), [
+    (_zamba2, "hybrid_layer_ids", [0, 2]), (_llama4, "moe_layers", [0, 1, 2]), (_molmo2, "rope_scaling_layers", [0, 2])
+], ids=["zamba2", "llama4", "molmo2"])  # fmt: skip
+def test_lists_of_the_numbers_of_blocks_name_the_same_blocks(
+    tmp_path: Path, build: Callable[[], transformers.PreTrainedModel], key: str, numbers: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    model.save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="0")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("text_config", config)[key] == numbers
+    # As if the first block handed on what it reads.
+    block = next(module for name, module in model.named_modules() if name.endswith("layers.0") and "vision" not in name)
+    ids = torch.arange(5, 29).reshape(2, 12)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        block.forward = lambda hidden_states, *_, **__: hidden_states
+        expected = model(ids, use_cache=False).logits
+        dropped = type(model).from_pretrained(tmp_path / "out").eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(dropped, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-3)
 
 
 def test_weights_on_the_way_are_dropped_and_the_rest_is_pruned_and_quantized(

@@ -235,7 +235,7 @@ def cosine_of(model: PreTrainedModel, block: str, text: CalibrationText) -> floa
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
+        after = output if isinstance(output, torch.Tensor) else output[0]
         cosines.append(torch.cosine_similarity(before.double(), after.double(), dim=-1).flatten())
 
     hook = model.get_submodule(block).register_forward_hook(note, with_kwargs=True)

@@ -341,11 +341,14 @@ def text_of(known: Known, family: str) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [("bloom", "BloomForCausalLM"), ("mpt", "MptForCausalLM"), ("llava", "LlavaForConditionalGeneration")],
+    [
+        *(("bloom", "BloomForCausalLM"), ("mpt", "MptForCausalLM"), ("llava", "LlavaForConditionalGeneration")),
+        ("ctrl", "CTRLLMHeadModel"),
+    ],
 )
 def test_gradients_are_those_of_the_whole_model(of: str, name: str, tmp_path: Path) -> None:
     """Blocks read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT).
-    Other models do not name `use_cache`, but hand it on."""
+    Other models do not name `use_cache`, but hand it on. CTRL scales its embeddings where they lie."""
     model = tiny_model(of, name)
     model.save_pretrained(tmp_path)
     ids = torch.randint(4, 60, (HEADS // 2, 9), generator=torch.Generator().manual_seed(0))
@@ -375,6 +378,24 @@ def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
     ids[:, ::4] = 4
     texts = batch_text([{"input_ids": ids}], "masked", 4, seed=0)
     with pytest.raises(BlockwiseUnsupported, match="shape of the mask"):
+        measure(*open_complete(tmp_path), SCHEMES, None, texts)
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "said"),
+    [
+        ("xlnet", "XLNetLMHeadModel", "no gradient comes back to its blocks"),
+        ("fsmt", "FSMTForConditionalGeneration", "one of its own checks fails"),
+        ("reformer", "ReformerModelWithLMHead", r"into training mode$"),
+    ],
+)
+def test_a_model_without_gradients_block_by_block_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
+    """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own."""
+    tiny_model(of, name).save_pretrained(tmp_path)
+    ids = torch.arange(5, 41).reshape(3, 12)
+    kind = "seq2seq" if of == "fsmt" else "causal"
+    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], kind, None, seed=0)
+    with pytest.raises(BlockwiseUnsupported, match=said):
         measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
 

@@ -129,6 +129,7 @@ def _run(
     """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
     gradients there are as large as a vocabulary."""
     waiting = {each: call for each in passes if (call := each.advance()) is not None}
+    returned = set[int]()
     while waiting:
         first = next(iter(waiting.values()))
         module, is_back = first.module, first.is_back
@@ -155,6 +156,11 @@ def _run(
                     waiting[each] = after
             if turns:
                 visit(module, products)
+                if module in streamed.blocks:
+                    returned |= {product.batch for own in products.values() for product in own}
+    if len(returned) < len(passes) and any(streamed.find_block(own.module) in streamed.blocks for own in weights):
+        # XLNet's states are [tokens, rows], which are taken for rows only where there are as many.
+        raise BlockwiseUnsupported("no gradient comes back to its blocks")
 
 
 @contextmanager
@@ -310,7 +316,9 @@ class GradientPass(ForwardPass):
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """Repeat each row for all directions."""
-        return value.repeat_interleave(self._copies, 0) if self.has_rows(value) else value
+        # No view, as `repeat_interleave` gives: models scale what an embedding gives in its place (CTRL).
+        rows = torch.arange(len(value)).repeat_interleave(self._copies) if self.has_rows(value) else None
+        return value if rows is None else value[rows]
 
 
 class _Stop(torch.autograd.Function):

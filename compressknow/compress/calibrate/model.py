@@ -244,10 +244,10 @@ def translate_failures() -> Iterator[None]:
     """Raise BlockwiseUnsupported for what a model raises if its weights are not in place; not for missing memory."""
     try:
         yield
-    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
-        raise BlockwiseUnsupported(str(error)) from error
+        raise BlockwiseUnsupported(str(error).rstrip(".") or "one of its own checks fails") from error
 
 
 class _Ended(BaseException):

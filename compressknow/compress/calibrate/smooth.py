@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from compressknow.base.errors import UnsupportedError
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics, Sums
 from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
@@ -201,7 +201,8 @@ def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
 
 
 def check_smoothable(plan: Plan) -> None:
-    """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed.
+    """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed; UsageError
+    where two steps smooth one norm differently.
 
     A few tokens show it, before the model writes a text.
     """
@@ -226,20 +227,21 @@ def check_smoothable(plan: Plan) -> None:
 
 
 class _SmoothingTrial(Visitor):
-    """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth."""
+    """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth alike."""
 
     def __init__(self, tensors: Sequence[PlannedTensor], streamed: StreamedModel, pool: Pool) -> None:
         self._streamed, self._pool = streamed, pool
         targets = group_by_block(streamed, tensors)
-        wanted = {module: names for module, those in targets.items() if (names := list(find_alphas(those)))}
-        self._blocks = {module: names for module, names in wanted.items() if module in streamed.blocks}
+        wanted = {module: alphas for module, those in targets.items() if (alphas := find_alphas(those))}
+        self._blocks = {module: alphas for module, alphas in wanted.items() if module in streamed.blocks}
         if not self._blocks:
             raise_unsmoothable(next(iter(wanted)))
         self._untried = {self._find_kind(module) for module in self._blocks}
 
-    def _find_kind(self, module: str) -> tuple[type, frozenset[str]]:
-        names = frozenset(name.removeprefix(module) for name in self._blocks.get(module, ()))
-        return type(self._streamed.model.get_submodule(module)), names
+    def _find_kind(self, module: str) -> tuple[type, frozenset[tuple[str, float]]]:
+        alphas = self._blocks.get(module, {})
+        own = frozenset((name.removeprefix(module), alpha) for name, alpha in alphas.items())
+        return type(self._streamed.model.get_submodule(module)), own
 
     @property
     def is_done(self) -> bool:
@@ -252,7 +254,16 @@ class _SmoothingTrial(Visitor):
         return Sums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
-        weights = {name: self._streamed.model.get_parameter(name) for name in self.list_watched(module)}
-        if not any(find_norms(module, self._streamed.model.get_submodule(module), weights, rerun)):
+        alphas, model = self._blocks[module], self._streamed.model
+        weights = {name: model.get_parameter(name) for name in alphas}
+        norms = list(find_norms(module, model.get_submodule(module), weights, rerun))
+        if not norms:
             raise_unsmoothable(module)
+        for norm, readers, _ in norms:
+            if len(wanted := sorted({alphas[reader] for reader in readers})) > 1:
+                raise UsageError(
+                    f"Two steps smooth what {norm} gives, by {wanted[0]:g} and by {wanted[1]:g}.",
+                    why="It is divided once, for all layers that read it.",
+                    hint="Give these steps the same value of `smooth`.",
+                )
         self._untried.remove(self._find_kind(module))

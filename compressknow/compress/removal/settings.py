@@ -24,6 +24,8 @@ Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
 # Lists that may be as long as a model has blocks, and say nothing of them.
 NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?)($|_)")
+# Lists of the numbers of some blocks: Zamba2's hybrid_layer_ids, Llama 4's moe_layers, LFM2's full_attn_idxs.
+BLOCK_NUMBERS = re.compile(r"(layers|(layer|block|attn)_(ids|idxs|indices|indexes))$")
 DEPTHS = {
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
     *("num_encoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_blocks", "num_self_attends_per_block"),
@@ -107,14 +109,23 @@ class Stack:
         return self.lists[0]
 
     def cut(self, config: dict[str, Any], remaining: Sequence[int]) -> dict[str, Any]:
-        """Return a config with these blocks alone: a smaller number, and shorter lists that have an entry per block."""
+        """Return a config with these blocks alone: a smaller number, shorter lists that have an entry per block, and
+        new numbers in lists of blocks."""
         config = copy.deepcopy(config)
         level = reduce(getitem, self.keys[:-1], config)
         for key, value in level.items():
-            if isinstance(value, (list, tuple)) and len(value) == self.count and not NOT_PER_BLOCK.search(key):
+            if not isinstance(value, (list, tuple)):
+                continue
+            if BLOCK_NUMBERS.search(key) and self._are_numbers(value):
+                level[key] = [place for place, number in enumerate(remaining) if number in value]
+            elif len(value) == self.count and not NOT_PER_BLOCK.search(key):
                 level[key] = [value[number] for number in remaining]
         level[self.keys[-1]] = len(remaining)
         return config
+
+    def _are_numbers(self, values: Sequence[Any]) -> bool:
+        """Return True if these are numbers of blocks, not an entry per block (Llama 4's no_rope_layers)."""
+        return list(values) == [number for number in range(self.count) if number in values]
 
 
 def parse_block(name: str) -> tuple[str, int, str] | None:

@@ -296,8 +296,9 @@ def _check_alike(old: PreTrainedModel, new: PreTrainedModel, sources: Mapping[st
             # What gets a parameter of the block that was there before is meant to differ, with all around it.
             parts = name.split(".")
             differing |= {".".join(parts[:length]) for length in range(1, len(parts))}
-    before = dict(old.named_modules())
-    for name, module in new.named_modules():
+    # Blocks may share a module: OpenAI GPT's have one activation.
+    before = dict(old.named_modules(remove_duplicate=False))
+    for name, module in new.named_modules(remove_duplicate=False):
         place = parse_block(name + ".x")
         if name not in differing and place and place[0] in remaining:
             number = remaining[place[0]][place[1]]

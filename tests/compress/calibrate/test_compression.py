@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from compressknow.base.errors import UnsupportedError
+from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.progress import silence_libraries
 from compressknow.cli.convert import build_manifest_page
 from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
+from compressknow.compress.calibrate.smooth import check_smoothable
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import carry_out, prepare
 from compressknow.compress.manifest import predict_manifest
@@ -36,6 +37,7 @@ from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantiz
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import batches_of
+from tests.compress.deep import save_deep
 from tests.compress.test_zoo_converts import built
 from tests.long import long
 from tests.models import convert, save_tiny, tiny
@@ -248,6 +250,20 @@ def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path)
         compressed(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("layers", "block"), [("0-3", 0), ("3", 3)])
+def test_one_norm_is_not_smoothed_in_two_ways(tmp_path: Path, layers: str, block: int) -> None:
+    """Attention and feed-forward of Phi stand side by side after one norm; those of Llama have one each."""
+    apart = Where(("feed-forward",), layers=layers)
+    steps = [Quantize("int8", Where(("attention",)), smooth=0.3), Quantize("int8", apart, smooth=0.8)]
+    if block:
+        steps.append(Quantize("int8", Where(("feed-forward",), layers=f"0-{block - 1}"), smooth=0.3))
+    recipe = Recipe(tuple(steps))
+    check_smoothable(prepare(save_deep("llama", tmp_path / "llama"), recipe))
+    said = f"smooth what model.layers.{block}.input_layernorm gives, by 0.3 and by 0.8"
+    with pytest.raises(UsageError, match=said):
+        check_smoothable(prepare(save_deep("phi", tmp_path / "phi"), recipe))
 
 
 @pytest.mark.parametrize("name", ["T5Gemma2ForConditionalGeneration", "PegasusXForConditionalGeneration"])
