@@ -51,7 +51,7 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if None in row:
                 yield number, "more cells than the header has columns"
             else:
-                yield number, {key: _parse_cell(key, text) for key, text in row.items() if text and text.strip()}
+                yield number, {key: parse_cell(key, text) for key, text in row.items() if text and text.strip()}
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
@@ -61,7 +61,9 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _parse_cell(key: str, text: str) -> Any:
+def parse_cell(key: str, text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
     if key == "candidates":
         return text.split("|")
     if key != "popularity":
