@@ -46,6 +46,9 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
         if len(table.fieldnames or ()) == 1:
             raise UsageError(f"{path} cannot be read: its first line has no comma.", hint="Separate columns by commas.")
+        names = [name for name in table.fieldnames or () if name]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"{path} has two columns {twice!r}.", hint="Give each a name of its own.")
         for row in table:
             number = table.reader.line_num
             if None in row:
