@@ -290,14 +290,24 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
 
 
 def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
-    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime and
-    size of sample. A folder has one set of answers per probe, and those to a few facts must not replace those to all.
-    """
-    names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime,
+    precision and sample or wording. A folder has one set of answers per probe, and those to a few facts must not
+    replace those to all."""
+    names = [model.sha256[:16], next(iter(model.runtime.key()), None), model.settings.dtype]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    limits = sorted({limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None})
-    return keep_in / "-".join([*(name for name in names if name is not None), *(f"limit{each}" for each in limits)])
+    names += sorted({name for probe in probes for name in _name_choices(probe)})
+    return keep_in / "-".join(name for name in names if name is not None)
+
+
+def _name_choices(probe: Opened) -> list[str]:
+    """Name what the user chose of a probe, such as ``limit100``, as far as it is not what there is by default."""
+    chosen = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
+    if isinstance(probe, Probe):
+        wording = probe.source.get("template") if probe.templates is None else None
+        chosen |= {"template": wording, "paper": "" if probe.fold_case else None}
+    default = {"seed": 0, "template": 1}
+    return [f"{name}{value}" for name, value in chosen.items() if value not in (None, default.get(name))]
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
