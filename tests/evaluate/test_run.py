@@ -526,6 +526,19 @@ def test_a_report_on_other_facts_or_in_another_precision_leaves_the_answers_of_t
     assert [path.name for path in loads] == ["llama", "llama-3"] * 4
 
 
+def test_the_token_that_a_decoder_begins_with_decides_the_answers(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    model = shutil.copytree(place / "t5", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    start = config.pop("decoder_start_token_id")
+    (model / "config.json").write_text(json.dumps(config))
+    for token in (start, start, start + 5):
+        (model / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": token}))
+        ask(model, tmp_path / "a", place / "facts.jsonl")
+    assert len(loads) == 2
+
+
 def test_a_report_in_another_wording_leaves_the_answers_to_the_first(
     place: Path, tmp_path: Path, loads: list[Path]
 ) -> None:
