@@ -161,7 +161,7 @@ def gather(
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
     if all(stored):
-        _check_none_evaluated([answers for answers in stored if answers], evaluation)
+        check_none_evaluated([answers for answers in stored if answers], evaluation)
         first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers]
         return first, others
     probes = open_matching(next(filter(None, stored), None), evaluation)
@@ -185,13 +185,21 @@ def gather(
     return gathered[0], gathered[1:]
 
 
-def _check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
+def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
     """Raise UnusedOptions for what changes nothing where all answers are stored."""
     if evaluation.timed:
         raise UnusedOptions(
             "--time measures models, and these are answers folders.",
             hint="Give a model, or leave --time out.",
             names=["time"],
+        )
+    settings, default = evaluation.settings, Settings()
+    # The device and the size of batches decide how long it takes: they promise no other figures.
+    if idle := [name for name in ("dtype", "runtime") if getattr(settings, name) != getattr(default, name)]:
+        raise UnusedOptions(
+            f"--{idle[0]} says how models are run, and these are answers folders.",
+            hint="Give a model, or leave it out.",
+            names=idle,
         )
     limit = evaluation.options.limit
     entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
