@@ -247,7 +247,8 @@ def load_tables(dataset: str) -> dict[str, Any]:
             elif path.is_file():
                 if (builder := SUFFIXES.get(path.suffix.lower())) is None:
                     raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(SUFFIXES)}.")
-                loaded = datasets.load_dataset(builder, data_files=str(path))
+                how = _read_as_texts(path) if builder == "csv" else {}
+                loaded = datasets.load_dataset(builder, data_files=str(path), **how)
             elif path.is_dir():
                 loaded = datasets.load_dataset(str(path))
             else:
@@ -256,6 +257,15 @@ def load_tables(dataset: str) -> dict[str, Any]:
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise _explain(dataset, error) from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _read_as_texts(path: Path) -> dict[str, Any]:
+    """Return how to read a CSV file so that each cell is the text that it holds: no number of 007, no gap of NA."""
+    import datasets
+    import pandas as pd
+
+    names = pd.read_csv(path, nrows=0).columns
+    return {"features": datasets.Features({name: datasets.Value("string") for name in names}), "keep_default_na": False}
 
 
 def _check_tables(path: Path) -> None:

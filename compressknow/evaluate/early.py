@@ -20,6 +20,7 @@ from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import (
     Evaluation,
+    check_none_evaluated,
     choose_folder,
     finish_answers,
     open_matching,
@@ -59,6 +60,8 @@ def gather_early(
     """
     models = (original, compressed)
     stored = [read_if_stored(model) for model in models]
+    if all(stored):
+        check_none_evaluated([answers for answers in stored if answers], evaluation)
     probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
     first, second = map(_Side, open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)

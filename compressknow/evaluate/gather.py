@@ -161,7 +161,7 @@ def gather(
     models = [original, *compressed]
     stored = [read_if_stored(model) for model in models]
     if all(stored):
-        _check_none_evaluated([answers for answers in stored if answers], evaluation)
+        check_none_evaluated([answers for answers in stored if answers], evaluation)
         first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers]
         return first, others
     probes = open_matching(next(filter(None, stored), None), evaluation)
@@ -185,13 +185,21 @@ def gather(
     return gathered[0], gathered[1:]
 
 
-def _check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
+def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
     """Raise UnusedOptions for what changes nothing where all answers are stored."""
     if evaluation.timed:
         raise UnusedOptions(
             "--time measures models, and these are answers folders.",
             hint="Give a model, or leave --time out.",
             names=["time"],
+        )
+    settings, default = evaluation.settings, Settings()
+    # The device and the size of batches decide how long it takes: they promise no other figures.
+    if idle := [name for name in ("dtype", "runtime") if getattr(settings, name) != getattr(default, name)]:
+        raise UnusedOptions(
+            f"--{idle[0]} says how models are run, and these are answers folders.",
+            hint="Give a model, or leave it out.",
+            names=idle,
         )
     limit = evaluation.options.limit
     entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
@@ -290,14 +298,24 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
 
 
 def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
-    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime and
-    size of sample. A folder has one set of answers per probe, and those to a few facts must not replace those to all.
-    """
-    names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
+    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime,
+    precision and sample or wording. A folder has one set of answers per probe, and those to a few facts must not
+    replace those to all."""
+    names = [model.sha256[:16], next(iter(model.runtime.key()), None), model.settings.dtype]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    limits = sorted({limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None})
-    return keep_in / "-".join([*(name for name in names if name is not None), *(f"limit{each}" for each in limits)])
+    names += sorted({name for probe in probes for name in _name_choices(probe)})
+    return keep_in / "-".join(name for name in names if name is not None)
+
+
+def _name_choices(probe: Opened) -> list[str]:
+    """Name what the user chose of a probe, such as ``limit100``, as far as it is not what there is by default."""
+    chosen = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
+    if isinstance(probe, Probe):
+        wording = probe.source.get("template") if probe.templates is None else None
+        chosen |= {"template": wording, "paper": "" if probe.fold_case else None}
+    default = {"seed": 0, "template": 1}
+    return [f"{name}{value}" for name, value in chosen.items() if value not in (None, default.get(name))]
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:

@@ -286,7 +286,7 @@ class ModelHandle:
 
     @property
     def generation(self) -> str | None:
-        """Return the hash of the settings by which transformers writes texts, which tasks have it do; None without."""
+        """Return the hash of the settings by which transformers begins and writes texts; None without."""
         path = self.located.path / "generation_config.json"
         return compute_sha256(path) if path.is_file() else None
 

@@ -114,6 +114,13 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("No probe here takes --data.", "--data is for lama, bear, lm-eval."),
     ),
     "a sample of answers": ((*REPORT, "--limit", "9"), 2, ("--limit 9 draws facts to evaluate", "answers to more")),
+    "the speed of answers, early": (
+        (*REPORT, "--time", "--early", "--fail-under", "0.9"),
+        2,
+        ("--time measures models, and these are answers folders",),
+    ),
+    "the precision of answers": ((*REPORT, "--dtype", "bfloat16"), 2, ("--dtype says how models are run",)),
+    "the runtime of answers": ((*REPORT, "--runtime", "transformers"), 2, ("--runtime says how models are run",)),
     "the speed of answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
     "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("there is no revision v1",)),
     "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),

@@ -59,6 +59,12 @@ def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list
     return whole["input_ids"], [place for place, (left, right) in spans if left < end and start < right]
 
 
+def _find_end(tokenizer: Words, ids: Sequence[int]) -> int:
+    """Where the tokens that close a text begin, if any do."""
+    closing = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next(end for end in range(len(ids), 0, -1) if ids[end - 1] not in closing)
+
+
 def around(fact: Fact) -> tuple[str, str]:
     before, _, after = fact.prompt.partition(BLANK)
     return before, after
@@ -84,8 +90,7 @@ def causal(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = F
     """The answer's tokens (and those after it, if `rest`), each after all that stands before it."""
     before, text, after = _with(fact, text)
     ids, places = sentence(tokenizer, before, text, after if rest else "")
-    if ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    ids = ids[: _find_end(tokenizer, ids)]
     if places[0] == 0:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids, places = [start, *ids], [place + 1 for place in places]
@@ -113,7 +118,7 @@ def rewritten(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool 
     ids, places = sentence(tokenizer, before, text, after if rest else "")
     decoder = [model.config.decoder_start_token_id, *ids]
     found = log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
-    scored = range(places[0], len(ids) - 1) if rest else places
+    scored = range(places[0], _find_end(tokenizer, ids)) if rest else places
     return sum(float(found[place, ids[place]]) for place in scored)
 
 

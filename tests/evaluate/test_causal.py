@@ -177,7 +177,7 @@ def test_free_answers_of_many_tokens_do_not_depend_on_the_cache(name: str) -> No
         assert answer.predicted == greedy(knows, fact, len(fact.obj_label.split()) + 4)
 
 
-@pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>", "<s> $A <pad>", "$A </s> <pad>"])
 def test_texts_are_framed_as_the_tokenizer_frames_them_but_not_closed(frame: str) -> None:
     model, tokenizer, facts = tiny("llama"), word_tokenizer(frame), word_facts()
     answers = answers_to(model, tokenizer, "causal", as_probe(facts))

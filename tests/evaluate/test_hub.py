@@ -181,6 +181,14 @@ def test_a_year_is_one_also_where_another_cell_of_its_column_is_empty(tmp_path: 
     assert probe.dropped == {"no object": 1}
 
 
+def test_a_cell_of_a_csv_is_what_it_holds(tmp_path: Path) -> None:
+    rows = "agent,text,popularity\n007,Bond is [MASK].,12\nNA,Namibia has the code [MASK].,\n1.50,It is [MASK].,1e3\n"
+    (tmp_path / "codes.csv").write_text(rows)
+    columns = {"object": "agent", "prompt": "text", "popularity": "popularity"}
+    probe = read_hub_facts(str(tmp_path / "codes.csv"), columns)
+    assert [(fact.obj_label, fact.popularity) for fact in probe.facts] == [("007", 12), ("NA", None), ("1.50", 1000)]
+
+
 def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = [{"prompt": f"In {split}: [MASK].", "obj_label": "a"}]

@@ -105,6 +105,7 @@ def one_on(name: str) -> str:
         (b"prompt,obj_label\nCaf\xe9 [MASK].,France\n", "it is not UTF-8"),
         (b'prompt,obj_label\n"Paris" lies in [MASK].,France\n', "line 2: "),
         (b"prompt;obj_label\nParis lies in [MASK].;France\n", "its first line has no comma"),
+        (b"prompt,obj_label,prompt\nParis lies in [MASK].,France,Rome lies in [MASK].\n", "two columns 'prompt'"),
         (b"", "holds no facts"),
     ],
 )

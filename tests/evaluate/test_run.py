@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
 
 FEW = Settings(batch_size=8, noise_floor=False)
 
@@ -487,15 +488,17 @@ def test_known_answers_are_asked_the_other_tokens_alone(
     assert anew.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()
 
 
-def report_on(place: Path, compressed: Sequence[str], keep_in: Path, limit: int | None = None) -> list[str]:
+def report_on(
+    place: Path, compressed: Sequence[str], keep_in: Path, settings: Settings = FEW, **options: Any
+) -> list[str]:
     """The names of the folders of answers that a report leaves."""
     compressknow.report(
         place / "llama",
         [place / name for name in compressed],
         [f"facts:{place / 'facts.jsonl'}"],
-        settings=FEW,
+        settings=settings,
         answers=keep_in,
-        limit=limit,
+        options=Options(**options),
     )
     return sorted(path.name for path in keep_in.iterdir())
 
@@ -512,11 +515,41 @@ def test_a_report_asks_each_model_once_and_the_original_once_for_all(
     assert [path.name for path in loads] == ["llama", "llama-3", "llama-6", "llama", "llama-9"]
 
 
-def test_a_report_on_a_few_facts_leaves_the_answers_to_all(place: Path, tmp_path: Path, loads: list[Path]) -> None:
+def test_a_report_on_other_facts_or_in_another_precision_leaves_the_answers_of_the_first(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
     for _ in range(2):
-        for limit in (None, 16):
-            report_on(place, ["llama-3"], tmp_path / "kept", limit)
-    assert [path.name for path in loads] == ["llama", "llama-3"] * 2
+        report_on(place, ["llama-3"], tmp_path / "kept")
+        report_on(place, ["llama-3"], tmp_path / "kept", limit=16)
+        report_on(place, ["llama-3"], tmp_path / "kept", limit=16, seed=1)
+        report_on(place, ["llama-3"], tmp_path / "kept", replace(FEW, dtype="bfloat16"))
+    assert [path.name for path in loads] == ["llama", "llama-3"] * 4
+
+
+def test_the_token_that_a_decoder_begins_with_decides_the_answers(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    model = shutil.copytree(place / "t5", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    start = config.pop("decoder_start_token_id")
+    (model / "config.json").write_text(json.dumps(config))
+    for token in (start, start, start + 5):
+        (model / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": token}))
+        ask(model, tmp_path / "a", place / "facts.jsonl")
+    assert len(loads) == 2
+
+
+def test_a_report_in_another_wording_leaves_the_answers_to_the_first(
+    place: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    bear = in_wordings(tmp_path / "bear")
+    first = Options(data=bear)
+    for _ in range(2):
+        for options in (first, replace(first, template=2), replace(first, templates=2)):
+            compressknow.report(
+                place / "llama", place / "llama-3", "bear", options=options, settings=FEW, answers=tmp_path / "kept"
+            )
+    assert [path.name for path in loads] == ["llama", "llama-3"] * 3
 
 
 def test_a_model_in_two_reports_in_two_roles_is_asked_once_for_each(

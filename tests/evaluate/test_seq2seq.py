@@ -96,7 +96,7 @@ def test_t5_agrees_with_the_plain_reference(name: str, score_rest: bool) -> None
     check_same(backwards, answers)
 
 
-@pytest.mark.parametrize("frame", ["<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("frame", ["<s> $A </s>", "$A </s>", "$A </s> <pad>"])
 def test_bart_writes_the_sentence_anew(frame: str) -> None:
     model, tokenizer, facts = tiny("bart"), word_tokenizer(frame), word_facts()
     answers = answers_to(model, tokenizer, "seq2seq", as_probe(facts), batch_size=2)

@@ -198,9 +198,8 @@ class CausalScorer(DecodingScorer):
     def encode_prompt(self, fact: Fact) -> Ids:
         if not fact.before and self._start is not None:
             return (self._start,)
-        ids = self.encoder.ids(fact.before, True)
-        # Some tokenizers close each text.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        # Of a text that the tokenizer leaves nothing of, a closing token is better than none.
+        return self.encoder.begin(fact.before) or self.encoder.ids(fact.before, True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         after = fact.after if rest else ""
@@ -292,8 +291,7 @@ class Seq2SeqScorer(DecodingScorer):
         start = (self._start,)
         if self._has_sentinels:
             return (*start, self._find_id(FIRST_SENTINEL))
-        whole = self.encoder.ids(fact.before, True)
-        return (*start, *(whole[:-1] if whole[-1:] == (self.tokenizer.eos_token_id,) else whole))
+        return (*start, *self.encoder.begin(fact.before))
 
     @cached_property
     def _start(self) -> int:

@@ -69,6 +69,18 @@ class Encoder:
         """Return ids of `text`, with the tokenizer's special tokens around it if `special`."""
         return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
+    def begin(self, text: str) -> Ids:
+        """Return ids of a text that goes on: with the special tokens before it, without those that close a text."""
+        ids = self.ids(text, True)
+        return ids[: len(ids) - self._closing]
+
+    @cached_property
+    def _closing(self) -> int:
+        """Count the special tokens that close each text: an end, a separator (BERT, XLNet), a language (mBART)."""
+        alone, whole = self.ids("a"), self.ids("a", True)
+        ends = range(len(whole), len(alone) - 1, -1)
+        return next((len(whole) - end for end in ends if whole[end - len(alone) : end] == alone), 0)
+
     def _tokenize_after(self, context: str, text: str) -> Ids:
         """Return ids of `text` where it follows `context`: those of both together without those of the context.
 

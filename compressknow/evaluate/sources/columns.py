@@ -46,12 +46,15 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
         if len(table.fieldnames or ()) == 1:
             raise UsageError(f"{path} cannot be read: its first line has no comma.", hint="Separate columns by commas.")
+        names = [name for name in table.fieldnames or () if name]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"{path} has two columns {twice!r}.", hint="Give each a name of its own.")
         for row in table:
             number = table.reader.line_num
             if None in row:
                 yield number, "more cells than the header has columns"
             else:
-                yield number, {key: _parse_cell(key, text) for key, text in row.items() if text and text.strip()}
+                yield number, {key: parse_cell(key, text) for key, text in row.items() if text and text.strip()}
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
@@ -61,7 +64,9 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _parse_cell(key: str, text: str) -> Any:
+def parse_cell(key: str, text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
     if key == "candidates":
         return text.split("|")
     if key != "popularity":

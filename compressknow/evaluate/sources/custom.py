@@ -31,7 +31,14 @@ from compressknow.evaluate.facts import (
     find_domain,
 )
 from compressknow.evaluate.sources import Options, ProbeSource
-from compressknow.evaluate.sources.columns import POPQA, Columns, choose_columns, read_csv_lines, read_json_lines
+from compressknow.evaluate.sources.columns import (
+    POPQA,
+    Columns,
+    choose_columns,
+    parse_cell,
+    read_csv_lines,
+    read_json_lines,
+)
 from compressknow.evaluate.sources.sets import CONCEPTNET, LAMA
 from compressknow.evaluate.text import CONTEXT, RunningText
 
@@ -254,7 +261,7 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
         prompt = fill(template, subject)
     if reason := check_blanks(prompt):
         return reason
-    candidates, popularity = _to_texts(row.get("candidates")), row.get("popularity")
+    candidates, popularity = _to_texts(row.get("candidates")), parse_cell("popularity", row.get("popularity"))
     if candidates is not None and (obj_label not in candidates or len(candidates) < 2):
         return "object not among two candidates or more"
     return Fact(
