@@ -289,15 +289,18 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     return opened
 
 
-def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened] = ()) -> Path:
     """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime and
     size of sample. A folder has one set of answers per probe, and those to a few facts must not replace those to all.
     """
     names = [model.sha256[:16], next(iter(model.runtime.key()), None)]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    limits = sorted({limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None})
-    return keep_in / "-".join([*(name for name in names if name is not None), *(f"limit{each}" for each in limits)])
+    # A run has one; of a probe with fewer facts no sample is drawn.
+    limit = next((limit for probe in probes if (limit := getattr(probe, "limit", None)) is not None), None)
+    if limit is not None:
+        names.append(f"limit{limit}")
+    return keep_in / "-".join(name for name in names if name is not None)
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
