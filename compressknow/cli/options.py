@@ -441,7 +441,8 @@ def _list_for_all_commands(ctx: click.Context) -> set[str]:
     """List the options of a command, by their names in Python, whose values stand above the tables of the file."""
     nearest, options = _find_file(Path.cwd()), _list_options(ctx.command)
     table = nearest[1].get(str(ctx.info_name), {}) if nearest else {}
-    own = {options[key.replace("-", "_")].name for key in table}
+    # `probe` is an option too, and what stands above the tables then is its values.
+    own = {options[key.replace("-", "_")].name for key in table} if isinstance(table, Mapping) else set()
     return {name for name in ctx.default_map or {} if name not in own and _is_of_file(ctx, name)}
 
 

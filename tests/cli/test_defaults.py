@@ -161,6 +161,10 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
     assert "--limit needs a probe." in capsys.readouterr().err
     assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
     assert "none.toml: no such grid." in capsys.readouterr().err
+    # An option and a command are called `probe`.
+    (project / "compressknow.toml").write_text('probe = ["facts:none.jsonl"]\ncontext = 64\n')
+    assert main(["probe", str(model), "-o", "out"]) == 2
+    assert "There is no file none.jsonl." in capsys.readouterr().err
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
