@@ -84,7 +84,7 @@ class UsageError(CompressknowError):
 
 class UnusedOptions(UsageError):
     """Options that change nothing beside the others, by their names in Python: a user who gave one is told, and what a
-    project's file says for every command is left out."""
+    project's file says is left out."""
 
     def __init__(
         self, what: str, why: str | None = None, hint: str | None = None, *, names: Iterable[str] = ()

@@ -75,16 +75,16 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; once more without what a project's file says for all commands, where it turns out, before
-        any work, that this changes nothing."""
+        """Run the command; once more without what a project's file says, where it turns out, before any work, that this
+        changes nothing."""
         try:
             return super().invoke(ctx)
         except UnusedOptions as unused:
-            idle = _list_for_all_commands(ctx) & set(unused.names)
+            # The group has the same mapping, for its notes to errors.
+            given: Any = ctx.default_map or {}
+            idle = [name for name in unused.names if name in given and _is_of_file(ctx, name)]
             if not idle:
                 raise
-        # The group has the same mapping, for its notes to errors.
-        given: Any = ctx.default_map
         for name in idle:
             del given[name]
         with self.make_context(ctx.info_name, ctx.obj, ctx.parent, default_map=given) as without:
@@ -438,14 +438,6 @@ def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> di
         {name: ctx.get_parameter_source(name) == commandline for name in names}, dict.fromkeys(names, False)
     )
     return {name: value for name, value in options.items() if name not in names or not _is_of_file(ctx, name)}
-
-
-def _list_for_all_commands(ctx: click.Context) -> set[str]:
-    """List the options of a command, by their names in Python, whose values stand above the tables of the file."""
-    nearest, options = _find_file(Path.cwd()), _list_options(ctx.command)
-    table = nearest[1].get(str(ctx.info_name), {}) if nearest else {}
-    own = {options[key.replace("-", "_")].name for key in table}
-    return {name for name in ctx.default_map or {} if name not in own and _is_of_file(ctx, name)}
 
 
 def _is_of_file(ctx: click.Context, name: str) -> bool:

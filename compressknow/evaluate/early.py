@@ -172,7 +172,7 @@ class _Side:
             answers = self.stored.restrict(chunk)
         else:
             assert self.handle is not None
-            place = choose_folder(folder, self.handle, context, chunk)
+            place = choose_folder(folder, self.handle, context)
             answers = probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers

@@ -297,25 +297,29 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     return opened
 
 
-def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened]) -> Path:
+def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened] = ()) -> Path:
     """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime,
     precision and sample or wording. A folder has one set of answers per probe, and those to a few facts must not
     replace those to all."""
     names = [model.sha256[:16], next(iter(model.runtime.key()), None), model.settings.dtype]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
-    names += sorted({name for probe in probes for name in _name_choices(probe)})
-    return keep_in / "-".join(name for name in names if name is not None)
+    return keep_in / "-".join(name for name in (*names, *_name_choices(probes)) if name is not None)
 
 
-def _name_choices(probe: Opened) -> list[str]:
-    """Name what the user chose of a probe, such as ``limit100``, as far as it is not what there is by default."""
-    chosen = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
-    if isinstance(probe, Probe):
-        wording = probe.source.get("template") if probe.templates is None else None
-        chosen |= {"template": wording, "paper": "" if probe.fold_case else None}
-    default = {"seed": 0, "template": 1}
-    return [f"{name}{value}" for name, value in chosen.items() if value not in (None, default.get(name))]
+def _name_choices(probes: Sequence[Opened]) -> list[str]:
+    """Name what the user chose of probes, such as ``limit100``, as far as it is not what there is by default."""
+    default, found = {"seed": 0, "template": 1}, dict[str, object]()
+    for probe in probes:
+        chosen = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
+        if isinstance(probe, Probe):
+            wording = probe.source.get("template") if probe.templates is None else None
+            chosen |= {"template": wording, "paper": "" if probe.fold_case else None}
+        for name, value in chosen.items():
+            # A run has one of each; of a probe with fewer facts no sample is drawn.
+            if value not in (None, default.get(name)):
+                found.setdefault(name, value)
+    return [f"{name}{value}" for name, value in sorted(found.items())]
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:

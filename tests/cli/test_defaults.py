@@ -139,17 +139,17 @@ def pick(limit: int | None, seed: int) -> tuple[int, str]:
     return seed, get_command()
 
 
-def test_what_is_said_for_all_commands_is_left_out_where_it_changes_nothing(project: Path) -> None:
+def test_what_the_file_says_is_left_out_where_it_changes_nothing(project: Path) -> None:
     def run(text: str, *words: str) -> object:
         (project / "compressknow.toml").write_text(text)
         values = read_project_defaults("pick", pick, ["pick"], {"pick": pick}.get)
         return pick.main(list(words), prog_name="pick", standalone_mode=False, default_map=values)
 
-    assert run("limit = 1\nseed = 2\n") == (2, "compressknow pick --seed 2")
-    # Whoever says it of this very command is told.
-    for text, words in (("seed = 2\n[pick]\nlimit = 1", ()), ("limit = 1\nseed = 2\n", ("--limit", "3"))):
+    for text in ("limit = 1\nseed = 2\n", "seed = 2\n[pick]\nlimit = 1"):
+        assert run(text) == (2, "compressknow pick --seed 2")
+        # Whoever says it on the command line is told.
         with pytest.raises(UnusedOptions) as caught:
-            run(text, *words)
+            run(text, "--limit", "3")
         # As a worker's error reaches its caller.
         assert pickle.loads(pickle.dumps(caught.value)).names == ("limit",)
 
@@ -184,6 +184,10 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
         assert f"{words[0]} needs a probe." in capsys.readouterr().err
     assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
     assert "none.toml: no such grid." in capsys.readouterr().err
+    # An option and a command are called `probe`.
+    (project / "compressknow.toml").write_text('probe = ["facts:none.jsonl"]\ncontext = 64\n')
+    assert main(["probe", str(model), "-o", "out"]) == 2
+    assert "There is no file none.jsonl." in capsys.readouterr().err
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")

@@ -18,15 +18,12 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 import compressknow
-from compressknow.compress.calibrate.backward import Batch, Product, choose_factors, compute_gradients
-from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
-from compressknow.compress.sources import Sources
+from compressknow.compress.calibrate.backward import Batch, choose_factors
+from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
-from compressknow.model.tensors import OpenFiles
 from compressknow.study.guides import ScoredFact, batch_facts, batch_text
 from compressknow.study.measuring import (
     FactBatches,
@@ -50,7 +47,7 @@ from tests.evaluate.layouts import open_probe
 from tests.knowing import facts_file, knowing
 from tests.long import long
 from tests.models import save_tiny, tiny
-from tests.zoo import HEADS, tiny_model
+from tests.zoo import tiny_model
 
 
 class FewSchemes(SchemeRoundings):
@@ -337,38 +334,6 @@ def text_of(known: Known, family: str) -> list[Batch]:
     kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
     mask = 4 if family == "bert" else None
     return batch_text(picked, kind, mask, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("of", "name"),
-    [
-        *(("bloom", "BloomForCausalLM"), ("mpt", "MptForCausalLM"), ("llava", "LlavaForConditionalGeneration")),
-        ("ctrl", "CTRLLMHeadModel"),
-    ],
-)
-def test_gradients_are_those_of_the_whole_model(of: str, name: str, tmp_path: Path) -> None:
-    """Blocks read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT).
-    Other models do not name `use_cache`, but hand it on. CTRL scales its embeddings where they lie."""
-    model = tiny_model(of, name)
-    model.save_pretrained(tmp_path)
-    ids = torch.randint(4, 60, (HEADS // 2, 9), generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[3, 7]]).expand(len(ids), -1)
-    weights = torch.randn(len(ids), 2, 2, 1, generator=torch.Generator().manual_seed(1))
-    batch = Batch({"input_ids": ids}, 2, positions, lambda logits: (weights * logits.log_softmax(3))[..., 5].sum(2))
-    products: dict[str, Sequence[Product]] = {}
-    checkpoint, tree = open_complete(tmp_path)
-    structure = read_structure(tree)
-    with OpenFiles() as files:
-        streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
-        (scores,) = compute_gradients(streamed, structure.linears, [batch], lambda _, found: products.update(found))
-    logits = model(**batch.inputs).logits[torch.arange(len(ids))[:, None], positions]
-    torch.testing.assert_close(scores, batch.score(logits[:, None].expand(-1, 2, -1, -1)).detach())
-    batch.score(logits[:, None].expand(-1, 2, -1, -1)).sum().backward()
-    for weight in [each for each in structure.linears if each.parameter in products][:4]:
-        (own,) = products[weight.parameter]
-        gradient = torch.einsum("rdto,rti->oi", own.gradients.float(), own.inputs.float())
-        exact = model.get_parameter(weight.parameter).grad
-        assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.999
 
 
 def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:

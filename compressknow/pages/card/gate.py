@@ -9,7 +9,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, share, share_beside, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share_beside, write_percent, write_size
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers

@@ -20,12 +20,17 @@ from tests.compress.test_zoo_converts import built
 from tests.models import save_tiny
 from tests.zoo import inputs_of
 
-# Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on.
+# Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on. Blocks
+# read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT). CTRL
+# scales its embeddings where they lie.
 CLASSES = (
     "BertForMaskedLM",
     "LongformerForMaskedLM",
     "ZambaForCausalLM",
     "MossTranscribeDiarizeForConditionalGeneration",
+    "BloomForCausalLM",
+    "MptForCausalLM",
+    "CTRLLMHeadModel",
 )
 
 
@@ -48,7 +53,7 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
         for parameter, own in products.items():
             for each in own:
                 if each.inputs.is_floating_point():
-                    gradient = each.gradients.flatten(0, 2).float().T @ each.inputs.flatten(0, 1).float()
+                    gradient = torch.einsum("rdto,rti->oi", each.gradients.float(), each.inputs.float())
                     found[parameter] = found.get(parameter, torch.zeros(1)) + gradient
 
     checkpoint, tree = open_complete(tmp_path / "in")
@@ -56,8 +61,10 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
     weights = [weight for weight in structure.linears if weight.layer is not None and weight.group != "vision"]
     with OpenFiles() as files:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
-        compute_gradients(streamed, weights, [Batch(inputs, 1, positions, score)], visit)
-    score(model(**inputs).logits[:, None]).sum().backward()
+        (scores,) = compute_gradients(streamed, weights, [Batch(inputs, 2, positions, score)], visit)
+    expected_scores = score(model(**inputs).logits[:, None].expand(-1, 2, -1, -1))
+    torch.testing.assert_close(scores, expected_scores.detach())
+    expected_scores.sum().backward()
     for weight in weights:
         expected = model.get_parameter(weight.parameter).grad
         if expected is None:  # Longformer's for tokens that all others see, of which the text has none.

@@ -55,16 +55,6 @@ class TestBranches:
         assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
         assert "it knew 100 of these." in comparison.next
 
-    def test_the_gate_of_all_facts_says_what_is_enough(self) -> None:
-        original, compressed = run(sides(850, 150))
-        for gates, said in (
-            (("0.8", "science=0.99"), "deploy it, if 80 % is enough"),
-            (("0.9",), "less than 90 % is kept"),
-            (("0.86",), "would tell whether 86 % is kept"),
-            (("geography=0.8",), "less than 95 % is kept"),
-        ):
-            assert said in make_card(original, [compressed], gates=parse_gates(gates)).comparisons[0].next
-
     def test_more_facts_says_which_limit_gives_them(self) -> None:
         rows = sides(92, 8, 0, 100)
         for read, said in ((10_000, "(--limit "), (300, "(without --limit, and with more probes)")):
