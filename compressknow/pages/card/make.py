@@ -88,7 +88,7 @@ def make_card(
     model = read_model_facts(original.record.model)
     comparisons = []
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
-        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates, strict=strict)
         # The figures of each wording are of answers that are not put together yet.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
@@ -166,9 +166,10 @@ def compare(
     early: EarlyStop | None = None,
     path: str | None = None,
     gates: Sequence[Gate] = (),
+    strict: bool = False,
 ) -> Comparison:
-    """Return all figures of one compressed model, with advice that goes by `gates`. Raises CompressknowError where the
-    two cannot be compared."""
+    """Return all figures of one compressed model, with advice that goes by `gates`, `strict` or not. Raises
+    CompressknowError where the two cannot be compared."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
@@ -209,15 +210,20 @@ def compare(
     )
     is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
     source = path if warnings.is_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates))
+    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates, strict))
 
 
-def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
-    """Return what to do next: of a domain or relation it is enough that a gate is missed."""
-    missed = [gate for gate in gates if gate.of and gate.is_met(comparison) is False]
+def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate], strict: bool) -> str:
+    """Return what to do next: of a domain or relation it is enough that a gate is missed, or cannot be told."""
+    named = [(gate, gate.is_met(comparison, strict=strict)) for gate in gates if gate.of]
+    missed = [gate for gate, met in named if met is False]
     if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
         return advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
-    return write_advice(comparison, path, next((gate.least for gate in gates if gate.of is None), ENOUGH))
+    advice = write_advice(comparison, path, next((gate.least for gate in gates if gate.of is None), ENOUGH))
+    unsure = [gate for gate, met in named if met is None]
+    if unsure and advice.startswith("Next: deploy"):
+        return f"Next: evaluate more facts: it cannot be told yet whether {describe_share(unsure)} is kept."
+    return advice
 
 
 def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:

@@ -170,6 +170,11 @@ class TestOnPages:
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
 
+    def test_who_may_miss_a_strict_gate_of_a_domain_is_not_told_to_deploy(self) -> None:
+        original, compressed = run([[*a, *b] for a, b in zip(sides(995, 5), of_science(17, 1), strict=True)])
+        (comparison,) = make_card(original, [compressed], gates=parse_gates("science=0.9"), strict=True).comparisons
+        assert comparison.next == "Next: evaluate more facts: it cannot be told yet whether 90 % of science is kept."
+
 
 class TestForMachines:
     def test_junit_has_a_case_a_gate(self) -> None:
