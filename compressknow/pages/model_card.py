@@ -28,7 +28,6 @@ from compressknow.compress.schemes import (
 from compressknow.model.checkpoint import list_some, read_json
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
 from compressknow.pages.pages import render, to_code_span, to_yaml
-from compressknow.pages.parts import get_headline_accuracy
 
 if TYPE_CHECKING:
     from compressknow.evaluate.records import ModelRecord
@@ -262,6 +261,9 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe of
     which the original knew something; nothing where there are neither."""
+    # Whoever converts a model writes a card, and needs no numpy.
+    from compressknow.pages.parts import get_headline_accuracy
+
     task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
     ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
