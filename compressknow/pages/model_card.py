@@ -261,6 +261,7 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe of
     which the original knew something; nothing where there are neither."""
+    # Whoever converts a model writes a card, and needs no numpy.
     from compressknow.pages.parts import get_headline_accuracy
 
     task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
