@@ -76,11 +76,6 @@ class NoiseFloor:
     computed_in: str
     produced: NoiseFloor | None = None
 
-    @property
-    def kept(self) -> float | None:
-        """Return the share of the known facts that are right then too (0 to 1); None where none is known."""
-        return 1 - self.lost / self.known if self.known else None
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build it from a JSON object whose form was checked; other keys are left out."""

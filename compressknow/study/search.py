@@ -32,7 +32,7 @@ from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.pages.card.make import compare, read_model_facts
-from compressknow.pages.card.warnings import find_rounding_kept
+from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
@@ -334,7 +334,7 @@ def build_search(
         command=command,
         known=guided.known_as,
         templates=max(entry.templates or 1 for entry in original.record.probes.values()),
-        rounding=find_rounding_kept(itself.probes),
+        rounding=estimate_rounding_kept(itself.probes).value,
         in_calibration=in_calibration,
     )
 

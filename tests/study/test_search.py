@@ -231,7 +231,7 @@ def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(plac
     assert entry.noise_floor is not None
     assert bool(entry.runtime_noise_floors) == (place.form == "gguf")
     found = place.found("found")
-    assert found["rounding"] == entry.noise_floor.kept
+    assert found["rounding"] == pytest.approx(1 - entry.noise_floor.lost / entry.noise_floor.known)
     assert "rounding alone keeps" in (place.folder / "found" / "search.html").read_text(encoding="utf-8")
     assert "alone" in (place.folder / "found" / "report.md").read_text(encoding="utf-8").split("##")[0]
     # It is found once, of the facts that grade.

@@ -27,7 +27,7 @@ from compressknow.pages.card.gate import (
 )
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
-from compressknow.pages.card.warnings import describe_mark, find_rounding_kept, list_probes, mark_rounding
+from compressknow.pages.card.warnings import describe_mark, estimate_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.parts import (
     BAR,
@@ -101,7 +101,7 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
             edge=kinds,
             told="The best",
             more_is_better=get_cost is _get_speed,
-            rounding=find_rounding_kept(list_probes(card.comparisons)),
+            rounding=estimate_rounding_kept(list_probes(card.comparisons)).value,
         )
 
 
@@ -118,7 +118,7 @@ def _get_speed(model: ModelRecord) -> tuple[float, str, str] | None:
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
     """Return charts of what several models kept: lines where setups are amounts by scope, bars for the others."""
     lines, others = split_setups(comparisons)
-    levels = mark_rounding(find_rounding_kept(list_probes(comparisons)))
+    levels = mark_rounding(estimate_rounding_kept(list_probes(comparisons)).value)
     charts = []
     if lines:
         title = "Knowledge kept by how much was pruned"
@@ -277,7 +277,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
     ]
     rows.append(("All domains", *_write_kept(comparison.counts, write_estimate(comparison.kept)), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
-    graded = Graded(tuple(rows), bars, find_rounding_kept(comparison.probes))
+    graded = Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
     note = Note(LEGEND, drawn=" ".join(filter(None, (BAR, mark))))
     gates = tabulate_results(card, comparison)

@@ -366,25 +366,16 @@ def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
-def find_rounding_kept(probes: Iterable[ProbeFigures]) -> float | None:
-    """Return the share of all that the original knows which it still knows in another precision (0 to 1).
+def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
+    """Return the share of all that the original knows which it still knows in another precision (0 to 1), with its
+    interval: it is measured on a sample of the facts.
 
     A probe counts as much as it has known facts, as in knowledge kept. None where the original knows nothing, or where
     this was not found for every probe of which it knows something.
     """
     known = [probe for probe in probes if probe.counts.known_before]
-    shares = [probe.noise_floor.kept if probe.noise_floor else None for probe in known]
-    if not known or None in shares:
-        return None
-    weights = [probe.counts.known_before for probe in known]
-    return sum(weight * (share or 0.0) for weight, share in zip(weights, shares, strict=True)) / sum(weights)
-
-
-def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
-    """Return the same with its interval: it is measured on a sample of the facts."""
-    known = [probe for probe in probes if probe.counts.known_before]
     floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
-    if not known or len(floors) < len(known):
+    if len(floors) < len(known):
         return Estimate(None)
     return average_estimates(
         [estimate_proportion(floor.known - floor.lost, floor.known) for floor in floors],
@@ -400,7 +391,7 @@ def mark_rounding(kept: float | None) -> dict[str, float]:
 def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
     """Say what the mark of this name shows; nothing where there is none."""
     probes = [probe for probe in probes if probe.counts.known_before]
-    kept = find_rounding_kept(probes)
+    kept = estimate_rounding_kept(probes).value
     if kept is None:
         return ""
     floors = [probe.noise_floor for probe in probes if probe.noise_floor]

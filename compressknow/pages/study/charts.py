@@ -12,7 +12,7 @@ from compressknow.base.format import clean
 from compressknow.comparison.intervals import average_estimates
 from compressknow.comparison.records import Estimate
 from compressknow.pages import drawing
-from compressknow.pages.card.warnings import find_rounding_kept, list_probes, mark_rounding
+from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import Bar, Line
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import (
@@ -69,7 +69,9 @@ def find_marks(study: Study) -> dict[str, float]:
     """Return what kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
     guessing = _compute_mean([probe.chance for probe in study.probes])
     probes = list_probes(cell.comparison for cell in study.cells)
-    by_rounding = _compute_mean([find_rounding_kept([probe]) for probe in probes if probe.counts.known_before])
+    by_rounding = _compute_mean(
+        [estimate_rounding_kept([probe]).value for probe in probes if probe.counts.known_before]
+    )
     return ({} if guessing is None else {"guessing": guessing}) | mark_rounding(by_rounding)
 
 

@@ -15,7 +15,7 @@ from compressknow.comparison.records import Counts, Estimate, Group
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.pages.card.pages import chart_costs, chart_setups, render_html, split_setups
 from compressknow.pages.card.sections.facts import chart_popularity
-from compressknow.pages.card.warnings import find_rounding_kept
+from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.records import Comparison, name_models
 from tests.pages.card.cards import POPULARITY, card_of_several, group
 from tests.pages.hostile import TEXTS
@@ -125,7 +125,7 @@ def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all()
     nothing_known = replace(few, known=0, lost=0)
     for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
         made = floors(*lacking)
-        assert find_rounding_kept(made[0].probes) is None
+        assert estimate_rounding_kept(made[0].probes).value is None
         assert "rounding" not in "".join(chart_setups(made, name_models(card_of_several((20, 40))), "overview"))
 
 
@@ -188,7 +188,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
     card = card_of_several()
     names = name_models(card)
     assert [chart.rounding for chart in chart_costs(card, names)] == [
-        find_rounding_kept(card.comparisons[0].probes)
+        estimate_rounding_kept(card.comparisons[0].probes).value
     ] * 2
     assert "The dotted one is what rounding alone keeps." in render_html(card)
     assert "The line across the charts shows what rounding alone keeps" in render_html(card)
