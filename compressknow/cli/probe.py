@@ -79,7 +79,7 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
     yield f"{clean(model.name)}: answers in {output}"
     for warning in warn_of_changes(model):
         yield from wrap(f"Warning: {warning}", indent="")
-    yield f"Computed on {clean(model.device, 20)} in {clean(model.computed_in, 20)}."
+    yield from wrap(f"Computed on {clean(model.device, 80)} in {clean(model.computed_in, 40)}.", indent="")
     yield ""
     if len(answers.texts) < len(answers.probes):
         yield COLUMNS

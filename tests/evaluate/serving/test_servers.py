@@ -411,11 +411,12 @@ def test_the_key_is_sent_and_stored_nowhere(
 
 
 def test_the_record_says_what_answered_and_the_same_server_is_not_asked_again(
-    served: Callable[[str], ModelServer], tmp_path: Path
+    served: Callable[[str], ModelServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server, out = served("vllm"), tmp_path / "out"
     words = ["probe", server.url, "-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "-o", str(out)]
     assert main(words) == 0
+    assert f"Computed on {server.url} in " in capsys.readouterr().out
     record = json.loads((out / "probe.json").read_text())["model"]
     assert record["name"] == NAME
     assert record["device"] == server.url
