@@ -278,17 +278,15 @@ class ModelHandle:
     def sha256(self) -> str:
         return self.contents.sha256
 
-    @property
-    def runs_own_code(self) -> bool:
-        """Return whether the model may run Python code of its folder, in place of that of transformers."""
+    def list_decisive(self, *, writes: bool) -> list[str]:
+        """Return what decides answers beside the files that its hash is of: that it may run Python code of its folder
+        in place of that of transformers, and a hash of the settings by which it begins and `writes` texts."""
         trusted = self._settings.trust_remote_code and self.runtime is Transformers
-        return trusted and any(path.suffix == ".py" for path in self.located.files)
-
-    @property
-    def generation(self) -> str | None:
-        """Return the hash of the settings by which transformers begins and writes texts; None without."""
+        own_code = trusted and any(path.suffix == ".py" for path in self.located.files)
         path = self.located.path / "generation_config.json"
-        return compute_sha256(path) if path.is_file() else None
+        # Of a decoder it may name the token that each text begins with.
+        begins = path.is_file() and (writes or self.named_family == "seq2seq")
+        return [*(["own code"] if own_code else []), *([compute_sha256(path)] if begins else [])]
 
     @cached_property
     def loaded(self) -> Runtime:

@@ -373,11 +373,8 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),
         *([context.runtime] if context.runtime else []),
-        *(["own code"] if handle.runs_own_code else []),
+        *handle.list_decisive(writes=isinstance(probe, Task)),
     ]
-    if handle.generation and (isinstance(probe, Task) or handle.named_family == "seq2seq"):
-        # Of a decoder it may name the token that each text begins with.
-        decides.append(handle.generation)
     if handle.runtime.name == TRANSFORMERS:
         # Another release may split a text into other tokens, or compute otherwise.
         decides += [version(name) for name in ("transformers", "tokenizers")]

@@ -409,6 +409,10 @@ class CandidateHandle(ModelHandle):
         self.make()
         return super().loaded
 
+    def list_decisive(self, *, writes: bool) -> list[str]:
+        """Return that of the original, which its files are copies of, while they are there."""
+        return self._candidates.original.list_decisive(writes=writes)
+
     def check_sound(self, on_progress: Listener | None = None) -> None:
         """Do nothing: it was made of what is sound."""
 
