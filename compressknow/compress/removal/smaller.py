@@ -191,7 +191,7 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
 def _select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -> tuple[Stack, ...]:
     """Select the stacks that a step drops blocks of.
 
-    Raises UnsupportedError where no setting of the config counts blocks (ALBERT's share one set of weights), UsageError
+    Raises UnsupportedError where no setting of the config counts blocks (ALBERT's share all weights), UsageError
     where the step's scope names a side that the model does not have.
     """
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
@@ -199,7 +199,7 @@ def _select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -
         shared = any(weight.uses > 1 for weight in structure.linears)
         raise UnsupportedError(
             f"No block of {structure.architecture} can be dropped.",
-            why="Its blocks share one set of weights."
+            why="Its blocks share weights."
             if shared
             else "No setting of its config counts the blocks of a stack, and nothing else.",
             hint="Drop neurons instead (--drop-neurons), or prune." if shared else "Prune it instead.",
