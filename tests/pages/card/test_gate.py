@@ -12,6 +12,7 @@ import pytest
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.comparison.intervals import estimate_proportion
+from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.gather import check_names
 from compressknow.pages.card.gate import (
     check_gates,
@@ -241,6 +242,17 @@ def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked
     return make_card(answers(sides(facts)[0]), compressed, **asked)
 
 
+def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
+    """An original of which rounding loses so many of some facts, and models that keep 199, 197 and 150 of 200."""
+    floor = {"n": known, "changed": lost, "known": known, "lost": lost, "gained": 0}
+    floor |= {"kl_mean": None, "computed_in": "bf16"}
+    models = [
+        answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
+        for kept in (199, 197, 150)
+    ]
+    return answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)}), models
+
+
 class TestDecision:
     def test_the_smallest_that_meets_the_gate(self) -> None:
         card = several(199, 195, 180, sizes=(300_000, 200_000, 100_000), gates=parse_gates(0.95))
@@ -283,12 +295,7 @@ class TestDecision:
         assert warning == "m199 has 300.0 kB: more than the 250.0 kB that it may have."
 
     def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
-        floor = {"n": 200, "changed": 2, "known": 200, "lost": 2, "gained": 0, "kl_mean": None, "computed_in": "bf16"}
-        before = answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)})
-        models = [
-            answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
-            for kept in (199, 197, 150)
-        ]
+        before, models = beside_rounding(known=200, lost=2)
         decision = make_card(before, models).decision
         assert decision is not None
         floor = "rounding alone, which keeps 99.0 % (96.4 to 99.7 %)"
@@ -298,13 +305,7 @@ class TestDecision:
         assert f"none keeps as much as {floor}; it is the" in worse.reason
 
     def test_a_sample_of_which_rounding_lost_nothing_is_no_limit_that_a_single_lost_fact_misses(self) -> None:
-        floor = {"n": 60, "changed": 0, "known": 60, "lost": 0, "gained": 0, "kl_mean": None, "computed_in": "bf16"}
-        before = answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)})
-        models = [
-            answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
-            for kept in (199, 197, 150)
-        ]
-        decision = make_card(before, models).decision
+        decision = make_card(*beside_rounding(known=60, lost=0)).decision
         assert decision is not None
         assert decision.place == 1
         assert "do not tell from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
