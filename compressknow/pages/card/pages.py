@@ -12,7 +12,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, write_size
+from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, share_beside, write_size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.evaluate.records import ModelRecord
@@ -26,7 +26,7 @@ from compressknow.pages.card.gate import (
     tabulate_results,
 )
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
-from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND
+from compressknow.pages.card.verdict import ENOUGH, LEGEND, SHORT_LEGEND
 from compressknow.pages.card.warnings import describe_mark, estimate_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.parts import (
@@ -275,7 +275,9 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
         )
         for grade in comparison.grades
     ]
-    rows.append(("All domains", *_write_kept(comparison.counts, write_estimate(comparison.kept)), "", ""))
+    # As in the verdict: the advice goes by that share.
+    kept = write_estimate(comparison.kept, partial(share_beside, limits=[ENOUGH]))
+    rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
     graded = Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")

@@ -6,10 +6,11 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import NONE, clean, count, share, write_p_value, write_percent
+from compressknow.base.format import NONE, clean, count, share, share_beside, write_p_value, write_percent
 from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
@@ -215,7 +216,9 @@ def _get_kept(known: tuple[Counts, str]) -> float:
 
 
 def _write_ends(kept: Estimate, name: str) -> str:
-    return "" if kept.low is None or kept.high is None else f", {name} {write_range(kept.low, kept.high)}"
+    if kept.low is None or kept.high is None:
+        return ""
+    return f", {name} {write_range(kept.low, kept.high, partial(share_beside, limits=[ENOUGH]))}"
 
 
 def count_facts(number: int) -> str:

@@ -16,6 +16,7 @@ from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Pr
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.pages.card.gate import parse_gates
 from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
 from compressknow.pages.records import Comparison
 from tests.pages.answering import answer, answers, entry, model, run, sides
@@ -99,6 +100,13 @@ class TestBranches:
 
     def test_nothing_where_there_are_no_facts(self) -> None:
         assert of().next == ""
+
+    def test_an_interval_that_ends_just_below_the_threshold_is_not_written_as_it(self) -> None:
+        original, compressed = run(sides(100, 10))
+        card = make_card(original, [compressed])
+        assert "less than 95 % is kept" in card.comparisons[0].next
+        assert "(90.9 %, interval 84.1 to 94.99 %)" in card.verdict
+        assert "| 90.9 % (84.1 to 94.99 %) |" in render_markdown(card)
 
     def test_a_gate_of_all_facts_is_the_threshold(self) -> None:
         original, compressed = run(sides(960, 40))
