@@ -34,7 +34,7 @@ from compressknow.pages.parts import (
     show_run,
 )
 from compressknow.pages.records import write_estimate
-from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
+from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 
 # A search's page is short enough to have no table of contents.
 _ALL = 99
@@ -183,12 +183,8 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
         for own in types.values()
     )
     grid = Grid(tuple(types), heads, cells)
-
-    def draw_map(id: str, broad: bool) -> str | None:
-        title, form = "Bits of weights by layer and module", WIDE if broad else NARROW
-        return draw_heat_map(grid, id, title, bounds=_BITS, write=lambda n: f"{n:g}", form=form)
-
-    yield from draw_twice(draw_map, "types")
+    title = "Bits of weights by layer and module"
+    yield from draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
     yield Note("", drawn=_BITS_NOTE)
     rows = tuple(
         (name, *(clean(own.get(module, ""), 40) for module in (*modules, *outside))) for name, own in types.items()

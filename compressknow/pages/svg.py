@@ -227,37 +227,26 @@ def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(shorten, parts))
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Form of a map, in units of the drawing."""
-
-    width: int
-    widest: int  # of a column, at most
-    label: int  # room for the names of rows
-    row: int
-    upright: bool  # names of columns run upwards
-    most_figures: int  # columns that leave room for a figure in each cell; where there are more, a pointer is told it
-
-
-WIDE = Form(720, 110, 76, 19, upright=False, most_figures=10)
-NARROW = Form(328, 60, 66, 14, upright=True, most_figures=0)
 # Shades of one colour, faint to full. Up to the fifth, ink reads on them in light and in dark; then paper does.
 _SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
 _INK_UP_TO = 4
 _ORDERS = 4  # of magnitude that the shades span at most
-_TOP, _LETTER, _LONGEST = 26, 5.6, 16
+# Columns that leave room for a figure in each cell of a broad map; else a pointer is told it.
+_MOST_FIGURES = 10
+_LETTER, _LONGEST = 5.6, 16
 
 
 def draw_heat_map(
     grid: Grid,
-    id: str,
     title: str,
+    id: str,
+    broad: bool = True,
     *,
     bounds: Sequence[float] = (),
     write: Callable[[float], str] = lambda figure: number(figure, 4),
-    form: Form = WIDE,
 ) -> str | None:
-    """Return the map as an element for HTML, with its figures as `write` gives them; None where all are 0.
+    """Return the map as an element for HTML, for the width of the page or for a narrow screen, with its figures as
+    `write` gives them; None where all are 0.
 
     Nothing else on the page may have its `id` or begin with it. `bounds` are the scale, as `find_bounds` gives it; by
     default the grid's own.
@@ -265,20 +254,38 @@ def draw_heat_map(
     if not grid.figures:
         return None
     bounds = bounds or find_bounds(grid.figures)
-    width = min(form.widest, (form.width - form.label) / len(grid.columns))
-    top = 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER) if form.upright else _TOP
-    height = top + form.row * len(grid.rows) + 34
-    return "".join(
-        [
-            f'<svg class="chart heat" id="{id}" viewBox="0 0 {form.width} {height}" role="img" ',
-            f'aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{escape(title)}</title>',
-            f'<desc id="{id}-desc">{escape(_describe_grid(grid, write))}</desc>',
-            *_draw_heads(grid, width, top, form),
-            *(mark for i in range(len(grid.rows)) for mark in _draw_row(grid, i, width, top, bounds, write, form)),
-            *_draw_legend(bounds, top + form.row * len(grid.rows) + 12, write, form),
-            "</svg>",
-        ]
-    )
+    # In units of the drawing: of a column at most, and room for the names of rows.
+    whole, widest, label, row = (720, 110, 76, 19) if broad else (328, 60, 66, 14)
+    width = min(widest, (whole - label) / len(grid.columns))
+    # Where there is little room, names of columns run upwards.
+    top = 26 if broad else 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
+    height = top + row * len(grid.rows) + 34
+    shows_figures = broad and len(grid.columns) <= _MOST_FIGURES
+    lines = [
+        f'<svg class="chart heat" id="{id}" viewBox="0 0 {whole} {height}" role="img" ',
+        f'aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{escape(title)}</title>',
+        f'<desc id="{id}-desc">{escape(_describe_grid(grid, write))}</desc>',
+    ]
+    room = max(4, int(width / _LETTER)) if broad else _LONGEST
+    for i, name in enumerate(grid.columns):
+        shown = name if len(name) <= room else f"…{name[1 - room :]}"
+        x = label + width * (i + 0.5) + 3.5 * (not broad)
+        lines.append(_draw_text(x, top - 8, shown, "f-muted", "middle" if broad else "start", upright=not broad))
+    for i, (name, cells) in enumerate(zip(grid.rows, grid.cells, strict=True)):
+        y, wide = top + row * i, width * len(grid.columns) / len(cells)
+        lines.append(_draw_text(label - 8, y + row - (6 if broad else 3), name, "f-muted", "end"))
+        for j, figure in enumerate(cells):
+            if figure is not None:
+                shade = sum(figure >= bound for bound in bounds) if figure else None
+                box = label + wide * j, y, wide - 1, row - 1
+                lines.append(_draw_cell(box, shade, write(figure), shows_figure=shows_figures))
+    below, step = top + row * len(grid.rows) + 12, min(54, (whole - label) / len(_SHADES))
+    for i, opacity in enumerate(_SHADES):
+        x = label + step * i
+        lines.append(_draw_box((x, below, step - 1, 7), f'class="f-c1" opacity="{opacity}"'))
+        if i:
+            lines.append(_draw_text(x, below + 18, write(bounds[i - 1]), "f-muted", "middle"))
+    return "".join([*lines, "</svg>"])
 
 
 def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
@@ -302,43 +309,18 @@ def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
     )
 
 
-def _draw_heads(grid: Grid, width: float, top: int, form: Form) -> Iterator[str]:
-    room = _LONGEST if form.upright else max(4, int(width / _LETTER))
-    for i, name in enumerate(grid.columns):
-        shown = name if len(name) <= room else f"…{name[1 - room :]}"
-        x = form.label + width * (i + 0.5) + 3.5 * form.upright
-        yield _draw_text(x, top - 8, shown, "f-muted", "start" if form.upright else "middle", upright=form.upright)
+def _draw_cell(box: tuple[float, float, float, int], shade: int | None, text: str, *, shows_figure: bool) -> str:
+    """Return a cell with its figure, or one that tells it to a pointer; without a shade it is 0."""
+    colour = 'class="f-rule" opacity="0.35"' if shade is None else f'class="f-c1" opacity="{_SHADES[shade]}"'
+    if not shows_figure:
+        return _draw_box(box, colour, text)
+    x, y, width, height = box
+    ink = "f-ink" if shade is None or shade <= _INK_UP_TO else "f-paper"
+    return _draw_box(box, colour) + _draw_text(x + (width + 1) / 2, y + height - 5, text, ink, "middle")
 
 
-def _draw_row(
-    grid: Grid, i: int, width: float, top: int, bounds: Sequence[float], write: Callable[[float], str], form: Form
-) -> Iterator[str]:
-    y, cells = top + form.row * i, grid.cells[i]
-    yield _draw_text(form.label - 8, y + form.row - 6 + (form.row < 16) * 3, grid.rows[i], "f-muted", "end")
-    wide = width if len(cells) == len(grid.columns) else width * len(grid.columns)
-    for j, figure in enumerate(cells):
-        if figure is None:
-            continue
-        step, x = sum(figure >= bound for bound in bounds), form.label + wide * j
-        colour = f'class="f-c1" opacity="{_SHADES[step]}"' if figure else 'class="f-rule" opacity="0.35"'
-        if len(grid.columns) <= form.most_figures:
-            yield _draw_box(x, y, wide - 1, form.row - 1, colour)
-            ink = "f-ink" if not figure or step <= _INK_UP_TO else "f-paper"
-            yield _draw_text(x + wide / 2, y + form.row - 6, write(figure), ink, "middle")
-        else:
-            yield _draw_box(x, y, wide - 1, form.row - 1, colour, write(figure))
-
-
-def _draw_legend(bounds: Sequence[float], y: float, write: Callable[[float], str], form: Form) -> Iterator[str]:
-    box = min(54, (form.width - form.label) / len(_SHADES))
-    for i, opacity in enumerate(_SHADES):
-        x = form.label + box * i
-        yield _draw_box(x, y, box - 1, 7, f'class="f-c1" opacity="{opacity}"')
-        if i:
-            yield _draw_text(x, y + 18, write(bounds[i - 1]), "f-muted", "middle")
-
-
-def _draw_box(x: float, y: float, width: float, height: int, colour: str, told: str = "") -> str:
+def _draw_box(box: tuple[float, float, float, int], colour: str, told: str = "") -> str:
+    x, y, width, height = box
     place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(width)}" height="{height}"'
     end = f"><title>{escape(told)}</title></rect>" if told else "/>"
     return f"<rect {colour} {place}{end}"

@@ -39,7 +39,7 @@ from compressknow.pages.parts import (
     make_name_entry,
     show_run,
 )
-from compressknow.pages.svg import NARROW, Grid, draw_heat_map, find_bounds, shorten_names
+from compressknow.pages.svg import Grid, draw_heat_map, find_bounds, shorten_names
 from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 
@@ -294,9 +294,7 @@ def _build_maps(map: Map) -> Iterator[Part]:
         return
     bounds = find_bounds(figures)
     svgs = {
-        name: draw_heat_map(
-            grid, f"map-{i}", f"KL per MB saved: {name}", bounds=bounds, write=format_millinats, form=NARROW
-        )
+        name: draw_heat_map(grid, f"KL per MB saved: {name}", f"map-{i}", False, bounds=bounds, write=format_millinats)
         for i, (name, grid) in enumerate(grids.items())
     }
     yield Charts(tuple(Drawn(svg, title=name) for name, svg in svgs.items() if svg))
@@ -329,7 +327,7 @@ def _build_risk(map: Map) -> Iterator[Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := draw_heat_map(grid, "risk-map", "Facts at risk by layer and module", write=share, form=NARROW):
+    if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=share):
         yield Charts((Drawn(svg),))
         yield Note("", drawn=_RISK_NOTE)
     if not grid.figures:

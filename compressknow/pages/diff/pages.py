@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from compressknow.pages.parts import (
     write_prompt,
 )
 from compressknow.pages.records import dump_comparison, write_estimate
-from compressknow.pages.svg import NARROW, WIDE, Grid, draw_heat_map, shorten_names
+from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
 
 # A probe's figures with A as the original, and with B.
@@ -197,11 +198,7 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
     if grid is None:
         return
     title = "Relative error by layer and module"
-
-    def draw_map(id: str, broad: bool) -> str | None:
-        return draw_heat_map(grid, id, title, form=WIDE if broad else NARROW)
-
-    if charts and (drawn := tuple(draw_twice(draw_map, "heat"))):
+    if charts and (drawn := tuple(draw_twice(partial(draw_heat_map, grid, title), "heat"))):
         yield from drawn
         yield Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))

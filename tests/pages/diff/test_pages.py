@@ -112,7 +112,7 @@ def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
 def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(columns: int) -> None:
     cells = tuple(tuple(0.001 * 1.3 ** (i + j) for j in range(columns)) for i in range(4))
     drawn = read(
-        draw_heat_map(Grid(("a", "b", "c", "d"), tuple(f"m{j}" for j in range(columns)), cells), "map", "Errors") or ""
+        draw_heat_map(Grid(("a", "b", "c", "d"), tuple(f"m{j}" for j in range(columns)), cells), "Errors", "map") or ""
     )
     marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert len(marks) == 4 * columns
@@ -124,14 +124,14 @@ def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(colu
 
 
 def test_what_did_not_change_and_what_is_not_there_is_no_shade_of_the_map() -> None:
-    drawn = read(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "map", "Errors") or "")
+    drawn = read(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "Errors", "map") or "")
     marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert [mark.attributes["class"] for mark in marks] == ["f-rule", "f-c1", "f-c1"]
-    assert draw_heat_map(Grid(("a",), ("m",), ((0.0,),)), "map", "Errors") is None
+    assert draw_heat_map(Grid(("a",), ("m",), ((0.0,),)), "Errors", "map") is None
 
 
 def test_errors_far_below_the_largest_are_all_faint() -> None:
-    drawn = read(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "map", "Errors") or "")
+    drawn = read(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "Errors", "map") or "")
     marks = [mark.attributes["opacity"] for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert marks[0] == marks[1] != marks[2]
 
