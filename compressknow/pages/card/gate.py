@@ -13,7 +13,7 @@ from compressknow.base.format import answer, clean, count, share_beside, write_p
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
-from compressknow.pages.card.verdict import estimate_facts_needed, join_names, round_up
+from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
 from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
@@ -158,8 +158,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     counts, _ = gate.measure_kept(comparison)
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
-        none = "did not know the 1 fact" if counts.n == 1 else f"knew none of {count(counts.n)} facts"
-        return f"{label}, where the original {none}{of}"
+        return f"{label}, where the original knew none of {count_facts(counts.n)}{of}"
     # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,15 +79,15 @@ loss that chance does not explain (p = 0.012).
         return f"The models were not evaluated on any common fact, so nothing can be said about what {name} lost."
     if not counts.known_before:
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
-        none = "did not know the 1 fact" if counts.n == 1 else f"knew none of the {count(counts.n)} facts"
-        return f"{name} {none}, so there is nothing to keep{gained}."
+        return f"{name} knew none of {count_facts(counts.n)}, so there is nothing to keep{gained}."
     interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
     sentence = _write_kept(name, counts, interval, certainty.test.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
 
 def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> str:
-    gained, change = count(counts.gained) if counts.gained else "none", ", which evens out"
+    lost, gained = (count(number) if number else "none" for number in (counts.lost, counts.gained))
+    change = ", which evens out" if counts.lost else ""
     # Many of both, of a model that is much changed, can even out.
     if p is not None and counts.lost != counts.gained:
         net, explained = "loss" if counts.lost > counts.gained else "gain", "chance could explain"
@@ -97,14 +97,8 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
             # Too uneven for facts drawn one by one, but of few relations.
             explained = "the choice of relations could explain"
         change = f", a net {net} that {explained} ({write_p_value(p)})"
-    if not counts.lost:
-        every = "the 1 fact" if counts.both == 1 else f"all {count(counts.both)} facts"
-        return f"Keeps {every} that {name} knew {interval}, and gained {gained}."
-    if not counts.both:
-        none = "Forgot the 1 fact" if counts.lost == 1 else f"Keeps none of the {count(counts.lost)} facts"
-        return f"{none} that {name} knew {interval}, and gained {gained}{change}."
     opening = f"Keeps {count(counts.both)} of {count_facts(counts.known_before)} that {name} knew {interval}"
-    return f"{opening}: it forgot {count(counts.lost)} and gained {gained}{change}."
+    return f"{opening}: it forgot {lost} and gained {gained}{change}."
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
@@ -304,7 +298,7 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     except CompressknowError:
         # Of another version, or of a package that is not installed.
         recipe = None
-    found = next(list_milder(recipe, model.groups or {}), None) if recipe else None
+    found = find_milder(recipe, model.groups or {}) if recipe else None
     if found is None:
         return f"Next: compress less, or in another way: {reason}."
     name = clean(str((model.source or {}).get("name") or ""), 120)
@@ -316,36 +310,42 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     return f"Next: {reason}; {change}{command}"
 
 
-def list_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Recipe]]:
-    """Yield in words what a recipe that does less does otherwise, and that recipe; the one to try first before the
-    others, by the `relative_error` of these groups.
-    """
-    for change, steps in _list_changes(recipe.steps, groups):
-        if steps:
-            calibration = recipe.calibration if any(step.calibrated for step in steps) else None
-            yield change, replace(recipe, steps=tuple(steps), calibration=calibration)
-
-
 # In words what is done otherwise, and the steps that do it.
 _Change = tuple[str, Sequence[Step]]
 
 
-def _list_changes(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[_Change]:
-    yield from _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
-    yield from _halve(steps, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
-    yield from _halve(steps, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
+def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
+    """Return in words what a recipe that does less does otherwise, by the `relative_error` of these groups, and that
+    recipe; None where there is none."""
+    steps = recipe.steps
+    found = (
+        _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
+        or _halve(steps, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
+        or _halve(steps, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
+        or _leave_out(steps)
+        or _round_finer(steps)
+        or _spare_worst(steps, groups)
+    )
+    if found is None:
+        return None
+    change, milder = found
+    calibration = recipe.calibration if any(step.calibrated for step in milder) else None
+    return change, replace(recipe, steps=tuple(milder), calibration=calibration)
+
+
+def _leave_out(steps: Sequence[Step]) -> _Change | None:
     for kind, change in ((Prune, "do not prune"), (DropNeurons, "drop no neurons"), (DropBlocks, "drop no blocks")):
-        if any(isinstance(step, kind) for step in steps):
-            yield change, [step for step in steps if not isinstance(step, kind)]
-    yield from _round_finer(steps)
-    yield from _spare_worst(steps, groups)
+        others = [step for step in steps if not isinstance(step, kind)]
+        if 0 < len(others) < len(steps):
+            return change, others
+    return None
 
 
-def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, least: float) -> Iterator[_Change]:
+def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, least: float) -> _Change | None:
     amounts = [getattr(step, name) for step in steps if isinstance(step, kind)]
     # Blocks that are named cannot be halved.
     if not amounts or any(isinstance(amount, str) or amount / 2 < least for amount in amounts):
-        return
+        return None
 
     def halve(amount: float) -> float:
         return amount // 2 if isinstance(amount, int) else round(amount / 2, 4)
@@ -360,24 +360,25 @@ def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, leas
         ]
     except UsageError:
         # A pattern such as 2:4 has one amount.
-        return
+        return None
     most = max(amounts)
-    yield change.format(half=write(halve(most)), most=write(most)), halved
+    return change.format(half=write(halve(most)), most=write(most)), halved
 
 
-def _round_finer(steps: Sequence[Step]) -> Iterator[_Change]:
-    """Quantize with less error: by GPTQ, then to 8 bits, then the weights alone."""
+def _round_finer(steps: Sequence[Step]) -> _Change | None:
+    """Quantize with less error: by GPTQ, or else to 8 bits, the weights alone."""
     for place, step in enumerate(steps):
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
         before, after = steps[:place], steps[place + 1 :]
         if step.chosen.bits < PAPER_BITS and step.rounding == ROUNDINGS[0]:
-            yield "round by GPTQ in place of to nearest", (*before, replace(step, rounding="gptq"), *after)
+            return "round by GPTQ in place of to nearest", (*before, replace(step, rounding="gptq"), *after)
         finest = Quantize(FINEST, step.where)
-        yield f"quantize to {FINEST} in place of {step.scheme}", (*before, finest, *after)
+        return f"quantize to {FINEST} in place of {step.scheme}", (*before, finest, *after)
+    return None
 
 
-def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> Iterator[_Change]:
+def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> _Change | None:
     """Spare the group of layers whose weights changed most, where several changed and each has a scope."""
     errors = {name: group.get("relative_error") or 0.0 for name, group in groups.items()}
     changed = sorted((name for name, error in errors.items() if error > 0), key=lambda name: errors[name])
@@ -386,10 +387,10 @@ def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]])
         or not set(changed) <= set(PAPER_SCOPES) | {"final"}
         or errors[changed[-1]] == errors[changed[0]]
     ):
-        return
+        return None
     *rest, worst = changed
     where = Where(tuple(rest))
     if {step.where for step in steps if isinstance(step, Prune | Quantize)} <= {where}:
-        return
+        return None
     spared = [replace(step, where=where) if isinstance(step, Prune | Quantize) else step for step in steps]
-    yield f"leave {worst} as it is, whose weights changed most", spared
+    return f"leave {worst} as it is, whose weights changed most", spared

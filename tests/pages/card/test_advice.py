@@ -17,7 +17,7 @@ from compressknow.evaluate.answers import Answer, Answers
 from compressknow.pages.card.gate import parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
-from compressknow.pages.card.verdict import ENOUGH, list_milder, write_advice
+from compressknow.pages.card.verdict import ENOUGH, find_milder, write_advice
 from compressknow.pages.records import Comparison
 from tests.pages.answering import answer, answers, entry, model, run, sides
 
@@ -41,8 +41,9 @@ def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[A
     return original, [compressed]
 
 
-def changes_of(recipe: Recipe, groups: Any = GROUPS) -> list[str]:
-    return [change for change, _ in list_milder(recipe, groups)]
+def change_of(recipe: Recipe, groups: Any = GROUPS) -> str | None:
+    found = find_milder(recipe, groups)
+    return found and found[0]
 
 
 class TestBranches:
@@ -133,46 +134,44 @@ class TestBranches:
 class TestMilder:
     def test_less_pruning_then_none(self) -> None:
         recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
-        assert changes_of(recipe) == ["prune 10 % of the weights in place of 20 %", "do not prune"]
-        assert changes_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == [
-            "do not prune"
-        ]
+        assert change_of(recipe) == "prune 10 % of the weights in place of 20 %"
+        assert change_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
     def test_a_pattern_has_no_half(self) -> None:
         pruned = Prune(0.5, "wanda", ATTENTION, parameters={"pattern": "2:4"})
-        assert changes_of(Recipe((pruned, Quantize("int8-weights", ATTENTION)))) == ["do not prune"]
+        assert change_of(Recipe((pruned, Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
     def test_what_calibrated_goes_with_its_step(self) -> None:
         recipe = Recipe((Prune(0.08, "wanda", ATTENTION), Quantize("int8", ATTENTION)))
         assert recipe.calibration == Calibration()
-        assert [milder.calibration for _, milder in list_milder(recipe, {})] == [None, Calibration()]
+        found = find_milder(recipe, {})
+        assert found
+        assert found[1].calibration is None
 
     def test_int4_is_rounded_by_gptq_then_becomes_8_bits(self) -> None:
         nearest, gptq = (Recipe((Quantize("int4", ATTENTION, rounding=name),)) for name in ("nearest", "gptq"))
-        assert changes_of(nearest) == [
-            "round by GPTQ in place of to nearest",
-            "quantize to int8-weights in place of int4",
-        ]
-        assert changes_of(gptq) == ["quantize to int8-weights in place of int4"]
+        assert change_of(nearest) == "round by GPTQ in place of to nearest"
+        assert change_of(gptq) == "quantize to int8-weights in place of int4"
 
     @pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
     def test_weights_alone_in_place_of_activations_too(self, scheme: str) -> None:
-        assert changes_of(Recipe((Quantize(scheme, ATTENTION),)))[0] == f"quantize to int8-weights in place of {scheme}"
+        assert change_of(Recipe((Quantize(scheme, ATTENTION),))) == f"quantize to int8-weights in place of {scheme}"
 
     def test_the_group_that_changed_most_is_left_out(self) -> None:
         recipe = Recipe((Quantize("int8-weights", BOTH),))
-        ((change, milder),) = list_milder(recipe, GROUPS)
-        assert change == "leave feed-forward as it is, whose weights changed most"
-        assert milder == Recipe((Quantize("int8-weights", ATTENTION),))
+        assert find_milder(recipe, GROUPS) == (
+            "leave feed-forward as it is, whose weights changed most",
+            Recipe((Quantize("int8-weights", ATTENTION),)),
+        )
 
     @pytest.mark.parametrize("groups", [{}, {"attention": {"relative_error": 0.1}}, {"attention": {}, "other": {}}])
     def test_no_group_is_named_where_no_number_names_it(self, groups: dict[str, Any]) -> None:
-        assert changes_of(Recipe((Quantize("int8-weights", BOTH),)), groups) == []
+        assert change_of(Recipe((Quantize("int8-weights", BOTH),)), groups) is None
 
     def test_fewer_blocks_and_neurons(self) -> None:
-        assert changes_of(Recipe((DropBlocks(5),))) == ["drop 2 blocks in place of 5"]
-        assert changes_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == ["drop no blocks"]
-        assert changes_of(Recipe((DropNeurons(0.3),))) == ["drop 15 % of the neurons in place of 30 %"]
+        assert change_of(Recipe((DropBlocks(5),))) == "drop 2 blocks in place of 5"
+        assert change_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
+        assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons in place of 30 %"
 
 
 RECIPES = [
