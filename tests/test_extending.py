@@ -661,7 +661,7 @@ class TestPruningMethod:
     def test_a_grid_whose_cells_lack_a_parameter_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("grid.toml").write_text("[axes]\nprune = [0.5]\nspan = [4]\n", encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml"]) == 2
-        assert "no cell has the parameter span" in " ".join(capsys.readouterr().err.split())
+        assert "'span' is no key here" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize(
         ("change", "says"),

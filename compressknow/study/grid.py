@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count, product
@@ -235,71 +235,74 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
     axes, named = values.get("axes", {}), values.get("cells", [])
     if not isinstance(axes, dict) or not isinstance(named, list) or not all(isinstance(cell, dict) for cell in named):
         raise UsageError(f"{path}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
-    cells = _build_cells(
-        [*_expand_axes(axes, path), *(_parse_cell(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))]
-    )
+    of_cells = (_parse_cell(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))
+    cells = _build_cells(chain(_expand_axes(axes, f"{path}, [axes]"), of_cells))
     if not cells:
         raise UsageError(f"{path} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
     return cells
 
 
-def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
-    there = dict.fromkeys((*AXES, *list_parameters()))
-    if unknown := sorted(set(axes) - set(there)):
-        near = suggest_word(unknown[0], there)
-        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(there)}.")
+def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Recipe]]:
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
-            raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
+            raise UsageError(f"{where}: the axis {name} must be a list, and not empty.", hint=FORMAT)
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    _check_axes(axes, points, path)
+    _check_keys(axes, points, where)
     for point in map(_drop_idle, points):
-        if _has_effect(point):
-            yield None, _build_recipe(point, f"{path}, [axes]")
+        if _has(point, "prune") or _has(point, "quantize"):
+            yield None, _build_recipe(point, where)
 
 
-def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
-    prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
-    calibrated = any(map(_is_calibrated, points))
-    for names, does, what, hint in (
-        (PRUNED, prunes, "pruning, but no cell prunes", "Add the axis prune."),
-        (ROUNDED, quantizes, "quantization, but no cell quantizes", "Add the axis quantize."),
-        (CALIBRATED, calibrated, "methods that look at activations, but no cell has one", LOOKS),
-        (("seed",), any(map(_is_seeded, points)), "what is drawn or calibrated, but no cell is", DRAWS),
-    ):
-        if idle := [name for name in names if name in axes and not does]:
-            raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
-    methods = axes.get("method", (METHODS.first,)) if prunes else ()
-    has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
-    if idle := sorted(set(axes) - set(AXES) - has):
-        owners = ", ".join(name for name in (*METHODS, *SCHEMES) if idle[0] in _get_parameters(name))
-        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
+def _check_keys(values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does."""
+    own = set().union(*map(_list_own_parameters, points))
+    there = [*AXES, *(name for name in list_parameters() if name in own)]
+    if unknown := sorted(set(values) - set(there)):
+        near = suggest_word(unknown[0], there)
+        raise UsageError(f"{where}: {unknown[0]!r} is no key here.", hint=f"{near}Choose from {', '.join(there)}.")
+    for keys, applies, to, hint in _APPLY:
+        idle = [key for key in keys if _has(values, key)]
+        if idle and not any(map(applies, points)):
+            raise UsageError(f"{where}: {idle[0]} applies to {to}.", hint=hint)
 
 
-def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_idle(point: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a point of the axes without what its scheme and its method do not have."""
-    scheme = SCHEMES[point["quantize"]] if point.get("quantize") in SCHEMES else None
-    idle = {"rounding"} if scheme and scheme.rounds == "batch" else set()
-    idle |= {"smooth"} if scheme and scheme.rounds != "token" else set()
-    idle |= set() if _is_given(point.get("quantize")) else set(ROUNDED)
-    left = {name: value for name, value in point.items() if name not in idle}
-    idle = set() if _is_calibrated(left) else set(CALIBRATED)
-    idle |= set() if _is_seeded(left) else {"seed"}
-    return {name: value for name, value in left.items() if name not in idle}
+    rounds = SCHEMES[point["quantize"]].rounds if point.get("quantize") in SCHEMES else "token"
+    idle = (*(["rounding"] if rounds == "batch" else []), *(["smooth"] if rounds != "token" else []))
+    point = {name: value for name, value in point.items() if name not in idle}
+    for keys, applies, *_ in _APPLY:
+        if not applies(point):
+            point = {name: value for name, value in point.items() if name not in keys}
+    return point
 
 
 def _is_calibrated(point: Mapping[str, Any]) -> bool:
     """Return whether what a point says looks at activations."""
     method = point.get("method", METHODS.first)
-    prunes = method in METHODS and METHODS[method].needs in ("norms", "products") and _is_given(point.get("prune"))
-    return prunes or point.get("rounding") in ROUNDINGS[1:] or _is_given(point.get("smooth"))
+    looks = method in METHODS and METHODS[method].needs in ("norms", "products") and _has(point, "prune")
+    return looks or point.get("rounding") in ROUNDINGS[1:] or _has(point, "smooth")
 
 
 def _is_seeded(point: Mapping[str, Any]) -> bool:
     """Return whether a seed decides anything of what a point says."""
-    draws = _is_given(point.get("prune")) and "seed" in _get_parameters(point.get("method", METHODS.first))
+    draws = _has(point, "prune") and "seed" in _get_parameters(point.get("method", METHODS.first))
     return draws or _is_calibrated(point)
+
+
+# Keys that apply to some points alone: to which, in words, and what makes it one.
+_APPLY: tuple[tuple[Sequence[str], Callable[[Mapping[str, Any]], bool], str, str], ...] = (
+    (PRUNED, lambda point: _has(point, "prune"), "pruning, and nothing is pruned", "Add prune."),
+    (ROUNDED, lambda point: _has(point, "quantize"), "quantization, and nothing is quantized", "Add quantize."),
+    (CALIBRATED, _is_calibrated, "methods that look at activations, and there is none", LOOKS),
+    (("seed",), _is_seeded, "what is drawn or calibrated, and nothing is", DRAWS),
+)
+
+
+def _list_own_parameters(point: Mapping[str, Any]) -> set[str]:
+    """Return the parameters of a point's method, if it prunes, and of its scheme, beside the axes that all have."""
+    method = point.get("method", METHODS.first) if _has(point, "prune") else None
+    return (_get_parameters(method) | _get_parameters(point.get("quantize"))).difference(AXES)
 
 
 def _get_parameters(name: Any) -> set[str]:
@@ -315,32 +318,16 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
         raise UsageError(f"{where}: its name must be text.", hint=FORMAT)
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
-    chosen = (point.get("method", METHODS.first) if _is_given(point.get("prune")) else None, point.get("quantize"))
-    own = set().union(*map(_get_parameters, chosen)).difference(AXES)
-    there = [*AXES, *(name for name in list_parameters() if name in own)]
-    if unknown := sorted(set(point) - set(there)):
-        near = suggest_word(unknown[0], there)
-        raise UsageError(
-            f"{where}: unknown key {unknown[0]!r}.",
-            hint=f"{near}Choose from name, {', '.join(there)}, or the steps of a recipe.",
-        )
-    if not _has_effect(point):
+    _check_keys(point, [point], where)
+    if not _has(point, "prune") and not _has(point, "quantize"):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
-    prunes, quantizes = (_is_given(point.get(key)) for key in ("prune", "quantize"))
-    for keys, does, what, hint in (
-        (ROUNDED, quantizes, "quantization, and it does not quantize", "Add quantize."),
-        (PRUNED, prunes, "pruning, and it does not prune", "Add prune."),
-        (("seed",), _is_seeded(point), "what is drawn or calibrated, and it is neither", DRAWS),
-    ):
-        if idle := [key for key in keys if _is_given(point.get(key)) and not does]:
-            raise UsageError(f"{where}: {idle[0]} applies to {what}.", hint=hint)
     return name, _build_recipe(point, where)
 
 
 def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     # The first layer is a layer, and the first seed a seed.
     given = {
-        name: value for name, value in point.items() if _is_given(value) or (name in ("layers", "seed") and value == 0)
+        name: point[name] for name in point if _has(point, name) or (name in ("layers", "seed") and not point[name])
     }
     # What may be nothing is a text where there is something: "none" is nothing.
     parameters = {name: value for name, value in point.items() if value != "none"}
@@ -364,20 +351,16 @@ def _build_calibration(point: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key in point and name in table:
             raise UsageError(f"{where}: calibration has {name} already.", hint=f"Leave out {key}.")
         table |= {name: point[key]} if key in point else {}
-    return {"calibration": table} if table and (_is_calibrated(point) or point.keys() & set(CALIBRATED)) else {}
+    return {"calibration": table} if table and _is_calibrated(point) else {}
 
 
 def _select(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _has_effect(point: Mapping[str, Any]) -> bool:
-    return _is_given(point.get("prune")) or _is_given(point.get("quantize"))
-
-
-def _is_given(value: Any) -> bool:
-    """Return whether a value says anything. Lists of TOML cannot hold nothing: 0 prunes none, "none" quantizes none."""
-    return value not in (None, "none", 0)
+def _has(point: Mapping[str, Any], name: str) -> bool:
+    """Return whether a key says anything. Lists of TOML cannot hold nothing: 0 prunes none, "none" quantizes none."""
+    return point.get(name) not in (None, "none", 0)
 
 
 def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
