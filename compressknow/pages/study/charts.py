@@ -29,10 +29,6 @@ from compressknow.pages.study.records import (
     StudyProbe,
     find_axes,
     label_method,
-    list_methods,
-    list_schemes,
-    select_pruned,
-    select_quantized,
 )
 
 _MOST = 6  # lines and colours that can be told apart
@@ -83,12 +79,12 @@ def _compute_mean(values: Sequence[float | None]) -> float | None:
 
 def draw_by_amount(study: Study, scopes: Iterable[str], measure: Callable[[Comparison], Estimate]) -> tuple[Line, ...]:
     """Draw a line for each scope that was pruned by at least two amounts."""
-    return _draw_lines({scope: select_pruned(study, scope) for scope in scopes}, measure)
+    return _draw_lines({scope: study.select_pruned(scope) for scope in scopes}, measure)
 
 
 def draw_by_method(study: Study, scope: str) -> tuple[Line, ...]:
     """Draw a line for each method that pruned the scope by at least two amounts, where there are several."""
-    cells = {label_method(method): select_pruned(study, scope, method) for method in list_methods(study)}
+    cells = {label_method(method): study.select_pruned(scope, method) for method in study.list_methods()}
     lines = _draw_lines(cells, compute_mean_kept)
     return lines[:_MOST] if len(lines) > 1 else ()
 
@@ -104,16 +100,16 @@ def _draw_lines(
 def draw_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme, a bar for each scope."""
     return _draw_groups(
-        (clean(scheme, 60), {scope: select_quantized(study, scope).get(scheme) for scope in scopes})
-        for scheme in list_schemes(study)
+        (clean(scheme, 60), {scope: study.select_quantized(scope).get(scheme) for scope in scopes})
+        for scheme in study.list_schemes()
     )
 
 
 def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar, ...]:
     """Draw a group for each scheme and amount, a bar for each scope."""
     return _draw_groups(
-        (f"{amount} % and {clean(scheme, 60)}", {s: select_pruned(study, s, scheme=scheme).get(amount) for s in scopes})
-        for scheme in list_schemes(study)
+        (f"{amount} % and {clean(scheme, 60)}", {s: study.select_pruned(s, scheme=scheme).get(amount) for s in scopes})
+        for scheme in study.list_schemes()
         for amount in GPQ_AMOUNTS
     )
 
@@ -126,7 +122,7 @@ def draw_pruned_by_method(study: Study) -> tuple[Bar, ...]:
 
 def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tuple[Bar, ...]:
     """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
-    methods = list_methods(study)[:_MOST]
+    methods = study.list_methods()[:_MOST]
     quantized = f", {clean(scheme, 60)}" if scheme else ""
     return _draw_groups(
         (f"{scope} {amount:g} %{quantized}", cells)
@@ -145,7 +141,7 @@ def draw_final_layer(study: Study) -> tuple[Bar, ...]:
 def _list_by_amount(
     study: Study, scope: str, methods: Iterable[str], scheme: str | None = None
 ) -> Iterator[tuple[float, dict[str, StudyCell | None]]]:
-    by_method = {label_method(method): select_pruned(study, scope, method, scheme) for method in methods}
+    by_method = {label_method(method): study.select_pruned(scope, method, scheme) for method in methods}
     for amount in sorted({amount for cells in by_method.values() for amount in cells}):
         yield amount, {name: cells.get(amount) for name, cells in by_method.items()}
 
@@ -254,7 +250,7 @@ _FIGURES = (
         "methods-quantized",
         "Accuracy lost to pruning and quantization by method, in points",
         _BARS,
-        lambda study: [bar for scheme in list_schemes(study) for bar in _draw_methods(study, MODULES, scheme)],
+        lambda study: [bar for scheme in study.list_schemes() for bar in _draw_methods(study, MODULES, scheme)],
     ),
     _Figure(
         "attention-kinds-drop",

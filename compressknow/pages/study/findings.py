@@ -31,18 +31,7 @@ from compressknow.pages.study.claims import (
     measure_decline,
     measure_remaining,
 )
-from compressknow.pages.study.records import (
-    MODULES,
-    STRUCTURED,
-    UNSTRUCTURED,
-    Study,
-    StudyCell,
-    list_methods,
-    list_schemes,
-    name_cells,
-    select_pruned,
-    select_quantized,
-)
+from compressknow.pages.study.records import MODULES, STRUCTURED, UNSTRUCTURED, Study, StudyCell
 
 NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
@@ -111,12 +100,12 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
 
 def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
     parts = {}
-    if len(methods := list_methods(study)) > 1:
+    if len(methods := study.list_methods()) > 1:
         for name in methods:
             # As if by the paper's method, which the tests look for.
             cells = tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
             parts[PRUNING, name] = replace(study, cells=cells)
-    if len(schemes := list_schemes(study)) > 1:
+    if len(schemes := study.list_schemes()) > 1:
         for name in schemes:
             cells = tuple(cell for cell in study.cells if cell.quantization == name)
             parts[QUANTIZATION, name] = replace(study, cells=cells)
@@ -129,7 +118,7 @@ def _claim_low_decline(study: Study) -> Claim:
     The interval of the relative fall in accuracy lies below `MINIMAL` for every such cell. One of these must be the
     largest, overall by 30 %: what smaller ones lose says nothing of it.
     """
-    by_scope = {scope: limit_amounts(select_pruned(study, scope), LOW) for scope in MODULES}
+    by_scope = {scope: limit_amounts(study.select_pruned(scope), LOW) for scope in MODULES}
     cells = [cell for by_amount in by_scope.values() for cell in by_amount.values()]
     return Claim(
         bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells),
@@ -157,11 +146,11 @@ def _claim_order(
 
 
 def _select_medium(study: Study, scope: str) -> dict[float, StudyCell]:
-    return limit_amounts(select_pruned(study, scope), MEDIUM)
+    return limit_amounts(study.select_pruned(scope), MEDIUM)
 
 
 def _select_final(study: Study, method: str) -> dict[float, StudyCell]:
-    return select_pruned(study, _FINAL, method)
+    return study.select_pruned(_FINAL, method)
 
 
 def _claim_high_rapid(study: Study) -> Claim:
@@ -171,7 +160,7 @@ def _claim_high_rapid(study: Study) -> Claim:
     over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
     left at `MOST` below `NEAR`. A grid that ends before does not show where the fall leads.
     """
-    by_amount = limit_amounts(select_pruned(study, _OVERALL), HIGH)
+    by_amount = limit_amounts(study.select_pruned(_OVERALL), HIGH)
     if MOST not in by_amount:
         return Claim()
     cells = list(by_amount.values())
@@ -197,8 +186,8 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
     reverse = order[::-1] if study.original.family == "seq2seq" else order
     comparisons = []
     for amount, scopes in ((20, order), (40, reverse)):
-        for scheme in list_schemes(study):
-            less, more = (select_pruned(study, scope, scheme=scheme) for scope in scopes)
+        for scheme in study.list_schemes():
+            less, more = (study.select_pruned(scope, scheme=scheme) for scope in scopes)
             if amount in less and amount in more:
                 comparisons.append(compare_cells(study, less[amount], more[amount], f"at {amount} %"))
     return Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
@@ -232,7 +221,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     ),
     (
         Finding("F4", "Pruning all modules together hurts most", _ALL),
-        partial(_claim_order, select=select_pruned, less=_AGAINST, more=_OVERALL),
+        partial(_claim_order, select=Study.select_pruned, less=_AGAINST, more=_OVERALL),
     ),
     (
         Finding("F5", "Above 50 % knowledge falls rapidly, towards zero or the majority baseline", _ALL),
@@ -240,11 +229,11 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
     ),
     (
         Finding("F6", "Quantizing attention hurts less than feed-forward", _ALL),
-        partial(_claim_order, select=select_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
+        partial(_claim_order, select=Study.select_quantized, less={_ATTENTION: ""}, more=_FEED_FORWARD),
     ),
     (
         Finding("F7", "Quantizing everything hurts most", _ALL),
-        partial(_claim_order, select=select_quantized, less=_AGAINST, more=_OVERALL),
+        partial(_claim_order, select=Study.select_quantized, less=_AGAINST, more=_OVERALL),
     ),
     (
         Finding(
@@ -277,7 +266,7 @@ _FIGURES = {
 
 def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
     """Put the answer to a finding, and what decides, into words."""
-    names, answer, pairs, bounds = name_cells(study), tested.answer, tested.comparisons, tested.bounds
+    names, answer, pairs, bounds = study.name_cells(), tested.answer, tested.comparisons, tested.bounds
     if not pairs and not bounds:
         return replace(finding, answer=answer, why=NO_CELLS)
     if bounds:

@@ -70,11 +70,6 @@ from compressknow.pages.study.records import (
     StudyCell,
     format_setting,
     infer_type,
-    list_schemes,
-    list_varying_settings,
-    name_cells,
-    select_pruned,
-    select_quantized,
     tidy_rows,
 )
 from compressknow.pages.study.summary import (
@@ -251,7 +246,7 @@ def _show_paper_tables(study: Study) -> Iterator[Part]:
 def _show_cells(study: Study) -> Iterator[Part]:
     yield build_cells_table(study)
     yield Note(_CELLS, drawn=BAR)
-    common, names = _find_common_warnings(study), name_cells(study)
+    common, names = _find_common_warnings(study), study.name_cells()
     single: dict[str, list[str]] = {}
     for cell in study.cells:
         for warning in _list_warnings(study, cell):
@@ -318,10 +313,10 @@ def build_paper_tables(study: Study) -> tuple[Table, ...]:
     in_percent = family == "masked"
     unit = "accuracy in %" if in_percent else "accuracy"
     tables = []
-    for scheme in list_schemes(study):
-        cells = [select_quantized(study, module).get(scheme) for module in MODULES]
+    for scheme in study.list_schemes():
+        cells = [study.select_quantized(module).get(scheme) for module in MODULES]
         for module in MODULES:
-            by_amount = select_pruned(study, module, scheme=scheme)
+            by_amount = study.select_pruned(module, scheme=scheme)
             cells += [by_amount.get(amount) for amount in GPQ_AMOUNTS]
         if not any(cells):
             continue
@@ -348,8 +343,8 @@ def average_accuracy(cell: StudyCell, probe: str) -> float | None:
 
 def build_cells_table(study: Study) -> Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
-    names = name_cells(study)
-    settings = [name for name in list_varying_settings(study) if name not in MAIN_SETTINGS]
+    names = study.name_cells()
+    settings = [name for name in study.list_varying_settings() if name not in MAIN_SETTINGS]
     original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
     compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
     columns = [
@@ -399,7 +394,7 @@ def _write_millions(weights: int) -> str:
 
 def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
     """Return every comparison of two cells behind the findings."""
-    names = name_cells(study)
+    names = study.name_cells()
     rows = tuple(
         (
             f"{finding.id} {names[pair.less]} / {names[pair.more]}",
@@ -429,7 +424,7 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table 
 
 def build_bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
     """Return every figure that a finding holds against a limit."""
-    names = name_cells(study)
+    names = study.name_cells()
     rows = tuple(
         (
             f"{finding.id} {names.get(bound.of, bound.of)}",

@@ -27,6 +27,16 @@ Setting = str | int | float | bool | None
 # Settings that columns of their own have, in the order in which a reader asks for them.
 METHOD, SCHEME, AMOUNT, SCOPE = "method", "quantize", "prune", "scope"
 MAIN_SETTINGS = (SCOPE, METHOD, AMOUNT, SCHEME)
+# The methods that the paper prunes by.
+UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
+MODULES = ("overall", "attention", "feed-forward")
+IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
+ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
+_IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
+_CALIBRATION = {"calibration", "calibration_tokens", "seed"}
+# Settings that one recipe has and another lacks for no other reason than that they differ.
+_OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
 # Among so few answers a model that always says the same scores as a majority does; among more it scores as guessing.
 _FEW_ANSWERS = 5
 
@@ -125,6 +135,50 @@ class Study(Tabular):
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     refused: tuple[FailedCell, ...] = ()  # that the model cannot have: trying again changes nothing
     known: str = RECOGNIZED  # what counts as known: that or better, or only "produced"
+
+    def select_pruned(
+        self, scope: str, method: str = UNSTRUCTURED, scheme: str | None = None
+    ) -> dict[float, StudyCell]:
+        """Return a scope's plain cells that are pruned, and quantized by the scheme, if any, by amount in percent,
+        ascending."""
+        cells = [c for c in self._select_plain(scope) if (c.pruning, c.quantization) == (method, scheme)]
+        return {cell.percent: cell for cell in sorted(cells, key=lambda cell: cell.percent)}
+
+    def select_quantized(self, scope: str) -> dict[str, StudyCell]:
+        """Return the plain cells of a scope that are quantized and not pruned, by scheme."""
+        cells = (c for c in self._select_plain(scope) if c.pruning is None)
+        return {c.quantization: c for c in cells if c.quantization is not None}
+
+    def _select_plain(self, scope: str) -> Iterator[StudyCell]:
+        return (cell for cell in self.cells if cell.plain and cell.scope == scope)
+
+    def list_schemes(self) -> tuple[str, ...]:
+        """Return the schemes of the plain cells, each with what is not as usual of it, in the order of the grid."""
+        return tuple(dict.fromkeys(c.quantization for c in self.cells if c.plain and c.quantization is not None))
+
+    def list_methods(self) -> tuple[str, ...]:
+        """Return the methods that modules are pruned by, likewise."""
+        cells = (c for c in self.cells if c.plain and c.scope in MODULES)
+        return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
+
+    def list_varying_settings(self) -> list[str]:
+        """Return the settings of which cells have several values."""
+        values: dict[str, set[Setting]] = {}
+        for cell in self.cells:
+            for name, value in cell.settings.items():
+                values.setdefault(name, set()).add(value)
+        return [name for name, different in values.items() if len(different) > 1]
+
+    def name_cells(self) -> dict[str, str]:
+        """Return what to call each cell, by key: its setup, with the scheme where there are several, with its key where
+        that does not tell it from another either."""
+        several = len({cell.scheme for cell in self.cells} - {None}) > 1
+        names = {cell.key: clean(cell.setup, 80) for cell in self.cells}
+        for cell in self.cells:
+            if several and cell.scheme and cell.scheme not in cell.setup.split():
+                names[cell.key] += f" ({clean(cell.scheme, 20)})"
+        repeated = Counter(names.values())
+        return {key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
 
     def _rows(self) -> list[dict[str, Any]]:
         return tidy_rows(self)
@@ -259,65 +313,12 @@ def _build_recipe_columns(cell: StudyCell | FailedCell) -> dict[str, Any]:
     }
 
 
-# The methods that the paper prunes by.
-UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
-MODULES = ("overall", "attention", "feed-forward")
-IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
-ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
-GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
-_IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
-_CALIBRATION = {"calibration", "calibration_tokens", "seed"}
-# Settings that one recipe has and another lacks for no other reason than that they differ.
-_OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
-
 Rest = frozenset[tuple[str, Setting]]
-
-
-def select_pruned(
-    study: Study, scope: str, method: str = UNSTRUCTURED, scheme: str | None = None
-) -> dict[float, StudyCell]:
-    """Return a scope's cells that are pruned, and quantized by the scheme, if any, by amount in percent, ascending."""
-    cells = [c for c in _select_plain(study, scope) if (c.pruning, c.quantization) == (method, scheme)]
-    return {cell.percent: cell for cell in sorted(cells, key=lambda cell: cell.percent)}
-
-
-def select_quantized(study: Study, scope: str) -> dict[str, StudyCell]:
-    """Return the cells of a scope that are quantized and not pruned, by scheme."""
-    cells = (c for c in _select_plain(study, scope) if c.pruning is None)
-    return {c.quantization: c for c in cells if c.quantization is not None}
-
-
-def _select_plain(study: Study, scope: str) -> Iterator[StudyCell]:
-    return (cell for cell in study.cells if cell.plain and cell.scope == scope)
-
-
-def list_schemes(study: Study) -> tuple[str, ...]:
-    """Return the schemes of the study's plain cells, each with what is not as usual of it, in the order of the grid."""
-    return tuple(dict.fromkeys(c.quantization for c in study.cells if c.plain and c.quantization is not None))
-
-
-def list_methods(study: Study) -> tuple[str, ...]:
-    """Return the methods that the study's modules are pruned by, likewise."""
-    cells = (c for c in study.cells if c.plain and c.scope in MODULES)
-    return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
 
 
 def label_method(method: str) -> str:
     """Return what setups call a method, where all of it is as usual."""
     return METHODS[method].label if method in METHODS else method
-
-
-def name_cells(study: Study) -> dict[str, str]:
-    """Return what to call each cell, by key: its setup, with the scheme where there are several, with its key where
-    that does not tell it from another either.
-    """
-    several = len({cell.scheme for cell in study.cells} - {None}) > 1
-    names = {cell.key: clean(cell.setup, 80) for cell in study.cells}
-    for cell in study.cells:
-        if several and cell.scheme and cell.scheme not in cell.setup.split():
-            names[cell.key] += f" ({clean(cell.scheme, 20)})"
-    repeated = Counter(names.values())
-    return {key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,17 +340,8 @@ class Axis:
 
 def find_axes(study: Study) -> tuple[Axis, ...]:
     """Return an axis for each setting that some cells differ in and in nothing else, by their order in recipes."""
-    axes = (_make_axis(study, name) for name in list_varying_settings(study))
+    axes = (_make_axis(study, name) for name in study.list_varying_settings())
     return tuple(axis for axis in axes if axis.groups)
-
-
-def list_varying_settings(study: Study) -> list[str]:
-    """Return the settings of which the study has several values."""
-    values: dict[str, set[Setting]] = {}
-    for cell in study.cells:
-        for name, value in cell.settings.items():
-            values.setdefault(name, set()).add(value)
-    return [name for name, different in values.items() if len(different) > 1]
 
 
 def _make_axis(study: Study, name: str) -> Axis:
@@ -363,7 +355,7 @@ def _make_axis(study: Study, name: str) -> Axis:
     # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
-    groups, in_figures, has_methods = [], [], len(list_methods(study)) > 1
+    groups, in_figures, has_methods = [], [], len(study.list_methods()) > 1
     for wide in widest:
         members = [cell for cell, rest in cells if _is_fit(rest, wide)]
         if len({cell.settings[name] for cell in members}) < 2:

@@ -23,12 +23,7 @@ from compressknow.pages.study.records import (
     StudyCell,
     find_axes,
     label_method,
-    list_methods,
-    list_schemes,
-    name_cells,
     pair_groups,
-    select_pruned,
-    select_quantized,
 )
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
@@ -90,8 +85,8 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
     by the same amounts; `level` is the module. ``schemes``: modules quantized by the same scheme, which is the `level`.
     And by the chart of each axis, which is the `level`, its values.
     """
-    by_module = {scope: _index_cells(select_pruned(study, scope)) for scope in MODULES}
-    quantized = {scope: _index_cells(select_quantized(study, scope)) for scope in MODULES}
+    by_module = {scope: _index_cells(study.select_pruned(scope)) for scope in MODULES}
+    quantized = {scope: _index_cells(study.select_quantized(scope)) for scope in MODULES}
     compared: dict[str, list[_Compared]] = {
         "modules": [
             _limit_to_same_amounts(level, {scope: limit_amounts(cells, limits) for scope, cells in by_module.items()})
@@ -99,13 +94,13 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
         ],
         "methods": [
             _limit_to_same_amounts(
-                module, {label_method(m): _index_cells(select_pruned(study, module, m)) for m in list_methods(study)}
+                module, {label_method(m): _index_cells(study.select_pruned(module, m)) for m in study.list_methods()}
             )
             for module in MODULES
         ],
         "schemes": [
             (scheme, (), {module: [of[scheme]] for module, of in quantized.items() if scheme in of})
-            for scheme in list_schemes(study)
+            for scheme in study.list_schemes()
         ],
         **{axis.chart: [(axis.name, (), cells) for cells in pair_groups(axis)] for axis in find_axes(study)},
     }
@@ -153,7 +148,7 @@ def _index_cells(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
 def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] | None = None) -> tuple[Cliff, ...]:
     """Return that of each name's cells by amount, where there are two or more; by default by module."""
     if amounts is None:
-        amounts = {module: select_pruned(study, module) for module in MODULES}
+        amounts = {module: study.select_pruned(module) for module in MODULES}
     groups = sum(len(axis.groups) for axis in find_axes(study) if axis.name == AMOUNT)
     # All these intervals together hold with 95 % (Bonferroni).
     level = 1 - 0.05 / (len(MODULES) + groups)
@@ -201,7 +196,7 @@ def write_verdict(study: Study) -> str:
                 parts.append(f"less than {100 * CLIFF:g} % is kept {where.format(join_words(own))}")
         if not fallen:
             parts.append(f"no amount in the grid keeps less than {share(CLIFF)}")
-    by = f", with {_PAPER_METHOD}" if parts and len(list_methods(study)) > 1 else ""
+    by = f", with {_PAPER_METHOD}" if parts and len(study.list_methods()) > 1 else ""
     parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:
         return _name_best_and_worst(study)
@@ -230,7 +225,7 @@ def _summarize_methods(least: Sequence[Least]) -> str:
 
 
 def _name_best_and_worst(study: Study) -> str:
-    name, names = clean(study.original.name, _NAME), name_cells(study)
+    name, names = clean(study.original.name, _NAME), study.name_cells()
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
     if not known:
         why = "it knew none of the facts" if study.cells else "no cell could be evaluated"
@@ -277,7 +272,7 @@ class Conclusion:
 def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclusion, ...]:
     """Return, by chart, the study's own findings, then the paper's for this family of which the study has cells."""
     orders, axes = rank_cells(study), find_axes(study)
-    by = f" ({_PAPER_METHOD})" if len(list_methods(study)) > 1 else ""
+    by = f" ({_PAPER_METHOD})" if len(study.list_methods()) > 1 else ""
     conclusions = [
         *(
             _conclude_modules(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT)

@@ -18,7 +18,7 @@ from compressknow.pages.study.pages import (
     to_csv,
     to_parquet,
 )
-from compressknow.pages.study.records import COLUMNS, FailedCell, name_cells, tidy_rows
+from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
 from tests.pages.hostile import TEXTS
 from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid
 
@@ -86,8 +86,8 @@ def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
 
 def test_cells_of_one_setup_are_told_apart() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
-    assert list(name_cells(study(cells)).values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
-    assert list(name_cells(study(cells[:1])).values()) == ["Att_GQ"]
+    assert list(study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
+    assert list(study(cells[:1]).name_cells().values()) == ["Att_GQ"]
 
 
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
