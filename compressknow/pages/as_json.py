@@ -10,22 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from compressknow.comparison import records
 from compressknow.comparison.intervals import adjust_holm, estimate_kept_by_cluster, estimate_proportion, run_mcnemar
-from compressknow.comparison.records import (
-    Certainty,
-    Confidence,
-    Counts,
-    EarlyStop,
-    Estimate,
-    Group,
-    Knowing,
-    Measured,
-    Moved,
-    Perplexity,
-    ProbeFigures,
-    TextFigures,
-    Wordings,
-)
 from compressknow.evaluate.records import ModelRecord, NoiseFloor
 
 # What a page's JSON says of a model, in its order.
@@ -41,22 +27,22 @@ def dump_model(model: ModelRecord) -> dict[str, Any]:
     return {key: values[key] for key in _MODEL}
 
 
-def dump_counts(counts: Counts) -> dict[str, int]:
+def dump_counts(counts: records.Counts) -> dict[str, int]:
     """Return the facts in all, and by what the two models know."""
     return {"n": counts.n, **asdict(counts)}
 
 
-def estimate_to_json(name: str, estimate: Estimate) -> dict[str, Any]:
+def estimate_to_json(name: str, estimate: records.Estimate) -> dict[str, Any]:
     """Return a figure under its name, and its interval."""
     return {name: estimate.value, f"{name}_interval": dump_interval(estimate)}
 
 
-def dump_interval(estimate: Estimate) -> list[float] | None:
+def dump_interval(estimate: records.Estimate) -> list[float] | None:
     """Return [low, high], or None."""
     return None if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
 
 
-def dump_kept(counts: Counts) -> dict[str, Any]:
+def dump_kept(counts: records.Counts) -> dict[str, Any]:
     """Return knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
     return {
         **estimate_to_json("kept", estimate_proportion(counts.both, counts.known_before)),
@@ -64,13 +50,13 @@ def dump_kept(counts: Counts) -> dict[str, Any]:
     }
 
 
-def dump_clusters(counts: Counts, relations: Sequence[Counts]) -> dict[str, Any]:
+def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -> dict[str, Any]:
     """Return counts and knowledge kept, with its interval over the relations too."""
     by_cluster = dump_interval(estimate_kept_by_cluster(relations))
     return {**dump_counts(counts), **dump_kept(counts), "kept_cluster_interval": by_cluster}
 
 
-def dump_certainty(certainty: Certainty) -> dict[str, Any]:
+def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
     """Return how sure the figures are that stand beside it."""
     return {
         "p": certainty.test.p,
@@ -83,7 +69,7 @@ def dump_certainty(certainty: Certainty) -> dict[str, Any]:
     }
 
 
-def dump_early(early: EarlyStop | None) -> dict[str, Any] | None:
+def dump_early(early: records.EarlyStop | None) -> dict[str, Any] | None:
     """Return how a gate was decided early; None where it was not."""
     if early is None:
         return None
@@ -91,7 +77,7 @@ def dump_early(early: EarlyStop | None) -> dict[str, Any] | None:
     return values | estimate_to_json("kept", early.kept)
 
 
-def dump_groups(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
+def dump_groups(groups: tuple[records.Group, ...]) -> dict[str, dict[str, Any]]:
     """Return the figures of each group by its name."""
     exact = adjust_holm([run_mcnemar(group.counts) for group in groups])
     return {
@@ -108,7 +94,7 @@ def dump_groups(groups: tuple[Group, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
-def probe_to_json(probe: ProbeFigures) -> dict[str, Any]:
+def probe_to_json(probe: records.ProbeFigures) -> dict[str, Any]:
     """Return all of a probe: figures first, then tables."""
     values = {
         "knowing": _dump_knowing(probe.knowing),
@@ -162,7 +148,7 @@ def _dump_noise(floor: NoiseFloor | None) -> dict[str, Any] | None:
     return {key: value for key, value in asdict(floor).items() if key != "produced"} if floor else None
 
 
-def _dump_movement(probe: ProbeFigures) -> dict[str, Any]:
+def _dump_movement(probe: records.ProbeFigures) -> dict[str, Any]:
     moved: Mapping[str, Any] = asdict(probe.movement) if probe.movement else {}
     return {
         "kl_facts": moved.get("n", 0),
@@ -172,7 +158,7 @@ def _dump_movement(probe: ProbeFigures) -> dict[str, Any]:
     }
 
 
-def _dump_knowing(knowing: Knowing | None) -> dict[str, Any] | None:
+def _dump_knowing(knowing: records.Knowing | None) -> dict[str, Any] | None:
     if knowing is None:
         return None
     return {
@@ -183,7 +169,7 @@ def _dump_knowing(knowing: Knowing | None) -> dict[str, Any] | None:
     }
 
 
-def _dump_wordings(wordings: Wordings | None) -> dict[str, Any]:
+def _dump_wordings(wordings: records.Wordings | None) -> dict[str, Any]:
     """Return the figures of each wording by its number, as text; empty where there is one wording."""
     return {
         "by_template": {
@@ -194,7 +180,7 @@ def _dump_wordings(wordings: Wordings | None) -> dict[str, Any]:
     }
 
 
-def _dump_confidence(confidence: Confidence | None) -> dict[str, Any]:
+def _dump_confidence(confidence: records.Confidence | None) -> dict[str, Any]:
     values = asdict(confidence) if confidence else {}
     wrong = ("wrong_original", "wrong_compressed", "confidently_wrong_original", "confidently_wrong_compressed")
     return {
@@ -212,7 +198,7 @@ def _dump_confidence(confidence: Confidence | None) -> dict[str, Any]:
     }
 
 
-def dump_texts(texts: Sequence[TextFigures]) -> dict[str, Any]:
+def dump_texts(texts: Sequence[records.TextFigures]) -> dict[str, Any]:
     """Return the figures of each text by its name; standard errors stand under ``NAME_error``."""
     return {
         figures.text: replace_not_finite(
@@ -229,7 +215,7 @@ def dump_texts(texts: Sequence[TextFigures]) -> dict[str, Any]:
     }
 
 
-def dump_perplexity(perplexity: Perplexity, which: str = "") -> dict[str, Any]:
+def dump_perplexity(perplexity: records.Perplexity, which: str = "") -> dict[str, Any]:
     """Return the figures of one model; `which` it is ends the names."""
     return replace_not_finite(
         {
@@ -240,7 +226,7 @@ def dump_perplexity(perplexity: Perplexity, which: str = "") -> dict[str, Any]:
     )
 
 
-def _dump_moved(moved: Moved) -> dict[str, Any]:
+def _dump_moved(moved: records.Moved) -> dict[str, Any]:
     divergent = moved.divergent
     return {
         **_dump_measured("perplexity_ratio", moved.ratio),
@@ -257,7 +243,7 @@ def _dump_moved(moved: Moved) -> dict[str, Any]:
     }
 
 
-def _dump_measured(name: str, figure: Measured | None) -> dict[str, float | None]:
+def _dump_measured(name: str, figure: records.Measured | None) -> dict[str, float | None]:
     return {name: figure.value if figure else None, f"{name}_error": figure.error if figure else None}
 
 

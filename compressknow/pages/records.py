@@ -22,16 +22,7 @@ from compressknow.comparison.records import (
     TextFigures,
 )
 from compressknow.evaluate.records import ModelRecord
-from compressknow.pages.as_json import (
-    dump_certainty,
-    dump_clusters,
-    dump_counts,
-    dump_early,
-    dump_kept,
-    dump_model,
-    dump_texts,
-    probe_to_json,
-)
+from compressknow.pages import as_json
 
 if TYPE_CHECKING:
     from compressknow.comparison.paired import Standing
@@ -309,21 +300,21 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
         "source_matches": comparison.source_matches,
         "model": _dump_run_model(model),
         "verdict": comparison.verdict,
-        **dump_counts(comparison.counts),
-        **dump_kept(comparison.counts),
-        **dump_certainty(comparison.certainty),
-        "early": dump_early(comparison.early),
+        **as_json.dump_counts(comparison.counts),
+        **as_json.dump_kept(comparison.counts),
+        **as_json.dump_certainty(comparison.certainty),
+        "early": as_json.dump_early(comparison.early),
         "next": comparison.next or None,
         "grades": {grade.subject: grade.grade for grade in comparison.grades},
         "grade_details": {
             grade.subject: {
                 **{"grade": grade.grade, "range": grade.range},
-                **dump_clusters(grade.counts, grade.relations),
+                **as_json.dump_clusters(grade.counts, grade.relations),
             }
             for grade in comparison.grades
         },
         "probes": {
-            probe.probe: probe_to_json(probe)
+            probe.probe: as_json.probe_to_json(probe)
             | {name: values[probe.probe] for name, values in comparison.measured.items() if probe.probe in values}
             for probe in comparison.probes
         },
@@ -332,12 +323,12 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
     if show_facts:
         values["lost_facts"] = [asdict(fact) for fact in comparison.lost]
         values["gained_facts"] = [asdict(fact) for fact in comparison.gained]
-    return values | ({"texts": dump_texts(comparison.texts)} if comparison.texts else {})
+    return values | ({"texts": as_json.dump_texts(comparison.texts)} if comparison.texts else {})
 
 
 def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
     """Return all that is known of a model; what ran it is named where that was not transformers."""
-    values = dump_model(model)
+    values = as_json.dump_model(model)
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 
 

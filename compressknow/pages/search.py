@@ -15,24 +15,11 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.evaluate.records import FactsInText, ModelRecord
+from compressknow.pages import parts
 from compressknow.pages.as_json import dump_model
 from compressknow.pages.card.warnings import describe_facts_in_text, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
-from compressknow.pages.parts import (
-    Code,
-    Entry,
-    Folded,
-    Note,
-    Page,
-    Part,
-    Sentences,
-    Shown,
-    Table,
-    draw_twice,
-    list_identity,
-    show_run,
-)
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 
@@ -139,7 +126,7 @@ class Search(notebook.Tabular):
 
 def render_search_html(search: Search) -> str:
     """Return the page: the same search gives the same bytes."""
-    page = Page(
+    page = parts.Page(
         what="search",
         title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
@@ -152,26 +139,28 @@ def render_search_html(search: Search) -> str:
     return render_html(page)
 
 
-def _make_sections(search: Search) -> Iterator[Shown]:
+def _make_sections(search: Search) -> Iterator[parts.Shown]:
     if search.tried:
         chart = _make_tradeoff(search)
-        drawn = draw_twice(partial(draw_tradeoff, chart), "pareto")
-        yield Shown("front", "Knowledge kept against size", (*drawn, Note(_describe_chart(search))))
+        drawn = parts.draw_twice(partial(draw_tradeoff, chart), "pareto")
+        yield parts.Shown("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
     if search.recipe and search.winner:
-        yield Shown("winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide")
+        yield parts.Shown(
+            "winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide"
+        )
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
-        yield Shown("held-out", "On the facts held out to select by", (table,), look="wide")
+        yield parts.Shown("held-out", "On the facts held out to select by", (table,), look="wide")
     if search.tried:
         table = _tabulate_files(search.tried, held_out=False)
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
-        yield Shown("tried", "All files", (table, Note("", drawn=bar)), look="wide")
-    entries = (*list_identity(search.original), Entry("Seed", str(search.seed)))
-    yield Shown("method", "Method and limits", (Sentences(tuple(_describe_method(search))),), look="text")
-    yield Shown("run", "The run", show_run(search.command, search.versions, entries), look="text")
+        yield parts.Shown("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
+    entries = (*parts.list_identity(search.original), parts.Entry("Seed", str(search.seed)))
+    yield parts.Shown("method", "Method and limits", (parts.Sentences(tuple(_describe_method(search))),), look="text")
+    yield parts.Shown("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
-def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
+def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
     types = _place_types(winner.types)
     within = dict.fromkeys(module for own in types.values() for module in own if module)
     # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
@@ -184,15 +173,15 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[Part]:
     )
     grid = Grid(tuple(types), heads, cells)
     title = "Bits of weights by layer and module"
-    yield from draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
-    yield Note("", drawn=_BITS_NOTE)
+    yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
+    yield parts.Note("", drawn=_BITS_NOTE)
     rows = tuple(
         (name, *(clean(own.get(module, ""), 40) for module in (*modules, *outside))) for name, own in types.items()
     )
     columns = ("Layer", *heads, *("outside" for _ in outside))
-    table = Table("Types by layer and module", columns, rows, prose=True)
-    yield Folded("The map as a table of types", (table,))
-    yield Folded("The recipe", (Code(clean_lines(recipe), "toml"),))
+    table = parts.Table("Types by layer and module", columns, rows, prose=True)
+    yield parts.Folded("The map as a table of types", (table,))
+    yield parts.Folded("The recipe", (parts.Code(clean_lines(recipe), "toml"),))
 
 
 def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
@@ -283,10 +272,10 @@ def _write_kept(kept: Estimate | None) -> str:
     return write_estimate(kept or Estimate(None))
 
 
-def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> Table:
+def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
     rows = sorted(trials, key=lambda each: each.bytes)
     columns = ("Weights", "Size", "Predicted KL, nats", "Kept, facts of the search")
-    return Table(
+    return parts.Table(
         "Files evaluated on the facts held out to select by" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(

@@ -18,27 +18,9 @@ import numpy as np
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, share, write_size
 from compressknow.comparison.diff import group_tensors
+from compressknow.pages import parts
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
-from compressknow.pages.parts import (
-    Beside,
-    Chart,
-    Charts,
-    Drawn,
-    Entry,
-    Folded,
-    Note,
-    Page,
-    Part,
-    Sentences,
-    Shown,
-    Table,
-    Text,
-    draw_charts,
-    make_hash_entry,
-    make_name_entry,
-    show_run,
-)
 from compressknow.pages.svg import Grid, draw_heat_map, find_bounds, shorten_names
 from compressknow.study.allocation import Option, OptionTable, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
@@ -225,25 +207,27 @@ def render_map_markdown(map: Map) -> str:
     return render_markdown(build_page(map, charts=False))
 
 
-def build_page(map: Map, *, charts: bool) -> Page:
+def build_page(map: Map, *, charts: bool) -> parts.Page:
     """Return the map as text, with its charts."""
-    parts: Mapping[tuple[str, str], Iterable[Part]] = {
+    sections: Mapping[tuple[str, str], Iterable[parts.Part]] = {
         ("maps", "Where the knowledge sits"): _build_maps(map),
         ("risk", "Facts at risk"): _build_risk(map),
         ("weights", "The most and the least sensitive"): _list_extremes(map),
         ("layers", "Layers and modules"): [
             _tabulate_sums(map, "Modules, over all layers", "Module", map.by_module()),
-            Folded("By layer", (_tabulate_sums(map, "Layers, over all their modules", "Layer", map.by_layer()),)),
+            parts.Folded("By layer", (_tabulate_sums(map, "Layers, over all their modules", "Layer", map.by_layer()),)),
         ],
         ("sizes", "What the next MB buys"): _plot_sizes(map),
-        ("method", "Method and limits"): [Sentences(_describe_method(map))],
-        ("run", "The run"): show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
+        ("method", "Method and limits"): [parts.Sentences(_describe_method(map))],
+        ("run", "The run"): parts.show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
     }
     shown = (
-        Shown(id, title, tuple(draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide")
-        for (id, title), section in parts.items()
+        parts.Shown(
+            id, title, tuple(parts.draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide"
+        )
+        for (id, title), section in sections.items()
     )
-    return Page(
+    return parts.Page(
         what="map",
         title=f"{write_headline(map)}: {clean(map.model, 60)}",
         models=clean(map.model, 80),
@@ -287,7 +271,7 @@ def name_weight(row: TensorSensitivity) -> str:
     return f"{row.place} {clean(row.module, 60)}"
 
 
-def _build_maps(map: Map) -> Iterator[Part]:
+def _build_maps(map: Map) -> Iterator[parts.Part]:
     grids = dict(_list_grids(map))
     figures = [figure for grid in grids.values() for figure in grid.figures]
     if not figures:
@@ -297,15 +281,15 @@ def _build_maps(map: Map) -> Iterator[Part]:
         name: draw_heat_map(grid, f"KL per MB saved: {name}", f"map-{i}", False, bounds=bounds, write=format_millinats)
         for i, (name, grid) in enumerate(grids.items())
     }
-    yield Charts(tuple(Drawn(svg, title=name) for name, svg in svgs.items() if svg))
-    yield Note("", drawn=_MAP_NOTE)
+    yield parts.Charts(tuple(parts.Drawn(svg, title=name) for name, svg in svgs.items() if svg))
+    yield parts.Note("", drawn=_MAP_NOTE)
     tables = tuple(
         _tabulate_grid(f"KL of {name[0].lower()}{name[1:]} by layer and module, {_UNIT} saved", grid, format_millinats)
         for name, grid in grids.items()
     )
-    yield Folded("The first map as a table", tables[:1])
+    yield parts.Folded("The first map as a table", tables[:1])
     if tables[1:]:
-        yield Folded("The other maps as tables", tables[1:], in_text=False)
+        yield parts.Folded("The other maps as tables", tables[1:], in_text=False)
 
 
 def _list_grids(map: Map) -> Iterator[tuple[str, Grid]]:
@@ -323,21 +307,23 @@ def _list_grids(map: Map) -> Iterator[tuple[str, Grid]]:
         )
 
 
-def _build_risk(map: Map) -> Iterator[Part]:
+def _build_risk(map: Map) -> Iterator[parts.Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
     if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=share):
-        yield Charts((Drawn(svg),))
-        yield Note("", drawn=_RISK_NOTE)
+        yield parts.Charts((parts.Drawn(svg),))
+        yield parts.Note("", drawn=_RISK_NOTE)
     if not grid.figures:
-        yield Text("None: the model is so sure of what it knows that no single weight at 4 bits changes an answer.")
+        yield parts.Text(
+            "None: the model is so sure of what it knows that no single weight at 4 bits changes an answer."
+        )
         return
     table = _tabulate_grid("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
-    yield Folded("The map as a table", (table,))
+    yield parts.Folded("The map as a table", (table,))
 
 
-def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> Table:
+def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> parts.Table:
     """Return the map as figures; those of rows of one figure have a column of their own."""
     alone = any(len(cells) != len(grid.columns) for cells in grid.cells)
     columns = (*grid.columns, *(["outside"] if alone else []))
@@ -346,19 +332,19 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> T
         texts = ["" if cell is None else write(cell) for cell in cells]
         room = [""] * (len(columns) - len(texts))
         rows.append((name, *texts, *room) if len(cells) == len(grid.columns) else (name, *room, *texts))
-    return Table(caption, ("Layer", *columns), tuple(rows))
+    return parts.Table(caption, ("Layer", *columns), tuple(rows))
 
 
-def _list_extremes(map: Map) -> Iterator[Part]:
+def _list_extremes(map: Map) -> Iterator[parts.Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
     most, least = map.ranked[:shown], map.ranked[shown:][-shown:][::-1]
     yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
     if least:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
-    yield Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
+    yield parts.Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
 
 
-def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> Table:
+def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> parts.Table:
     rows = []
     for weight in weights:
         kind = weight.by_type[weight.compared]
@@ -367,10 +353,10 @@ def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> Table:
         kl, stored = format_millinats(weight.per_mb(guide)), f"{write_size(kind.bytes)} {weight.compared}"
         rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
     columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
-    return Table(caption, columns, tuple(rows))
+    return parts.Table(caption, columns, tuple(rows))
 
 
-def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> Table:
+def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> parts.Table:
     saved = sum(row.saved for row in map.sensitivity.rows)
     rows = tuple(
         (
@@ -382,10 +368,10 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
         for name, own in groups.items()
     )
     columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
-    return Table(caption, columns, rows, sortable=len(rows) > 1)
+    return parts.Table(caption, columns, rows, sortable=len(rows) > 1)
 
 
-def _plot_sizes(map: Map) -> Iterator[Part]:
+def _plot_sizes(map: Map) -> Iterator[parts.Part]:
     sizes = tuple(
         (type, write_size(nbytes), number(kl), number(map.at(nbytes).loss))
         for type, (nbytes, kl) in map.uniform.items()
@@ -393,14 +379,16 @@ def _plot_sizes(map: Map) -> Iterator[Part]:
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
     ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
     text = f"From {ends}. The table beside the chart has the sizes of single types."
-    curve = Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
-    yield Beside(curve, Table("What one type for all loses, and what a choice at the same size does", columns, sizes))
-    yield Note("", drawn=_CURVE_NOTE)
+    curve = parts.Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
+    yield parts.Beside(
+        curve, parts.Table("What one type for all loses, and what a choice at the same size does", columns, sizes)
+    )
+    yield parts.Note("", drawn=_CURVE_NOTE)
     saved = [(here.loss - there.loss) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
     buys = [*(format_millinats(kl) for kl in saved), "-"]
     rows = tuple((write_size(nbytes), number(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True))
     heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
-    yield Folded("The line as a table", (Table("The least predicted loss by size", heads, rows),))
+    yield parts.Folded("The line as a table", (parts.Table("The least predicted loss by size", heads, rows),))
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
@@ -450,11 +438,11 @@ def _describe_method(map: Map) -> tuple[str, ...]:
     )
 
 
-def _list_run(map: Map) -> Iterator[Entry]:
+def _list_run(map: Map) -> Iterator[parts.Entry]:
     guidance = map.sensitivity.guidance
     hashes = {"SHA-256": map.sensitivity.sha256, "Facts": guidance.fingerprint, "Text": guidance.text}
-    yield make_name_entry("Model", map.model, None)
+    yield parts.make_name_entry("Model", map.model, None)
     for label, sha256 in hashes.items():
         if sha256:
-            yield make_hash_entry(sha256, label)
-    yield Entry("Ranked by", name_guide(map.guide))
+            yield parts.make_hash_entry(sha256, label)
+    yield parts.Entry("Ranked by", name_guide(map.guide))

@@ -17,19 +17,9 @@ from compressknow.evaluate.evaluate import check_alike
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
 from compressknow.evaluate.sources import find_source
-from compressknow.pages.card import warnings
+from compressknow.pages.card import verdict, warnings
 from compressknow.pages.card.gate import decide, describe_share
 from compressknow.pages.card.sections import add_sections, list_explained, list_failures
-from compressknow.pages.card.verdict import (
-    ENOUGH,
-    LOWEST,
-    advise_less,
-    describe_early,
-    grade_domains,
-    write_advice,
-    write_joint_verdict,
-    write_verdict,
-)
 from compressknow.pages.records import SCALE, Card, Comparison, Decision, Gate, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
@@ -101,12 +91,12 @@ def make_card(
     of_sections = (text for section in list_explained(comparisons) for text in section.method)
     broken = [place for place, comparison in enumerate(comparisons) if comparison.next == _REPAIR]
     if len(comparisons) == 1:
-        verdict, decision = comparisons[0].verdict, None
+        outcome, decision = comparisons[0].verdict, None
     else:
         decision = decide(original, compressed, comparisons, gates=gates, strict=strict, within=within, broken=broken)
-        verdict = _write_joint_verdict(original, comparisons, decision)
+        outcome = _write_joint_verdict(original, comparisons, decision)
     return Card(
-        verdict=verdict,
+        verdict=outcome,
         original=model,
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(
@@ -131,7 +121,7 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     sentences = []
     if any(c.probes for c in comparisons):
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
-        sentences.append(write_joint_verdict(name, comparisons, alike))
+        sentences.append(verdict.write_joint_verdict(name, comparisons, alike))
     labels = label_models(comparisons)
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
@@ -182,13 +172,17 @@ def compare(
         pairs += pair_answers(probe, *sides, *entries) if show_facts else []
     lost, gained = list_changed_facts(pairs)
     counts = sum((probe.counts for probe in figures), Counts())
-    graded = grade_domains(figures)
+    graded = verdict.grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = estimate_proportion(counts.both, counts.known_before).or_by_relation(sure.kept)
-    outcome = write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures) if probes else ""
+    outcome = (
+        verdict.write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures)
+        if probes
+        else ""
+    )
     compared = Comparison(
         model=model,
-        verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), describe_early(early)))),
+        verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), verdict.describe_early(early)))),
         kept=kept,
         counts=counts,
         grades=graded,
@@ -217,11 +211,11 @@ def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate], *, 
     met = {gate: gate.is_met(comparison, strict=strict) for gate in gates if gate.of}
     missed, unsure = ([gate for gate in met if met[gate] is which] for which in (False, None))
     if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
-        return advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
-    least = next((gate.least for gate in gates if gate.of is None), ENOUGH)
+        return verdict.advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
+    least = next((gate.least for gate in gates if gate.of is None), verdict.ENOUGH)
     if unsure and (comparison.kept.low or 0.0) >= least:
         return f"Next: evaluate more facts: these do not tell whether {describe_share(unsure)} is kept."
-    return write_advice(comparison, path, least)
+    return verdict.write_advice(comparison, path, least)
 
 
 def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigures:
@@ -313,7 +307,8 @@ def _describe_figures() -> Iterator[str]:
         f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
     )
     scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)
-    yield f"Grades by the share kept: {scale}, {LOWEST} below; a range names the grades that the interval spans."
+    scale = f"{scale}, {verdict.LOWEST} below"
+    yield f"Grades by the share kept: {scale}; a range names the grades that the interval spans."
 
 
 def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:

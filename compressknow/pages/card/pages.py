@@ -16,41 +16,12 @@ from compressknow.base.format import NONE, clean, clean_lines, count, dump_json,
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.evaluate.records import ModelRecord
-from compressknow.pages import drawing, pages
-from compressknow.pages.card.gate import (
-    SUMMARY,
-    list_results,
-    mark_models,
-    render_job_summary,
-    render_junit,
-    tabulate_results,
-)
+from compressknow.pages import drawing, pages, parts
+from compressknow.pages.card import gate
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
 from compressknow.pages.card.verdict import ENOUGH, LEGEND, SHORT_LEGEND
 from compressknow.pages.card.warnings import describe_mark, estimate_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
-from compressknow.pages.parts import (
-    BAR,
-    Charts,
-    Code,
-    Drawn,
-    Entries,
-    Entry,
-    Folded,
-    Graded,
-    Note,
-    Page,
-    Part,
-    Sentences,
-    Shown,
-    Sizes,
-    Table,
-    Terms,
-    draw_twice,
-    get_headline_accuracy,
-    list_identity,
-    show_run,
-)
 from compressknow.pages.records import Card, Comparison, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 
@@ -163,7 +134,7 @@ _COST_NOTE = (
 _ROUNDING_NOTE = " The dotted one is what rounding alone keeps."
 
 
-def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
+def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     """Return the card as text; `charts` are those that compare several models."""
     names = name_models(card)
     models = [
@@ -171,13 +142,15 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
         for i, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1)
     ]
     seeds = sorted({probe.seed for comparison in card.comparisons for probe in comparison.probes})
-    run = show_run(card.command, card.versions, [Entry("Seed", ", ".join(map(str, seeds)) or NONE)])
-    how = Shown("how", "How it was made", run, in_text=False)
+    run = parts.show_run(card.command, card.versions, [parts.Entry("Seed", ", ".join(map(str, seeds)) or NONE)])
+    how = parts.Shown("how", "How it was made", run, in_text=False)
     all_models = (card.original, *(comparison.model for comparison in card.comparisons))
-    hashes = Entries(tuple(Entry(clean(each.name, 60), clean(each.sha256, 80), code=True) for each in all_models))
+    hashes = parts.Entries(
+        tuple(parts.Entry(clean(each.name, 60), clean(each.sha256, 80), code=True) for each in all_models)
+    )
     about = (
         _make_method_section(card),
-        Shown("run", "The run", (*run, Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"),
+        parts.Shown("run", "The run", (*run, parts.Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"),
     )
     if len(models) == 1:
         (page,) = models
@@ -186,13 +159,13 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
     else:
         others = f"and {len(models)} compressed models"
         sections = (
-            Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
-            Shown("from", "Where they came from", (Entries(list_identity(card.original)),)),
+            parts.Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
+            parts.Shown("from", "Where they came from", (parts.Entries(parts.list_identity(card.original)),)),
             how,
-            Shown("models", "Each compressed model", tuple(models)),
+            parts.Shown("models", "Each compressed model", tuple(models)),
             *about,
         )
-        page = Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
+        page = parts.Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
     decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
@@ -205,12 +178,12 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> Page:
     )
 
 
-def _make_method_section(card: Card) -> Shown:
-    sentences = Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
+def _make_method_section(card: Card) -> parts.Shown:
+    sentences = parts.Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
     terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
     plain_terms = dict.fromkeys((clean(name, 80), "", clean(meaning, 1000)) for name, meaning in terms)
-    glossary = (Folded("What the figures mean", (Terms(tuple(plain_terms)),)),) if plain_terms else ()
-    return Shown("method", "Method and limits", (sentences, *glossary), look="text")
+    glossary = (parts.Folded("What the figures mean", (parts.Terms(tuple(plain_terms)),)),) if plain_terms else ()
+    return parts.Shown("method", "Method and limits", (sentences, *glossary), look="text")
 
 
 def _write_headline(comparison: Comparison) -> str:
@@ -233,19 +206,19 @@ def _write_joint_headline(comparisons: Sequence[Comparison]) -> str:
     return f"{len(comparisons)} compressed models keep {shares} of the knowledge"
 
 
-def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> Page:
+def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, limits: Limits) -> parts.Page:
     """Return one compressed model against the original: the report card itself, and the sections below it."""
     model, is_single = comparison.model, len(card.comparisons) == 1
     sections, failures = show_sections(card.original, comparison, id, limits, show_facts=card.show_facts)
     perplexity = f"perplexity {write_perplexity(comparison.texts[0].compressed)}" if comparison.only_texts else ""
-    recipe = Code(clean_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
+    recipe = parts.Code(clean_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
     origin = (
-        *((Entries(list_identity(card.original), "Original"),) if is_single else ()),
-        Entries(list_identity(model), "Compressed" if is_single else ""),
-        *((Folded("Recipe", (recipe,)),) if recipe else ()),
+        *((parts.Entries(parts.list_identity(card.original), "Original"),) if is_single else ()),
+        parts.Entries(parts.list_identity(model), "Compressed" if is_single else ""),
+        *((parts.Folded("Recipe", (recipe,)),) if recipe else ()),
     )
     sizes = (card.original.bytes, model.bytes)
-    return Page(
+    return parts.Page(
         models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {write_size(model.bytes)}",
         headline=_write_headline(comparison) if is_single else name,
         verdict=clean(comparison.verdict, 1000),
@@ -257,15 +230,15 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
             () if comparison.only_texts else (_make_grades_section(card, comparison, id),),
             (
                 # Servers do not tell them.
-                *((Shown(f"{id}-size", "Size", (Sizes(*sizes),)),) if any(sizes) else ()),
-                Shown(f"{id}-from", "Where it came from", origin),
+                *((parts.Shown(f"{id}-size", "Size", (parts.Sizes(*sizes),)),) if any(sizes) else ()),
+                parts.Shown(f"{id}-from", "Where it came from", origin),
             ),
         ),
         id=id,
     )
 
 
-def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
+def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.Shown:
     rows = [
         (
             clean(grade.subject, 80),
@@ -279,11 +252,11 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> Shown:
     kept = write_estimate(comparison.kept, partial(share_beside, limits=[ENOUGH]))
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
-    graded = Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)
+    graded = parts.Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
-    note = Note(LEGEND, drawn=" ".join(filter(None, (BAR, mark))))
-    gates = tabulate_results(card, comparison)
-    return Shown(f"{id}-card", "Report card", (graded, note, *gates), look="card")
+    note = parts.Note(LEGEND, drawn=" ".join(filter(None, (parts.BAR, mark))))
+    gates = gate.tabulate_results(card, comparison)
+    return parts.Shown(f"{id}-card", "Report card", (graded, note, *gates), look="card")
 
 
 def _write_kept(counts: Counts, kept: str) -> tuple[str, str, str]:
@@ -292,22 +265,22 @@ def _write_kept(counts: Counts, kept: str) -> tuple[str, str, str]:
     return f"{count(counts.known_before)} of {count(counts.n)}", value.rstrip(), opening + interval
 
 
-def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Iterator[Part]:
+def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Iterator[parts.Part]:
     by_setup = chart_setups(card.comparisons, names, "overview-chart") if charts else ()
     by_cost = tuple(chart_costs(card, names)) if charts else ()
     mark = describe_mark(list_probes(card.comparisons), "The line across the charts")
     if by_setup:
-        yield Charts(tuple(Drawn(chart) for chart in by_setup))
+        yield parts.Charts(tuple(parts.Drawn(chart) for chart in by_setup))
     for i, chart in enumerate(by_cost, start=1):
-        yield from draw_twice(partial(draw_tradeoff, chart), f"cost-{i}", chart.title)
+        yield from parts.draw_twice(partial(draw_tradeoff, chart), f"cost-{i}", chart.title)
     if by_cost:
-        yield Note("", drawn=_COST_NOTE + (_ROUNDING_NOTE if mark else ""))
+        yield parts.Note("", drawn=_COST_NOTE + (_ROUNDING_NOTE if mark else ""))
     yield _tabulate_overview(card, names)
-    yield Note(SHORT_LEGEND, drawn=" ".join(filter(None, (BAR, mark if by_setup or by_cost else ""))))
+    yield parts.Note(SHORT_LEGEND, drawn=" ".join(filter(None, (parts.BAR, mark if by_setup or by_cost else ""))))
 
 
-def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
-    marks = mark_models(card.decision, names) if card.decision else [NONE] * len(names)
+def _tabulate_overview(card: Card, names: tuple[str, ...]) -> parts.Table:
+    marks = gate.mark_models(card.decision, names) if card.decision else [NONE] * len(names)
     models = [card.original, *(each.model for each in card.comparisons)]
     columns = [
         ("Model", ["original", *names]),
@@ -318,7 +291,7 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
         *_list_run_columns(models),
         *_list_result_columns(card.comparisons),
     ]
-    return Table(
+    return parts.Table(
         caption="Every compressed model at a glance",
         columns=tuple(name for name, _ in columns),
         rows=tuple(zip(*(cells for _, cells in columns), strict=True)),
@@ -332,9 +305,9 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> Table:
 
 
 def _list_gate_columns(card: Card) -> Iterator[tuple[str, list[str]]]:
-    results = [list_results(card, comparison) for comparison in card.comparisons]
-    for place, gate in enumerate(card.gates):
-        yield f"Keeps {clean(gate.in_words, 80)}", ["", *(of_model[place][-1] for of_model in results)]
+    results = [gate.list_results(card, comparison) for comparison in card.comparisons]
+    for place, each in enumerate(card.gates):
+        yield f"Keeps {clean(each.in_words, 80)}", ["", *(of_model[place][-1] for of_model in results)]
 
 
 def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list[str]]]:
@@ -349,9 +322,9 @@ def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list
 
 def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:
     """Yield accuracy by probe, grade by domain and perplexity by text, of the original and of each other."""
-    accuracies = [{probe.probe: get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
+    accuracies = [{probe.probe: parts.get_headline_accuracy(probe) for probe in each.probes} for each in comparisons]
     for probe in list_probes(comparisons):
-        before, _ = get_headline_accuracy(probe)
+        before, _ = parts.get_headline_accuracy(probe)
         after = [of_model[probe.probe][1].value if probe.probe in of_model else None for of_model in accuracies]
         yield f"Accuracy, {clean(probe.probe, 40)}", [share(before.value), *map(share, after)]
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
@@ -369,8 +342,8 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
 def write_reports(card: Card, paths: Sequence[Path], *, overwrite: bool) -> None:
     """Write the card in the formats that the names ask for."""
     texts = {
-        SUMMARY: lambda: render_job_summary(card),
-        ".xml": lambda: render_junit(card),
+        gate.SUMMARY: lambda: gate.render_job_summary(card),
+        ".xml": lambda: gate.render_junit(card),
         ".html": lambda: render_html(card),
         ".md": lambda: render_markdown(card),
         ".json": lambda: dump_json(card.to_dict()),

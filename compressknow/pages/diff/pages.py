@@ -30,32 +30,12 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.records import ModelRecord
 from compressknow.model.manifest import describe_text
 from compressknow.model.structure import GROUPS, NOT_LINEAR
+from compressknow.pages import parts
 from compressknow.pages.card.gate import tabulate_results
 from compressknow.pages.card.sections.facts import make_grades_table
 from compressknow.pages.card.sections.figures import write_movement, write_pair, write_rest
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both, name_knower, sum_by
 from compressknow.pages.pages import render_html, render_markdown, write_files
-from compressknow.pages.parts import (
-    NO_FACTS,
-    Entries,
-    Entry,
-    Folded,
-    Note,
-    Page,
-    Part,
-    Sentences,
-    Shown,
-    Sizes,
-    Table,
-    draw_charts,
-    draw_twice,
-    list_origin,
-    make_fact_parts,
-    make_rest_note,
-    show_run,
-    write_bare_p,
-    write_prompt,
-)
 from compressknow.pages.records import dump_comparison, write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
@@ -78,26 +58,29 @@ METHOD = (
 
 def make_comparison_page(
     comparison: CheckpointComparison, *, tensors: int, facts: int, shown: int, charts: bool
-) -> Page:
+) -> parts.Page:
     """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
     a, b = name_both(comparison.a, comparison.b)
     headline, difference = _write_headline(comparison), comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
-    origin = (Entries(_describe_checkpoint(comparison.a), "A"), Entries(_describe_checkpoint(comparison.b), "B"))
+    origin = (
+        parts.Entries(_describe_checkpoint(comparison.a), "A"),
+        parts.Entries(_describe_checkpoint(comparison.b), "B"),
+    )
     method = (*METHOD, *(clean(sentence, 2000) for sentence in (there.method if there else ())))
-    how = Shown("how", "How it was made", show_run(comparison.command, comparison.versions))
-    weights: tuple[Shown, ...] = ()
+    how = parts.Shown("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
+    weights: tuple[parts.Shown, ...] = ()
     if difference and difference.tensors:
         groups = sum_groups(difference)
         table = build_sums_table("What differs by group of layers", "Group", groups, difference.total)
-        weights = (Shown("groups", "Weights", (table,)),)
+        weights = (parts.Shown("groups", "Weights", (table,)),)
     behaviour, show_facts = comparison.behaviour, comparison.show_facts
     sections = (
         *(_show_behaviour(behaviour, facts, shown, show_facts=show_facts, charts=charts) if behaviour else ()),
         *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
-        Shown("compare-method", "Method", (Sentences(method),), look="text"),
+        parts.Shown("compare-method", "Method", (parts.Sentences(method),), look="text"),
     )
-    return Page(
+    return parts.Page(
         what="comparison",
         title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
@@ -110,8 +93,8 @@ def make_comparison_page(
         front=(
             (*weights, how),
             (
-                Shown("compare-size", "Size", (Sizes(comparison.a.bytes, comparison.b.bytes),)),
-                Shown("from", "Which checkpoints", origin),
+                parts.Shown("compare-size", "Size", (parts.Sizes(comparison.a.bytes, comparison.b.bytes),)),
+                parts.Shown("from", "Which checkpoints", origin),
             ),
         ),
     )
@@ -134,35 +117,44 @@ def _write_headline(comparison: CheckpointComparison) -> str:
     return f"Relative error {number(total.relative_error, 4)}"
 
 
-def _describe_checkpoint(side: ModelRecord) -> tuple[Entry, ...]:
-    text = [Entry("Calibrated on", clean(describe_text(side.calibration), 200))] if side.calibration else []
-    return (*list_origin(side), *text, Entry("Type", clean(side.dtype, 60)), Entry("Size", write_size(side.bytes)))
+def _describe_checkpoint(side: ModelRecord) -> tuple[parts.Entry, ...]:
+    text = [parts.Entry("Calibrated on", clean(describe_text(side.calibration), 200))] if side.calibration else []
+    return (
+        *parts.list_origin(side),
+        *text,
+        parts.Entry("Type", clean(side.dtype, 60)),
+        parts.Entry("Size", write_size(side.bytes)),
+    )
 
 
-def _show_behaviour(behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool) -> Iterator[Shown]:
+def _show_behaviour(
+    behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool
+) -> Iterator[parts.Shown]:
     probes = pair_probes(behaviour)
     there = behaviour.b_against_a
     gates = tabulate_results(there, there.comparisons[0])
-    yield Shown("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
-    texts = draw_charts(_show_texts(behaviour), "compare-text", charts)
-    yield Shown("compare-text", "Running text", tuple(texts))
+    yield parts.Shown("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
+    texts = parts.draw_charts(_show_texts(behaviour), "compare-text", charts)
+    yield parts.Shown("compare-text", "Running text", tuple(texts))
     if probes:
-        answers = _show_answers(behaviour.answers, facts, shown) if show_facts else (NO_FACTS,)
-        yield Shown("compare-answers", "Answers side by side", tuple(answers))
+        answers = _show_answers(behaviour.answers, facts, shown) if show_facts else (parts.NO_FACTS,)
+        yield parts.Shown("compare-answers", "Answers side by side", tuple(answers))
 
 
-def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool) -> Iterator[Shown]:
+def _show_difference(
+    difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool
+) -> Iterator[parts.Shown]:
     if difference.total.energy_change or not difference.total.finite:
-        yield Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
+        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
         if layers := sum_layers(difference):
             table = build_sums_table("Linear weights by layer", "Layer", layers)
-            yield Shown("compare-layers", "By layer", (table,))
-    yield Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+            yield parts.Shown("compare-layers", "By layer", (table,))
+    yield parts.Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
     stored = build_settings_table(difference, files), build_structure_table(difference)
-    yield Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
+    yield parts.Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
-def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
+def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
     for figures in behaviour.b_against_a.comparisons[0].texts:
         yield from make_text_parts(figures, ("A", "B"))
     rows = []
@@ -171,10 +163,10 @@ def _show_texts(behaviour: Behaviour) -> Iterator[Part]:
         p99 = number(percentiles["p99"], 4) if percentiles else NONE
         rows.append((clean(figures.text, 60), write_measured(kl, 4), p99))
     if rows:
-        yield Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
+        yield parts.Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
 
-def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[Part]:
+def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
     if probes:
         yield build_figures_table(probes)
     for there, _ in probes:
@@ -190,20 +182,20 @@ def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[Part]:
         if there.by_relation:
             tables.append(_build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
     if tables:
-        yield Folded("By domain and by relation", tuple(tables))
+        yield parts.Folded("By domain and by relation", tuple(tables))
 
 
-def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[Part]:
+def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[parts.Part]:
     grid = make_grid(difference)
     if grid is None:
         return
     title = "Relative error by layer and module"
-    if charts and (drawn := tuple(draw_twice(partial(draw_heat_map, grid, title), "heat"))):
+    if charts and (drawn := tuple(parts.draw_twice(partial(draw_heat_map, grid, title), "heat"))):
         yield from drawn
-        yield Note("", drawn=_MAP_NOTE)
+        yield parts.Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
-    table = Table(title, ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
-    yield Folded("The map as a table", (table,))
+    table = parts.Table(title, ("Layer", *grid.columns), rows, sortable=len(rows) > 1)
+    yield parts.Folded("The map as a table", (table,))
 
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
@@ -219,18 +211,18 @@ def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
     return tuple(zip(there, back, strict=True))
 
 
-def build_figures_table(probes: tuple[Both, ...]) -> Table:
+def build_figures_table(probes: tuple[Both, ...]) -> parts.Table:
     """Return every figure that says something of two models on a level, one column per probe."""
     rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
     columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
-    return Table("What each model knows, and how much their answers differ", columns, rows)
+    return parts.Table("What each model knows, and how much their answers differ", columns, rows)
 
 
-def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[Part]:
+def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[parts.Part]:
     """Yield the facts that are answered differently, `shown` of them at once."""
     rows = tuple(
         (
-            write_prompt(a.prompt),
+            parts.write_prompt(a.prompt),
             clean(a.gold),
             _write_best(a),
             _write_best(b),
@@ -239,7 +231,7 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
         )
         for a, b in answers[:limit]
     )
-    return make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
+    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
 
 
 def _list_best(given: Answer) -> tuple[str, ...]:
@@ -254,7 +246,7 @@ def _write_best(given: Answer) -> str:
     return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
 
 
-def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> Table:
+def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> parts.Table:
     others = {group.name: group for group in back}
     rows = tuple(
         (
@@ -265,11 +257,11 @@ def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back:
             count(group.counts.known_after),
             share(others[group.name].kept.value),
             share(group.answer_changed),
-            write_bare_p(group.p_holm),
+            parts.write_bare_p(group.p_holm),
         )
         for group in there
     )
-    return Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
+    return parts.Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
 
 
 _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = (
@@ -324,10 +316,10 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
     return Grid(rows, tuple(clean(name, 40) for name in shorten_names(modules)), cells)
 
 
-def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> Table:
+def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> parts.Table:
     """Return the figures of each part of the weights, and of all."""
     rows = tuple(build_sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
-    return Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
+    return parts.Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
 def build_sums_row(name: str, sums: Sums) -> tuple[str, ...]:
@@ -344,7 +336,7 @@ def build_sums_row(name: str, sums: Sums) -> tuple[str, ...]:
     )
 
 
-def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
+def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part]:
     """Yield the tensors that differ, those first that changed most, if there are any."""
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
@@ -354,20 +346,22 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[Part]:
         a, b = tensor.dtype_a, tensor.dtype_b
         rows.append((name, a if a == b else f"{a} → {b}", *figures))
     if rows:
-        table = Table("Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1)
+        table = parts.Table(
+            "Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1
+        )
         left_out = len(changed) - len(rows)
-        rest = (make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        rest = (parts.make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
         several = f"{count(len(rows))} tensors that differ, those first that differ most"
-        yield Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
+        yield parts.Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
 
-def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> Table | None:
+def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> parts.Table | None:
     """Return the settings that differ, and the files beside config and weights that do."""
     rows = tuple(
         (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
         for change in difference.config
     ) + tuple((clean(name, 80), "differs", "differs") for name in files)
-    return Table("Settings that differ", ("Setting", "A", "B"), rows, prose=True) if rows else None
+    return parts.Table("Settings that differ", ("Setting", "A", "B"), rows, prose=True) if rows else None
 
 
 _KINDS = {
@@ -381,7 +375,7 @@ _KINDS = {
 }
 
 
-def build_structure_table(difference: CheckpointDiff) -> Table | None:
+def build_structure_table(difference: CheckpointDiff) -> parts.Table | None:
     """Return what the two store otherwise, tensors alike in that on one line."""
     alike: dict[tuple[str, ...], list[StructureChange]] = {}
     for change in difference.structure:
@@ -400,7 +394,7 @@ def build_structure_table(difference: CheckpointDiff) -> Table | None:
         for (kind, a, b), changes in alike.items()
     )
     columns = ("What", "Tensors", "A", "B", "Which")
-    return Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
+    return parts.Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
 
 
 def _name_block(tensor: TensorDiff) -> str | None:

@@ -10,18 +10,7 @@ from itertools import chain
 
 import numpy as np
 
-from compressknow.comparison.intervals import (
-    SIGNIFICANT,
-    adjust_holm,
-    compare_rates,
-    estimate_difference,
-    estimate_difference_by_cluster,
-    estimate_proportion,
-    number_clusters,
-    run_paired_test,
-    share_by_cluster,
-    tally,
-)
+from compressknow.comparison import intervals
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe
 
@@ -66,7 +55,7 @@ class CellComparison:
 
 
 def _get_direction(change: float, p: float | None) -> int:
-    if p is None or p >= SIGNIFICANT or not change:
+    if p is None or p >= intervals.SIGNIFICANT or not change:
         return 0
     return 1 if change > 0 else -1
 
@@ -104,7 +93,7 @@ class Claim:
     @property
     def answer(self) -> str:
         if self.bounds:
-            if self.p_holm is None or self.p_holm >= SIGNIFICANT:
+            if self.p_holm is None or self.p_holm >= intervals.SIGNIFICANT:
                 return CANNOT_TELL
             if not all(bound.is_below for bound in self.bounds):
                 return DOES_NOT_HOLD
@@ -133,9 +122,9 @@ def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
     """Return all claims of a table with p-values adjusted together (Holm); rates per million parameters apart."""
     pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
     limits = {place: _test_limits(claim.bounds) for place, claim in enumerate(claims) if claim.bounds}
-    by_count = adjust_holm([*(each.p for each in pairs.values()), *limits.values()])
+    by_count = intervals.adjust_holm([*(each.p for each in pairs.values()), *limits.values()])
     p_holm = dict(zip([*pairs, *limits], by_count, strict=True))
-    rate_p_holm = dict(zip(pairs, adjust_holm([each.rate_p for each in pairs.values()]), strict=True))
+    rate_p_holm = dict(zip(pairs, intervals.adjust_holm([each.rate_p for each in pairs.values()]), strict=True))
 
     def adjust(pair: CellComparison) -> CellComparison:
         key = pair.less, pair.more
@@ -165,11 +154,11 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     original, cluster = _join([probe.correct for probe in probes]), _number_clusters(probes)
     first, second = (_join([cell.correct[probe.name] for probe in probes]) for cell in (less, more))
     lost_first, lost_second = (original.astype(np.int8) - right for right in (first, second))
-    rate, rate_p = compare_rates(lost_first, lost_second, cluster, (less.changed / 1e6, more.changed / 1e6))
-    clusters = tally(first, second, cluster)
+    rate, rate_p = intervals.compare_rates(lost_first, lost_second, cluster, (less.changed / 1e6, more.changed / 1e6))
+    clusters = intervals.tally(first, second, cluster)
     known = [probe for probe in probes if _is_known(probe)]
     at_floor = not any(_is_above_floor([(p, cell.correct[p.name]) for p in known]) for cell in (less, more))
-    counts, p = sum(clusters, Counts()), run_paired_test(clusters).p
+    counts, p = sum(clusters, Counts()), intervals.run_paired_test(clusters).p
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 
@@ -189,14 +178,14 @@ def _is_above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> b
 def _estimate_accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], level: float) -> Estimate:
     cluster, right = _number_clusters(tuple(p for p, _ in evaluated)), _join([correct for _, correct in evaluated])
     parts, wholes = np.bincount(cluster, weights=right).astype(int).tolist(), np.bincount(cluster).tolist()
-    simple = estimate_proportion(int(right.sum()), len(right), level)
-    return simple.or_by_relation(share_by_cluster(parts, wholes, level))
+    simple = intervals.estimate_proportion(int(right.sum()), len(right), level)
+    return simple.or_by_relation(intervals.share_by_cluster(parts, wholes, level))
 
 
 @lru_cache(maxsize=8)
 def _number_clusters(probes: tuple[StudyProbe, ...]) -> np.ndarray:
     """Return the number of each fact's cluster, of several probes' facts one after the other."""
-    return number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
+    return intervals.number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
 
 
 def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
@@ -231,11 +220,13 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
     """
     probes = tuple(probe for probe in study.probes if probe.name in cell.correct)
     right = _join([cell.correct[probe.name] for probe in probes])
-    clusters = tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
+    clusters = intervals.tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
     counts = sum(clusters, Counts())
 
     def decline(level: float) -> Estimate:
-        change = estimate_difference(counts, level).or_by_relation(estimate_difference_by_cluster(clusters, level))
+        change = intervals.estimate_difference(counts, level).or_by_relation(
+            intervals.estimate_difference_by_cluster(clusters, level)
+        )
         if change.value is None or change.low is None or change.high is None or not counts.known_before:
             return Estimate(None)
         scale = counts.known_before / counts.n

@@ -16,21 +16,7 @@ from typing import Any
 from compressknow.base.format import clean, count, number, share, write_p_value, write_percent
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_estimate
-from compressknow.pages.study.claims import (
-    CANNOT_TELL,
-    DOES_NOT_HOLD,
-    HOLDS,
-    Bound,
-    CellComparison,
-    Claim,
-    adjust_claims,
-    average,
-    compare_cells,
-    decide,
-    hold_to_limit,
-    measure_decline,
-    measure_remaining,
-)
+from compressknow.pages.study import claims
 from compressknow.pages.study.records import MODULES, STRUCTURED, UNSTRUCTURED, Study, StudyCell
 
 NOT_EVALUATED = "not asked of this family"
@@ -58,8 +44,8 @@ class Finding:
     statistic: str = "-"  # the figures behind the answer, in words
     why: str = ""  # what in them decides
     per_million: str = ""  # the same question by million parameters changed; empty where nothing is compared
-    comparisons: tuple[CellComparison, ...] = ()  # the figures themselves
-    bounds: tuple[Bound, ...] = ()
+    comparisons: tuple[claims.CellComparison, ...] = ()  # the figures themselves
+    bounds: tuple[claims.Bound, ...] = ()
     numbers: str = ""  # the clearest of those figures, in a few words
 
     @property
@@ -82,7 +68,7 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     """
     studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
-    adjusted = iter(adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
+    adjusted = iter(claims.adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
     by_study = {
         of: {finding.id: _word_finding(each, finding, next(adjusted)) for finding, _ in applicable}
         for of, each in studies.items()
@@ -112,7 +98,7 @@ def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
     return parts
 
 
-def _claim_low_decline(study: Study) -> Claim:
+def _claim_low_decline(study: Study) -> claims.Claim:
     """Claim F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
 
     The interval of the relative fall in accuracy lies below `MINIMAL` for every such cell. One of these must be the
@@ -120,15 +106,15 @@ def _claim_low_decline(study: Study) -> Claim:
     """
     by_scope = {scope: limit_amounts(study.select_pruned(scope), LOW) for scope in MODULES}
     cells = [cell for by_amount in by_scope.values() for cell in by_amount.values()]
-    return Claim(
-        bounds=tuple(hold_to_limit(cell.key, measure_decline(study, cell), MINIMAL) for cell in cells),
+    return claims.Claim(
+        bounds=tuple(claims.hold_to_limit(cell.key, claims.measure_decline(study, cell), MINIMAL) for cell in cells),
         missing="" if LOW[1] in by_scope[_OVERALL] else f"overall pruned by {LOW[1]} %",
     )
 
 
 def _claim_order(
     study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
-) -> Claim:
+) -> claims.Claim:
     """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
     `less` hurts less than `more`.
 
@@ -137,12 +123,12 @@ def _claim_order(
     """
     others = select(study, more)
     comparisons = [
-        compare_cells(study, cell, others[key], part)
+        claims.compare_cells(study, cell, others[key], part)
         for name, part in less.items()
         for key, cell in select(study, name).items()
         if key in others
     ]
-    return Claim(tuple(comparisons), tuple(less.values()))
+    return claims.Claim(tuple(comparisons), tuple(less.values()))
 
 
 def _select_medium(study: Study, scope: str) -> dict[float, StudyCell]:
@@ -153,7 +139,7 @@ def _select_final(study: Study, method: str) -> dict[float, StudyCell]:
     return study.select_pruned(_FINAL, method)
 
 
-def _claim_high_rapid(study: Study) -> Claim:
+def _claim_high_rapid(study: Study) -> claims.Claim:
     """Claim F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
 
     Two figures of what is left beyond such a baseline must both be below their limits, their whole intervals: the mean
@@ -162,21 +148,21 @@ def _claim_high_rapid(study: Study) -> Claim:
     """
     by_amount = limit_amounts(study.select_pruned(_OVERALL), HIGH)
     if MOST not in by_amount:
-        return Claim()
+        return claims.Claim()
     cells = list(by_amount.values())
     weights = sum(1 - cell.percent / 100 for cell in cells) / len(cells)
     first, last = cells[0], cells[-1]
     amounts = f"{first.percent:g} to {last.percent:g} %, on average" if len(cells) > 1 else f"{first.percent:g} %"
-    mean = average([measure_remaining(study, cell) for cell in cells])
-    return Claim(
+    mean = claims.average([claims.measure_remaining(study, cell) for cell in cells])
+    return claims.Claim(
         bounds=(
-            hold_to_limit(f"overall pruned by {amounts}", mean, weights),
-            hold_to_limit(by_amount[MOST].key, measure_remaining(study, by_amount[MOST]), NEAR),
+            claims.hold_to_limit(f"overall pruned by {amounts}", mean, weights),
+            claims.hold_to_limit(by_amount[MOST].key, claims.measure_remaining(study, by_amount[MOST]), NEAR),
         )
     )
 
 
-def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
+def _claim_attention_pruned_and_quantized(study: Study) -> claims.Claim:
     """Claim F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in
     encoder-decoder models, where it hurts more.
 
@@ -189,18 +175,18 @@ def _claim_attention_pruned_and_quantized(study: Study) -> Claim:
         for scheme in study.list_schemes():
             less, more = (study.select_pruned(scope, scheme=scheme) for scope in scopes)
             if amount in less and amount in more:
-                comparisons.append(compare_cells(study, less[amount], more[amount], f"at {amount} %"))
-    return Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
+                comparisons.append(claims.compare_cells(study, less[amount], more[amount], f"at {amount} %"))
+    return claims.Claim(tuple(comparisons), ("at 20 %", "at 40 %"))
 
 
-def _claim_final_near_baseline(study: Study) -> Claim:
+def _claim_final_near_baseline(study: Study) -> claims.Claim:
     """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
     By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
     """
     cells = [_select_final(study, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
-    bounds = [hold_to_limit(cell.key, measure_remaining(study, cell), NEAR) for cell in cells if cell]
-    return Claim(bounds=tuple(bounds))
+    bounds = [claims.hold_to_limit(cell.key, claims.measure_remaining(study, cell), NEAR) for cell in cells if cell]
+    return claims.Claim(bounds=tuple(bounds))
 
 
 def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
@@ -209,7 +195,7 @@ def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float])
 
 
 # The paper's ten, and what tests each.
-_TESTS: tuple[tuple[Finding, Callable[[Study], Claim]], ...] = (
+_TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
     (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline),
     (
         Finding("F2", "Pruned by 30 to 50 %, attention hurts less than feed-forward", ("masked",)),
@@ -264,7 +250,7 @@ _FIGURES = {
 }
 
 
-def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
+def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:
     """Put the answer to a finding, and what decides, into words."""
     names, answer, pairs, bounds = study.name_cells(), tested.answer, tested.comparisons, tested.bounds
     if not pairs and not bounds:
@@ -291,7 +277,7 @@ def _word_finding(study: Study, finding: Finding, tested: Claim) -> Finding:
     )
 
 
-def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+def _describe_comparisons(pairs: Sequence[claims.CellComparison], names: Mapping[str, str]) -> str:
     """Describe each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
     if len(pairs) <= _FEW:
         return " ".join(_describe_comparison(pair, names) for pair in pairs)
@@ -308,7 +294,7 @@ def _describe_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, s
     return f"{count(len(pairs))} comparisons: {', '.join(parts)}. {clearest}: {described}"
 
 
-def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
+def _describe_comparison(pair: claims.CellComparison, names: Mapping[str, str]) -> str:
     """Describe what each answers right, what only one of them does, and p."""
     c = pair.counts
     sentence = (
@@ -320,18 +306,18 @@ def _describe_comparison(pair: CellComparison, names: Mapping[str, str]) -> str:
     return f"{sentence} ({write_p_value(pair.p_holm)})."
 
 
-def _find_clearest(pairs: Sequence[CellComparison]) -> CellComparison:
+def _find_clearest(pairs: Sequence[claims.CellComparison]) -> claims.CellComparison:
     """Return the clearest of those that contradict the claim, which decide; where none does, of all."""
     against = [pair for pair in pairs if pair.direction < 0]
     return min(against or pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
 
 
-def _count_directions(pairs: Sequence[CellComparison]) -> tuple[int, int]:
+def _count_directions(pairs: Sequence[claims.CellComparison]) -> tuple[int, int]:
     """Return how many comparisons separate their cells as claimed, and how many against it."""
     return sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
 
 
-def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, str]) -> str:
+def _summarize_comparisons(pairs: Sequence[claims.CellComparison], names: Mapping[str, str]) -> str:
     """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
     best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
     tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
@@ -341,10 +327,10 @@ def _summarize_comparisons(pairs: Sequence[CellComparison], names: Mapping[str, 
     return f"{tally if len(pairs) > 1 else ''}{right}"
 
 
-def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Sequence[str]) -> str:
-    if answer == HOLDS:
+def _explain_comparisons(answer: str, pairs: Sequence[claims.CellComparison], parts: Sequence[str]) -> str:
+    if answer == claims.HOLDS:
         return "Every significant comparison agrees with the claim."
-    if answer != CANNOT_TELL:
+    if answer != claims.CANNOT_TELL:
         if any(pair.direction > 0 for pair in pairs):
             return "Some significant comparisons agree with the claim, others contradict it."
         return "All significant comparisons contradict the claim."
@@ -358,7 +344,7 @@ def _explain_comparisons(answer: str, pairs: Sequence[CellComparison], parts: Se
     return f"Chance could explain the differences{where}."
 
 
-def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names: Mapping[str, str]) -> str:
+def _describe_rates(pairs: Sequence[claims.CellComparison], parts: Sequence[str], names: Mapping[str, str]) -> str:
     """Answer the same question by million parameters changed, with the clearest comparison."""
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
@@ -367,7 +353,7 @@ def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names
     against = [pair for pair in known if pair.rate_direction < 0]
     best = min(against or known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
-    answer = decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
+    answer = claims.decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
     how = f"{number(abs(rate))} {'more' if rate > 0 else 'fewer'} points of accuracy per million than"
     return (
         f"Per million parameters changed: {answer}. {names[best.more]} loses "
@@ -375,7 +361,7 @@ def _describe_rates(pairs: Sequence[CellComparison], parts: Sequence[str], names
     )
 
 
-def _describe_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, str]) -> str:
+def _describe_bounds(bounds: Sequence[claims.Bound], figure: str, names: Mapping[str, str]) -> str:
     """Describe the figures with their limits: of many, the largest."""
     if all(bound.value.value is None for bound in bounds):
         return "-"
@@ -384,23 +370,23 @@ def _describe_bounds(bounds: Sequence[Bound], figure: str, names: Mapping[str, s
     return f"{figure}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
 
 
-def _find_largest(bounds: Sequence[Bound]) -> Bound:
+def _find_largest(bounds: Sequence[claims.Bound]) -> claims.Bound:
     """Return the figure that lies highest above its limit, or nearest below."""
     return max(bounds, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
 
 
-def _describe_bound(bound: Bound, names: Mapping[str, str]) -> str:
+def _describe_bound(bound: claims.Bound, names: Mapping[str, str]) -> str:
     return f"{names.get(bound.of, bound.of)} {write_estimate(bound.value)}, limit {share(bound.limit)}"
 
 
-def _explain_bounds(tested: Claim) -> str:
+def _explain_bounds(tested: claims.Claim) -> str:
     if any(bound.value.value is None for bound in tested.bounds):
         return "The original itself knows no more than the baseline."
-    if tested.answer == HOLDS:
+    if tested.answer == claims.HOLDS:
         return "Every figure is clearly below its limit."
-    if tested.answer == CANNOT_TELL and tested.missing:
+    if tested.answer == claims.CANNOT_TELL and tested.missing:
         return f"No figure is clearly above its limit, but the study has no cell of {tested.missing}."
-    if tested.answer == CANNOT_TELL:
+    if tested.answer == claims.CANNOT_TELL:
         return "Chance could explain on which side of its limit a figure lies."
     return "A figure is clearly above its limit."
 
@@ -419,7 +405,7 @@ def describe_changes(by_method: FindingsByMethod) -> list[str]:
             answers = {method: findings[id].answer for method, findings in of_kind.items() if id in findings}
             holds, fails = (
                 [clean(method, 60) for method, answer in answers.items() if answer == wanted]
-                for wanted in (HOLDS, DOES_NOT_HOLD)
+                for wanted in (claims.HOLDS, claims.DOES_NOT_HOLD)
             )
             if holds and fails:
                 sentences.append(

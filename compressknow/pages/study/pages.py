@@ -17,32 +17,13 @@ from compressknow.base.files import write_whole
 from compressknow.base.format import NONE, clean, count, dump_json, number, share, write_size
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
+from compressknow.pages import parts
 from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
-from compressknow.pages.parts import (
-    BAR,
-    Charts,
-    Claims,
-    Drawn,
-    Entry,
-    Findings,
-    Folded,
-    Note,
-    Page,
-    Part,
-    Sentences,
-    Shown,
-    Table,
-    Terms,
-    Text,
-    get_headline_accuracy,
-    list_identity,
-    show_run,
-    write_bare_p,
-)
 from compressknow.pages.records import write_estimate
+from compressknow.pages.study import summary
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
 from compressknow.pages.study.findings import (
@@ -72,15 +53,6 @@ from compressknow.pages.study.records import (
     infer_type,
     tidy_rows,
 )
-from compressknow.pages.study.summary import (
-    CLIFF,
-    Conclusion,
-    draw_conclusions,
-    find_cliffs,
-    rank_cells,
-    write_headline,
-    write_verdict,
-)
 from compressknow.pages.svg import make_standalone
 from compressknow.pages.texts import write_measured
 
@@ -103,8 +75,8 @@ _DEFINITIONS = (
     "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
     "t; where a form changed fewer facts than the rate of both lets expect, its variance is that of the rate), "
     "adjusted over all findings (Holm).",
-    f"The cliff is the first amount in the grid at which less than {100 * CLIFF:g} % of the knowledge is kept. That "
-    "holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
+    f"The cliff is the first amount in the grid at which less than {100 * summary.CLIFF:g} % of the knowledge is kept. "
+    "That holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
     "hurts least, or a method of those that prune one, where it is significantly better than each other at one "
     "amount at least, and nowhere worse (by relation; Holm over all of these claims); likewise, a method hurts most. "
     "30 % counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol "
@@ -125,84 +97,89 @@ PAPER_COLUMNS = (
 _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 
-def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> Page:
+def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> parts.Page:
     """Return the study as text, with its charts where they are given; no fact's text is in it."""
-    headline, forms = write_headline(study), "form" if len(study.cells) == 1 else "forms"
-    return Page(
+    headline, forms = summary.write_headline(study), "form" if len(study.cells) == 1 else "forms"
+    return parts.Page(
         what="study",
         title=f"{headline}: {clean(study.original.name, 60)}",
         models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed {forms} of it",
         headline=headline,
-        verdict=write_verdict(study),
+        verdict=summary.write_verdict(study),
         warnings=_write_warnings(study),
         sections=tuple(section for section in _make_sections(study, charts) if section.parts),
         unlisted=1,
     )
 
 
-def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[Shown]:
+def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Shown]:
     findings, by_method = evaluate_findings(study)
-    conclusions = draw_conclusions(study, findings)
+    conclusions = summary.draw_conclusions(study, findings)
     method = tuple(clean(sentence, 2000) for sentence in study.method)
-    run = show_run(study.command, study.versions, (*list_identity(study.original), *_describe_run(study)))
-    yield Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
+    run = parts.show_run(study.command, study.versions, (*parts.list_identity(study.original), *_describe_run(study)))
+    yield parts.Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
-    yield Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
-    yield Shown(
+    yield parts.Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
+    yield parts.Shown(
         "findings",
         "The paper's ten findings, tested on this model",
         tuple(_show_findings(study, findings)),
         short="The paper's findings",
     )
-    yield Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
-    yield Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
-    yield Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
-    yield Shown("failed", "Cells that failed", _show_failed(study.failed))
-    yield Shown("refused", "Cells that this model cannot have", _show_failed(study.refused))
-    yield Shown("method", "Method and limits", (Sentences((*method, *_DEFINITIONS)),), look="text")
-    yield Shown("run", "The run", run, look="text")
+    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
+    yield parts.Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
+    yield parts.Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
+    yield parts.Shown("failed", "Cells that failed", _show_failed(study.failed))
+    yield parts.Shown("refused", "Cells that this model cannot have", _show_failed(study.refused))
+    yield parts.Shown("method", "Method and limits", (parts.Sentences((*method, *_DEFINITIONS)),), look="text")
+    yield parts.Shown("run", "The run", run, look="text")
 
 
-def _show_conclusions(study: Study, conclusions: Sequence[Conclusion], charts: Sequence[Chart]) -> Iterator[Part]:
+def _show_conclusions(
+    study: Study, conclusions: Sequence[summary.Conclusion], charts: Sequence[Chart]
+) -> Iterator[parts.Part]:
     """Yield the conclusions, each with those that the same chart shows."""
     drawn = {chart.name: _show_chart(chart) for chart in charts if not chart.by_probe}
     for name, group in groupby(conclusions, key=lambda each: each.chart):
-        yield Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
+        yield parts.Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
     if conclusions:
         counted = " They count the facts of all probes together; charts show means over the probes."
         decided = "The section on method and limits says how findings are decided."
-        yield Note(decided + counted * (len(study.probes) > 1), _BARS)
+        yield parts.Note(decided + counted * (len(study.probes) > 1), _BARS)
     else:
-        yield Text("The study has no cells to compare." if study.cells else "The study has no cells.")
+        yield parts.Text("The study has no cells to compare." if study.cells else "The study has no cells.")
 
 
-def _show_charts(charts: Sequence[Chart]) -> Iterator[Part]:
+def _show_charts(charts: Sequence[Chart]) -> Iterator[parts.Part]:
     if means := [chart for chart in charts if not chart.by_probe]:
         for scale in dict.fromkeys(chart.scale for chart in means):
-            yield Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
-        yield Note(_BARS)
+            yield parts.Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
+        yield parts.Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
-        panels = [Charts(tuple(Drawn(svg, probe) for probe, svg in chart.panels), chart.title) for chart in by_probe]
-        yield Folded("The same for each probe", (Note("The plots of a figure have one scale."), *panels))
+        panels = [
+            parts.Charts(tuple(parts.Drawn(svg, probe) for probe, svg in chart.panels), chart.title)
+            for chart in by_probe
+        ]
+        yield parts.Folded("The same for each probe", (parts.Note("The plots of a figure have one scale."), *panels))
 
 
-def _show_chart(chart: Chart) -> Drawn:
-    return Drawn(chart.panels[0][1], chart.title)
+def _show_chart(chart: Chart) -> parts.Drawn:
+    return parts.Drawn(chart.panels[0][1], chart.title)
 
 
-def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[Part]:
+def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[parts.Part]:
     if not any(each.has_cells for each in findings):
-        yield Text("The study has no cells for the paper's findings.")
+        yield parts.Text("The study has no cells for the paper's findings.")
         return
     without = [each for each in findings if each.answer != NOT_EVALUATED and not each.has_cells]
     shown = tuple(_show_finding(each) for each in findings if each not in without)
-    yield Claims(shown)
+    yield parts.Claims(shown)
     if without:
-        yield Text(f"The study has no cells for {join_words([each.id for each in without])}.")
+        yield parts.Text(f"The study has no cells for {join_words([each.id for each in without])}.")
     tables = (build_comparisons_table(study, findings), build_bounds_table(study, findings))
     if any(tables):
         title = "All comparisons and figures behind the findings"
-        yield Folded(title, tuple(table for table in tables if table), in_text=False)
+        yield parts.Folded(title, tuple(table for table in tables if table), in_text=False)
 
 
 def _show_finding(finding: Finding) -> tuple[str, ...]:
@@ -218,7 +195,7 @@ def _show_finding(finding: Finding) -> tuple[str, ...]:
     )
 
 
-def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
+def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
     if not by_method:
         return
     kinds, ids = {PRUNING: "prunes", QUANTIZATION: "quantizes"}, list_ids(by_method.values())
@@ -226,12 +203,14 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[Part]:
         (clean(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
         for (kind, name), findings in by_method.items()
     )
-    yield Sentences(tuple(describe_changes(by_method)), joined=True)
-    yield Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
-    yield Note("Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it.")
+    yield parts.Sentences(tuple(describe_changes(by_method)), joined=True)
+    yield parts.Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
+    yield parts.Note(
+        "Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it."
+    )
 
 
-def _show_paper_tables(study: Study) -> Iterator[Part]:
+def _show_paper_tables(study: Study) -> Iterator[parts.Part]:
     if tables := build_paper_tables(study):
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
         if known := [p for p in study.probes if p.majority is not None]:
@@ -239,13 +218,13 @@ def _show_paper_tables(study: Study) -> Iterator[Part]:
             in_percent = study.original.family == "masked"
             majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, in_percent)}" for p in known)
             note += f" Majority baselines{' in %' * in_percent}: {majorities}."
-        yield Note(note)
+        yield parts.Note(note)
         yield from tables
 
 
-def _show_cells(study: Study) -> Iterator[Part]:
+def _show_cells(study: Study) -> Iterator[parts.Part]:
     yield build_cells_table(study)
-    yield Note(_CELLS, drawn=BAR)
+    yield parts.Note(_CELLS, drawn=parts.BAR)
     common, names = _find_common_warnings(study), study.name_cells()
     single: dict[str, list[str]] = {}
     for cell in study.cells:
@@ -254,12 +233,12 @@ def _show_cells(study: Study) -> Iterator[Part]:
                 single.setdefault(clean(warning, 1000), []).append(names[cell.key])
     if single:
         terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
-        yield Folded("Warnings about single cells", (Terms(terms),))
+        yield parts.Folded("Warnings about single cells", (parts.Terms(terms),))
 
 
-def _show_failed(cells: Sequence[FailedCell]) -> tuple[Part, ...]:
+def _show_failed(cells: Sequence[FailedCell]) -> tuple[parts.Part, ...]:
     terms = tuple((clean(cell.setup, 80), clean(cell.key, 80), clean(cell.why, 1000)) for cell in cells)
-    return (Terms(terms),) if terms else ()
+    return (parts.Terms(terms),) if terms else ()
 
 
 def _write_warnings(study: Study) -> tuple[str, ...]:
@@ -291,19 +270,19 @@ def _list_warnings(study: Study, cell: StudyCell) -> list[str]:
     return [warning for warning in cell.comparison.warnings if warning not in elsewhere]
 
 
-def _describe_run(study: Study) -> tuple[Entry, ...]:
+def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
     refused = f", {count(len(study.refused))} refused" if study.refused else ""
     probes = []
     for probe in study.probes:
         each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
         probes.append(f"{clean(probe.name, 60)} ({count(probe.n)} facts{each})")
     return (
-        Entry("Probes", ", ".join(probes) or NONE),
-        Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
+        parts.Entry("Probes", ", ".join(probes) or NONE),
+        parts.Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),
     )
 
 
-def build_paper_tables(study: Study) -> tuple[Table, ...]:
+def build_paper_tables(study: Study) -> tuple[parts.Table, ...]:
     """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
 
     "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
@@ -326,7 +305,7 @@ def build_paper_tables(study: Study) -> tuple[Table, ...]:
             written = [_write_accuracy(value, in_percent) for value in (probe.accuracy, *after)]
             rows.append((clean(study.original.name, 60), clean(probe.name, 60), *written))
         caption = f"Table {_TABLES[family]} ({FAMILIES[family]}), {clean(scheme, 60)}, {unit}"
-        tables.append(Table(caption, PAPER_COLUMNS, tuple(rows)))
+        tables.append(parts.Table(caption, PAPER_COLUMNS, tuple(rows)))
     return tuple(tables)
 
 
@@ -338,10 +317,10 @@ def _write_accuracy(value: float | None, in_percent: bool) -> str:
 
 def average_accuracy(cell: StudyCell, probe: str) -> float | None:
     """Return that of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
-    return next((get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
+    return next((parts.get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 
-def build_cells_table(study: Study) -> Table:
+def build_cells_table(study: Study) -> parts.Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
     names = study.name_cells()
     settings = [name for name in study.list_varying_settings() if name not in MAIN_SETTINGS]
@@ -365,13 +344,13 @@ def build_cells_table(study: Study) -> Table:
             (f"Perplexity, {clean(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
             for text in original
         ),
-        ("p", ["", *(write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
+        ("p", ["", *(parts.write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
         ("Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in study.cells)]),
         ("Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in study.cells)]),
         ("Size", [write_size(m.bytes) for m in (study.original, *(cell.comparison.model for cell in study.cells))]),
         ("Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in study.cells)]),
     ]
-    return Table(
+    return parts.Table(
         "Every cell, and what it keeps",
         tuple(name for name, _ in columns),
         tuple(zip(*(cells for _, cells in columns), strict=True)),
@@ -392,7 +371,7 @@ def _write_millions(weights: int) -> str:
     return number(weights / 1e6, 1 if weights >= 1e6 else 3) if weights else NONE
 
 
-def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
     """Return every comparison of two cells behind the findings."""
     names = study.name_cells()
     rows = tuple(
@@ -401,10 +380,10 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table 
             count(pair.counts.n),
             count(pair.counts.lost),
             count(pair.counts.gained),
-            write_bare_p(pair.p),
-            "not counted" if pair.at_floor else write_bare_p(pair.p_holm),
+            parts.write_bare_p(pair.p),
+            "not counted" if pair.at_floor else parts.write_bare_p(pair.p_holm),
             write_estimate(pair.rate, lambda points: number(100 * points)),
-            "not counted" if pair.at_floor else write_bare_p(pair.rate_p_holm),
+            "not counted" if pair.at_floor else parts.write_bare_p(pair.rate_p_holm),
         )
         for finding in findings
         for pair in finding.comparisons
@@ -419,10 +398,12 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> Table 
         "Points lost more, a million",
         "p of that (Holm)",
     )
-    return Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
+    return (
+        parts.Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
+    )
 
 
-def build_bounds_table(study: Study, findings: Sequence[Finding]) -> Table | None:
+def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
     """Return every figure that a finding holds against a limit."""
     names = study.name_cells()
     rows = tuple(
@@ -430,13 +411,13 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> Table | Non
             f"{finding.id} {names.get(bound.of, bound.of)}",
             write_estimate(bound.value),
             share(bound.limit),
-            write_bare_p(bound.p),
+            parts.write_bare_p(bound.p),
         )
         for finding in findings
         for bound in finding.bounds
     )
     columns = ("Finding", "Figure (95 %)", "Limit", "p that it lies there")
-    return Table("Figures held against a limit", columns, rows) if rows else None
+    return parts.Table("Figures held against a limit", columns, rows) if rows else None
 
 
 SCHEMA = 1
@@ -494,16 +475,16 @@ def dump_study(study: Study) -> dict[str, Any]:
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates")
     return {
         "schema": SCHEMA,
-        "verdict": write_verdict(study),
+        "verdict": summary.write_verdict(study),
         "known": study.known,
-        "found": [asdict(each) for each in draw_conclusions(study, findings)],
+        "found": [asdict(each) for each in summary.draw_conclusions(study, findings)],
         "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
         "findings": {finding.id: _dump_finding(finding) for finding in findings},
         "findings_by_method": methods,
         "changes": describe_changes(by_method),
-        "hurts_least": [asdict(least) for least in rank_cells(study)["modules"]],
-        "cliffs": [asdict(cliff) for cliff in find_cliffs(study)],
+        "hurts_least": [asdict(least) for least in summary.rank_cells(study)["modules"]],
+        "cliffs": [asdict(cliff) for cliff in summary.find_cliffs(study)],
         "kept": {
             cell.key: dump_kept(cell.comparison.counts)
             | {
