@@ -204,30 +204,21 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         raise OutputError(f"{record} cannot be read: {error}.", hint="Choose a new folder for the study.") from None
     if wrong := find_mismatch(stored, RECORD_FORM):
         raise OutputError(f"{record} is damaged: {wrong}.", hint="Choose a new folder for the study.")
+    what, why, hint, known = "", None, "Choose a new folder", stored.get("known", RECOGNIZED)
+    version = f"{stored['version']}, this is {values['version']}"
     if stored.get("search") != values.get("search"):
-        kind = "a sweep"
-        if "known" in stored:
-            kind = "an older search" if "search" in values else "a search"
-        raise OutputError(f"{record.parent} is of {kind}: nothing was changed.", hint="Choose a new folder.")
-    if stored["sha256"] != values["sha256"]:
-        raise OutputError(
-            f"{record.parent} is a study of another model ({stored['model']}).",
-            why="Or the model's files have changed since then.",
-            hint="Choose a new folder for the study.",
-        )
-    if any(stored[key] != values[key] for key in ("version", "schema")):
-        raise OutputError(
-            f"{record.parent} is a study by another version ({stored['version']}, this is {values['version']}).",
-            why="Cells of two versions could not be compared.",
-            hint="Choose a new folder for the study, or go on with that version.",
-        )
-    known = stored.get("known", RECOGNIZED)
-    if values.get("known", known) != known:
-        raise OutputError(
-            f"{record.parent} is a search by --known {known}.",
-            why="What counts as known decides what a search tries, and which facts it was held to.",
-            hint=f"Choose a new folder for the search, or give --known {known}.",
-        )
+        kind = "an older search" if "search" in values else "a search"
+        what = f"of {kind if 'known' in stored else 'a sweep'}: nothing was changed"
+    elif stored["sha256"] != values["sha256"]:
+        what, why = f"a study of another model ({stored['model']})", "Or the model's files have changed since then."
+    elif any(stored[key] != values[key] for key in ("version", "schema")):
+        what, why = f"a study by another version ({version})", "Cells of two versions could not be compared."
+        hint += ", or go on with that version"
+    elif values.get("known", known) != known:
+        what, why = f"a search by --known {known}", "What counts as known decides what a search tries."
+        hint += f", or give --known {known}"
+    if what:
+        raise OutputError(f"{record.parent} is {what}.", why, f"{hint}.")
 
 
 # Adds to the original's answers what running it otherwise alone changes.
