@@ -26,21 +26,7 @@ from compressknow.gguf.converter import find_converter, read_version
 from compressknow.gguf.tensors import Tensors, align, describe_tensors, measure_overhead
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
-from compressknow.study.allocation import (
-    PIN_LESS,
-    Allocation,
-    Option,
-    OptionTable,
-    Target,
-    allocate,
-    build_table,
-    check_below_whole,
-    check_must,
-    check_rounding,
-    describe_fit,
-    join_options,
-    pin_types,
-)
+from compressknow.study import allocation
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
 if TYPE_CHECKING:
@@ -95,9 +81,9 @@ class Request:
         check_guide(self.guide)
         if self.to not in (None, *FORMS):
             raise UsageError(f"--to {self.to}: there is no such form.", hint=f"Choose from {', '.join(FORMS)}.")
-        check_rounding("gptq" if self.rounding is None else self.rounding)
+        allocation.check_rounding("gptq" if self.rounding is None else self.rounding)
         if self.to == GGUF:
-            check_must(self.must)
+            allocation.check_must(self.must)
 
 
 class Form(ABC):
@@ -111,14 +97,14 @@ class Form(ABC):
     guidance: Guidance  # as the texts, what `learn` was given
     texts: tuple[Batches, ...]
 
-    def __init__(self, table: OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
+    def __init__(self, table: allocation.OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
         """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
         file beside these, and of one with all weights as they are; and how many parameters each weight has."""
         self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
-        self._chosen: dict[int, Allocation] = {}
+        self._chosen: dict[int, allocation.Allocation] = {}
 
     @property
-    def tables(self) -> list[OptionTable]:
+    def tables(self) -> list[allocation.OptionTable]:
         """Return the tables of which one is to be chosen, and then types by it."""
         return [self.table]
 
@@ -142,16 +128,16 @@ class Form(ABC):
 
     def check(self, budget: int) -> None:
         """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
-        check_below_whole(budget, self.whole)
+        allocation.check_below_whole(budget, self.whole)
         self.choose(budget)
 
-    def choose(self, budget: int) -> Allocation:
+    def choose(self, budget: int) -> allocation.Allocation:
         """Return the types that are predicted to lose least in so many bytes. Raises UsageError where none fit."""
         if budget not in self._chosen:
-            possible: list[Allocation] = []
+            possible: list[allocation.Allocation] = []
             for table in self.tables:
                 try:
-                    possible.append(allocate(table, budget, overhead=self.overhead))
+                    possible.append(allocation.allocate(table, budget, overhead=self.overhead))
                 except UsageError:
                     if budget < self.floor:
                         raise
@@ -173,7 +159,7 @@ class Form(ABC):
         return ", ".join([*parts, *(["..."] if len(numel) > _NAMED else [])])
 
     @abstractmethod
-    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
+    def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
         """Return what each weight takes and loses by type."""
 
     def decides(self) -> list[Any]:
@@ -181,11 +167,11 @@ class Form(ABC):
         return []
 
     @abstractmethod
-    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
+    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
         """Write a file, or folder, whole or not at all."""
 
     @abstractmethod
-    def recipe(self, found: Allocation) -> str:
+    def recipe(self, found: allocation.Allocation) -> str:
         """Return what makes it again, as TOML."""
 
 
@@ -195,7 +181,7 @@ class GgufForm(Form):
 
     name, place = GGUF, "model.gguf"
 
-    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: Target) -> None:
+    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: allocation.Target) -> None:
         from compressknow.study.measuring import GgufRoundings
 
         self.roundings = GgufRoundings()
@@ -205,8 +191,8 @@ class GgufForm(Form):
         whole = overhead + sum(align(tensors.tensors[name].nbytes) for name in table)
         super().__init__(table, overhead, whole, {name: tensors.tensors[name].numel for name in table})
 
-    def predict_losses(self, sensitivity: Sensitivity | None) -> OptionTable:
-        return build_table(sensitivity, self._tensors, self._target)
+    def predict_losses(self, sensitivity: Sensitivity | None) -> allocation.OptionTable:
+        return allocation.build_table(sensitivity, self._tensors, self._target)
 
     def decides(self) -> list[Any]:
         # Guide and rules stand in its record alone.
@@ -214,16 +200,16 @@ class GgufForm(Form):
         converter = read_version(self._job.converter)
         return [target.rounding, target.guide, target.must, read.fingerprint, read.text, converter]
 
-    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
+    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
 
         # What it was asked to fit is no part of a file: two budgets may make one.
         target = replace(self._target, size=found.nbytes)
-        fitted = describe_fit(found, found.nbytes, target, self.guidance)
+        fitted = allocation.describe_fit(found, found.nbytes, target, self.guidance)
         fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
         write(replace(self._job, fit=fit), place, begin=begin)
 
-    def recipe(self, found: Allocation) -> str:
+    def recipe(self, found: allocation.Allocation) -> str:
         from compressknow.gguf.export import find_main_type
 
         values: dict[str, Any] = {"type": find_main_type(found.types, self._tensors)}
@@ -272,20 +258,20 @@ class CheckpointForm(Form):
         for module, weight in self._weights.items():
             shape = weight.shape[::-1] if weight.transposed else weight.shape
             rows[module] = shape[-1]
-            table[module] = {NONE: Option(exact[module], 0.0)}
+            table[module] = {NONE: allocation.Option(exact[module], 0.0)}
             for kind in self.roundings.list_legal(shape):
-                table[module][kind] = Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
-        self._options = pin_types(table, _resolve_modules(self._weights, request.must), rows)
+                table[module][kind] = allocation.Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
+        self._options = allocation.pin_types(table, _resolve_modules(self._weights, request.must), rows)
         self._units = _list_units(self._weights)
         whole = sum(each.nbytes for each in stored) + header
         super().__init__(
-            join_options(self._options, self._units),
+            allocation.join_options(self._options, self._units),
             whole - sum(exact.values()),
             whole,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
         )
         if all(set(options) == {NONE} for options in self.table.values()):
-            raise UsageError("No weight of the blocks may be rounded: there is no type to choose.", hint=PIN_LESS)
+            raise UsageError("No weight of the blocks may be rounded: none has a choice.", hint=allocation.PIN_LESS)
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
         try:
@@ -307,7 +293,7 @@ class CheckpointForm(Form):
         return True
 
     @property
-    def tables(self) -> list[OptionTable]:
+    def tables(self) -> list[allocation.OptionTable]:
         if not self._is_uniform:
             return [self.table]
         kinds = [kind for kind in reversed(self.roundings.types) if any(kind in own for own in self.table.values())]
@@ -319,22 +305,22 @@ class CheckpointForm(Form):
             for kind in kinds
         ]
 
-    def predict_losses(self, sensitivity: Sensitivity) -> OptionTable:
+    def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
         rows = sensitivity.kl(self._guide)
         table = {}
         for module, options in self._options.items():
             # What nothing was measured of stays as it is.
             losses = {NONE: 0.0, **rows.get(self._weights[module].parameter, {})}
-            known = {kind: Option(each.nbytes, losses[kind]) for kind, each in options.items() if kind in losses}
+            known = {kind: each._replace(loss=losses[kind]) for kind, each in options.items() if kind in losses}
             table[module] = known or options
-        return join_options(table, self._units)
+        return allocation.join_options(table, self._units)
 
-    def choose(self, budget: int) -> Allocation:
+    def choose(self, budget: int) -> allocation.Allocation:
         found = super().choose(budget)
         types = {module: found.types[name] for name, modules in self._units.items() for module in modules}
         return replace(found, types={module: types[module] for module in self._options})
 
-    def make(self, found: Allocation, place: Path, begin: Begin) -> None:
+    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.pages.model_card import make_model_card
 
         self._model.maker.write(self._build_recipe(found.types), place, make_model_card, begin)
@@ -342,7 +328,7 @@ class CheckpointForm(Form):
     def decides(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []
 
-    def recipe(self, found: Allocation) -> str:
+    def recipe(self, found: allocation.Allocation) -> str:
         return to_toml(self._build_recipe(found.types).to_dict())
 
     def _build_recipe(self, types: Mapping[str, str]) -> Recipe:
@@ -430,7 +416,7 @@ def open_form(
     from compressknow.gguf.export import prepare, write_floats
 
     # Of a share, the size is yet to be chosen.
-    target = Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
+    target = allocation.Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
     choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
