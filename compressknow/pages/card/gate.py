@@ -17,16 +17,7 @@ from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, 
 from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
-from compressknow.pages.records import (
-    Card,
-    Comparison,
-    Decision,
-    Gate,
-    label_models,
-    name_models,
-    write_estimate,
-    write_range,
-)
+from compressknow.pages.records import Card, Comparison, Decision, Gate, label_models, name_models, write_estimate
 
 SUMMARY = "summary.md"
 # Lost facts that a summary shows, domains, and results of gates: a comment on GitHub has at most 65,536 characters.
@@ -119,21 +110,16 @@ def hold_to_gates(result: object, card: Card) -> None:
             else "Choose facts that the original knows (-p PROBE).",
         )
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
-        shortfalls = (f"{_describe_shortfall(*each)}, interval {_write_ends(*each[1:])}" for each in unsure)
+        shares = (f"{label} keeps {_write_kept(c, gate)}" for label, c, gate in unsure)
         unmet = GateUndecided(
             f"It cannot be told yet whether {describe_share(gate for *_, gate in unsure)} is kept: "
-            f"{'; '.join(shortfalls)}.",
+            f"{'; '.join(shares)}.",
             hint=_advise_more_facts([(c, gate) for _, c, gate in unsure]),
         )
     else:
         return
     unmet.result = result
     raise unmet
-
-
-def _write_ends(comparison: Comparison, gate: Gate) -> str:
-    _, kept = gate.measure_kept(comparison)
-    return write_range(kept.low or 0.0, kept.high or 0.0, partial(share_beside, limits=[gate.least]))
 
 
 def describe_share(gates: Iterable[Gate]) -> str:

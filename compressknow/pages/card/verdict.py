@@ -16,17 +16,7 @@ from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.recipe import Recipe, format_options
-from compressknow.compress.steps import (
-    PAPER_BITS,
-    PAPER_SCOPES,
-    ROUNDINGS,
-    DropBlocks,
-    DropNeurons,
-    Prune,
-    Quantize,
-    Step,
-    Where,
-)
+from compressknow.compress.steps import PAPER_BITS, PAPER_SCOPES, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade, label_models, write_range
 
 LOWEST = "F"
@@ -371,7 +361,7 @@ def _round_finer(steps: Sequence[Step]) -> _Change | None:
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
         before, after = steps[:place], steps[place + 1 :]
-        if step.chosen.bits < PAPER_BITS and step.rounding == ROUNDINGS[0]:
+        if step.chosen.bits < PAPER_BITS and step.rounding == "nearest":
             return "round by GPTQ in place of to nearest", (*before, replace(step, rounding="gptq"), *after)
         finest = Quantize(FINEST, step.where)
         return f"quantize to {FINEST} in place of {step.scheme}", (*before, finest, *after)

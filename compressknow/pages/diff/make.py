@@ -181,19 +181,17 @@ def _name_worst_group(difference: CheckpointDiff) -> str:
     return f", most in {group} ({number(errors[group], 4)})"
 
 
+_UNMATCHED: dict[Kind, str] = {
+    "added": "only in B",
+    "missing": "only in A",
+    "reshaped": "of another shape",
+    "packed": "packed in a form that cannot be compared",
+}
+
+
 def _describe_unmatched(difference: CheckpointDiff) -> str:
     kinds = Counter(change.kind for change in difference.structure)
-    words: dict[Kind, tuple[str, str, str]] = {
-        "added": ("is", "are", "only in B"),
-        "missing": ("is", "are", "only in A"),
-        "reshaped": ("has", "have", "another shape"),
-        "packed": ("is", "are", "packed in a form that cannot be compared"),
-    }
-    return ", ".join(
-        f"{_count_tensors(kinds[kind])} {one if kinds[kind] == 1 else several} {rest}"
-        for kind, (one, several, rest) in words.items()
-        if kinds[kind]
-    )
+    return ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
 
 
 def _count_tensors(number_of: int) -> str:

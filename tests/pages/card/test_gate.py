@@ -77,7 +77,7 @@ class TestGate:
     def test_an_interval_that_begins_just_below_a_strict_gate_is_written_so(self) -> None:
         # It begins at 95.056 %.
         card = card_of(964, 36)
-        with pytest.raises(GateUndecided, match=r"interval 95\.06 to 97\.4 %"):
+        with pytest.raises(GateUndecided, match=r"\(95\.06 to 97\.4 %\)"):
             held(card, 0.951, strict=True)
         summary = render_job_summary(gated(card, 0.951, strict=True))
         assert "| 964 of 1,000, 96.4 % (95.06 to 97.4 %) | undecided |" in summary

@@ -219,7 +219,7 @@ def test_verdicts() -> None:
     )
     assert write_verdict(names, False, difference, None) == (
         "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "
-        "(0.1232); 1 tensor is only in B, 1 tensor is packed in a form that cannot be compared."
+        "(0.1232); 1 tensor only in B, 1 tensor packed in a form that cannot be compared."
     )
     assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
 
