@@ -34,6 +34,7 @@ _SETTINGS: Any = {
     "axes.edgecolor": RULE,
     "axes.labelcolor": MUTED,
     "axes.facecolor": "none",
+    "axes.axisbelow": True,  # the grid, under what is drawn
     "xtick.color": RULE,
     "ytick.color": RULE,
     "xtick.labelcolor": MUTED,
@@ -227,7 +228,6 @@ def draw_bars(
         ticks = _list_ticks(left, right, most=3 if unit == PERCENT else 6)
         plot.set_xticks(ticks, [_write_tick(tick, unit) for tick in ticks])
         plot.grid(axis="x")
-        plot.set_axisbelow(True)
         plot.spines["bottom"].set_visible(False)
     return drawn()
 
@@ -251,7 +251,6 @@ def set_percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PE
     plot.set_yticks(_list_ticks(bottom, top))
     plot.yaxis.set_major_formatter(lambda value, _: _write_tick(value, unit))
     plot.grid(axis="y")
-    plot.set_axisbelow(True)
 
 
 def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float]:

@@ -155,10 +155,9 @@ class Note(Part):
 
 @dataclass(frozen=True, slots=True)
 class Sentences(Part):
-    """Sentences: a paragraph each or, `joined`, one paragraph in HTML; a list in Markdown."""
+    """Sentences: a paragraph each in HTML, a list in Markdown."""
 
     sentences: tuple[str, ...]
-    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,5 +206,4 @@ def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     plot.minorticks_off()
     plot.set_xlabel("KL by token, nats", loc="left")
     plot.grid(axis="x")
-    plot.set_axisbelow(True)
     plot.spines["bottom"].set_visible(False)

@@ -401,7 +401,6 @@ def _draw_curve(plot: Axes, *, map: Map) -> None:
     plot.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     plot.minorticks_off()
     plot.grid(axis="y")
-    plot.set_axisbelow(True)
     plot.set_xlabel("size of the weights, MB", fontsize=11, loc="left", color=MUTED)
     plot.set_title("predicted KL, nats", fontsize=11, loc="left", color=MUTED)
     draw_labels(plot, marks)

@@ -203,7 +203,7 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
         (clean(name, 60), kinds[kind], *(findings[id].answer if id in findings else NONE for id in ids))
         for (kind, name), findings in by_method.items()
     )
-    yield parts.Sentences(tuple(describe_changes(by_method)), joined=True)
+    yield parts.Text(" ".join(describe_changes(by_method)))
     yield parts.Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
     yield parts.Note(
         "Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it."
