@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured, Treatment, Work, read_pruned
+from compressknow.compress.process import Measured, Work, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
@@ -352,12 +352,13 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
-        treatment = Treatment(whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
+        by_gptq = {}
         if _is_rounded_by_gptq(tensor):
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
-            rounding, fit = partial(round_by_gptq, inputs=seen), partial(fit_scales, inputs=seen)
-            treatment = replace(treatment, rounding=rounding, fit=fit)
-        self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
+            by_gptq = {"rounding": partial(round_by_gptq, inputs=seen), "fit": partial(fit_scales, inputs=seen)}
+        self._result.measured[tensor.name] = self._work.write(
+            tensor, mask, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__, **by_gptq
+        )
         return written
 
     def _read_statistics(self, tensor: PlannedTensor, sums: Sums) -> list[InputStatistics]:
