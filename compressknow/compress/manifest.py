@@ -203,7 +203,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         ],
         "neurons": [
             {
-                **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
+                **{"key": ".".join(drop.keys), "before": drop.before, "after": drop.after},
                 "modules": [down.module for down in drop.networks],
                 # Nothing before the text has said which.
                 **({"dropped": _list_dropped(drop, removal)} if removal.selected else {}),
@@ -216,7 +216,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
     remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
-    return [format_ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
+    return [format_ranges(n for n in range(drop.before) if n not in numbers) for numbers in remaining]
 
 
 def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:

@@ -289,13 +289,11 @@ def _plan_unchanged(
 ) -> Iterator[PlannedTensor]:
     """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
     holds only in the storage of one tied to them, which comes with each."""
-    groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
     distinct = list(sources.distinct())
     for stored in distinct:
-        binding = sources.bound.get(stored.name)
         if stored.name not in changed:
-            parameter = binding.parameter if binding else ""
-            group = groups.get(parameter, NOT_LINEAR)
+            parameter = sources.bound[stored.name].parameter if stored.name in sources.bound else None
+            group = structure.find_group(parameter)
             yield PlannedTensor(stored.name, stored, group, weight=parameter in sources.weights)
     names = {*changed, *(stored.name for stored in distinct)}
     written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))

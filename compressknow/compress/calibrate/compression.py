@@ -69,7 +69,7 @@ def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
     if any(not drop.is_decided for drop in removal.blocks):
         yield _estimate_runs(_list_weights(read_structure(removal.original[1])), tokens, 1)
     if removal.neurons and not removal.is_decided:
-        widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
+        widths = [drop.before for drop in removal.neurons for _ in drop.networks]
         # X^T X, and what is left of it twice in float64.
         sums = 5 * max(widths) ** 2
         yield _estimate_runs(_list_weights(read_structure(removal.wide[1])), tokens, 2, widths=widths, sums=sums)

@@ -63,7 +63,7 @@ def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progre
             selected={name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()},
             unfitted=unfitted,
         )
-    return replace(removal, is_decided=True, is_blockwise=decision.is_blockwise)
+    return replace(removal, is_blockwise=decision.is_blockwise)
 
 
 V = TypeVar("V", bound=Visitor)
@@ -174,7 +174,6 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         self._pool, self.modules = pool, streamed.blocks
         self._checkpoint, self._folder = removal.checkpoint, folder
         self._cuts = {cut.parameter: (name, cut) for name, cut in removal.cuts.items() if cut.is_down}
-        self._after = {down: drop.after for drop in removal.neurons for down in drop.networks}
         self.selected: dict[str, torch.Tensor] = {}
         self.fitted: dict[str, StoredTensor] = {}
 
@@ -220,8 +219,8 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         assert statistics.products is not None
         parameter = self._streamed.model.get_parameter(down.parameter).detach()
         weight = parameter.T if down.transposed else parameter
-        numbers = choose_neurons(weight, statistics.squares, self._after[down])
-        stored = self._cuts[down.parameter][1].source
+        cut = self._cuts[down.parameter][1]
+        numbers, stored = choose_neurons(weight, statistics.squares, cut.drop.after), cut.source
         fitted = fit_down(weight, statistics.products, numbers, statistics.name).to(get_torch_dtype(stored.dtype))
         rest = torch.zeros(weight.shape)
         rest[:, numbers] = fitted.to(torch.float32)

@@ -3,7 +3,7 @@ left out, the later ones renamed, and the config has fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,13 @@ from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
 from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, find_stacks, parse_block, read_shapes
-from compressknow.compress.steps import DropBlocks, DropNeurons, Where
+from compressknow.compress.steps import DropBlocks, Where
 from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import Binding, Naming, find_missing_weights
 from compressknow.model.meta import rebuild_model
-from compressknow.model.structure import NOT_LINEAR, Structure
+from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
 
 
@@ -58,8 +58,7 @@ class Removal:
         neurons stay is known once activations are.
     selected : of each feed-forward network, by the parameter name of its down projection, the neurons that stay.
     unfitted : by stored name, the values that the rest of a tensor had before it was fitted anew.
-    is_decided : False as long as the calibration text has not decided which blocks and neurons go.
-    is_blockwise : True if the blocks could be run one after the other to learn that.
+    is_blockwise : True if the blocks could be run one after the other to learn what goes.
     """
 
     checkpoint: Checkpoint
@@ -73,8 +72,12 @@ class Removal:
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     selected: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     unfitted: dict[str, Values] = field(default_factory=dict, repr=False)
-    is_decided: bool = True
     is_blockwise: bool = True
+
+    @property
+    def is_decided(self) -> bool:
+        """Return False as long as the calibration text has not decided which blocks and neurons go."""
+        return bool(self.selected or not self.cuts) and all(drop.is_decided for drop in self.blocks)
 
 
 def remove(
@@ -94,22 +97,20 @@ def remove(
         structure = read_structure(left.tree)
         if isinstance(step, DropBlocks):
             left = _remove_blocks(left, step, settings, structure, similarities)
-        else:
-            left = _remove_neurons(left, step, settings, structure)
-    gone = _find_left_out(checkpoint, read_structure(tree, recipe.module_map), tree, left)
-    is_decided = not left.cuts and all(drop.is_decided for drop in left.blocks)
-    return replace(left, left_out=tuple(gone), is_decided=is_decided)
-
-
-def _find_left_out(
-    checkpoint: Checkpoint, structure: Structure, tree: PreTrainedModel, left: Removal
-) -> Iterator[tuple[StoredTensor, str]]:
+            continue
+        drops = select_neurons(step, settings, structure)
+        for drop in drops:
+            _check_untouched(drop.keys, {one.keys for one in left.neurons}, "the same neurons")
+        smaller, narrower, cuts = drop_neurons(left.checkpoint, settings, drops)
+        left = replace(left, checkpoint=smaller, tree=narrower, neurons=(*left.neurons, *drops), cuts=left.cuts | cuts)
     stay = {left.names.get(name, name) for name in left.checkpoint.tensors}
-    groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
-    bound = Naming(tree).bind(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
-        if name not in stay:
-            yield tensor, groups.get(bound[name].parameter, NOT_LINEAR) if name in bound else NOT_LINEAR
+    structure, bound = read_structure(tree, recipe.module_map), Naming(tree).bind(checkpoint.tensors)
+    gone = (
+        (tensor, structure.find_group(bound[name].parameter if name in bound else None))
+        for name, tensor in checkpoint.tensors.items()
+        if name not in stay
+    )
+    return replace(left, left_out=tuple(gone))
 
 
 def _remove_blocks(
@@ -157,14 +158,6 @@ def _check_some_remain(step: DropBlocks, stack: Stack) -> None:
             f"Dropping {number} blocks would leave none: {stack.name} has {stack.count}.",
             hint=f"Drop at most {stack.count - 1}.",
         )
-
-
-def _remove_neurons(left: Removal, step: DropNeurons, settings: Settings, structure: Structure) -> Removal:
-    drops = select_neurons(step, settings, structure)
-    for drop in drops:
-        _check_untouched(drop.width.keys, {one.width.keys for one in left.neurons}, "the same neurons")
-    checkpoint, tree, cuts = drop_neurons(left.checkpoint, settings, drops)
-    return replace(left, checkpoint=checkpoint, tree=tree, neurons=(*left.neurons, *drops), cuts=left.cuts | cuts)
 
 
 def _check_untouched(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
