@@ -236,8 +236,7 @@ def calibrate(
 
 
 class _Compressor(TargetVisitor[PlannedTensor]):
-    """Visitor that compresses blocks, each once its inputs are known: at once or, if it `waits` for further uses of
-    what is used several times, at the end. It adds what it did to `result`."""
+    """Visitor that compresses blocks, each once its inputs are known, and adds what it did to `result`."""
 
     def __init__(
         self,
@@ -250,9 +249,8 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         *,
         waits: bool = False,
     ) -> None:
-        super().__init__(streamed, targets)
-        self._plan, self._work, self._masks = plan, work, masks
-        self._result, self._waits = result, waits
+        super().__init__(streamed, targets, waits=waits)
+        self._plan, self._work, self._masks, self._result = plan, work, masks, result
         self.pairs = not waits and _looks_back(targets)
 
     def enter(self, module: str) -> None:
@@ -277,42 +275,25 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             paired=paired if self.pairs else None,
         )
 
-    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
-        if not self._waits:
-            self.compress_module(module, self._smooth(module, rerun))
-            self._unvisited.pop(module, None)
-            # It is not read again.
-            self._streamed.forget(tensor.source for tensor in self._targets[module])
-
-    @property
-    def is_done(self) -> bool:
-        return not self._unvisited
-
-    def finish(self) -> None:
-        for module in self._unvisited:
-            if self._waits:
-                with self._streamed.load(module):
-                    self.compress_module(module, {})
-            else:
-                self.check_run(module)
-                self.compress_module(module, {})
-
-    def compress_module(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
-        """Compress and write what a module holds; the model goes on with what was written."""
-        sums = self.get_sums(module)
-        largest_first = sorted(self._targets[module], key=lambda tensor: -tensor.source.nbytes)
+    def act(
+        self, targets: Sequence[PlannedTensor], sums: Sums, module: str | None, rerun: Callable[[], Any] | None
+    ) -> None:
+        """Compress and write the targets; the model goes on with what was written."""
+        factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
+        largest_first = sorted(targets, key=lambda tensor: -tensor.source.nbytes)
         written = self._work.pool.map(partial(self.compress, sums, factors), largest_first)
-        for tensor, values in zip(largest_first, written, strict=True):
+        for tensor, values in zip(largest_first, written, strict=True) if module else ():
             self._streamed.replace(tensor.parameter, tensor.source, values)
-        del self._sums[module]
+        if not self._waits:
+            # They are not read again.
+            self._streamed.forget(tensor.source for tensor in targets)
 
-    def _smooth(self, module: str, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    def _smooth(self, module: str, sums: Sums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
         columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
-        alphas = smooth.find_alphas(self._targets[module])
-        if not alphas or module not in self._streamed.blocks:
+        if not (alphas := smooth.find_alphas(self._targets[module])):
             return {}
-        model, sums = self._streamed.model, self.get_sums(module)
+        model = self._streamed.model
         weights = {name: model.get_parameter(name) for name in alphas}
         factors: dict[str, torch.Tensor] = {}
         for norm, readers, offset in smooth.find_norms(module, model.get_submodule(module), weights, rerun):
@@ -341,9 +322,6 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._result.measured[planned.name] = self._work.write_divided(planned, divided, factors)
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
-
-    def act(self, targets: Sequence[PlannedTensor], sums: Sums) -> None:
-        self._work.pool.map(partial(self.compress, sums, {}), targets)
 
     def compress(self, sums: Sums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
         """Write one tensor, and return the values that were written, float32."""
