@@ -126,7 +126,7 @@ def carry_out(
                     from compressknow.compress.calibrate.compression import calibrate
 
                     assert text is not None
-                    calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
+                    calibrated = calibrate(plan, work, masks, text, advance or max)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)

@@ -37,6 +37,7 @@ from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
 
+TAKEN = "Its weights alone take {} in float32, and what is gathered of their inputs more."
 Batches = Sequence[Mapping[str, torch.Tensor]]
 OnProgress = Callable[[int, int], object]
 # Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
@@ -193,7 +194,7 @@ def run_text(
     why: Callable[[], str],
     *,
     threads: int | None,
-    on_progress: OnProgress = max,
+    on_progress: OnProgress,
 ) -> None:
     """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
     by one.
@@ -251,7 +252,8 @@ def walk(
             if any(call is None or call.module != module for call in calls):
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
             run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
-            with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
+            numel = sum(each.numel() for each in streamed.model.get_submodule(module).parameters())
+            with explain_missing_memory(module, partial(TAKEN.format, write_size(4 * numel))), streamed.load(module):
                 visitor.enter(module)
                 outputs: Sequence[Any] = [None] * len(stops)
                 if names := visitor.list_watched(module):
@@ -338,11 +340,6 @@ def find_tensors(output: Any) -> list[torch.Tensor]:
         return [output] if output.is_floating_point() else []
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return [tensor for value in values for tensor in find_tensors(value)]
-
-
-def _describe_size(streamed: StreamedModel, module: str) -> str:
-    numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
-    return f"Its weights alone take {write_size(4 * numel)} in float32, and what is gathered of their inputs more."
 
 
 def observe(
