@@ -147,15 +147,12 @@ class _SimilarityVisitor(Visitor):
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.receive_output(name, number, Call(name, args, kwargs), output)
 
-        hooks = [
+        # The model is of no use afterwards.
+        for name in self._streamed.blocks:
             self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
-            for name in self._streamed.blocks
-        ]
         for number, batch in enumerate(batches):
             self._streamed.run(batch)
             on_progress(number + 1, len(batches))
-        for hook in hooks:
-            hook.remove()
 
 
 class _NeuronVisitor(TargetVisitor[LinearWeight]):

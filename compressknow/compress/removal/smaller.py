@@ -182,21 +182,15 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
 
 
 def _select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -> tuple[Stack, ...]:
-    """Select the stacks that a step drops blocks of.
-
-    Raises UnsupportedError where no setting of the config counts blocks (ALBERT's share all weights), UsageError
-    where the step's scope names a side that the model does not have.
-    """
+    """Select the stacks that a step drops blocks of. Raises UnsupportedError where no setting of the config counts
+    blocks, UsageError where the step's scope names a side that the model does not have."""
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
     if not stacks:
         shared = any(weight.uses > 1 for weight in structure.linears)
-        raise UnsupportedError(
-            f"No block of {structure.architecture} can be dropped.",
-            why="Its blocks share weights."
-            if shared
-            else "No setting of its config counts the blocks of a stack, and nothing else.",
-            hint="Drop neurons instead (--drop-neurons), or prune." if shared else "Prune it instead.",
-        )
+        why, hint = "No setting of its config counts the blocks of a stack, and nothing else.", "Prune it instead."
+        if shared:
+            why, hint = "Its blocks share weights.", "Drop neurons instead (--drop-neurons), or prune."
+        raise UnsupportedError(f"No block of {structure.architecture} can be dropped.", why, hint)
     if step.where == Where():
         return tuple(stacks)
     sides = {side for stack in stacks for side in _list_sides(stack, structure)} - {None}
@@ -218,10 +212,7 @@ def _drop_blocks(
     checkpoint: Checkpoint, settings: Settings, drops: Iterable[DroppedBlocks]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
-
-    Raises UnsupportedError where the blocks are not of one kind and the config cannot say which are left, where the
-    stored names do not tell the block, or where a dropped block holds weights that others share.
-    """
+    Raises UnsupportedError where what is left would not be what these blocks were."""
     whole = settings.whole
     remaining: dict[str, tuple[int, ...]] = {}
     for drop in drops:
@@ -323,29 +314,24 @@ def _map_stored(
     checkpoint: Checkpoint, bound: Mapping[str, Binding], places: Mapping[str, str], remaining: Remaining
 ) -> dict[str, str]:
     """Map the new names of the stored tensors that are left to their names; `places` maps parameters to new names."""
-    lists = _find_stored_lists(bound, remaining)
+    # The stored names of lists of blocks, each with that in the module tree: a base model's lack its prefix.
+    lists = {}
+    for stored, binding in bound.items():
+        match, place = BLOCK.match(stored), parse_block(binding.parameter)
+        if match and place and place[0] in remaining and int(match["number"]) == place[1]:
+            lists[match["list"]] = place[0]
     names = {}
     for stored in checkpoint.tensors:
-        match, binding, number = BLOCK.match(stored), bound.get(stored), None
-        if binding is not None and binding.parameter not in places:
+        match, parameter, number = BLOCK.match(stored), bound[stored].parameter if stored in bound else None, None
+        if parameter is not None and parameter not in places:
             continue
         if match is None or match["list"] not in lists:
             names[stored] = stored
             continue
-        if binding is not None and (place := parse_block(places[binding.parameter])):
+        if parameter is not None and (place := parse_block(places[parameter])):
             number = place[1]
         elif int(match["number"]) in (numbers := remaining[lists[match["list"]]]):
             number = numbers.index(int(match["number"]))
         if number is not None:
             names[f"{match['list']}.{number}.{match['rest']}"] = stored
     return names
-
-
-def _find_stored_lists(bound: Mapping[str, Binding], remaining: Remaining) -> dict[str, str]:
-    """Return the stored names of lists of blocks, each with that in the module tree: a base model's lack its prefix."""
-    lists = {}
-    for stored, binding in bound.items():
-        match, place = BLOCK.match(stored), parse_block(binding.parameter)
-        if match and place and place[0] in remaining and int(match["number"]) == place[1]:
-            lists[match["list"]] = place[0]
-    return lists
