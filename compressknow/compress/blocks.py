@@ -132,8 +132,7 @@ class Reader:
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
         """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
-        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide. Ends
-        with Stopped where the pool was stopped."""
+        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
         count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))

@@ -23,7 +23,7 @@ from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.model.checkpoint import ADAPTER_CONFIG, Checkpoint, find_weight_files, open_checkpoint
+from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import read_manifest
@@ -31,34 +31,15 @@ from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compressknow.compress.calibrate.text import CalibrationText
     from compressknow.compress.removal.smaller import Removal
     from compressknow.engine.load import Variant
 
 
 def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
-    """Open a checkpoint and plan a recipe on it, from its headers alone, and prove that the output loads. Raises what
-    `open_complete`, `remove`, `make_plan` and `prove` do, and UnsupportedError where an adapter beside the model would
-    no longer fit it."""
-    checkpoint, tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    if (recipe.removals or recipe.smooths) and (checkpoint.folder / ADAPTER_CONFIG).is_file():
-        raise UnsupportedError(
-            f"{checkpoint.folder} holds an adapter (LoRA), which would no longer fit the model.",
-            "It was trained for the blocks, neurons and inputs that the layers have now.",
-            f"Merge it into the model before, or remove {ADAPTER_CONFIG}.",
-        )
-    if recipe.removals:
-        return _plan_removal(checkpoint, tree, recipe)
-    return prove(make_plan(checkpoint, tree, read_structure(tree, recipe.module_map), recipe))
-
-
-def _plan_removal(checkpoint: Checkpoint, tree: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Plan a recipe that leaves out blocks or neurons."""
-    from compressknow.compress.removal.smaller import remove
-
-    return _plan_rest(remove(checkpoint, tree, recipe), recipe)
+    """Open a checkpoint and plan a recipe on it, to be written. Raises what `open_complete` and `VariantMaker.plan`
+    do."""
+    return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
 
 
 def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
@@ -69,12 +50,8 @@ def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
 
 
 def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance | None = None) -> CalibrationText | None:
-    """Return what a recipe is calibrated on; None where no step looks at activations.
-
-    `advance` is called with the tokens that the model has written, and in all, where it writes the text itself.
-
-    Raises what `read_calibration_text` does, and UnsupportedError where nothing can be smoothed that is to be.
-    """
+    """Return what a recipe is calibrated on; None where no step looks at activations. Raises what `check_smoothable`
+    and `read_calibration_text` do, to which `advance` is given."""
     if (calibration := plan.recipe.calibration) is None:
         return None
     from compressknow.compress.calibrate.smooth import check_smoothable
@@ -95,10 +72,8 @@ def carry_out(
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> Manifest:
-    """Carry a plan out; return the manifest, as `compressknow.json` in an output folder holds it.
-
-    Tensors stream through blocks of a fixed size: memory depends neither on the model nor on its largest tensor. The
-    output's bytes do not depend on `threads`, the tensors worked on at a time, by default one per core.
+    """Carry a plan out; return the manifest, as `compressknow.json` in an output folder holds it. The output's bytes do
+    not depend on `threads`, the tensors worked on at a time, by default one per core.
 
     `begin` begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
     prunes or quantizes looks at activations, or else ``convert``.
@@ -126,7 +101,7 @@ def carry_out(
                     from compressknow.compress.calibrate.compression import calibrate
 
                     assert text is not None
-                    calibrated = calibrate(plan, work, masks, text, on_progress=advance or max)
+                    calibrated = calibrate(plan, work, masks, text, advance or max)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
@@ -191,19 +166,15 @@ def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
 
 def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> int:
     """Return the bytes that are read: of the shards that are `hashed`, and of all tensors but those `known`."""
-    return sum((plan.checkpoint.folder / name).stat().st_size for name in hashed) + sum(
-        tensor.source.nbytes * (1 + _count_passes_before(tensor)) for tensor in plan.tensors if tensor.name not in known
-    )
-
-
-def _count_passes_before(tensor: PlannedTensor) -> int:
-    """Count how often a tensor is read before it is written."""
-    passes = int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
-    method = tensor.prune.chosen if tensor.prune else None
-    if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
-        # A threshold takes two: over the leading bits, then over the rest of 32, or for the ties of 16.
-        passes += 2 if isinstance(method, Unstructured) else 1
-    return passes
+    total = sum((plan.checkpoint.folder / name).stat().st_size for name in hashed)
+    for tensor in plan.tensors:
+        passes = 1 + int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
+        method = tensor.prune.chosen if tensor.prune else None
+        if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
+            # A threshold takes two: over the leading bits, then over the rest of 32, or for the ties of 16.
+            passes += 2 if isinstance(method, Unstructured) else 1
+        total += 0 if tensor.name in known else tensor.source.nbytes * passes
+    return total
 
 
 class VariantMaker:
@@ -230,19 +201,29 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
-        """Plan what a recipe does, from headers alone. Raises what `prepare` does."""
+        """Plan what a recipe does, from headers alone, and prove that the output loads.
+
+        Raises what `remove`, `make_plan` and `prove` do, and UnsupportedError where an adapter that would be written
+        beside the model would no longer fit it.
+        """
+        folder = self.checkpoint.folder
+        if to_write and (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
+            raise UnsupportedError(
+                f"{folder} holds an adapter (LoRA), which would no longer fit the model.",
+                "It was trained for the blocks, neurons and inputs that the layers have now.",
+                f"Merge it into the model before, or remove {ADAPTER_CONFIG}.",
+            )
         if recipe.removals:
-            return _plan_removal(self.checkpoint, self.tree, recipe)
+            from compressknow.compress.removal.smaller import remove
+
+            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # In memory a form may not load only where weights are not stored under their own names.
         return prove(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes. `begin` begins
-        the stages: the text's, where it is not there yet, and those of `carry_out`.
-
-        Raises CheckpointError where a weight in scope is no number, and what `make_text`, `decide` and `calibrate` do.
-        """
+        the stages: the text's, where it is not there yet, and those of `carry_out`. Raises what `text` and that do."""
         from compressknow.engine.load import Variant
 
         memory = Memory(self._shared)
@@ -251,7 +232,7 @@ class VariantMaker:
         return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what that, `prove` and
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what `plan`, `make` and
         `NewFolder` do."""
         plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)

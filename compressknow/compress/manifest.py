@@ -13,14 +13,13 @@ from compressknow.base.notebook import Shown, Summary
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.schemes import SCALE, Stored, list_runtimes
+from compressknow.compress.schemes import SCALE, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.removal.neurons import DroppedNeurons
     from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
@@ -135,17 +134,14 @@ def build_manifest(
     for group, counts in summary["groups"].items():
         counts["relative_error"] = pool_errors(row for row in rows if row["group"] == group)
     if text:
-        summary["calibration"] = _describe_calibration(text, calibrated, plan.removal)
+        summary["calibration"] = {
+            **{"kind": text.kind, "source": text.source, "sha256": text.sha256},
+            **{"tokens": text.tokens, "seed": text.seed},
+            "blocks_apart": all(done.is_blockwise for done in (calibrated, plan.removal) if done),
+            "unseen": sorted(calibrated.unseen) if calibrated else [],
+            **({"smoothed": calibrated.smoothed} if calibrated and calibrated.smoothed else {}),
+        }
     return Manifest(seal_manifest({**summary, "files": dict(sorted(files.items())), "tensors": rows}))
-
-
-def _describe_calibration(text: CalibrationText, done: Calibrated | None, removal: Removal | None) -> dict[str, Any]:
-    return {
-        **{"kind": text.kind, "source": text.source, "sha256": text.sha256, "tokens": text.tokens, "seed": text.seed},
-        "blocks_apart": (done is None or done.is_blockwise) and (removal is None or removal.is_blockwise),
-        "unseen": sorted(done.unseen) if done else [],
-        **({"smoothed": done.smoothed} if done and done.smoothed else {}),
-    }
 
 
 def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mapping[str, str]) -> dict[str, Any]:
@@ -188,6 +184,13 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         }
         for tensor, group in removal.left_out
     ]
+    dropped = {
+        drop.keys: [
+            format_ranges(sorted(set(range(drop.before)).difference(removal.selected[down.parameter])))
+            for down in drop.networks
+        ]
+        for drop in (removal.neurons if removal.selected else ())
+    }
     cut = sum(math.prod(row["shape_before"]) - row["numel"] for row in rows if "shape_before" in row)
     cut_bytes = sum(one.source.nbytes - removal.checkpoint.tensors[name].nbytes for name, one in removal.cuts.items())
     return {
@@ -203,20 +206,15 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         ],
         "neurons": [
             {
-                **{"key": ".".join(drop.width.keys), "before": drop.width.value, "after": drop.after},
+                **{"key": ".".join(drop.keys), "before": drop.before, "after": drop.after},
                 "modules": [down.module for down in drop.networks],
                 # Nothing before the text has said which.
-                **({"dropped": _list_dropped(drop, removal)} if removal.selected else {}),
+                **({"dropped": dropped[drop.keys]} if dropped else {}),
             }
             for drop in removal.neurons
         ],
         "tensors": left_out,
     }
-
-
-def _list_dropped(drop: DroppedNeurons, removal: Removal) -> list[str]:
-    remaining = [set(removal.selected[down.parameter]) for down in drop.networks]
-    return [format_ranges(n for n in range(drop.width.value) if n not in numbers) for numbers in remaining]
 
 
 def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
@@ -255,21 +253,15 @@ def _round(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _find_name_before(tensor: PlannedTensor, removal: Removal | None) -> str | None:
-    """Return the name that a tensor had before its block was numbered anew; None where it has it still, or where the
-    text has not yet said which blocks go."""
-    if removal is None or tensor.name != tensor.source.name or not all(drop.is_decided for drop in removal.blocks):
-        return None
-    before = removal.names.get(tensor.name, tensor.name)
-    return before if before != tensor.name else None
-
-
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
-    name_before = _find_name_before(tensor, removal)
+    name_before = tensor.name
+    # Of a block that was numbered anew, once the text has said which blocks go.
+    if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
+        name_before = removal.names.get(tensor.name, tensor.name)
     return {
         "name": tensor.name,
-        **({"name_before": name_before} if name_before else {}),
+        **({"name_before": name_before} if name_before != tensor.name else {}),
         "group": tensor.group,
         "shape": list(tensor.source.shape),
         **({"shape_before": list(cut.source.shape)} if cut else {}),
@@ -295,20 +287,15 @@ def _describe(tensor: PlannedTensor, measured: Measured, removal: Removal | None
         "relative_error": _round(measured.relative_error),
         "sha256": measured.sha256,
     }
+    hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
+    parts = [
+        {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": hashes[part.suffix]}
+        for name, part in tensor.written
+    ]
     if [part.suffix for part in tensor.stored] == ["", SCALE]:
-        scale = tensor.stored[1]
-        name, *also = tensor.names(scale)
-        row["scale"] = {
-            **_describe_part(name, scale, measured.beside[SCALE]),
-            # Of modules that share the weight, each is given the same scale.
-            **({"also": also} if also else {}),
-        }
+        _, scale, *also = parts
+        # Of modules that share the weight, each is given the same scale.
+        row["scale"] = scale | ({"also": [part["name"] for part in also]} if also else {})
     elif tensor.scheme:
-        hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
-        row["bits"] = tensor.scheme.bits
-        row["stored"] = [_describe_part(name, part, hashes[part.suffix]) for name, part in tensor.written]
+        row |= {"bits": tensor.scheme.bits, "stored": parts}
     return row
-
-
-def _describe_part(name: str, part: Stored, sha256: str) -> dict[str, Any]:
-    return {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": sha256}

@@ -41,7 +41,7 @@ from compressknow.model.checkpoint import (
     list_module_folders,
 )
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
-from compressknow.model.tensors import DTYPE_SIZES, StoredTensor, get_torch_dtype, view_bytes
+from compressknow.model.tensors import DTYPE_SIZES, get_torch_dtype, view_bytes
 
 # transformers refuses a file without it.
 METADATA = {"format": "pt"}
@@ -171,7 +171,9 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     each lies aligned without holes, which the format forbids.
     """
     by_path = {PurePath(shard).as_posix(): shard for shard in shards}
-    shard_of = {tensor.name: _find_shard(tensor.source, by_path) for tensor in tensors}
+    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
+    ends = {t.name: ["/".join(t.source.file.parts[n:]) for n in range(len(t.source.file.parts))] for t in tensors}
+    shard_of = {name: next(by_path[end] for end in own if end in by_path) for name, own in ends.items()}
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
@@ -192,13 +194,6 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
         weight_map = {name: file for name, (file, _) in sorted(places.items())}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return Layout(headers, sizes, places, index)
-
-
-def _find_shard(source: StoredTensor, shards: Mapping[str, str]) -> str:
-    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-    parts = source.file.parts
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next(shards[end] for end in ends if end in shards)
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
@@ -256,8 +251,8 @@ class OutputFiles:
 
     def _flush(self) -> None:
         """Send what was written to the disk while the rest is computed, instead of all at the end."""
-        # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
         try:
+            # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
             for descriptor in () if self._failure else self._descriptors.values():
                 os.fsync(descriptor)
         except OSError as error:
@@ -299,8 +294,7 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
-    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it; nothing
-    that training left.
+    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it.
 
     Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
     """

@@ -88,13 +88,11 @@ class Option(Parameter):
     ----------
     name, default : in Python and on the command line; the default is what it is when left out.
     kind : bool, int, float, str, ``int | str`` or a Literal.
-    of, field : the class and its attribute; `usual` is what that is by default.
-    key : what a recipe and a grid call it.
+    of, field, usual : the class, its attribute, and what that is by default.
+    key : what a recipe and a grid call it, if `axis` says that a grid has it.
     metavar : what stands for its value on the help page.
-    share : whether ``20%`` says it too.
-    repeats : whether there may be several.
+    share, repeats : whether ``20%`` says it too, and whether there may be several.
     least : the smallest whole number that it can be.
-    axis : whether a grid has it.
     """
 
     kind: Any
@@ -111,10 +109,8 @@ class Option(Parameter):
 
 
 def option(name: str | None = None, *, help: str, **more: Any) -> dict[str, Any]:
-    """Return the metadata of a step's field that is an option: `more` is as in `Option`.
-
-    Its name, its key and its default are those of the field, unless they are given.
-    """
+    """Return the metadata of a step's field that is an option: `more` is as in `Option`; name, key and default are
+    those of the field, unless they are given."""
     return {"option": {"help": help, **more} | ({} if name is None else {"name": name})}
 
 
@@ -188,7 +184,7 @@ def make_plain(value: Any) -> Any:
 
 
 def make_fields_plain(step: Any) -> None:
-    """Make the values of a frozen dataclass plain; called as it is made."""
+    """Make the values of a frozen dataclass plain, as it is made."""
     for each in fields(step):
         object.__setattr__(step, each.name, make_plain(getattr(step, each.name)))
 

@@ -135,7 +135,7 @@ class Plan:
     removal: Removal | None = None
 
     def list_prune_steps(self) -> Iterator[tuple[Prune, list[PlannedTensor]]]:
-        """Yield each prune step with the tensors that it acts on, in the order in which it breaks ties."""
+        """Yield each prune step with its tensors, in the order in which it breaks ties."""
         for step in self.recipe.steps:
             if isinstance(step, Prune):
                 yield step, [tensor for tensor in self.tensors if tensor.prune == step]
@@ -167,11 +167,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     assigned = _assign_steps(structure, recipe)
     _separate(assigned, sources)
     schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
-    alike: dict[Scheme | None, list[LinearWeight]] = {}
-    for weight, scheme in schemes.items():
-        alike.setdefault(scheme, []).append(weight)
-    for weight, scheme in schemes.items():
-        sources.check(weight, scheme, alike[scheme])
+    for weight in schemes:
+        sources.check(weight, schemes)
     # What is stored in one tensor is changed as one.
     changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
     _check_methods_fit(changed)
@@ -184,9 +181,18 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
     needed = extra | {embedding: parameter for parameter, embedding in shared_with.items()}
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
-    tensors = tuple(sorted([*changed, *unchanged], key=lambda t: sources.sort_key(t.source, t.created, t.name)))
-    _check_reachable(tensors)
-    targets = _collect_targets(changed)
+    # As sources are stored, created ones behind what they were tied to.
+    tensors = sorted([*changed, *unchanged], key=lambda t: (sources.position[t.source.name], t.created, t.name))
+    for tensor in tensors:
+        if tensor.group == "vision" and tensor.is_calibrated:
+            raise UnsupportedError(
+                f"{tensor.module} cannot be calibrated: it reads no text.",
+                hint="Leave --scope vision to methods that look at weights alone.",
+            )
+    targets: dict[Scheme, tuple[str, ...]] = {}
+    for tensor in changed:
+        if tensor.scheme:
+            targets[tensor.scheme] = (*targets.get(tensor.scheme, ()), *tensor.modules)
     quantized = {module for modules in targets.values() for module in modules}
     ignore = tuple(m for w in structure.linears if w.kind == "linear" for m in w.modules if m not in quantized)
     untied = tuple(
@@ -198,7 +204,9 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     if any(tensor.name not in sources.bound for tensor in sources.distinct()):
         # Without what transformers knows to be left over from older releases.
         unused = load_report(type(model), model.config, list_headers(checkpoint)).unexpected
-    return Plan(checkpoint, model, structure, recipe, tensors, targets, ignore, untied, config, sources, unused=unused)
+    return Plan(
+        checkpoint, model, structure, recipe, tuple(tensors), targets, ignore, untied, config, sources, unused=unused
+    )
 
 
 def _fit_parameters(structure: Structure, step: Step) -> Step:
@@ -289,13 +297,11 @@ def _plan_unchanged(
 ) -> Iterator[PlannedTensor]:
     """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
     holds only in the storage of one tied to them, which comes with each."""
-    groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
     distinct = list(sources.distinct())
     for stored in distinct:
-        binding = sources.bound.get(stored.name)
         if stored.name not in changed:
-            parameter = binding.parameter if binding else ""
-            group = groups.get(parameter, NOT_LINEAR)
+            parameter = sources.bound[stored.name].parameter if stored.name in sources.bound else None
+            group = structure.find_group(parameter)
             yield PlannedTensor(stored.name, stored, group, weight=parameter in sources.weights)
     names = {*changed, *(stored.name for stored in distinct)}
     written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))
@@ -317,24 +323,6 @@ def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
             why="Its config unties all weights or none, and these are those of several blocks.",
             hint="Leave the final layer out: --scope blocks.",
         )
-
-
-def _check_reachable(tensors: Iterable[PlannedTensor]) -> None:
-    """Raise UnsupportedError where a step needs to see what no text reaches: the towers of multimodal models."""
-    for tensor in tensors:
-        if tensor.group == "vision" and tensor.is_calibrated:
-            raise UnsupportedError(
-                f"{tensor.module} cannot be calibrated: it reads no text.",
-                hint="Leave --scope vision to methods that look at weights alone.",
-            )
-
-
-def _collect_targets(changed: Iterable[PlannedTensor]) -> dict[Scheme, tuple[str, ...]]:
-    targets: dict[Scheme, list[str]] = {}
-    for tensor in changed:
-        if tensor.scheme and tensor.module:
-            targets.setdefault(tensor.scheme, []).extend((tensor.module, *tensor.sharing))
-    return {scheme: tuple(modules) for scheme, modules in targets.items()}
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

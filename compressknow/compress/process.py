@@ -85,37 +85,79 @@ class Work(Reader):
     writer: Callable[[str], TensorWriter]
     unfitted: Mapping[str, Values] = field(default_factory=dict)
 
-    def write(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment | None = None) -> Measured:
-        """Write one tensor of the output. Raises CheckpointError where a weight is NaN or infinite."""
-        if planned.in_scope or planned.source.name in self.unfitted:
-            return self._compress(planned, mask, treatment or Treatment())
-        return self._copy(planned)
+    def write(
+        self,
+        planned: PlannedTensor,
+        mask: Mask | None,
+        *,
+        whole: bool = False,
+        rounding: Rounding = round_to_nearest,
+        fit: Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor] | None = None,
+        factors: torch.Tensor | None = None,
+        see: Callable[[slice, torch.Tensor], object] | None = None,
+    ) -> Measured:
+        """Write one tensor of the output.
 
-    def _compress(self, planned: PlannedTensor, mask: Mask | None, treatment: Treatment) -> Measured:
-        before = self.unfitted.get(planned.source.name)
+        Parameters
+        ----------
+        whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
+        rounding : to the grid of its scheme.
+        fit : gives the scales of groups [rows, groups] in place of those that their largest magnitudes give.
+        factors : what its input channels [columns] are multiplied with before they are rounded.
+        see : called with the rows of each block and its values as written (float32, dequantized).
+
+        Raises CheckpointError where a weight is NaN or infinite.
+        """
+        before, scheme = self.unfitted.get(planned.source.name), planned.scheme
+        if not planned.in_scope and before is None:
+            return self._copy(planned)
         silent = Reader(self.pool, self.files, lambda _: None)
-        columns = planned.source.shape[-1]
-        unfitted = None if before is None else before.blocks(silent, columns, whole=treatment.whole)
-        tally = _Tally(planned, mask, unfitted)
-        writer = self.writer(planned.names(planned.stored[0])[0])
-        if planned.scheme is None:
-            for block in self.blocks(planned.source, whole=treatment.whole):
+        unfitted = None if before is None else before.blocks(silent, planned.source.shape[-1], whole=whole)
+        tally, values = _Tally(planned, mask, unfitted), planned.stored[0]
+        writer = self.writer(planned.name + values.suffix)
+        if scheme is None:
+            for block in self.blocks(planned.source, whole=whole):
                 tally.prune(block)
                 writer.write(tally.keep(block.values))
-                if treatment.see:
-                    treatment.see(block.rows, block.values)
+                if see:
+                    see(block.rows, block.values)
             return tally.summarize(writer.sha256, {})
-        coder = _Coder(planned, self._compute_tensor_scale(planned, planned.scheme, mask), treatment)
-        for block in self.blocks(planned.source, whole=treatment.whole):
-            absmax = tally.prune(block, coder.span)
-            writer.write(coder.code(block, absmax, tally))
-        made, beside = coder.finish(), dict[str, str]()
-        for part in planned.stored[1:]:
-            for name in planned.names(part):
-                further = self.writer(name)
-                further.write(made[part.suffix])
-                beside[part.suffix] = further.sha256
-        return tally.summarize(writer.sha256, beside)
+        shared = self._compute_tensor_scale(planned, scheme, mask) if scheme.scale_per == "tensor" else None
+        span = scheme.scale_per if isinstance(scheme.scale_per, int) else None
+        scales_of_blocks = []
+        for block in self.blocks(planned.source, whole=whole):
+            absmax, weights = tally.prune(block, span), block.values
+            if factors is not None:
+                weights = (weights.to(torch.float32) * factors).to(weights.dtype)
+                absmax = torch.from_numpy(_find_largest(make_magnitude_keys(weights), span)).view(weights.dtype)
+            with SCHEMES.explain_failures(scheme.name):
+                scales = scheme.scales(absmax) if shared is None else shared
+                if fit and span:
+                    scales = fit(weights, scales, scheme)
+                codes = rounding(weights, scales, scheme)
+                tally.quantize(block.values, codes, scales, scheme, factors)
+                rows = _check_stored(scheme.pack(codes), planned, values, len(weights))
+            writer.write(rows)
+            if see:
+                see(block.rows, scheme.dequantize(codes, scales))
+            scales_of_blocks.append(scales)
+        scales = torch.cat(scales_of_blocks) if shared is None else shared
+        return tally.summarize(writer.sha256, self._write_beside(planned, scheme, scales))
+
+    def _write_beside(self, planned: PlannedTensor, scheme: Scheme, scales: torch.Tensor) -> dict[str, str]:
+        """Write what a scheme stores beside the values of a tensor; return the hashes, by suffix."""
+        hashes: dict[str, str] = {}
+        with SCHEMES.explain_failures(scheme.name):
+            if not bool((scales > 0).all() & torch.isfinite(scales).all()):
+                raise ValueError("it gives scales that are zero or no numbers")
+            made = {**scheme.constants(planned.source.shape), SCALE: scales}
+            for part in planned.stored[1:]:
+                stored = _check_stored(made[part.suffix], planned, part, part.shape[0])
+                for name in planned.names(part):
+                    writer = self.writer(name)
+                    writer.write(stored)
+                    hashes[part.suffix] = writer.sha256
+        return hashes
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
@@ -127,10 +169,8 @@ class Work(Reader):
         relative = math.sqrt(error / energy) if energy else 0.0
         return Measured(zeros[0], zeros[1], 0, math.sqrt(energy), relative, writer.sha256)
 
-    def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor | None:
-        """Compute the one scale [1] of a tensor whose scheme has one, which takes a pass of its own."""
-        if scheme.scale_per != "tensor":
-            return None
+    def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor:
+        """Compute the one scale [1] of a tensor, which takes a pass of its own."""
         tally, largest = _Tally(planned, mask), torch.zeros(1, dtype=get_torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
@@ -154,26 +194,6 @@ class Work(Reader):
         return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
-@dataclass(frozen=True)
-class Treatment:
-    """Way to compress a tensor, where that is not as for all.
-
-    Attributes
-    ----------
-    rounding : to the grid of its scheme.
-    fit : gives the scales of groups [rows, groups] in place of those that their largest magnitudes give.
-    whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
-    factors : what its input channels [columns] are multiplied with before they are rounded (see `calibrate.smooth`).
-    see : called with the rows of each block and its values as written (float32, dequantized).
-    """
-
-    rounding: Rounding = round_to_nearest
-    fit: Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor] | None = None
-    whole: bool = False
-    factors: torch.Tensor | None = None
-    see: Callable[[slice, torch.Tensor], object] | None = None
-
-
 def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Tensor:
     """Return the values of a tensor once it is pruned, float32 of its shape."""
     tally, values = _Tally(planned, mask), torch.empty(planned.source.shape)
@@ -184,55 +204,13 @@ def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Ten
     return values
 
 
-class _Coder:
-    """Coder of a tensor's blocks into what its scheme stores, which keeps their scales."""
-
-    def __init__(self, planned: PlannedTensor, whole_scale: torch.Tensor | None, treatment: Treatment) -> None:
-        assert planned.scheme is not None
-        self._treatment = treatment
-        self._scheme, self._planned, self._whole = planned.scheme, planned, whole_scale
-        self._scales: list[torch.Tensor] = []
-
-    @property
-    def span(self) -> int | None:
-        """Return how many columns share a scale; None for all."""
-        return self._scheme.scale_per if isinstance(self._scheme.scale_per, int) else None
-
-    def code(self, block: Block, absmax: torch.Tensor, tally: _Tally) -> torch.Tensor:
-        """Return the rows to be stored."""
-        values, factors = block.values, self._treatment.factors
-        if factors is not None:
-            values = (values.to(torch.float32) * factors).to(values.dtype)
-            absmax = torch.from_numpy(_find_largest(make_magnitude_keys(values), self.span)).view(values.dtype)
-        with SCHEMES.explain_failures(self._scheme.name):
-            scales = self._scheme.scales(absmax) if self._whole is None else self._whole
-            if self._treatment.fit and self.span:
-                scales = self._treatment.fit(values, scales, self._scheme)
-            codes = self._treatment.rounding(values, scales, self._scheme)
-            tally.quantize(block.values, codes, scales, self._scheme, factors)
-            rows = self._scheme.pack(codes)
-        if self._treatment.see:
-            self._treatment.see(block.rows, self._scheme.dequantize(codes, scales))
-        self._scales.append(scales)
-        return self._check(rows, self._planned.stored[0], len(values))
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        """Return what is stored beside the rows, by suffix; called once, after the last block."""
-        with SCHEMES.explain_failures(self._scheme.name):
-            made = dict(self._scheme.constants(self._planned.source.shape))
-            made[SCALE] = scales = torch.cat(self._scales) if self._whole is None else self._whole
-            if not bool((scales > 0).all() & torch.isfinite(scales).all()):
-                raise ValueError("it gives scales that are zero or no numbers")
-        return {part.suffix: self._check(made[part.suffix], part, part.shape[0]) for part in self._planned.stored[1:]}
-
-    def _check(self, made: torch.Tensor, part: Stored, rows: int) -> torch.Tensor:
-        """Return what was made. Raises CompressknowError where it would not fit its place in the file."""
-        dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
-        if made.dtype != dtype or tuple(made.shape) != shape:
-            stored = f"it stores {list(made.shape)} of {made.dtype} for {self._planned.name}"
-            with SCHEMES.explain_failures(self._scheme.name):
-                raise ValueError(f"{stored} where it says {list(shape)} of {dtype}")
-        return made
+def _check_stored(made: torch.Tensor, planned: PlannedTensor, part: Stored, rows: int) -> torch.Tensor:
+    """Return what a scheme made. Raises ValueError where it would not fit its place in the file."""
+    dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
+    if made.dtype != dtype or tuple(made.shape) != shape:
+        stored = f"it stores {list(made.shape)} of {made.dtype} for {planned.name}"
+        raise ValueError(f"{stored} where it says {list(shape)} of {dtype}")
+    return made
 
 
 class _Tally:

@@ -24,7 +24,7 @@ from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.sources import PRUNE_OR_EXPORT
 from compressknow.model.checkpoint import list_some
-from compressknow.model.loading import Header, LoadReport, list_headers, load_report
+from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import parse_config
 
 PATTERN = "re:"
@@ -100,10 +100,8 @@ def build_quantization_config(
     targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
 ) -> dict[str, Any]:
     """Return `quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear
-    module that stays as it is (vLLM refuses a Linear that it finds in neither list).
-
-    `prefix` is that of the base model, which the names may do without: see `build_target_patterns`.
-    """
+    module that stays as it is (vLLM refuses a Linear that it finds in neither list). `prefix` is that of the base
+    model, as in `build_target_patterns`."""
     linears = {*ignore, *(name for names in targets.values() for name in names)}
     ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
     groups = {
@@ -148,25 +146,21 @@ def prove(plan: Plan) -> Plan:
 
     Raises UnsupportedError where it loads neither form.
     """
-    headers = {name: (part.dtype, part.shape) for tensor in plan.tensors for name, part in tensor.written}
     try:
-        _load(plan, build_config(plan), headers)
+        _load(plan)
     except UnsupportedError:
         if len(plan.targets) != 1 or any(scheme.rounds for scheme in plan.targets):
             raise
         plan = replace(plan, unpacked=True)
-        _load(plan, build_config(plan), headers)
+        _load(plan)
     return plan
 
 
-def _load(plan: Plan, config: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
-    """Load an output as plain transformers would, without its values.
-
-    Raises UnsupportedError where it would not load every weight. Tensors that no weight takes, and weights that none
-    gives, are no fault of the output where the source has them too.
-    """
-    tree = plan.tree
-    report = load_report(type(tree), parse_config(tree, copy.deepcopy(dict(config))), headers)
+def _load(plan: Plan) -> None:
+    """Load an output as plain transformers would, without its values. Raises UnsupportedError where it would not load
+    every weight, but for what the source has too."""
+    tree, headers = plan.tree, {name: (part.dtype, part.shape) for each in plan.tensors for name, part in each.written}
+    report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)
     if fault := _find_fault(report, plan):
         narrow = "Prune only, or narrow --scope (or --exclude) to other layers."
         raise UnsupportedError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -120,21 +119,14 @@ class Recipe:
         if unknown or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             wrong = f"unknown key {unknown[0]!r}" if unknown else "no list of [[steps]]"
             raise UsageError(f"{origin}: {wrong}.", hint="See examples/recipes for the format.")
-        with _say_where(origin):
+        try:
             parsed = tuple(_step_from_dict(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps))
             calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
             return cls(parsed, values.get("module_map", "structural"), calibration)
-
-
-@contextmanager
-def _say_where(origin: str) -> Iterator[None]:
-    """Put the origin before the message of a UsageError that does not begin with it."""
-    try:
-        yield
-    except UsageError as error:
-        if error.what.startswith(origin):
-            raise
-        raise UsageError(f"{origin}: {error.what}", error.why, error.hint) from None
+        except UsageError as error:
+            if error.what.startswith(origin):
+                raise
+            raise UsageError(f"{origin}: {error.what}", error.why, error.hint) from None
 
 
 def read_calibration(values: Any, origin: str) -> Calibration | None:
@@ -158,9 +150,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
     except FileNotFoundError:
-        raise UsageError(
-            f"{path}: no such recipe.", hint="Give a TOML file, a manifest or a converted folder."
-        ) from None
+        hint = "Give a TOML file, a manifest or a converted folder."
+        raise UsageError(f"{path}: no such recipe.", hint=hint) from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     values = values.get("recipe", values) if isinstance(values, dict) else {}
@@ -227,20 +218,18 @@ def _parse_strings(value: Any, key: str, origin: str) -> Any:
 
 
 def _name_prune(step: Prune) -> str:
+    percent = f"{step.amount * 100:.6g}%"
     if step.where == Where(("final",)):
-        return f"FLP {step.label} {_format_percent(step)}"
+        return f"FLP {step.label} {percent}"
     if step.is_global:
         return f"{step.where.label}_GP {_name_amount(step)}"
-    return f"{step.where.label} {step.label}{' per layer' if step.per_layer else ''} {_format_percent(step)}"
+    return f"{step.where.label} {step.label}{' per layer' if step.per_layer else ''} {percent}"
 
 
 def _name_amount(step: Prune) -> str:
     # The paper's own method goes without saying.
-    return _format_percent(step) if step.chosen == METHODS[METHODS.first] else f"{step.label} {_format_percent(step)}"
-
-
-def _format_percent(step: Prune) -> str:
-    return f"{step.amount * 100:.6g}%"
+    method = "" if step.chosen == METHODS[METHODS.first] else f"{step.label} "
+    return f"{method}{step.amount * 100:.6g}%"
 
 
 # By name, the options of `convert` that a recipe says too, in the order of the help page.
@@ -260,8 +249,8 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     """Build the recipe of single options: at most one step of a kind, all in one place. The `options` are those of
     `OPTIONS`, but not of `where`, and of `SHARED`; None is as if left out. Of `parameters`, the method and the scheme
     each take those that they have."""
-    if unknown := options.keys() - OPTIONS.keys() - set(SHARED):
-        raise TypeError(f"There is no option {min(unknown)}.")
+    if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
+        raise TypeError(f"There is no option {min(misspelled)}.")
     given = {name: value for name, value in options.items() if value is not None}
     # Of a scope, only the sides of an encoder-decoder model narrow what is left out.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
@@ -285,7 +274,12 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     if steps:
         # Every prune step has these, whatever its method does with them.
         shared = {name: given[name] for name in ("norm", "dim") if given.get(name) not in (None, getattr(Prune, name))}
-        _check_parameters({**shared, **parameters}, [step for step in steps if isinstance(step, Prune | Quantize)])
+        chosen = [step.chosen for step in steps if isinstance(step, Prune | Quantize)]
+        known = {parameter.name for each in chosen for parameter in each.parameters()}
+        if unknown := sorted((shared.keys() | parameters.keys()) - known):
+            names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
+            hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
+            raise UnusedOptions(f"{unknown[0]!r} is no parameter of {names}.", hint=hint, names=[unknown[0]])
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
             own = {each.name: parameters[each.name] for each in step.chosen.parameters() if each.name in parameters}
@@ -306,9 +300,8 @@ def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any])
 
 def _unify(value: Any) -> Any:
     # One scope is as good as a sequence of it, and nothing chosen is None; zero is a choice.
-    if isinstance(value, list | tuple | dict):
-        return tuple(value) or None
-    return (value,) if isinstance(value, str) else value
+    values = (value,) if isinstance(value, str) else value
+    return tuple(values) or None if isinstance(values, list | tuple | dict) else values
 
 
 def format_options(recipe: Recipe) -> list[str] | None:
@@ -361,15 +354,6 @@ def _check_has_step(given: Mapping[str, Any]) -> None:
             *flags, last = (f"--{name.replace('_', '-')}" for name in usual)
             hint = f"{', '.join(flags)} and {last} go with {action.option} {action.metavar}."
             raise UnusedOptions(f"There is nothing to {what}.", hint=hint, names=usual)
-
-
-def _check_parameters(parameters: Mapping[str, Any], steps: Sequence[Prune | Quantize]) -> None:
-    known = {each.name for step in steps for each in step.chosen.parameters()}
-    if unknown := sorted(set(parameters) - known):
-        names = " and ".join(step.chosen.name for step in steps) or "a step that drops blocks or neurons"
-        near = suggest_word(unknown[0], known)
-        hint = f"{near}Choose from {', '.join(sorted(known))}." if known else None
-        raise UnusedOptions(f"{unknown[0]!r} is no parameter of {names}.", hint=hint, names=[unknown[0]])
 
 
 def to_toml(recipe: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ and what runs it; where a converted checkpoint runs is told from its manifest.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from compressknow.base.packages import Registry
@@ -147,8 +147,7 @@ def find_schemes(names: Iterable[str]) -> list[Scheme]:
 
 def read_schemes(recipe: Mapping[str, Any] | None) -> list[Scheme]:
     """Return the installed schemes of a manifest's recipe; none without a recipe."""
-    steps: Sequence[Mapping[str, Any]] = (recipe or {}).get("steps", ())
-    return find_schemes(str(step["quantize"]) for step in steps if step.get("quantize"))
+    return find_schemes(str(step["quantize"]) for step in (recipe or {}).get("steps", ()) if step.get("quantize"))
 
 
 def choose_word(schemes: Iterable[Scheme]) -> str:
@@ -420,9 +419,7 @@ def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """Return where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
-    if find_vllm_obstacle(manifest):
-        return None
-    shapes = _collect_shapes(manifest)
+    shapes = {} if find_vllm_obstacle(manifest) else _collect_shapes(manifest)
     limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
@@ -434,7 +431,7 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
         return f"{architecture} is not among the text generation models that are known to run there"
     if unused := manifest.get("unused"):
         return f"{architecture} has no place for {unused[0]}, at which its loader stops"
-    quantized = {_name_module(row): row for row in _find_quantized(manifest)}
+    quantized = {_name_module(row): row for row in manifest["tensors"] if row.get("scheme")}
     shapes = _collect_shapes(manifest)
     obstacles = (
         SCHEMES[name].vllm_obstacle(shapes[name]) if name in SCHEMES else f"it has no kernel for {name}"
@@ -451,14 +448,12 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     return next((f"it fuses {split}" for split in _describe_split(modules, quantized, word)), None)
 
 
-def _find_quantized(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (row for row in manifest["tensors"] if row.get("scheme"))
-
-
 def _collect_shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shapes of the weights of each scheme."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    for row in _find_quantized(manifest):
-        shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
+    for row in manifest["tensors"]:
+        if row.get("scheme"):
+            shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
     return shapes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +31,8 @@ PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow expo
 
 
 class Sources:
-    """Stored tensors of a checkpoint, as `open_complete` opens it, by the parameters of its module tree, with ties
-    resolved. Raises CheckpointError where the folder has no weights, UnsupportedError where they are quantized already.
-    """
+    """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved. Raises what
+    `check_usable` does."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
         check_usable(checkpoint)
@@ -43,7 +42,8 @@ class Sources:
         modules = model.named_modules(remove_duplicate=False)
         self._embeddings = sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
         self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._position = {name: i for i, name in enumerate(checkpoint.tensors)}
+        # In the order in which they are stored.
+        self.position = {name: i for i, name in enumerate(checkpoint.tensors)}
         self.bound: dict[str, Binding] = self._naming.bind(checkpoint.tensors)
         self._model = model
         self._parts: dict[str, list[StoredTensor]] = {}
@@ -77,7 +77,7 @@ class Sources:
             part = stored.rows(parameter, rows)
             self._tensors[parameter], self.bound[parameter] = part, Binding((parameter,))
             self._parts[parameter], self.supply[parameter] = [part], parameter
-            self._position[parameter] = self._position[stored.name]
+            self.position[parameter] = self.position[stored.name]
         return True
 
     def tensor(self, parameter: str) -> StoredTensor:
@@ -137,32 +137,41 @@ class Sources:
             if seen.setdefault(_locate(tensor), name) == name:
                 yield tensor
 
-    def sort_key(self, source: StoredTensor, created: bool, name: str) -> tuple[int, bool, str]:
-        """Return a key that sorts output tensors as sources are stored, created ones behind what they were tied to."""
-        return self._position[source.name], created, name
-
-    def check(self, weight: LinearWeight, scheme: Scheme | None, alike: Sequence[LinearWeight]) -> None:
-        """Raise where a weight is not stored as the config says, or has no form of the scheme that loads and runs
-        right. `alike` are all weights of the same scheme."""
-        parts = self.of(weight)
+    def check(self, weight: LinearWeight, schemes: Mapping[LinearWeight, Scheme | None]) -> None:
+        """Raise where a weight is not stored as the config says, or has no form of its scheme that loads and runs
+        right. `schemes` are those of all weights in scope."""
+        parts, scheme = self.of(weight), schemes[weight]
         if not parts:
             raise CheckpointError(
                 f"The checkpoint lacks {weight.parameter}, which its config says it has.",
                 hint="Is it a base model without this head? Narrow --scope, or mend `architectures` in its config.",
             )
         for part in parts:
-            _check_dtype(part)
-        if scheme and (reason := self._find_obstacle(weight, parts, scheme)):
+            if part.dtype not in FLOAT_DTYPES:
+                raise UnsupportedError(
+                    f"{part.name} is stored as {part.dtype}.",
+                    why="Weights of 32 or 16 bits (F32, F16, BF16) can be compressed; this looks quantized already."
+                    if part.itemsize == 1
+                    else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
+                    hint="Start from the original checkpoint, or save it in one of these dtypes.",
+                )
+        if scheme and (reason := self._find_obstacle(weight, scheme)):
             raise UnsupportedError(
                 f"{weight.module} ({parts[0].name}) cannot be quantized to {scheme.word}.",
                 why=reason,
-                hint=self._suggest_options(scheme, alike),
+                hint=self._suggest_options(scheme, [each for each, other in schemes.items() if other == scheme]),
             )
 
     def _suggest_options(self, scheme: Scheme, alike: Sequence[LinearWeight]) -> str:
         """Say by which options all weights can be stored, and which leave out those that cannot, if any are left."""
-        parameters = _suggest_parameters(scheme, {each.shape for each in alike})
-        misfits = [each for each in alike if (parts := self.of(each)) and self._find_obstacle(each, parts, scheme)]
+        with SCHEMES.explain_failures(scheme.name):
+            fit = scheme.fit({each.shape for each in alike}) or {}
+        changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
+        options = " ".join(
+            f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed
+        )
+        parameters = f"With {options} all layers in scope can be stored. " if options else ""
+        misfits = [each for each in alike if self.of(each) and self._find_obstacle(each, scheme)]
         # Where experts are stored one by one, transformers loads no other quantized layer either.
         if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
             return PRUNE_OR_EXPORT
@@ -171,15 +180,15 @@ class Sources:
         others = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
         return f"{parameters}Prune it only, or narrow --scope to what has an {scheme.word} form: --exclude '{others}'."
 
-    def _find_obstacle(self, weight: LinearWeight, parts: Sequence[StoredTensor], scheme: Scheme) -> str | None:
+    def _find_obstacle(self, weight: LinearWeight, scheme: Scheme) -> str | None:
+        parts = self.of(weight)
         part, bound = parts[0], [self.bound[part.name] for part in parts if part.name in self.bound]
         if weight.kind != "linear":
             return NO_FORM[weight.kind].format(word=scheme.word)
-        if any(binding.reshaped for binding in bound):
-            return NO_FORM["reshaped"]
         if bound:
             name = part.name if bound[0].parameter == weight.parameter else weight.parameter
-            if not self._naming.scale_follows(name, weight.parameter):
+            is_reshaped = any(binding.reshaped for binding in bound)
+            if is_reshaped or not self._naming.scale_follows(name, weight.parameter):
                 return NO_FORM["reshaped"]
         if self._read & set(weight.modules):
             return NO_FORM["read"]
@@ -190,26 +199,6 @@ class Sources:
     def _read(self) -> set[str]:
         """Return the modules whose weight is taken for what it is; a cast to its dtype is no harm."""
         return {module for module, read in find_direct_reads(self._model).items() if read == "values"}
-
-
-def _check_dtype(part: StoredTensor) -> None:
-    if part.dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(
-            f"{part.name} is stored as {part.dtype}.",
-            why="Weights of 32 or 16 bits (F32, F16, BF16) can be compressed; this looks quantized already."
-            if part.itemsize == 1
-            else f"Only {', '.join(FLOAT_DTYPES)} can be compressed.",
-            hint="Start from the original checkpoint, or save it in one of these dtypes.",
-        )
-
-
-def _suggest_parameters(scheme: Scheme, shapes: Iterable[tuple[int, ...]]) -> str:
-    """Return the options by which weights of all these shapes can be stored, if some are needed and help."""
-    with SCHEMES.explain_failures(scheme.name):
-        fit = scheme.fit(shapes) or {}
-    changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
-    options = " ".join(f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed)
-    return f"With {options} all layers in scope can be stored. " if options else ""
 
 
 def _build_kind_pattern(module: str) -> str:
@@ -226,7 +215,7 @@ def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def check_usable(checkpoint: Checkpoint) -> None:
-    """Raise what `Sources` does of a checkpoint."""
+    """Raise CheckpointError where a folder has no weights, UnsupportedError where they are quantized already."""
     checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"

@@ -79,15 +79,12 @@ class Where:
     def label(self) -> str:
         named = "+".join(PAPER_SCOPES.get(scope, scope) for scope in self.scope)
         narrowed = [f"layers {self.layers}"] if self.layers else []
-        narrowed += [*_name_patterns("include", self.include), *_name_patterns("exclude", self.exclude)]
+        for word, patterns in (("include", self.include), ("exclude", self.exclude)):
+            if sum(map(len, patterns)) > _LONGEST:
+                # All of them would make a name too long to read.
+                patterns = (f"{len(patterns)} pattern{'s' if len(patterns) > 1 else ''}",)
+            narrowed += [f"{word} {pattern}" for pattern in patterns]
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
-
-
-def _name_patterns(word: str, patterns: tuple[str, ...]) -> list[str]:
-    """Return the patterns, or how many there are where they would make a name too long to read."""
-    if sum(map(len, patterns)) > _LONGEST:
-        return [f"{word} {len(patterns)} pattern{'s' if len(patterns) > 1 else ''}"]
-    return [f"{word} {pattern}" for pattern in patterns]
 
 
 # The scopes that narrow what is dropped: blocks and neurons are of a side of the model, not of a kind of layer.
@@ -99,8 +96,7 @@ class DropBlocks:
     """Step that leaves whole transformer blocks out, of each stack by itself.
 
     `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
-    them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder`` or ``decoder``, or is as it is by
-    default: all stacks of the language model.
+    them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder``, ``decoder`` or, by default, both.
     """
 
     blocks: int | str = field(
@@ -120,13 +116,11 @@ class DropBlocks:
             # Who lists blocks that no model has would not end.
             last = max(numbers[-1] for numbers in parse_layers(self.blocks).values())
             if last >= MOST_BLOCKS:
-                raise UsageError(
-                    f"There is no block {last:,}, which {self.blocks!r} names.", hint="Write 20-23, 3 or 0-2,5."
-                )
+                what = f"There is no block {last:,}, which {self.blocks!r} names."
+                raise UsageError(what, hint="Write 20-23, 3 or 0-2,5.")
         elif not is_of(int, self.blocks) or self.blocks < 1:
-            raise UsageError(
-                f"{self.blocks!r} is no number of blocks to drop.", hint="Give a number such as 4, or blocks: 20-23."
-            )
+            what = f"{self.blocks!r} is no number of blocks to drop."
+            raise UsageError(what, hint="Give a number such as 4, or blocks: 20-23.")
         _check_sides(self.where, "drop_blocks")
 
     @property
@@ -177,9 +171,8 @@ class DropNeurons:
         what, hint = "The amount of neurons to drop", "0.2 drops 20 % of the neurons of each feed-forward block."
         _check_amount(self.amount, what, hint)
         if self.multiple is not None and (not is_of(int, self.multiple) or self.multiple < 1):
-            raise UsageError(
-                f"multiple must be a whole number of at least 1: {self.multiple!r}.", hint="1 is the exact amount."
-            )
+            what = f"multiple must be a whole number of at least 1: {self.multiple!r}."
+            raise UsageError(what, hint="1 is the exact amount.")
         _check_sides(self.where, "drop_neurons")
 
     @property
@@ -336,9 +329,8 @@ class Quantize:
     @property
     def further(self) -> list[str]:
         """Return what is not as usual beside the scheme, in words."""
-        further = self.chosen.describe_changed()
-        further += [self.rounding] if self.rounding != ROUNDINGS[0] else []
-        return further + ([f"smooth {self.smooth:g}"] if self.smooth is not None else [])
+        rounding = [] if self.rounding == ROUNDINGS[0] else [self.rounding]
+        return [*self.chosen.describe_changed(), *rounding, *([f"smooth {self.smooth:g}"] if self.smooth else [])]
 
 
 def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
@@ -350,21 +342,6 @@ def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
 Kind = Literal["self", "file", "hf"]
 SELF, HUB = "self", "hf:"
 FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
-
-
-def _find_kind(text: Any) -> Kind:
-    """Tell what a text is in, without looking at any file. Raises UsageError for the name of none.
-
-    >>> [_find_kind(text) for text in ("self", "notes.txt", "rows.jsonl", "hf:wikitext:wikitext-2-raw-v1")]
-    ['self', 'file', 'file', 'hf']
-    """
-    if text == SELF:
-        return "self"
-    if isinstance(text, str) and text.startswith(HUB) and text != HUB:
-        return "hf"
-    if isinstance(text, str) and Path(text).suffix.lower() in (".txt", ".jsonl"):
-        return "file"
-    raise UsageError(f"There is no calibration text {text!r}.", hint=FORMS)
 
 
 @dataclass(frozen=True)
@@ -397,7 +374,14 @@ class Calibration:
 
     @property
     def kind(self) -> Kind:
-        return _find_kind(self.text)
+        """Tell what the text is in, without looking at any file. Raises UsageError for the name of none."""
+        if self.text == SELF:
+            return "self"
+        if isinstance(self.text, str) and self.text.startswith(HUB) and self.text != HUB:
+            return "hf"
+        if isinstance(self.text, str) and Path(self.text).suffix.lower() in (".txt", ".jsonl"):
+            return "file"
+        raise UsageError(f"There is no calibration text {self.text!r}.", hint=FORMS)
 
     @property
     def work(self) -> Literal["sample", "text"]:
@@ -406,7 +390,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
-        _find_kind(self.text)
+        self.kind  # noqa: B018  # raises for a text that is none
         for name, least in (("tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if not is_of(int, value) or value < least:
@@ -431,19 +415,16 @@ def _check_amount(amount: Any, what: str, hint: str) -> None:
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
-    """Return how many weights a step zeroes, from shapes alone: in each tensor, and in all. The first is None where one
-    choice over all tensors decides how many fall in which."""
+    """Return how many weights a step zeroes, from shapes alone: in each tensor, None where one choice over all tensors
+    decides that, and in all."""
     with METHODS.explain_failures(step.method):
         counts = step.chosen.count_all(weights, step.amount)
     return (None, counts) if isinstance(counts, int) else (counts, sum(counts))
 
 
 def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
-    """Decide what a step prunes by looking at weights alone.
-
-    Raises CheckpointError naming a tensor that holds NaN or an infinity, and CompressknowError where a method of
-    another package fails.
-    """
+    """Decide what a step prunes by looking at weights alone. Raises CheckpointError naming a tensor that holds NaN or
+    an infinity, CompressknowError where a method of another package fails."""
     with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):

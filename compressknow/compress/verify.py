@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from compressknow.model.manifest import (
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
 
 SHOWN = 20
-ADDED = "not in the manifest"
+ADDED, CHANGED = "not in the manifest", "its bytes differ (sha256)"
 UNSEALED = (
     "The manifest has no hash of itself (it was written by an older version): its recipe, source and versions could "
     "not be checked."
@@ -72,14 +72,11 @@ def raise_if_different(folder: str | Path, result: Verification) -> None:
     if result.differences:
         lines = [str(difference) for difference in result.differences[:SHOWN]]
         more = len(result.differences) - len(lines)
-        is_only_added = all((each.tensor, each.what) == (None, ADDED) for each in result.differences)
-        raise VerificationError(
-            f"{folder} differs from its manifest in {_count_places(result.differences)}.",
-            why="\n".join(lines + ([f"and {more} more: see --json"] if more else [])),
-            hint="Move what convert did not write to another folder."
-            if is_only_added
-            else "Convert it again: the manifest holds the recipe (--recipe).",
-        )
+        hint = "Convert it again: the manifest holds the recipe (--recipe)."
+        if all((each.tensor, each.what) == (None, ADDED) for each in result.differences):
+            hint = "Move what convert did not write to another folder."
+        what = f"{folder} differs from its manifest in {_count_places(result.differences)}."
+        raise VerificationError(what, "\n".join(lines + ([f"and {more} more: see --json"] if more else [])), hint)
 
 
 def _count_places(differences: Sequence[Difference]) -> str:
@@ -89,13 +86,8 @@ def _count_places(differences: Sequence[Difference]) -> str:
 def compare_to_manifest(
     folder: str | Path, *, threads: int | None = None, advance: Advance | None = None
 ) -> Verification:
-    """Rehash and recount everything in a folder that convert wrote: tensors, scales, the files beside them.
-
-    A file that is not in the manifest is a difference too. The model card (README.md) may be edited freely and is not
-    compared, and hidden files are left alone.
-
-    Raises CheckpointError where there is no manifest, or one that this version cannot read.
-    """
+    """Rehash and recount everything in a folder that convert wrote, but the model card, which may be edited, and hidden
+    files. A file that is not in the manifest is a difference too. Raises what `read_manifest` does."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     places = _read_index(folder)
@@ -113,21 +105,15 @@ def compare_to_manifest(
     # Tensors last: a file that is missing takes all of its own with it.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
-    differences += [Difference(name, None, ADDED) for name in _find_added(folder, manifest, places)]
+    known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
+    there = [name.as_posix() for name in walk_visible(folder) if not (folder / name).is_dir()]
+    differences += [Difference(name, None, ADDED) for name in there if name not in known]
     if SEAL in manifest and manifest[SEAL] != hash_manifest(manifest):
         what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
     differences += [difference for check in checks for difference in check]
     notes = () if SEAL in manifest else (UNSEALED,)
     return Verification(len(rows), len(manifest["files"]), total, tuple(differences), notes)
-
-
-def _find_added(folder: Path, manifest: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[str]:
-    """Yield the files that convert did not write, but the model card, and hidden ones."""
-    known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
-    for name in walk_visible(folder):
-        if not (folder / name).is_dir() and name.as_posix() not in known:
-            yield name.as_posix()
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -180,14 +166,14 @@ def _compare_tensor(
     if zeros != expected.get("zeros", zeros):
         differences.append(f"{zeros:,} zeros, expected {expected['zeros']:,}")
     if digest.hexdigest() != expected["sha256"]:
-        differences.append("its bytes differ (sha256)")
+        differences.append(CHANGED)
     return [Difference(tensor.file.name, name, what) for what in differences]
 
 
 def _compare_file(pool: Pool, folder: Path, name: str, sha256: str) -> list[Difference]:
     if not (folder / name).is_file():
         return [Difference(name, None, "missing")]
-    return [] if hash_file(pool, folder / name) == sha256 else [Difference(name, None, "its bytes differ (sha256)")]
+    return [] if hash_file(pool, folder / name) == sha256 else [Difference(name, None, CHANGED)]
 
 
 def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:

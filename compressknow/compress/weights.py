@@ -55,12 +55,11 @@ class Values:
     @property
     def bytes_read(self) -> int:
         """Count the bytes that are read, without scales."""
-        rows = get_matrix_shape(self.shape)[0]
-        return self.stored.nbytes // max(get_matrix_shape(self.tensor.shape)[0], 1) * rows
+        whole, compared = (get_matrix_shape(shape)[0] for shape in (self.tensor.shape, self.shape))
+        return self.stored.nbytes // max(whole, 1) * compared
 
     def blocks(self, reader: Reader, columns: int | None = None, *, whole: bool = False) -> Iterator[Block]:
-        """Yield blocks of what is compared as `Reader.blocks` does, with the rows of a tensor of so many columns; by
-        default of its own."""
+        """Yield blocks of what is compared as `Reader.blocks` does, by default with as many rows as fit its width."""
         own = get_matrix_shape(self.tensor.shape)[1]
         # A tensor picks columns several times as fast as a list.
         picked = None if self.columns is None else torch.tensor(self.columns)
@@ -73,13 +72,6 @@ class Values:
         scale = read_scales(reader, self)
         for block in self.blocks(reader):
             yield block, dequantize_block(self, block, scale)
-
-
-def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
-    """Tell whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
-    rows, columns = get_matrix_shape(tensor.shape)
-    per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
-    return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
 
 
 def _unpack(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
@@ -176,11 +168,16 @@ class Side:
 
 
 def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
-    """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric, as `is_scale_of` says."""
+    """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric: a number for the tensor, for
+    each of its rows, or for each group of columns."""
     scale = parts.get(f"{tensor.name}_scale")
     # A zero point, or groups of columns that are no neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
-    return scale if scale and not more and is_scale_of(scale, tensor) else None
+    if scale is None or more or scale.dtype not in FLOAT_DTYPES:
+        return None
+    rows, columns = get_matrix_shape(tensor.shape)
+    per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
+    return scale if scale.numel in (1, rows) or per_group else None
 
 
 def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Side:
@@ -211,23 +208,21 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
             own[name] = tensor
             if binding:
                 loaded_to[name] = binding.parameter
-    unpacked = {
-        weight.parameter: Values(packed[weight.parameter][1], scale, packed[weight.parameter][0])
-        for weight in structure.linears
-        if weight.parameter in packed and (scale := _find_scale(checkpoint.tensors, packed[weight.parameter][1]))
-    }
-    of_low_bits = {parameter: values.tensor for parameter, values in unpacked.items()}
+    unpacked: dict[str, Values] = {}
+    of_low_bits: dict[str, StoredTensor] = {}
+    for parameter in (weight.parameter for weight in structure.linears if weight.parameter in packed):
+        words, values = packed[parameter]
+        if scale := _find_scale(checkpoint.tensors, values):
+            of_low_bits[parameter], unpacked[values.name] = values, Values(values, scale, words)
     own |= of_low_bits
     stored = find_suppliers(checkpoint, whole, structure.tied)
     # A final layer that was tied and is packed has values of its own.
     supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
-    by_name = {values.tensor.name: values for values in unpacked.values()}
-    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, by_name)
+    return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)
 
 
 def _find_module(name: str, modules: set[str]) -> str | None:
     """Return the innermost module that a name lies in."""
-    while name := name.rpartition(".")[0]:
-        if name in modules:
-            return name
-    return None
+    parts = name.split(".")
+    above = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+    return next((module for module in above if module in modules), None)

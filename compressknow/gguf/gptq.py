@@ -128,8 +128,8 @@ class _Rows:
     def round(self, factor: torch.Tensor) -> Bytes:
         """Return the rows as bytes, uint8 [rows, bytes per row]."""
         width = self._layout.width
-        outer = [Level(BLOCK)] if width < BLOCK else []
-        compensate(self._columns, factor, [*outer, Level(width, self._fix_grid), Level(FINE)], self._round_column)
+        outer: list[Level] = [(BLOCK, None)] if width < BLOCK else []
+        compensate(self._columns, factor, [*outer, (width, self._fix_grid), (FINE, None)], self._round_column)
         blocks = np.stack([self._blocks[number] for number in range(len(self._order) // width)], axis=1)
         rows = blocks.shape[0]
         codes = self._codes.T.contiguous().numpy().reshape(-1, width)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Literal, get_args
 
@@ -94,6 +95,14 @@ class Structure:
         """Return how many parameters a checkpoint of it stores: those that share their storage once."""
         left_out = self.buffers | self.tied.keys()
         return sum(prod(shape) for name, shape in self.parameters.items() if name not in left_out)
+
+    @cached_property
+    def _groups(self) -> dict[str | None, str]:
+        return {weight.parameter: weight.group or "other" for weight in self.linears}
+
+    def find_group(self, parameter: str | None) -> str:
+        """Return the group of a parameter; `NOT_LINEAR` of None, and of what is no Linear weight."""
+        return self._groups.get(parameter, NOT_LINEAR)
 
     @property
     def unplaced(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UnsupportedError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.reading import read_toml
-from compressknow.compress.calibrate.text import TOKENS, check_text, hash_file
+from compressknow.compress.calibrate.text import TOKENS, check_text, hash_text
 from compressknow.compress.parameters import list_options
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, STEPS, Recipe, build_recipe, list_parameters
@@ -132,7 +132,7 @@ def list_cells(
     the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration of that of methods: a
     grid file says all of it.
 
-    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_file`
+    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_text`
     does of its calibration texts.
     """
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
@@ -150,7 +150,7 @@ def list_cells(
     if str(grid) == PAPER:
         return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
     cells = build_methods_grid(opened(), chosen, text) if str(grid) == METHODS_GRID else read_grid(Path(grid))
-    texts = {each: hash_file(each) if each else None for each in dict.fromkeys(c.recipe.calibration for c in cells)}
+    texts = {each: hash_text(each) if each else None for each in dict.fromkeys(c.recipe.calibration for c in cells)}
     return tuple(replace(cell, text_sha256=texts[cell.recipe.calibration]) for cell in cells)
 
 

@@ -41,12 +41,10 @@ GRADIENTS = torch.bfloat16
 
 
 def choose_factors() -> torch.dtype:
-    """Return what the factors of products are rounded to: bfloat16, where the CPU multiplies it faster than float32.
-
-    Intel's without AMX have instructions for it that are slower (80 GFLOP/s of one core, 130 to 180 in float32).
-    """
+    """Return what the factors of products are rounded to: bfloat16, where the CPU multiplies it faster than float32."""
     own = torch.cpu.get_capabilities()
-    # AVX512-FP16 tells Intel's from AMD's.
+    # Intel's without AMX have instructions for it that are slower (80 GFLOP/s of one core, 130 to 180 in float32);
+    # AVX512-FP16 tells them from AMD's.
     fast = own.get("amx_bf16") or (own.get("avx512_bf16") and not own.get("avx512_fp16"))
     return torch.bfloat16 if fast else torch.float32
 
@@ -121,7 +119,7 @@ def compute_gradients(
 def _run(
     streamed: StreamedModel,
     passes: Sequence[GradientPass],
-    forwards: Mapping[str, Callable[..., Any]],
+    forwards: Mapping[str, Run],
     weights: Sequence[LinearWeight],
     visit: Visit,
     head: str,
@@ -174,6 +172,7 @@ def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+Run = Callable[..., Any]
 # Puts tensors in the places of those that arguments or outputs of a module had.
 _Fill = Callable[[Sequence[torch.Tensor]], Any]
 _TENSOR = object()
@@ -234,18 +233,14 @@ class GradientPass(ForwardPass):
         outputs = _Stop.apply(self, module, fill, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
         return returned[0](outputs)
 
-    def run_forward(self, run: Callable[..., Any], call: _Call) -> Any:
+    def run_forward(self, run: Run, call: _Call) -> Any:
         """Run a module without gradients, for one copy of each row."""
         args, kwargs = call.fill(call.inputs)
         with torch.no_grad(), translate_failures():
             return run(*args, **kwargs)
 
     def run_backward(
-        self,
-        run: Callable[..., Any],
-        call: _Call,
-        parameters: Mapping[str, torch.Tensor],
-        products: dict[str, list[Product]],
+        self, run: Run, call: _Call, parameters: Mapping[str, torch.Tensor], products: dict[str, list[Product]]
     ) -> list[torch.Tensor | None]:
         """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""

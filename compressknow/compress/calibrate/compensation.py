@@ -15,7 +15,6 @@ would give, of what is read now, what the original gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -34,13 +33,17 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor) -> torch.Tensor
     rows and columns in this `order` (int64 [in]).
 
     Row i of U is that of the inverse which is left when channels 0 to i - 1 are settled, over the root of its own
-    diagonal (GPTQ, arXiv 2210.17323, section 3.3, step 3). The damping is 1 % of the mean diagonal of H, ten times that
-    if it does not suffice.
-
-    Raises CompressknowError naming the layer if H cannot be inverted even then.
+    diagonal (GPTQ, arXiv 2210.17323, section 3.3, step 3). Raises CompressknowError naming the layer if H cannot be
+    inverted with any of `DAMPINGS`.
     """
+    assert inputs.products is not None
+    backwards = order.flip(0)
     for share in DAMPINGS:
-        lower, failed = torch.linalg.cholesky_ex(_damp_reversed(inputs, share, order))
+        # Last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse. That takes one
+        # decomposition; by way of the inverse it takes two, and squares the condition number.
+        damped = inputs.products[backwards[:, None], backwards]
+        damped.diagonal().add_(share * damped.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
             _invert_in_place(lower)
             upper: torch.Tensor = lower.flip(0, 1)
@@ -59,21 +62,10 @@ def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tupl
     """
     with inputs.lock:
         if by_activation not in inputs.inverses:
-            squares = inputs.squares
-            order = (
-                torch.argsort(squares, descending=True, stable=True) if by_activation else torch.arange(len(squares))
-            )
+            largest_first = torch.argsort(inputs.squares, descending=True, stable=True)
+            order = largest_first if by_activation else torch.arange(len(largest_first))
             inputs.inverses[by_activation] = factor_inverse(inputs, order), order
         return inputs.inverses[by_activation]
-
-
-def _damp_reversed(inputs: InputStatistics, share: float, order: torch.Tensor) -> torch.Tensor:
-    """Return H with its damping, last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse.
-    That takes one decomposition; by way of the inverse it takes two, and squares the condition number."""
-    assert inputs.products is not None
-    damped = inputs.products[order.flip(0)[:, None], order.flip(0)]
-    damped.diagonal().add_(share * damped.diagonal().mean())
-    return damped
 
 
 def _invert_in_place(lower: torch.Tensor) -> None:
@@ -113,12 +105,9 @@ BLOCK, FINE = 128, 16
 Settle = Callable[[int, torch.Tensor], torch.Tensor]
 
 
-class Level(NamedTuple):
-    """Level of blocks of `width` columns; `begin`, if any, gets the number of the first column of each and its values
-    [columns, rows], when all errors before it have reached them."""
-
-    width: int
-    begin: Callable[[int, torch.Tensor], None] | None = None
+# Blocks of so many columns, and what gets the number of the first column of each and its values [columns, rows] when
+# all errors before it have reached them.
+Level = tuple[int, Callable[[int, torch.Tensor], None] | None]
 
 
 def compensate(
@@ -133,7 +122,7 @@ def compensate(
     levels : blocks, the widest first, each of which holds whole blocks of the next; without any, single columns.
     settle : called for each column in order; they are numbered from `first` on.
     """
-    width, begin = levels[0] if levels else Level(1)
+    width, begin = levels[0] if levels else (1, None)
     for start in range(0, len(columns), width):
         stop = min(start + width, len(columns))
         block, corner = columns[start:stop], factor[start:stop, start:stop]
@@ -206,5 +195,5 @@ def round_by_gptq(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, in
         codes.append(round_to_nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 
-    compensate(columns, factor, [Level(BLOCK), Level(FINE)], settle)
+    compensate(columns, factor, [(BLOCK, None), (FINE, None)], settle)
     return torch.stack([codes[place] for place in order.argsort().tolist()], 1)

@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured, Treatment, Work, read_pruned
+from compressknow.compress.process import Measured, Work, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
@@ -60,24 +60,24 @@ def estimate(plan: Plan) -> dict[str, Any]:
 
 
 def describe_memory(plan: Plan) -> str:
-    """Say in a sentence what the calibration of a plan takes, for the error where there is not so much."""
+    """Say in a sentence what the calibration of a plan takes."""
     return f"That takes about {write_size(estimate(plan)['bytes'])}."
 
 
 def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
     """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
-        yield _estimate_runs(_list_weights(read_structure(removal.original[1])), tokens, 1)
+        yield _estimate_runs(read_structure(removal.original[1]), tokens, 1)
     if removal.neurons and not removal.is_decided:
-        widths = [drop.width.value for drop in removal.neurons for _ in drop.networks]
+        widths = [drop.before for drop in removal.neurons for _ in drop.networks]
         # X^T X, and what is left of it twice in float64.
         sums = 5 * max(widths) ** 2
-        yield _estimate_runs(_list_weights(read_structure(removal.wide[1])), tokens, 2, widths=widths, sums=sums)
+        yield _estimate_runs(read_structure(removal.wide[1]), tokens, 2, widths=widths, sums=sums)
 
 
 def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
-    weights, targets = _list_weights(plan.structure), {tensor.parameter for tensor in plan.tensors if tensor.in_scope}
-    compressed = [weight for weight in weights if weight.parameter in targets]
+    targets = {tensor.parameter for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
+    compressed = [weight for weight in plan.structure.linears if weight.parameter in targets]
     reads: set[tuple[str, str, int]] = set()
     if any(map(_is_sum_of_products, plan.tensors)):
         # Layers side by side in a module as a rule read the same tensor.
@@ -85,42 +85,28 @@ def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
     squares: Counter[str] = Counter()
     for block, _, width in reads:
         squares[block] += width**2
-    inside = {weight.parameter for weight in weights if weight.layer is not None}
     # With a second run of the text, and sums of how far what is read has come from the original's.
     pairs = 1 + _looks_back(plan.tensors)
-    _, memory, operations = _estimate_runs(
-        weights,
-        tokens,
-        1 + pairs,
-        pairs=pairs,
-        widths=[width for *_, width in reads],
-        sums=max(squares.values(), default=0),
-        outside=sum(math.prod(shape) for name, shape in plan.structure.parameters.items() if name not in inside),
-    )
+    widths, sums = [width for *_, width in reads], max(squares.values(), default=0)
+    _, memory, operations = _estimate_runs(plan.structure, tokens, 1 + pairs, pairs=pairs, widths=widths, sums=sums)
     return len(set(map(_find_block, compressed))), memory, operations
 
 
 def _estimate_runs(
-    weights: Sequence[LinearWeight],
-    tokens: int,
-    runs: int,
-    *,
-    pairs: int = 1,
-    widths: Sequence[int] = (),
-    sums: int = 0,
-    outside: int | None = None,
+    structure: Structure, tokens: int, runs: int, *, pairs: int = 1, widths: Sequence[int] = (), sums: int = 0
 ) -> Estimate:
     """Estimate so many runs of the text, with X^T X of so many channels and its decomposition, all for each of `pairs`.
 
     In memory are hidden states, with the largest block and so many sums, or with what lies outside the blocks: that is
-    not there while blocks run. By default the Linear weights outside count alone.
+    not there while blocks run.
     """
+    weights = [weight for weight in structure.linears if weight.group != "vision"]
     blocks: Counter[str] = Counter()
     for weight in weights:
         blocks[_find_block(weight)] += weight.stored
+    inside = {weight.parameter for weight in weights if weight.layer is not None}
+    outside = sum(math.prod(shape) for name, shape in structure.parameters.items() if name not in inside)
     states = 2 * pairs * tokens * max(weight.shape[-1] for weight in weights)
-    if outside is None:
-        outside = sum(weight.stored for weight in weights if weight.layer is None)
     memory = FLOAT_BYTES * (states + max(2 * max(blocks.values()) + pairs * sums, outside))
     operations = runs * 2 * tokens * sum(weight.used for weight in weights)
     operations += pairs * sum(2 * tokens * width**2 + width**3 for width in widths)
@@ -149,10 +135,6 @@ def _looks_back(tensors: Sequence[PlannedTensor]) -> bool:
 
 def _is_expert(tensor: PlannedTensor) -> bool:
     return len(tensor.source.shape) > 2 or ".experts." in f".{tensor.name}"
-
-
-def _list_weights(structure: Structure) -> list[LinearWeight]:
-    return [weight for weight in structure.linears if weight.group != "vision"]
 
 
 def _find_block(weight: LinearWeight) -> str:
@@ -195,12 +177,7 @@ class Calibrated:
 
 
 def calibrate(
-    plan: Plan,
-    work: Work,
-    masks: Mapping[str, Mask],
-    text: CalibrationText,
-    *,
-    on_progress: OnProgress = max,
+    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText, on_progress: OnProgress
 ) -> Calibrated:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
     compressed. `masks` are those of methods that look at weights alone, by tensor name; `on_progress` is called with
@@ -222,22 +199,13 @@ def calibrate(
             return [compressor([*several, *once])]
         return [compressor(targets, waits=targets is several) for targets in (several, once) if targets]
 
-    run_text(
-        plan.tree,
-        plan.sources,
-        work.files,
-        text.batches,
-        make,
-        partial(describe_memory, plan),
-        threads=work.pool.threads,
-        on_progress=on_progress,
-    )
+    why, threads = partial(describe_memory, plan), work.pool.threads
+    run_text(plan.tree, plan.sources, work.files, text.batches, make, why, threads=threads, on_progress=on_progress)
     return result
 
 
 class _Compressor(TargetVisitor[PlannedTensor]):
-    """Visitor that compresses blocks, each once its inputs are known: at once or, if it `waits` for further uses of
-    what is used several times, at the end. It adds what it did to `result`."""
+    """Visitor that compresses blocks, each once its inputs are known, and adds what it did to `result`."""
 
     def __init__(
         self,
@@ -250,9 +218,8 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         *,
         waits: bool = False,
     ) -> None:
-        super().__init__(streamed, targets)
-        self._plan, self._work, self._masks = plan, work, masks
-        self._result, self._waits = result, waits
+        super().__init__(streamed, targets, waits=waits)
+        self._plan, self._work, self._masks, self._result = plan, work, masks, result
         self.pairs = not waits and _looks_back(targets)
 
     def enter(self, module: str) -> None:
@@ -277,42 +244,25 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             paired=paired if self.pairs else None,
         )
 
-    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
-        if not self._waits:
-            self.compress_module(module, self._smooth(module, rerun))
-            self._unvisited.pop(module, None)
-            # It is not read again.
-            self._streamed.forget(tensor.source for tensor in self._targets[module])
-
-    @property
-    def is_done(self) -> bool:
-        return not self._unvisited
-
-    def finish(self) -> None:
-        for module in self._unvisited:
-            if self._waits:
-                with self._streamed.load(module):
-                    self.compress_module(module, {})
-            else:
-                self.check_run(module)
-                self.compress_module(module, {})
-
-    def compress_module(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
-        """Compress and write what a module holds; the model goes on with what was written."""
-        sums = self.get_sums(module)
-        largest_first = sorted(self._targets[module], key=lambda tensor: -tensor.source.nbytes)
+    def act(
+        self, targets: Sequence[PlannedTensor], sums: Sums, module: str | None, rerun: Callable[[], Any] | None
+    ) -> None:
+        """Compress and write the targets; the model goes on with what was written."""
+        factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
+        largest_first = sorted(targets, key=lambda tensor: -tensor.source.nbytes)
         written = self._work.pool.map(partial(self.compress, sums, factors), largest_first)
-        for tensor, values in zip(largest_first, written, strict=True):
+        for tensor, values in zip(largest_first, written, strict=True) if module else ():
             self._streamed.replace(tensor.parameter, tensor.source, values)
-        del self._sums[module]
+        if not self._waits:
+            # They are not read again.
+            self._streamed.forget(tensor.source for tensor in targets)
 
-    def _smooth(self, module: str, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    def _smooth(self, module: str, sums: Sums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
         columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
-        alphas = smooth.find_alphas(self._targets[module])
-        if not alphas or module not in self._streamed.blocks:
+        if not (alphas := smooth.find_alphas(self._targets[module])):
             return {}
-        model, sums = self._streamed.model, self.get_sums(module)
+        model = self._streamed.model
         weights = {name: model.get_parameter(name) for name in alphas}
         factors: dict[str, torch.Tensor] = {}
         for norm, readers, offset in smooth.find_norms(module, model.get_submodule(module), weights, rerun):
@@ -342,9 +292,6 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 
-    def act(self, targets: Sequence[PlannedTensor], sums: Sums) -> None:
-        self._work.pool.map(partial(self.compress, sums, {}), targets)
-
     def compress(self, sums: Sums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
         """Write one tensor, and return the values that were written, float32."""
         statistics = self._read_statistics(tensor, sums) if tensor.is_calibrated else []
@@ -352,12 +299,13 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
-        treatment = Treatment(whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__)
+        by_gptq = {}
         if _is_rounded_by_gptq(tensor):
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
-            rounding, fit = partial(round_by_gptq, inputs=seen), partial(fit_scales, inputs=seen)
-            treatment = replace(treatment, rounding=rounding, fit=fit)
-        self._result.measured[tensor.name] = self._work.write(tensor, mask, treatment)
+            by_gptq = {"rounding": partial(round_by_gptq, inputs=seen), "fit": partial(fit_scales, inputs=seen)}
+        self._result.measured[tensor.name] = self._work.write(
+            tensor, mask, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__, **by_gptq
+        )
         return written
 
     def _read_statistics(self, tensor: PlannedTensor, sums: Sums) -> list[InputStatistics]:
@@ -378,8 +326,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
     def _prune(self, tensor: PlannedTensor, statistics: Sequence[InputStatistics]) -> Mask | None:
         """Prune a tensor by a method that looks at activations; None if it is not pruned so."""
-        step = tensor.prune
-        if step is None or not step.calibrated:
+        if tensor.prune is None or not tensor.prune.calibrated:
             return None
         values = read_tensor(self._work.files, tensor.source)
         matrices = values.view(tensor.to_prune.matrices)
@@ -387,13 +334,12 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         is_changed = False
         for place, inputs in enumerate(statistics):
             matrix = matrices[place].to(torch.float32)
-            mask, new = prune_matrix(step, matrix.T.contiguous() if tensor.transposed else matrix, inputs)
+            mask, new = prune_matrix(tensor.prune, matrix.T.contiguous() if tensor.transposed else matrix, inputs)
             pruned[place] = mask.T if tensor.transposed else mask
             if new is not None:
                 matrices[place] = (new.T if tensor.transposed else new).to(values.dtype)
                 is_changed = True
-        columns = values.shape[-1]
-        whole, new_values = pruned.view(-1, columns).numpy(), values.view(-1, columns)
+        whole, new_values = pruned.flatten(0, 1).numpy(), values.flatten(0, -2)
 
         def mask_block(block: Block) -> Any:
             mask = np.ascontiguousarray(whole[block.rows])

@@ -70,7 +70,7 @@ class StreamedModel:
         self._fill(self._resident)
 
     def find_block(self, module: str) -> str:
-        """Return the block that holds a module; the module itself if none does."""
+        """Return the block that holds a module, or itself if none does."""
         return next((block for block in self.blocks if f"{module}.".startswith(f"{block}.")), module)
 
     @contextmanager
@@ -287,11 +287,11 @@ class ForwardPass:
             self._thread.join()
 
     def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output of a module that another thread runs; in the pass's own thread."""
+        """Return the output of a module that another thread runs; in the pass's own thread, as what follows."""
         return self.hand_over(Call(module, args, kwargs))
 
     def hand_over(self, call: Any) -> Any:
-        """Hand a call over, and wait for its output; in the pass's own thread."""
+        """Hand a call over, and wait for its output."""
         self._calls.put(call)
         answer = self._answers.get()
         if answer is _Ended:
@@ -299,7 +299,7 @@ class ForwardPass:
         return answer
 
     def compute(self) -> None:
-        """Run the model, for what happens before its blocks; in the pass's own thread."""
+        """Run the model, for what happens before its blocks."""
         torch.set_num_threads(1)
         with torch.no_grad():
             self._model(**self._inputs)

@@ -54,7 +54,7 @@ class Writer(abc.ABC):
         """Choose how many texts a batch has, and about how many tokens are drawn for each."""
 
     def write(self, seed: int, batch: int) -> Pieces:
-        """Write a batch of texts, as token ids, a separator behind each."""
+        """Write the batch of this number: texts as token ids, a separator behind each."""
         digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
         with torch.inference_mode():
             texts = self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
@@ -63,9 +63,9 @@ class Writer(abc.ABC):
     @abc.abstractmethod
     def _write(self, generator: torch.Generator) -> Pieces: ...
 
-    def draw_tokens(self, rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ordinary tokens, each as likely: int64 [rows, tokens]."""
-        places = torch.randint(len(self.form.known), (rows, tokens), generator=generator)
+    def draw_tokens(self, tokens: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw ordinary tokens, each as likely, for each text of a batch: int64 [texts, tokens]."""
+        places = torch.randint(len(self.form.known), (self.rows, tokens), generator=generator)
         return torch.tensor(self.form.known)[places]
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -122,7 +122,7 @@ class CausalWriter(Writer):
 
     def _write(self, generator: torch.Generator) -> Pieces:
         begin = torch.tensor(self.form.prefix, dtype=torch.int64).expand(self.rows, -1)
-        ids = torch.cat([begin, self.draw_tokens(self.rows, 1, generator)], dim=1)
+        ids = torch.cat([begin, self.draw_tokens(1, generator)], dim=1)
         config = GenerationConfig(do_sample=False, max_new_tokens=max(1, self.tokens - 1), pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         written = self.generate(inputs, config, generator, self.rows * self.tokens)
@@ -144,7 +144,7 @@ class MaskedWriter(Writer):
     def _write(self, generator: torch.Generator) -> Pieces:
         body = torch.full((self.rows, self.tokens), self.form.marks[0])
         first = range(0, self.tokens, self.STRETCH)
-        body[:, first] = self.draw_tokens(len(body), len(first), generator)
+        body[:, first] = self.draw_tokens(len(first), generator)
         start = len(self.form.prefix)
         for step in range(1, min(self.STRETCH, self.tokens)):
             places = torch.arange(step, self.tokens, self.STRETCH)
@@ -175,7 +175,7 @@ class FillingWriter(Writer):
         return min(self.BATCH // self.blanks, -(-self.wanted // tokens)), tokens
 
     def _write(self, generator: torch.Generator) -> Pieces:
-        texts = self.draw_tokens(self.rows, self.blanks, generator).tolist()
+        texts: Pieces = self.draw_tokens(self.blanks, generator).tolist()
         for _ in range(self.PASSES):
             texts = self._fill(texts, generator)
         return texts
@@ -245,11 +245,8 @@ def write_samples(
     folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance | None
 ) -> Pieces:
     """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
-    around them.
-
-    They are the same on one machine whatever the number of threads: each batch of texts is written by one thread, from
-    numbers that the seed and the batch's place alone determine. `advance` is called with the tokens done and in all, by
-    one thread at a time, not always the same.
+    around them; on one machine the same whatever the number of threads. `advance` is called with the tokens done and in
+    all, by one thread at a time.
 
     Raises UnsupportedError if the model cannot write, CheckpointError if it lacks its head, CompressknowError if it
     gives NaN.

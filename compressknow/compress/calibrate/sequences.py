@@ -102,11 +102,8 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
 
 
 def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    found = {
-        int(match[1]): number
-        for token, number in tokenizer.get_vocab().items()
-        if (match := _SENTINEL.fullmatch(token))
-    }
+    tokens = tokenizer.get_vocab().items()
+    found = {int(match[1]): number for token, number in tokens if (match := _SENTINEL.fullmatch(token))}
     sentinels = tuple(found[place] for place in range(len(found)) if place in found)
     if len(sentinels) > 1:
         return sentinels
@@ -121,20 +118,15 @@ def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, gener
     spans; those with a mask token (BART) a mask for each span, and their decoder the whole text; those without either
     (Marian) the whole text on both sides. Others read the text as it is.
     """
-    if form.family == "seq2seq":
-        return _build_both_sides(bodies, form, model, generator)
     if form.family == "masked":
         masked = max(1, round(HIDDEN * form.body))
         places = torch.rand(bodies.shape, generator=generator).argsort(dim=1, stable=True)[:, :masked]
         bodies = bodies.scatter(1, places, form.marks[0])
-    return {"input_ids": torch.tensor([form.frame(row) for row in bodies.tolist()])}
-
-
-def _build_both_sides(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:
+    if form.family != "seq2seq":
+        return {"input_ids": torch.tensor([form.frame(row) for row in bodies.tolist()])}
     read, written = [], []
-    hidden, count = count_hidden(form.body, HIDDEN)
     for row in bodies.tolist():
-        spans = draw_spans(form.body, count, hidden, generator) if form.marks else []
+        spans = draw_spans(form.body, generator) if form.marks else []
         read.append(form.frame(blank_out(row, spans, form.marks)))
         written.append([*fill_in(row, spans, form.marks), *form.suffix] if form.has_sentinels else form.frame(row))
     # What a decoder reads while it learns to write that, by the model's own rule if it has one.
@@ -146,21 +138,13 @@ def _build_both_sides(bodies: torch.Tensor, form: Form, model: PreTrainedModel, 
     return {"input_ids": torch.tensor(read), "decoder_input_ids": shifted}
 
 
-def count_hidden(length: int, share: float) -> tuple[int, int]:
-    """Count the tokens of `length` to hide, and the spans to hide them in.
-
-    >>> count_hidden(512, 0.15)
-    (77, 26)
-    """
-    hidden = max(1, round(length * share))
-    return hidden, max(1, round(hidden / SPAN))
-
-
-def draw_spans(length: int, count: int, hidden: int, generator: torch.Generator) -> list[Span]:
-    """Draw `count` spans, each as (first, one past last), of `hidden` tokens in all, with a token or more before each.
+def draw_spans(length: int, generator: torch.Generator) -> list[Span]:
+    """Draw the spans of a text to hide, each as (first, one past last), with a token or more before each.
 
     As T5's `random_spans_noise_mask` (Raffel et al. 2020, 3.1.4): all ways to split are equally likely.
     """
+    hidden = max(1, round(length * HIDDEN))
+    count = max(1, round(hidden / SPAN))
     spans, at = [], 0
     gaps = _split(length - hidden, count, generator)
     for gap, size in zip(gaps, _split(hidden, count, generator), strict=True):

@@ -171,9 +171,7 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
 
 
 def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
-    return {
-        tensor.parameter: tensor.quantize.smooth for tensor in tensors if tensor.quantize and tensor.quantize.smooth
-    }
+    return {each.parameter: each.quantize.smooth for each in tensors if each.quantize and each.quantize.smooth}
 
 
 def raise_unsmoothable(module: str) -> NoReturn:
@@ -187,9 +185,8 @@ def raise_unsmoothable(module: str) -> NoReturn:
 
 def check_no_smoothing(plan: Plan, why: str) -> None:
     if plan.recipe.smooths:
-        raise UnsupportedError(
-            f"{plan.structure.architecture} cannot be smoothed.", why=why, hint="Leave --smooth out."
-        )
+        what = f"{plan.structure.architecture} cannot be smoothed."
+        raise UnsupportedError(what, why=why, hint="Leave --smooth out.")
 
 
 def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
@@ -202,10 +199,7 @@ def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
 
 def check_smoothable(plan: Plan) -> None:
     """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed; UsageError
-    where two steps smooth one norm differently.
-
-    A few tokens show it, before the model writes a text.
-    """
+    where two steps smooth one norm differently. A few tokens show it, before the model writes a text."""
     if not plan.recipe.smooths:
         return
     if plan.removal and not plan.removal.is_decided:
@@ -238,10 +232,9 @@ class _SmoothingTrial(Visitor):
             raise_unsmoothable(next(iter(wanted)))
         self._untried = {self._find_kind(module) for module in self._blocks}
 
-    def _find_kind(self, module: str) -> tuple[type, frozenset[tuple[str, float]]]:
-        alphas = self._blocks.get(module, {})
-        own = frozenset((name.removeprefix(module), alpha) for name, alpha in alphas.items())
-        return type(self._streamed.model.get_submodule(module)), own
+    def _find_kind(self, module: str) -> tuple[Any, ...]:
+        alphas = {name.removeprefix(module): alpha for name, alpha in self._blocks.get(module, {}).items()}
+        return type(self._streamed.model.get_submodule(module)), *sorted(alphas.items())
 
     @property
     def is_done(self) -> bool:

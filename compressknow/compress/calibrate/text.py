@@ -91,34 +91,21 @@ def _parse_line(path: Path, number: int, line: bytes) -> str:
 
 
 def _read_rows(dataset: str) -> Iterator[str]:
-    table = _choose_split(reading.load_tables(dataset), dataset)
-    column = _choose_column(table, dataset)
-    for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        yield from (text for text in batch.column(column).to_pylist() if text and text.strip())
-
-
-def _choose_split(splits: dict[str, Any], dataset: str) -> Any:
+    splits, save = reading.load_tables(dataset), 'Save the one you want as a .jsonl file of {"text": "..."}.'
     name = next((name for name in _SPLITS if name in splits), None)
     if name is None and len(splits) > 1:
-        raise UsageError(
-            f"hf:{dataset} has none of the splits {', '.join(_SPLITS)}, but {', '.join(splits)}.",
-            hint='Save the one you want as a .jsonl file of {"text": "..."}.',
-        )
-    return splits[name] if name else next(iter(splits.values()))
-
-
-def _choose_column(table: Any, dataset: str) -> str:
-    """Choose ``text``, or the only column of texts."""
+        has = f"hf:{dataset} has none of the splits {', '.join(_SPLITS)}, but {', '.join(splits)}."
+        raise UsageError(has, hint=save)
+    table = splits[name] if name else next(iter(splits.values()))
     texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "").endswith("string")]
-    if KEY in texts:
-        return KEY
-    if len(texts) == 1:
-        return str(texts[0])
-    raise UsageError(
-        f"hf:{dataset} has no column {KEY!r}, and {'several columns' if texts else 'no column'} of texts.",
-        hint=f"Its columns are {', '.join(table.column_names)}. Save the one you want as a .jsonl file of "
-        '{"text": "..."}.',
-    )
+    if KEY not in texts and len(texts) != 1:
+        raise UsageError(
+            f"hf:{dataset} has no column {KEY!r}, and {'several columns' if texts else 'no column'} of texts.",
+            hint=f"Its columns are {', '.join(table.column_names)}. {save}",
+        )
+    column = KEY if KEY in texts else texts[0]
+    for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        yield from (text for text in batch.column(column).to_pylist() if text and text.strip())
 
 
 TOKENS = Calibration.tokens
@@ -163,14 +150,12 @@ def check_text(calibration: Calibration) -> None:
             reading.check_regular(path)
 
 
-def hash_file(calibration: Calibration) -> str | None:
+def hash_text(calibration: Calibration) -> str | None:
     """Return the SHA-256 of the file that holds a text; None where none does. Raises what `check_text` does."""
     check_text(calibration)
-    if calibration.kind != "file":
-        return None
     path = Path(calibration.text).expanduser()
     with _explain_failures(path):
-        return reading.compute_sha256(path)
+        return reading.compute_sha256(path) if calibration.kind == "file" else None
 
 
 def read_calibration_text(
@@ -188,10 +173,8 @@ def read_calibration_text(
 
     Parameters
     ----------
-    folder : the checkpoint. Its weights are read for ``self`` alone.
-    tree : its module tree, perhaps on the meta device.
+    folder, tree : the checkpoint, and its module tree, perhaps on the meta device. Weights are read for ``self`` alone.
     calibration : its tokens are rounded down to whole sequences; a text of fewer is taken whole, from 2,048 tokens on.
-        Its seed is that of the samples, and of what is hidden from models that fill blanks.
     advance : called with the tokens that the model has written, and is to write, by one thread at a time.
 
     Raises
@@ -216,13 +199,12 @@ def read_calibration_text(
                 f"{calibration.tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
+        pieces: Iterable[Sequence[int]]
         if calibration.kind == "self":
             from compressknow.compress.calibrate.samples import write_samples
 
-            own = sequences * form.body
-            pieces: Iterable[Sequence[int]] = write_samples(
-                folder, form, own, calibration.seed, trust_remote_code, advance
-            )
+            wanted = sequences * form.body
+            pieces = write_samples(folder, form, wanted, calibration.seed, trust_remote_code, advance)
         else:
             pieces = _read(calibration.text, tokenizer, form)
         bodies = _pack(pieces, form, sequences, calibration.text, tokenizer)
@@ -261,12 +243,8 @@ def reread_texts(
         if asked.kind == "self" or asked.kind != calibration["kind"] or not is_on_disk:
             return None
         names = open_checkpoint(folder).tensors
-        again = read_calibration_text(
-            folder,
-            build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names),
-            asked,
-            trust_remote_code=trust_remote_code,
-        )
+        tree = build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names)
+        again = read_calibration_text(folder, tree, asked, trust_remote_code=trust_remote_code)
     except (CompressknowError, OSError, RuntimeError, ValueError):
         # The manifest may be anyone's: it may name anything that gives no text.
         return None
@@ -284,11 +262,8 @@ def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator
 def _pack(
     pieces: Iterable[Sequence[int]], form: Form, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter.
-
-    No more pieces are taken than needed; the rest of the last is dropped. Raises CompressknowError if the text is too
-    short, has tokens that the model has no row for, or is mostly unknown tokens.
-    """
+    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter. The
+    rest is dropped. Raises CompressknowError if it is too short, or not of the model's tokens."""
     import torch
 
     ids: list[int] = []
@@ -386,7 +361,7 @@ def choose_name(calibration: Calibration) -> str:
     'self-32768-0-b6ef'
     """
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", Path(calibration.text).name).strip("-.")[:100]
-    identity = f"{calibration.text} {calibration.tokens} {calibration.seed}{hash_file(calibration) or ''}"
+    identity = f"{calibration.text} {calibration.tokens} {calibration.seed}{hash_text(calibration) or ''}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:4]
     return f"{readable}-{calibration.tokens}-{calibration.seed}-{digest}"
 

@@ -37,6 +37,7 @@ from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
 
+TAKEN = "Its weights alone take {} in float32, and what is gathered of their inputs more."
 Batches = Sequence[Mapping[str, torch.Tensor]]
 OnProgress = Callable[[int, int], object]
 # Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
@@ -114,10 +115,11 @@ def _find_homes(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, str]
 
 
 class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of what holds targets, which sums up what each of them reads; of blocks that share some, at the first."""
+    """Visitor of what holds targets, which sums up what each of them reads, and acts on them once it saw all batches;
+    if it `waits` for further uses of what is used several times, at the end. Blocks that share some are one."""
 
-    def __init__(self, streamed: StreamedModel, targets: Sequence[T]) -> None:
-        self._streamed, self._held = streamed, group_by_block(streamed, targets)
+    def __init__(self, streamed: StreamedModel, targets: Sequence[T], *, waits: bool = False) -> None:
+        self._streamed, self._held, self._waits = streamed, group_by_block(streamed, targets), waits
         self._homes = _find_homes(streamed, targets)
         self._targets: dict[str, list[T]] = {}
         for target in targets:
@@ -143,11 +145,27 @@ class TargetVisitor(Visitor, Generic[T]):
             self._sums[home].has_twins = list(self._homes.values()).count(home) == 1
         return self._sums[home]
 
-    def check_run(self, module: str) -> None:
-        """Raise BlockwiseUnsupported for a block or head that the model does not run as a module: whatever it does with
-        its weights, it does elsewhere."""
-        if module in self._streamed.blocks or any(target.group == "final" for target in self._targets[module]):
-            raise BlockwiseUnsupported(f"the model does not run {module}")
+    @property
+    def is_done(self) -> bool:
+        return not self._unvisited
+
+    def visit(self, module: str, rerun: Callable[[], Any]) -> None:
+        if not self._waits:
+            self._act_on(module, rerun)
+
+    def finish(self) -> None:
+        for module in list(self._unvisited):
+            is_needed = module in self._streamed.blocks or any(each.group == "final" for each in self._targets[module])
+            if is_needed and module not in self._sums:
+                # Whatever the model does with the weights of this block or head, it does elsewhere.
+                raise BlockwiseUnsupported(f"the model does not run {module}")
+            with self._streamed.load(module):
+                self._act_on(module, None)
+
+    def _act_on(self, module: str, rerun: Callable[[], Any] | None) -> None:
+        del self._unvisited[module]
+        self.act(self._targets[module], self.get_sums(module), module, rerun)
+        del self._sums[module]
 
     def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
         self.pairs = False
@@ -159,10 +177,11 @@ class TargetVisitor(Visitor, Generic[T]):
                 self._streamed.run(batch)
             sums.add(number, watch.seen)
             on_progress(number + 1, len(batches))
-        self.act(targets, sums)
+        self.act(targets, sums, None, None)
 
-    def act(self, targets: Sequence[T], sums: Sums) -> None:
-        """Act on what a whole model has shown of all targets."""
+    def act(self, targets: Sequence[T], sums: Sums, module: str | None, rerun: Callable[[], Any] | None) -> None:
+        """Act on what was seen of the targets in a module that is loaded, or, if None, in a whole model. `rerun` is as
+        in `visit`; None if the module will not run any more."""
         raise NotImplementedError
 
 
@@ -175,7 +194,7 @@ def run_text(
     why: Callable[[], str],
     *,
     threads: int | None,
-    on_progress: OnProgress = max,
+    on_progress: OnProgress,
 ) -> None:
     """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
     by one.
@@ -233,7 +252,8 @@ def walk(
             if any(call is None or call.module != module for call in calls):
                 raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
             run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
-            with explain_missing_memory(module, partial(_describe_size, streamed, module)), streamed.load(module):
+            numel = sum(each.numel() for each in streamed.model.get_submodule(module).parameters())
+            with explain_missing_memory(module, partial(TAKEN.format, write_size(4 * numel))), streamed.load(module):
                 visitor.enter(module)
                 outputs: Sequence[Any] = [None] * len(stops)
                 if names := visitor.list_watched(module):
@@ -322,11 +342,6 @@ def find_tensors(output: Any) -> list[torch.Tensor]:
     return [tensor for value in values for tensor in find_tensors(value)]
 
 
-def _describe_size(streamed: StreamedModel, module: str) -> str:
-    numel = sum(parameter.numel() for parameter in streamed.model.get_submodule(module).parameters())
-    return f"Its weights alone take {write_size(4 * numel)} in float32, and what is gathered of their inputs more."
-
-
 def observe(
     checkpoint: Checkpoint,
     tree: PreTrainedModel,
@@ -366,7 +381,7 @@ def observe(
 
 
 class _Observer(TargetVisitor[LinearWeight]):
-    """Visitor that shows what was summed of each block and lone layer; if blocks share weights, after all uses."""
+    """Visitor that shows what was summed of each block and lone layer."""
 
     def __init__(
         self,
@@ -378,11 +393,10 @@ class _Observer(TargetVisitor[LinearWeight]):
         pool: Pool,
         visit: Visit,
     ) -> None:
-        super().__init__(streamed, weights)
+        super().__init__(streamed, weights, waits=any(weight.uses > 1 or weight.sharing for weight in weights))
         self._texts, self._products = texts, products
         self._pool, self._visit = pool, visit
-        self._repeats = any(weight.uses > 1 or weight.sharing for weight in weights)
-        self.pairs = pairs and not self._repeats
+        self.pairs = pairs and not self._waits
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
         # Of a pair, an expert may read other tokens.
@@ -399,30 +413,18 @@ class _Observer(TargetVisitor[LinearWeight]):
     def keeps_output(self, module: str, batch: int) -> bool:
         return module in self._streamed.blocks and not (self.pairs and batch % 2)
 
-    def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
-        self._unvisited.pop(module, None)
-        if not self._repeats:
-            # What a lone layer gives is not kept: for the original it is still to run.
-            self.act(self._targets[module], self._sums.pop(module), changes=module in self._streamed.blocks)
-
-    def act(self, targets: Sequence[LinearWeight], sums: Sums, *, changes: bool = False) -> None:
+    def act(
+        self, targets: Sequence[LinearWeight], sums: Sums, module: str | None, rerun: Callable[[], Any] | None
+    ) -> None:
         """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
-        passes runs on with its `changes` of them."""
+        passes runs on with what is made of them."""
+        # What a lone layer gives is not kept: for the original it is still to run.
+        changes = self.pairs and rerun is not None and module in self._streamed.blocks
         keys = [
             Key(weight.parameter, matrix)
             for weight in targets
             for matrix in range(weight.shape[0] if len(weight.shape) > 2 else 1)
         ]
         seen = {key: statistics for key in keys if (statistics := sums.get(key)) is not None}
-        names = [weight.parameter for weight in targets] if changes and self.pairs else []
+        names = [weight.parameter for weight in targets] if changes else []
         self._visit(seen, {name: self._streamed.model.get_parameter(name).data for name in names}, self._pool)
-
-    @property
-    def is_done(self) -> bool:
-        return not self._unvisited and not self._repeats
-
-    def finish(self) -> None:
-        for module in self._unvisited:
-            self.check_run(module)
-        for module, sums in self._sums.items():
-            self.act(self._targets[module], sums)

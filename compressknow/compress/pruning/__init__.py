@@ -175,25 +175,21 @@ TOLERANCE = 1e-4
 
 
 class Pattern(NamedTuple):
-    """N:M sparsity: `keep` of each `of` neighbouring weights stay."""
+    """N:M sparsity: `pruned` of each `of` neighbouring weights go."""
 
-    keep: int
+    pruned: int
     of: int
 
-    @classmethod
-    def parse(cls, text: Any) -> Pattern | None:
-        """Parse ``2:4`` as a pattern; None if it is none.
 
-        >>> Pattern.parse("2:4"), Pattern.parse("4:2")
-        (Pattern(keep=2, of=4), None)
-        """
-        found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
-        pattern = cls(*map(int, found.groups())) if found else None
-        return pattern if pattern and pattern.keep < pattern.of else None
+def parse_pattern(text: Any) -> Pattern | None:
+    """Parse ``2:4`` as a pattern; None if it is none.
 
-    @property
-    def pruned(self) -> int:
-        return self.of - self.keep
+    >>> parse_pattern("1:4"), parse_pattern("4:2")
+    (Pattern(pruned=3, of=4), None)
+    """
+    found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
+    keep, of = map(int, found.groups()) if found else (0, 0)
+    return Pattern(of - keep, of) if keep < of else None
 
 
 class Patterned(PruningMethod):
@@ -204,18 +200,18 @@ class Patterned(PruningMethod):
         kind=str,
         help="Keep N of each M neighbouring inputs, as in 2:4.",
         must="N:M with N below M, such as 2:4",
-        fits=lambda text: Pattern.parse(text) is not None,
+        fits=lambda text: parse_pattern(text) is not None,
     )
 
     @property
     def label(self) -> str:
         """See `PruningMethod.label`; the pattern comes last, without its name."""
         further = [f"{name} {value}" for name, value in self.changed().items() if name != "pattern"]
-        return " ".join([self.name, *further, *([self.pattern] if self.pattern else [])])
+        return " ".join([self.name, *further, self.pattern or ""]).strip()
 
     @property
     def groups(self) -> Pattern | None:
-        return Pattern.parse(self.pattern)
+        return parse_pattern(self.pattern)
 
     @property
     def over_scope(self) -> bool:

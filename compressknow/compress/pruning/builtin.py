@@ -271,9 +271,9 @@ class SparseGPT(Patterned, Calibrated):
         def settle(column: int, current: torch.Tensor) -> torch.Tensor:
             return values[column].copy_(current).masked_fill_(pruned[column] | zero[column], 0)
 
-        levels = [Level(BLOCK, choose), Level(FINE)]
+        levels: list[Level] = [(BLOCK, choose), (FINE, None)]
         if self.groups:
             fine = self.groups.of * max(1, FINE // self.groups.of)
-            levels = [Level(fine * max(1, BLOCK // fine)), Level(fine), Level(self.groups.of, choose)]
+            levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (self.groups.of, choose)]
         compensate(columns, factor, levels, settle)
         return pruned.T.contiguous(), values.T.contiguous()

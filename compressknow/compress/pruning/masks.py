@@ -58,16 +58,13 @@ def select_smallest(
         at_index = int(histogram[index])
         below += int(cumulative[index]) - at_index
         prefix = (prefix << width) | index
-    wanted, tied = amount - below, at_index
-    if wanted == tied:
+    wanted = amount - below
+    if wanted == at_index:
         # All go, wherever they lie: no need to know how many lie where.
         return prefix + 1, (0,) * count
-
-    def count_ties(index: int) -> int:
-        return sum(int(np.count_nonzero(block == prefix)) for block in keys(index))
-
+    ties = run(lambda index: sum(int(np.count_nonzero(block == prefix)) for block in keys(index)), range(count))
     # To each tensor in order at most what is tied there.
-    dealt = np.diff(np.minimum(np.cumsum(run(count_ties, range(count))), wanted), prepend=0)
+    dealt = np.diff(np.minimum(np.cumsum(ties), wanted), prepend=0)
     return prefix, tuple(dealt.tolist())
 
 
@@ -161,12 +158,12 @@ def smallest(
         key, ties = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
         return [KeyMask(key, each, maker) for each, maker in zip(ties, makers, strict=True)]
 
-    def select_alone(index: int) -> tuple[int, tuple[int, ...]]:
+    def select_alone(index: int) -> KeyMask:
         run_in_turn = lambda task, items: [task(item) for item in items]  # noqa: E731
-        return select_smallest(run_in_turn, 1, amounts[index], bits, lambda _: keys(index))
+        key, (ties,) = select_smallest(run_in_turn, 1, amounts[index], bits, lambda _: keys(index))
+        return KeyMask(key, ties, makers[index])
 
-    singles = reader.pool.map(select_alone, range(len(tensors)))
-    return [KeyMask(key, ties, maker) for (key, (ties,)), maker in zip(singles, makers, strict=True)]
+    return reader.pool.map(select_alone, range(len(tensors)))
 
 
 def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int | Sequence[int]) -> list[KeyMask]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.compression import describe_memory
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
+from compressknow.compress.calibrate.gathering import Key, Sums
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
 from compressknow.compress.plan import Plan
@@ -63,7 +63,7 @@ def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progre
             selected={name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()},
             unfitted=unfitted,
         )
-    return replace(removal, is_decided=True, is_blockwise=decision.is_blockwise)
+    return replace(removal, is_blockwise=decision.is_blockwise)
 
 
 V = TypeVar("V", bound=Visitor)
@@ -147,20 +147,17 @@ class _SimilarityVisitor(Visitor):
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.receive_output(name, number, Call(name, args, kwargs), output)
 
-        hooks = [
+        # The model is of no use afterwards.
+        for name in self._streamed.blocks:
             self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
-            for name in self._streamed.blocks
-        ]
         for number, batch in enumerate(batches):
             self._streamed.run(batch)
             on_progress(number + 1, len(batches))
-        for hook in hooks:
-            hook.remove()
 
 
 class _NeuronVisitor(TargetVisitor[LinearWeight]):
     """Visitor that selects the neurons of each block as soon as it has seen what they do, and lets the next block see
-    what is left; those of a block that is used several times after all of its uses.
+    what is left; if blocks are used several times, after all uses.
 
     Attributes
     ----------
@@ -169,59 +166,36 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
     """
 
     def __init__(self, removal: Removal, folder: Path, streamed: StreamedModel, pool: Pool) -> None:
-        self._downs = [down for drop in removal.neurons for down in drop.networks]
-        super().__init__(streamed, self._downs)
+        downs = [down for drop in removal.neurons for down in drop.networks]
+        super().__init__(streamed, downs, waits=any(down.uses > 1 for down in downs))
         self._pool, self.modules = pool, streamed.blocks
         self._checkpoint, self._folder = removal.checkpoint, folder
         self._cuts = {cut.parameter: (name, cut) for name, cut in removal.cuts.items() if cut.is_down}
-        self._after = {down: drop.after for drop in removal.neurons for down in drop.networks}
         self.selected: dict[str, torch.Tensor] = {}
         self.fitted: dict[str, StoredTensor] = {}
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.selected) == len(self._downs)
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
         return Sums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
 
-    def visit(self, module: str, rerun: Callable[[], Any]) -> None:  # noqa: ARG002
-        once = [down for down in self._held[module] if down.uses == 1]
-        self._select(self.get_sums(module), once)
-        if once:
-            del self._sums[module]
-
-    def act(self, targets: Sequence[LinearWeight], sums: Sums) -> None:
-        self._select(sums, targets)
-        self.finish()
-
-    def finish(self) -> None:
-        for module in list(self._sums):
-            waiting = [down for down in self._targets[module] if down.parameter not in self.selected]
-            with self._streamed.load(module):
-                self._select(self._sums[module], waiting)
-        if lacking := [down.module for down in self._downs if down.parameter not in self.selected]:
-            raise CompressknowError(
-                f"{lacking[0]} has read nothing on the calibration text, so its neurons cannot be chosen.",
-                hint="Prune instead: --scope feed-forward --prune 0.2.",
-            )
-
-    def _select(self, sums: Sums, downs: Sequence[LinearWeight]) -> None:
-        seen = [(down, statistics) for down in downs if (statistics := sums.get(Key(down.parameter))) is not None]
-        for (down, _), (numbers, weight) in zip(seen, self._pool.map(self._fit, seen), strict=True):
+    def act(self, targets: Sequence[LinearWeight], sums: Sums, *_: Any) -> None:
+        for down, (numbers, weight) in zip(targets, self._pool.map(partial(self._fit, sums), targets), strict=True):
             name, cut = self._cuts[down.parameter]
             self.selected[down.parameter] = numbers
             self.fitted[name] = write_cut(self._checkpoint, name, cut, [weight], self._folder)
 
-    def _fit(self, seen: tuple[LinearWeight, InputStatistics]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, sums: Sums, down: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the neurons of a network that stay, and the weight that reads them as it is stored; the model goes on
         with it."""
-        down, statistics = seen
-        assert statistics.products is not None
+        statistics = sums.get(Key(down.parameter))
+        if statistics is None or statistics.products is None:
+            raise CompressknowError(
+                f"{down.module} has read nothing on the calibration text, so its neurons cannot be chosen.",
+                hint="Prune instead: --scope feed-forward --prune 0.2.",
+            )
         parameter = self._streamed.model.get_parameter(down.parameter).detach()
         weight = parameter.T if down.transposed else parameter
-        numbers = choose_neurons(weight, statistics.squares, self._after[down])
-        stored = self._cuts[down.parameter][1].source
+        cut = self._cuts[down.parameter][1]
+        numbers, stored = choose_neurons(weight, statistics.squares, cut.drop.after), cut.source
         fitted = fit_down(weight, statistics.products, numbers, statistics.name).to(get_torch_dtype(stored.dtype))
         rest = torch.zeros(weight.shape)
         rest[:, numbers] = fitted.to(torch.float32)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
-from compressknow.compress.removal.settings import Settings, Width, find_widths, parse_block, read_shapes
+from compressknow.compress.removal.settings import Cuts, Keys, Settings, find_widths, parse_block, read_shapes, set_at
 from compressknow.compress.steps import DropNeurons, Where
 from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
@@ -28,22 +28,18 @@ FEWEST_STEPS = 8
 DAMPING = (0.01, 0.1)
 
 
-# By parameter with rows or columns for the neurons of a feed-forward network: the axis, and how many it has per neuron.
-Cuts = Mapping[str, tuple[int, int]]
-# Feed-forward networks, each by the Linear that reads its neurons.
-Networks = Mapping[LinearWeight, Cuts]
-
-
 @dataclass(frozen=True)
 class DroppedNeurons:
-    """Setting of the config that becomes `after`, and the feed-forward networks that it is the width of."""
+    """Setting of the config that is `before` and becomes `after`, by its `keys`, and the feed-forward networks that it
+    is the width of, each by the Linear that reads its neurons."""
 
-    width: Width
+    keys: Keys
+    before: int
     after: int
-    networks: Networks
+    networks: Mapping[LinearWeight, Cuts]
 
 
-def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> tuple[DroppedNeurons, ...]:
+def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> list[DroppedNeurons]:
     """Select the settings and networks of which a step drops neurons.
 
     Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are no plain
@@ -57,13 +53,24 @@ def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) 
         raise _explain(
             structure.architecture, "No setting of its config is the width of its feed-forward blocks alone."
         )
-    networks: list[tuple[Width, Networks]] = [
-        (width, dict(_find_networks(width, linears, structure))) for width in widths
-    ]
-    return tuple(
-        DroppedNeurons(width, count_remaining(width.value, step), own)
-        for width, own in _restrict_to_side(step, networks, structure)
-    )
+    drops = []
+    for keys, width, cuts in widths:
+        networks = dict(_find_networks(cuts, linears, structure))
+        inside = {step.where == Where() or down.stack in step.where.scope for down in networks}
+        if inside == {True, False}:
+            raise UsageError(
+                f"The encoder and the decoder of {structure.architecture} have one width, {keys[-1]}: neurons cannot "
+                "be dropped in one of them alone.",
+                hint="Leave out --scope.",
+            )
+        if inside == {True}:
+            drops.append(DroppedNeurons(keys, width, count_remaining(width, step), networks))
+    if not drops:
+        raise UsageError(
+            f"{structure.architecture} has no feed-forward blocks in its {' and '.join(step.where.scope)}.",
+            hint="Leave out --scope.",
+        )
+    return drops
 
 
 def _explain(architecture: str, why: str) -> UnsupportedError:
@@ -98,11 +105,11 @@ def find_multiple(width: int) -> int:
 
 
 def _find_networks(
-    width: Width, linears: Mapping[str, LinearWeight], structure: Structure
+    all_cuts: Cuts, linears: Mapping[str, LinearWeight], structure: Structure
 ) -> Iterator[tuple[LinearWeight, Cuts]]:
     """Find the feed-forward networks that a setting is the width of, one per block."""
-    blocks: dict[Any, dict[str, tuple[int, int]]] = {}
-    for name, cut in width.cuts.items():
+    blocks: dict[Any, Cuts] = {}
+    for name, cut in all_cuts.items():
         place = parse_block(name)
         blocks.setdefault(place and place[:2], {})[name] = cut
     for cuts in blocks.values():
@@ -117,41 +124,17 @@ def _find_networks(
         yield downs[0], cuts
 
 
-def _restrict_to_side(
-    step: DropNeurons, networks_of: list[tuple[Width, Networks]], structure: Structure
-) -> list[tuple[Width, Networks]]:
-    if step.where == Where():
-        return networks_of
-    chosen = []
-    for width, networks in networks_of:
-        inside = {down.stack in step.where.scope for down in networks}
-        if inside == {True, False}:
-            raise UsageError(
-                f"The encoder and the decoder of {structure.architecture} have one width, {width.keys[-1]}: neurons "
-                "cannot be dropped in one of them alone.",
-                hint="Leave out --scope.",
-            )
-        if inside == {True}:
-            chosen.append((width, networks))
-    if not chosen:
-        raise UsageError(
-            f"{structure.architecture} has no feed-forward blocks in its {' and '.join(step.where.scope)}.",
-            hint="Leave out --scope.",
-        )
-    return chosen
-
-
 @dataclass(frozen=True)
 class Cut:
     """Stored tensor of which some rows or columns stay: `source` is as it is stored, for this `parameter`; `axis` of
-    its shape has `each` entries for each of `width` neurons, of one projection after the other; `down` is the Linear
-    that reads these."""
+    its shape has `each` entries for each of the neurons of `drop`, of one projection after the other; `down` is the
+    Linear that reads these."""
 
     source: StoredTensor
     parameter: str
     axis: int
     each: int
-    width: int
+    drop: DroppedNeurons
     down: LinearWeight
 
     @property
@@ -161,7 +144,7 @@ class Cut:
 
     def select(self, neurons: torch.Tensor) -> Values:
         """Return what stays of it with these neurons (int64, ascending)."""
-        numbers = torch.cat([neurons + self.width * part for part in range(self.each)])
+        numbers = torch.cat([neurons + self.drop.before * part for part in range(self.each)])
         return Values(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
 
 
@@ -175,15 +158,14 @@ def drop_neurons(
     """
     whole = settings.whole
     for drop in drops:
-        whole = drop.width.cut(whole, drop.after)
+        whole = set_at(whole, drop.keys, drop.after)
     config = settings.update_raw(whole)
     tree = rebuild_model(settings.tree, config, settings.path)
-    after = {down: drop.after for drop in drops for down in drop.networks}
     cuts = dict(_find_cuts(checkpoint, settings.tree, drops))
     tensors = dict(checkpoint.tensors)
     for name, cut in cuts.items():
         shape = list(cut.source.shape)
-        shape[cut.axis] = after[cut.down] * cut.each
+        shape[cut.axis] = cut.drop.after * cut.each
         tensors[name] = replace(cut.source, shape=tuple(shape))
     return replace(checkpoint, config=config, tensors=tensors), tree, cuts
 
@@ -193,10 +175,7 @@ def _find_cuts(
 ) -> Iterator[tuple[str, Cut]]:
     shapes, seen = read_shapes(tree), set()
     wanted = {
-        name: (*cut, drop.width.value, down)
-        for drop in drops
-        for down, cuts in drop.networks.items()
-        for name, cut in cuts.items()
+        name: (*cut, drop, down) for drop in drops for down, cuts in drop.networks.items() for name, cut in cuts.items()
     }
     for stored, binding in Naming(tree).bind(checkpoint.tensors).items():
         for parameter in set(binding.parameters) & wanted.keys():

@@ -63,10 +63,10 @@ class Settings:
 
     def update_raw(self, changed: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of config.json with the differences of `changed`, a version of `whole`."""
-        raw, before = copy.deepcopy(self.raw), dict(_flatten(self.whole))
+        raw, before = dict(self.raw), dict(_flatten(self.whole))
         for keys, value in _flatten(changed):
             if before.get(keys) != value:
-                set_at(raw, keys, value)
+                raw = set_at(raw, keys, value)
         # A setting may stand in the file under another of its names, which would overrule it.
         for other, name in (self.tree.config.attribute_map or {}).items():
             if other in raw and name in changed and changed[name] != self.whole.get(name):
@@ -82,10 +82,10 @@ def read_shapes(tree: PreTrainedModel) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tree.state_dict().items()}
 
 
-def set_at(config: dict[str, Any], keys: Keys, value: Any) -> None:
-    for key in keys[:-1]:
-        config = config.setdefault(key, {})
-    config[keys[-1]] = value
+def set_at(config: dict[str, Any], keys: Keys, value: Any) -> dict[str, Any]:
+    """Return a config with another value under these keys."""
+    key, *rest = keys
+    return {**config, key: set_at(config.get(key, {}), tuple(rest), value) if rest else value}
 
 
 def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
@@ -160,40 +160,33 @@ def _find_counted(settings: Settings, keys: Keys, count: int) -> Stack | None:
     return Stack(keys, count, tuple(dict.fromkeys(place[0] for place in places if place)))
 
 
-@dataclass(frozen=True)
-class Width:
-    """Setting that is the hidden width of feed-forward blocks: its `keys` and `value`, and for each parameter with rows
-    or columns per neuron the axis, and how many it has per neuron (two if two projections are fused)."""
-
-    keys: Keys
-    value: int
-    cuts: Mapping[str, tuple[int, int]]
-
-    def cut(self, config: dict[str, Any], remaining: int) -> dict[str, Any]:
-        config = copy.deepcopy(config)
-        set_at(config, self.keys, remaining)
-        return config
+# By parameter with rows or columns for the neurons of feed-forward blocks: the axis, and how many it has per neuron:
+# two if two projections are fused.
+Cuts = dict[str, tuple[int, int]]
 
 
-def find_widths(settings: Settings, parameters: set[str]) -> tuple[Width, ...]:
-    """Find the settings that change the shapes of some of these parameters alone, along one axis each."""
+def find_widths(settings: Settings, parameters: set[str]) -> list[tuple[Keys, int, Cuts]]:
+    """Find the settings that change the shapes of some of these parameters alone, along one axis each: the keys and the
+    value of each, and what it changes."""
     sizes = sorted({size for name in parameters for size in settings.shapes[name]})
-    found: list[Width] = []
+    found: list[tuple[Keys, int, Cuts]] = []
     for keys, value in _flatten(settings.whole):
         if keys[-1] not in WIDTHS:
             continue
         # One that is not set is a multiple of the hidden size.
-        tried = sizes if value is None else [value]
-        widths = (_try_width(settings, keys, size, parameters) for size in tried if size in sizes and size > 1)
-        found += [width for width in widths if width and not any(width.cuts.keys() & one.cuts.keys() for one in found)]
-    return tuple(found)
+        for size in sizes if value is None else [value]:
+            if size in sizes and size > 1:
+                cuts = _try_width(settings, keys, size, parameters)
+                if cuts and not any(cuts.keys() & others.keys() for *_, others in found):
+                    found.append((keys, size, cuts))
+    return found
 
 
-def _try_width(settings: Settings, keys: Keys, value: int, parameters: set[str]) -> Width | None:
-    narrower = settings.try_config(Width(keys, value, {}).cut(settings.whole, value - 1))
+def _try_width(settings: Settings, keys: Keys, value: int, parameters: set[str]) -> Cuts | None:
+    narrower = settings.try_config(set_at(settings.whole, keys, value - 1))
     if narrower is None or narrower.keys() != settings.shapes.keys():
         return None
-    cuts: dict[str, tuple[int, int]] = {}
+    cuts: Cuts = {}
     for name, shape in settings.shapes.items():
         if shape == narrower[name]:
             continue
@@ -202,4 +195,4 @@ def _try_width(settings: Settings, keys: Keys, value: int, parameters: set[str])
         if name not in parameters or len(axes) != 1 or shape[axes[0]] != each * value:
             return None
         cuts[name] = axes[0], each
-    return Width(keys, value, cuts) if cuts else None
+    return cuts

@@ -3,7 +3,7 @@ left out, the later ones renamed, and the config has fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,13 @@ from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
 from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, find_stacks, parse_block, read_shapes
-from compressknow.compress.steps import DropBlocks, DropNeurons, Where
+from compressknow.compress.steps import DropBlocks, Where
 from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import Binding, Naming, find_missing_weights
 from compressknow.model.meta import rebuild_model
-from compressknow.model.structure import NOT_LINEAR, Structure
+from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
 
 
@@ -58,8 +58,7 @@ class Removal:
         neurons stay is known once activations are.
     selected : of each feed-forward network, by the parameter name of its down projection, the neurons that stay.
     unfitted : by stored name, the values that the rest of a tensor had before it was fitted anew.
-    is_decided : False as long as the calibration text has not decided which blocks and neurons go.
-    is_blockwise : True if the blocks could be run one after the other to learn that.
+    is_blockwise : True if the blocks could be run one after the other to learn what goes.
     """
 
     checkpoint: Checkpoint
@@ -73,8 +72,12 @@ class Removal:
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     selected: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     unfitted: dict[str, Values] = field(default_factory=dict, repr=False)
-    is_decided: bool = True
     is_blockwise: bool = True
+
+    @property
+    def is_decided(self) -> bool:
+        """Return False as long as the calibration text has not decided which blocks and neurons go."""
+        return bool(self.selected or not self.cuts) and all(drop.is_decided for drop in self.blocks)
 
 
 def remove(
@@ -94,22 +97,20 @@ def remove(
         structure = read_structure(left.tree)
         if isinstance(step, DropBlocks):
             left = _remove_blocks(left, step, settings, structure, similarities)
-        else:
-            left = _remove_neurons(left, step, settings, structure)
-    gone = _find_left_out(checkpoint, read_structure(tree, recipe.module_map), tree, left)
-    is_decided = not left.cuts and all(drop.is_decided for drop in left.blocks)
-    return replace(left, left_out=tuple(gone), is_decided=is_decided)
-
-
-def _find_left_out(
-    checkpoint: Checkpoint, structure: Structure, tree: PreTrainedModel, left: Removal
-) -> Iterator[tuple[StoredTensor, str]]:
+            continue
+        drops = select_neurons(step, settings, structure)
+        for drop in drops:
+            _check_untouched(drop.keys, {one.keys for one in left.neurons}, "the same neurons")
+        smaller, narrower, cuts = drop_neurons(left.checkpoint, settings, drops)
+        left = replace(left, checkpoint=smaller, tree=narrower, neurons=(*left.neurons, *drops), cuts=left.cuts | cuts)
     stay = {left.names.get(name, name) for name in left.checkpoint.tensors}
-    groups = {weight.parameter: weight.group or "other" for weight in structure.linears}
-    bound = Naming(tree).bind(checkpoint.tensors)
-    for name, tensor in checkpoint.tensors.items():
-        if name not in stay:
-            yield tensor, groups.get(bound[name].parameter, NOT_LINEAR) if name in bound else NOT_LINEAR
+    structure, bound = read_structure(tree, recipe.module_map), Naming(tree).bind(checkpoint.tensors)
+    gone = (
+        (tensor, structure.find_group(bound[name].parameter if name in bound else None))
+        for name, tensor in checkpoint.tensors.items()
+        if name not in stay
+    )
+    return replace(left, left_out=tuple(gone))
 
 
 def _remove_blocks(
@@ -159,14 +160,6 @@ def _check_some_remain(step: DropBlocks, stack: Stack) -> None:
         )
 
 
-def _remove_neurons(left: Removal, step: DropNeurons, settings: Settings, structure: Structure) -> Removal:
-    drops = select_neurons(step, settings, structure)
-    for drop in drops:
-        _check_untouched(drop.width.keys, {one.width.keys for one in left.neurons}, "the same neurons")
-    checkpoint, tree, cuts = drop_neurons(left.checkpoint, settings, drops)
-    return replace(left, checkpoint=checkpoint, tree=tree, neurons=(*left.neurons, *drops), cuts=left.cuts | cuts)
-
-
 def _check_untouched(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
     if keys in before:
         raise UsageError(f"Two steps would drop {what}.", hint="Say it in one step.")
@@ -189,21 +182,15 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
 
 
 def _select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -> tuple[Stack, ...]:
-    """Select the stacks that a step drops blocks of.
-
-    Raises UnsupportedError where no setting of the config counts blocks (ALBERT's share all weights), UsageError
-    where the step's scope names a side that the model does not have.
-    """
+    """Select the stacks that a step drops blocks of. Raises UnsupportedError where no setting of the config counts
+    blocks, UsageError where the step's scope names a side that the model does not have."""
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
     if not stacks:
         shared = any(weight.uses > 1 for weight in structure.linears)
-        raise UnsupportedError(
-            f"No block of {structure.architecture} can be dropped.",
-            why="Its blocks share weights."
-            if shared
-            else "No setting of its config counts the blocks of a stack, and nothing else.",
-            hint="Drop neurons instead (--drop-neurons), or prune." if shared else "Prune it instead.",
-        )
+        why, hint = "No setting of its config counts the blocks of a stack, and nothing else.", "Prune it instead."
+        if shared:
+            why, hint = "Its blocks share weights.", "Drop neurons instead (--drop-neurons), or prune."
+        raise UnsupportedError(f"No block of {structure.architecture} can be dropped.", why, hint)
     if step.where == Where():
         return tuple(stacks)
     sides = {side for stack in stacks for side in _list_sides(stack, structure)} - {None}
@@ -225,10 +212,7 @@ def _drop_blocks(
     checkpoint: Checkpoint, settings: Settings, drops: Iterable[DroppedBlocks]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
-
-    Raises UnsupportedError where the blocks are not of one kind and the config cannot say which are left, where the
-    stored names do not tell the block, or where a dropped block holds weights that others share.
-    """
+    Raises UnsupportedError where what is left would not be what these blocks were."""
     whole = settings.whole
     remaining: dict[str, tuple[int, ...]] = {}
     for drop in drops:
@@ -330,29 +314,24 @@ def _map_stored(
     checkpoint: Checkpoint, bound: Mapping[str, Binding], places: Mapping[str, str], remaining: Remaining
 ) -> dict[str, str]:
     """Map the new names of the stored tensors that are left to their names; `places` maps parameters to new names."""
-    lists = _find_stored_lists(bound, remaining)
+    # The stored names of lists of blocks, each with that in the module tree: a base model's lack its prefix.
+    lists = {}
+    for stored, binding in bound.items():
+        match, place = BLOCK.match(stored), parse_block(binding.parameter)
+        if match and place and place[0] in remaining and int(match["number"]) == place[1]:
+            lists[match["list"]] = place[0]
     names = {}
     for stored in checkpoint.tensors:
-        match, binding, number = BLOCK.match(stored), bound.get(stored), None
-        if binding is not None and binding.parameter not in places:
+        match, parameter, number = BLOCK.match(stored), bound[stored].parameter if stored in bound else None, None
+        if parameter is not None and parameter not in places:
             continue
         if match is None or match["list"] not in lists:
             names[stored] = stored
             continue
-        if binding is not None and (place := parse_block(places[binding.parameter])):
+        if parameter is not None and (place := parse_block(places[parameter])):
             number = place[1]
         elif int(match["number"]) in (numbers := remaining[lists[match["list"]]]):
             number = numbers.index(int(match["number"]))
         if number is not None:
             names[f"{match['list']}.{number}.{match['rest']}"] = stored
     return names
-
-
-def _find_stored_lists(bound: Mapping[str, Binding], remaining: Remaining) -> dict[str, str]:
-    """Return the stored names of lists of blocks, each with that in the module tree: a base model's lack its prefix."""
-    lists = {}
-    for stored, binding in bound.items():
-        match, place = BLOCK.match(stored), parse_block(binding.parameter)
-        if match and place and place[0] in remaining and int(match["number"]) == place[1]:
-            lists[match["list"]] = place[0]
-    return lists
