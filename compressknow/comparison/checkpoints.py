@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, Listener, Stage, count_progress, report_progress
+from compressknow.base.progress import Advance, Listener, Stage, count_progress, ignore_advance, report_progress
 from compressknow.base.reading import compute_sha256
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.comparison.weights import (
@@ -93,7 +93,7 @@ def diff_checkpoints(
     *,
     trust_remote_code: bool = False,
     threads: int | None = None,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
     """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
     of threads.
@@ -250,7 +250,7 @@ def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def diff_gguf(
-    a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance | None = None
+    a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> CheckpointDiff:
     """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
 

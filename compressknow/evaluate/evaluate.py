@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.progress import Advance, Pace
+from compressknow.base.progress import Advance, Pace, ignore_advance
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, STOPS, Fact, Probe
 from compressknow.evaluate.grades import grade_answer
@@ -63,7 +63,7 @@ def evaluate(
     done: frozenset[str] = frozenset(),
     known: Mapping[str, Answer] | None = None,
     whole: Whole | None = None,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> Iterator[list[Answer]]:
     """Yield the answers to all facts that are not `done`, a batch at a time as they come.
 
@@ -78,10 +78,9 @@ def evaluate(
     left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
     total = prompts.total
     answered = total - sum(map(len, left))
-    if advance:
-        advance(answered, total)
-    pace = _measure_pace(prompts.scorer, left, measured=advance is not None and known is None)
-    if advance and pace.left is not None:
+    advance(answered, total)
+    pace = _measure_pace(prompts.scorer, left, measured=advance is not ignore_advance and known is None)
+    if pace.left is not None:
         advance(answered, total, pace.left)
 
     def answer(batch: Sequence[Query]) -> list[Answer]:
@@ -94,8 +93,7 @@ def evaluate(
         yield answers
         answered += len(batch)
         pace.add(_estimate_cost(prompts.scorer, batch))
-        if advance:
-            advance(answered, total, pace.left)
+        advance(answered, total, pace.left)
 
 
 def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:

@@ -242,7 +242,7 @@ class _Run:
         return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
     def _read_text(
-        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None, *, same_tokens: bool
+        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance, *, same_tokens: bool
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
         reader, context = self._handle.make_reader(), self._context
         original = context.reference.record.probes[text.name] if context.reference else None
@@ -268,7 +268,7 @@ class _Run:
         return all_read, make_text_entry(text, chunks, all_read, compared)
 
     def _evaluate_facts(
-        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
+        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.make_prompts(probe)
         if not prompts.total:

@@ -24,7 +24,7 @@ from typing import Any
 from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError, suggest_word
 from compressknow.base.files import claim_folder, find_cache_folder, write_whole
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import Advance, Begin, Listener, Stage, report_progress
+from compressknow.base.progress import Advance, Begin, Listener, Stage, ignore_advance, report_progress
 from compressknow.compress.staging import Staging
 from compressknow.gguf.children import build_python_command, check_exit, put_first, read_reason, read_tail, run
 
@@ -171,7 +171,7 @@ def convert(
     """
 
     def look() -> None:
-        if advance and output.exists():
+        if output.exists():
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
@@ -195,7 +195,7 @@ def quantize(
     importance: Path | None = None,
     threads: int | None = None,
     dry_run: bool = False,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> None:
     """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a folder to write
     into, `types` are those of single tensors, by name, and `importance` is a GGUF file with the importance matrix.
@@ -207,7 +207,7 @@ def quantize(
     file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))
 
     def look() -> None:
-        if advance and (counted := _COUNTED.findall(read_tail(log))):
+        if counted := _COUNTED.findall(read_tail(log)):
             advance(*map(int, counted[-1]))
 
     command = build_python_command("-m", __name__, file)

@@ -23,7 +23,7 @@ from compressknow.base.files import (
 )
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, count_progress, silence_libraries
+from compressknow.base.progress import Advance, count_progress, ignore_advance, silence_libraries
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
@@ -275,7 +275,7 @@ def read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def compare_to_record(path: Path, *, advance: Advance | None = None) -> Verification:
+def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
     """Rehash a GGUF file that export wrote, and compare what it says of itself with its record.
 
     Raises CheckpointError where it has no record, or one that this version cannot read.
