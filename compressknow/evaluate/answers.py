@@ -181,6 +181,11 @@ class Answers(Shown):
         return probe, count(len(correct)), count(sum(correct)), write_percent(sum(correct), len(correct))
 
 
+def change_model(answers: Answers, **changes: Any) -> Answers:
+    """Return the answers with these fields of the model's record changed."""
+    return replace(answers, record=replace(answers.record, model=replace(answers.record.model, **changes)))
+
+
 def make_schema() -> pa.Schema:
     """Return the columns of ``answers.parquet``: the fields of Answer, in their order."""
     import pyarrow as pa

@@ -15,7 +15,7 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, relabel_progress
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import (
@@ -30,7 +30,6 @@ from compressknow.evaluate.gather import (
 )
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.noise import mark_unmeasured
 from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
 from compressknow.evaluate.sources import Opened
 
@@ -69,7 +68,7 @@ def gather_early(
         second.read_stored(evaluation.keep_in, probes, first.stored)
     found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
     before = finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
-    before = mark_unmeasured(before, "--early leaves it out.")
+    before = change_model(before, runtime_unmeasured="--early leaves it out.")
     return before, finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
 
 
