@@ -119,9 +119,9 @@ def compare(
         )
     if opened:
         folder = Path(answers) if answers else find_answers_folder()
-        both = evaluate_both(first, second, opened, folder, listener)
-        check_names(both.a.answers, gated)
-        behaviour = make_behaviour(both, show_facts=not no_facts, known=known, gates=gates, strict=strict)
+        there, back = evaluate_both(first, second, opened, folder, listener)
+        check_names(there[0].answers, gated)
+        behaviour = make_behaviour(there, back, show_facts=not no_facts, known=known, gates=gates, strict=strict)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(

@@ -24,6 +24,7 @@ from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
+from compressknow.evaluate.answers import change_model
 from compressknow.evaluate.gather import check_has_facts, find_facts_in_text, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
@@ -213,10 +214,9 @@ def search(
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
-            told = replace(after.record.model, in_calibration=in_text)
             card = make_card(
                 grading.reference,
-                [replace(after, record=replace(after.record, model=told))],
+                [change_model(after, in_calibration=in_text)],
                 show_facts=not no_facts,
                 known=known,
                 command=command,

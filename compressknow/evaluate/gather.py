@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
-from compressknow.evaluate.answers import Answer, Answers, is_answers_folder, read_answers
+from compressknow.evaluate.answers import Answer, Answers, change_model, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import check_alike
 from compressknow.evaluate.facts import Fact, Probe
@@ -35,8 +35,7 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     that it is compared with answered to the same facts; None for the original."""
     calibration = model.describe().get("calibration")
     found = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
-    record = replace(answers.record.model, calibration=calibration, in_calibration=found)
-    return replace(answers, record=replace(answers.record, model=record))
+    return change_model(answers, calibration=calibration, in_calibration=found)
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
@@ -279,8 +278,7 @@ def finish_answers(
     if not evaluation.timed:
         return answers
     with report_progress(evaluation.on_progress, Stage("time", handle.located.name)):
-        model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
-    return replace(answers, record=replace(answers.record, model=model))
+        return change_model(answers, speed=measure(handle.located, handle.settings))
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
@@ -340,7 +338,7 @@ def find_both(
     a: tuple[str | Path, str | None],
     b: tuple[str | Path, str | None],
     settings: Settings,
-    on_progress: Listener | None = None,
+    on_progress: Listener | None,
 ) -> tuple[ModelHandle, ModelHandle]:
     """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
     CompressknowError where one is not found, UsageError where it is a folder of answers."""
@@ -362,21 +360,16 @@ def find_both(
     return first, second
 
 
-class PairedAnswers(NamedTuple):
-    """Answers of `a` and `b`, and of each with the probabilities of the other's most likely tokens."""
-
-    a: Answers
-    b_like_a: Answers
-    b: Answers
-    a_like_b: Answers
+# Answers of a model, and those of another with the probabilities of the first one's most likely tokens.
+Direction = tuple[Answers, Answers]
 
 
 def evaluate_both(
-    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
-) -> PairedAnswers:
-    """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
-    other's tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot
-    be loaded or evaluated, or where the two have no vocabulary in common."""
+    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
+) -> tuple[Direction, Direction]:
+    """Evaluate both models in both directions, one in memory at a time: each for its answers, and for the other's
+    tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot be loaded
+    or evaluated, or where the two have no vocabulary in common."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
@@ -386,7 +379,7 @@ def evaluate_both(
     if a.sha256 == b.sha256:
         alone = evaluate(a, Context())
         a.release()
-        return PairedAnswers(alone, alone, alone, alone)
+        return (alone, alone), (alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, Context(whole=whole_a))
         folder = choose_folder(keep_in, a, Context(), probes)
@@ -398,5 +391,4 @@ def evaluate_both(
         b.release()
         a_like_b = evaluate(a, Context(of_b, known=of_a, whole=whole_b))
         a.release()
-    of_b = add_calibration(of_b, b, of_a)
-    return PairedAnswers(of_a, b_like_a, of_b, a_like_b)
+    return (of_a, b_like_a), (add_calibration(of_b, b, of_a), a_like_b)
