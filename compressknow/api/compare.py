@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import SeededWords, build_records, list_files, verb
+from compressknow.api.words import Words, build_records, list_files, verb
 from compressknow.base.errors import UnusedOptions
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
@@ -50,7 +50,7 @@ def compare(
     threads: int | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[SeededWords],
+    **words: Unpack[Words],
 ) -> CheckpointComparison:
     """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
 

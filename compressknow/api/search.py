@@ -79,7 +79,6 @@ def search(
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = RECOGNIZED,
-    seed: int = 0,
     no_facts: bool = False,
     revision: str | None = None,
     command: str | None = None,
@@ -104,10 +103,10 @@ def search(
     guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
-    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes. lm-eval's tasks cannot
-        be held out. A running text beside the facts guides nothing: the winner reads it, and its report card says how.
+    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
+        split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
+        the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
-    seed : of the split, of the text and of the sample.
     no_facts : leave the text of every fact out of the winner's report card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
     on_result : called with the trial of each file as it comes.
@@ -123,8 +122,8 @@ def search(
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, no file is that small, or
         `output` holds something else.
     """
-    seeded = {**words, "seed": seed} if options is None else words
-    options, settings = build_records(seeded, options, settings)
+    options, settings = build_records(words, options, settings)
+    seed = options.seed
     request = Request(
         keep,
         None if size is None else parse_size(size),

@@ -27,6 +27,7 @@ class Words(TypedDict, total=False):
     """
 
     data: str | Path | None
+    seed: int
     protocol: str
     template: int
     templates: int
@@ -42,13 +43,7 @@ class Words(TypedDict, total=False):
     no_noise_floor: bool
 
 
-class SeededWords(Words, total=False):
-    """Words with the seed of the sample."""
-
-    seed: int
-
-
-class ServingWords(SeededWords, total=False):
+class ServingWords(Words, total=False):
     """Words with what runs a model; `model_name` is its name on a server."""
 
     runtime: str | None
@@ -117,7 +112,7 @@ def _spell_out(signature: inspect.Signature) -> inspect.Signature:
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
-    words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(last.annotation))
+    words = next(kind for kind in (ServingWords, Words) if kind.__name__ in str(last.annotation))
     defaults = vars(Options()) | vars(Settings())
     defaults["no_noise_floor"] = not defaults["noise_floor"]
     for name, kind in words.__annotations__.items():
