@@ -39,22 +39,15 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    """Count the facts that stand in the text of a calibration, which the tokenizer of `model` reads; None where the
-    text is not at hand."""
-    from compressknow.compress.calibrate.text import reread_texts
+    """Count the facts with subject and object that stand in the text of a calibration, which the tokenizer of `model`
+    reads; None where the text is not at hand, or no fact has both."""
+    from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
     texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-    return count_facts_in_text(texts, known_by) if texts else None
-
-
-def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
-    """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
     told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
-    if not told:
+    if not texts or not told:
         return None
-    from compressknow.compress.calibrate.text import count_facts
-
     known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
     found = count_facts(texts, known)
     return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
@@ -112,16 +105,6 @@ def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], oth
 def list_names(probes: str | Sequence[str] | None) -> list[str]:
     """Return one name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())
-
-
-def read_reference(folder: str | Path) -> Answers:
-    """Read the original's answers. Raise CompressknowError where they do not say which model's they are."""
-    original = read_answers(Path(folder))
-    if original.record.model.sha256 is None:
-        raise CompressknowError(
-            f"{folder} does not record which model its answers come from.", hint="Probe the original again."
-        )
-    return original
 
 
 @dataclass(frozen=True)
