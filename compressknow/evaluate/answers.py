@@ -261,10 +261,10 @@ def gather_answers(folder: Path, record: Record) -> Answers:
     rows = tuple(answer for answer in read_table(folder / TABLE) if answer.probe in record.probes)
     answers = Answers(record, rows, read_texts(folder, record))
     for probe, entry in record.probes.items():
-        ids = {answer.fact_id for answer in answers.of(probe)}
-        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
+        ids = [answer.fact_id for answer in answers.of(probe)]
+        if not len(set(ids)) == len(ids) == entry.asked:
             raise DamagedAnswers(
-                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
+                f"{folder / TABLE} holds {len(set(ids))} facts of {probe}, {RECORD} says {entry.asked}.",
                 hint="The folder is damaged: probe the model again.",
             )
     return answers

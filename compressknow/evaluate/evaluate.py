@@ -1,6 +1,4 @@
-"""Evaluating a model on the facts of a probe, batch by batch, on the original's most likely tokens where there is an
-original.
-"""
+"""Evaluate a model on the facts of a probe, batch by batch, on the original's most likely tokens if there is one."""
 
 from __future__ import annotations
 

@@ -251,8 +251,11 @@ def _open_by_name(name: str, options: Options) -> Opened:
     full = _join_name(kind, source.named(part))
     if options.templates > 1:
         return _open_in_wordings(full, name, source, options)
+    if source.protocols and options.protocol not in source.protocols:
+        # It is for another probe.
+        options = replace(options, protocol=source.protocols[0])
     try:
-        opened = source.open(full, part, _select_options(source, options))
+        opened = source.open(full, part, options)
     except CompressknowError:
         raise
     except Exception as error:
@@ -294,16 +297,6 @@ def _join_name(kind: str, part: str) -> str:
 def _normalize_part(source: ProbeSource, part: str) -> str:
     """Return the part as the source has it: one of a few parts whatever its case, else as it stands."""
     return part.lower().replace("_", "-") if source.parts else part
-
-
-def _select_options(source: ProbeSource, options: Options) -> Options:
-    """Return the options that a source takes, and the defaults in place of others."""
-    default, general = Options(), ("limit", "seed", "data")
-    changed = [name for name in options.list_changed() if name not in general and not _takes(source, name)]
-    others = {name: getattr(default, name) for name in changed}
-    if source.protocols and options.protocol not in source.protocols:
-        others["protocol"] = source.protocols[0]
-    return replace(options, **others)
 
 
 def _takes(source: ProbeSource, field: str) -> bool:
