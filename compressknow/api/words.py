@@ -82,10 +82,8 @@ def build_records(
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Show every word in the signature of a verb, and name parameters, not options, in its errors.
-
-    Raises TypeError for an unknown word, with the one that was probably meant.
-    """
+    """Show every word in the signature of a verb, and name parameters, not options, in its errors. Raises TypeError for
+    an unknown word, with the one that was probably meant."""
     signature = _spell_out(inspect.signature(function))
 
     @functools.wraps(function)

@@ -379,10 +379,8 @@ _COMMAND_LINE_ALONE = {
 def read_project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
-    """Return the values that the project's file has for the options of one of `commands`, as click takes them.
-
-    Raises UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone.
-    """
+    """Return the values that the project's file has for the options of one of `commands`, as click takes them. Raises
+    UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
@@ -424,10 +422,8 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
 
 def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options without those of `names` that the project's file gives, where a recipe says them instead.
-
     Raises UsageError where one of `names` is on the command line beside a recipe, even with the value that it has when
-    left out: the recipe may say another.
-    """
+    left out: the recipe may say another."""
     if options["recipe"] is None:
         return dict(options)
     from compressknow.compress.recipe import check_beside_recipe

@@ -59,10 +59,8 @@ def compare_probe(
     ran_in: str,
 ) -> ProbeFigures:
     """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
-    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model.
-
-    Raises CompressknowError where the two sides were evaluated on different prompts.
-    """
+    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model. Raises CompressknowError
+    where the two sides were evaluated on different prompts."""
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
@@ -316,10 +314,8 @@ def pair_answers(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
-    """Pair the answers to the same facts, in the order of the facts' ids.
-
-    Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
-    """
+    """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError where the two sides
+    were not evaluated alike: other protocol, fingerprint or facts."""
     _check_prompts(probe, entry_original, entry_compressed)
     before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
     _check_facts(probe, before, after)

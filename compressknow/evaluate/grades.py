@@ -160,10 +160,8 @@ def check_known(known: str) -> None:
 
 def apply_reading(answers: Answers, known: str) -> Answers:
     """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
-    it is said too. What is said is then the answer, and none is right by chance.
-
-    Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
-    """
+    it is said too. What is said is then the answer, and none is right by chance. Raises UsageError for another reading,
+    CompressknowError where the answers do not tell what is said."""
     check_known(known)
     if known == RECOGNIZED:
         return answers

@@ -115,10 +115,8 @@ def read_version(converter: Path) -> str:
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture.
-
-    Raises CompressknowError where it does not run.
-    """
+    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture. Raises
+    CompressknowError where it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
@@ -166,9 +164,7 @@ def convert(
 ) -> None:
     """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
     called `name` in it where its card does not say; None is for the folder's. `begin` begins the stage ``export``.
-
-    Raises CompressknowError where the converter fails: it does not know the tokenizer, for one.
-    """
+    Raises CompressknowError where the converter fails: it does not know the tokenizer, for one."""
 
     def look() -> None:
         if output.exists():
@@ -199,9 +195,7 @@ def quantize(
 ) -> None:
     """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a folder to write
     into, `types` are those of single tensors, by name, and `importance` is a GGUF file with the importance matrix.
-
-    Raises CompressknowError, with llama.cpp's reason, where it fails.
-    """
+    Raises CompressknowError, with llama.cpp's reason, where it fails."""
     file, log = scratch / "quantize.json", scratch / "quantize.log"
     matrix = None if importance is None else str(importance)
     file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))

@@ -142,10 +142,8 @@ def write_importance(importance: Importance, path: Path) -> None:
 
 
 def read_importance(path: Path) -> Importance:
-    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``).
-
-    Raises UsageError where there is no such file, CheckpointError where it holds no importance matrix.
-    """
+    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``). Raises UsageError where there is no such
+    file, CheckpointError where it holds no importance matrix."""
     try:
         with open_regular(path) as file:
             is_gguf = file.read(4) == MAGIC

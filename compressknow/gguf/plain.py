@@ -36,10 +36,8 @@ def get_dtype(values: Values) -> str:
 
 
 def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> dict[str, Values]:
-    """Return a checkpoint's tensors without quantization, by its stored names, in their order.
-
-    Raises UnsupportedError where values cannot be read: another tool has packed them.
-    """
+    """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
+    where values cannot be read: another tool has packed them."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():

@@ -66,10 +66,8 @@ class Place(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move all to their places: the record last, so that what has one is whole, and none is of another file.
-
-        Raises OutputError as `Staging.commit` does.
-        """
+        """Move all to their places: the record last, so that what has one is whole, and none is of another file. Raises
+        OutputError as `Staging.commit` does."""
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
         with hold_signals():
@@ -276,10 +274,8 @@ def read_record(output: Path) -> dict[str, Any]:
 
 
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
-    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record.
-
-    Raises CheckpointError where it has no record, or one that this version cannot read.
-    """
+    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record. Raises CheckpointError
+    where it has no record, or one that this version cannot read."""
     record = read_record(path)
     # They import torch, which takes a second: what is wrong with the record is said before.
     from compressknow.compress.blocks import Pool

@@ -68,10 +68,8 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule names; of several rules the last holds.
-
-    Raises UsageError for a rule that names none.
-    """
+    """Return the type of each tensor that a rule names; of several rules the last holds. Raises UsageError for a rule
+    that names none."""
     return {
         name: chosen
         for which, chosen in types

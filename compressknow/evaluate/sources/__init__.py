@@ -144,10 +144,8 @@ class ProbeSource(ABC):
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """Return the folder of the set: `data` itself, or one of the `folders` in it.
-
-        Raises UsageError that says where to get it and where to put it.
-        """
+        """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError that says where
+        to get it and where to put it."""
         places = [data, *(data / folder for folder in self.folders)] if data else []
         for place in places:
             if self.holds(place, part):
@@ -177,11 +175,9 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes.
-
-    Raises UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
-    CompressknowError for one that cannot be used.
-    """
+    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes. Raises
+    UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
+    CompressknowError for one that cannot be used."""
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
     if "protocol" in options.list_changed():

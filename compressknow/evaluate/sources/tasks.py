@@ -270,10 +270,8 @@ def _find_local_data(name: str) -> list[Path]:
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
-
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that would fail only after
-    the model has answered.
-    """
+    the model has answered."""
     try:
         if task.include is None:
             built = dict(read_own_tasks().load(task.task))
