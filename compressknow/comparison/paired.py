@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
+from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,
     assign_popularity_bins,
@@ -22,22 +23,6 @@ from compressknow.comparison.distributions import (
     compute_rest,
     count_grades,
     name_popularity_bins,
-)
-from compressknow.comparison.intervals import (
-    SIGNIFICANT,
-    adjust_holm,
-    average_relations,
-    correct_for_chance,
-    design_of_change,
-    estimate_difference,
-    estimate_difference_by_cluster,
-    estimate_kept,
-    estimate_kept_by_cluster,
-    estimate_proportion,
-    list_clusters,
-    number_clusters,
-    run_paired_test,
-    tally,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
@@ -94,16 +79,18 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """Count right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
     relations = [group.counts for group in by_relation]
-    before, after, difference = average_relations(relations)
-    kept = estimate_kept(list_clusters(relations))
+    before, after, difference = intervals.average_relations(relations)
+    kept = intervals.estimate_kept(intervals.list_clusters(relations))
     drop_absolute, drop_relative = _compute_drop(total, (before, difference) if average == "macro" else None)
     return {
         "counts": total,
-        "accuracy_original": estimate_proportion(total.known_before, total.n),
-        "accuracy_compressed": estimate_proportion(total.known_after, total.n),
-        "difference": estimate_difference(total),
+        "accuracy_original": intervals.estimate_proportion(total.known_before, total.n),
+        "accuracy_compressed": intervals.estimate_proportion(total.known_after, total.n),
+        "difference": intervals.estimate_difference(total),
         "kept": kept,
-        "kept_above_chance": correct_for_chance(kept, _estimate_chance([pair for pair in pairs if pair[0].correct])),
+        "kept_above_chance": intervals.correct_for_chance(
+            kept, _estimate_chance([pair for pair in pairs if pair[0].correct])
+        ),
         "macro_original": before,
         "macro_compressed": after,
         "macro_difference": difference,
@@ -118,13 +105,13 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
     could have shown. A relation is a cluster; in a probe of one relation, a fact is.
     """
-    clusters = [cluster for relations in probes for cluster in list_clusters(relations)]
-    total, change = sum(clusters, Counts()), design_of_change(clusters)
+    clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
+    total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
-        test=run_paired_test(clusters),
+        test=intervals.run_paired_test(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
-        kept=estimate_kept_by_cluster(clusters),
-        difference=estimate_difference_by_cluster(clusters),
+        kept=intervals.estimate_kept_by_cluster(clusters),
+        difference=intervals.estimate_difference_by_cluster(clusters),
         smallest_loss=find_smallest_loss(total, change),
         facts_for_two=count_facts_to_show(total, design=change),
     )
@@ -178,7 +165,7 @@ def _group_pairs(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None])
         if (name := name_of(pair[0])) is not None:
             members.setdefault(name, []).append(pair)
     groups = [_make_group(name, members[name]) for name in sorted(members)]
-    adjusted = adjust_holm([group.p for group in groups])
+    adjusted = intervals.adjust_holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
@@ -191,8 +178,8 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         name=name,
         counts=total,
         relations=clusters,
-        kept=estimate_kept(clusters),
-        p=run_paired_test(clusters).p,
+        kept=intervals.estimate_kept(clusters),
+        p=intervals.run_paired_test(clusters).p,
         p_holm=None,
         answer_changed=_share_changed(pairs),
         chance=_estimate_chance(pairs),
@@ -377,10 +364,12 @@ def rank_models(
     facts = [answer for answer in original if answer.correct]
     right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
     keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
-    cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
+    cluster = intervals.number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
-    adjusted = adjust_holm([run_paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
-    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
+    adjusted = intervals.adjust_holm(
+        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
+    )
+    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < intervals.SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]
     order = sorted(range(len(models)), key=lambda place: -known[place])
     found = []

@@ -15,19 +15,10 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, relabel_progress
+from compressknow.evaluate import gather
 from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.gather import (
-    Evaluation,
-    check_none_evaluated,
-    choose_folder,
-    finish_answers,
-    open_matching,
-    open_models,
-    read_if_stored,
-    select_probes,
-)
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
@@ -44,7 +35,7 @@ FIRST, FURTHER = 32, 0.25
 def gather_early(
     original: str | Path,
     compressed: str | Path,
-    evaluation: Evaluation,
+    evaluation: gather.Evaluation,
     decide: Decide[T],
     *,
     revision: str | None = None,
@@ -58,18 +49,18 @@ def gather_early(
     CompressknowError as `gather` does.
     """
     models = (original, compressed)
-    stored = [read_if_stored(model) for model in models]
+    stored = [gather.read_if_stored(model) for model in models]
     if all(stored):
-        check_none_evaluated([answers for answers in stored if answers], evaluation)
-    probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
-    first, second = map(_Side, open_models(models, revision, stored, evaluation, probes))
+        gather.check_none_evaluated([answers for answers in stored if answers], evaluation)
+    probes = _select_facts(gather.open_matching(next(filter(None, stored), None), evaluation))
+    first, second = map(_Side, gather.open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
     if first.stored or second.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
     found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
-    before = finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
+    before = gather.finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
     before = change_model(before, runtime_unmeasured="--early leaves it out.")
-    return before, finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
+    return before, gather.finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
 
 
 def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
@@ -85,7 +76,7 @@ def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
 
 
 def _evaluate_until(
-    decide: Decide[T], first: _Side, second: _Side, probes: Sequence[Probe], evaluation: Evaluation
+    decide: Decide[T], first: _Side, second: _Side, probes: Sequence[Probe], evaluation: gather.Evaluation
 ) -> tuple[T | None, list[Probe]]:
     """Evaluate until `decide` knows enough, or all is done; return what it knows, and probes of what is done."""
     keep_in, seed = evaluation.keep_in, evaluation.options.seed
@@ -139,10 +130,10 @@ class _Side:
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
         """Take the answers that are stored to all these facts. Raise CompressknowError where they are to others."""
         if self.handle is not None:
-            folder = choose_folder(keep_in, self.handle, Context(reference), probes)
+            folder = gather.choose_folder(keep_in, self.handle, Context(reference), probes)
             self.stored = find_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
-            self.stored = select_probes(self.stored, [probe.name for probe in probes])
+            self.stored = gather.select_probes(self.stored, [probe.name for probe in probes])
             name, entries = self.stored.record.model.name, self.stored.record.probes
             if others := [probe for probe in probes if entries[probe.name].fingerprint != probe.fingerprint()]:
                 raise UsageError(
@@ -171,7 +162,7 @@ class _Side:
             answers = self.stored.restrict(chunk)
         else:
             assert self.handle is not None
-            place = choose_folder(folder, self.handle, context)
+            place = gather.choose_folder(folder, self.handle, context)
             answers = probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True)
         self._chunks.append(answers)
         return answers
