@@ -226,8 +226,7 @@ def search(
 
 
 def _remove_winner_of_other_form(folder: Path, name: str) -> None:
-    """Remove what an earlier search of the folder has found in another form than the one of that name, by its record:
-    it would stand beside a page that is not about it."""
+    """Remove what an earlier search has found in another form, by its record: the new page is not about it."""
     try:
         earlier = read_json(folder / "search.json", RECORD)
     except (OSError, ValueError):

@@ -102,8 +102,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _spell_out(signature: inspect.Signature) -> inspect.Signature:
-    """Return the signature with each of the words as a parameter, as `help` and editors show it. What a word is when it
-    is left out the records say."""
+    """Return the signature with each word as a parameter, with the default of the records, as `help` shows it."""
     *named, last = signature.parameters.values()
     if last.kind is not inspect.Parameter.VAR_KEYWORD:
         return signature

@@ -55,8 +55,7 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
 
 
 def check_regular(path: Path, most: int | None = None) -> os.stat_result:
-    """Return what the system says of a file. Raises NotReadable where another library could not read it safely; see
-    `open_regular`."""
+    """Return what the system says of a file. Raises NotReadable as `open_regular` does, for other libraries to read."""
     status = path.stat()
     _check(status, most)
     return status

@@ -75,8 +75,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; once more without what a project's file says, where it turns out, before any work, that this
-        changes nothing."""
+        """Run the command; once more without what a project's file says, where this turns out to change nothing."""
         try:
             return super().invoke(ctx)
         except UnusedOptions as unused:
@@ -413,8 +412,7 @@ def read_project_defaults(
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
-    """Say which file gives options of a command, to whoever did not write them on the command line; `names` are theirs
-    in Python."""
+    """Say which file gives options of a command, by their names in Python, to whoever did not write them."""
     nearest, options = _find_file(Path.cwd()), _list_options(command)
     words = ", ".join(max(options[name].opts, key=len) for name in names)
     return f"Options of {nearest[0] if nearest else FILE}: {words}."
@@ -485,8 +483,7 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
 
 
 def _find_beside(file: Path, value: str) -> str:
-    """Return a value such as ``facts:mine.jsonl`` or ``notes.txt`` with its path as seen from the file's folder, where
-    there is such a file."""
+    """Return ``facts:mine.jsonl`` or ``notes.txt`` with its path from the file's folder, where there is such a file."""
     kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
     place = file.parent / part
     # What is not told by its kind is a file by its ending: one called atlas may lie about.

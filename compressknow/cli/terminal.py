@@ -89,8 +89,7 @@ def show_json(values: Any) -> None:
 
 
 def show_json_text(text: str) -> None:
-    """Print a JSON text; what `show` would name, and what it would spell in other characters, is escaped, so that it
-    stands for the same values."""
+    """Print a JSON text that stands for the same values: what `show` would name or spell otherwise is escaped."""
     spelt_out = {c for c in _SPELT_OUT if not _can_encode(c)}
 
     def write(character: str) -> str:

@@ -134,8 +134,7 @@ def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | Non
 
 
 def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
-    """Return the part of each value, from 0, the largest first: of about equal size, equal values in one. None where
-    that leaves a part with too few."""
+    """Return the part of each value, from 0, the largest first, equal values in one; None where one has too few."""
     _, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(values)
     chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]

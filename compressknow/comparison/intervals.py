@@ -209,8 +209,7 @@ FEWEST_SIGNS = 10
 
 
 def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
-    """Return what a probe's facts are drawn in: its relations, or its facts one by one where it has one relation, as
-    lm-eval's tasks have."""
+    """Return a probe's relations or, of one relation, as lm-eval's tasks have, its facts one by one."""
     there = [relation for relation in relations if relation.n]
     if len(there) > 1:
         return there

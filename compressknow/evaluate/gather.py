@@ -220,8 +220,7 @@ def open_models(
 
 
 def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
-    """Raise CompressknowError where a model is of another family than the first or, but for running texts, has another
-    vocabulary; as far as their files tell."""
+    """Raise CompressknowError where files tell of another family or, but for running texts, of another vocabulary."""
     first, *others = sides
     for other in others:
         check_alike("family", _find_family(first), _find_family(other))
@@ -265,8 +264,7 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas. Raises
-    what `open_named` and `check_gated` do."""
+    """Open the probes named, else those of the answers at hand, in their sample; else atlas. Raises as `open_named`."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
     # Of a probe with fewer facts no sample was drawn.

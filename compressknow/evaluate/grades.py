@@ -130,8 +130,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
 
 
 def grade_answer(answer: Answer) -> str:
-    """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
-    being among the best five says nothing."""
+    """Grade an answer: without a greedy text recognized at best; among five candidates, ranks tell nothing."""
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
     few = answer.choices is not None and answer.choices <= NEAR

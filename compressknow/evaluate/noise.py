@@ -110,8 +110,7 @@ class NoiseFloors:
     def _measure(
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
-        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts; stages are of `work`.
-        Both are released."""
+        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts. Both are released."""
         original, whole = self._original, self._whole
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())

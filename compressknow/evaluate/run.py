@@ -391,8 +391,7 @@ def _name_parts(folder: Path, key: str) -> Path:
 
 
 def _label(answers: Iterable[Answer], probes: Sequence[Opened]) -> Iterator[Answer]:
-    """Yield the answers with domain, subject and popularity of their facts as these have them now. They are no part of
-    the key: a user may add or correct them later."""
+    """Yield the answers with what may be corrected later, and is no part of the key: domain, subject, popularity."""
     facts = {(probe.name, fact.id): fact for probe in probes if isinstance(probe, Probe) for fact in probe.facts}
     for answer in answers:
         fact = facts.get((answer.probe, answer.fact_id), answer)

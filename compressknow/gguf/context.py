@@ -166,8 +166,7 @@ class GgufTokenizer:
         return bytes(self._ffi.buffer(text, count))
 
     def _fill(self, kind: str, size: int, fill: Callable[[Any, int], int]) -> tuple[Any, int]:
-        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size that it needs,
-        negative."""
+        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size, negative."""
         while (count := fill(buffer := self._ffi.new(kind, size), size)) < 0:
             size = -count
         return buffer, count

@@ -115,8 +115,7 @@ def read_version(converter: Path) -> str:
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture. Raises
-    CompressknowError where it does not run."""
+    """Raise UnsupportedError, which names those that it knows, for another; CompressknowError where it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(

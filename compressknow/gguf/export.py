@@ -92,8 +92,7 @@ class Export:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return whether the converter reads the folder as it is: floats in safetensors, all of them the
-        checkpoint's."""
+        """Return whether the converter reads the folder as it is: floats in safetensors, all the checkpoint's."""
         files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
         return (
             self.checkpoint.revision is None
@@ -304,8 +303,7 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
 def preview(
     export: Export, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
 ) -> ExportRecord:
-    """Return what `write` would record, but for the hash. llama.cpp chooses types by a file, which is made for that
-    beside `output` and removed again."""
+    """Return what `write` would record, but for the hash: of a file that is made for it and removed again."""
     check_room(output, export.needed_bytes)
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)

@@ -195,8 +195,7 @@ def _read_dat(path: Path) -> Importance:
 
 
 def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
-    """Raise CheckpointError where a matrix says which model it was made of, and that is neither this one nor made of
-    the same original."""
+    """Raise CheckpointError where a matrix names its models, and none is this one or its original."""
     if importance.models and not set(importance.models) & set(sources):
         raise CheckpointError(
             f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",

@@ -30,8 +30,7 @@ _BLOCK = 1 << 22
 
 
 def get_dtype(values: Values) -> str:
-    """Return the dtype of plain values: integers become float32, in which they are multiplied with their scale; all
-    else stays as it is."""
+    """Return the dtype of plain values: integers become float32, in which they are scaled; all else stays as it is."""
     return "F32" if values.scale else values.tensor.dtype
 
 

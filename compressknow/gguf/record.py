@@ -116,8 +116,7 @@ def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where writing a GGUF file would lose something of the user's, UsageError where its name is of
-    no GGUF file."""
+    """Raise OutputError where a GGUF file would take the place of something of the user's, UsageError for its name."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)

@@ -212,8 +212,7 @@ def list_usable() -> Iterator[tuple[str, ProbeSource]]:
 
 
 def _check_taken(names: Sequence[str], options: Options) -> None:
-    """Raise UnusedOptions where there are options that no probe of these names takes. A folder of data may be there for
-    other probes, but where none is named it was meant for one."""
+    """Raise UnusedOptions for options that no probe of these names takes; a folder of data may wait for others."""
     sources = [find_source(name) for name in names or DEFAULT]
     general = {"limit", "seed", "templates"} | ({"data"} if names else set())
     idle = [
