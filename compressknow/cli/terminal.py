@@ -183,8 +183,7 @@ def drop_output() -> None:
 
 def _open_closed() -> None:
     """Put the null device where a standard stream is closed: else the next file that is opened would take its number,
-    and what a library prints would end up in that file.
-    """
+    and what a library prints would end up in that file."""
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.dup(null)

@@ -62,8 +62,7 @@ def diff_models(
     on_progress: Listener | None = None,
 ) -> CheckpointDiff | None:
     """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
-    weights have other names and another order.
-    """
+    weights have other names and another order."""
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
         return None

@@ -66,8 +66,7 @@ def _append_rest(logp: np.ndarray) -> np.ndarray:
 
 def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
-    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3).
-    """
+    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3)."""
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     gaps = np.bincount(_assign_bins(sure), weights=right - sure, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(sure))
@@ -81,8 +80,7 @@ def _assign_bins(sure: np.ndarray) -> np.ndarray:
 
 def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
-    it is wrong (Brier 1950).
-    """
+    it is wrong (Brier 1950)."""
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     return float(np.mean((sure - right) ** 2))
 
@@ -265,8 +263,7 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
 def measure_consistency(answers: Iterable[Answer]) -> float | None:
     """Return the share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or
     more (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
-    where there is none.
-    """
+    where there is none."""
     shares = []
     for wordings in group_by_fact(answers).values():
         alike = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]

@@ -103,8 +103,7 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
 
 def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
-    could have shown. A relation is a cluster; in a probe of one relation, a fact is.
-    """
+    could have shown. A relation is a cluster; in a probe of one relation, a fact is."""
     clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
     total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
@@ -118,9 +117,8 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first
-    whose gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
-    """
+    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first whose gold
+    fell farthest (of the lost) or rose farthest (of the gained) in log-probability."""
     pairs = list(pairs)
     lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
     gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
@@ -208,8 +206,7 @@ def _share_changed(pairs: Sequence[Pair]) -> float | None:
 
 def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
     """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before;
-    `macros` are the mean over relations before, and how much higher it is after, where that is the headline.
-    """
+    `macros` are the mean over relations before, and how much higher it is after, where that is the headline."""
     if not total.n:
         return None, None
     if macros is None:
@@ -221,8 +218,7 @@ def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tu
 
 def _measure_movement(pairs: Sequence[Pair]) -> Movement | None:
     """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
-    facts for which these are the same. Those with NaN (a model that broke) are left out.
-    """
+    facts for which these are the same. Those with NaN (a model that broke) are left out."""
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
         return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
