@@ -15,10 +15,10 @@ from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whol
 from compressknow.base.format import clean, count, write_percent
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
-from compressknow.base.reading import compute_sha256, find_mismatch, read_json
+from compressknow.base.reading import compute_sha256, read_json
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import TEXTS, Chunk, Record, open_rows, read_texts, write_rows
-from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
+from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,47 +35,6 @@ TABLE, RECORD = "answers.parquet", "probe.json"
 LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.evaluate.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
-# The entry of the record that holds the table's hash; without it (a run was killed between the two files) the table is
-# read as it is.
-HASH = "answers_sha256"
-_COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
-_NOISE: dict[str, Any] = dict.fromkeys(("n", "changed", "known", "lost", "gained"), int)
-_NOISE |= {"kl_mean": (float, None), "computed_in": str}
-_NOISE |= {"produced?": (dict(_NOISE), None)}
-_TEXT = {"context": int, "chunks": int, "tokens": int, "bytes": (int, None), "divergence": str}
-_TEXT |= {"file?": str, "sha256?": str}
-# What reports read of ``probe.json``.
-RECORD_FORM: dict[str, Any] = {
-    "schema": int,
-    "versions": {str: str},
-    "model": {
-        **{"name": str, "sha256?": str, "revision?": (str, None), "architecture?": str, "family?": str, "dtype?": str},
-        **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
-        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None)},
-        "recipe?": ({"steps": [dict]}, None),
-        **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
-        "totals?": {str: (int, float, None)},
-        "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
-        "calibration?": (CALIBRATION, None),
-        "changed?": (bool, None),
-        "grid?": ({"weights": int, "of": int, "values": int}, None),
-        "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
-    },
-    "probes": {
-        str: {
-            **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
-            **dict.fromkeys(("chance?", "majority?"), (float, None)),
-            **dict.fromkeys(("limit?", "templates?", "seed?"), (int, None)),
-            **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
-            "text?": (_TEXT, None),
-            "noise_floor?": (_NOISE, None),
-            "runtime_noise_floors?": ({str: _NOISE}, None),
-        }
-    },
-    f"{HASH}?": str,
-    f"{SEAL}?": str,
-}
-
 # Columns of the table in which each row has a value.
 _FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
 _LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
@@ -297,25 +256,12 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := find_mismatch(record, RECORD_FORM) or _find_infinite(record):
-        raise DamagedAnswers(
-            f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
-        )
-    if SEAL in record and record[SEAL] != hash_manifest(record):
+    if record.get(SEAL) != hash_manifest(record):
         raise DamagedAnswers(
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
             hint="Put the file back as it was, or probe the model again, into another folder.",
         )
     return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
-
-
-def _find_infinite(record: Mapping[str, Any]) -> str | None:
-    """Say that a number is infinite or NaN, as free keys of the record may hold: no report could be written."""
-    try:
-        json.dumps(record, allow_nan=False)
-    except ValueError:
-        return "it contains a number that is infinite or NaN"
-    return None
 
 
 def is_answers_folder(folder: Path) -> bool:

@@ -30,6 +30,7 @@ from compressknow.evaluate.answers import (
     write_table,
 )
 from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
+from compressknow.model.manifest import seal_manifest
 
 
 def answer(**changes: Any) -> Answer:
@@ -184,14 +185,6 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
-@pytest.mark.parametrize("recipe", [{}, {"steps": "int8"}, {"steps": ["int8"]}, {"steps": {"quantize": "int8"}}])
-def test_a_recipe_that_is_none_is_a_damaged_record(recipe: object, tmp_path: Path) -> None:
-    model = {"name": "m", "recipe": recipe}
-    (tmp_path / RECORD).write_text(json.dumps({**RECORD_OF, "model": model}), encoding="utf-8")
-    with pytest.raises(CompressknowError, match=r"model\.recipe\.steps"):
-        read_record(tmp_path)
-
-
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1", "{}", '"schema"', "\udcff"])
 def test_a_damaged_record_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -235,20 +228,11 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
 
 
-def test_a_record_with_a_number_beyond_all_numbers_is_damaged(tmp_path: Path) -> None:
-    record = RECORD_OF | {"versions": {"torch": "2"}, "model": {"name": "m", "source": {"bytes": float("inf")}}}
-    (tmp_path / RECORD).write_text(json.dumps(record))
-    with pytest.raises(
-        CompressknowError, match=r"probe\.json is damaged: it contains a number that is infinite or NaN"
-    ):
-        read_record(tmp_path)
-
-
 def test_keys_that_no_field_has_and_keys_that_are_missing_stay_as_they_are(tmp_path: Path) -> None:
     entry = {"new": [1], **ENTRY, "limit": None, "other": {"a": None}}
     model = {"size": "large", "name": "m", "zeros": None}
     written = {**RECORD_OF, "model": model, "probes": {"atlas": entry}, "tool": "other"}
-    (tmp_path / RECORD).write_text(json.dumps(written), encoding="utf-8")
+    (tmp_path / RECORD).write_text(json.dumps(seal_manifest(written)), encoding="utf-8")
     record = read_record(tmp_path)
     assert json.dumps(record.to_dict()) == json.dumps(written)
     changed = replace(record, probes={"atlas": replace(record.probes["atlas"], key="k", asked=1)})
