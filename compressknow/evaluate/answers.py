@@ -35,9 +35,6 @@ TABLE, RECORD = "answers.parquet", "probe.json"
 LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.evaluate.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
-# Columns of the table in which each row has a value.
-_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
-_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,23 +173,8 @@ def read_table(path: Path) -> list[Answer]:
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
         table = file.read(columns=schema.names).select(schema.names).cast(schema)
-        _check_columns(table)
         columns = [_read_column(table, name) for name in schema.names]
         return [Answer(*row) for row in zip(*columns, strict=True)]
-
-
-def _check_columns(table: pa.Table) -> None:
-    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
-    for name in (*_FILLED, *_LISTS):
-        if table[name].null_count:
-            raise ValueError(f"a row has no {name}")
-        if name in _LISTS and table[name].combine_chunks().values.null_count:
-            raise ValueError(f"a value of {name} is missing")
-    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
-        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
-    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
-    if not ids.equals(values):
-        raise ValueError("first_ids and first_logp of a row are not of one length")
 
 
 def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
@@ -216,28 +198,18 @@ def read_answers(folder: Path) -> Answers:
 
 
 def gather_answers(folder: Path, record: Record) -> Answers:
-    """Read the answers to the probes of a record. Raise DamagedAnswers where there are more or fewer than it says."""
+    """Read the answers to the probes of a record. Raise DamagedAnswers where they cannot be read."""
     rows = tuple(answer for answer in read_table(folder / TABLE) if answer.probe in record.probes)
-    answers = Answers(record, rows, read_texts(folder, record))
-    for probe, entry in record.probes.items():
-        ids = [answer.fact_id for answer in answers.of(probe)]
-        if not len(set(ids)) == len(ids) == entry.asked:
-            raise DamagedAnswers(
-                f"{folder / TABLE} holds {len(set(ids))} facts of {probe}, {RECORD} says {entry.asked}.",
-                hint="The folder is damaged: probe the model again.",
-            )
-    return answers
+    return Answers(record, rows, read_texts(folder, record))
 
 
 def check_table(folder: Path, record: Record) -> None:
-    """Raise DamagedAnswers where the table is not the one whose hash the record holds, if it holds one."""
-    if record.answers_sha256 is None or not (folder / TABLE).is_file():
-        return
-    if compute_sha256(folder / TABLE) != record.answers_sha256:
+    """Raise DamagedAnswers where the table is not the one whose hash the record holds."""
+    if (folder / TABLE).is_file() and compute_sha256(folder / TABLE) != record.answers_sha256:
         raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
-            why="It was changed since, or the two come from different folders.",
-            hint="Probe the model again, into another folder.",
+            why="It was changed since, or a run was killed while it wrote them, or they come from different folders.",
+            hint="Repeat the command that wrote it, or probe the model again, into another folder.",
         )
 
 

@@ -223,10 +223,12 @@ class _Run:
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
-        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated."""
+        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated, or
+        where a run that did so was killed before it wrote the hash."""
         stored = read_stored(self._folder)
         labelled = list(_label(stored, probes))
-        if any(new is not old for new, old in zip(labelled, stored, strict=True)):
+        has_changed = any(new is not old for new, old in zip(labelled, stored, strict=True))
+        if has_changed or self._record.answers_sha256 is None:
             entries = self._record.probes
             sources = {probe.name: dict(probe.source) for probe in probes if isinstance(probe, Probe)}
             updated = {name: replace(entries[name], source=source) for name, source in sources.items()}
@@ -419,7 +421,9 @@ def _open_record(folder: Path, handle: ModelHandle) -> Record:
         model = ModelRecord(name=handle.located.name)
         return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_list_versions())
     record = read_record(folder)
-    check_table(folder, record)
+    # A run that was killed between the two files has left none.
+    if record.answers_sha256 is not None:
+        check_table(folder, record)
     if record.model.sha256 != handle.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record.model.name}).",
