@@ -18,6 +18,7 @@ from compressknow.base.progress import Listener, relabel_progress
 from compressknow.evaluate import gather
 from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
+from compressknow.evaluate.evaluate import check_facts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
@@ -134,13 +135,8 @@ class _Side:
             self.stored = find_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
             self.stored = gather.select_probes(self.stored, [probe.name for probe in probes])
-            name, entries = self.stored.record.model.name, self.stored.record.probes
-            if others := [probe for probe in probes if entries[probe.name].fingerprint != probe.fingerprint()]:
-                raise UsageError(
-                    f"{name} was evaluated on other facts or prompts of {others[0].name}.",
-                    hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), "
-                    "or probe it again.",
-                )
+            for probe in probes:
+                check_facts(self.stored, probe)
 
     def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
         """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""
@@ -159,24 +155,22 @@ class _Side:
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         if self.stored is not None:
-            answers = self.stored.restrict(chunk)
-        else:
-            assert self.handle is not None
-            place = gather.choose_folder(folder, self.handle, context)
-            answers = probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True)
-        self._chunks.append(answers)
-        return answers
+            return self.stored.restrict(chunk)
+        assert self.handle is not None
+        place = gather.choose_folder(folder, self.handle, context)
+        self._chunks.append(probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True))
+        return self._chunks[-1]
 
     def merge_chunks(self, done: Sequence[Probe]) -> Answers:
         """Return the answers to all chunks, as if they had been one sample; `done` are the probes with its facts."""
-        rows = {(answer.probe, answer.fact_id): answer for chunk in self._chunks for answer in chunk.answers}
+        chunks = [self.stored] if self.stored is not None else self._chunks
+        rows = {(answer.probe, answer.fact_id): answer for chunk in chunks for answer in chunk.answers}
         entries, ordered = {}, []
         for probe in done:
             own = [rows[probe.name, fact.id] for fact in probe.facts if (probe.name, fact.id) in rows]
-            parts = [chunk.record.probes[probe.name] for chunk in self._chunks if probe.name in chunk.record.probes]
-            # Stored answers took one run, whatever is read of them.
-            seconds = sum(part.seconds or 0.0 for part in (parts[:1] if self.stored else parts))
+            parts = [chunk.record.probes[probe.name] for chunk in chunks if probe.name in chunk.record.probes]
+            seconds = round(sum(part.seconds or 0.0 for part in parts), 1)
             entry = make_facts_entry(probe, own, probe.dropped)
-            entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=round(seconds, 1))
+            entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=seconds)
             ordered += own
-        return Answers(replace(self._chunks[0].record, probes=entries), tuple(ordered))
+        return Answers(replace(chunks[0].record, probes=entries), tuple(ordered))

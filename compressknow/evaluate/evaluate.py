@@ -163,7 +163,7 @@ def check_facts(reference: Answers, probe: Opened) -> None:
         )
     if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
-            f"The original was evaluated on other facts or prompts of {probe.name}.",
+            f"{reference.record.model.name} was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --templates, --protocol, "
             "--context, --data), or probe it again.",
         )
