@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import compressknow
 from compressknow.base.format import clean
 from compressknow.base.packages import Registry
+from compressknow.base.reading import compute_sha256
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import Recipe, read_recipe, to_toml
@@ -266,7 +267,8 @@ class TestSection:
         for name, answers in zip(("before", "after"), run(self.ANSWERS), strict=True):
             Path(name).mkdir()
             write_table(Path(name, TABLE), answers.answers)
-            write_record(Path(name), replace(answers.record, probes={"atlas": entry(facts=50, asked=50)}))
+            sha256, probes = compute_sha256(Path(name, TABLE)), {"atlas": entry(facts=50, asked=50)}
+            write_record(Path(name), replace(answers.record, probes=probes, answers_sha256=sha256))
 
     @pytest.fixture
     def favourites(self, install) -> None:

@@ -6,19 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import SeededWords, build_records, list_files, verb
+from compressknow.api.words import Words, build_records, list_files, verb
 from compressknow.base.errors import UnusedOptions
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
-from compressknow.evaluate.gather import (
-    check_comparable,
-    check_gated,
-    check_names,
-    evaluate_both,
-    find_answers_folder,
-    find_both,
-    open_named,
-)
+from compressknow.evaluate import gather
 from compressknow.evaluate.grades import PRODUCED, check_known
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import Settings
@@ -50,7 +42,7 @@ def compare(
     threads: int | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[SeededWords],
+    **words: Unpack[Words],
 ) -> CheckpointComparison:
     """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
 
@@ -101,13 +93,13 @@ def compare(
     files = list_files(output)
     require_for(files, *(("pyarrow", "scipy") if probe else ()))
     check_outputs(files, overwrite=overwrite)
-    opened = open_named(probe, options, known) if probe else []
+    opened = gather.open_named(probe, options, known) if probe else []
     gated = [gate.of for gate in gates]
-    check_gated(opened, gated)
+    gather.check_gated(opened, gated)
     listener = resolve_progress(on_progress)
-    first, second = find_both((a, revision), (b, revision_b), settings, listener)
+    first, second = gather.find_both((a, revision), (b, revision_b), settings, listener)
     if opened:
-        check_comparable((first, second), opened)
+        gather.check_comparable((first, second), opened)
     # It imports torch, which takes seconds: what is missing is said before.
     from compressknow.comparison.checkpoints import diff_models, find_other_files
 
@@ -118,10 +110,10 @@ def compare(
             first.located, second.located, trust_remote_code=trusted, threads=threads, on_progress=listener
         )
     if opened:
-        folder = Path(answers) if answers else find_answers_folder()
-        both = evaluate_both(first, second, opened, folder, listener)
-        check_names(both.a.answers, gated)
-        behaviour = make_behaviour(both, show_facts=not no_facts, known=known, gates=gates, strict=strict)
+        folder = Path(answers) if answers else gather.find_answers_folder()
+        there, back = gather.evaluate_both(first, second, opened, folder, listener)
+        gather.check_names(there[0].answers, gated)
+        behaviour = make_behaviour(there, back, show_facts=not no_facts, known=known, gates=gates, strict=strict)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(

@@ -21,19 +21,12 @@ from compressknow.engine.identity import Located, locate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
+from compressknow.gguf import record
 from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
-from compressknow.gguf.record import (
-    IMPORTANCE,
-    MODELFILE,
-    ExportRecord,
-    check_beside,
-    check_destination,
-    finish,
-    is_recorded,
-)
+from compressknow.gguf.record import ExportRecord
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.study.allocation import Target, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
@@ -115,7 +108,7 @@ def export(
     place = Path(output)
     # Said before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
-    places = {IMPORTANCE: imatrix_out, MODELFILE: modelfile}
+    places = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
     beside = {name: Path(path) for name, path in places.items() if path is not None}
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
@@ -128,12 +121,12 @@ def export(
     check_links(place.parent)
     if not dry_run:
         # What a dead run has left is ended or goes, whatever becomes of this one.
-        clean(place, lambda folder: finish(place, folder, beside))
+        clean(place, lambda folder: record.finish(place, folder, beside))
     # By the same export, it seems. What a size comes to is not known before it is measured.
-    is_there = not (target or overwrite or dry_run) and is_recorded(place, choice)
-    check_destination(place, overwrite=overwrite or is_there, source=Path(model))
-    if IMPORTANCE in beside:
-        _check_importance_output(beside[IMPORTANCE], choice, place, overwrite=overwrite or is_there)
+    is_there = not (target or overwrite or dry_run) and record.is_recorded(place, choice)
+    record.check_destination(place, overwrite=overwrite or is_there, source=Path(model))
+    if record.IMPORTANCE in beside:
+        _check_importance_output(beside[record.IMPORTANCE], choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
@@ -142,21 +135,23 @@ def export(
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = ""
-    if MODELFILE in beside:
-        chat = build_modelfile(job.checkpoint.folder, place, beside[MODELFILE], trust_remote_code=trust_remote_code)
-        check_modelfile(beside[MODELFILE], place, chat, overwrite=overwrite)
+    if record.MODELFILE in beside:
+        chat = build_modelfile(
+            job.checkpoint.folder, place, beside[record.MODELFILE], trust_remote_code=trust_remote_code
+        )
+        check_modelfile(beside[record.MODELFILE], place, chat, overwrite=overwrite)
 
     begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
-        matrix = beside.get(IMPORTANCE)
+        matrix = beside.get(record.IMPORTANCE)
         has_matrix = matrix is None or (matrix.is_file() and read_importance(matrix).models == job.sources)
         if made is not None and has_matrix:
             made.is_new = False
-            if MODELFILE in beside:
-                write_whole(beside[MODELFILE], chat.encode())
+            if record.MODELFILE in beside:
+                write_whole(beside[record.MODELFILE], chat.encode())
             return made
-        check_destination(place, overwrite=False, source=Path(model))
+        record.check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
         # As it was opened, where a branch has moved since.
@@ -247,7 +242,7 @@ def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwr
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    check_beside(file, output, "--imatrix-out", "importance matrix", _is_importance, overwrite=overwrite)
+    record.check_beside(file, output, "--imatrix-out", "importance matrix", _is_importance, overwrite=overwrite)
 
 
 def _is_importance(file: Path) -> bool:

@@ -10,9 +10,9 @@ from compressknow.api.words import ServingWords, build_records, verb
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import locate
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import Answers, read_answers
 from compressknow.evaluate.distributions import Context
-from compressknow.evaluate.gather import open_named, read_reference
+from compressknow.evaluate.gather import open_named
 from compressknow.evaluate.handle import make_handles
 from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.run import probe_model
@@ -60,7 +60,7 @@ def probe(
 
     options, settings = build_records(words, options, settings)
     opened = open_named(probe, options)
-    original = read_reference(reference) if reference is not None else None
+    original = read_answers(Path(reference)) if reference is not None else None
     (handle,) = make_handles([locate(model, revision)], settings, opened)
     listener = resolve_progress(on_progress)
     answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listener)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import Words, build_records, list_rules, verb
-from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
@@ -24,6 +24,7 @@ from compressknow.comparison.records import Estimate
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
+from compressknow.evaluate.answers import change_model
 from compressknow.evaluate.gather import check_has_facts, find_facts_in_text, list_names, open_named
 from compressknow.evaluate.grades import RECOGNIZED, check_known
 from compressknow.evaluate.handle import ModelHandle
@@ -70,7 +71,6 @@ def search(
     guide: Guide = "both",
     must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     rounding: Rounding | None = None,
-    minimize: str = "bytes",
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     probe: str | Sequence[str] | None = None,
@@ -78,7 +78,6 @@ def search(
     options: Options | None = None,
     settings: Settings | None = None,
     known: str = RECOGNIZED,
-    seed: int = 0,
     no_facts: bool = False,
     revision: str | None = None,
     command: str | None = None,
@@ -102,11 +101,10 @@ def search(
     to : ``gguf`` (for llama.cpp; by default for models that generate) or ``checkpoint``.
     guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
-    minimize : ``bytes``.
-    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes. lm-eval's tasks cannot
-        be held out. A running text beside the facts guides nothing: the winner reads it, and its report card says how.
+    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
+        split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
+        the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
-    seed : of the split, of the text and of the sample.
     no_facts : leave the text of every fact out of the winner's report card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
     on_result : called with the trial of each file as it comes.
@@ -122,8 +120,8 @@ def search(
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, no file is that small, or
         `output` holds something else.
     """
-    seeded = {**words, "seed": seed} if options is None else words
-    options, settings = build_records(seeded, options, settings)
+    options, settings = build_records(words, options, settings)
+    seed = options.seed
     request = Request(
         keep,
         None if size is None else parse_size(size),
@@ -133,7 +131,6 @@ def search(
         rounding,
         Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )
-    _check_minimize(minimize)
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
     check_text(request.text)
@@ -213,10 +210,9 @@ def search(
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
             result = replace(result, winner=trial, recipe=form.recipe(winner.found))
-            told = replace(after.record.model, in_calibration=in_text)
             card = make_card(
                 grading.reference,
-                [replace(after, record=replace(after.record, model=told))],
+                [change_model(after, in_calibration=in_text)],
                 show_facts=not no_facts,
                 known=known,
                 command=command,
@@ -229,18 +225,8 @@ def search(
     return result
 
 
-def _check_minimize(minimize: str) -> None:
-    """Raise UsageError for what is no longer made small."""
-    if minimize != "bytes":
-        raise UsageError(
-            f"--minimize {minimize}: a search makes files small, in bytes.",
-            hint="Leave --minimize out. `compressknow sweep` studies pruning.",
-        )
-
-
 def _remove_winner_of_other_form(folder: Path, name: str) -> None:
-    """Remove what an earlier search of the folder has found in another form than the one of that name, by its record:
-    it would stand beside a page that is not about it."""
+    """Remove what an earlier search has found in another form, by its record: the new page is not about it."""
     try:
         earlier = read_json(folder / "search.json", RECORD)
     except (OSError, ValueError):

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import SeededWords, build_records, verb
+from compressknow.api.words import Words, build_records, verb
 from compressknow.base.errors import UnusedOptions, UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
@@ -59,7 +59,7 @@ def sweep(
     command: str | None = None,
     on_progress: OnProgress | None = None,
     on_result: Callable[[CellResult], object] | None = None,
-    **words: Unpack[SeededWords],
+    **words: Unpack[Words],
 ) -> Study:
     """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
 

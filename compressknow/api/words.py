@@ -27,6 +27,7 @@ class Words(TypedDict, total=False):
     """
 
     data: str | Path | None
+    seed: int
     protocol: str
     template: int
     templates: int
@@ -42,13 +43,7 @@ class Words(TypedDict, total=False):
     no_noise_floor: bool
 
 
-class SeededWords(Words, total=False):
-    """Words with the seed of the sample."""
-
-    seed: int
-
-
-class ServingWords(SeededWords, total=False):
+class ServingWords(Words, total=False):
     """Words with what runs a model; `model_name` is its name on a server."""
 
     runtime: str | None
@@ -87,10 +82,8 @@ def build_records(
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Show every word in the signature of a verb, and name parameters, not options, in its errors.
-
-    Raises TypeError for an unknown word, with the one that was probably meant.
-    """
+    """Show every word in the signature of a verb, and name parameters, not options, in its errors. Raises TypeError for
+    an unknown word, with the one that was probably meant."""
     signature = _spell_out(inspect.signature(function))
 
     @functools.wraps(function)
@@ -109,15 +102,14 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _spell_out(signature: inspect.Signature) -> inspect.Signature:
-    """Return the signature with each of the words as a parameter, as `help` and editors show it. What a word is when it
-    is left out the records say."""
+    """Return the signature with each word as a parameter, with the default of the records, as `help` shows it."""
     *named, last = signature.parameters.values()
     if last.kind is not inspect.Parameter.VAR_KEYWORD:
         return signature
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
-    words = next(kind for kind in (ServingWords, SeededWords, Words) if kind.__name__ in str(last.annotation))
+    words = next(kind for kind in (ServingWords, Words) if kind.__name__ in str(last.annotation))
     defaults = vars(Options()) | vars(Settings())
     defaults["no_noise_floor"] = not defaults["noise_floor"]
     for name, kind in words.__annotations__.items():

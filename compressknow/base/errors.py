@@ -27,12 +27,7 @@ class CompressknowError(Exception):
         super().__init__("\n".join(part for part in (what, why, hint) if part))
 
     def name_parameters(self, flags: Mapping[str, bool]) -> None:
-        """Name the parameters of a function where the message names options of the command line.
-
-        Parameters
-        ----------
-        flags : by name, whether a parameter is true or false.
-        """
+        """Name the parameters of a function where the message names options; `flags` says which are true or false."""
         what, why, hint = (None if part is None else name_parameters_in(part, flags) for part in self.of_options)
         self.what, self.why, self.hint = what or "", why, hint
         self.args = ("\n".join(part for part in (what, why, hint) if part),)
@@ -57,21 +52,20 @@ def name_parameters_in(text: str, flags: Mapping[str, bool]) -> str:
     """
 
     def replace(match: re.Match[str]) -> str:
-        named = name_parameter(match)
-        return named.replace("`", "") if text[: match.start()].endswith("`") else named
-
-    def name_parameter(match: re.Match[str]) -> str:
         name = _SHORT.get(match["name"], match["name"].replace("-", "_"))
         if name not in flags:
             return match[0]
-        before, value = match["pass"] or "", match["value"]
+        before, value, after = match["pass"] or "", match["value"], ""
         if flags[name]:
-            flag = f"`{name}=True`" if before else f"`{name}`"
-            return f"{before}{flag} {value}" if value else before + flag
-        if value is None:
-            return f"{before}`{name}`"
-        bare = value.isupper() or re.fullmatch(r"\d+(\.\d+)?", value)
-        return f"{before}`{name}={value}`" if bare else f'{before}`{name}="{value}"`'
+            named, after = f"{name}=True" if before else name, f" {value}" if value else ""
+        elif value is None:
+            named = name
+        else:
+            bare = value.isupper() or re.fullmatch(r"\d+(\.\d+)?", value)
+            named = f"{name}={value}" if bare else f'{name}="{value}"'
+        # A command stands in these already.
+        tick = "" if text[: match.start()].endswith("`") else "`"
+        return f"{before}{tick}{named}{tick}{after}"
 
     return _OPTION.sub(replace, text)
 

@@ -250,8 +250,7 @@ def _find_content(locked: Path) -> Path:
 
 
 def make_prefix(path: Path) -> str:
-    """Return how names of what is hidden beside a file or folder begin, no other's: they are longer than its own, and a
-    name has at most 255 bytes."""
+    """Return how names hidden beside a file or folder begin, and no other's; a whole name has at most 255 bytes."""
     name = path.name.encode("utf-8", "surrogateescape")
     short = f"{name[:180].decode('utf-8', 'ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
     return f".{path.name if len(name) <= 200 else short}{_SUFFIX}"

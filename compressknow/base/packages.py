@@ -123,9 +123,7 @@ class Registry(Generic[Thing]):
     @contextmanager
     def explain_failures(self, name: str) -> Iterator[None]:
         """Name the package of something in what it raises while it works, unless that is of use to a user as it is.
-
-        Raises CompressknowError where another package's entry fails; what fails here is a fault of ours.
-        """
+        Raises CompressknowError where another package's entry fails; what fails here is a fault of ours."""
         try:
             yield
         except (CompressknowError, OSError, MemoryError):

@@ -228,11 +228,15 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
 
 
+def ignore_advance(done: int, total: int, left: float | None = None) -> None:
+    """Take how far a stage is that is reported to nobody."""
+
+
 @contextlib.contextmanager
-def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance | None]:
-    """Report that a stage begins and, whatever becomes of it, ends; gives what reports how far it is, or None."""
+def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance]:
+    """Report that a stage begins and, whatever becomes of it, ends; gives what reports how far it is."""
     if listener is None:
-        yield None
+        yield ignore_advance
         return
     last = Progress(stage, "begins")
     listener(last)
@@ -249,7 +253,7 @@ def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance
 
 
 # Begins a stage of a kind of work on what the caller works on: see `report_progress`.
-Begin = Callable[[Work], contextlib.AbstractContextManager[Advance | None]]
+Begin = Callable[[Work], contextlib.AbstractContextManager[Advance]]
 
 
 def begin_stages(listener: Listener | None, model: object) -> Begin:
@@ -268,16 +272,15 @@ def relabel_progress(listener: Listener | None, **changes: Any) -> Listener | No
     return lambda progress: listener(replace(progress, stage=replace(progress.stage, **changes)))
 
 
-def count_progress(advance: Advance | None, total: int) -> Callable[[int], None]:
+def count_progress(advance: Advance, total: int) -> Callable[[int], None]:
     """Return a function that adds each piece that is done, from any thread; `advance` gets their sum, and the total."""
     done, lock = 0, threading.Lock()
 
     def add(count: int) -> None:
         nonlocal done
-        if advance:
-            with lock:
-                done = min(done + count, total)
-                advance(done, total)
+        with lock:
+            done = min(done + count, total)
+            advance(done, total)
 
     return add
 

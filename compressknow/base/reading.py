@@ -43,10 +43,8 @@ class NotReadable(ValueError):
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading. Never waits, as opening a pipe would.
-
-    Raises NotReadable where it is no regular file, or has more than `most` bytes; OSError where it cannot be opened.
-    """
+    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable where it is no regular file, or
+    has more than `most` bytes; OSError where it cannot be opened."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), most)
@@ -57,8 +55,7 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
 
 
 def check_regular(path: Path, most: int | None = None) -> os.stat_result:
-    """Return what the system says of a file. Raises NotReadable where another library could not read it safely; see
-    `open_regular`."""
+    """Return what the system says of a file. Raises NotReadable as `open_regular` does, for other libraries to read."""
     status = path.stat()
     _check(status, most)
     return status
@@ -126,11 +123,8 @@ def read_json(path: Path, most: int) -> Any:
 def parse_json(
     content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values.
-
-    Raises NotReadable where it holds more than `most_values` values or is nested too deeply, ValueError where it is no
-    JSON.
-    """
+    """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values. Raises NotReadable
+    where it holds more than `most_values` values or is nested too deeply, ValueError where it is no JSON."""
     # Each value but the first follows one of these.
     if sum(content.count(mark) for mark in (b",", b":", b"[", b"{")) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
@@ -223,11 +217,8 @@ SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 
 def load_tables(dataset: str) -> dict[str, Any]:
     """Load the tables of a data set, by the name of their split: a folder (of data files, or written by
-    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub.
-
-    Raises UsageError where there is no such set, CompressknowError where the hub is not reached or the data cannot be
-    read.
-    """
+    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub. Raises UsageError where there is no such
+    set, CompressknowError where the hub is not reached or the data cannot be read."""
     require("datasets", "pyarrow")
     path = Path(dataset).expanduser()
     if not path.exists() and _is_path(dataset):

@@ -65,10 +65,8 @@ _seeking = threading.Lock()
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
-    """Take the lock that a file stands for, as a descriptor to be closed; `make` the file if it is missing.
-
-    Raises BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock.
-    """
+    """Take the lock that a file stands for, as a descriptor to be closed; `make` the file if it is missing. Raises
+    BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock."""
     if not _NO_FOLLOW and path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW | _BINARY, 0o666)
@@ -106,9 +104,7 @@ def create(path: Path) -> int:
 
 def create_file(path: Path, size: int) -> int:
     """Create a file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
-
-    Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`).
-    """
+    Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`)."""
     descriptor = create(path)
     try:
         _reserve_room(path, descriptor, size)

@@ -289,8 +289,7 @@ def check_upload(repo: str | None, private: bool, *, dry_run: bool) -> None:
 def upload(
     output: Path, repo: str, private: bool, *, planned: Mapping[str, int | None] | None = None, err: bool = False
 ) -> None:
-    """Upload an output and say so or, of a dry run, say what would be uploaded: `planned`, bytes by name of file. `err`
-    prints it on standard error."""
+    """Upload an output and say so or, of a dry run, what would be uploaded: `planned`, bytes by name of file."""
     from compressknow.api.push import push
     from compressknow.base.hub import describe_upload
 

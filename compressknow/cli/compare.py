@@ -24,16 +24,8 @@ from compressknow.cli.options import (
 )
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
+from compressknow.pages.diff import pages
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
-from compressknow.pages.diff.pages import (
-    build_figures_table,
-    build_settings_table,
-    build_structure_table,
-    build_sums_row,
-    pair_probes,
-    sum_groups,
-    sum_layers,
-)
 from compressknow.pages.texts import summarize_text
 
 if TYPE_CHECKING:
@@ -108,8 +100,8 @@ def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
     yield from _list_sizes(comparison.a, comparison.b)
     if comparison.difference:
         yield from _list_weights(comparison.difference)
-        yield from _list_rows(build_structure_table(comparison.difference))
-        yield from _list_rows(build_settings_table(comparison.difference, comparison.files))
+        yield from _list_rows(pages.build_structure_table(comparison.difference))
+        yield from _list_rows(pages.build_settings_table(comparison.difference, comparison.files))
     if comparison.behaviour:
         yield from _list_knowledge(comparison.behaviour)
     for warning in comparison.warnings:
@@ -132,16 +124,16 @@ def _list_weights(difference: CheckpointDiff) -> Iterator[str]:
     yield ""
     yield _format_row(("Group", *HEADS[1:]))
     yield "-" * WIDTH
-    for name, sums in sum_groups(difference).items():
-        yield _format_row(build_sums_row(name, sums))
+    for name, sums in pages.sum_groups(difference).items():
+        yield _format_row(pages.build_sums_row(name, sums))
     yield "-" * WIDTH
-    yield _format_row(build_sums_row("all", difference.total))
-    changed = [(name, sums) for name, sums in sum_layers(difference).items() if sums.energy_change]
+    yield _format_row(pages.build_sums_row("all", difference.total))
+    changed = [(name, sums) for name, sums in pages.sum_layers(difference).items() if sums.energy_change]
     if changed:
         yield ""
         yield "Layers with the largest error"
         for name, sums in sorted(changed, key=lambda layer: -(layer[1].relative_error or 0.0))[:WORST]:
-            yield _format_row(build_sums_row(name, sums))
+            yield _format_row(pages.build_sums_row(name, sums))
 
 
 def _format_row(cells: tuple[str, ...]) -> str:
@@ -171,8 +163,8 @@ def _describe(row: tuple[str, ...]) -> str:
 
 
 def _list_knowledge(behaviour: Behaviour) -> Iterator[str]:
-    for both in pair_probes(behaviour):
-        table = build_figures_table((both,))
+    for both in pages.pair_probes(behaviour):
+        table = pages.build_figures_table((both,))
         yield ""
         yield table.columns[1]
         for name, figure in table.rows:

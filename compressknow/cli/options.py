@@ -75,8 +75,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; once more without what a project's file says, where it turns out, before any work, that this
-        changes nothing."""
+        """Run the command; once more without what a project's file says, where this turns out to change nothing."""
         try:
             return super().invoke(ctx)
         except UnusedOptions as unused:
@@ -379,10 +378,8 @@ _COMMAND_LINE_ALONE = {
 def read_project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
-    """Return the values that the project's file has for the options of one of `commands`, as click takes them.
-
-    Raises UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone.
-    """
+    """Return the values that the project's file has for the options of one of `commands`, as click takes them. Raises
+    UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
@@ -415,8 +412,7 @@ def read_project_defaults(
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
-    """Say which file gives options of a command, to whoever did not write them on the command line; `names` are theirs
-    in Python."""
+    """Say which file gives options of a command, by their names in Python, to whoever did not write them."""
     nearest, options = _find_file(Path.cwd()), _list_options(command)
     words = ", ".join(max(options[name].opts, key=len) for name in names)
     return f"Options of {nearest[0] if nearest else FILE}: {words}."
@@ -424,10 +420,8 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
 
 def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options without those of `names` that the project's file gives, where a recipe says them instead.
-
     Raises UsageError where one of `names` is on the command line beside a recipe, even with the value that it has when
-    left out: the recipe may say another.
-    """
+    left out: the recipe may say another."""
     if options["recipe"] is None:
         return dict(options)
     from compressknow.compress.recipe import check_beside_recipe
@@ -489,8 +483,7 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
 
 
 def _find_beside(file: Path, value: str) -> str:
-    """Return a value such as ``facts:mine.jsonl`` or ``notes.txt`` with its path as seen from the file's folder, where
-    there is such a file."""
+    """Return ``facts:mine.jsonl`` or ``notes.txt`` with its path from the file's folder, where there is such a file."""
     kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
     place = file.parent / part
     # What is not told by its kind is a file by its ending: one called atlas may lie about.

@@ -89,8 +89,7 @@ def show_json(values: Any) -> None:
 
 
 def show_json_text(text: str) -> None:
-    """Print a JSON text; what `show` would name, and what it would spell in other characters, is escaped, so that it
-    stands for the same values."""
+    """Print a JSON text that stands for the same values: what `show` would name or spell otherwise is escaped."""
     spelt_out = {c for c in _SPELT_OUT if not _can_encode(c)}
 
     def write(character: str) -> str:
@@ -184,8 +183,7 @@ def drop_output() -> None:
 
 def _open_closed() -> None:
     """Put the null device where a standard stream is closed: else the next file that is opened would take its number,
-    and what a library prints would end up in that file.
-    """
+    and what a library prints would end up in that file."""
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.dup(null)

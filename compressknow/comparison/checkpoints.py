@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, Listener, Stage, count_progress, report_progress
+from compressknow.base.progress import Advance, Listener, Stage, count_progress, ignore_advance, report_progress
 from compressknow.base.reading import compute_sha256
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
 from compressknow.comparison.weights import (
@@ -62,8 +62,7 @@ def diff_models(
     on_progress: Listener | None = None,
 ) -> CheckpointDiff | None:
     """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
-    weights have other names and another order.
-    """
+    weights have other names and another order."""
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
         return None
@@ -93,14 +92,11 @@ def diff_checkpoints(
     *,
     trust_remote_code: bool = False,
     threads: int | None = None,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
     """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
-    of threads.
-
-    Raises CheckpointError where one of them has no weights, or its config describes no model that can be built;
-    CompressknowError where they are of different architectures.
-    """
+    of threads. Raises CheckpointError where one of them has no weights, or its config describes no model that can be
+    built; CompressknowError where they are of different architectures."""
     side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
@@ -250,12 +246,10 @@ def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def diff_gguf(
-    a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance | None = None
+    a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> CheckpointDiff:
     """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
-
-    Raises CheckpointError where one of them is damaged, CompressknowError where they are of different architectures.
-    """
+    Raises CheckpointError where one of them is damaged, CompressknowError where they are of different architectures."""
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
     architecture, other = (str(read_value(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
     _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")

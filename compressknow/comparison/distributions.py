@@ -66,8 +66,7 @@ def _append_rest(logp: np.ndarray) -> np.ndarray:
 
 def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
-    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3).
-    """
+    their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3)."""
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     gaps = np.bincount(_assign_bins(sure), weights=right - sure, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(sure))
@@ -81,8 +80,7 @@ def _assign_bins(sure: np.ndarray) -> np.ndarray:
 
 def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
-    it is wrong (Brier 1950).
-    """
+    it is wrong (Brier 1950)."""
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     return float(np.mean((sure - right) ** 2))
 
@@ -134,8 +132,7 @@ def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | Non
 
 
 def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
-    """Return the part of each value, from 0, the largest first: of about equal size, equal values in one. None where
-    that leaves a part with too few."""
+    """Return the part of each value, from 0, the largest first, equal values in one; None where one has too few."""
     _, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(values)
     chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
@@ -162,15 +159,13 @@ def get_confidence(answer: Answer) -> float | None:
     """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
 
-    None where any text may be given; where the sum over all is not known, in answers of older versions to more than
-    five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
+    None where any text may be given; where the sum over all is not known, on some servers; and of a model that broke:
+    it computes NaN, of which no mean may be made, and a warning says so.
     """
     logp, total = answer.top5_logp, answer.total_logp
-    if answer.choices is None or not logp or not math.isfinite(logp[0]):
+    if answer.choices is None or total is None or not logp or not math.isfinite(logp[0] - total):
         return None
-    if total is None and answer.choices <= len(logp):
-        total = logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
-    return math.exp(min(logp[0] - total, 0.0)) if total is not None and math.isfinite(total) else None
+    return math.exp(min(logp[0] - total, 0.0))
 
 
 def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
@@ -223,7 +218,7 @@ def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[Reliabilit
 
 
 def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
-    """Count facts by the grades of both models; None where some answer has none (tasks, answers of older versions)."""
+    """Count facts by the grades of both models; None where some answer has none (tasks)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)
@@ -268,8 +263,7 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
 def measure_consistency(answers: Iterable[Answer]) -> float | None:
     """Return the share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or
     more (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
-    where there is none.
-    """
+    where there is none."""
     shares = []
     for wordings in group_by_fact(answers).values():
         alike = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]

@@ -80,8 +80,7 @@ def _estimate_difference(counts: Counts, number: float, z: float) -> Estimate:
 
 def _correlate(counts: Counts, number: float) -> float:
     """Return the correlation of the two models' being right, corrected for continuity as Newcombe's method 10 does for
-    so many facts; 0 where one of them is always or never right.
-    """
+    so many facts; 0 where one of them is always or never right."""
     n = counts.n
     margins = math.prod([counts.known_before, n - counts.known_before, counts.known_after, n - counts.known_after])
     if not margins:
@@ -209,8 +208,7 @@ FEWEST_SIGNS = 10
 
 
 def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
-    """Return what a probe's facts are drawn in: its relations, or its facts one by one where it has one relation, as
-    lm-eval's tasks have."""
+    """Return a probe's relations or, of one relation, as lm-eval's tasks have, its facts one by one."""
     there = [relation for relation in relations if relation.n]
     if len(there) > 1:
         return there
@@ -307,8 +305,7 @@ class Design(NamedTuple):
 
     def discount(self, growth: float = 1.0) -> float:
         """Return by how many facts one independent fact is outweighed, where each cluster has `growth` times as many
-        facts: the effect grows with them (1 + (size - 1) x intra-class correlation). Student's t is allowed for.
-        """
+        facts: the effect grows with them (1 + (size - 1) x intra-class correlation). Student's t is allowed for."""
         correlation = (self.effect - 1) / (self.size - 1) if self.size > 1 else 0.0
         effect = max(1.0, 1 + (growth * self.size - 1) * min(1.0, correlation))
         return effect * (_compute_quantile(self.degrees) / compute_normal_quantile()) ** 2
@@ -324,16 +321,14 @@ def design_of_kept(clusters: Sequence[Counts]) -> Design:
 
 def design_of_change(clusters: Sequence[Counts]) -> Design:
     """Return the design of the net change over all facts: of those that did not change, too, there are whole clusters,
-    and where all that changed is lost, these alone tell how much facts hang together.
-    """
+    and where all that changed is lost, these alone tell how much facts hang together."""
     total = sum(clusters, Counts())
     return _design([c.gained - c.lost for c in clusters], [c.n for c in clusters], total.lost + total.gained)
 
 
 def _design(sums: Sequence[int], sizes: Sequence[int], squares: int | None = None) -> Design:
     """Return the design of a mean over facts from the sums of its values in each cluster. `squares` is the sum of the
-    squares of all, by default that of a share, of which each is 0 or 1.
-    """
+    squares of all, by default that of a share, of which each is 0 or 1."""
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))
     total, size = total[size > 0], size[size > 0]
     number, facts = len(size), float(size.sum())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
+from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,
     assign_popularity_bins,
@@ -22,22 +23,6 @@ from compressknow.comparison.distributions import (
     compute_rest,
     count_grades,
     name_popularity_bins,
-)
-from compressknow.comparison.intervals import (
-    SIGNIFICANT,
-    adjust_holm,
-    average_relations,
-    correct_for_chance,
-    design_of_change,
-    estimate_difference,
-    estimate_difference_by_cluster,
-    estimate_kept,
-    estimate_kept_by_cluster,
-    estimate_proportion,
-    list_clusters,
-    number_clusters,
-    run_paired_test,
-    tally,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, Movement, ProbeFigures
@@ -59,10 +44,8 @@ def compare_probe(
     ran_in: str,
 ) -> ProbeFigures:
     """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
-    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model.
-
-    Raises CompressknowError where the two sides were evaluated on different prompts.
-    """
+    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model. Raises CompressknowError
+    where the two sides were evaluated on different prompts."""
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
@@ -96,16 +79,18 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     """Count right and wrong: shares with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
     relations = [group.counts for group in by_relation]
-    before, after, difference = average_relations(relations)
-    kept = estimate_kept(list_clusters(relations))
+    before, after, difference = intervals.average_relations(relations)
+    kept = intervals.estimate_kept(intervals.list_clusters(relations))
     drop_absolute, drop_relative = _compute_drop(total, (before, difference) if average == "macro" else None)
     return {
         "counts": total,
-        "accuracy_original": estimate_proportion(total.known_before, total.n),
-        "accuracy_compressed": estimate_proportion(total.known_after, total.n),
-        "difference": estimate_difference(total),
+        "accuracy_original": intervals.estimate_proportion(total.known_before, total.n),
+        "accuracy_compressed": intervals.estimate_proportion(total.known_after, total.n),
+        "difference": intervals.estimate_difference(total),
         "kept": kept,
-        "kept_above_chance": correct_for_chance(kept, _estimate_chance([pair for pair in pairs if pair[0].correct])),
+        "kept_above_chance": intervals.correct_for_chance(
+            kept, _estimate_chance([pair for pair in pairs if pair[0].correct])
+        ),
         "macro_original": before,
         "macro_compressed": after,
         "macro_difference": difference,
@@ -118,24 +103,22 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
 
 def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
-    could have shown. A relation is a cluster; in a probe of one relation, a fact is.
-    """
-    clusters = [cluster for relations in probes for cluster in list_clusters(relations)]
-    total, change = sum(clusters, Counts()), design_of_change(clusters)
+    could have shown. A relation is a cluster; in a probe of one relation, a fact is."""
+    clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
+    total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
-        test=run_paired_test(clusters),
+        test=intervals.run_paired_test(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
-        kept=estimate_kept_by_cluster(clusters),
-        difference=estimate_difference_by_cluster(clusters),
+        kept=intervals.estimate_kept_by_cluster(clusters),
+        difference=intervals.estimate_difference_by_cluster(clusters),
         smallest_loss=find_smallest_loss(total, change),
         facts_for_two=count_facts_to_show(total, design=change),
     )
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first
-    whose gold fell farthest (of the lost) or rose farthest (of the gained) in log-probability.
-    """
+    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first whose gold
+    fell farthest (of the lost) or rose farthest (of the gained) in log-probability."""
     pairs = list(pairs)
     lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
     gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
@@ -180,7 +163,7 @@ def _group_pairs(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None])
         if (name := name_of(pair[0])) is not None:
             members.setdefault(name, []).append(pair)
     groups = [_make_group(name, members[name]) for name in sorted(members)]
-    adjusted = adjust_holm([group.p for group in groups])
+    adjusted = intervals.adjust_holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
@@ -193,8 +176,8 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         name=name,
         counts=total,
         relations=clusters,
-        kept=estimate_kept(clusters),
-        p=run_paired_test(clusters).p,
+        kept=intervals.estimate_kept(clusters),
+        p=intervals.run_paired_test(clusters).p,
         p_holm=None,
         answer_changed=_share_changed(pairs),
         chance=_estimate_chance(pairs),
@@ -223,8 +206,7 @@ def _share_changed(pairs: Sequence[Pair]) -> float | None:
 
 def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
     """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before;
-    `macros` are the mean over relations before, and how much higher it is after, where that is the headline.
-    """
+    `macros` are the mean over relations before, and how much higher it is after, where that is the headline."""
     if not total.n:
         return None, None
     if macros is None:
@@ -236,8 +218,7 @@ def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tu
 
 def _measure_movement(pairs: Sequence[Pair]) -> Movement | None:
     """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
-    facts for which these are the same. Those with NaN (a model that broke) are left out.
-    """
+    facts for which these are the same. Those with NaN (a model that broke) are left out."""
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
         return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
@@ -316,10 +297,8 @@ def pair_answers(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
-    """Pair the answers to the same facts, in the order of the facts' ids.
-
-    Raises CompressknowError where the two sides were not evaluated alike: other protocol, fingerprint or facts.
-    """
+    """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError where the two sides
+    were not evaluated alike: other protocol, fingerprint or facts."""
     _check_prompts(probe, entry_original, entry_compressed)
     before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
     _check_facts(probe, before, after)
@@ -381,10 +360,12 @@ def rank_models(
     facts = [answer for answer in original if answer.correct]
     right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
     keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
-    cluster = number_clusters([(fact.probe, fact.relation) for fact in facts])
+    cluster = intervals.number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
-    adjusted = adjust_holm([run_paired_test(tally(keeps[one], keeps[other], cluster)).p for one, other in pairs])
-    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
+    adjusted = intervals.adjust_holm(
+        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
+    )
+    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < intervals.SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]
     order = sorted(range(len(models)), key=lambda place: -known[place])
     found = []

@@ -54,8 +54,7 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Figure with its interval, of the level asked for. `value` is None where there is nothing to estimate from (no
-    fact known, ...); `low` and `high` are None where there are too few facts for an interval.
-    """
+    fact known, ...); `low` and `high` are None where there are too few facts for an interval."""
 
     value: float | None
     low: float | None = None
@@ -69,8 +68,7 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class PairedTest:
     """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and what it takes
-    as drawn, a ``fact`` or a whole ``relation``.
-    """
+    as drawn, a ``fact`` or a whole ``relation``."""
 
     p: float | None
     unit: str

@@ -62,8 +62,7 @@ def _sum_squares(x: torch.Tensor) -> float:
 
 def renumber_blocks(side: Side, manifest: Mapping[str, Any], other: Side, its_manifest: Mapping[str, Any]) -> Side:
     """Return a checkpoint with the numbers that its blocks had before others were dropped, in the stacks that the other
-    checkpoint still has whole, or was made of.
-    """
+    checkpoint still has whole, or was made of."""
     dropped, of_other = (each.get("removed", {}).get("blocks", []) for each in (manifest, its_manifest))
     had = {entry["stack"]: entry["before"] for entry in of_other}
     remaining: dict[str, list[int]] = {}
@@ -109,8 +108,7 @@ def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
 @dataclass(frozen=True)
 class Lost:
     """Neurons lost along an axis of a tensor: of the `before` neurons that had `each` entries there, one projection
-    after the other, those in `dropped` are gone.
-    """
+    after the other, those in `dropped` are gone."""
 
     axis: int
     each: int
@@ -126,8 +124,7 @@ class Lost:
 
 def read_lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, Lost]:
     """Return what the tensors of a converted checkpoint lost, by stored name; nothing of one whose manifest does not
-    say which neurons went.
-    """
+    say which neurons went."""
     entries = manifest.get("removed", {}).get("neurons", [])
     dropped = [
         (entry, _get_block(module), gone) for entry in entries for module, gone in list_dropped_neurons(entry).items()

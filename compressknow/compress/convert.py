@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
+from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard
@@ -49,7 +49,7 @@ def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
     return prove(replace(plan, removal=removal))
 
 
-def make_text(plan: Plan, *, trust_remote_code: bool = False, advance: Advance | None = None) -> CalibrationText | None:
+def make_text(plan: Plan, *, trust_remote_code: bool, advance: Advance) -> CalibrationText | None:
     """Return what a recipe is calibrated on; None where no step looks at activations. Raises what `check_smoothable`
     and `read_calibration_text` do, to which `advance` is given."""
     if (calibration := plan.recipe.calibration) is None:
@@ -92,7 +92,8 @@ def carry_out(
                 OpenFiles() as files,
             ):
                 shards = plan.checkpoint.shards if isinstance(output, NewFolder) else ()
-                progress = count_progress(None if blockwise else advance, _count_bytes(plan, shards, weights.known))
+                nbytes = _count_bytes(plan, shards, weights.known)
+                progress = count_progress(ignore_advance if blockwise else advance, nbytes)
                 unfitted = plan.removal.unfitted if plan.removal else {}
                 work = Work(pool, files, progress, weights.writer, unfitted)
                 masks = _choose_masks(work, plan)
@@ -101,7 +102,7 @@ def carry_out(
                     from compressknow.compress.calibrate.compression import calibrate
 
                     assert text is not None
-                    calibrated = calibrate(plan, work, masks, text, advance or max)
+                    calibrated = calibrate(plan, work, masks, text, advance)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
                 hashes, measured = _write_tensors(work, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
@@ -122,7 +123,7 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = decide(plan, text.batches, reader, folder, on_progress=advance or max)
+        removal = decide(plan, text.batches, reader, folder, on_progress=advance)
     return _plan_rest(removal, plan.recipe)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.format import count, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, count_progress
+from compressknow.base.progress import Advance, count_progress, ignore_advance
 from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import Pool, Reader, make_raw_keys
 from compressknow.compress.manifest import count_weights
@@ -84,7 +84,7 @@ def _count_places(differences: Sequence[Difference]) -> str:
 
 
 def compare_to_manifest(
-    folder: str | Path, *, threads: int | None = None, advance: Advance | None = None
+    folder: str | Path, *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> Verification:
     """Rehash and recount everything in a folder that convert wrote, but the model card, which may be edited, and hidden
     files. A file that is not in the manifest is a difference too. Raises what `read_manifest` does."""

@@ -15,10 +15,10 @@ from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whol
 from compressknow.base.format import clean, count, write_percent
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.reading import RECORD as RECORD_BYTES
-from compressknow.base.reading import compute_sha256, find_mismatch, read_json
+from compressknow.base.reading import compute_sha256, read_json
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import TEXTS, Chunk, Record, open_rows, read_texts, write_rows
-from compressknow.model.manifest import CALIBRATION, REMOVED, SEAL, hash_manifest, seal_manifest
+from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,52 +35,6 @@ TABLE, RECORD = "answers.parquet", "probe.json"
 LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.evaluate.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
-# Columns that tables of older versions lack.
-NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
-# The entry of the record that holds the table's hash; without it (an older version, or a run that was killed between
-# the two files) the table is read as it is.
-HASH = "answers_sha256"
-_COUNTS = {"parameters?": int, "zeros_after?": int, "pruned?": (int, None), "quantized?": int}
-_NOISE: dict[str, Any] = dict.fromkeys(("n", "changed", "known", "lost", "gained"), int)
-_NOISE |= {"kl_mean": (float, None), "computed_in": str}
-_NOISE |= {"produced?": (dict(_NOISE), None)}
-_TEXT = {"context": int, "chunks": int, "tokens": int, "bytes": (int, None), "divergence": str}
-_TEXT |= {"file?": str, "sha256?": str}
-# What reports read of ``probe.json``.
-RECORD_FORM: dict[str, Any] = {
-    "schema": int,
-    "versions": {str: str},
-    "model": {
-        **{"name": str, "sha256?": str, "revision?": (str, None), "architecture?": str, "family?": str, "dtype?": str},
-        **{"parameters?": int, "bytes?": int, "zeros?": (int, None), "vocabulary?": (str, int, None), "device?": str},
-        **{"computed_in?": str, "setup?": (str, None), "quantization?": (str, None)},
-        "recipe?": ({"steps": [dict]}, None),
-        **{"source?": (dict, None), "groups?": ({str: _COUNTS | {"relative_error?": (float, None)}}, None)},
-        "totals?": {str: (int, float, None)},
-        "removed?": ({key: form for key, form in REMOVED.items() if key != "tensors"}, None),
-        "calibration?": (CALIBRATION, None),
-        "changed?": (bool, None),
-        "grid?": ({"weights": int, "of": int, "values": int}, None),
-        "runtime?": ({"name": str, "build?": (str, None), "types?": ({str: {str: int}}, None)}, None),
-    },
-    "probes": {
-        str: {
-            **{"protocol": str, "fingerprint": str, "facts": int, "asked": int, "dropped": {str: int}, "average": str},
-            **dict.fromkeys(("chance?", "majority?"), (float, None)),
-            **dict.fromkeys(("limit?", "templates?", "seed?"), (int, None)),
-            **{"seconds?": float, "source?": (dict, None), "reference?": (str, None), "key?": str},
-            "text?": (_TEXT, None),
-            "noise_floor?": (_NOISE, None),
-            "runtime_noise_floors?": ({str: _NOISE}, None),
-        }
-    },
-    f"{HASH}?": str,
-    f"{SEAL}?": str,
-}
-
-# Columns of the table in which each row has a value.
-_FILLED = ("probe", "fact_id", "relation", "subject", "sub_label", "prompt", "gold", "predicted", "correct")
-_LISTS = ("top5", "top5_logp", "first_ids", "first_logp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +53,13 @@ class Answer:
     first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
         was not at hand.
     produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
-        where there is none (lm-eval, answers of older versions).
+        where there is none (lm-eval).
     with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
         and this model does not.
     grade : see `compressknow.evaluate.grades`; None where there is none.
     template : number of the wording, where each fact is put in several.
     total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
-        where any text may be given, and where it is not known (answers of older versions, some servers).
+        where any text may be given, and where it is not known (some servers).
     """
 
     probe: str
@@ -181,6 +135,11 @@ class Answers(Shown):
         return probe, count(len(correct)), count(sum(correct)), write_percent(sum(correct), len(correct))
 
 
+def change_model(answers: Answers, **changes: Any) -> Answers:
+    """Return the answers with these fields of the model's record changed."""
+    return replace(answers, record=replace(answers.record, model=replace(answers.record.model, **changes)))
+
+
 def make_schema() -> pa.Schema:
     """Return the columns of ``answers.parquet``: the fields of Answer, in their order."""
     import pyarrow as pa
@@ -210,38 +169,12 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
-    import pyarrow as pa
-
     hint = "An answers folder is written by `compressknow probe`; write it anew."
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
-        table = file.read(columns=schema.names)
-        for name in set(NEWER) - set(table.column_names):
-            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
-        table = table.select(schema.names).cast(schema)
-        _check_columns(table)
+        table = file.read(columns=schema.names).select(schema.names).cast(schema)
         columns = [_read_column(table, name) for name in schema.names]
-        answers = [Answer(*row) for row in zip(*columns, strict=True)]
-    produced, _, demoted, _ = GRADES
-    # Older versions called produced what was said and not right.
-    return [
-        replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
-        for answer in answers
-    ]
-
-
-def _check_columns(table: pa.Table) -> None:
-    """Raise ValueError where a row lacks what each answer has, or its lists are not of one length."""
-    for name in (*_FILLED, *_LISTS):
-        if table[name].null_count:
-            raise ValueError(f"a row has no {name}")
-        if name in _LISTS and table[name].combine_chunks().values.null_count:
-            raise ValueError(f"a value of {name} is missing")
-    if others := set(table["grade"].unique().to_pylist()) - {*GRADES, None}:
-        raise ValueError(f"{sorted(others)[0]!r} is no grade of knowing")
-    ids, values = (table[name].combine_chunks().value_lengths() for name in ("first_ids", "first_logp"))
-    if not ids.equals(values):
-        raise ValueError("first_ids and first_logp of a row are not of one length")
+        return [Answer(*row) for row in zip(*columns, strict=True)]
 
 
 def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
@@ -265,28 +198,18 @@ def read_answers(folder: Path) -> Answers:
 
 
 def gather_answers(folder: Path, record: Record) -> Answers:
-    """Read the answers to the probes of a record. Raise DamagedAnswers where there are more or fewer than it says."""
+    """Read the answers to the probes of a record. Raise DamagedAnswers where they cannot be read."""
     rows = tuple(answer for answer in read_table(folder / TABLE) if answer.probe in record.probes)
-    answers = Answers(record, rows, read_texts(folder, record))
-    for probe, entry in record.probes.items():
-        ids = {answer.fact_id for answer in answers.of(probe)}
-        if len(answers.of(probe)) != entry.asked or len(ids) != entry.asked:
-            raise DamagedAnswers(
-                f"{folder / TABLE} holds {len(ids)} facts of {probe}, {RECORD} says {entry.asked}.",
-                hint="The folder is damaged: probe the model again.",
-            )
-    return answers
+    return Answers(record, rows, read_texts(folder, record))
 
 
 def check_table(folder: Path, record: Record) -> None:
-    """Raise DamagedAnswers where the table is not the one whose hash the record holds; an old record holds none."""
-    if record.answers_sha256 is None or not (folder / TABLE).is_file():
-        return
-    if compute_sha256(folder / TABLE) != record.answers_sha256:
+    """Raise DamagedAnswers where the table is not the one whose hash the record holds."""
+    if (folder / TABLE).is_file() and compute_sha256(folder / TABLE) != record.answers_sha256:
         raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
-            why="It was changed since, or the two come from different folders.",
-            hint="Probe the model again, into another folder.",
+            why="It was changed since, or a run was killed while it wrote them, or they come from different folders.",
+            hint="Repeat the command that wrote it, or probe the model again, into another folder.",
         )
 
 
@@ -305,25 +228,12 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if wrong := find_mismatch(record, RECORD_FORM) or _find_infinite(record):
-        raise DamagedAnswers(
-            f"{folder / RECORD} is damaged: {wrong}.", hint="Probe the model again, into another folder."
-        )
-    if SEAL in record and record[SEAL] != hash_manifest(record):
+    if record.get(SEAL) != hash_manifest(record):
         raise DamagedAnswers(
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
             hint="Put the file back as it was, or probe the model again, into another folder.",
         )
     return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
-
-
-def _find_infinite(record: Mapping[str, Any]) -> str | None:
-    """Say that a number is infinite or NaN, as free keys of the record may hold: no report could be written."""
-    try:
-        json.dumps(record, allow_nan=False)
-    except ValueError:
-        return "it contains a number that is infinite or NaN"
-    return None
 
 
 def is_answers_folder(folder: Path) -> bool:

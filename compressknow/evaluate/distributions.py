@@ -85,8 +85,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
                     return
                 if not rows.holds(list_keys(number, context)):
                     read_chunk(reader, chunks, number, rows.keep)
-                if advance:
-                    advance(number + 1, len(chunks.ids))
+                advance(number + 1, len(chunks.ids))
 
     def _evaluate_facts(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:
         original, rows = self._original, self.find_rows(probe)

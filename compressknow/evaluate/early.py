@@ -15,22 +15,13 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, relabel_progress
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate import gather
+from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
+from compressknow.evaluate.evaluate import check_facts
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.gather import (
-    Evaluation,
-    check_none_evaluated,
-    choose_folder,
-    finish_answers,
-    open_matching,
-    open_models,
-    read_if_stored,
-    select_probes,
-)
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
-from compressknow.evaluate.noise import mark_unmeasured
 from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
 from compressknow.evaluate.sources import Opened
 
@@ -45,7 +36,7 @@ FIRST, FURTHER = 32, 0.25
 def gather_early(
     original: str | Path,
     compressed: str | Path,
-    evaluation: Evaluation,
+    evaluation: gather.Evaluation,
     decide: Decide[T],
     *,
     revision: str | None = None,
@@ -59,18 +50,18 @@ def gather_early(
     CompressknowError as `gather` does.
     """
     models = (original, compressed)
-    stored = [read_if_stored(model) for model in models]
+    stored = [gather.read_if_stored(model) for model in models]
     if all(stored):
-        check_none_evaluated([answers for answers in stored if answers], evaluation)
-    probes = _select_facts(open_matching(next(filter(None, stored), None), evaluation))
-    first, second = map(_Side, open_models(models, revision, stored, evaluation, probes))
+        gather.check_none_evaluated([answers for answers in stored if answers], evaluation)
+    probes = _select_facts(gather.open_matching(next(filter(None, stored), None), evaluation))
+    first, second = map(_Side, gather.open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
     if first.stored or second.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
     found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
-    before = finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
-    before = mark_unmeasured(before, "--early leaves it out.")
-    return before, finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
+    before = gather.finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
+    before = change_model(before, runtime_unmeasured="--early leaves it out.")
+    return before, gather.finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
 
 
 def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
@@ -86,7 +77,7 @@ def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
 
 
 def _evaluate_until(
-    decide: Decide[T], first: _Side, second: _Side, probes: Sequence[Probe], evaluation: Evaluation
+    decide: Decide[T], first: _Side, second: _Side, probes: Sequence[Probe], evaluation: gather.Evaluation
 ) -> tuple[T | None, list[Probe]]:
     """Evaluate until `decide` knows enough, or all is done; return what it knows, and probes of what is done."""
     keep_in, seed = evaluation.keep_in, evaluation.options.seed
@@ -140,17 +131,12 @@ class _Side:
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
         """Take the answers that are stored to all these facts. Raise CompressknowError where they are to others."""
         if self.handle is not None:
-            folder = choose_folder(keep_in, self.handle, Context(reference), probes)
+            folder = gather.choose_folder(keep_in, self.handle, Context(reference), probes)
             self.stored = find_answers(self.handle, probes, folder, reference)
         elif self.stored is not None:
-            self.stored = select_probes(self.stored, [probe.name for probe in probes])
-            name, entries = self.stored.record.model.name, self.stored.record.probes
-            if others := [probe for probe in probes if entries[probe.name].fingerprint != probe.fingerprint()]:
-                raise UsageError(
-                    f"{name} was evaluated on other facts or prompts of {others[0].name}.",
-                    hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), "
-                    "or probe it again.",
-                )
+            self.stored = gather.select_probes(self.stored, [probe.name for probe in probes])
+            for probe in probes:
+                check_facts(self.stored, probe)
 
     def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
         """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""
@@ -169,24 +155,22 @@ class _Side:
 
     def answer(self, chunk: Sequence[Probe], folder: Path, context: Context, on_progress: Listener | None) -> Answers:
         if self.stored is not None:
-            answers = self.stored.restrict(chunk)
-        else:
-            assert self.handle is not None
-            place = choose_folder(folder, self.handle, context)
-            answers = probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True)
-        self._chunks.append(answers)
-        return answers
+            return self.stored.restrict(chunk)
+        assert self.handle is not None
+        place = gather.choose_folder(folder, self.handle, context)
+        self._chunks.append(probe_model(self.handle, chunk, place, context, on_progress=on_progress, wait=True))
+        return self._chunks[-1]
 
     def merge_chunks(self, done: Sequence[Probe]) -> Answers:
         """Return the answers to all chunks, as if they had been one sample; `done` are the probes with its facts."""
-        rows = {(answer.probe, answer.fact_id): answer for chunk in self._chunks for answer in chunk.answers}
+        chunks = [self.stored] if self.stored is not None else self._chunks
+        rows = {(answer.probe, answer.fact_id): answer for chunk in chunks for answer in chunk.answers}
         entries, ordered = {}, []
         for probe in done:
             own = [rows[probe.name, fact.id] for fact in probe.facts if (probe.name, fact.id) in rows]
-            parts = [chunk.record.probes[probe.name] for chunk in self._chunks if probe.name in chunk.record.probes]
-            # Stored answers took one run, whatever is read of them.
-            seconds = sum(part.seconds or 0.0 for part in (parts[:1] if self.stored else parts))
+            parts = [chunk.record.probes[probe.name] for chunk in chunks if probe.name in chunk.record.probes]
+            seconds = round(sum(part.seconds or 0.0 for part in parts), 1)
             entry = make_facts_entry(probe, own, probe.dropped)
-            entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=round(seconds, 1))
+            entries[probe.name] = replace(entry, reference=parts[0].reference, seconds=seconds)
             ordered += own
-        return Answers(replace(self._chunks[0].record, probes=entries), tuple(ordered))
+        return Answers(replace(chunks[0].record, probes=entries), tuple(ordered))

@@ -1,6 +1,4 @@
-"""Evaluating a model on the facts of a probe, batch by batch, on the original's most likely tokens where there is an
-original.
-"""
+"""Evaluate a model on the facts of a probe, batch by batch, on the original's most likely tokens if there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.progress import Advance, Pace
+from compressknow.base.progress import Advance, Pace, ignore_advance
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, STOPS, Fact, Probe
 from compressknow.evaluate.grades import grade_answer
@@ -63,7 +61,7 @@ def evaluate(
     done: frozenset[str] = frozenset(),
     known: Mapping[str, Answer] | None = None,
     whole: Whole | None = None,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> Iterator[list[Answer]]:
     """Yield the answers to all facts that are not `done`, a batch at a time as they come.
 
@@ -78,10 +76,9 @@ def evaluate(
     left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
     total = prompts.total
     answered = total - sum(map(len, left))
-    if advance:
-        advance(answered, total)
-    pace = _measure_pace(prompts.scorer, left, measured=advance is not None and known is None)
-    if advance and pace.left is not None:
+    advance(answered, total)
+    pace = _measure_pace(prompts.scorer, left, measured=advance is not ignore_advance and known is None)
+    if pace.left is not None:
         advance(answered, total, pace.left)
 
     def answer(batch: Sequence[Query]) -> list[Answer]:
@@ -94,8 +91,7 @@ def evaluate(
         yield answers
         answered += len(batch)
         pace.add(_estimate_cost(prompts.scorer, batch))
-        if advance:
-            advance(answered, total, pace.left)
+        advance(answered, total, pace.left)
 
 
 def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
@@ -167,7 +163,7 @@ def check_facts(reference: Answers, probe: Opened) -> None:
         )
     if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
-            f"The original was evaluated on other facts or prompts of {probe.name}.",
+            f"{reference.record.model.name} was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --templates, --protocol, "
             "--context, --data), or probe it again.",
         )
@@ -206,10 +202,8 @@ def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
 
 
 def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Map each fact's id to the tokens that the original held most likely at the answer's first position.
-
-    Raises CompressknowError where a fact to be evaluated is not among the original's answers.
-    """
+    """Map each fact's id to the tokens that the original held most likely at the answer's first position. Raises
+    CompressknowError where a fact to be evaluated is not among the original's answers."""
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     wanted = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in wanted if fact not in ids]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
-from compressknow.evaluate.answers import Answer, Answers, is_answers_folder, read_answers
+from compressknow.evaluate.answers import Answer, Answers, change_model, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import check_alike
 from compressknow.evaluate.facts import Fact, Probe
@@ -35,27 +35,19 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     that it is compared with answered to the same facts; None for the original."""
     calibration = model.describe().get("calibration")
     found = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
-    record = replace(answers.record.model, calibration=calibration, in_calibration=found)
-    return replace(answers, record=replace(answers.record, model=record))
+    return change_model(answers, calibration=calibration, in_calibration=found)
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    """Count the facts that stand in the text of a calibration, which the tokenizer of `model` reads; None where the
-    text is not at hand."""
-    from compressknow.compress.calibrate.text import reread_texts
+    """Count the facts with subject and object that stand in the text of a calibration, which the tokenizer of `model`
+    reads; None where the text is not at hand, or no fact has both."""
+    from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
     texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-    return count_facts_in_text(texts, known_by) if texts else None
-
-
-def count_facts_in_text(texts: Sequence[str], known_by: Answers) -> FactsInText | None:
-    """Count the facts that stand in the texts, of those that have a subject and an object; None where none has."""
     told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
-    if not told:
+    if not texts or not told:
         return None
-    from compressknow.compress.calibrate.text import count_facts
-
     known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
     found = count_facts(texts, known)
     return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
@@ -113,16 +105,6 @@ def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], oth
 def list_names(probes: str | Sequence[str] | None) -> list[str]:
     """Return one name, several or none, as a list."""
     return [probes] if isinstance(probes, str) else list(probes or ())
-
-
-def read_reference(folder: str | Path) -> Answers:
-    """Read the original's answers. Raise CompressknowError where they do not say which model's they are."""
-    original = read_answers(Path(folder))
-    if original.record.model.sha256 is None:
-        raise CompressknowError(
-            f"{folder} does not record which model its answers come from.", hint="Probe the original again."
-        )
-    return original
 
 
 @dataclass(frozen=True)
@@ -238,8 +220,7 @@ def open_models(
 
 
 def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
-    """Raise CompressknowError where a model is of another family than the first or, but for running texts, has another
-    vocabulary; as far as their files tell."""
+    """Raise CompressknowError where files tell of another family or, but for running texts, of another vocabulary."""
     first, *others = sides
     for other in others:
         check_alike("family", _find_family(first), _find_family(other))
@@ -279,13 +260,11 @@ def finish_answers(
     if not evaluation.timed:
         return answers
     with report_progress(evaluation.on_progress, Stage("time", handle.located.name)):
-        model = replace(answers.record.model, speed=measure(handle.located, handle.settings))
-    return replace(answers, record=replace(answers.record, model=model))
+        return change_model(answers, speed=measure(handle.located, handle.settings))
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes to evaluate: those named, else those of the answers at hand, in their sample; else atlas. Raises
-    what `open_named` and `check_gated` do."""
+    """Open the probes named, else those of the answers at hand, in their sample; else atlas. Raises as `open_named`."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
     # Of a probe with fewer facts no sample was drawn.
@@ -340,7 +319,7 @@ def find_both(
     a: tuple[str | Path, str | None],
     b: tuple[str | Path, str | None],
     settings: Settings,
-    on_progress: Listener | None = None,
+    on_progress: Listener | None,
 ) -> tuple[ModelHandle, ModelHandle]:
     """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
     CompressknowError where one is not found, UsageError where it is a folder of answers."""
@@ -362,21 +341,16 @@ def find_both(
     return first, second
 
 
-class PairedAnswers(NamedTuple):
-    """Answers of `a` and `b`, and of each with the probabilities of the other's most likely tokens."""
-
-    a: Answers
-    b_like_a: Answers
-    b: Answers
-    a_like_b: Answers
+# Answers of a model, and those of another with the probabilities of the first one's most likely tokens.
+Direction = tuple[Answers, Answers]
 
 
 def evaluate_both(
-    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None = None
-) -> PairedAnswers:
-    """Evaluate both models, one in memory at a time: each once for its answers, and once more for what it gives the
-    other's tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot
-    be loaded or evaluated, or where the two have no vocabulary in common."""
+    a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
+) -> tuple[Direction, Direction]:
+    """Evaluate both models in both directions, one in memory at a time: each for its answers, and for the other's
+    tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot be loaded
+    or evaluated, or where the two have no vocabulary in common."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
@@ -386,7 +360,7 @@ def evaluate_both(
     if a.sha256 == b.sha256:
         alone = evaluate(a, Context())
         a.release()
-        return PairedAnswers(alone, alone, alone, alone)
+        return (alone, alone), (alone, alone)
     with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
         of_a = evaluate(a, Context(whole=whole_a))
         folder = choose_folder(keep_in, a, Context(), probes)
@@ -398,5 +372,4 @@ def evaluate_both(
         b.release()
         a_like_b = evaluate(a, Context(of_b, known=of_a, whole=whole_b))
         a.release()
-    of_b = add_calibration(of_b, b, of_a)
-    return PairedAnswers(of_a, b_like_a, of_b, a_like_b)
+    return (of_a, b_like_a), (add_calibration(of_b, b, of_a), a_like_b)

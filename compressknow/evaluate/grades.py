@@ -130,8 +130,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
 
 
 def grade_answer(answer: Answer) -> str:
-    """Grade an answer by what it holds. Without a greedy text it is recognized at best; among five candidates or fewer,
-    being among the best five says nothing."""
+    """Grade an answer: without a greedy text recognized at best; among five candidates, ranks tell nothing."""
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
     few = answer.choices is not None and answer.choices <= NEAR
@@ -160,10 +159,8 @@ def check_known(known: str) -> None:
 
 def apply_reading(answers: Answers, known: str) -> Answers:
     """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
-    it is said too. What is said is then the answer, and none is right by chance.
-
-    Raises UsageError for another reading, CompressknowError where the answers do not tell what is said.
-    """
+    it is said too. What is said is then the answer, and none is right by chance. Raises UsageError for another reading,
+    CompressknowError where the answers do not tell what is said."""
     check_known(known)
     if known == RECOGNIZED:
         return answers
@@ -171,7 +168,7 @@ def apply_reading(answers: Answers, known: str) -> Answers:
         if any(answer.produced is None for answer in answers.of(probe)):
             raise CompressknowError(
                 f"The answers of {answers.record.model.name} to {probe} do not tell what it says.",
-                why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
+                why="Those of lm-eval's tasks and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
     entries = {}

@@ -370,8 +370,7 @@ class ModelHandle:
             loaded.release()
 
     def check_tasks(self, probes: Sequence[Opened]) -> None:
-        """Raise UnsupportedError where no runtime of tasks runs the model, or where a task among the probes cannot
-        evaluate its family, as far as that is known before it is loaded."""
+        """Raise UnsupportedError where a task among the probes cannot evaluate the model, as far as its files tell."""
         for task in (probe for probe in probes if isinstance(probe, Task)):
             if self.runtime.name != TRANSFORMERS:
                 raise UnsupportedError(

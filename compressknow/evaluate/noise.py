@@ -19,7 +19,7 @@ from typing import Any, Literal
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.progress import Advance, Listener, Stage, begin_stages, report_progress
 from compressknow.engine.language_model import CPU
-from compressknow.evaluate.answers import Answers, lock_folder, read_record, write_record
+from compressknow.evaluate.answers import Answers, change_model, lock_folder, read_record, write_record
 from compressknow.evaluate.distributions import Distributions, Rows
 from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
 from compressknow.evaluate.facts import Probe, strip_wording
@@ -83,10 +83,10 @@ class NoiseFloors:
         """Add that of llama.cpp, of the same sample of facts; where it cannot be measured, add why. `floats` is the
         original as a GGUF file in its own type, where there is one already."""
         if not self._original.settings.noise_floor:
-            return mark_unmeasured(answers, "--no-noise-floor leaves it out.")
+            return change_model(answers, runtime_unmeasured="--no-noise-floor leaves it out.")
         facts = [probe for probe in probes if isinstance(probe, Probe)]
         if not facts:
-            return mark_unmeasured(answers, "it is measured on facts.")
+            return change_model(answers, runtime_unmeasured="it is measured on facts.")
         try:
             # Another build may compute otherwise.
             runtime = " ".join(LlamaCpp.key())
@@ -97,21 +97,20 @@ class NoiseFloors:
             with self._open_in_llama_cpp(answers, floats) as other:
                 found = self._measure(other, "runtime", lacking, answers)
         except NotInstalled as error:
-            return mark_unmeasured(answers, f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}")
+            why = f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}"
+            return change_model(answers, runtime_unmeasured=why)
         except OutputError:
-            return mark_unmeasured(
-                answers, f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"
-            )
+            why = f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"
+            return change_model(answers, runtime_unmeasured=why)
         except CompressknowError as error:
-            return mark_unmeasured(answers, f"{error.what.rstrip('.')}. Give {_INSTEAD}")
+            return change_model(answers, runtime_unmeasured=f"{error.what.rstrip('.')}. Give {_INSTEAD}")
         by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
         return self._store(answers, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
 
     def _measure(
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
-        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts; stages are of `work`.
-        Both are released."""
+        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts. Both are released."""
         original, whole = self._original, self._whole
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())
@@ -176,10 +175,6 @@ class NoiseFloors:
             yield ModelHandle(replace(located, path=file), settings)
 
 
-def mark_unmeasured(answers: Answers, why: str) -> Answers:
-    return replace(answers, record=replace(answers.record, model=replace(answers.record.model, runtime_unmeasured=why)))
-
-
 def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
     """Draw some of the answered facts, in the probe's order, each in all its wordings; with their answers."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
@@ -193,7 +188,7 @@ def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
     return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
-def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows, advance: Advance | None) -> Answers:
+def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows, advance: Advance) -> Answers:
     prompts = other.make_prompts(sample)
     alike = has_same_tokens(known, other.loaded)
     batches = evaluate(

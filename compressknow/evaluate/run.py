@@ -223,10 +223,12 @@ class _Run:
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
-        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated."""
+        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated, or
+        where a run that did so was killed before it wrote the hash."""
         stored = read_stored(self._folder)
         labelled = list(_label(stored, probes))
-        if any(new is not old for new, old in zip(labelled, stored, strict=True)):
+        has_changed = any(new is not old for new, old in zip(labelled, stored, strict=True))
+        if has_changed or self._record.answers_sha256 is None:
             entries = self._record.probes
             sources = {probe.name: dict(probe.source) for probe in probes if isinstance(probe, Probe)}
             updated = {name: replace(entries[name], source=source) for name, source in sources.items()}
@@ -242,7 +244,7 @@ class _Run:
         return Answers(self._record, tuple(read_stored(self._folder)), read_texts(self._folder, self._record))
 
     def _read_text(
-        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance | None, *, same_tokens: bool
+        self, text: RunningText, parts: Path, known: Answers | None, advance: Advance, *, same_tokens: bool
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
         reader, context = self._handle.make_reader(), self._context
         original = context.reference.record.probes[text.name] if context.reference else None
@@ -268,7 +270,7 @@ class _Run:
         return all_read, make_text_entry(text, chunks, all_read, compared)
 
     def _evaluate_facts(
-        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance | None
+        self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.make_prompts(probe)
         if not prompts.total:
@@ -391,8 +393,7 @@ def _name_parts(folder: Path, key: str) -> Path:
 
 
 def _label(answers: Iterable[Answer], probes: Sequence[Opened]) -> Iterator[Answer]:
-    """Yield the answers with domain, subject and popularity of their facts as these have them now. They are no part of
-    the key: a user may add or correct them later."""
+    """Yield the answers with what may be corrected later, and is no part of the key: domain, subject, popularity."""
     facts = {(probe.name, fact.id): fact for probe in probes if isinstance(probe, Probe) for fact in probe.facts}
     for answer in answers:
         fact = facts.get((answer.probe, answer.fact_id), answer)
@@ -420,7 +421,9 @@ def _open_record(folder: Path, handle: ModelHandle) -> Record:
         model = ModelRecord(name=handle.located.name)
         return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_list_versions())
     record = read_record(folder)
-    check_table(folder, record)
+    # A run that was killed between the two files has left none.
+    if record.answers_sha256 is not None:
+        check_table(folder, record)
     if record.model.sha256 != handle.sha256:
         raise OutputError(
             f"{folder} holds the answers of another model ({record.model.name}).",

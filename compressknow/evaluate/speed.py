@@ -40,10 +40,8 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 
 def measure(located: Located, settings: Settings) -> Speed:
-    """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take.
-
-    Raises CompressknowError where the measuring process fails.
-    """
+    """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take. Raises
+    CompressknowError where the measuring process fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
     # Whatever the locale is, both write and read UTF-8. Nothing is imported from the working directory.
     command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]

@@ -203,7 +203,7 @@ def read_text(
     done: Mapping[int, Chunk],
     known: Mapping[int, Chunk],
     whole: Whole | None,
-    advance: Advance | None,
+    advance: Advance,
 ) -> Iterator[Chunk]:
     """Yield what the model gives to each chunk that is not `done`, one after the other.
 
@@ -216,8 +216,7 @@ def read_text(
     """
     total = len(chunks.ids)
     left = [number for number in range(total) if number not in done]
-    if advance:
-        advance(total - len(left), total)
+    advance(total - len(left), total)
     first = [number for number in left if number < CONTINUED]
     written = {number: known[number].greedy.tolist() for number in first if number in known}
     if new := [number for number in first if number not in written]:
@@ -228,8 +227,7 @@ def read_text(
     for read, number in enumerate(left, start=total - len(left) + 1):
         chunk = read_chunk(reader, chunks, number, whole)
         yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
-        if advance:
-            advance(read, total)
+        advance(read, total)
 
 
 def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:

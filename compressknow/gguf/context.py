@@ -74,11 +74,8 @@ class Context:
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Return logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next
-        call.
-
-        Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without waiting for
-        the end of the pass.
-        """
+        call. Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without
+        waiting for the end of the pass."""
         ffi = self._ffi
         tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int32) for span in spans])
         positions = np.concatenate([np.arange(span.start, span.start + len(span.tokens)) for span in spans])
@@ -169,8 +166,7 @@ class GgufTokenizer:
         return bytes(self._ffi.buffer(text, count))
 
     def _fill(self, kind: str, size: int, fill: Callable[[Any, int], int]) -> tuple[Any, int]:
-        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size that it needs,
-        negative."""
+        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size, negative."""
         while (count := fill(buffer := self._ffi.new(kind, size), size)) < 0:
             size = -count
         return buffer, count
@@ -186,10 +182,8 @@ _ANSWER_TOKENS = 8
 
 def complete_prompt(path: Path, prompt: str) -> str:
     """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early. The file is taken
-    as sound: one that llama.cpp has just written.
-
-    Raises what `GgufModel` does, and CompressknowError where it computes no numbers, or fails.
-    """
+    as sound: one that llama.cpp has just written. Raises what `GgufModel` does, and CompressknowError where it computes
+    no numbers, or fails."""
     with closing(GgufModel(path, trial=True)) as model:
         tokenizer = GgufTokenizer(model)
         read: list[int] = tokenizer(prompt)["input_ids"] or [0]

@@ -24,7 +24,7 @@ from typing import Any
 from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError, suggest_word
 from compressknow.base.files import claim_folder, find_cache_folder, write_whole
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import Advance, Begin, Listener, Stage, report_progress
+from compressknow.base.progress import Advance, Begin, Listener, Stage, ignore_advance, report_progress
 from compressknow.compress.staging import Staging
 from compressknow.gguf.children import build_python_command, check_exit, put_first, read_reason, read_tail, run
 
@@ -115,10 +115,7 @@ def read_version(converter: Path) -> str:
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, which names those that work, where the converter does not know an architecture.
-
-    Raises CompressknowError where it does not run.
-    """
+    """Raise UnsupportedError, which names those that it knows, for another; CompressknowError where it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
@@ -166,12 +163,10 @@ def convert(
 ) -> None:
     """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
     called `name` in it where its card does not say; None is for the folder's. `begin` begins the stage ``export``.
-
-    Raises CompressknowError where the converter fails: it does not know the tokenizer, for one.
-    """
+    Raises CompressknowError where the converter fails: it does not know the tokenizer, for one."""
 
     def look() -> None:
-        if advance and output.exists():
+        if output.exists():
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
@@ -195,19 +190,17 @@ def quantize(
     importance: Path | None = None,
     threads: int | None = None,
     dry_run: bool = False,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> None:
     """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a folder to write
     into, `types` are those of single tensors, by name, and `importance` is a GGUF file with the importance matrix.
-
-    Raises CompressknowError, with llama.cpp's reason, where it fails.
-    """
+    Raises CompressknowError, with llama.cpp's reason, where it fails."""
     file, log = scratch / "quantize.json", scratch / "quantize.log"
     matrix = None if importance is None else str(importance)
     file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))
 
     def look() -> None:
-        if advance and (counted := _COUNTED.findall(read_tail(log))):
+        if counted := _COUNTED.findall(read_tail(log)):
             advance(*map(int, counted[-1]))
 
     command = build_python_command("-m", __name__, file)

@@ -92,8 +92,7 @@ class Export:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return whether the converter reads the folder as it is: floats in safetensors, all of them the
-        checkpoint's."""
+        """Return whether the converter reads the folder as it is: floats in safetensors, all the checkpoint's."""
         files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
         return (
             self.checkpoint.revision is None
@@ -156,12 +155,9 @@ def prepare(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Export:
-    """Open a checkpoint, and refuse what llama.cpp has no form for.
-
-    Raises CheckpointError where it cannot be opened, or lacks weights, or the importance matrix is of another model;
-    UnsupportedError where it is no generating language model, the converter does not know it, or its weights are packed
-    in a way that is not known here.
-    """
+    """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError where it cannot be opened,
+    or lacks weights, or the importance matrix is of another model; UnsupportedError where it is no generating language
+    model, the converter does not know it, or its weights are packed in a way that is not known here."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     # What the converter may take something of is no link out of the checkpoint: looking for the small files refuses it.
     list(list_carried_files(checkpoint.folder))
@@ -181,10 +177,8 @@ def prepare(
 
 
 def find_made(export: Export, output: Path) -> ExportRecord | None:
-    """Return the record of a file that is whole and is what `write` would make; None where it is another.
-
-    Raises CheckpointError where it has no record, and what `read_calibration_text` does.
-    """
+    """Return the record of a file that is whole and is what `write` would make; None where it is another. Raises
+    CheckpointError where it has no record, and what `read_calibration_text` does."""
     record = read_record(output)
     if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
@@ -297,10 +291,8 @@ def _check_size(export: Export, nbytes: int) -> None:
 
 def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
     """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
-    output, but something to run. It has neither a record nor more metadata than the converter's own.
-
-    Raises OutputError where the disk has no room for it, CompressknowError where the converter fails.
-    """
+    output, but something to run. It has neither a record nor more metadata than the converter's own. Raises OutputError
+    where the disk has no room for it, CompressknowError where the converter fails."""
     file, export = folder / "floats.gguf", replace(export, exact=kind)
     check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     _write_exact(export, _unpack(export, folder, begin), file, begin)
@@ -311,8 +303,7 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
 def preview(
     export: Export, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
 ) -> ExportRecord:
-    """Return what `write` would record, but for the hash. llama.cpp chooses types by a file, which is made for that
-    beside `output` and removed again."""
+    """Return what `write` would record, but for the hash: of a file that is made for it and removed again."""
     check_room(output, export.needed_bytes)
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)

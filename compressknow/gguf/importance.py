@@ -93,7 +93,7 @@ def gather_inputs(
             [text.batches],
             lambda seen, *_: statistics.update(seen),
             threads=threads,
-            on_progress=advance or max,
+            on_progress=advance,
         )
     return statistics, text
 
@@ -142,10 +142,8 @@ def write_importance(importance: Importance, path: Path) -> None:
 
 
 def read_importance(path: Path) -> Importance:
-    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``).
-
-    Raises UsageError where there is no such file, CheckpointError where it holds no importance matrix.
-    """
+    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``). Raises UsageError where there is no such
+    file, CheckpointError where it holds no importance matrix."""
     try:
         with open_regular(path) as file:
             is_gguf = file.read(4) == MAGIC
@@ -197,8 +195,7 @@ def _read_dat(path: Path) -> Importance:
 
 
 def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
-    """Raise CheckpointError where a matrix says which model it was made of, and that is neither this one nor made of
-    the same original."""
+    """Raise CheckpointError where a matrix names its models, and none is this one or its original."""
     if importance.models and not set(importance.models) & set(sources):
         raise CheckpointError(
             f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",

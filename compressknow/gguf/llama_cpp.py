@@ -81,8 +81,7 @@ def load_native() -> Native:
 def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
     """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
     sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
-    yes.
-    """
+    yes."""
     raised: list[BaseException] = []
     callback = load_native().ffi.callback(
         declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)

@@ -32,10 +32,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
 
 def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
     """Return the text of a Modelfile at `place` for a GGUF file, of the tokenizer and the generation config in a
-    checkpoint's folder.
-
-    Raises CheckpointError where the checkpoint has no tokenizer.
-    """
+    checkpoint's folder. Raises CheckpointError where the checkpoint has no tokenizer."""
     tokenizer: Any = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     weights = os.path.relpath(file.absolute(), place.absolute().parent).replace(os.sep, "/")
     lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]

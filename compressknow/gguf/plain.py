@@ -30,16 +30,13 @@ _BLOCK = 1 << 22
 
 
 def get_dtype(values: Values) -> str:
-    """Return the dtype of plain values: integers become float32, in which they are multiplied with their scale; all
-    else stays as it is."""
+    """Return the dtype of plain values: integers become float32, in which they are scaled; all else stays as it is."""
     return "F32" if values.scale else values.tensor.dtype
 
 
 def list_plain_tensors(side: Side, checkpoint: Checkpoint) -> dict[str, Values]:
-    """Return a checkpoint's tensors without quantization, by its stored names, in their order.
-
-    Raises UnsupportedError where values cannot be read: another tool has packed them.
-    """
+    """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
+    where values cannot be read: another tool has packed them."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():

@@ -23,7 +23,7 @@ from compressknow.base.files import (
 )
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.base.progress import Advance, count_progress, silence_libraries
+from compressknow.base.progress import Advance, count_progress, ignore_advance, silence_libraries
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
@@ -66,10 +66,8 @@ class Place(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move all to their places: the record last, so that what has one is whole, and none is of another file.
-
-        Raises OutputError as `Staging.commit` does.
-        """
+        """Move all to their places: the record last, so that what has one is whole, and none is of another file. Raises
+        OutputError as `Staging.commit` does."""
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
         with hold_signals():
@@ -118,8 +116,7 @@ def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where writing a GGUF file would lose something of the user's, UsageError where its name is of
-    no GGUF file."""
+    """Raise OutputError where a GGUF file would take the place of something of the user's, UsageError for its name."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)
@@ -275,11 +272,9 @@ def read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def compare_to_record(path: Path, *, advance: Advance | None = None) -> Verification:
-    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record.
-
-    Raises CheckpointError where it has no record, or one that this version cannot read.
-    """
+def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
+    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record. Raises CheckpointError
+    where it has no record, or one that this version cannot read."""
     record = read_record(path)
     # They import torch, which takes a second: what is wrong with the record is said before.
     from compressknow.compress.blocks import Pool

@@ -68,10 +68,8 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule names; of several rules the last holds.
-
-    Raises UsageError for a rule that names none.
-    """
+    """Return the type of each tensor that a rule names; of several rules the last holds. Raises UsageError for a rule
+    that names none."""
     return {
         name: chosen
         for which, chosen in types
@@ -156,8 +154,7 @@ def is_matrix(tensors: Tensors, name: str) -> bool:
 
 
 def measure_overhead(tensors: Tensors) -> int:
-    """Return bytes of a file beside its matrices, no fewer than they will be: vocabulary, norms and metadata, which
-    includes the rules for its types."""
+    """Return an upper bound of the bytes beside the matrices: vocabulary, norms, metadata, rules for its types."""
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)

@@ -40,8 +40,6 @@ REMOVED: dict[str, Any] = {
 }
 _TEXT = {"kind": str, "source": str, "sha256": str, "tokens": int, "seed": int, "blocks_apart": bool}
 _CALIBRATION = {**_TEXT, "unseen": [str], "smoothed?": {str: [str]}}
-# What `summarize_calibration` says.
-CALIBRATION = {**_TEXT, "smoothed": int, "unseen": int, "unseen_share": float, "examples": [str]}
 FORM = {
     **{"versions": {str: str}, "setup": str, "recipe": {"steps": [dict]}, "totals": _SUMS, "groups": {str: _SUMS}},
     "source": {"name": str, "revision?": (str, None), "files": {str: str}},

@@ -23,7 +23,7 @@ from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
 from compressknow.engine.load import load_tokenizer
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
@@ -331,8 +331,7 @@ class StudyModel:
         if sha256 not in self._in_text:
             # Once for all cells of a text: it may be long, and the facts are the same.
             self._in_text[sha256] = find_facts_in_text(calibration, self.original, result.original)
-        model = replace(answers.record.model, in_calibration=self._in_text[sha256])
-        return replace(result, answers=replace(answers, record=replace(answers.record, model=model)))
+        return replace(result, answers=change_model(answers, in_calibration=self._in_text[sha256]))
 
     def save(self, cell: Cell, on_progress: Listener | None) -> Path | None:
         """Write a cell's checkpoint, unless a run before has, and return its folder; None where none are written."""

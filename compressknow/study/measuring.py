@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from compressknow.base.progress import Advance, ignore_advance
 from compressknow.comparison.checkpoints import name_in_block
 from compressknow.compress.calibrate.backward import FACTORS, Batch, Product, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
@@ -38,7 +39,6 @@ from compressknow.study.sensitivity import Rounding, TensorSensitivity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from compressknow.base.progress import Advance
     from compressknow.model.checkpoint import Checkpoint
 
 
@@ -247,7 +247,7 @@ def measure(
     roundings: Roundings,
     facts: FactBatches | None,
     texts: Sequence[Batch] = (),
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and of a GGUF file its embedding, from one pass forward and one back.
 
@@ -279,7 +279,7 @@ class _Measurer:
         roundings: Roundings,
         facts: FactBatches,
         texts: Sequence[Batch],
-        advance: Advance | None,
+        advance: Advance,
     ) -> None:
         self._streamed, self._structure, self._roundings, self._advance = streamed, structure, roundings, advance
         self._linears = {weight.parameter: weight for weight in weights}
@@ -300,8 +300,7 @@ class _Measurer:
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, own, float(scale))
         self._done += 1
-        if self._advance:
-            self._advance(self._done, len(self._streamed.blocks))
+        self._advance(self._done, len(self._streamed.blocks))
 
     def _add_linear(self, linear: LinearWeight, weight: torch.Tensor, products: Sequence[Product]) -> None:
         if self._roundings.form == "checkpoint" and linear.parameter in self._structure.tied:

@@ -156,7 +156,7 @@ def _collect(
         cell = None
         with report_progress(on_progress, stage) as advance:
             while cell is None or left[cell]:
-                if advance and total:
+                if total:
                     advance(total - count_facts([probe for _, probe in pending.values()]), total, pace.left)
                 (ready, *_), _ = ray.wait(list(pending), num_returns=1)
                 cell, probe = pending.pop(ready)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import CompressknowError
+from compressknow.base.reading import compute_sha256
 from compressknow.evaluate.answers import (
     RECORD,
     TABLE,
@@ -30,6 +31,7 @@ from compressknow.evaluate.answers import (
     write_table,
 )
 from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
+from compressknow.model.manifest import seal_manifest
 
 
 def answer(**changes: Any) -> Answer:
@@ -78,12 +80,6 @@ def test_a_table_comes_back_as_it_was(answers: list[Answer], tmp_path: Path) -> 
     write_table(tmp_path / TABLE, answers)
     assert same(read_table(tmp_path / TABLE), answers)
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
-
-
-def test_what_an_older_version_called_produced_though_it_was_not_right_is_demoted(tmp_path: Path) -> None:
-    rows = [answer(grade="produced"), answer(grade="produced", correct=True), answer(grade="gone"), answer()]
-    write_table(tmp_path / TABLE, rows)
-    assert [row.grade for row in read_table(tmp_path / TABLE)] == ["demoted", "produced", "gone", None]
 
 
 NUMBER = st.none() | st.floats(allow_nan=False, width=64)
@@ -172,13 +168,11 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_table_is_one_error_that_names_it(damage: str, tmp_path: Path) -> None:
-    write_record(tmp_path, Record.from_dict(RECORD_OF))
     DAMAGE[damage](tmp_path / TABLE)
-    for read in (lambda: read_table(tmp_path / TABLE), lambda: read_answers(tmp_path)):
-        with pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
-            read()
-        assert TABLE in caught.value.what
-        assert caught.value.hint
+    with pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
+        read_table(tmp_path / TABLE)
+    assert TABLE in caught.value.what
+    assert caught.value.hint
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -188,14 +182,6 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     write_record(tmp_path, Record.from_dict(RECORD_OF | {"versions": {"torch": "2"}}))
     assert read_record(tmp_path).versions == {"torch": "2"}
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
-
-
-@pytest.mark.parametrize("recipe", [{}, {"steps": "int8"}, {"steps": ["int8"]}, {"steps": {"quantize": "int8"}}])
-def test_a_recipe_that_is_none_is_a_damaged_record(recipe: object, tmp_path: Path) -> None:
-    model = {"name": "m", "recipe": recipe}
-    (tmp_path / RECORD).write_text(json.dumps({**RECORD_OF, "model": model}), encoding="utf-8")
-    with pytest.raises(CompressknowError, match=r"model\.recipe\.steps"):
-        read_record(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "1", "{}", '"schema"', "\udcff"])
@@ -224,8 +210,9 @@ def test_a_folder_without_a_record_is_none(tmp_path: Path) -> None:
 
 def test_answers_are_told_apart_by_probe_in_their_order(tmp_path: Path) -> None:
     answers = [answer(probe=probe, fact_id=str(number)) for number, probe in enumerate(["b", "a", "b", "a"])]
-    write_record(tmp_path, Record.from_dict(RECORD_OF | {"probes": {"b": ENTRY, "a": ENTRY}}))
     write_table(tmp_path / TABLE, answers)
+    sha256 = compute_sha256(tmp_path / TABLE)
+    write_record(tmp_path, Record.from_dict(RECORD_OF | {"probes": {"b": ENTRY, "a": ENTRY}, "answers_sha256": sha256}))
     back = read_answers(tmp_path)
     assert isinstance(back, Answers)
     assert back.probes == ("b", "a")
@@ -241,20 +228,11 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
 
 
-def test_a_record_with_a_number_beyond_all_numbers_is_damaged(tmp_path: Path) -> None:
-    record = RECORD_OF | {"versions": {"torch": "2"}, "model": {"name": "m", "source": {"bytes": float("inf")}}}
-    (tmp_path / RECORD).write_text(json.dumps(record))
-    with pytest.raises(
-        CompressknowError, match=r"probe\.json is damaged: it contains a number that is infinite or NaN"
-    ):
-        read_record(tmp_path)
-
-
 def test_keys_that_no_field_has_and_keys_that_are_missing_stay_as_they_are(tmp_path: Path) -> None:
     entry = {"new": [1], **ENTRY, "limit": None, "other": {"a": None}}
     model = {"size": "large", "name": "m", "zeros": None}
     written = {**RECORD_OF, "model": model, "probes": {"atlas": entry}, "tool": "other"}
-    (tmp_path / RECORD).write_text(json.dumps(written), encoding="utf-8")
+    (tmp_path / RECORD).write_text(json.dumps(seal_manifest(written)), encoding="utf-8")
     record = read_record(tmp_path)
     assert json.dumps(record.to_dict()) == json.dumps(written)
     changed = replace(record, probes={"atlas": replace(record.probes["atlas"], key="k", asked=1)})

@@ -242,7 +242,7 @@ HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
 def write_samples(
-    folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance | None
+    folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance
 ) -> Pieces:
     """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
     around them; on one machine the same whatever the number of threads. `advance` is called with the tokens done and in

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base import reading
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.files import write_whole
+from compressknow.base.progress import Advance, ignore_advance
 from compressknow.compress.steps import FORMS, HUB, Calibration, Kind
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.base.progress import Advance
     from compressknow.compress.calibrate.sequences import Form
 
 
@@ -164,7 +164,7 @@ def read_calibration_text(
     calibration: Calibration,
     *,
     trust_remote_code: bool = False,
-    advance: Advance | None = None,
+    advance: Advance = ignore_advance,
 ) -> CalibrationText:
     """Return the text to calibrate a checkpoint on, the same for the same arguments on one machine.
 

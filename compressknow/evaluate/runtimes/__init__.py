@@ -119,8 +119,7 @@ class Runtime(abc.ABC):
         """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
 
     def make_reader(self) -> TextReader:
-        """Return the model, which is causal, as a reader of text. Raise UnsupportedError where the runtime does not
-        give the probabilities of all tokens."""
+        """Return the causal model as a reader of text. Raise UnsupportedError where not all probabilities are given."""
         raise UnsupportedError(
             f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
             hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",

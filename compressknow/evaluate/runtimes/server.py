@@ -185,10 +185,8 @@ def connect(url: str, settings: Settings) -> Served:
 
 
 def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
-    """Return the model's name on the server, and what ``/v1/models`` says of it.
-
-    Raises UsageError where the server has several and none is named, or has none of that name.
-    """
+    """Return the model's name on the server, and what ``/v1/models`` says of it. Raises UsageError where the server has
+    several and none is named, or has none of that name."""
     try:
         rows = client.get("/v1/models", MODELS)["data"]
     except Refused as refused:

@@ -1,6 +1,5 @@
 """Causal models and decoders: candidates go on from the key-value cache of what comes before them, where it can be
-trusted, and running text is read.
-"""
+trusted, and running text is read."""
 
 from __future__ import annotations
 

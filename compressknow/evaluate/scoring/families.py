@@ -302,10 +302,8 @@ class Seq2SeqScorer(DecodingScorer):
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
-    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``.
-
-    Raises CheckpointError where the tokenizer does not fit the model, UnsupportedError where it cannot fill blanks.
-    """
+    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``. Raises CheckpointError where the
+    tokenizer does not fit the model, UnsupportedError where it cannot fill blanks."""
     rows, size = count_embedding_rows(model), len(tokenizer)
     # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens

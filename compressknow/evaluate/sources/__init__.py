@@ -144,10 +144,8 @@ class ProbeSource(ABC):
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """Return the folder of the set: `data` itself, or one of the `folders` in it.
-
-        Raises UsageError that says where to get it and where to put it.
-        """
+        """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError that says where
+        to get it and where to put it."""
         places = [data, *(data / folder for folder in self.folders)] if data else []
         for place in places:
             if self.holds(place, part):
@@ -177,11 +175,9 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes.
-
-    Raises UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
-    CompressknowError for one that cannot be used.
-    """
+    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes. Raises
+    UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
+    CompressknowError for one that cannot be used."""
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
     if "protocol" in options.list_changed():
@@ -216,8 +212,7 @@ def list_usable() -> Iterator[tuple[str, ProbeSource]]:
 
 
 def _check_taken(names: Sequence[str], options: Options) -> None:
-    """Raise UnusedOptions where there are options that no probe of these names takes. A folder of data may be there for
-    other probes, but where none is named it was meant for one."""
+    """Raise UnusedOptions for options that no probe of these names takes; a folder of data may wait for others."""
     sources = [find_source(name) for name in names or DEFAULT]
     general = {"limit", "seed", "templates"} | ({"data"} if names else set())
     idle = [
@@ -251,8 +246,11 @@ def _open_by_name(name: str, options: Options) -> Opened:
     full = _join_name(kind, source.named(part))
     if options.templates > 1:
         return _open_in_wordings(full, name, source, options)
+    if source.protocols and options.protocol not in source.protocols:
+        # It is for another probe.
+        options = replace(options, protocol=source.protocols[0])
     try:
-        opened = source.open(full, part, _select_options(source, options))
+        opened = source.open(full, part, options)
     except CompressknowError:
         raise
     except Exception as error:
@@ -294,16 +292,6 @@ def _join_name(kind: str, part: str) -> str:
 def _normalize_part(source: ProbeSource, part: str) -> str:
     """Return the part as the source has it: one of a few parts whatever its case, else as it stands."""
     return part.lower().replace("_", "-") if source.parts else part
-
-
-def _select_options(source: ProbeSource, options: Options) -> Options:
-    """Return the options that a source takes, and the defaults in place of others."""
-    default, general = Options(), ("limit", "seed", "data")
-    changed = [name for name in options.list_changed() if name not in general and not _takes(source, name)]
-    others = {name: getattr(default, name) for name in changed}
-    if source.protocols and options.protocol not in source.protocols:
-        others["protocol"] = source.protocols[0]
-    return replace(options, **others)
 
 
 def _takes(source: ProbeSource, field: str) -> bool:

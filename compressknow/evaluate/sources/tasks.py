@@ -147,8 +147,7 @@ class LmEvalTask(Task):
         return digest.hexdigest()
 
     def _list_other_data(self) -> list[Path]:
-        """Return the local files that `datasets` finds by itself: at absolute paths, by lists and patterns, in folders,
-        and those of a group's tasks."""
+        """Return the local files that `datasets` finds by itself, and those of a group's tasks."""
         assert self.include is not None
         entry = find_entry(self.include, self.task)
         # Which tasks belong to a group, its load tells; here those of its folder are all taken for its own.
@@ -210,8 +209,7 @@ def read_own_tasks() -> Any:
 
 
 def _is_part(name: Path) -> bool:
-    """Return whether a file may be a part of a task: YAML and code, and included files, which may have no suffix; what
-    git and desktops keep has none either."""
+    """Return whether a file may be a part of a task: YAML, code, and included files, which may have no suffix."""
     is_hidden = any(part.startswith(".") for part in name.parts)
     return name.suffix in (".yaml", ".yml", ".py") or not (name.suffix or is_hidden)
 
@@ -270,10 +268,8 @@ def _find_local_data(name: str) -> list[Path]:
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
-
     Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that would fail only after
-    the model has answered.
-    """
+    the model has answered."""
     try:
         if task.include is None:
             built = dict(read_own_tasks().load(task.task))

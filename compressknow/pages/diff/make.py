@@ -13,7 +13,7 @@ from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, Tensor
 from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
-from compressknow.evaluate.gather import PairedAnswers
+from compressknow.evaluate.gather import Direction
 from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordings
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card import warnings
@@ -213,7 +213,8 @@ def _count_kept(counts: Counts) -> str:
 
 
 def make_behaviour(
-    answers: PairedAnswers,
+    there: Direction,
+    back: Direction,
     *,
     show_facts: bool,
     known: str = RECOGNIZED,
@@ -222,24 +223,25 @@ def make_behaviour(
 ) -> Behaviour:
     """Make the statistics in both directions; `gates` are of B against A. Parameters and errors are those of
     `make_card`."""
-    answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
-    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts, gates=gates, strict=strict)
-    back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
+    a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*there, *back))
+    b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates, strict=strict)
+    a_against_b = make_card(b, [a_like_b], show_facts=show_facts)
+    told = (*warnings.warn_of_known(known), *_list_warnings((a, b_like_a), b, b_against_a, a_against_b))
     return Behaviour(
-        b_against_a=there,
-        a_against_b=back,
-        answers=tuple(_pair_answers(merge_wordings(answers.a), merge_wordings(answers.b_like_a))) if show_facts else (),
-        warnings=tuple(dict.fromkeys((*warnings.warn_of_known(known), *_list_warnings(answers, there, back)))),
+        b_against_a=b_against_a,
+        a_against_b=a_against_b,
+        answers=tuple(_pair_answers(merge_wordings(a), merge_wordings(b_like_a))) if show_facts else (),
+        warnings=tuple(dict.fromkeys(told)),
         known=known,
     )
 
 
-def _list_warnings(answers: PairedAnswers, there: Card, back: Card) -> Iterator[str]:
+def _list_warnings(direction: Direction, of_b: Answers, there: Card, back: Card) -> Iterator[str]:
     """Yield those of a report in both directions, but for what concerns grades."""
     yield from warnings.warn_of_models(there.original, back.original)
     yield from warnings.warn_of_recipe(there.original)
-    yield from warnings.warn_of_runtimes(answers.a, answers.b_like_a)
-    for name, of_model, card in (("A", answers.a, there), ("B", answers.b, back)):
+    yield from warnings.warn_of_runtimes(*direction)
+    for name, of_model, card in (("A", direction[0], there), ("B", of_b, back)):
         comparison = card.comparisons[0]
         yield from warnings.warn_of_answers(name, of_model)
         yield from warnings.warn_of_figures(comparison.counts, (), comparison.probes, name=name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
-from compressknow.evaluate.gather import PairedAnswers
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, write_verdict
 from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
@@ -64,7 +63,7 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
         source={"name": "tiny-t5"},
     )
     of_a, of_b = run(sides(140, 30, 2, 60))
-    behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=show_facts) if facts else None
+    behaviour = make_behaviour((of_a, of_b), (of_b, of_a), show_facts=show_facts) if facts else None
     difference = make_diff(layers)
     return CheckpointComparison(
         verdict=write_verdict((a.name, b.name), False, difference, behaviour),

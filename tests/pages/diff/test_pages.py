@@ -13,7 +13,6 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
-from compressknow.evaluate.gather import PairedAnswers
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import (
     CheckpointComparison,
@@ -101,7 +100,7 @@ def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
     of_b = replace(
         of_b, answers=tuple(replace(each, predicted="Lutetia") if each is first else each for each in of_b.answers)
     )
-    behaviour = make_behaviour(PairedAnswers(of_a, of_b, of_b, of_a), show_facts=True)
+    behaviour = make_behaviour((of_a, of_b), (of_b, of_a), show_facts=True)
     knowers = [name_knower(*pair) for pair in behaviour.answers]
     assert knowers.count("both") == 1
     assert knowers[-1] == "both"
