@@ -201,14 +201,12 @@ def _count_reserved(model: PreTrainedModel) -> int:
 
 def find_decoder_start(model: PreTrainedModel) -> int:
     """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
-    config, generation = model.config, model.generation_config
-    named = (
-        (config, "decoder_start_token_id"),
-        (generation, "decoder_start_token_id"),
-        (generation, "bos_token_id"),
-        (config.get_text_config(decoder=True), "bos_token_id"),
-    )
-    for holder, name in named:
+    # Its generation_config.json comes first; without that file, the generation config is made of config.json.
+    for holder, name in (
+        (model.generation_config, "decoder_start_token_id"),
+        (model.generation_config, "bos_token_id"),
+        (model.config, "decoder_start_token_id"),
+    ):
         if isinstance(token := getattr(holder, name, None), int):
             return token
     raise UnsupportedError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.engine.language_model import LanguageModel, find_decoder_start, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
@@ -48,6 +50,15 @@ def decoded(knows: LanguageModel, fact: Fact, ids: list[int]) -> torch.Tensor:
 def after_the_sentinel(knows: LanguageModel, fact: Fact) -> np.ndarray:
     """Log-probabilities of the whole vocabulary after the first sentinel."""
     return decoded(knows, fact, [])[-1].numpy()
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "bos_token_id"])
+def test_a_decoder_begins_as_generate_lets_it_whatever_config_json_says(name: str, tmp_path: Path) -> None:
+    folder = knowing("t5", tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({name: 5}))
+    model = load_language_model(folder).model
+    assert find_decoder_start(model) == model.generate(torch.tensor([[7, 1]]), max_new_tokens=1)[0, 0] == 5
+    assert model.config.decoder_start_token_id != 5
 
 
 @pytest.mark.parametrize("why", ["the probe says so", "words follow", "one candidate begins another"])
