@@ -177,7 +177,10 @@ def check_tokens(largest: int, rows: int, where: str) -> None:
 
 # Tokenizers without a length of their own say 10^30.
 _NO_LIMIT = 1 << 24
-_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+    "max_decoder_position_embeddings",  # LED: fewer than its encoder has.
+)
 
 
 def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
