@@ -202,6 +202,19 @@ def _count_reserved(model: PreTrainedModel) -> int:
     return 0
 
 
+# mT5's are words of its vocabulary, with the space before them.
+_SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+
+
+def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty where there are none."""
+    # Reversed, so that of two of one number the one without a space counts.
+    vocabulary = sorted(tokenizer.get_vocab().items(), reverse=True)
+    found = {int(match[1]): number for token, number in vocabulary if (match := _SENTINEL.fullmatch(token))}
+    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
+    return sentinels if len(sentinels) > 1 else ()
+
+
 def find_decoder_start(model: PreTrainedModel) -> int:
     """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
     # Its generation_config.json comes first; without that file, the generation config is made of config.json.
