@@ -177,7 +177,10 @@ def check_tokens(largest: int, rows: int, where: str) -> None:
 
 # Tokenizers without a length of their own say 10^30.
 _NO_LIMIT = 1 << 24
-_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+    "max_decoder_position_embeddings",  # LED: fewer than its encoder has.
+)
 
 
 def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -199,16 +202,27 @@ def _count_reserved(model: PreTrainedModel) -> int:
     return 0
 
 
+# mT5's are words of its vocabulary, with the space before them.
+_SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
+
+
+def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty where there are none."""
+    # Reversed, so that of two of one number the one without a space counts.
+    vocabulary = sorted(tokenizer.get_vocab().items(), reverse=True)
+    found = {int(match[1]): number for token, number in vocabulary if (match := _SENTINEL.fullmatch(token))}
+    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
+    return sentinels if len(sentinels) > 1 else ()
+
+
 def find_decoder_start(model: PreTrainedModel) -> int:
     """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
-    config, generation = model.config, model.generation_config
-    named = (
-        (config, "decoder_start_token_id"),
-        (generation, "decoder_start_token_id"),
-        (generation, "bos_token_id"),
-        (config.get_text_config(decoder=True), "bos_token_id"),
-    )
-    for holder, name in named:
+    # Its generation_config.json comes first; without that file, the generation config is made of config.json.
+    for holder, name in (
+        (model.generation_config, "decoder_start_token_id"),
+        (model.generation_config, "bos_token_id"),
+        (model.config, "decoder_start_token_id"),
+    ):
         if isinstance(token := getattr(holder, name, None), int):
             return token
     raise UnsupportedError(

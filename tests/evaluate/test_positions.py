@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from transformers import LEDConfig, LEDForConditionalGeneration
 
 from compressknow.engine.language_model import count_positions, load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
@@ -29,6 +30,19 @@ class Short:
 )
 def test_a_model_reads_as_many_tokens_as_it_has_positions(name: str, tokens: int | None) -> None:
     assert count_positions(tiny(name), Unlimited()) == tokens
+
+
+def test_the_side_of_fewer_positions_bounds_both() -> None:
+    config = LEDConfig(
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        attention_window=8,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=24,
+    )
+    assert count_positions(LEDForConditionalGeneration(config), Unlimited()) == 24
 
 
 @pytest.mark.parametrize("name", ["bert", "t5-gated"])

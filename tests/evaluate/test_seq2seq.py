@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import T5Tokenizer
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import LanguageModel, load_language_model
+from compressknow.engine.language_model import LanguageModel, find_decoder_start, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
@@ -48,6 +51,15 @@ def decoded(knows: LanguageModel, fact: Fact, ids: list[int]) -> torch.Tensor:
 def after_the_sentinel(knows: LanguageModel, fact: Fact) -> np.ndarray:
     """Log-probabilities of the whole vocabulary after the first sentinel."""
     return decoded(knows, fact, [])[-1].numpy()
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "bos_token_id"])
+def test_a_decoder_begins_as_generate_lets_it_whatever_config_json_says(name: str, tmp_path: Path) -> None:
+    folder = knowing("t5", tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({name: 5}))
+    model = load_language_model(folder).model
+    assert find_decoder_start(model) == model.generate(torch.tensor([[7, 1]]), max_new_tokens=1)[0, 0] == 5
+    assert model.config.decoder_start_token_id != 5
 
 
 @pytest.mark.parametrize("why", ["the probe says so", "words follow", "one candidate begins another"])
@@ -94,6 +106,33 @@ def test_t5_agrees_with_the_plain_reference(name: str, score_rest: bool) -> None
     check_choices(answers, facts, lambda fact, text: filled(model, tokenizer, fact, text, rest=True))
     backwards = answers_to(model, tokenizer, "seq2seq", as_probe(reversed(facts)), batch_size=64)
     check_same(backwards, answers)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("W1 is [MASK].", "▁W1 ▁is ▁<extra_id_0> . </s>"),
+        ("W1 is ([MASK]).", "▁W1 ▁is ▁( ▁<extra_id_0> ) . </s>"),
+        ("[MASK] is W1.", "▁<extra_id_0> ▁is ▁W1 . </s>"),
+    ],
+)
+def test_the_sentinels_of_mt5_are_words_of_its_vocabulary(prompt: str, read: str) -> None:
+    names = [f"{space}W{number}" for space in ("", "▁") for number in range(9)]
+    tokens = ["<pad>", "</s>", "<unk>", "▁is", "▁(", ")", ".", *names, "▁<extra_id_1>", "▁<extra_id_0>"]
+    vocabulary = [(token, 0.0) for token in tokens]
+    tokenizer, model = T5Tokenizer(vocab=vocabulary, extra_ids=0), tiny("t5-gated")
+    fact = Fact("f", "words", "r", "science", "W1", "W2", prompt, ("W2", "W3 W4", "W5"))
+    ids = tokenizer.convert_tokens_to_ids(read.split())
+    first, following = tokenizer.convert_tokens_to_ids(["▁<extra_id_0>", "▁<extra_id_1>"])
+
+    def score(_: Fact, text: str) -> float:
+        after = tokenizer(f"{prompt.partition('[MASK]')[0]}{text}")["input_ids"][:-1]
+        answer = [*after[ids.index(first) :], following]
+        decoder = [model.config.decoder_start_token_id, first, *answer]
+        found = log_probs(model, ids, decoder_input_ids=torch.tensor([decoder]))
+        return sum(float(found[place + 1, token]) for place, token in enumerate(answer))
+
+    check_choices(answers_to(model, tokenizer, "seq2seq", as_probe([fact], score_rest=True)), [fact], score)
 
 
 @pytest.mark.parametrize("frame", ["<s> $A </s>", "$A </s>", "$A </s> <pad>"])

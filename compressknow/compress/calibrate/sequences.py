@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.engine.language_model import count_embedding_rows, count_positions, find_decoder_start, find_family
+from compressknow.engine.language_model import (
+    count_embedding_rows,
+    count_positions,
+    find_decoder_start,
+    find_family,
+    find_sentinels,
+)
 
 LENGTH = 512
 # Share of the text that is hidden from a model that fills blanks, and mean length of a hidden span (Raffel et al. 2020,
@@ -18,7 +23,6 @@ LENGTH = 512
 HIDDEN, SPAN = 0.15, 3
 # A model's text of fewer tokens has no room for a blank and what is around it.
 _SHORTEST = 8
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 Ids = Sequence[int]
 Span = tuple[int, int]
@@ -67,8 +71,9 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
 
     Raises UnsupportedError if it reads no text, or no more than a few tokens of it.
     """
-    marks = _find_marks(tokenizer)
-    without_head = "masked" if tokenizer.mask_token_id is not None else "plain"
+    mask = tokenizer.mask_token_id
+    marks = find_sentinels(tokenizer) or ((mask,) if mask is not None else ())
+    without_head = "masked" if mask is not None else "plain"
     family = find_family(model) or ("seq2seq" if model.config.is_encoder_decoder else without_head)
     # The special tokens before and after a text; some tokenizers show them only by what they do to one.
     alone, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -99,15 +104,6 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
     if form.body < _SHORTEST:
         raise UnsupportedError(f"{type(model).__name__} reads no more than {form.length} tokens at once.")
     return form
-
-
-def _find_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    tokens = tokenizer.get_vocab().items()
-    found = {int(match[1]): number for token, number in tokens if (match := _SENTINEL.fullmatch(token))}
-    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
-    if len(sentinels) > 1:
-        return sentinels
-    return (tokenizer.mask_token_id,) if tokenizer.mask_token_id is not None else ()
 
 
 def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.engine.language_model import count_embedding_rows, find_decoder_start
+from compressknow.engine.language_model import count_embedding_rows, find_decoder_start, find_sentinels
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded
 from compressknow.evaluate.scoring.ranking import Scores
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
 Step = tuple[int, int, Ids]
 END_OF_TEXT = "<|endoftext|>"
-FIRST_SENTINEL, NEXT_SENTINEL = "<extra_id_0>", "<extra_id_1>"
 
 
 class MaskedScorer(Scorer):
@@ -243,12 +242,14 @@ class Seq2SeqScorer(DecodingScorer):
     family = "seq2seq"
 
     def encode_prompt(self, fact: Fact) -> Ids:
-        blank = FIRST_SENTINEL if self._has_sentinels else self.tokenizer.mask_token
+        blank = self.tokenizer.mask_token
+        if self._sentinels:
+            blank = self.tokenizer.convert_ids_to_tokens(self._sentinels[0]).replace("▁", " ")
         return self.encoder.ids(fact.prompt.replace(BLANK, blank), True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        if self._has_sentinels:
-            close = (self._find_id(NEXT_SENTINEL),) if rest else ()
+        if self._sentinels:
+            close = self._sentinels[1:] if rest else ()
             return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
         after = fact.after if rest else ""
         return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
@@ -257,7 +258,7 @@ class Seq2SeqScorer(DecodingScorer):
         return len(prompt), len(self.begin(fact))
 
     def find_obstacle(self, fact: Fact) -> str | None:
-        return None if self._has_sentinels else super().find_obstacle(fact)
+        return None if self._sentinels else super().find_obstacle(fact)
 
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         device = self.model.device
@@ -272,33 +273,27 @@ class Seq2SeqScorer(DecodingScorer):
         return self.run(cache, keep, decoder_input_ids=ids, **(encoder or {}))
 
     def ends(self, token: int) -> bool:
-        return token == self.tokenizer.eos_token_id or (self._has_sentinels and token == self._find_id(NEXT_SENTINEL))
+        return token == self.tokenizer.eos_token_id or token in self._sentinels[1:]
 
     @cached_property
-    def _has_sentinels(self) -> bool:
-        vocabulary = self.tokenizer.get_vocab()
-        if FIRST_SENTINEL in vocabulary and NEXT_SENTINEL in vocabulary:
-            return True
-        if self.tokenizer.mask_token is None:
+    def _sentinels(self) -> Ids:
+        """Return the sentinels before and after an answer; empty where the mask token stands for a blank."""
+        sentinels = find_sentinels(self.tokenizer)[:2]
+        if not sentinels and self.tokenizer.mask_token is None:
             raise UnsupportedError(
-                f"The tokenizer has neither {FIRST_SENTINEL} nor a mask token: this model cannot fill in blanks.",
+                "The tokenizer has neither <extra_id_0> nor a mask token: this model cannot fill in blanks.",
                 hint="T5, Flan-T5, BART and similar models can. Evaluate this one on lm-eval's tasks: -p lm-eval:TASK.",
             )
-        return False
+        return sentinels
 
     def begin(self, fact: Fact) -> Ids:
         """Return what the decoder has written before the answer."""
-        start = (self._start,)
-        if self._has_sentinels:
-            return (*start, self._find_id(FIRST_SENTINEL))
-        return (*start, *self.encoder.begin(fact.before))
+        written = self._sentinels[:1] or self.encoder.begin(fact.before)
+        return (self._start, *written)
 
     @cached_property
     def _start(self) -> int:
         return find_decoder_start(self.model)
-
-    def _find_id(self, token: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(token))
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
