@@ -206,7 +206,8 @@ def _make_fit(
     check_usable(job.checkpoint)
     is_expert = {name: (own := job.side.linear(name)) and own.is_expert for name in job.tensors}
     shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
-    experts = sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    # Whose types may be given; that is seen in the file in between.
+    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
     check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)

@@ -565,7 +565,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
-        (["--keep", "0.9", "--must", "blocks=none"], "No weight of the blocks may be rounded", 2),
+        (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
         (["--size", "some"], "that is no size", 2),
@@ -588,6 +588,12 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
     assert "300.0 kB is too small: the smallest file has 4" in said
     assert "(q2_k)" in said
     assert not (gguf.folder / "bad").exists()
+
+
+@needs_converter
+def test_a_search_in_which_nothing_may_be_rounded_is_refused(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gguf.search("bad", "--keep", "0.5", "--must", ".=f32") == 2
+    assert "No weight may be rounded" in capsys.readouterr().err
 
 
 @long
