@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -40,7 +41,7 @@ from tests.evaluate.layouts import open_probe
 from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
-from tests.models import put_into_hub_cache, save_tiny
+from tests.models import edit_tensors, put_into_hub_cache, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -597,9 +598,12 @@ def test_a_search_in_which_nothing_may_be_rounded_is_refused(gguf: Place, capsys
 
 
 @long
-def test_the_original_is_converted_once(gguf: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torch.dtype) -> None:
     told: list[Progress] = []
-    compressknow.search(gguf.model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
+    model = shutil.copytree(gguf.model, tmp_path / "model")
+    edit_tensors(model, lambda tensors: tensors.update({name: each.to(dtype) for name, each in tensors.items()}))
+    compressknow.search(model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
     works = [work for work, _ in groupby(each.stage.work for each in told)]
     assert works.count("export") == works.count("runtime") == 1
     (graded,) = (read_answers(each) for each in (tmp_path / "found" / "grading" / "original").iterdir())
