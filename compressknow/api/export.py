@@ -22,7 +22,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.gguf import record
-from compressknow.gguf.choice import Choice, Fit, Rounding, read_choice
+from compressknow.gguf.choice import DEFAULT, Choice, Fit, Rounding, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
@@ -40,7 +40,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    type: str = "q8_0",
+    type: str | None = None,
     type_of: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     calibration: str | None = None,
     calibration_tokens: int | None = None,
@@ -71,7 +71,7 @@ def export(
     ----------
     model : a local folder or a hub id.
     output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` beside it.
-    type : of most weights: ``q8_0``, ``q6_k``, ``q5_k_m``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
+    type : of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
     type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
         the file; of several that name a tensor the last holds.
     calibration : the text that an importance matrix is made of: ``self`` (the model's own samples), the path of a
@@ -176,11 +176,9 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
     given = "bits" if options["size"] is None else "size"
     pin = f"--{given} chooses the types. Give --must for weights that get this type in any case."
     own = f"Leave it out, or give --type in place of --{given}."
-    for name, hint in {"type_of": pin, "recipe": pin, "imatrix": own, "imatrix_out": own}.items():
+    for name, hint in {"type": pin, "type_of": pin, "recipe": pin, "imatrix": own, "imatrix_out": own}.items():
         if options[name]:
             raise UsageError(f"--{name.replace('_', '-')} and --{given} cannot be combined.", hint=hint)
-    if options["type"] != "q8_0":
-        raise UsageError(f"--type and --{given} cannot be combined: --{given} chooses the types.")
     return Target(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],
@@ -201,7 +199,8 @@ def _make_fit(
     check_usable(job.checkpoint)
     is_expert = {name: (own := job.side.linear(name)) and own.is_expert for name in job.tensors}
     shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
-    experts = sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    # Whose types may be given; that is seen in the file in between.
+    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
     check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
@@ -215,7 +214,7 @@ def _make_fit(
 
 
 # Options that a recipe says instead, and what they are without one.
-OF_RECIPE: dict[str, Any] = {"type": "q8_0", "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
+OF_RECIPE: dict[str, Any] = {"type": None, "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
@@ -232,7 +231,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
             raise UnusedOptions("--calibration-tokens goes with --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
-        choice = Choice(options["type"], list_rules(options["type_of"]), calibration, matrix)
+        choice = Choice(options["type"] or DEFAULT, list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration)
     return choice

@@ -47,7 +47,7 @@ Types (--type), bits per weight with scales:
 @command(epilog=EPILOG)
 @click.argument("model")
 @click.argument("output", type=PATH)
-@option("--type", group=HOW, default="q8_0", metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
+@option("--type", group=HOW, metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
 @option(
     "--type-of",
     group=HOW,

@@ -155,7 +155,7 @@ class NoiseFloors:
         the converter is missing, or does not take it."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import Choice
-        from compressknow.gguf.converter import find_converter
+        from compressknow.gguf.converter import find_converter, quantize
         from compressknow.gguf.export import prepare, write_floats
 
         if answers.record.model.family != "causal":
@@ -170,8 +170,15 @@ class NoiseFloors:
         if floats is not None and kind == export.exact:
             yield ModelHandle(replace(located, path=floats), settings)
             return
+        begin = begin_stages(self._on_progress, located.name)
         with make_scratch(self._folder / "in-llama-cpp") as place:
-            file = write_floats(export, place, kind, begin=begin_stages(self._on_progress, located.name))
+            if floats is None:
+                file = write_floats(export, place, kind, begin=begin)
+            else:
+                # The same bytes as the converter's, in a tenth of the time.
+                file = place / "floats.gguf"
+                with begin("quantize") as advance:
+                    quantize(floats, file, kind, place, advance=advance)
             yield ModelHandle(replace(located, path=file), settings)
 
 

@@ -208,7 +208,8 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
         raise UsageError(
             f"{write_size(budget)} is too small: in the fewest bits that llama.cpp has for them, the weights alone "
             f"take {write_size(least)}.",
-            f"Experts of a mixture are not measured, and have 8 bits: {write_size(of_experts)} of it."
+            f"Experts of a mixture are not measured, and have 8 bits: {write_size(of_experts)} of it. "
+            "--must _exps=q4_k gives them fewer."
             if experts
             else None,
             "Give more, in units: 90MB, 1.5GB.",
@@ -244,25 +245,27 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
     """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
     sensitivity none does. Where a type must be, there is no other.
 
-    Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits.
+    Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits,
+    unless another type is given.
     """
-    rows = sensitivity.kl(target.guide) if sensitivity else {}
+    rows, pins = sensitivity.kl(target.guide) if sensitivity else {}, resolve_types(tensors, target.must, "--must")
     table: dict[str, dict[str, Option]] = {}
     for name, tensor in tensors.tensors.items():
         if not is_matrix(tensors, name):
             continue
         own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
-        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else [UNMEASURED]
+        unmeasured = dict.fromkeys((UNMEASURED, pins.get(name, UNMEASURED)))
+        kinds: Iterable[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else unmeasured
         if sensitivity is None and not any(weight.is_expert for weight in tensors.weights.get(name, ())):
             kinds = CANDIDATES  # Nothing was measured yet, and all but experts will be.
         shape = tensor.shape[::-1]
         table[name] = {
             kind: Option(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
-            for kind in list_legal_types(shape[-1], kinds)
+            for kind in list_legal_types(shape[-1], tuple(kinds))
         }
         table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
     lengths = {name: tensors.tensors[name].shape[0] for name in table}
-    return pin_types(table, resolve_types(tensors, target.must, "--must"), lengths)
+    return pin_types(table, pins, lengths)
 
 
 def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
@@ -281,7 +284,7 @@ def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, in
         if name in table and kind not in table[name]:
             raise UsageError(
                 f"--must {kind}: {name} cannot be of that type.",
-                f"Its rows have {rows[name]} weights.",
+                f"Blocks must divide its rows of {rows[name]} weights, and of floats it can have its own alone.",
                 f"It can be {', '.join(table[name])}.",
             )
     return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}

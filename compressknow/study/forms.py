@@ -99,9 +99,14 @@ class Form(ABC):
 
     def __init__(self, table: allocation.OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
         """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
-        file beside these, and of one with all weights as they are; and how many parameters each weight has."""
+        file beside these, and of one with all weights as they are; and how many parameters each weight has.
+
+        Raises UsageError where all weights stay as they are.
+        """
         self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
         self._chosen: dict[int, allocation.Allocation] = {}
+        if overhead + sum(min(own.values()).nbytes for own in table.values()) >= whole:
+            raise UsageError("No weight may be rounded: there is no type to choose.", hint=allocation.PIN_LESS)
 
     @property
     def tables(self) -> list[allocation.OptionTable]:
@@ -270,8 +275,6 @@ class CheckpointForm(Form):
             whole,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
         )
-        if all(set(options) == {NONE} for options in self.table.values()):
-            raise UsageError("No weight of the blocks may be rounded: none has a choice.", hint=allocation.PIN_LESS)
         self._is_uniform = not self._takes_several()
         # What cannot be converted is told before anything is measured.
         try:

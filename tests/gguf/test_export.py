@@ -47,6 +47,7 @@ from tests.gguf.making import (
     weights,
 )
 from tests.long import one_in
+from tests.models import save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -418,6 +419,14 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="converter failed"):
         compressknow.export(source, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_converter
+def test_a_key_of_the_config_that_the_converter_lacks_is_told(tmp_path: Path) -> None:
+    """transformers no longer writes GPT-2's n_ctx."""
+    source = save_tiny("gpt2", tmp_path / "model")
+    with pytest.raises(CompressknowError, match=r"converter failed(.|\n)*If config.json has no n_ctx, add it"):
+        compressknow.export(source, tmp_path / "out.gguf")
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,23 @@ def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_pat
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
+@needs_converter
+def test_experts_have_fewer_bits_than_8_where_a_type_is_given(tmp_path: Path) -> None:
+    source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    text = str(text_file(tmp_path / "text.txt"))
+    options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
+    record = compressknow.export(source, output, bits=6, must={"_exps": "q3_k"}, **options)
+    assert {kind for name, kind in types(output).items() if "_exps" in name} == {"q3_k"}
+    assert record["bytes"] == output.stat().st_size <= record["totals"]["parameters"] * 6 / 8
+
+
+@needs_converter
+def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: Path) -> None:
+    source = checkpoint("llama", tmp_path / "model", torch.float32)
+    with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*of floats it can have its own alone"):
+        fitted(source, tmp_path / "out.gguf", Target(2_000_000, must=(("attention", "f16"),)))
+
+
 def outputs_error(source: Path, output: Path) -> dict[str, float]:
     """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
     model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -40,7 +41,7 @@ from tests.evaluate.layouts import open_probe
 from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.long import long, one_in
-from tests.models import put_into_hub_cache, save_tiny
+from tests.models import edit_tensors, put_into_hub_cache, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 # Of 21 held-out facts, all kept, the interval's lower end is 71 % where three files may be tried.
@@ -564,7 +565,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
-        (["--keep", "0.9", "--must", "blocks=none"], "No weight of the blocks may be rounded", 2),
+        (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
         (["--size", "some"], "that is no size", 2),
@@ -589,10 +590,19 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
     assert not (gguf.folder / "bad").exists()
 
 
+@needs_converter
+def test_a_search_in_which_nothing_may_be_rounded_is_refused(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gguf.search("bad", "--keep", "0.5", "--must", ".=f32") == 2
+    assert "No weight may be rounded" in capsys.readouterr().err
+
+
 @long
-def test_the_original_is_converted_once(gguf: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torch.dtype) -> None:
     told: list[Progress] = []
-    compressknow.search(gguf.model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
+    model = shutil.copytree(gguf.model, tmp_path / "model")
+    edit_tensors(model, lambda tensors: tensors.update({name: each.to(dtype) for name, each in tensors.items()}))
+    compressknow.search(model, tmp_path / "found", size="700kB", on_progress=told.append, **gguf.options)
     works = [work for work, _ in groupby(each.stage.work for each in told)]
     assert works.count("export") == works.count("runtime") == 1
     (graded,) = (read_answers(each) for each in (tmp_path / "found" / "grading" / "original").iterdir())
