@@ -20,10 +20,10 @@ from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
 from compressknow.evaluate.noise import NoiseFloors
-from compressknow.evaluate.records import FactsInText
+from compressknow.evaluate.records import FactsInText, ProbeEntry
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import Opened, Options, Task, normalize_name, open_all
+from compressknow.evaluate.sources import Opened, Options, Task, check_taken, normalize_name, open_all
 from compressknow.evaluate.speed import measure
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error, is_address
@@ -201,14 +201,24 @@ def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> N
             hint="Give a model, or leave it out.",
             names=idle,
         )
-    limit = evaluation.options.limit
+    check_taken([name for answers in stored for name in answers.probes], evaluation.options)
     entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
-    if limit is not None and any(entry.limit != limit and entry.asked > limit for entry in entries):
+    chosen = {name: getattr(evaluation.options, name) for name in evaluation.options.list_changed()}
+    if idle := [name for name, value in chosen.items() if any(_chose_other(entry, name, value) for entry in entries)]:
         raise UnusedOptions(
-            f"--limit {limit} draws facts to evaluate, and these answers folders hold answers to more.",
+            f"--{idle[0]} {chosen[idle[0]]} chooses facts to evaluate, and these answers folders have others.",
             hint="Leave it out to compare all of them, or give a model in place of a folder.",
-            names=["limit"],
+            names=idle,
         )
+
+
+def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
+    """Return whether other facts or wordings were evaluated than an option would choose, as far as the entry tells."""
+    if name == "limit":
+        return bool(entry.limit != value and entry.asked > value)
+    seed = None if entry.limit is None else entry.seed
+    wording = (entry.source or {}).get("template")
+    return {"seed": seed, "template": wording, "templates": entry.templates or 1}.get(name) not in (None, value)
 
 
 def read_if_stored(model: str | Path) -> Answers | None:
