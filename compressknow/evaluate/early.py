@@ -26,7 +26,6 @@ from compressknow.evaluate.gather import (
     open_matching,
     open_models,
     read_if_stored,
-    select_probes,
 )
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
@@ -138,19 +137,10 @@ class _Side:
         self._chunks: list[Answers] = []
 
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
-        """Take the answers that are stored to all these facts. Raise CompressknowError where they are to others."""
+        """Take what earlier runs stored of a model's answers to all these facts."""
         if self.handle is not None:
             folder = choose_folder(keep_in, self.handle, Context(reference), probes)
             self.stored = find_answers(self.handle, probes, folder, reference)
-        elif self.stored is not None:
-            self.stored = select_probes(self.stored, [probe.name for probe in probes])
-            name, entries = self.stored.record.model.name, self.stored.record.probes
-            if others := [probe for probe in probes if entries[probe.name].fingerprint != probe.fingerprint()]:
-                raise UsageError(
-                    f"{name} was evaluated on other facts or prompts of {others[0].name}.",
-                    hint="Give the options that it was probed with (--limit, --seed, --template, --protocol, --data), "
-                    "or probe it again.",
-                )
 
     def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
         """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""

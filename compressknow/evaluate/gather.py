@@ -15,7 +15,7 @@ from compressknow.base.progress import Listener, Stage, count_progress, relabel_
 from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answer, Answers, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
-from compressknow.evaluate.evaluate import check_alike
+from compressknow.evaluate.evaluate import check_alike, check_facts
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
@@ -173,7 +173,7 @@ def gather(
     with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as whole:
         for side in sides:
             if isinstance(side, Answers):
-                gathered.append(select_probes(side, [probe.name for probe in probes]))
+                gathered.append(side)
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, whole=whole)
@@ -233,8 +233,13 @@ def open_models(
     evaluation: Evaluation,
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
-    """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` and `check_comparable` do, and CheckpointError where a weight is no number."""
+    """Find, hash and check the models whose answers are not stored, and select the answers of the others to these
+    probes; `revision` is the first model's. Raises what `make_handles`, `select_probes`, `check_facts` and
+    `check_comparable` do, and CheckpointError where a weight is no number."""
+    stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
+    for answers in filter(None, stored):
+        for probe in probes:
+            check_facts(answers, probe)
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
