@@ -22,7 +22,7 @@ from compressknow.cli.options import (
     study_options,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import Lines, Rows, show, show_json_text, wrap
+from compressknow.cli.terminal import Lines, Rows, pad, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
@@ -132,12 +132,12 @@ def _describe_result(result: CellResult) -> Iterator[str]:
         return
     right = sum(answer.correct for answer in result.answers.answers)
     share = write_percent(right, len(result.answers.answers))
-    if len(name) >= NAME:
+    if (cell := pad(name, NAME)).rstrip() != name:
         # Cut short, several would look the same.
         yield from wrap(name)
-        name = ""
+        cell = " " * NAME
     sparse = write_size(result.answers.record.model.totals["sparse_bytes"])
-    yield f"{name:<{NAME}}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
+    yield f"{cell}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:

@@ -18,7 +18,6 @@ from compressknow.base.progress import Listener, relabel_progress
 from compressknow.evaluate import gather
 from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
-from compressknow.evaluate.evaluate import check_facts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
@@ -129,14 +128,10 @@ class _Side:
         self._chunks: list[Answers] = []
 
     def read_stored(self, keep_in: Path, probes: Sequence[Probe], reference: Answers | None) -> None:
-        """Take the answers that are stored to all these facts. Raise CompressknowError where they are to others."""
+        """Take what earlier runs stored of a model's answers to all these facts."""
         if self.handle is not None:
             folder = gather.choose_folder(keep_in, self.handle, Context(reference), probes)
             self.stored = find_answers(self.handle, probes, folder, reference)
-        elif self.stored is not None:
-            self.stored = gather.select_probes(self.stored, [probe.name for probe in probes])
-            for probe in probes:
-                check_facts(self.stored, probe)
 
     def filter_answerable(self, probes: Sequence[Probe]) -> list[Probe]:
         """Return the probes with the facts that the model can be evaluated on, and how many others were dropped."""

@@ -153,9 +153,9 @@ def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
     return replace(fact, prompt=f"{solved}{stop} {fact.prompt}")
 
 
-def check_facts(reference: Answers, probe: Opened) -> None:
-    """Raise UsageError where the original was not evaluated on this probe, or on other prompts of it."""
-    entry = reference.record.probes.get(probe.name)
+def check_facts(answers: Answers, probe: Opened) -> None:
+    """Raise UsageError where a model was evaluated on other prompts of this probe, or the original not at all."""
+    entry = answers.record.probes.get(probe.name)
     if entry is None and not isinstance(probe, Task):
         raise UsageError(
             f"The original was not evaluated on {probe.name}, but its most likely tokens are needed.",
@@ -163,7 +163,7 @@ def check_facts(reference: Answers, probe: Opened) -> None:
         )
     if entry and entry.fingerprint != probe.fingerprint():
         raise UsageError(
-            f"{reference.record.model.name} was evaluated on other facts or prompts of {probe.name}.",
+            f"{answers.record.model.name} was evaluated on other facts or prompts of {probe.name}.",
             hint="Give the options that it was probed with (--limit, --seed, --template, --templates, --protocol, "
             "--context, --data), or probe it again.",
         )

@@ -15,15 +15,15 @@ from compressknow.base.progress import Listener, Stage, count_progress, relabel_
 from compressknow.engine.identity import locate, read_contents
 from compressknow.evaluate.answers import Answer, Answers, change_model, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
-from compressknow.evaluate.evaluate import check_alike
+from compressknow.evaluate.evaluate import check_alike, check_facts
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.handle import ModelHandle, make_handles
 from compressknow.evaluate.noise import NoiseFloors
-from compressknow.evaluate.records import FactsInText
+from compressknow.evaluate.records import FactsInText, ProbeEntry
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import Opened, Options, Task, normalize_name, open_all
+from compressknow.evaluate.sources import Opened, Options, Task, check_taken, normalize_name, open_all
 from compressknow.evaluate.speed import measure
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error, is_address
@@ -155,7 +155,7 @@ def gather(
     with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as whole:
         for side in sides:
             if isinstance(side, Answers):
-                gathered.append(select_probes(side, [probe.name for probe in probes]))
+                gathered.append(side)
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, whole=whole)
@@ -183,14 +183,24 @@ def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> N
             hint="Give a model, or leave it out.",
             names=idle,
         )
-    limit = evaluation.options.limit
+    check_taken([name for answers in stored for name in answers.probes], evaluation.options)
     entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
-    if limit is not None and any(entry.limit != limit and entry.asked > limit for entry in entries):
+    chosen = {name: getattr(evaluation.options, name) for name in evaluation.options.list_changed()}
+    if idle := [name for name, value in chosen.items() if any(_chose_other(entry, name, value) for entry in entries)]:
         raise UnusedOptions(
-            f"--limit {limit} draws facts to evaluate, and these answers folders hold answers to more.",
+            f"--{idle[0]} {chosen[idle[0]]} chooses facts to evaluate, and these answers folders have others.",
             hint="Leave it out to compare all of them, or give a model in place of a folder.",
-            names=["limit"],
+            names=idle,
         )
+
+
+def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
+    """Return whether other facts or wordings were evaluated than an option would choose, as far as the entry tells."""
+    if name == "limit":
+        return bool(entry.limit != value and entry.asked > value)
+    seed = None if entry.limit is None else entry.seed
+    wording = (entry.source or {}).get("template")
+    return {"seed": seed, "template": wording, "templates": entry.templates or 1}.get(name) not in (None, value)
 
 
 def read_if_stored(model: str | Path) -> Answers | None:
@@ -205,8 +215,13 @@ def open_models(
     evaluation: Evaluation,
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
-    """Find, hash and check the models whose answers are not stored; `revision` is the first one's. Raises what
-    `make_handles` and `check_comparable` do, and CheckpointError where a weight is no number."""
+    """Find, hash and check the models whose answers are not stored, and select the answers of the others to these
+    probes; `revision` is the first model's. Raises what `make_handles`, `select_probes`, `check_facts` and
+    `check_comparable` do, and CheckpointError where a weight is no number."""
+    stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
+    for answers in filter(None, stored):
+        for probe in probes:
+            check_facts(answers, probe)
     pairs = enumerate(zip(models, stored, strict=True))
     # Before the first is evaluated: a wrong name is told at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]

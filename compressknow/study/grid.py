@@ -400,8 +400,9 @@ def name_recipe(recipe: Recipe) -> str:
 def slugify(text: str) -> str:
     """Return a text as a part of a folder's name.
 
-    >>> slugify("Att_GPQ 20% (int8)")
-    'att-gpq-20-int8'
+    >>> slugify("Att_GPQ 20% (int8)"), slugify("\u6700\u521d\u306e\u5c64")
+    ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
     """
+    slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
     # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:240] or "cell"
+    return slug.encode()[:240].decode(errors="ignore") or "cell"

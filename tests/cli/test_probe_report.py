@@ -113,7 +113,9 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         2,
         ("No probe here takes --data.", "--data is for lama, bear, lm-eval."),
     ),
-    "a sample of answers": ((*REPORT, "--limit", "9"), 2, ("--limit 9 draws facts to evaluate", "answers to more")),
+    "a sample of answers": ((*REPORT, "--limit", "9"), 2, ("--limit 9 chooses facts to evaluate", "have others")),
+    "wordings of answers": ((*REPORT, "--templates", "2"), 2, ("--templates 2 chooses facts", "have others")),
+    "a wording of answers that have none": ((*REPORT, "--template", "2"), 2, ("No probe here takes --template.",)),
     "the speed of answers, early": (
         (*REPORT, "--time", "--early", "--fail-under", "0.9"),
         2,

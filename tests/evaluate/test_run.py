@@ -424,6 +424,21 @@ def test_a_reference_that_lacks_facts_is_refused(place: Path, tmp_path: Path) ->
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("probe", "told"), [("facts", "on other facts or prompts"), ("atlas", "not evaluated on atlas")]
+)
+def test_stored_answers_to_other_questions_are_refused_before_any_is_asked(
+    place: Path, tmp_path: Path, loads: list[Path], probe: str, told: str
+) -> None:
+    facts = f"facts:{place / 'facts.jsonl'}"
+    compressknow.probe(place / "llama-3", tmp_path / "compressed", facts)
+    with pytest.raises(CompressknowError, match=told):
+        compressknow.report(
+            place / "llama", tmp_path / "compressed", facts if probe == "facts" else probe, limit=30, answers=tmp_path
+        )
+    assert place / "llama" not in loads
+
+
 def test_a_reference_that_was_asked_other_questions_is_refused_before_any_is_asked(
     place: Path, tmp_path: Path, loads: list[Path]
 ) -> None:

@@ -169,6 +169,14 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["最初の層", "первый-слой", "schicht-ü"])
+def test_a_cell_keeps_the_name_that_it_is_given_in_any_script(tmp_path: Path, name: str) -> None:
+    (cell,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name}"\nprune = 0.1\n')
+    assert cell.key == name
+    (long,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name * 80}"\nprune = 0.1\n')
+    (tmp_path / f"{long.key}-{'0' * 8}").mkdir()
+
+
 def test_what_a_cells_method_and_scheme_do_not_have_is_left_out_of_it(tmp_path: Path) -> None:
     cells = grid(
         tmp_path / "grid.toml",

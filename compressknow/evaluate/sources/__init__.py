@@ -185,7 +185,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
         if options.protocol not in known:
             near = suggest_word(options.protocol, known)
             raise UsageError(f"Unknown protocol {options.protocol!r}.", hint=f"{near}Choose {' or '.join(known)}.")
-    _check_taken(names, options)
+    check_taken(names, options)
     return [_open_by_name(name, options) for name in names or DEFAULT]
 
 
@@ -211,7 +211,7 @@ def list_usable() -> Iterator[tuple[str, ProbeSource]]:
             yield kind, source
 
 
-def _check_taken(names: Sequence[str], options: Options) -> None:
+def check_taken(names: Sequence[str], options: Options) -> None:
     """Raise UnusedOptions for options that no probe of these names takes; a folder of data may wait for others."""
     sources = [find_source(name) for name in names or DEFAULT]
     general = {"limit", "seed", "templates"} | ({"data"} if names else set())
