@@ -336,12 +336,17 @@ def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
 
 
-def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str]) -> float | None:
-    """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts.
+def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average: str) -> float | None:
+    """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts:
+    ``micro`` over facts or ``macro`` over relations.
 
     Of a sample it is not the sample's own: of one fact a relation, that would always be right.
     """
-    return sum(fact.obj_label == answers.get(fact.relation) for fact in facts) / len(facts) if facts else None
+    right: dict[str, list[bool]] = {}
+    for fact in facts:
+        group = fact.relation if average == "macro" else ""
+        right.setdefault(group, []).append(fact.obj_label == answers.get(fact.relation))
+    return sum(sum(group) / len(group) for group in right.values()) / len(right) if right else None
 
 
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:

@@ -95,7 +95,7 @@ class ProbeEntry(_Part):
     truncated : items of a task that lost the beginning of their context; None of facts.
     templates : in how many wordings each fact was put, where several; facts are counted by wording then.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
-    chance, majority : accuracy of guessing, and of the most frequent answers; None where there is none.
+    chance, majority : accuracy of guessing, and of the most frequent answers, so averaged; None where there is none.
     limit, seed : of the sample, if one was drawn.
     source : where the facts come from.
     key : a hash of all that decides the answers.

@@ -356,7 +356,7 @@ def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[s
         dropped=dict(dropped),
         average=probe.average,
         chance=compute_chance(answer.choices for answer in answers),
-        majority=compute_majority(facts, probe.most_frequent),
+        majority=compute_majority(facts, probe.most_frequent, probe.average),
         limit=probe.limit,
         seed=probe.seed,
         templates=probe.templates,

@@ -9,8 +9,9 @@ them.
 Causal and Masked Language Models" (2024), read as its library lm-pub-quiz reads it. A folder holds
 ``metadata_relations.json``, {RELATION: {"templates": [TEXT, ...], "answer_space_labels": [TEXT, ...]}}, and for each
 relation ``RELATION.jsonl`` with rows {"sub_label", "obj_label", "answer_idx"}: the index of the object among the
-labels, from 0. A model is right where it finds the sentence with the right label the most likely one of all. The score
-is over all facts alike: lm-pub-quiz weights each relation's accuracy by its number of facts.
+labels, from 0. A causal model is right where it finds the sentence with the right label the most likely one of all; of
+masked models only the label is scored, where lm-pub-quiz by default scores each token of the sentence. The score is
+over all facts alike: lm-pub-quiz weights each relation's accuracy by its number of facts.
 
 **lama** is LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?"). The folder is what
 https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,

@@ -14,6 +14,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
 from compressknow.pages.card.verdict import count_facts
+from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
 # Fewer known facts than this leave an interval of several points.
@@ -314,7 +315,7 @@ def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
 
 
 def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
-    accuracy = probe.accuracy_original
+    accuracy, _ = get_headline_accuracy(probe)
     if accuracy.value is None or accuracy.low is None:
         return
     baselines = {"guessing": probe.chance, "always giving the most frequent answer": probe.majority}

@@ -215,6 +215,15 @@ class TestWarnings:
     def test_an_original_no_better_than_the_most_frequent_answer(self) -> None:
         assert "always giving the most frequent answer (20.0 %)" in warnings_of(card_of(200, 0, 0, 800))
 
+    def test_a_mean_over_relations_is_held_to_the_baseline_so_averaged(self) -> None:
+        known = sides(80, 0, 0, 10)
+        unknown = ([answer(number, False, relation="other") for number in range(90, 100)],) * 2
+        before, after = (own + more for own, more in zip(known, unknown, strict=True))
+        probes = {"atlas": entry(average="macro", majority=0.5)}
+        card = make_card(answers(before, probes=probes), [answers(after, model(sha256="b" * 64), probes)])
+        may = r"its accuracy \(44.4 %\) is not clearly above that of always giving the most frequent answer \(50.0 %\)"
+        assert re.search(may, warnings_of(card))
+
     def test_the_same_model_twice(self) -> None:
         original, _ = run(sides(200))
         assert "same checkpoint" in warnings_of(make_card(original, [original]))
