@@ -159,13 +159,15 @@ def get_confidence(answer: Answer) -> float | None:
     """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
 
-    None where any text may be given; where the sum over all is not known, on some servers; and of a model that broke:
-    it computes NaN, of which no mean may be made, and a warning says so.
+    None where any text may be given; where the sum over all is not known, in answers of older versions to more than
+    five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
     """
     logp, total = answer.top5_logp, answer.total_logp
-    if answer.choices is None or total is None or not logp or not math.isfinite(logp[0] - total):
+    if answer.choices is None or not logp or not math.isfinite(logp[0]):
         return None
-    return math.exp(min(logp[0] - total, 0.0))
+    if total is None and answer.choices <= len(logp):
+        total = logp[0] + math.log(math.fsum(math.exp(other - logp[0]) for other in logp))
+    return math.exp(min(logp[0] - total, 0.0)) if total is not None and math.isfinite(total) else None
 
 
 def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
@@ -218,7 +220,7 @@ def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[Reliabilit
 
 
 def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
-    """Count facts by the grades of both models; None where some answer has none (tasks)."""
+    """Count facts by the grades of both models; None where some answer has none (tasks, answers of older versions)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)

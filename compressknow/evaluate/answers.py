@@ -35,6 +35,8 @@ TABLE, RECORD = "answers.parquet", "probe.json"
 LOGP_FLOOR = -100.0
 # From best to worst; `compressknow.evaluate.grades` says what they mean.
 GRADES = ("produced", "recognized", "demoted", "gone")
+# Columns that tables of older versions lack.
+NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,13 @@ class Answer:
     first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
         was not at hand.
     produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
-        where there is none (lm-eval).
+        where there is none (lm-eval, answers of older versions).
     with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
         and this model does not.
     grade : see `compressknow.evaluate.grades`; None where there is none.
     template : number of the wording, where each fact is put in several.
     total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
-        where any text may be given, and where it is not known (some servers).
+        where any text may be given, and where it is not known (answers of older versions, some servers).
     """
 
     probe: str
@@ -169,12 +171,23 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
+    import pyarrow as pa
+
     hint = "An answers folder is written by `compressknow probe`; write it anew."
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
-        table = file.read(columns=schema.names).select(schema.names).cast(schema)
+        table = file.read(columns=schema.names)
+        for name in set(NEWER) - set(table.column_names):
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+        table = table.select(schema.names).cast(schema)
         columns = [_read_column(table, name) for name in schema.names]
-        return [Answer(*row) for row in zip(*columns, strict=True)]
+        answers = [Answer(*row) for row in zip(*columns, strict=True)]
+    produced, _, demoted, _ = GRADES
+    # Older versions called produced what was said and not right.
+    return [
+        replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
+        for answer in answers
+    ]
 
 
 def _read_column(table: pa.Table, name: str) -> Iterable[Any]:

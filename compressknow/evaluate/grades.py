@@ -168,7 +168,7 @@ def apply_reading(answers: Answers, known: str) -> Answers:
         if any(answer.produced is None for answer in answers.of(probe)):
             raise CompressknowError(
                 f"The answers of {answers.record.model.name} to {probe} do not tell what it says.",
-                why="Those of lm-eval's tasks and of models that cannot write do not.",
+                why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
     entries = {}

@@ -98,7 +98,7 @@ class ProbeEntry(_Part):
     chance, majority : accuracy of guessing, and of the most frequent answers, so averaged; None where there is none.
     limit, seed : of the sample, if one was drawn.
     source : where the facts come from.
-    key : a hash of all that decides the answers.
+    key : a hash of all that decides the answers; those of old versions have none.
     reference : sha256 of the model whose most likely tokens were evaluated, its own or the original's.
     seconds : wall time.
     text : of a running text: context, chunks, tokens scored and their bytes, whether there are divergences from the
@@ -227,7 +227,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 @dataclass(frozen=True)
 class Record(_Part):
-    """Content of ``probe.json``; `answers_sha256` is the hash of the table, once that is written."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 

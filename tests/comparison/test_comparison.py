@@ -96,8 +96,12 @@ class TestAnswers:
         assert figures.confidence.ece == pytest.approx((0.25, 0.25))
         assert figures.confidence.brier == pytest.approx((0.0625, 0.0625))
 
-    def test_there_is_no_confidence_where_the_sum_over_all_choices_is_not_known(self) -> None:
-        assert compared(sides(both=20, total_logp=None)).confidence is None
+    def test_answers_of_older_versions_tell_it_of_five_choices_at_most(self) -> None:
+        logp = (-40.0, -40.0 + math.log(1 / 3))
+        figures = compared(sides(both=20, choices=2, top5=("yes", "no"), top5_logp=logp, total_logp=None))
+        assert figures.confidence.ece == pytest.approx((0.25, 0.25))
+        older = compared(sides(both=20, total_logp=None))
+        assert older.confidence is None
 
     def test_a_model_that_broke_gives_no_figure_that_is_not_a_number(self) -> None:
         before, after = sides(both=25)

@@ -82,6 +82,12 @@ def test_a_table_comes_back_as_it_was(answers: list[Answer], tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
 
 
+def test_what_an_older_version_called_produced_though_it_was_not_right_is_demoted(tmp_path: Path) -> None:
+    rows = [answer(grade="produced"), answer(grade="produced", correct=True), answer(grade="gone"), answer()]
+    write_table(tmp_path / TABLE, rows)
+    assert [row.grade for row in read_table(tmp_path / TABLE)] == ["demoted", "produced", "gone", None]
+
+
 NUMBER = st.none() | st.floats(allow_nan=False, width=64)
 LISTS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-99, 0, width=32)), max_size=4)
 

@@ -19,7 +19,7 @@ import compressknow
 from compressknow.base.progress import Progress
 from compressknow.comparison.records import Movement
 from compressknow.evaluate import distributions, run
-from compressknow.evaluate.answers import TABLE
+from compressknow.evaluate.answers import TABLE, read_table
 from compressknow.evaluate.distributions import Distributions, Rows, compute_divergence
 from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
@@ -245,6 +245,16 @@ def run_probe(place: Path) -> Any:
     from compressknow.evaluate.sources import Options, open_all
 
     return open_all([f"facts:{place / 'facts.jsonl'}"], Options())[0]
+
+
+def test_a_table_of_an_older_version_is_read(place: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    report(place, ["llama-60"], tmp_path / "kept")
+    path = next(path for path in (tmp_path / "kept").rglob(TABLE) if "-" in path.parent.name)
+    assert all(answer.first_kl is not None for answer in read_table(path))
+    pq.write_table(pq.read_table(path).drop_columns(["first_kl"]), path)
+    assert {answer.first_kl for answer in read_table(path)} == {None}
 
 
 def test_divergences_have_no_negative_terms_and_take_what_is_ruled_out() -> None:

@@ -162,7 +162,7 @@ _NO_RANK = "the answers hold no rank of the right answer."
 _NO_TOP5 = "there are at most five answers to choose from, or " + _NO_RANK
 _NO_CONFIDENCE = (
     f"it needs the probability of each answer among all candidates, of {CALIBRATION_FACTS} facts or more; free "
-    "answers and most servers do not tell it."
+    "answers, most servers and answers of older versions do not tell it."
 )
 
 # Name, what writes it, and why it may be missing; where that is None, so is the row if no probe has the figure.
