@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.words import Words, build_records, list_rules, verb
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
@@ -71,6 +71,7 @@ def search(
     guide: Guide = "both",
     must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     rounding: Rounding | None = None,
+    minimize: str = "bytes",
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     probe: str | Sequence[str] | None = None,
@@ -101,6 +102,7 @@ def search(
     to : ``gguf`` (for llama.cpp; by default for models that generate) or ``checkpoint``.
     guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
+    minimize : ``bytes``.
     probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
         split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
         the winner reads it, and its report card says how.
@@ -131,6 +133,7 @@ def search(
         rounding,
         Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )
+    _check_minimize(minimize)
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
     check_text(request.text)
@@ -223,6 +226,15 @@ def search(
         write_search(result, folder)
         candidates.remove()
     return result
+
+
+def _check_minimize(minimize: str) -> None:
+    """Raise UsageError for what is no longer made small."""
+    if minimize != "bytes":
+        raise UsageError(
+            f"--minimize {minimize}: a search makes files small, in bytes.",
+            hint="Leave --minimize out. `compressknow sweep` studies pruning.",
+        )
 
 
 def _remove_winner_of_other_form(folder: Path, name: str) -> None:

@@ -44,6 +44,9 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @option("--to", group=FIT, type=FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
 @add_guide_option(group=FIT, default="both")
 @fit_options
+@option(
+    "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
+)
 @add_calibration_options(tokens="8192")
 @option(
     "--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Another name of --probe, the one that export has."

@@ -563,6 +563,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--keep", "0.9", "--limit", "1"], "too few facts", 2),
         (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),
         (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
+        (["--keep", "0.9", "--minimize", "sparse-bytes"], "--minimize sparse-bytes: a search makes files small", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
         (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
@@ -619,13 +620,13 @@ def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) ->
     assert not (tmp_path / "found").exists()
 
 
-def test_python_names_forms_and_facts(llama: Place, undisturbed: dict[str, bytes]) -> None:
+def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:
     with pytest.raises(UsageError, match="Choose from gguf, checkpoint"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, to="onnx")
     with pytest.raises(UsageError, match="Unknown reading of knowing"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, known="said", **llama.options)
     assert not (llama.folder / "bad").exists()
-    options = {**llama.options, "facts": llama.options["probe"], "probe": None}
+    options = {**llama.options, "facts": llama.options["probe"], "probe": None, "minimize": "bytes"}
     compressknow.search(llama.model, llama.folder / "facts", keep=KEEP, **options)
     assert results(llama.folder / "facts") == undisturbed
 
