@@ -241,7 +241,8 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
-    if record.get(SEAL) != hash_manifest(record):
+    # Older versions wrote no seal.
+    if SEAL in record and record[SEAL] != hash_manifest(record):
         raise DamagedAnswers(
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
             hint="Put the file back as it was, or probe the model again, into another folder.",
