@@ -49,7 +49,9 @@ def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
     return prove(replace(plan, removal=removal))
 
 
-def make_text(plan: Plan, *, trust_remote_code: bool, advance: Advance) -> CalibrationText | None:
+def make_text(
+    plan: Plan, *, trust_remote_code: bool = False, advance: Advance = ignore_advance
+) -> CalibrationText | None:
     """Return what a recipe is calibrated on; None where no step looks at activations. Raises what `check_smoothable`
     and `read_calibration_text` do, to which `advance` is given."""
     if (calibration := plan.recipe.calibration) is None:
