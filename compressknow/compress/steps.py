@@ -13,7 +13,7 @@ from compressknow.base.packages import Registry
 from compressknow.compress.parameters import is_of, make_fields_plain, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, parse_layers
+from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_scope_names, compile_patterns, parse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,8 @@ class Where:
     def __post_init__(self) -> None:
         scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
         check_scope_names(scopes)
-        check_patterns(self.include, self.exclude)
+        compile_patterns("--include", self.include)
+        compile_patterns("--exclude", self.exclude)
         if self.layers is not None:
             parse_layers(self.layers)
         object.__setattr__(self, "scope", scopes)
