@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePath
@@ -181,19 +181,16 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
         by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
-    headers: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    places: dict[str, tuple[str, int]] = {}
+    layout = Layout({}, {}, {}, None)
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
-        headers[file], sizes[file], offsets = lay_out_file(entries)
-        places |= {name: (file, offset) for name, offset in offsets.items()}
-    index = None
-    if len(headers) > 1:
-        total = sum(sizes.values()) - sum(map(len, headers.values()))
-        weight_map = {name: file for name, (file, _) in sorted(places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return Layout(headers, sizes, places, index)
+        layout.headers[file], layout.sizes[file], offsets = lay_out_file(entries)
+        layout.places.update({name: (file, offset) for name, offset in offsets.items()})
+    if len(by_file) < 2:
+        return layout
+    total = sum(layout.sizes.values()) - sum(map(len, layout.headers.values()))
+    weight_map = {name: file for name, (file, _) in sorted(layout.places.items())}
+    return replace(layout, index={"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:

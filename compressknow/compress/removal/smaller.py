@@ -132,9 +132,15 @@ def _remove_blocks(
 
 
 def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities: Similarities | None) -> DroppedBlocks:
-    _check_some_remain(step, stack)
-    if isinstance(step.blocks, str):
-        return DroppedBlocks(stack, step.named or ())
+    if beyond := [number for number in step.named or () if number >= stack.count]:
+        there = f"{stack.name} has blocks 0-{stack.count - 1}."
+        raise UsageError(f"There is no block {beyond[0]} to drop.", hint=there)
+    number = step.blocks if isinstance(step.blocks, int) else len(step.named or ())
+    if number >= stack.count:
+        what = f"Dropping {number} blocks would leave none: {stack.name} has {stack.count}."
+        raise UsageError(what, hint=f"Drop at most {stack.count - 1}.")
+    if step.named is not None:
+        return DroppedBlocks(stack, step.named)
     if len(stack.lists) > 1:
         raise UnsupportedError(
             f"Which blocks of {type(left.tree).__name__} change their input least cannot be told.",
@@ -142,22 +148,9 @@ def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities:
             hint="Name the blocks to drop, such as --drop-blocks 20-23.",
         )
     if similarities is None:
-        return DroppedBlocks(stack, tuple(range(stack.count - step.blocks, stack.count)), is_decided=False)
+        return DroppedBlocks(stack, tuple(range(stack.count - number, stack.count)), is_decided=False)
     measured = similarities(left.checkpoint, left.tree, stack)
-    return DroppedBlocks(stack, choose_blocks(measured, step.blocks), measured)
-
-
-def _check_some_remain(step: DropBlocks, stack: Stack) -> None:
-    """Raise UsageError if a step names a block that a stack does not have, or would leave none."""
-    if beyond := [number for number in step.named or () if number >= stack.count]:
-        there = f"{stack.name} has blocks 0-{stack.count - 1}."
-        raise UsageError(f"There is no block {beyond[0]} to drop.", hint=there)
-    number = step.blocks if step.named is None else len(step.named)
-    if isinstance(number, int) and number >= stack.count:
-        raise UsageError(
-            f"Dropping {number} blocks would leave none: {stack.name} has {stack.count}.",
-            hint=f"Drop at most {stack.count - 1}.",
-        )
+    return DroppedBlocks(stack, choose_blocks(measured, number), measured)
 
 
 def _check_untouched(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
