@@ -95,7 +95,12 @@ def carry_out(
                 progress = count_progress(None if blockwise else advance, _count_bytes(plan, shards, weights.known))
                 unfitted = plan.removal.unfitted if plan.removal else {}
                 work = Work(pool, files, progress, weights.writer, unfitted)
-                masks = _choose_masks(work, plan)
+                masks: dict[str, Mask] = {}
+                for step, tensors in plan.list_prune_steps():
+                    if not step.calibrated:
+                        # What weights alone decide.
+                        chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
+                        masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
                 if blockwise:
                     from compressknow.compress.calibrate.compression import calibrate
@@ -124,16 +129,6 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
         reader = Reader(pool, files, lambda _: None)
         removal = decide(plan, text.batches, reader, folder, on_progress=advance or max)
     return _plan_rest(removal, plan.recipe)
-
-
-def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
-    """Return what the plan prunes by looking at weights alone, by tensor name."""
-    masks: dict[str, Mask] = {}
-    for step, tensors in plan.list_prune_steps():
-        if not step.calibrated:
-            chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
-            masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
-    return masks
 
 
 def _write_tensors(

@@ -112,8 +112,7 @@ class Memory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave all as it is."""
+    def __exit__(self, *_: object) -> None: ...
 
     def open(self, plan: Plan) -> Self:
         """Take what is known already, and make room for the rest."""
@@ -146,8 +145,7 @@ class Memory:
         """Return no files."""
         return {}, {}
 
-    def publish(self, manifest: Manifest) -> None:
-        """Leave all as it is."""
+    def publish(self, manifest: Manifest) -> None: ...
 
     @property
     def weight_bytes(self) -> int:

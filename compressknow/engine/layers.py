@@ -350,11 +350,10 @@ def _is_matrix(value: Any) -> bool:
 
 def _copy_heads(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Yield queries, keys and values [batch, heads, tokens, size], each in memory of its own."""
-    heads = tensors[0].shape[1]
     for tensor in tensors:
         # One head for all would be read in place.
         shared = tensor.shape[1] == 1 and not kwargs.get("enable_gqa")
-        yield (tensor.expand(-1, heads, -1, -1) if shared else tensor).contiguous()
+        yield (tensor.expand(-1, tensors[0].shape[1], -1, -1) if shared else tensor).contiguous()
 
 
 def make_batch_invariant(model: nn.Module) -> None:
@@ -388,11 +387,8 @@ def undo_batch_invariant(model: nn.Module) -> None:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):
-        return False
-    return isinstance(module, EngineLinear) or any(
-        parameter.dim() > 1 and parameter.is_floating_point() for parameter in module.parameters(recurse=False)
-    )
+    parameters = () if isinstance(module, nn.Embedding) else module.parameters(recurse=False)
+    return isinstance(module, EngineLinear) or any(each.dim() > 1 and each.is_floating_point() for each in parameters)
 
 
 _replaced = ContextVar("_replaced", default=False)

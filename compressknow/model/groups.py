@@ -92,10 +92,10 @@ def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural")
     )
 
 
-def list_block_names(model: PreTrainedModel) -> list[str]:
+def list_block_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the outermost transformer blocks of a model, in tree order, but those of towers that read no text."""
     tree = _Tree(model)
-    return [name for name in tree.layers if not tree.in_tower(name)]
+    return tuple(name for name in tree.layers if not tree.in_tower(name))
 
 
 # Modules on the way from the root to a weight: the attribute that holds each, and its class.
