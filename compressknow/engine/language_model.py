@@ -109,7 +109,7 @@ def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
 
 
 def load_language_model(
-    path: Path, *, device: str = "cpu", dtype: str, trust_remote_code: bool = False
+    path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
     """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of what is not
     quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
