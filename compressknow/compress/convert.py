@@ -15,7 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
-from compressknow.compress.output import Memory, NewFolder, RenderCard
+from compressknow.compress.output import Memory, NewFolder, RenderCard, lay_out
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
@@ -223,8 +223,9 @@ class VariantMaker:
 
         memory = Memory(self._shared)
         manifest = carry_out(plan, memory, self.text(plan, begin), begin=begin)
+        nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
         config = build_config(memory.plan)
-        return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
+        return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
         """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what `plan`, `make` and

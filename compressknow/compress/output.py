@@ -147,10 +147,6 @@ class Memory:
 
     def publish(self, manifest: Manifest) -> None: ...
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -168,17 +164,20 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
     each lies aligned without holes, which the format forbids.
     """
-    by_path = {PurePath(shard).as_posix(): shard for shard in shards}
-    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-    ends = {t.name: ["/".join(t.source.file.parts[n:]) for n in range(len(t.source.file.parts))] for t in tensors}
-    shard_of = {name: next(by_path[end] for end in own if end in by_path) for name, own in ends.items()}
+    ends = {shard: PurePath(shard).parts for shard in shards}
+    shard_of: dict[Path, str] = {}
+    for path in {tensor.source.file for tensor in tensors}:
+        # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
+        fitting = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
+        shard_of[path] = max(fitting, key=lambda shard: len(ends[shard]))
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
         names = {used[0]: SAFETENSORS}
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
-        by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
+        file = names[shard_of[tensor.source.file]]
+        by_file[file] += [(name, part.dtype, part.shape) for name, part in tensor.written]
     layout = Layout({}, {}, {}, None)
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
