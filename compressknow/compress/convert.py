@@ -15,7 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
-from compressknow.compress.output import Memory, NewFolder, RenderCard
+from compressknow.compress.output import Memory, NewFolder, RenderCard, lay_out
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import Measured, Work, hash_file
 from compressknow.compress.proof import build_config, prove
@@ -98,7 +98,12 @@ def carry_out(
                 progress = count_progress(ignore_advance if blockwise else advance, nbytes)
                 unfitted = plan.removal.unfitted if plan.removal else {}
                 work = Work(pool, files, progress, weights.writer, unfitted)
-                masks = _choose_masks(work, plan)
+                masks: dict[str, Mask] = {}
+                for step, tensors in plan.list_prune_steps():
+                    if not step.calibrated:
+                        # What weights alone decide.
+                        chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
+                        masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
                 if blockwise:
                     from compressknow.compress.calibrate.compression import calibrate
@@ -127,16 +132,6 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
         reader = Reader(pool, files, lambda _: None)
         removal = decide(plan, text.batches, reader, folder, on_progress=advance)
     return _plan_rest(removal, plan.recipe)
-
-
-def _choose_masks(work: Reader, plan: Plan) -> dict[str, Mask]:
-    """Return what the plan prunes by looking at weights alone, by tensor name."""
-    masks: dict[str, Mask] = {}
-    for step, tensors in plan.list_prune_steps():
-        if not step.calibrated:
-            chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
-            masks |= {tensor.name: mask for tensor, mask in zip(tensors, chosen, strict=True)}
-    return masks
 
 
 def _write_tensors(
@@ -231,8 +226,9 @@ class VariantMaker:
 
         memory = Memory(self._shared)
         manifest = carry_out(plan, memory, self.text(plan, begin), begin=begin)
+        nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
         config = build_config(memory.plan)
-        return Variant(memory.tensors, config, manifest, memory.weight_bytes, self.checkpoint.folder, self.tree)
+        return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
         """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what `plan`, `make` and

@@ -198,11 +198,11 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
         "bytes": sum(row["bytes_before"] for row in left_out) + cut_bytes,
         "blocks": [
             {
-                **{"stack": drop.stack.name, "key": ".".join(drop.stack.keys), "before": drop.stack.count},
-                **{"after": len(drop.remaining), "dropped": list(drop.dropped) if drop.is_decided else []},
-                **({"similarities": list(map(_round, drop.similarities))} if drop.similarities else {}),
+                **{"stack": stack.name, "key": ".".join(stack.keys), "before": stack.count},
+                **{"after": len(stack.remaining), "dropped": list(stack.dropped) if stack.is_decided else []},
+                **({"similarities": list(map(_round, stack.similarities))} if stack.similarities else {}),
             }
-            for drop in removal.blocks
+            for stack in removal.blocks
         ],
         "neurons": [
             {

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePath
@@ -112,8 +112,7 @@ class Memory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave all as it is."""
+    def __exit__(self, *_: object) -> None: ...
 
     def open(self, plan: Plan) -> Self:
         """Take what is known already, and make room for the rest."""
@@ -146,12 +145,7 @@ class Memory:
         """Return no files."""
         return {}, {}
 
-    def publish(self, manifest: Manifest) -> None:
-        """Leave all as it is."""
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(lay_out(self.plan.tensors, self.plan.checkpoint.shards).sizes.values())
+    def publish(self, manifest: Manifest) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -170,30 +164,30 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
     each lies aligned without holes, which the format forbids.
     """
-    by_path = {PurePath(shard).as_posix(): shard for shard in shards}
-    # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-    ends = {t.name: ["/".join(t.source.file.parts[n:]) for n in range(len(t.source.file.parts))] for t in tensors}
-    shard_of = {name: next(by_path[end] for end in own if end in by_path) for name, own in ends.items()}
+    ends = {shard: PurePath(shard).parts for shard in shards}
+    shard_of: dict[Path, str] = {}
+    for path in {tensor.source.file for tensor in tensors}:
+        # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
+        fitting = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
+        shard_of[path] = max(fitting, key=lambda shard: len(ends[shard]))
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
         names = {used[0]: SAFETENSORS}
     by_file: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in names.values()}
     for tensor in tensors:
-        by_file[names[shard_of[tensor.name]]] += [(name, part.dtype, part.shape) for name, part in tensor.written]
-    headers: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    places: dict[str, tuple[str, int]] = {}
+        file = names[shard_of[tensor.source.file]]
+        by_file[file] += [(name, part.dtype, part.shape) for name, part in tensor.written]
+    layout = Layout({}, {}, {}, None)
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
-        headers[file], sizes[file], offsets = lay_out_file(entries)
-        places |= {name: (file, offset) for name, offset in offsets.items()}
-    index = None
-    if len(headers) > 1:
-        total = sum(sizes.values()) - sum(map(len, headers.values()))
-        weight_map = {name: file for name, (file, _) in sorted(places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return Layout(headers, sizes, places, index)
+        layout.headers[file], layout.sizes[file], offsets = lay_out_file(entries)
+        layout.places.update({name: (file, offset) for name, offset in offsets.items()})
+    if len(by_file) < 2:
+        return layout
+    total = sum(layout.sizes.values()) - sum(map(len, layout.headers.values()))
+    weight_map = {name: file for name, (file, _) in sorted(layout.places.items())}
+    return replace(layout, index={"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:

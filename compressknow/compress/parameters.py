@@ -8,8 +8,9 @@ A field of a method's or a scheme's class is a parameter::
 
 A field of a step (`compressknow.compress.steps`) is an option::
 
+    @has_options
     class Quantize:
-        rounding: str = field(default="nearest", metadata=option(help="nearest, or gptq.", choices=ROUNDINGS))
+        rounding: str = option(default="nearest", help="nearest, or gptq.", choices=ROUNDINGS)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import PurePath
-from typing import Any, Self, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 from compressknow.base.errors import UsageError, suggest_word
 
@@ -36,6 +37,7 @@ TAKEN = frozenset(
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,16 @@ class Option(Parameter):
     axis: bool = True
 
 
-def option(name: str | None = None, *, help: str, **more: Any) -> dict[str, Any]:
-    """Return the metadata of a step's field that is an option: `more` is as in `Option`; name, key and default are
-    those of the field, unless they are given."""
-    return {"option": {"help": help, **more} | ({} if name is None else {"name": name})}
+def option(*, default: Any = MISSING, help: str, **more: Any) -> Any:
+    """Declare a field of a step that is an option: `more` is as in `Option`; name, key and, on the command line, what
+    stands for it when it is `left_out` are those of the field, unless they are given."""
+    return field(default=default, metadata={"option": {"help": help, **more}})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(option, field))
+def has_options(kind: type[T]) -> type[T]:
+    """Make a class a frozen dataclass whose fields may be options."""
+    return dataclass(frozen=True)(kind)
 
 
 def list_options(step: type) -> tuple[Option, ...]:
@@ -120,8 +128,9 @@ def list_options(step: type) -> tuple[Option, ...]:
     for each in fields(step):
         if "option" in each.metadata:
             usual = None if each.default is MISSING else each.default
-            said = {"name": each.name, "kind": str, "default": usual, **each.metadata["option"]}
-            options.append(Option(**{"key": said["name"], **said}, of=step, field=each.name, usual=usual))
+            said = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
+            said = {"key": said["name"], "default": said.pop("left_out"), **said}
+            options.append(Option(**said, of=step, field=each.name, usual=usual))
     return tuple(options)
 
 

@@ -165,9 +165,9 @@ class Work(Reader):
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
         error = _sum_squares((values.to(torch.float32) * factors - original.to(torch.float32))[None])
-        zeros = [each.numel() - int(torch.count_nonzero(each)) for each in (original, values)]
+        before, after = (each.numel() - int(torch.count_nonzero(each)) for each in (original, values))
         relative = math.sqrt(error / energy) if energy else 0.0
-        return Measured(zeros[0], zeros[1], 0, math.sqrt(energy), relative, writer.sha256)
+        return Measured(before, after, 0, math.sqrt(energy), relative, writer.sha256)
 
     def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor:
         """Compute the one scale [1] of a tensor, which takes a pass of its own."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.reading import MANIFEST, read_json, read_toml
-from compressknow.compress.parameters import Parameter, list_options, option
+from compressknow.compress.parameters import Parameter, has_options, list_options, option
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import (
@@ -40,7 +40,7 @@ STEPS: dict[str, type[Step]] = {
 _ORDER = tuple(STEPS.values())
 
 
-@dataclass(frozen=True)
+@has_options
 class Recipe:
     """Steps in order: blocks are dropped, then neurons. What is left is pruned and quantized, each weight by one step
     of each kind at most.
@@ -49,11 +49,11 @@ class Recipe:
     """
 
     steps: tuple[Step, ...]
-    module_map: ModuleMap = field(
+    module_map: ModuleMap = option(
         default="structural",
-        metadata=option(
-            help="structural (default) or paper, the authors' split.", kind=ModuleMap, choices=get_args(ModuleMap)
-        ),
+        help="structural (default) or paper, the authors' split.",
+        kind=ModuleMap,
+        choices=get_args(ModuleMap),
     )
     calibration: Calibration | None = None
 

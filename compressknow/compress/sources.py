@@ -91,19 +91,14 @@ class Sources:
     def values(self, parameter: str, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
         """Return a parameter as its module holds it, made of what `read` gives of its stored tensors."""
         parts = self._parts.get(parameter) or [self.tensor(parameter)]
-        converted = any(self.bound[part.name].reshaped for part in parts if part.name in self.bound)
-        if not converted:
+        if not any(self.bound[part.name].reshaped for part in parts if part.name in self.bound):
             return read(parts[0])
         return self._naming.convert(parameter, {part.name: read(part) for part in parts})
 
     def matrix_of(self, stored: StoredTensor, parameter: str) -> int:
-        """Return which matrix of a stack a stored tensor is a part of; 0 of a parameter that is one matrix.
-
-        Experts that are stored one by one have their number in their names, and are stacked by it.
-        """
-        if len(self._shapes[parameter]) < 3:
-            return 0
-        number = re.search(r"experts\.(\d+)\.", stored.name)
+        """Return which matrix of a stack a stored tensor is a part of, by the number that is in the name of an expert;
+        0 of a parameter that is one matrix."""
+        number = re.search(r"experts\.(\d+)\.", stored.name) if len(self._shapes[parameter]) > 2 else None
         return int(number.group(1)) if number else 0
 
     def is_stored(self, parameter: str) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.packages import Registry
-from compressknow.compress.parameters import is_of, make_fields_plain, option
+from compressknow.compress.parameters import has_options, is_of, make_fields_plain, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
-from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_patterns, check_scope_names, parse_layers
+from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_scope_names, compile_patterns, parse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ PAPER_SCOPES = {
 }
 
 
-@dataclass(frozen=True)
+@has_options
 class Where:
     """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
 
@@ -51,26 +51,24 @@ class Where:
     is looked at.
     """
 
-    scope: tuple[str, ...] = field(
-        default=DEFAULT_SCOPES,
-        metadata=option(help="Linear layers, repeatable or with commas; see below.", repeats=True),
+    scope: tuple[str, ...] = option(
+        default=DEFAULT_SCOPES, help="Linear layers, repeatable or with commas; see below.", repeats=True
     )
-    include: tuple[str, ...] = field(
-        default=(),
-        metadata=option(help="Only modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False),
+    include: tuple[str, ...] = option(
+        default=(), help="Only modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False
     )
-    exclude: tuple[str, ...] = field(
-        default=(),
-        metadata=option(help="No modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False),
+    exclude: tuple[str, ...] = option(
+        default=(), help="No modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False
     )
-    layers: str | None = field(
-        default=None, metadata=option(help="Only these blocks, such as 0-5 or 0-2,11.", kind=int | str, metavar="RANGE")
+    layers: str | None = option(
+        default=None, help="Only these blocks, such as 0-5 or 0-2,11.", kind=int | str, metavar="RANGE"
     )
 
     def __post_init__(self) -> None:
         scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
         check_scope_names(scopes)
-        check_patterns(self.include, self.exclude)
+        compile_patterns("--include", self.include)
+        compile_patterns("--exclude", self.exclude)
         if self.layers is not None:
             parse_layers(self.layers)
         object.__setattr__(self, "scope", scopes)
@@ -91,7 +89,7 @@ class Where:
 SIDES = ("encoder", "decoder")
 
 
-@dataclass(frozen=True)
+@has_options
 class DropBlocks:
     """Step that leaves whole transformer blocks out, of each stack by itself.
 
@@ -99,14 +97,12 @@ class DropBlocks:
     them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder``, ``decoder`` or, by default, both.
     """
 
-    blocks: int | str = field(
-        metadata=option(
-            "drop_blocks",
-            help="Transformer blocks to leave out: a number, or 20-23.",
-            kind=int | str,
-            metavar="N|LIST",
-            axis=False,
-        )
+    blocks: int | str = option(
+        name="drop_blocks",
+        help="Transformer blocks to leave out: a number, or 20-23.",
+        kind=int | str,
+        metavar="N|LIST",
+        axis=False,
     )
     where: Where = Where()
 
@@ -141,7 +137,7 @@ class DropBlocks:
         return f"Drop{self.blocks if self.named is None else len(self.named)}{_name_side(self.where)}"
 
 
-@dataclass(frozen=True)
+@has_options
 class DropNeurons:
     """Step that leaves hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same
     number in each block.
@@ -151,15 +147,13 @@ class DropNeurons:
     `where` is as for `DropBlocks`.
     """
 
-    amount: float = field(
-        metadata=option(
-            "drop_neurons",
-            help="Share of each feed-forward block's neurons to leave out.",
-            kind=float,
-            metavar="AMOUNT",
-            share=True,
-            axis=False,
-        )
+    amount: float = option(
+        name="drop_neurons",
+        help="Share of each feed-forward block's neurons to leave out.",
+        kind=float,
+        metavar="AMOUNT",
+        share=True,
+        axis=False,
     )
     multiple: int | None = None
     where: Where = Where()
@@ -193,7 +187,7 @@ def _name_side(where: Where) -> str:
     return "" if where == Where() else f"[{'+'.join(where.scope)}]"
 
 
-@dataclass(frozen=True)
+@has_options
 class Prune:
     """Step that zeroes `amount` (0-1, both excluded) of the weights: see `compressknow.compress.pruning` for `method`.
 
@@ -204,14 +198,15 @@ class Prune:
     are those of torch.nn.utils.prune.
     """
 
-    amount: float = field(
-        metadata=option(
-            "prune", help="Share of the weights to zero: 0.2, or 20%.", kind=float, metavar="AMOUNT", share=True
-        )
+    amount: float = option(
+        name="prune", help="Share of the weights to zero: 0.2, or 20%.", kind=float, metavar="AMOUNT", share=True
     )
-    method: str = field(
+    method: str = option(
         default=METHODS.first,
-        metadata=option("prune_method", key="method", help="Which weights to zero; see below.", choices=METHODS),
+        name="prune_method",
+        key="method",
+        help="Which weights to zero; see below.",
+        choices=METHODS,
     )
     where: Where = Where()
     per_layer: bool = False
@@ -258,7 +253,7 @@ class Prune:
         return self.chosen.label
 
 
-@dataclass(frozen=True)
+@has_options
 class Quantize:
     """Step that stores weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
 
@@ -267,24 +262,19 @@ class Quantize:
     the activations' outliers into the weights (Xiao et al. 2023, alpha).
     """
 
-    scheme: str = field(
+    scheme: str = option(
         default=SCHEMES.first,
-        metadata=option(
-            "quantize",
-            default=None,
-            help="How to store the weights; see below.",
-            choices=SCHEMES,
-            metavar="SCHEME",
-        ),
+        left_out=None,
+        name="quantize",
+        help="How to store the weights; see below.",
+        choices=SCHEMES,
+        metavar="SCHEME",
     )
     where: Where = Where()
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    rounding: str = field(default=ROUNDINGS[0], metadata=option(help="nearest, or gptq.", choices=ROUNDINGS))
-    smooth: float | None = field(
-        default=None,
-        metadata=option(
-            help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", share=True
-        ),
+    rounding: str = option(default=ROUNDINGS[0], help="nearest, or gptq.", choices=ROUNDINGS)
+    smooth: float | None = option(
+        default=None, help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", share=True
     )
 
     def __post_init__(self) -> None:
@@ -344,7 +334,7 @@ SELF, HUB = "self", "hf:"
 FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
 
 
-@dataclass(frozen=True)
+@has_options
 class Calibration:
     """Text that the model runs over, for steps that look at activations.
 
@@ -352,23 +342,19 @@ class Calibration:
     are taken, drawn by `seed`.
     """
 
-    text: str = field(
+    text: str = option(
         default=SELF,
-        metadata=option(
-            "calibration",
-            default=None,
-            help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
-        ),
+        left_out=None,
+        name="calibration",
+        help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
     )
-    tokens: int = field(
+    tokens: int = option(
         default=32_768,
-        metadata=option(
-            "calibration_tokens",
-            default=None,
-            help="How many tokens of it.  [default: 32768]",
-            kind=int,
-            least=1,
-        ),
+        left_out=None,
+        name="calibration_tokens",
+        help="How many tokens of it.  [default: 32768]",
+        kind=int,
+        least=1,
     )
     seed: int = 0
 

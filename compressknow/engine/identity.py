@@ -120,11 +120,10 @@ def locate_server(address: str) -> Located:
     >>> locate_server("http://localhost:8080/v1/").url
     'http://localhost:8080'
     """
-    try:
+    host = None
+    with suppress(ValueError):
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
     if not host:
         raise UsageError("The server's address cannot be read.", hint="Give it as http://HOST:PORT.")
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -139,10 +138,7 @@ def locate_server(address: str) -> Located:
 
 def compute_fingerprint(hashes: Iterable[tuple[str, str]]) -> str:
     """Return the SHA-256 over the names of files and the hashes of their contents."""
-    digest = hashlib.sha256()
-    for name, sha256 in hashes:
-        digest.update(f"{name}\0{sha256}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{name}\0{sha256}\n" for name, sha256 in hashes).encode()).hexdigest()
 
 
 def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,17 +169,22 @@ def describe(located: Located) -> dict[str, Any]:
         described |= {"source": source} if source else {}
         return described | {"bytes": size, "dtype": "GGUF", "quantization": "GGUF"}
     checkpoint = open_checkpoint(located.path)
-    sizes: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.dtype] += tensor.nbytes
     if grid := find_grid(checkpoint.tensors.values()):
         described["grid"] = grid
     return described | {
         "bytes": sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
-        "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
+        "dtype": _name_dtypes((tensor.dtype, tensor.nbytes) for tensor in checkpoint.tensors.values()),
         "quantization": describe_quantization(checkpoint.config),
         **(_summarize_manifest(read_manifest(located.path)) if (located.path / MANIFEST_NAME).is_file() else {}),
     }
+
+
+def _name_dtypes(sizes: Iterable[tuple[str, int]]) -> str:
+    """Name the two dtypes of which there are most bytes."""
+    totals: Counter[str] = Counter()
+    for dtype, nbytes in sizes:
+        totals[dtype] += nbytes
+    return " + ".join(dtype for dtype, _ in totals.most_common(2))
 
 
 def get_record_path(output: Path) -> Path:
@@ -204,9 +205,8 @@ def record_beside(path: Path) -> dict[str, Any]:
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
     """Describe a conversion in memory as `describe` does one on disk, with the "totals" of its manifest, its `nonzero`
     weights and its `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less."""
-    totals, sizes, sparse_bytes = variant.manifest["totals"], Counter[str](), 0
-    for row in variant.manifest["tensors"]:
-        sizes[row["dtype_after"]] += row["bytes_after"]
+    totals, rows, sparse_bytes = variant.manifest["totals"], variant.manifest["tensors"], 0
+    for row in rows:
         # The non-zero values at their width, one bit per weight, and the scales.
         bits = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
         spared = row["zeros"] * bits // 8 - math.ceil(row["numel"] / 8)
@@ -215,7 +215,7 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
         "name": name,
         "revision": None,
         "bytes": variant.bytes,
-        "dtype": " + ".join(dtype for dtype, _ in sizes.most_common(2)),
+        "dtype": _name_dtypes((row["dtype_after"], row["bytes_after"]) for row in rows),
         "quantization": describe_quantization(variant.config),
         **_summarize_manifest(variant.manifest),
         "totals": {name: number for name, number in totals.items() if name != "relative_error"}
@@ -232,7 +232,7 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping):
         return None
-    method = str(quantization.get("quant_method", "unknown method"))
+    words = [str(quantization.get("quant_method", "unknown method"))]
     groups = quantization.get("config_groups")
     if isinstance(groups, Mapping) and groups:
         found = set()
@@ -241,21 +241,24 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
             weights, activations = group.get("weights") or {}, group.get("input_activations")
             rounded = f", {_describe_bits(activations)} activations" if activations else ""
             found.add(f"{_describe_bits(weights)} weights ({weights.get('strategy', '?')}){rounded}")
-        return f"{method}, {'; '.join(sorted(found))}"
-    words = [method]
+        return f"{words[0]}, {'; '.join(sorted(found))}"
+
+    def get(*names: str) -> Any:
+        return next((quantization[name] for name in names if quantization.get(name) is not None), None)
+
     # bitsandbytes says it by flags.
-    flag = 8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else None
-    if bits := _get_first(quantization, "bits", "num_bits", "w_bit") or flag:
+    flag = 8 if get("load_in_8bit") else 4 if get("load_in_4bit") else None
+    if bits := get("bits", "num_bits", "w_bit") or flag:
         words.append(f"{bits}-bit weights")
-    elif weights := _get_first(quantization, "weights", "weight_dtype"):
+    elif weights := get("weights", "weight_dtype"):
         words.append(f"{weights} weights")
-    elif kind := quantization.get("quant_type"):
+    elif kind := get("quant_type"):
         words.append(_shorten_type(kind))
-    if activations := quantization.get("activations"):
+    if activations := get("activations"):
         words.append(f"{activations} activations")
-    if size := _get_first(quantization, "group_size", "q_group_size"):
+    if size := get("group_size", "q_group_size"):
         words.append(f"groups of {size}" if size != -1 else "a scale a channel")
-    if blocks := quantization.get("weight_block_size"):
+    if blocks := get("weight_block_size"):
         words.append(f"blocks of {' × '.join(map(str, blocks))}")
     return ", ".join(words)
 
@@ -275,10 +278,6 @@ def _shorten_type(value: Any) -> str:
         return _shorten_type(inner)
     words = re.findall(r"[A-Z]?[a-z]*\d*[a-z]*", str(value).removesuffix("Config"))
     return " ".join(filter(None, words)).lower()
-
-
-def _get_first(quantization: Mapping[str, Any], *names: str) -> Any:
-    return next((quantization[name] for name in names if quantization.get(name) is not None), None)
 
 
 def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,11 +307,11 @@ class Contents:
 
     Attributes
     ----------
-    sha256 : of the names and contents of the files that decide the answers; the folder's name is not in it.
+    sha256 : of the names and contents of the files that decide the answers.
     states : of the files that were read, as they were when they were opened.
     not_finite : tensors of floats that hold what is no number, and what that is: "NaN" or "an infinity".
-    changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them, as
-        far as that costs no further reading: of tensors, all headers, and the bytes of those of at most a megabyte.
+    changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them: of
+        tensors, all headers are compared, and the bytes of those of at most a megabyte.
     """
 
     sha256: str
@@ -342,10 +341,8 @@ def read_contents(located: Located, on_bytes: Callable[[int], None] | None = Non
     states: dict[Path, FileState] = {}
     flaws: list[tuple[StoredTensor, str]] = []
     for path in located.files:
-        tensors = _list_tensors(path)
-        hashes[path.name], states[path], found, hashes_of_small = _read_file(path, tensors, on_bytes)
-        flaws += [(tensor, found[tensor.name]) for tensor in tensors if tensor.name in found]
-        small |= hashes_of_small
+        hashes[path.name], states[path], found = _read_file(path, on_bytes, small)
+        flaws += found
     changed = _is_changed(located, hashes, small)
     return Contents(compute_fingerprint(hashes.items()), states, tuple(flaws), changed)
 
@@ -366,19 +363,16 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
 
 
 def _read_file(
-    path: Path, tensors: Iterable[StoredTensor], on_bytes: Callable[[int], None] | None
-) -> tuple[str, FileState, dict[str, str], dict[str, str]]:
-    """Return the hash of a file, its state, by name which tensors hold what is no number, and hashes of those of at
-    most `READ_BYTES`."""
-    in_place = [tensor for tensor in tensors if tensor.loaded is None]
-    flaws = {
-        tensor.name: what for tensor in tensors if tensor.loaded and (what := find_not_finite(tensor.loaded, tensor))
-    }
+    path: Path, on_bytes: Callable[[int], None] | None, small: dict[str, str]
+) -> tuple[str, FileState, list[tuple[StoredTensor, str]]]:
+    """Return the hash of a file, its state, and which tensors hold what is no number; put the hashes of those of at
+    most `READ_BYTES` into `small`, by name."""
+    tensors = _list_tensors(path)
+    flaws = {t.name: what for t in tensors if t.loaded and (what := find_not_finite(t.loaded, t))}
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    small: dict[str, str] = {}
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        for start, stop, tensor in _cut_at_tensors(in_place, status.st_size):
+        for start, stop, tensor in _cut_at_tensors([t for t in tensors if t.loaded is None], status.st_size):
             for place in range(start, stop, READ_BYTES):
                 piece = buffer[: min(READ_BYTES, stop - place)]
                 piece = piece[: file.readinto(piece)]
@@ -389,7 +383,7 @@ def _read_file(
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece).hexdigest()
-    return digest.hexdigest(), get_state(status), flaws, small
+    return digest.hexdigest(), get_state(status), [(t, flaws[t.name]) for t in tensors if t.name in flaws]
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:

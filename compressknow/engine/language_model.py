@@ -111,16 +111,11 @@ def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
 def load_language_model(
     path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a checkpoint folder or a GGUF file with its head and its tokenizer.
+    """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of what is not
+    quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
 
-    Parameters
-    ----------
-    dtype : of what is not quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-
-    Raises
-    ------
-    CheckpointError : it lacks a language-modelling head, weights or a tokenizer: none is ever made up at random.
-    UnsupportedError : it is no language model of text.
+    Raises CheckpointError where it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
+    random; UnsupportedError where it is no language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
@@ -181,25 +176,20 @@ _NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     "max_decoder_position_embeddings",  # LED: fewer than its encoder has.
 )
+_POSITIONS = ("position_embeddings", "embed_positions")
 
 
 def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the number of positions that a model has; None where nothing bounds it (T5, ALiBi, Mamba)."""
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
-    bounds = [length - _count_reserved(model) for length in stated]
+    named = (module for name, module in model.named_modules() if name.endswith(_POSITIONS))
+    # RoBERTa and its kin count from the one after padding's.
+    padding: Any = getattr(next(named, None), "padding_idx", None)
+    bounds = [length - (0 if padding is None else int(padding) + 1) for length in stated]
     if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
         bounds.append(int(tokenizer.model_max_length))
     return min(bounds, default=None)
-
-
-def _count_reserved(model: PreTrainedModel) -> int:
-    """Count the positions that no token gets: RoBERTa and its kin count from the one after padding's."""
-    for name, module in model.named_modules():
-        if name.endswith(("position_embeddings", "embed_positions")):
-            padding: Any = getattr(module, "padding_idx", None)
-            return int(padding) + 1 if padding is not None else 0
-    return 0
 
 
 # mT5's are words of its vocabulary, with the space before them.
@@ -260,10 +250,8 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these.
-
-    By the class; modelling code that comes with a checkpoint is told by the name of its class and its config.
-    """
+    """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these: by its class, or, of
+    modelling code that comes with a checkpoint, by the name of its class and its config."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.

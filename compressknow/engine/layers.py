@@ -103,9 +103,10 @@ class Int8Linear(EngineLinear):
         if self.per_token:
             # Two passes: `aminmax` over a dimension is many times slower.
             largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
-            scale = self._not_zero(largest / ((self.highest - self.lowest) / 2))
+            scale = largest / ((self.highest - self.lowest) / 2)
         else:
             scale, zero = self._scale_of_all(tokens)
+        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         integers = torch.div(tokens, scale)
         if zero is not None:
             integers = integers.add_(zero)
@@ -126,10 +127,7 @@ class Int8Linear(EngineLinear):
         scale = (highest - lowest) / (self.highest - self.lowest)
         # Where all are zero 0/0 is no number, and any point will do.
         zero = (self.lowest - lowest / scale).nan_to_num().clamp(self.lowest, self.highest).round()
-        return self._not_zero(scale), zero
-
-    def _not_zero(self, scale: torch.Tensor) -> torch.Tensor:
-        return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+        return scale, zero
 
 
 def has_rounded_activations(model: nn.Module) -> bool:
@@ -278,24 +276,21 @@ class Int4Kind(LayerKind):
         scheme: Any = getattr(module, "quantization_scheme", None)
         parts = dict(module.named_parameters(recurse=False))
         stored = {"weight_packed", "weight_scale", "weight_shape"}
-        if type(module) is not nn.Linear or not scheme or set(parts) - {"bias"} != stored or not _is_int4(scheme):
+        if type(module) is not nn.Linear or not scheme or set(parts) - {"bias"} != stored:
+            return None
+        weights, activations = scheme.weights, (scheme.input_activations, scheme.output_activations)
+        if weights is None or activations != (None, None) or weights.group_size not in GROUP_SIZES:
+            return None
+        if (weights.num_bits, weights.type, weights.strategy, weights.symmetric) != (4, "int", "group", True):
             return None
         rows, columns = parts["weight_shape"].tolist()
-        size = scheme.weights.group_size
+        size = weights.group_size
         if rows % OUTPUTS or columns % size or parts["weight_scale"].shape != (rows, columns // size):
             return None
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         integers = unpack_from_int32(parts["weight_packed"].data, 4, torch.Size((rows, columns)))
         return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
-
-
-def _is_int4(scheme: Any) -> bool:
-    weights = scheme.weights
-    if weights is None or scheme.input_activations is not None or scheme.output_activations is not None:
-        return False
-    kind = (weights.num_bits, weights.type, weights.strategy, weights.symmetric)
-    return kind == (4, "int", "group", True) and weights.group_size in GROUP_SIZES
 
 
 # Every product has this many rows: only products of one shape are sure to go one way (AMD EPYC and Intel Xeon, AVX-512,
@@ -355,11 +350,10 @@ def _is_matrix(value: Any) -> bool:
 
 def _copy_heads(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Yield queries, keys and values [batch, heads, tokens, size], each in memory of its own."""
-    heads = tensors[0].shape[1]
     for tensor in tensors:
         # One head for all would be read in place.
         shared = tensor.shape[1] == 1 and not kwargs.get("enable_gqa")
-        yield (tensor.expand(-1, heads, -1, -1) if shared else tensor).contiguous()
+        yield (tensor.expand(-1, tensors[0].shape[1], -1, -1) if shared else tensor).contiguous()
 
 
 def make_batch_invariant(model: nn.Module) -> None:
@@ -393,11 +387,8 @@ def undo_batch_invariant(model: nn.Module) -> None:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):
-        return False
-    return isinstance(module, EngineLinear) or any(
-        parameter.dim() > 1 and parameter.is_floating_point() for parameter in module.parameters(recurse=False)
-    )
+    parameters = () if isinstance(module, nn.Embedding) else module.parameters(recurse=False)
+    return isinstance(module, EngineLinear) or any(each.dim() > 1 and each.is_floating_point() for each in parameters)
 
 
 _replaced = ContextVar("_replaced", default=False)

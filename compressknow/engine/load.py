@@ -57,10 +57,9 @@ def load(
 ) -> PreTrainedModel:
     """Load the model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
-    An int8 checkpoint whose activations are quantized runs in int8 on CPUs that have the instructions for it (see
-    `compressknow.engine.layers`), and int4 weights stay packed on CPUs with AVX-512 (`compressknow.engine.layers`).
-    Other quantized weights keep their values, but are unpacked to floats here: transformers itself does so only at the
-    first forward of the whole model, so that `generate` fails where an encoder is called by itself (T5, BART).
+    Quantized weights that no layer of `compressknow.engine.layers` is for are unpacked to floats here: transformers
+    does so only at the first forward of the whole model, so that `generate` fails where an encoder is called by itself
+    (T5, BART).
 
     Parameters
     ----------
@@ -78,7 +77,6 @@ def load(
     with silence_libraries(), _translate_errors(path):
         from transformers import AutoConfig, GgufConfig
 
-        _check_gguf(path)
         source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _find_class(config, trust_remote_code, language_model)
@@ -100,14 +98,9 @@ def load_variant(
         _, named = _find_class(tree.config, False, True)
         # An Auto class is a way to code that lies in the folder: the tree is already built of that.
         model_class = named if hasattr(named, "config_class") else type(tree)
-        model = _load_whole(
-            model_class,
-            path,
-            pretrained_model_name_or_path=None,
-            config=parse_config(tree, copy.deepcopy(variant.config)),
-            state_dict=dict(variant.tensors),
-            dtype=dtype or "auto",
-        )
+        source: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(variant.tensors)}
+        config = parse_config(tree, copy.deepcopy(variant.config))
+        model = _load_whole(model_class, path, **source, config=config, dtype=dtype or "auto")
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         _unpack(model, device)
@@ -126,11 +119,9 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     hint = f"Put the model's tokenizer files ({files}) in the same folder as the weights."
     with silence_libraries():
         try:
-            _check_gguf(path)
+            source = _find_source(path, trust_remote_code)
             with translate_panics():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    **_find_source(path, trust_remote_code)
-                )
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
@@ -175,66 +166,47 @@ def _find_checkpoint(folder: str | Path) -> Path:
     return path
 
 
-def _check_gguf(path: Path) -> None:
-    """Raise CheckpointError where transformers would take for ever over a GGUF file, or read other weights of it."""
-    if path.suffix == ".gguf":
-        from compressknow.model.gguf_file import check_gguf
-
-        try:
-            check_gguf(path)
-        except NotReadable as error:
-            raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
-
-
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError where transformers would take for ever
+    over a GGUF file, or read other weights of it."""
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
-    return {"pretrained_model_name_or_path": path, **options}
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": path, **options}
+    from compressknow.model.gguf_file import check_gguf
+
+    try:
+        check_gguf(path)
+    except NotReadable as error:
+        raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
+    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
 
 
 def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
     """Return the name of the class that the config asks for, and the class to load: that one or, where it names none
     that transformers has (or one without a head, if `language_model`), the Auto class with a head."""
     import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     architecture = str((config.architectures or [None])[0])
     named = getattr(transformers, architecture, None)
-    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
-        return architecture, _find_auto_class(config, architecture, trust_remote_code)
-    headless = language_model and not find_family_of_class(architecture)
-    auto = _find_auto_with_head(config) if headless else None
-    return architecture, auto._model_mapping[type(config)] if auto else named
+    # An encoder's config has a causal class too, which no checkpoint is of.
+    kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
+    with_head = next((auto for auto in kinds if type(config) in auto._model_mapping), None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        if with_head and language_model and not find_family_of_class(architecture):
+            return architecture, with_head._model_mapping[type(config)]
+        return architecture, named
+    auto_map = getattr(config, "auto_map", None) or {}
+    remote = {name: str(reference).rpartition(".")[2] for name, reference in auto_map.items() if trust_remote_code}
+    own = (auto for auto in (*kinds, AutoModel) if remote.get(auto.__name__) == architecture)
+    return architecture, next(own, with_head or AutoModel)
 
 
 def find_family_of_class(architecture: str) -> str | None:
-    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None where it is none.
-
-    >>> [find_family_of_class(name) for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "BertModel")]
-    ['masked', 'seq2seq', None]
-    """
+    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None where it is none."""
     from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
 
     return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)
-
-
-def _find_auto_with_head(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    # An encoder's config has a causal class too, which no checkpoint is of.
-    kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
-    return next((auto for auto in kinds if type(config) in auto._model_mapping), None)
-
-
-def _find_auto_class(config: Any, architecture: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    auto_map = getattr(config, "auto_map", None) or {}
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
-        remote = str(auto_map.get(auto.__name__, ""))
-        if trust_remote_code and remote.rpartition(".")[2] == architecture:
-            return auto
-    return _find_auto_with_head(config) or AutoModel
 
 
 def _load_whole(model_class: Any, path: Path, headless: str | None = None, **source: Any) -> Any:
@@ -265,9 +237,9 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
-    """Put the engine's layers in place of compressed-tensors' where the device runs them, and unpack the rest to
-    floats module by module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own
-    device dispatch first, after which `generate` hands BART's decoder a dict for its encoder's output."""
+    """Put the engine's layers in place of compressed-tensors' where the device runs them, and unpack the rest module by
+    module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own device dispatch,
+    after which `generate` hands BART's decoder a dict for its encoder's output."""
     from compressknow.engine.layers import LAYERS
     from compressknow.model.meta import find_direct_reads
 

@@ -104,9 +104,9 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     # One with more entries than any model needs is not counted: llama.cpp has read it all the same.
     with suppress(NotReadable):
         for part in list_parts(path):
-            for tensor in read_header(part).tensors:
-                group = next((group for group, pattern in NAMED if pattern.match(tensor.name)), UNPLACED)
-                counts[group][types[tensor.kind]] += prod(tensor.shape)
+            for name, shape, kind, _ in read_header(part).tensors:
+                group = next((group for group, pattern in NAMED if pattern.match(name)), UNPLACED)
+                counts[group][types[kind]] += prod(shape)
     return {group: dict(of_group.most_common()) for group, of_group in counts.items() if of_group}
 
 

@@ -28,8 +28,8 @@ CONFIGS = tuple(
 def list_module_folders(folder: Path) -> tuple[str, ...]:
     """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
     modules = _read_if_readable(folder / MODULES)
-    paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
-    return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
+    entries = (entry for entry in modules if isinstance(entry, dict)) if isinstance(modules, list) else ()
+    return tuple(path for each in entries if isinstance(path := each.get("path"), str) and PurePosixPath(path).parts)
 
 
 def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -129,9 +129,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     for file, wanted in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
         if missing := sorted(set(wanted or ()) - set(stored)):
-            raise CheckpointError(
-                f"{folder / file} lacks {missing[0]}, which the index says it holds.", hint=DOWNLOAD_AGAIN
-            )
+            what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
+            raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
     name = str(model) if commit else escape_name(folder.resolve().name)
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
@@ -140,15 +139,11 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
     """Raise CheckpointError where a folder without a config.json holds what else people call a model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"{model} is an adapter (LoRA), not a model.",
-            hint="Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to.",
-        )
+        hint = "Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to."
+        raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=hint)
     if files := sorted(folder.glob("*.gguf")):
-        raise CheckpointError(
-            f"{model} holds a GGUF file, and no checkpoint.",
-            hint=f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}.",
-        )
+        hint = f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}."
+        raise CheckpointError(f"{model} holds a GGUF file, and no checkpoint.", hint=hint)
 
 
 def list_some(names: Collection[str]) -> str:
@@ -199,9 +194,8 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or is_outside(file):
-            raise CheckpointError(
-                f"{index} places {name} outside the folder, in {file!r}: refused.", hint=DOWNLOAD_AGAIN
-            )
+            what = f"{index} places {name} outside the folder, in {file!r}: refused."
+            raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
         if not os.path.isfile(folder / file):  # noqa: PTH113  # False, not an error, of a name that no file could have
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         files.setdefault(file, set()).add(name)
@@ -314,11 +308,9 @@ _WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 def check_files(folder: Path) -> dict[Path, FileState]:
-    """Return the states of the files of a checkpoint folder.
-
-    Raises CheckpointError where a pipe, a socket or a device lies in it, or a file too large for its name, or a folder
-    where a file should be, which transformers takes for a file that is missing.
-    """
+    """Return the states of the files of a checkpoint folder. Raises CheckpointError where a pipe, a socket or a device
+    lies in it, a file too large for its name, or a folder where a file should be, which transformers takes for a file
+    that is missing."""
     states: dict[Path, FileState] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in _READ:
@@ -329,9 +321,8 @@ def check_files(folder: Path) -> dict[Path, FileState]:
         try:
             status = check_regular(path, _READ.get(path.name))
         except (ValueError, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}.", hint="Remove it, or download or save the checkpoint again."
-            ) from None
+            hint = "Remove it, or download or save the checkpoint again."
+            raise CheckpointError(f"{path} cannot be read: {error}.", hint=hint) from None
         # Not what people write meanwhile: notes, logs, a model card.
         if path.suffix in _WATCHED:
             states[path] = get_state(status)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.packages import require
@@ -57,15 +57,12 @@ def check_gguf(path: Path) -> None:
 
 
 def list_plain_tensors(path: Path) -> list[StoredTensor]:
-    """Return the tensors of a GGUF file that hold plain floats, row-major.
-
-    Raises NotReadable and OSError as `check_gguf` does.
-    """
+    """Return the tensors of a GGUF file that hold plain floats, row-major. Raises what `check_gguf` does."""
     header = read_header(path)
     stored = [
-        StoredTensor(tensor.name, _PLAIN[tensor.kind], tensor.shape[::-1], path, header.data_start + tensor.offset)
-        for tensor in header.tensors
-        if tensor.kind in _PLAIN
+        StoredTensor(name, _PLAIN[kind], shape[::-1], path, header.data_start + offset)
+        for name, shape, kind, offset in header.tensors
+        if kind in _PLAIN
     ]
     return [each for each in stored if each.offset + each.nbytes <= header.size]
 
@@ -79,14 +76,9 @@ def read_header(path: Path) -> _Header:
             raise CutShort("it is cut short") from None
 
 
-class _Tensor(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-
-
 class _Header:
+    """Header of a GGUF file; `tensors` are name, shape, number of the type, and offset of each."""
+
     def __init__(self, file: BufferedReader) -> None:
         self._file, self.size = file, os.fstat(file.fileno()).st_size
         self._values = 0
@@ -139,12 +131,12 @@ class _Header:
         for _ in range(count):
             self._value(kind)
 
-    def _tensor(self) -> _Tensor:
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._text(), self._number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise NotReadable(f"a tensor in it has {dimensions:,} dimensions")
         shape = tuple(self._number("Q") for _ in range(dimensions))
-        return _Tensor(name, shape, self._number("I"), self._number("Q"))
+        return name, shape, self._number("I"), self._number("Q")
 
     def check_places(self) -> None:
         """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
@@ -152,17 +144,16 @@ class _Header:
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
         end = 0
-        for tensor in self.tensors:
-            if (found := _BLOCK.match(tensor.name)) and int(found[1][:9]) >= self._blocks:
-                raise NotReadable(
-                    f"it has a tensor of block {int(found[1][:9]):,}, and says that it has {self._blocks}"
-                )
-            if tensor.kind not in sizes:
-                raise NotReadable(f"a tensor in it is of type {tensor.kind}, which is not known")
-            if tensor.offset != self._aligned(end):
-                raise NotReadable(f"a tensor in it lies at {tensor.offset:,}, and the one before it ends at {end:,}")
-            values, nbytes = sizes[tensor.kind]
-            end = tensor.offset + math.prod(tensor.shape) // values * nbytes
+        for name, shape, kind, offset in self.tensors:
+            block = int(found[1][:9]) if (found := _BLOCK.match(name)) else -1
+            if block >= self._blocks:
+                raise NotReadable(f"it has a tensor of block {block:,}, and says that it has {self._blocks}")
+            if kind not in sizes:
+                raise NotReadable(f"a tensor in it is of type {kind}, which is not known")
+            if offset != self._aligned(end):
+                raise NotReadable(f"a tensor in it lies at {offset:,}, and the one before it ends at {end:,}")
+            values, nbytes = sizes[kind]
+            end = offset + math.prod(shape) // values * nbytes
         if self.tensors and self.data_start + end > self.size:
             raise CutShort("it is cut short")
 
@@ -216,11 +207,8 @@ class Tensor:
 
 
 def read_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> Any:
-    """Return a `gguf.GGUFReader`, which maps the file.
-
-    For a vocabulary it slices its `data` a million times. A memmap takes three times as long for that as an array, so
-    they are an array of the same bytes; the map itself is `mapped`.
-    """
+    """Return a `gguf.GGUFReader`, which maps the file: `mapped`. For a vocabulary it slices its `data` a million times,
+    which takes a third of the time of an array of the same bytes."""
     import gguf
     import numpy as np
 

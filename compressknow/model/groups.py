@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -75,7 +75,10 @@ def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural")
     tree = _Tree(model)
     linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _list_linear_parameters(model)]
     if module_map == "paper":
-        linears = [_move_as_in_the_paper(weight, tree.modules) for weight in linears]
+        for place, weight in enumerate(linears):
+            output = BERT_ATTENTION_OUTPUT.match(weight.module)
+            if output and f"{output.group(1)}self.query" in tree.modules:
+                linears[place] = replace(weight, group="feed-forward", cross=False)
     return Structure(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -89,10 +92,10 @@ def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural")
     )
 
 
-def list_block_names(model: PreTrainedModel) -> list[str]:
+def list_block_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the outermost transformer blocks of a model, in tree order, but those of towers that read no text."""
     tree = _Tree(model)
-    return [name for name in tree.layers if not tree.in_tower(name)]
+    return tuple(name for name in tree.layers if not tree.in_tower(name))
 
 
 # Modules on the way from the root to a weight: the attribute that holds each, and its class.
@@ -169,24 +172,18 @@ def _find_towers(model: PreTrainedModel) -> Iterator[str]:
                 yield name
 
 
-def _list_linear_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Kind, str]]:
-    """Yield every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
+def _list_linear_parameters(model: PreTrainedModel) -> Iterable[tuple[list[str], Kind, str]]:
+    """List every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
     found: dict[int, tuple[list[str], Kind, str]] = {}
     for module_name, module in model.named_modules():
-        for kind, name, parameter in _list_weights(module):
+        kind: Kind = "linear" if isinstance(module, nn.Linear) else "conv1d"
+        weights = {"weight": module.weight} if isinstance(module, (nn.Linear, Conv1D)) else {}
+        if not weights and type(module).__name__.endswith("Experts"):
+            parameters, kind = module.named_parameters(recurse=False), "experts"
+            weights = {name: each for name, each in parameters if each.dim() >= 3 and "bias" not in name}
+        for name, parameter in weights.items():
             found.setdefault(id(parameter), ([], kind, name))[0].append(module_name)
-    return iter(found.values())
-
-
-def _list_weights(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
-    if isinstance(module, nn.Linear):
-        yield "linear", "weight", module.weight
-    elif isinstance(module, Conv1D):
-        yield "conv1d", "weight", module.weight
-    elif type(module).__name__.endswith("Experts"):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3 and "bias" not in name:
-                yield "experts", name, parameter
+    return found.values()
 
 
 def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> LinearWeight:
@@ -198,6 +195,8 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
     # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
     around = (tree.modules[parent] for parent in (*_list_parents(module), ""))
     config = next(each.config for each in around if hasattr(each, "config"))
+    # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
+    is_once = group == "final" or "_adapter_list." in module
     is_transposed = kind == "conv1d"
     if kind == "experts":
         is_transposed = bool(getattr(holder, "is_transposed", type(holder).__name__ in TRANSPOSED_EXPERTS))
@@ -212,7 +211,7 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         # It reads the other stack's states.
         cross=group == "attention"
         and any(CROSS.search(attribute) or CROSS_CLASS.search(class_name) for attribute, class_name in steps),
-        uses=1 if group == "final" else count_uses(config, module, layer, tree.names[id(parameter)]),
+        uses=1 if is_once else tree.names[id(parameter)] * _count_loops(config, module, layer),
         transposed=is_transposed,
         sharing=tuple(sharing),
     )
@@ -222,10 +221,8 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_
     leaf = module.rpartition(".")[2]
     if tree.in_tower(module):
         return "vision"
-    if id(parameter) in tree.heads:
-        return "final"
-    _, parent_class = steps[-1]
-    if not in_block and (FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(f"{parent_class}.{leaf}")):
+    is_further = FURTHER_HEADS.search(module) or FURTHER_HEADS_BY_CLASS.search(f"{steps[-1][1]}.{leaf}")
+    if id(parameter) in tree.heads or (is_further and not in_block):
         return "final"
     if not in_block and tree.towers:
         # What brings images to the language model has attention and feed-forward layers that are none of its own.
@@ -255,17 +252,10 @@ def _find(rules: Rules, name: str) -> Group | None:
 
 
 def _find_stack(model: PreTrainedModel, module: str) -> Literal["encoder", "decoder"] | None:
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return None
     side = re.search(r"(?:^|\.|_)(encoder|decoder)(?=\.)", module)
-    return None if side is None else "encoder" if side.group(1) == "encoder" else "decoder"
-
-
-def _move_as_in_the_paper(weight: LinearWeight, modules: dict[str, nn.Module]) -> LinearWeight:
-    output = BERT_ATTENTION_OUTPUT.match(weight.module)
-    if output and f"{output.group(1)}self.query" in modules:
-        return replace(weight, group="feed-forward", cross=False)
-    return weight
+    if side is None or not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    return "encoder" if side.group(1) == "encoder" else "decoder"
 
 
 def _find_ties(model: PreTrainedModel) -> dict[str, str]:
@@ -308,17 +298,11 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
     return min(rows, parameter.numel() // rows) * 8 >= max(width, 8)
 
 
-def count_uses(config: Any, module: str, layer: int | None, names: int) -> int:
-    """Count how often one forward pass applies a weight, at each of the `names` under which it hangs in the tree, by
-    the config of the nearest module around it which has one."""
-    if "_adapter_list." in module:
-        # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
+def _count_loops(config: Any, module: str, layer: int | None) -> int:
+    """Count how often a pass comes to a module under one name: some architectures loop over blocks. `config` is that of
+    the nearest module around it which has one."""
+    if layer is None:
         return 1
-    return names if layer is None else names * _count_loops(config, module, layer)
-
-
-def _count_loops(config: Any, module: str, layer: int) -> int:
-    """Count how often a pass comes to a block under one name: some architectures loop over blocks."""
     match getattr(config, "model_type", ""):
         case "albert":
             layers_per_group = config.num_hidden_layers / config.num_hidden_groups

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,9 @@ class Naming:
         converter = copy.deepcopy(converter)
         for pattern, tensor in sources:
             converter.add_tensor(name, name, pattern, lambda tensor=tensor: tensor)
-        try:
+        made = {}
+        with suppress(Exception):  # An operation on tensors that it was not made for may fail anywhere.
             made = converter.convert(name, model=self._model, config=self._model.config)
-        except Exception:  # An operation on tensors that it was not made for may fail anywhere.
-            return {}
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -143,16 +143,11 @@ class Naming:
 
     def missing_parts(self, stored: Collection[str]) -> list[str]:
         """Return, of parameters that are converted from several tensors, the names that are not `stored`, though others
-        of the same parameter are.
-
-        The names are those under which transformers saves the model: nothing is found of one that is stored in an older
-        form.
-        """
-        try:
-            names = set(revert_weight_conversion(self._model, self._tree))
-        except Exception:  # As when it converts, an operation may fail anywhere.
-            return []
+        of the same parameter are: names under which transformers saves the model, not those of an older form."""
         expected: dict[str, set[str]] = {}
+        names = set[str]()
+        with suppress(Exception):  # As when it converts, an operation may fail anywhere.
+            names = set(revert_weight_conversion(self._model, self._tree))
         for name in names:
             parameter, pattern = self._rename(name, self._tree)
             if pattern is not None:
@@ -220,7 +215,7 @@ def find_packed_weights(
     Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
     name that they would have, with their shape and dtype, ``I4`` or ``I8``.
     """
-    weights = (group.get("weights") for group in list_config_groups(checkpoint.config.get("quantization_config")))
+    weights = [group.get("weights") for group in list_config_groups(checkpoint.config.get("quantization_config"))]
     bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
     if not bits or not bits <= PACKED_DTYPES.keys():
         return {}
@@ -306,17 +301,16 @@ def list_headers(checkpoint: Checkpoint) -> dict[str, Header]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
 
-def find_missing_weights(checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+def find_missing_weights(
+    checkpoint: Checkpoint, tree: PreTrainedModel, report: LoadReport | None = None
+) -> tuple[str, ...]:
     """Return the weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one;
     of those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
     A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
-    is missing, nothing is.
+    is missing, nothing is. `report` is that of the checkpoint, if it is there already.
     """
-    return _find_missing(load_report(type(tree), tree.config, list_headers(checkpoint)), checkpoint, tree)
-
-
-def _find_missing(report: LoadReport, checkpoint: Checkpoint, tree: PreTrainedModel) -> tuple[str, ...]:
+    report = report or load_report(type(tree), tree.config, list_headers(checkpoint))
     missing = set(report.missing)
     if "add_pooling_layer" in inspect.signature(type(tree).__init__).parameters:
         pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
@@ -341,7 +335,7 @@ def open_complete(
     if not checkpoint.tensors or checkpoint.config.get("quantization_config"):
         return checkpoint, tree
     report = load_report(type(tree), tree.config, list_headers(checkpoint))
-    if missing := _find_missing(report, checkpoint, tree):
+    if missing := find_missing_weights(checkpoint, tree, report):
         count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
         raise CheckpointError(
             f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {list_some(missing)}.",

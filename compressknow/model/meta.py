@@ -56,18 +56,25 @@ def _ignore_warnings() -> Iterator[None]:
 def build_meta_model(
     config_folder: Path, *, trust_remote_code: bool = False, tensor_names: Collection[str] = ()
 ) -> PreTrainedModel:
-    """Build the model that a folder's config.json describes, on the meta device; weights are neither needed nor read.
+    """Build the model that a folder's config.json describes, on the meta device, without weights.
 
     With `trust_remote_code`, the folder's own Python code runs where its config asks for that. `tensor_names`, of the
     checkpoint's weight files, decide which class is meant where the config names one that transformers does not have.
 
-    Raises CheckpointError where config.json is missing, damaged, names no architecture, or describes none that can be
-    built.
+    Raises CheckpointError where config.json is missing, damaged, or describes no model that can be built.
     """
     path = Path(config_folder) / "config.json"
     raw = read_json(path)
     check_numbers(path, raw)
-    architecture = _find_architecture(path, raw)
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        known = _list_candidates(raw.get("model_type")) or ["BertForMaskedLM"]
+        raise CheckpointError(
+            f"{path} names no architecture.",
+            "The architecture determines which layers the model has.",
+            f'Add the one that they belong to, for example "architectures": ["{known[0]}"].',
+        )
+    architecture = names[0]
     remote_class = None if _is_builtin(architecture) else _list_remote_classes(raw).get(architecture)
     if remote_class and not trust_remote_code:
         raise CheckpointError(
@@ -85,18 +92,6 @@ def build_meta_model(
     return _build_best_match(path, config, architecture, tensor_names)
 
 
-def _find_architecture(path: Path, raw: dict[str, Any]) -> str:
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        known = _list_candidates(raw.get("model_type")) or ["BertForMaskedLM"]
-        raise CheckpointError(
-            f"{path} names no architecture.",
-            "The architecture determines which layers the model has.",
-            f'Add the one that they belong to, for example "architectures": ["{known[0]}"].',
-        )
-    return str(names[0])
-
-
 def needs_own_code(raw: dict[str, Any], architecture: str) -> bool:
     """Return whether a checkpoint of this config.json and class loads only with the Python code that it brings."""
     is_known = _is_builtin(architecture) and raw.get("model_type") in CONFIG_MAPPING_NAMES
@@ -105,10 +100,8 @@ def needs_own_code(raw: dict[str, Any], architecture: str) -> bool:
 
 def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
     auto_map = raw.get("auto_map")
-    if not isinstance(auto_map, dict):
-        return {}
-    references = [entry for entry in auto_map.values() if isinstance(entry, str)]
-    return {reference.rpartition(".")[2]: reference for reference in references}
+    entries = auto_map.values() if isinstance(auto_map, dict) else ()
+    return {entry.rpartition(".")[2]: entry for entry in entries if isinstance(entry, str)}
 
 
 def _is_builtin(architecture: str) -> bool:
@@ -178,10 +171,8 @@ def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrained
 
 def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     # The text part of a multimodal checkpoint, as the auto classes of transformers take it.
-    wanted = getattr(model_class, "config_class", None)
-    if wanted is None or isinstance(config, wanted):
-        return config
-    text = config.get_text_config(decoder=True)
+    wanted = getattr(model_class, "config_class", None) or PreTrainedConfig
+    text = config if isinstance(config, wanted) else config.get_text_config(decoder=True)
     return text if isinstance(text, wanted) else config
 
 
@@ -213,8 +204,7 @@ def _list_candidates(model_type: Any) -> list[str]:
 
 
 def _has_stored_head(model: PreTrainedModel, names: set[str]) -> bool:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    weight = getattr(model.get_output_embeddings(), "weight", None)
     return any(tensor is weight and name in names for name, tensor in model.state_dict(keep_vars=True).items())
 
 
@@ -255,9 +245,8 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
         inner = [value.values() if isinstance(value, Mapping) else value for value in level]
         level = [value for values in inner for value in values if isinstance(value, (Mapping, list))]
     if level:
-        raise CheckpointError(
-            f"{path} is nested more than {MOST_DEPTH} levels deep.", hint="Download or save it again."
-        )
+        what = f"{path} is nested more than {MOST_DEPTH} levels deep."
+        raise CheckpointError(what, hint="Download or save it again.")
 
 
 @contextmanager

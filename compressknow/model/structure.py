@@ -125,6 +125,12 @@ def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
 Action = Literal["prune", "quantize"]
 Patterns = tuple[re.Pattern[str], ...]
 
+
+def compile_patterns(option: str, patterns: Sequence[str]) -> Patterns:
+    """Compile regular expressions. Raises what `compile_pattern` does."""
+    return tuple(compile_pattern(option, pattern) for pattern in patterns)
+
+
 LANGUAGE = ("attention", "feed-forward", "other")  # neither the final layer nor the towers of a multimodal model
 SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
     "blocks": lambda weight, _: weight.group in LANGUAGE and weight.layer is not None,
@@ -164,12 +170,6 @@ def check_scope_names(scopes: Collection[str]) -> None:
             raise UsageError(f'There is no scope "{scope}".', hint=f"{near}Choose from {', '.join(SCOPES)}.")
 
 
-def check_patterns(include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise UsageError for what is not a valid regular expression."""
-    _compile("--include", include)
-    _compile("--exclude", exclude)
-
-
 def list_scopes(structure: Structure) -> tuple[str, ...]:
     """Return the scopes that hold at least one weight of this model."""
     return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
@@ -206,18 +206,28 @@ def select(
     scope cannot be told or compressed in full: layers that no rule places, matrices that are no Linear layers.
     """
     check_scope_names(scopes)
-    includes, excludes = _compile("--include", include), _compile("--exclude", exclude)
+    includes, excludes = compile_patterns("--include", include), compile_patterns("--exclude", exclude)
     in_scope = [w for w in structure.linears if any(SCOPES[scope](w, action) for scope in scopes)]
     unplaced = [w for w in structure.linears if w.group is None]
-    opaque = _list_opaque(structure, scopes)
+    opaque, modules = _list_opaque(structure, scopes), [w.module for w in (*in_scope, *unplaced)]
     for pattern in includes:
-        _check_pattern("--include", pattern, [w.module for w in (*in_scope, *unplaced)], structure)
+        _check_pattern("--include", pattern, modules, structure)
     for pattern in excludes:
-        _check_pattern("--exclude", pattern, [*(w.module for w in (*in_scope, *unplaced)), *opaque], structure)
+        _check_pattern("--exclude", pattern, [*modules, *opaque], structure)
     narrowing = tuple(p for p in includes if any(p.search(w.module) for w in in_scope))
-    _check_opaque(opaque, narrowing, excludes)
-    if set(scopes) != {"final"}:
-        _check_unplaced(unplaced, (*includes, *excludes))
+    wanted = (name for name in opaque if not narrowing or _is_match(name, narrowing))
+    if left := [name for name in wanted if not _is_match(name, excludes)]:
+        raise UnsupportedError(
+            f"Matrices in the scope are not Linear layers and cannot be compressed ({len(left)}):\n{_join_names(left)}",
+            hint=f"Leave them out by name, for example --exclude '{_name_example(left)}'.",
+        )
+    resolved = (*includes, *excludes)
+    left = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
+    if left and set(scopes) != {"final"}:
+        raise UnsupportedError(
+            f"No rule tells which group these Linear layers belong to ({len(left)}):\n{_join_names(left)}",
+            hint=f"Add them to the scope with --include '{_name_example(left)}', or leave them out with --exclude.",
+        )
     for scope in scopes:
         if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
             counts = count_scope_parameters(structure).items()
@@ -239,10 +249,6 @@ def _is_match(name: str, patterns: Patterns) -> bool:
     return any(pattern.search(name) for pattern in patterns)
 
 
-def _compile(option: str, patterns: Sequence[str]) -> Patterns:
-    return tuple(compile_pattern(option, pattern) for pattern in patterns)
-
-
 def _check_pattern(option: str, pattern: re.Pattern[str], names: list[str], structure: Structure) -> None:
     if any(pattern.search(name) for name in names):
         return
@@ -261,25 +267,6 @@ def _list_opaque(structure: Structure, scopes: Sequence[str]) -> list[str]:
     groups = {scope if scope in ("feed-forward", "final") else scope.rpartition("-")[2] for scope in scopes}
     everything = bool(groups & {"blocks", "overall", "encoder", "decoder"})
     return [name for name, group in structure.opaque.items() if group in groups or (everything and group != "vision")]
-
-
-def _check_opaque(opaque: list[str], narrowing: Patterns, excludes: Patterns) -> None:
-    wanted = [name for name in opaque if not narrowing or _is_match(name, narrowing)]
-    left = [name for name in wanted if not _is_match(name, excludes)]
-    if left:
-        raise UnsupportedError(
-            f"Matrices in the scope are not Linear layers and cannot be compressed ({len(left)}):\n{_join_names(left)}",
-            hint=f"Leave them out by name, for example --exclude '{_name_example(left)}'.",
-        )
-
-
-def _check_unplaced(unplaced: list[LinearWeight], resolved: Patterns) -> None:
-    left = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
-    if left:
-        raise UnsupportedError(
-            f"No rule tells which group these Linear layers belong to ({len(left)}):\n" + _join_names(left),
-            hint=f"Add them to the scope with --include '{_name_example(left)}', or leave them out with --exclude.",
-        )
 
 
 def _join_names(names: list[str]) -> str:
@@ -311,18 +298,14 @@ def _select_layers(structure: Structure, weights: list[LinearWeight], layers: st
     there = {w.layer for w in weights if w.layer is not None}
     known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
     # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
-    stacks = {_find_stack(w) for w in weights}
-    last = max((w.layer for w in structure.linears if w.layer is not None and _find_stack(w) in stacks), default=0)
+    stacks = {(w.stack, w.group == "vision") for w in weights}
+    inside = (w.layer for w in structure.linears if (w.stack, w.group == "vision") in stacks)
+    last = max((layer for layer in inside if layer is not None), default=0)
     wanted: set[int] = set()
     for part, numbers in parse_layers(layers).items():
-        inside = {number for number in there if number in numbers}
-        if not inside:
+        if not any(number in numbers for number in there):
             raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
         if numbers[-1] > last:
             raise UsageError(f"There is no block {numbers[-1]}, which {part!r} names.", hint=known)
-        wanted |= inside
+        wanted.update(numbers)
     return [w for w in weights if w.layer in wanted]
-
-
-def _find_stack(weight: LinearWeight) -> tuple[str | None, bool]:
-    return weight.stack, weight.group == "vision"

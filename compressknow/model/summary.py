@@ -74,14 +74,9 @@ class Inspection(Shown, dict[str, Any]):
 def inspect_checkpoint(
     model: str | Path, *, module_map: ModuleMap, revision: str | None, trust_remote_code: bool
 ) -> Inspection:
-    """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of.
-
-    Reads headers, some rows of each matrix to see whether they lie on a grid, and, where the weight files hold both
-    names of a tie, these two: a config may call them tied when they are not.
-
-    Raises CheckpointError where the checkpoint is missing or damaged, or its config describes no model that can be
-    built.
-    """
+    """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of. Reads headers, some
+    rows of each matrix, and weights that a config calls tied where both are stored. Raises what `open_checkpoint` and
+    `build_meta_model` do."""
     # Of a hub id no weights: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import read_structure
@@ -96,7 +91,7 @@ def inspect_checkpoint(
             heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
             tied = {name: source for name, source in structure.tied.items() if name not in heads}
             structure = replace(structure, tied=tied)
-        return summarize(structure, checkpoint.name, None)
+        return summarize(structure, checkpoint.name, {})
     dtypes, ties = _find_stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = find_grid(checkpoint.tensors.values())
@@ -104,9 +99,9 @@ def inspect_checkpoint(
     return Inspection({**summary, "missing": missing, **({"grid": grid} if grid else {})})
 
 
-def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
+def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str]) -> Inspection:
     """Return the record behind `inspect` and its `--json`; `stored_dtypes` are those of the weight files (``F32``), by
-    the names of the module tree, None without weights.
+    the names of the module tree.
 
     Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
     final layer tied to the embedding counts in `final`, and once in `parameters`.
@@ -115,14 +110,13 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
     if not groups["vision"]:
         del groups["vision"]
-    dtypes = stored_dtypes or {}
     return Inspection(
         {
             "model": source_name,
             "architecture": structure.architecture,
             "model_type": structure.model_type,
             "module_map": structure.module_map,
-            "groups": {group: _group(weights, structure, dtypes) for group, weights in groups.items()},
+            "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
             "scopes": count_scope_parameters(structure),
             "parameters": {"stored": structure.stored, "used": structure.stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),

@@ -171,10 +171,9 @@ GRID_ROWS = 16
 
 def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
     """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None where
-    none does. The type that they were unpacked from reproduces them, whatever its bits are worth elsewhere.
+    none does. Some rows of each are read.
 
     Returns how many do (``weights``), ``of`` how many, and ``values``, of which none of their groups of 32 has more.
-    Some rows of each are read.
     """
     matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
@@ -233,10 +232,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts that a safetensors file says about itself, such as ``{"format": "pt"}``.
-
-    Raises CheckpointError as `read_header` does where the header is not valid.
-    """
+    """Return the texts that a safetensors file says about itself, such as ``{"format": "pt"}``. Raises what
+    `read_header` does."""
     metadata: dict[str, str] = _load(path)[0].get(METADATA, {})
     return metadata
 
@@ -303,10 +300,8 @@ _NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a PyTorch checkpoint by name, in its order.
-
-    Files of PyTorch 1.6 and later are zip archives of plain storages: only the offsets are read. Older ones, and
-    tensors that are not row-major, are loaded into memory.
+    """Return the tensors of a PyTorch checkpoint by name, in its order. Of zip archives of plain storages (PyTorch 1.6
+    and later) only the offsets are read; tensors of others, or not row-major, are loaded into memory.
 
     Raises CheckpointError where the pickle wants more than tensors (it could run code), is damaged, or holds no flat
     state dict.
@@ -321,11 +316,8 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_packed(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise CheckpointError for an archive that unpacks to far more than lies in it.
-
-    torch.save compresses nothing. Other tools may, and weights compress to a half at best: a few megabytes that
-    unpack to gigabytes are no weights.
-    """
+    """Raise CheckpointError for an archive that unpacks to far more than lies in it: weights compress to a half at
+    best."""
     size = path.stat().st_size
     if (unpacked := sum(entry.file_size for entry in entries)) > EXPANSION * size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
@@ -370,25 +362,22 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
 
 
 def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
-    # torch's own message leads with advice to load the file without the check: not ours to pass on.
-    wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if wanted:
-        return CheckpointError(
-            f"{path} is refused: its pickle contains more than tensors, and loading it could run code.",
-            why=f"It refers to {wanted.group(1)}.",
-            hint="Save it again as safetensors, in an environment that you trust it in.",
-        )
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = "its pickle cannot be read" if isinstance(error, pickle.UnpicklingError) else (lines or [repr(error)])[0]
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own message leads with advice to load the file without the check: not ours to pass on.
+        reason = "its pickle cannot be read"
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            return CheckpointError(
+                f"{path} is refused: its pickle contains more than tensors, and loading it could run code.",
+                why=f"It refers to {wanted.group(1)}.",
+                hint="Save it again as safetensors, in an environment that you trust it in.",
+            )
     return CheckpointError(f"{path} is not a sound PyTorch checkpoint: {reason}.", hint="Download or save it again.")
 
 
 def _list_records_in_place(path: Path) -> dict[int, int]:
-    """Return the records of a zip archive that lie in it as they are: size in bytes by offset.
-
-    Empty where the file is no such archive, or was written on a machine of the other byte order. Raises CheckpointError
-    as `_check_packed` does.
-    """
+    """Return the records of a zip archive that lie in it as they are: size in bytes by offset; none where the file is
+    no such archive, or of the other byte order. Raises what `_check_packed` does."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()

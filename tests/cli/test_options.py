@@ -43,16 +43,15 @@ def annotation_of(declared: Option | Parameter) -> str:
 # A step with one field more, before anything that reads what steps declare.
 ADDED = """
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressknow.compress import steps
-from compressknow.compress.parameters import option
+from compressknow.compress.parameters import has_options, option
 
 
-@dataclass(frozen=True)
+@has_options
 class Quantize(steps.Quantize):
-    damping: float = field(default=0.01, metadata=option(help="Damping of GPTQ.", kind=float, share=True))
+    damping: float = option(default=0.01, help="Damping of GPTQ.", kind=float, share=True)
 
 
 steps.Quantize = Quantize

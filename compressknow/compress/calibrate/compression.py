@@ -177,7 +177,7 @@ class Calibrated:
 
 
 def calibrate(
-    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText, on_progress: OnProgress
+    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText, on_progress: OnProgress = max
 ) -> Calibrated:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
     compressed. `masks` are those of methods that look at weights alone, by tensor name; `on_progress` is called with

@@ -58,7 +58,7 @@ class StreamedModel:
         names = [*self.model.state_dict(), *dict(self.model.named_parameters(remove_duplicate=False))]
         places = {name: name.rpartition(".") for name in names}
         self._owners = {name: (self.model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}
-        self.blocks = tuple(list_block_names(self.model))
+        self.blocks = list_block_names(self.model)
         prefixes = tuple(f"{block}." for block in self.blocks)
         self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))
         self._reading = threading.Lock()
@@ -141,10 +141,9 @@ class StreamedModel:
     def _fill(self, names: Sequence[str]) -> None:
         # Tied ones stay one tensor.
         made: dict[str, torch.Tensor] = {}
-        lacking = []
+        lacking = [name for name in names if not self._sources.is_supplied(name)]
         for name in names:
-            if not self._sources.is_supplied(name):
-                lacking.append(name)
+            if name in lacking:
                 continue
             key = self._sources.supply.get(name, name)
             if key not in made:
@@ -152,13 +151,10 @@ class StreamedModel:
                 # A memory of its own: by that it is told from others that were cut from the same tensor.
                 made[key] = values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
             self._set(name, made[key])
-        self._initialise(lacking)
-
-    def _initialise(self, names: list[str]) -> None:
-        """Have the model compute values that no file holds (sinusoidal positions), as it does when it is loaded."""
-        for name in names:
+        # The model computes what no file holds (sinusoidal positions), as it does when it is loaded.
+        for name in lacking:
             self._set(name, torch.zeros(self._get(name).shape))
-        for module in dict.fromkeys(self._owners[name][0] for name in names):
+        for module in dict.fromkeys(self._owners[name][0] for name in lacking):
             self.model._init_weights(module)
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:

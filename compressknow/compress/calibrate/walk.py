@@ -163,7 +163,7 @@ class TargetVisitor(Visitor, Generic[T]):
                 self._act_on(module, None)
 
     def _act_on(self, module: str, rerun: Callable[[], Any] | None) -> None:
-        del self._unvisited[module]
+        self._unvisited.pop(module, None)
         self.act(self._targets[module], self.get_sums(module), module, rerun)
         del self._sums[module]
 

@@ -77,28 +77,20 @@ class RandomUnstructured(Random, Unstructured):
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         import torch
 
-        from compressknow.compress.pruning.masks import smallest
+        from compressknow.compress.pruning.masks import make_generator, smallest
+
+        def start(name: str) -> Callable[[Block], Keys]:
+            return partial(draw_keys, make_generator(self.seed, name))
+
+        def draw_keys(generator: torch.Generator, block: Block) -> Keys:
+            # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
+            # get the numbers that the whole tensor would.
+            drawn = torch.rand(block.values.numel(), generator=generator).view(torch.int32).numpy()
+            return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
 
         tensors = [each.tensor for each in weights]
-        makers = [partial(_draw_keys, self.seed, tensor.name) for tensor in tensors]
+        makers = [partial(start, tensor.name) for tensor in tensors]
         return smallest(reader, tensors, makers, torch.float32, self.count_all(weights, amount))
-
-
-def _draw_keys(seed: int, name: str) -> Callable[[Block], Keys]:
-    """Return what gives the keys of each block of a tensor, in order."""
-    import torch
-
-    from compressknow.compress.pruning.masks import make_generator
-
-    drawing = make_generator(seed, name)
-
-    def keys(block: Block) -> Keys:
-        # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
-        # get the numbers that the whole tensor would.
-        drawn = torch.rand(block.values.numel(), generator=drawing).view(torch.int32).numpy()
-        return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
-
-    return keys
 
 
 class Structured(PruningMethod):

@@ -51,8 +51,8 @@ def select_smallest(
         # The next digit of the keys that begin with the digits found so far.
         above, shift = shift, shift - width
         cut = partial(_cut_digit, above=above, shift=shift, prefix=None if above == bits else prefix)
-        histogram = torch.zeros(1 << width, dtype=torch.int64)
-        run(partial(_add_counts, keys, cut, histogram, threading.Lock()), range(count))
+        histogram, lock = torch.zeros(1 << width, dtype=torch.int64), threading.Lock()
+        run(partial(_add_counts, keys, cut, histogram, lock), range(count))
         cumulative = histogram.cumsum(0)
         index = int(torch.searchsorted(cumulative, amount - below))
         at_index = int(histogram[index])

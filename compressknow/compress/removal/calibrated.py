@@ -22,7 +22,6 @@ from compressknow.compress.removal.neurons import choose_neurons, fit_down, writ
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
-from compressknow.compress.steps import DropBlocks
 from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
@@ -41,10 +40,7 @@ def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progre
     """
     recipe, removal = plan.recipe, plan.removal
     assert removal is not None
-    # How many blocks fewer than the first run each later one has, as if all went before it.
-    runs = sum(isinstance(step, DropBlocks) and step.named is None for step in recipe.removals) + bool(removal.cuts)
-    fewer = sum(len(drop.dropped) * len(drop.stack.lists) for drop in removal.blocks if not drop.is_decided)
-    decision = _Decision(plan, batches, reader, on_progress, [fewer] * (runs - 1))
+    decision = _Decision(plan, batches, reader, on_progress)
     if any(not drop.is_decided for drop in removal.blocks):
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
@@ -57,12 +53,9 @@ def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progre
             else:
                 pieces = (block.values for block in remaining.blocks(reader))
                 tensors[name] = write_cut(removal.checkpoint, name, cut, pieces, folder)
-        removal = replace(
-            removal,
-            checkpoint=replace(removal.checkpoint, tensors=tensors),
-            selected={name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()},
-            unfitted=unfitted,
-        )
+        checkpoint = replace(removal.checkpoint, tensors=tensors)
+        selected = {name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()}
+        removal = replace(removal, checkpoint=checkpoint, selected=selected, unfitted=unfitted)
     return replace(removal, is_blockwise=decision.is_blockwise)
 
 
@@ -72,11 +65,10 @@ V = TypeVar("V", bound=Visitor)
 class _Decision:
     """Runs of the text through the model, each of which decides something."""
 
-    def __init__(
-        self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress, later: Sequence[int]
-    ) -> None:
-        self._plan, self._batches, self._reader = plan, batches, reader
-        self._on_progress, self._later, self._blocks_run = on_progress, list(later), 0
+    def __init__(self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress) -> None:
+        self._plan, self._batches, self._reader, self._on_progress = plan, batches, reader, on_progress
+        self._runs = sum(step.calibrated for step in plan.recipe.removals)
+        self._runs_done = 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
 
@@ -100,17 +92,15 @@ class _Decision:
             return made[-1:]
 
         def report(done: int, of: int) -> None:
+            # As if all runs had as many blocks; a whole model counts batches.
             blocks = len(made[-1].modules)
-            later = sum(max(blocks - fewer, 0) for fewer in self._later)
-            # A whole model counts batches.
-            self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
+            self._on_progress(self._runs_done * blocks + blocks * done // of, self._runs * blocks)
 
         sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
         why = partial(describe_memory, self._plan)
         run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
         report(1, 1)
-        self._blocks_run += len(made[-1].modules)
-        self._later = self._later[1:]
+        self._runs_done += 1
         return made[-1]
 
 

@@ -98,20 +98,31 @@ def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that one setting counts: its `keys`, its `count`, and the `lists` of modules that have a block each."""
+    """Blocks that one setting counts: its `keys`, its `count`, and the `lists` of modules that have a block each.
+
+    `dropped` are those that go, by their numbers before, and `similarities` those of all blocks, if they decided it
+    (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead.
+    """
 
     keys: Keys
     count: int
     lists: tuple[str, ...]
+    dropped: tuple[int, ...] = ()
+    similarities: tuple[float, ...] = ()
+    is_decided: bool = True
 
     @property
     def name(self) -> str:
         return self.lists[0]
 
-    def cut(self, config: dict[str, Any], remaining: Sequence[int]) -> dict[str, Any]:
-        """Return a config with these blocks alone: a smaller number, shorter lists that have an entry per block, and
-        new numbers in lists of blocks."""
-        config = copy.deepcopy(config)
+    @property
+    def remaining(self) -> tuple[int, ...]:
+        return tuple(number for number in range(self.count) if number not in self.dropped)
+
+    def cut(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return a config with the remaining blocks alone: a smaller number, shorter lists that have an entry per
+        block, and new numbers in lists of blocks."""
+        config, remaining = copy.deepcopy(config), self.remaining
         level = reduce(getitem, self.keys[:-1], config)
         for key, value in level.items():
             if not isinstance(value, (list, tuple)):
@@ -151,7 +162,7 @@ def find_stacks(settings: Settings) -> tuple[Stack, ...]:
 
 def _find_counted(settings: Settings, keys: Keys, count: int) -> Stack | None:
     """Find the stack that loses its last block, while nothing else changes, if a setting is one less."""
-    smaller = settings.try_config(Stack(keys, count, ()).cut(settings.whole, range(count - 1)))
+    smaller = settings.try_config(Stack(keys, count, (), dropped=(count - 1,)).cut(settings.whole))
     if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
         return None
     places = [parse_block(name) for name in settings.shapes if name not in smaller]

@@ -23,22 +23,6 @@ from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
 
-
-@dataclass(frozen=True)
-class DroppedBlocks:
-    """Blocks of a stack that are dropped, by their numbers before; `similarities` are those of all its blocks, if these
-    decided it (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead."""
-
-    stack: Stack
-    dropped: tuple[int, ...]
-    similarities: tuple[float, ...] = ()
-    is_decided: bool = True
-
-    @property
-    def remaining(self) -> tuple[int, ...]:
-        return tuple(sorted(set(range(self.stack.count)) - set(self.dropped)))
-
-
 # Measures how much the blocks of a stack of a checkpoint (and its module tree) are like their inputs.
 Similarities = Callable[[Checkpoint, Any, Stack], tuple[float, ...]]
 
@@ -65,7 +49,7 @@ class Removal:
     tree: PreTrainedModel = field(repr=False)
     original: tuple[Checkpoint, PreTrainedModel] = field(repr=False)
     wide: tuple[Checkpoint, PreTrainedModel] = field(repr=False)
-    blocks: tuple[DroppedBlocks, ...] = ()
+    blocks: tuple[Stack, ...] = ()
     neurons: tuple[DroppedNeurons, ...] = ()
     left_out: tuple[tuple[StoredTensor, str], ...] = ()
     names: dict[str, str] = field(default_factory=dict, repr=False)
@@ -116,25 +100,31 @@ def remove(
 def _remove_blocks(
     left: Removal, step: DropBlocks, settings: Settings, structure: Structure, similarities: Similarities | None
 ) -> Removal:
-    drops = []
+    stacks = []
     for stack in _select_stacks(step, settings, structure):
-        _check_untouched(stack.keys, {drop.stack.keys for drop in left.blocks}, f"blocks of {stack.name}")
-        drops.append(_choose_dropped(left, step, stack, similarities))
-    checkpoint, tree, names = _drop_blocks(left.checkpoint, settings, drops)
+        _check_untouched(stack.keys, {other.keys for other in left.blocks}, f"blocks of {stack.name}")
+        stacks.append(_choose_dropped(left, step, stack, similarities))
+    checkpoint, tree, names = _drop_blocks(left.checkpoint, settings, stacks)
     return replace(
         left,
         checkpoint=checkpoint,
         tree=tree,
         wide=(checkpoint, tree),
-        blocks=(*left.blocks, *drops),
+        blocks=(*left.blocks, *stacks),
         names={new: left.names.get(old, old) for new, old in names.items()},
     )
 
 
-def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities: Similarities | None) -> DroppedBlocks:
-    _check_some_remain(step, stack)
-    if isinstance(step.blocks, str):
-        return DroppedBlocks(stack, step.named or ())
+def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities: Similarities | None) -> Stack:
+    if beyond := [number for number in step.named or () if number >= stack.count]:
+        there = f"{stack.name} has blocks 0-{stack.count - 1}."
+        raise UsageError(f"There is no block {beyond[0]} to drop.", hint=there)
+    number = step.blocks if isinstance(step.blocks, int) else len(step.named or ())
+    if number >= stack.count:
+        what = f"Dropping {number} blocks would leave none: {stack.name} has {stack.count}."
+        raise UsageError(what, hint=f"Drop at most {stack.count - 1}.")
+    if step.named is not None:
+        return replace(stack, dropped=step.named)
     if len(stack.lists) > 1:
         raise UnsupportedError(
             f"Which blocks of {type(left.tree).__name__} change their input least cannot be told.",
@@ -142,22 +132,9 @@ def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities:
             hint="Name the blocks to drop, such as --drop-blocks 20-23.",
         )
     if similarities is None:
-        return DroppedBlocks(stack, tuple(range(stack.count - step.blocks, stack.count)), is_decided=False)
+        return replace(stack, dropped=tuple(range(stack.count - number, stack.count)), is_decided=False)
     measured = similarities(left.checkpoint, left.tree, stack)
-    return DroppedBlocks(stack, choose_blocks(measured, step.blocks), measured)
-
-
-def _check_some_remain(step: DropBlocks, stack: Stack) -> None:
-    """Raise UsageError if a step names a block that a stack does not have, or would leave none."""
-    if beyond := [number for number in step.named or () if number >= stack.count]:
-        there = f"{stack.name} has blocks 0-{stack.count - 1}."
-        raise UsageError(f"There is no block {beyond[0]} to drop.", hint=there)
-    number = step.blocks if step.named is None else len(step.named)
-    if isinstance(number, int) and number >= stack.count:
-        raise UsageError(
-            f"Dropping {number} blocks would leave none: {stack.name} has {stack.count}.",
-            hint=f"Drop at most {stack.count - 1}.",
-        )
+    return replace(stack, dropped=choose_blocks(measured, number), similarities=measured)
 
 
 def _check_untouched(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
@@ -209,15 +186,15 @@ def _list_sides(stack: Stack, structure: Structure) -> set[str | None]:
 
 
 def _drop_blocks(
-    checkpoint: Checkpoint, settings: Settings, drops: Iterable[DroppedBlocks]
+    checkpoint: Checkpoint, settings: Settings, stacks: Iterable[Stack]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
     Raises UnsupportedError where what is left would not be what these blocks were."""
     whole = settings.whole
     remaining: dict[str, tuple[int, ...]] = {}
-    for drop in drops:
-        whole = drop.stack.cut(whole, drop.remaining)
-        remaining |= dict.fromkeys(drop.stack.lists, drop.remaining)
+    for stack in stacks:
+        whole = stack.cut(whole)
+        remaining |= dict.fromkeys(stack.lists, stack.remaining)
     config = settings.update_raw(whole)
     tree = rebuild_model(settings.tree, config, settings.path)
     sources = _map_parameters(settings.shapes, tree, remaining)
