@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import NONE, clean, count, share, share_beside, write_size
+from compressknow.base.format import NONE, clean, count, share, share_beside, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
@@ -261,6 +261,11 @@ def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> s
     return f"{write(figure.value)} ({write_range(figure.low, figure.high, write).replace(' points', '')})"
 
 
+def write_part(part: int, whole: int) -> str:
+    """Write ``3 of 1,200 (0.2 %)``."""
+    return f"{count(part)} of {count(whole)} ({write_percent(part, whole)})"
+
+
 def write_range(low: float, high: float, write: Callable[[float], str] = share) -> str:
     """Write two shares as the ends of a range.
 
@@ -271,9 +276,8 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
 
 
 def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
-    """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
-    it from another either, its number; `numbered`, each of several has one.
-    """
+    """Return what to call each compressed model: its setup, with its name or number where that does not tell it from
+    another; `numbered`, each of several has a number."""
     names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
