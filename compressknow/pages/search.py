@@ -17,7 +17,7 @@ from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.evaluate.records import FactsInText, ModelRecord
 from compressknow.pages import parts
 from compressknow.pages.as_json import dump_model
-from compressknow.pages.card.warnings import describe_facts_in_text, warn_of_known
+from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
@@ -264,7 +264,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
             "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
         )
-    warnings += describe_facts_in_text(search.original, search.in_calibration, "the calibration text", "The file")
+    warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 
 
