@@ -214,10 +214,8 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and what models answered: text throughout, one fact a row, `shade` the style of its last answer.
-
-    The last column is small in HTML, under the first.
-    """
+    """Facts and what models answered, one a row: `shade` is the style of its last answer. In HTML the last column is
+    small, under the first."""
 
     table: Table
     shade: str = ""
@@ -242,10 +240,7 @@ class Chart(Part):
 
 @dataclass(frozen=True, slots=True)
 class Drawn(Part):
-    """Chart as SVG, made by `pages.drawing` and not escaped; Markdown leaves it out.
-
-    The title stands above it; `look` is a class of the style sheet.
-    """
+    """Chart as SVG, not escaped, under its title; Markdown leaves it out. `look` is a class of the style sheet."""
 
     svg: str
     title: str = ""
@@ -253,10 +248,8 @@ class Drawn(Part):
 
 
 def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
-    """Yield a chart for a narrow screen, and one for the width of the page; a page shows the one that it has room for.
-
-    `draw` is given an id, and whether it is to be the broad one; it gives None where there is nothing to draw.
-    """
+    """Yield a chart for a narrow screen, and one for the width of the page, which shows the one that it has room for.
+    `draw` gets an id, and whether the chart is the broad one; it returns None where there is nothing to draw."""
     for look in ("narrow", "broad"):
         if svg := draw(f"{look}-{id}", look == "broad"):
             yield Drawn(svg, title, look)
@@ -290,10 +283,8 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card: a line for each domain, the last one for all.
-
-    A row has domain, facts known before, share kept, its interval, grade, and the grades that the interval spans.
-    """
+    """Report card, the last row for all domains: each has its name, facts known before, share kept, interval, grade,
+    and the grades that the interval spans."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
     bars: tuple[Estimate, ...]  # what is kept, by row

@@ -157,8 +157,7 @@ def compare(
     gates: Sequence[Gate] = (),
     strict: bool = False,
 ) -> Comparison:
-    """Return all figures of one compressed model, with advice that goes by `gates`, `strict` or not. Raises
-    CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model; parameters and errors are those of `make_card`."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]

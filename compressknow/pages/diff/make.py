@@ -35,11 +35,8 @@ class Behaviour:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointComparison(Shown):
-    """Comparison of two checkpoints, b against a.
-
-    They are `identical` where all files that decide what they answer are the same to the byte; there is no `difference`
-    then, nor where the weights cannot be read: a warning says so.
-    """
+    """Comparison of two checkpoints, b against a. They are `identical` where all files that decide what they answer are
+    the same to the byte; there is no `difference` then, nor where the weights cannot be read."""
 
     verdict: str
     a: ModelRecord
@@ -220,8 +217,7 @@ def make_behaviour(
     gates: Sequence[Gate] = (),
     strict: bool = False,
 ) -> Behaviour:
-    """Make the statistics in both directions; `gates` are of B against A. Parameters and errors are those of
-    `make_card`."""
+    """Make the statistics in both directions; `gates` are of B against A. The rest is as in `make_card`."""
     answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
     there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts, gates=gates, strict=strict)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)

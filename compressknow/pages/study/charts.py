@@ -165,11 +165,8 @@ _BY_PROBE = "-by-probe"  # how the names of charts end that have a plot for each
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Figure: `name` of letters and hyphens, of its file; one panel, or one for each probe.
-
-    A panel is the probe that it is of, "" for all, and its SVG element, fit to stand in the page. Charts of means that
-    have the same `scale` have the same axis; so have the panels of a chart by probe.
-    """
+    """Figure, by its file's `name`, of panels: the probe of each, "" for all, and its SVG element. Charts of means that
+    have the same `scale` have the same axis; so have the panels of a chart by probe."""
 
     name: str
     title: str

@@ -60,12 +60,8 @@ FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
 def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
-    """Return all ten, in order, and those of the cells of one method alone, in the place of the paper's.
-
-    The ten need plain cells by scope; what is missing makes a finding "cannot tell". Of one method there are those of
-    each that modules are pruned by, and of each scheme; of kinds of which the study has several. Findings without cells
-    are left out there.
-    """
+    """Return all ten, in order; and of each method, where the study has several, those that it has cells for, tested on
+    these cells in the place of the paper's method."""
     studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     adjusted = iter(claims.adjust_claims([test(each) for each in studies.values() for _, test in applicable]))

@@ -223,12 +223,10 @@ _LONGEST = 2000  # characters of an error
 
 
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
-    """Return one row per cell and probe, in the order of the grid; failed cells come last, with None for what is not
-    known. A running text has a row per cell too, without counts of facts. Beside `COLUMNS` there is a column for each
-    setting that any cell has (``layers``, ``rounding``, ``group_size``, ...).
+    """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, None for
+    what is not known. Beside `COLUMNS` there is a column for each setting that any cell has (``layers``, ...).
 
-    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
-    ``failed`` or ``refused``; the text of an error is on one line.
+    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``.
     """
     rows = []
     for cell in study.cells:
@@ -323,11 +321,8 @@ def label_method(method: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Setting that varies while all else stays, and the groups of cells in which it does.
-
-    A group is the name of what its cells share and those of other groups do not, and the cells by the setting's value,
-    ascending where it is a number.
-    """
+    """Setting that varies while all else stays, and groups of cells in which it does: the name of what they alone
+    share, and the cells by the setting's value, ascending where it is a number."""
 
     name: str
     groups: tuple[tuple[str, Mapping[str, StudyCell]], ...]
