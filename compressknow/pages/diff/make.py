@@ -149,10 +149,19 @@ def write_verdict(
     return " ".join(sentences) or f"The weights of {names[0]} and {names[1]} could not be compared."
 
 
+_UNMATCHED: dict[Kind, str] = {
+    "added": "only in B",
+    "missing": "only in A",
+    "reshaped": "of another shape",
+    "packed": "packed in a form that cannot be compared",
+}
+
+
 def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str:
     a, b = names
     changed = [tensor for tensor in difference.tensors if not tensor.same_bytes]
-    unmatched = _describe_unmatched(difference)
+    kinds = Counter(change.kind for change in difference.structure)
+    unmatched = ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
     if not difference.tensors:
         return f"No tensor of {a} and {b} can be compared: {unmatched or 'there is none'}."
     if not changed and not unmatched:
@@ -176,19 +185,6 @@ def _name_worst_group(difference: CheckpointDiff) -> str:
         return ""
     group = max(errors, key=lambda group: errors[group])
     return f", most in {group} ({number(errors[group], 4)})"
-
-
-_UNMATCHED: dict[Kind, str] = {
-    "added": "only in B",
-    "missing": "only in A",
-    "reshaped": "of another shape",
-    "packed": "packed in a form that cannot be compared",
-}
-
-
-def _describe_unmatched(difference: CheckpointDiff) -> str:
-    kinds = Counter(change.kind for change in difference.structure)
-    return ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
 
 
 def _count_tensors(number_of: int) -> str:
