@@ -84,7 +84,7 @@ def compare(
         an output that cannot be written.
     """
     check_known(known)
-    gates = parse_gates(fail_under)
+    gates = parse_gates(fail_under, strict=strict)
     options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     asked = {"fail_under": bool(gates), "strict": strict and bool(gates), "known": known == PRODUCED}
     of_facts = [name for name, given in asked.items() if given]
@@ -121,7 +121,7 @@ def compare(
         folder = Path(answers) if answers else find_answers_folder()
         both = evaluate_both(first, second, opened, folder, listener)
         check_names(both.a.answers, gated)
-        behaviour = make_behaviour(both, show_facts=not no_facts, known=known, gates=gates, strict=strict)
+        behaviour = make_behaviour(both, show_facts=not no_facts, known=known, gates=gates)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(

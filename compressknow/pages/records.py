@@ -136,6 +136,7 @@ class Gate:
 
     least: float
     of: str | None = None
+    strict: bool = False  # the whole interval is held to it, not the share alone
 
     @property
     def in_words(self) -> str:
@@ -152,12 +153,12 @@ class Gate:
         clusters = [group.counts for group in relations if group.name == self.of]
         return sum(clusters, Counts()), estimate_kept(clusters)
 
-    def is_met(self, comparison: Comparison, *, strict: bool = False) -> bool | None:
+    def is_met(self, comparison: Comparison) -> bool | None:
         """Return whether a model meets it; None where a strict one is neither met nor missed."""
         if comparison.early is not None:
             return comparison.early.met
         counts, interval = self.measure_kept(comparison)
-        if counts.kept is None or not strict:
+        if counts.kept is None or not self.strict:
             return counts.kept is not None and counts.kept >= self.least
         low, high = interval.low or 0.0, interval.high or 0.0
         return None if low < self.least <= high else low >= self.least
@@ -191,7 +192,6 @@ class Card(Tabular):
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
     decision: Decision | None = None  # of several compressed models
     gates: tuple[Gate, ...] = ()
-    strict: bool = False  # intervals are held to the gates, not shares alone
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
@@ -206,8 +206,8 @@ class Card(Tabular):
             "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
-                    **{"of": gate.of, "least": gate.least, "strict": self.strict},
-                    "met": [gate.is_met(each, strict=self.strict) for each in self.comparisons],
+                    **{"of": gate.of, "least": gate.least, "strict": gate.strict},
+                    "met": [gate.is_met(each) for each in self.comparisons],
                 }
                 for gate in self.gates
             ],

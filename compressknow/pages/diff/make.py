@@ -211,11 +211,10 @@ def make_behaviour(
     show_facts: bool,
     known: str = RECOGNIZED,
     gates: Sequence[Gate] = (),
-    strict: bool = False,
 ) -> Behaviour:
     """Make the statistics in both directions; `gates` are of B against A. The rest is as in `make_card`."""
     answers = PairedAnswers(*(apply_reading(each, known) for each in answers))
-    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts, gates=gates, strict=strict)
+    there = make_card(answers.a, [answers.b_like_a], show_facts=show_facts, gates=gates)
     back = make_card(answers.b, [answers.a_like_b], show_facts=show_facts)
     return Behaviour(
         b_against_a=there,
