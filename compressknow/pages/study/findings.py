@@ -239,11 +239,9 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
         _claim_final_near_baseline,
     ),
 )
-# Of findings that hold a figure to a limit, what it is, in full and in short.
-_FIGURES = {
-    "F1": ("Relative fall in accuracy", "relative fall"),
-    **dict.fromkeys(("F5", "F10"), ("Left of what the original knows beyond the baseline", "left beyond the baseline")),
-}
+# Of findings that hold a figure to a limit, what it is.
+_LEFT = "left of what the original knows beyond the baseline"
+_FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
 
 
 def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:
@@ -252,7 +250,7 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
     if not pairs and not bounds:
         return replace(finding, answer=answer, why=NO_CELLS)
     if bounds:
-        figure, short = _FIGURES[finding.id]
+        figure = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
         return replace(
             finding,
@@ -260,7 +258,7 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
             statistic=_describe_bounds(bounds, figure, names),
             why=_explain_bounds(tested),
             bounds=bounds,
-            numbers=f"{short}: {_describe_bound(_find_largest(known), names)}" if known else "",
+            numbers=f"{figure}: {_describe_bound(_find_largest(known), names)}" if known else "",
         )
     return replace(
         finding,
@@ -326,10 +324,8 @@ def _summarize_comparisons(pairs: Sequence[claims.CellComparison], names: Mappin
 def _explain_comparisons(answer: str, pairs: Sequence[claims.CellComparison], parts: Sequence[str]) -> str:
     if answer == claims.HOLDS:
         return "Every significant comparison agrees with the claim."
-    if answer != claims.CANNOT_TELL:
-        if any(pair.direction > 0 for pair in pairs):
-            return "Some significant comparisons agree with the claim, others contradict it."
-        return "All significant comparisons contradict the claim."
+    if answer == claims.DOES_NOT_HOLD:
+        return "A significant comparison contradicts the claim."
     open_parts = [part for part in parts if not any(p.direction > 0 and p.part == part for p in pairs)]
     missing = [part for part in open_parts if not any(pair.part == part for pair in pairs)]
     if missing and missing != [""]:
@@ -363,7 +359,7 @@ def _describe_bounds(bounds: Sequence[claims.Bound], figure: str, names: Mapping
         return "-"
     shown = [_find_largest(bounds)] if len(bounds) > _FEW else bounds
     most = f", the largest of {count(len(bounds))}" if len(bounds) > _FEW else ""
-    return f"{figure}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
+    return f"{figure.capitalize()}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
 
 
 def _find_largest(bounds: Sequence[claims.Bound]) -> claims.Bound:
