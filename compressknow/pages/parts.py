@@ -307,7 +307,6 @@ class Shown:
     title: str
     parts: tuple[Part, ...]
     look: str = ""  # a class of the style sheet
-    short: str = ""  # its name in the table of contents, where that is not the title
     in_text: bool = True  # Markdown has it too
 
 
@@ -318,7 +317,6 @@ class Page(Part):
     headline: str
     sections: tuple[Shown, ...]
     what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
-    title: str = ""
     models: str = ""  # which models it is about
     verdict: str = ""
     warnings: tuple[str, ...] = ()

@@ -128,7 +128,6 @@ def render_search_html(search: Search) -> str:
     """Return the page: the same search gives the same bytes."""
     page = parts.Page(
         what="search",
-        title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
         headline=write_headline(search),
         verdict=write_verdict(search),
@@ -340,16 +339,8 @@ def _make_tradeoff(search: Search) -> Tradeoff:
     ]
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
-    return Tradeoff(
-        "Knowledge kept by size",
-        "size, MB",
-        marks,
-        _LOOKS,
-        edge=(_TRIED,),
-        told="The best at each size",
-        keep=search.keep,
-        rounding=search.rounding,
-    )
+    title, keep, rounding = "Knowledge kept by size", search.keep, search.rounding
+    return Tradeoff(title, "size, MB", marks, _LOOKS, edge=(_TRIED,), keep=keep, rounding=rounding)
 
 
 def _describe_trial(trial: Trial) -> str:

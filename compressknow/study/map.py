@@ -229,11 +229,9 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
     )
     return parts.Page(
         what="map",
-        title=f"{write_headline(map)}: {clean(map.model, 60)}",
         models=clean(map.model, 80),
         headline=write_headline(map),
         verdict=write_verdict(map),
-        warnings=(),
         sections=tuple(section for section in shown if section.parts),
         unlisted=0,
     )

@@ -61,7 +61,7 @@ def make_comparison_page(
 ) -> parts.Page:
     """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
     a, b = name_both(comparison.a, comparison.b)
-    headline, difference = _write_headline(comparison), comparison.difference
+    difference = comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
     origin = (
         parts.Entries(_describe_checkpoint(comparison.a), "A"),
@@ -77,14 +77,13 @@ def make_comparison_page(
     behaviour, show_facts = comparison.behaviour, comparison.show_facts
     sections = (
         *(_show_behaviour(behaviour, facts, shown, show_facts=show_facts, charts=charts) if behaviour else ()),
-        *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
+        *(_show_difference(difference, comparison.files, tensors) if difference else ()),
         parts.Shown("compare-method", "Method", (parts.Sentences(method),), look="text"),
     )
     return parts.Page(
         what="comparison",
-        title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
-        headline=headline,
+        headline=_write_headline(comparison),
         verdict=clean(comparison.verdict, 1000),
         warnings=tuple(clean(warning, 1000) for warning in comparison.warnings),
         sections=tuple(section for section in sections if section.parts),
@@ -141,11 +140,9 @@ def _show_behaviour(
         yield parts.Shown("compare-answers", "Answers side by side", tuple(answers))
 
 
-def _show_difference(
-    difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool
-) -> Iterator[parts.Shown]:
+def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int) -> Iterator[parts.Shown]:
     if difference.total.energy_change or not difference.total.finite:
-        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
+        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference)))
         if layers := sum_layers(difference):
             table = build_sums_table("Linear weights by layer", "Layer", layers)
             yield parts.Shown("compare-layers", "By layer", (table,))
@@ -185,12 +182,12 @@ def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
         yield parts.Folded("By domain and by relation", tuple(tables))
 
 
-def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[parts.Part]:
+def _show_map(difference: CheckpointDiff) -> Iterator[parts.Part]:
     grid = make_grid(difference)
     if grid is None:
         return
     title = "Relative error by layer and module"
-    if charts and (drawn := tuple(parts.draw_twice(partial(draw_heat_map, grid, title), "heat"))):
+    if drawn := tuple(parts.draw_twice(partial(draw_heat_map, grid, title), "heat")):
         yield from drawn
         yield parts.Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))

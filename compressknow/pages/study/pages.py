@@ -99,12 +99,11 @@ _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> parts.Page:
     """Return the study as text, with its charts where they are given; no fact's text is in it."""
-    headline, forms = summary.write_headline(study), "form" if len(study.cells) == 1 else "forms"
+    forms = "form" if len(study.cells) == 1 else "forms"
     return parts.Page(
         what="study",
-        title=f"{headline}: {clean(study.original.name, 60)}",
         models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed {forms} of it",
-        headline=headline,
+        headline=summary.write_headline(study),
         verdict=summary.write_verdict(study),
         warnings=_write_warnings(study),
         sections=tuple(section for section in _make_sections(study, charts) if section.parts),
@@ -120,13 +119,9 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Show
     yield parts.Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
     yield parts.Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
-    yield parts.Shown(
-        "findings",
-        "The paper's ten findings, tested on this model",
-        tuple(_show_findings(study, findings)),
-        short="The paper's findings",
-    )
-    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
+    title = "The paper's ten findings, tested on this model"
+    yield parts.Shown("findings", title, tuple(_show_findings(study, findings)))
+    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)))
     yield parts.Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
     yield parts.Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
     yield parts.Shown("failed", "Cells that failed", _show_failed(study.failed))
