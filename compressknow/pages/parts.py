@@ -371,9 +371,8 @@ def make_fact_parts(
     *,
     left_out: int,
     shade: str = "",
-    of: tuple[str, str] = ("report", "report.json"),
 ) -> Iterator[Part]:
-    """Yield facts, `shown` of them at once, and a note that a file has the `left_out` ones: (page, file) is `of`."""
+    """Yield facts, `shown` of them at once, and a note on those that are `left_out`."""
     if not rows:
         yield Text("None.")
         return
@@ -383,12 +382,12 @@ def make_fact_parts(
             f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
         )
     if left_out:
-        yield make_rest_note(left_out, *of)
+        yield make_rest_note(left_out)
 
 
-def make_rest_note(left_out: int, page: str, file: str) -> Note:
+def make_rest_note(left_out: int) -> Note:
     """Return the note on what only the JSON has of the above."""
-    return Note(f"{count_more(left_out)} in the JSON of this {page}, which -o {file} writes.")
+    return Note(f"{count_more(left_out)} in the JSON, which -o NAME.json writes.")
 
 
 def count_more(left_out: int) -> str:

@@ -113,13 +113,7 @@ class Comparison(Shown):
 
     def _summary(self) -> Summary:
         rows = tuple(
-            (
-                grade.subject,
-                count(grade.counts.known_before),
-                count(grade.counts.both),
-                grade.written,
-                grade.mark,
-            )
+            (grade.subject, count(grade.counts.known_before), count(grade.counts.both), grade.written, grade.mark)
             for grade in self.grades
         )
         columns = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")

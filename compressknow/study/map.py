@@ -57,8 +57,7 @@ class Map:
         """Return the weights by place: encoder, decoder, then what lies outside; the last layer was measured first."""
         stacks = {"encoder": "", None: ""}
         return sorted(
-            self.sensitivity.rows,
-            key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0),
+            self.sensitivity.rows, key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0)
         )
 
     def by_layer(self) -> Mapping[str, Weights]:

@@ -206,11 +206,7 @@ def _count_kept(counts: Counts) -> str:
 
 
 def make_behaviour(
-    answers: PairedAnswers,
-    *,
-    show_facts: bool,
-    known: str = RECOGNIZED,
-    gates: Sequence[Gate] = (),
+    answers: PairedAnswers, *, show_facts: bool, known: str = RECOGNIZED, gates: Sequence[Gate] = ()
 ) -> Behaviour:
     """Make the statistics in both directions; `gates` are of B against A. The rest is as in `make_card`."""
     answers = PairedAnswers(*(apply_reading(each, known) for each in answers))

@@ -198,8 +198,6 @@ def _show_map(difference: CheckpointDiff) -> Iterator[parts.Part]:
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
-# Words for a page that is cut, and the file that has all of it.
-_OF_COMPARISON = ("comparison", "compare.json")
 
 
 def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
@@ -228,7 +226,7 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
         )
         for a, b in answers[:limit]
     )
-    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
+    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows))
 
 
 def _list_best(given: Answer) -> tuple[str, ...]:
@@ -347,7 +345,7 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
             "Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1
         )
         left_out = len(changed) - len(rows)
-        rest = (parts.make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        rest = (parts.make_rest_note(left_out),) if left_out else ()
         several = f"{count(len(rows))} tensors that differ, those first that differ most"
         yield parts.Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
