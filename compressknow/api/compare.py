@@ -76,7 +76,7 @@ def compare(
         an output that cannot be written.
     """
     check_known(known)
-    gates = parse_gates(fail_under)
+    gates = parse_gates(fail_under, strict=strict)
     options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
     asked = {"fail_under": bool(gates), "strict": strict and bool(gates), "known": known == PRODUCED}
     of_facts = [name for name, given in asked.items() if given]
@@ -113,7 +113,7 @@ def compare(
         folder = Path(answers) if answers else gather.find_answers_folder()
         there, back = gather.evaluate_both(first, second, opened, folder, listener)
         gather.check_names(there[0].answers, gated)
-        behaviour = make_behaviour(there, back, show_facts=not no_facts, known=known, gates=gates, strict=strict)
+        behaviour = make_behaviour(there, back, show_facts=not no_facts, known=known, gates=gates)
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(

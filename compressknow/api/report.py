@@ -85,7 +85,7 @@ def report(
         an output that cannot be written.
     """
     check_known(known)
-    gates = parse_gates(fail_under)
+    gates = parse_gates(fail_under, strict=strict)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = list_files(output)
     check_gates(gates, strict=strict, early=early, models=len(models))
@@ -129,7 +129,6 @@ def report(
         early=stop,
         path=path,
         gates=gates,
-        strict=strict,
         within=most,
     )
     write_reports(card, files, overwrite=overwrite)

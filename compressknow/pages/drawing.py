@@ -330,7 +330,6 @@ class Tradeoff:
     marks: Sequence[Mark]
     looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
     edge: Sequence[str]  # kinds whose marks can be on the edge
-    told: str  # what the marks on the edge are, in words before those of each
     more_is_better: bool = False  # of a cost that is none, such as a speed
     keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
     rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
@@ -357,7 +356,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
     hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
     best = find_unbeaten(able, more_is_better=chart.more_is_better)
-    told = f"{chart.told}: {'; '.join(mark.told for mark in best)}."
+    told = f"The best: {'; '.join(mark.told for mark in best)}."
     with open_axes(height, id, chart.title, told, width=width, hover=hover) as (plot, drawn):
         if best:
             # It is kept at every cost from there on; at every speed up to there.

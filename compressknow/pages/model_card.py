@@ -181,9 +181,7 @@ def describe_runtimes(manifest: Mapping[str, Any]) -> str:
 
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what to know before the output is used: that it is larger than the input, and why; that the model has no
-    place for some tensors; that weights which the source had pruned have values again, and its pattern with them.
-    """
+    """Yield what to know before the output is used."""
     before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
     if after > before:
         cause = (
@@ -259,8 +257,7 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them the comparison's, accuracy and knowledge kept of each probe of
-    which the original knew something; nothing where there are neither."""
+    """Return the user's own results, and beside them accuracy and knowledge kept of each probe that it knew."""
     # Whoever converts a model writes a card, and needs no numpy.
     from compressknow.pages.parts import get_headline_accuracy
 
@@ -328,10 +325,8 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
-    """Return a model card with the report in it: its section replaced or added, its results in the metadata too.
-
-    Raises OutputError where the card's metadata cannot be read: writing would lose it.
-    """
+    """Return a model card with the report in it, and its results in the metadata. Raises OutputError where these cannot
+    be read: writing would lose them."""
     from compressknow.pages.records import write_estimate
 
     report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)

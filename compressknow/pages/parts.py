@@ -214,10 +214,8 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and what models answered: text throughout, one fact a row, `shade` the style of its last answer.
-
-    The last column is small in HTML, under the first.
-    """
+    """Facts and what models answered, one a row: `shade` is the style of its last answer. In HTML the last column is
+    small, under the first."""
 
     table: Table
     shade: str = ""
@@ -242,10 +240,7 @@ class Chart(Part):
 
 @dataclass(frozen=True, slots=True)
 class Drawn(Part):
-    """Chart as SVG, made by `pages.drawing` and not escaped; Markdown leaves it out.
-
-    The title stands above it; `look` is a class of the style sheet.
-    """
+    """Chart as SVG, not escaped, under its title; Markdown leaves it out. `look` is a class of the style sheet."""
 
     svg: str
     title: str = ""
@@ -253,10 +248,8 @@ class Drawn(Part):
 
 
 def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
-    """Yield a chart for a narrow screen, and one for the width of the page; a page shows the one that it has room for.
-
-    `draw` is given an id, and whether it is to be the broad one; it gives None where there is nothing to draw.
-    """
+    """Yield a chart for a narrow screen, and one for the width of the page, which shows the one that it has room for.
+    `draw` gets an id, and whether the chart is the broad one; it returns None where there is nothing to draw."""
     for look in ("narrow", "broad"):
         if svg := draw(f"{look}-{id}", look == "broad"):
             yield Drawn(svg, title, look)
@@ -290,10 +283,8 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card: a line for each domain, the last one for all.
-
-    A row has domain, facts known before, share kept, its interval, grade, and the grades that the interval spans.
-    """
+    """Report card, the last row for all domains: each has its name, facts known before, share kept, interval, grade,
+    and the grades that the interval spans."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
     bars: tuple[Estimate, ...]  # what is kept, by row
@@ -316,7 +307,6 @@ class Shown:
     title: str
     parts: tuple[Part, ...]
     look: str = ""  # a class of the style sheet
-    short: str = ""  # its name in the table of contents, where that is not the title
     in_text: bool = True  # Markdown has it too
 
 
@@ -327,7 +317,6 @@ class Page(Part):
     headline: str
     sections: tuple[Shown, ...]
     what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
-    title: str = ""
     models: str = ""  # which models it is about
     verdict: str = ""
     warnings: tuple[str, ...] = ()
@@ -382,9 +371,8 @@ def make_fact_parts(
     *,
     left_out: int,
     shade: str = "",
-    of: tuple[str, str] = ("report", "report.json"),
 ) -> Iterator[Part]:
-    """Yield facts, `shown` of them at once, and a note that a file has the `left_out` ones: (page, file) is `of`."""
+    """Yield facts, `shown` of them at once, and a note on those that are `left_out`."""
     if not rows:
         yield Text("None.")
         return
@@ -394,12 +382,12 @@ def make_fact_parts(
             f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
         )
     if left_out:
-        yield make_rest_note(left_out, *of)
+        yield make_rest_note(left_out)
 
 
-def make_rest_note(left_out: int, page: str, file: str) -> Note:
+def make_rest_note(left_out: int) -> Note:
     """Return the note on what only the JSON has of the above."""
-    return Note(f"{count_more(left_out)} in the JSON of this {page}, which -o {file} writes.")
+    return Note(f"{count_more(left_out)} in the JSON, which -o NAME.json writes.")
 
 
 def count_more(left_out: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import NONE, clean, count, share, share_beside, write_size
+from compressknow.base.format import NONE, clean, count, share, share_beside, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
@@ -113,13 +113,7 @@ class Comparison(Shown):
 
     def _summary(self) -> Summary:
         rows = tuple(
-            (
-                grade.subject,
-                count(grade.counts.known_before),
-                count(grade.counts.both),
-                grade.written,
-                grade.mark,
-            )
+            (grade.subject, count(grade.counts.known_before), count(grade.counts.both), grade.written, grade.mark)
             for grade in self.grades
         )
         columns = ("Domain", "Known before", "Kept", "Share kept (95 % interval)", "Grade")
@@ -136,6 +130,7 @@ class Gate:
 
     least: float
     of: str | None = None
+    strict: bool = False  # the whole interval is held to it, not the share alone
 
     @property
     def in_words(self) -> str:
@@ -152,12 +147,12 @@ class Gate:
         clusters = [group.counts for group in relations if group.name == self.of]
         return sum(clusters, Counts()), estimate_kept(clusters)
 
-    def is_met(self, comparison: Comparison, *, strict: bool = False) -> bool | None:
+    def is_met(self, comparison: Comparison) -> bool | None:
         """Return whether a model meets it; None where a strict one is neither met nor missed."""
         if comparison.early is not None:
             return comparison.early.met
         counts, interval = self.measure_kept(comparison)
-        if counts.kept is None or not strict:
+        if counts.kept is None or not self.strict:
             return counts.kept is not None and counts.kept >= self.least
         low, high = interval.low or 0.0, interval.high or 0.0
         return None if low < self.least <= high else low >= self.least
@@ -191,7 +186,6 @@ class Card(Tabular):
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
     decision: Decision | None = None  # of several compressed models
     gates: tuple[Gate, ...] = ()
-    strict: bool = False  # intervals are held to the gates, not shares alone
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
@@ -206,8 +200,8 @@ class Card(Tabular):
             "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
-                    **{"of": gate.of, "least": gate.least, "strict": self.strict},
-                    "met": [gate.is_met(each, strict=self.strict) for each in self.comparisons],
+                    **{"of": gate.of, "least": gate.least, "strict": gate.strict},
+                    "met": [gate.is_met(each) for each in self.comparisons],
                 }
                 for gate in self.gates
             ],
@@ -261,6 +255,11 @@ def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> s
     return f"{write(figure.value)} ({write_range(figure.low, figure.high, write).replace(' points', '')})"
 
 
+def write_part(part: int, whole: int) -> str:
+    """Write ``3 of 1,200 (0.2 %)``."""
+    return f"{count(part)} of {count(whole)} ({write_percent(part, whole)})"
+
+
 def write_range(low: float, high: float, write: Callable[[float], str] = share) -> str:
     """Write two shares as the ends of a range.
 
@@ -271,9 +270,8 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
 
 
 def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
-    """Return what to call each compressed model: its setup where it has one, with its name or, where that does not tell
-    it from another either, its number; `numbered`, each of several has one.
-    """
+    """Return what to call each compressed model: its setup, with its name or number where that does not tell it from
+    another; `numbered`, each of several has a number."""
     names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)

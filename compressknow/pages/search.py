@@ -17,7 +17,7 @@ from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.evaluate.records import FactsInText, ModelRecord
 from compressknow.pages import parts
 from compressknow.pages.as_json import dump_model
-from compressknow.pages.card.warnings import describe_facts_in_text, warn_of_known
+from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
@@ -128,7 +128,6 @@ def render_search_html(search: Search) -> str:
     """Return the page: the same search gives the same bytes."""
     page = parts.Page(
         what="search",
-        title=f"{write_headline(search)}: {clean(search.original.name, 60)}",
         models=clean(search.original.name, 80),
         headline=write_headline(search),
         verdict=write_verdict(search),
@@ -264,7 +263,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
             "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
         )
-    warnings += describe_facts_in_text(search.original, search.in_calibration, "the calibration text", "The file")
+    warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 
 
@@ -340,16 +339,8 @@ def _make_tradeoff(search: Search) -> Tradeoff:
     ]
     if (won := search.winner) and won.kept.value is not None:
         marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
-    return Tradeoff(
-        "Knowledge kept by size",
-        "size, MB",
-        marks,
-        _LOOKS,
-        edge=(_TRIED,),
-        told="The best at each size",
-        keep=search.keep,
-        rounding=search.rounding,
-    )
+    title, keep, rounding = "Knowledge kept by size", search.keep, search.rounding
+    return Tradeoff(title, "size, MB", marks, _LOOKS, edge=(_TRIED,), keep=keep, rounding=rounding)
 
 
 def _describe_trial(trial: Trial) -> str:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from compressknow.base.format import NONE, clean, count, number, share, write_percent, write_points
+from compressknow.base.format import NONE, clean, count, number, share, write_points
 from compressknow.comparison.records import Measured, Moved, Perplexity, TextFigures
 from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
 from compressknow.pages.parts import Beside, Chart, Note, Part, Table
+from compressknow.pages.records import write_part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,10 +169,9 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
     if divergent := moved.divergent:
         middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
         middle = middle if divergent.middle is None else f"{divergent.middle:g}"
-        same = f"{count(divergent.same)} of {count(divergent.n)} ({write_percent(divergent.same, divergent.n)})"
         rows += [
             (f"First different token of {count(divergent.n)} greedy continuations, median", middle),
-            (f"Continuations alike in all {divergent.tokens} tokens", same),
+            (f"Continuations alike in all {divergent.tokens} tokens", write_part(divergent.same, divergent.n)),
         ]
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
 

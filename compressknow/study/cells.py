@@ -306,12 +306,7 @@ class StudyModel:
             handle.release()
 
     def evaluate_cell(
-        self,
-        cell: Cell,
-        probes: Sequence[Opened],
-        cells: Path,
-        reference: Answers,
-        on_progress: Listener | None = None,
+        self, cell: Cell, probes: Sequence[Opened], cells: Path, reference: Answers, on_progress: Listener | None = None
     ) -> Answers:
         """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
         handle = CellHandle(self, cell, on_progress)

@@ -229,11 +229,8 @@ class GgufForm(Form):
 
 
 class CheckpointForm(Form):
-    """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are.
-
-    Raises UsageError for a rule of `must` that names nothing, or a type that there is not; and what planning a
-    conversion does.
-    """
+    """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are. Raises UsageError for a rule of `must` that
+    names nothing, or a type that there is not; and what planning a conversion does."""
 
     name, place = CHECKPOINT, "model"
 

@@ -128,9 +128,7 @@ def list_cells(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
-    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed. Of
-    the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration of that of methods: a
-    grid file says all of it.
+    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_text`
     does of its calibration texts.
@@ -181,12 +179,11 @@ def build_paper_grid(
 
 
 def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping[str, Any]) -> tuple[Cell, ...]:
-    """Return the paper's question for other methods: attention, feed-forward and overall, each pruned by 20 to 60 %
-    (L1, Wanda, SparseGPT), quantized (int8, int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then
-    quantized to int4 by GPTQ.
+    """Return attention, feed-forward and overall, each pruned by 20 to 60 % (L1, Wanda, SparseGPT), quantized (int8,
+    int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then quantized to int4 by GPTQ.
 
-    int4 has the largest groups that divide all layers. What the model cannot have in this form is left out. `text` is
-    what `build_recipe` takes of a calibration.
+    int4 has the largest groups that divide all layers. What the model cannot have is left out. `text` is what
+    `build_recipe` takes of a calibration.
     """
     structure = model.structure(module_map)
     groups = fit_parameters(structure, "int4")

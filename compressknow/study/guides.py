@@ -47,14 +47,7 @@ from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
-from compressknow.study.sensitivity import (
-    Guidance,
-    Guide,
-    Sensitivity,
-    can_guide,
-    read_sensitivity,
-    write_sensitivity,
-)
+from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, can_guide, read_sensitivity, write_sensitivity
 
 # Facts that guide, at most.
 FACTS = 200

@@ -57,8 +57,7 @@ class Map:
         """Return the weights by place: encoder, decoder, then what lies outside; the last layer was measured first."""
         stacks = {"encoder": "", None: ""}
         return sorted(
-            self.sensitivity.rows,
-            key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0),
+            self.sensitivity.rows, key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0)
         )
 
     def by_layer(self) -> Mapping[str, Weights]:
@@ -229,11 +228,9 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
     )
     return parts.Page(
         what="map",
-        title=f"{write_headline(map)}: {clean(map.model, 60)}",
         models=clean(map.model, 80),
         headline=write_headline(map),
         verdict=write_verdict(map),
-        warnings=(),
         sections=tuple(section for section in shown if section.parts),
         unlisted=0,
     )

@@ -60,8 +60,7 @@ class Parts(NamedTuple):
 
 
 def split_facts(probe: Opened, seed: int) -> Parts:
-    """Return a third of the facts to select by, a third to grade by, and of a third some to search with, drawn by the
-    seed.
+    """Return a third of the facts to select by, a third to grade by, and of a third some to search with, by the seed.
 
     Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
     together, so that a file that was lucky with a relation is lucky with all its facts. Else facts of each relation.
@@ -86,9 +85,8 @@ def split_facts(probe: Opened, seed: int) -> Parts:
 
 
 def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into three equal parts, all wordings of each into one, in their order; `whole` relations, in the
-    order of domains, or the facts of each relation one by one.
-    """
+    """Deal facts into three equal parts, all wordings of each into one: `whole` relations, in the order of domains, or
+    the facts of each relation one by one."""
     units: dict[tuple[str, str], set[str]] = {}
     for fact in facts:
         name = _get_id(fact)

@@ -34,7 +34,7 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
     apart = [Mark(100.0 + 10 * i, Estimate(0.5 + 0.04 * i), "made", f"model {i}", str(i)) for i in range(10)]
     # Forty models in one place: a label for each would hide them all.
     heap = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
-    chart = Tradeoff("Kept", "MB", [*apart, *heap], {"made": ("o", SERIES[0], 5.0)}, ("made",), "Told.")
+    chart = Tradeoff("Kept", "MB", [*apart, *heap], {"made": ("o", SERIES[0], 5.0)}, ("made",))
     drawn = ElementTree.fromstring(draw_tradeoff(chart, "x", broad=broad))
     written = [text.text for text in drawn.iter("text")]
     assert {str(i) for i in range(10)} <= set(written)
@@ -45,7 +45,7 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
 
 def drawn_with(*kept: Estimate, costs: tuple[float, ...], keep: float | None = None) -> ElementTree.Element:
     marks = [Mark(cost, each, "made", str(each)) for cost, each in zip(costs, kept, strict=True)]
-    chart = Tradeoff("Kept", "MB", marks, {"made": ("o", SERIES[0], 5.0)}, (), "Told.", keep=keep)
+    chart = Tradeoff("Kept", "MB", marks, {"made": ("o", SERIES[0], 5.0)}, (), keep=keep)
     return ElementTree.fromstring(draw_tradeoff(chart, "x"))
 
 

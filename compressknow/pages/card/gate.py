@@ -25,20 +25,20 @@ _FACTS, _DOMAINS, _MOST_RESULTS = 5, 6, 100
 _RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 
-def parse_gates(values: float | str | Sequence[float | str] | None) -> tuple[Gate, ...]:
+def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: bool = False) -> tuple[Gate, ...]:
     """Return the gates of ``--fail-under``: shares, ``90%``, ``NAME=SHARE``. Raises UsageError for what is none.
 
     >>> parse_gates([0.9, "science=85%"])
-    (Gate(least=0.9, of=None), Gate(least=0.85, of='science'))
+    (Gate(least=0.9, of=None, strict=False), Gate(least=0.85, of='science', strict=False))
     """
     listed = [] if values is None else [values] if isinstance(values, float | int | str) else list(values)
-    gates = [_parse(value) for value in listed]
+    gates = [_parse(value, strict=strict) for value in listed]
     if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
         raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave one of them out.")
     return tuple(gates)
 
 
-def _parse(value: float | str) -> Gate:
+def _parse(value: float | str, *, strict: bool) -> Gate:
     name, _, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
     number = text.strip().removesuffix("%")
     try:
@@ -51,7 +51,7 @@ def _parse(value: float | str) -> Gate:
             f"--fail-under must be between 0 and 1: {text.strip() or value}.",
             hint="Write 95 % as 0.95 or 95%, and of a domain science=0.85.",
         )
-    return Gate(least, name.strip() or None)
+    return Gate(least, name.strip() or None, strict)
 
 
 def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = False, models: int = 1) -> None:
@@ -95,7 +95,7 @@ def hold_to_gates(result: object, card: Card) -> None:
         )
     labels = label_models(card.comparisons)
     judged = [
-        (label, comparison, gate, gate.is_met(comparison, strict=card.strict))
+        (label, comparison, gate, gate.is_met(comparison))
         for label, comparison in zip(labels, card.comparisons, strict=True)
         for gate in card.gates
     ]
@@ -157,7 +157,7 @@ def render_junit(card: Card) -> str:
         failures = 0
         for gate in card.gates:
             case = SubElement(suite, "testcase", classname=f"compressknow.{name}", name=f"keeps {gate.in_words}")
-            met = gate.is_met(comparison, strict=card.strict)
+            met = gate.is_met(comparison)
             if not met:
                 failures += 1
                 kind = "GateNotMet" if met is False else "GateUndecided"
@@ -194,10 +194,7 @@ def render_job_summary(card: Card) -> str:
 
 def list_results(card: Card, comparison: Comparison) -> list[tuple[str, str, str]]:
     """Return each gate of a card in words, what a model keeps of its facts, and whether the gate is met."""
-    return [
-        (gate.in_words, _write_kept(comparison, gate), _RESULTS[gate.is_met(comparison, strict=card.strict)])
-        for gate in card.gates
-    ]
+    return [(gate.in_words, _write_kept(comparison, gate), _RESULTS[gate.is_met(comparison)]) for gate in card.gates]
 
 
 def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
@@ -218,7 +215,6 @@ def decide(
     comparisons: Sequence[Comparison],
     *,
     gates: Sequence[Gate] = (),
-    strict: bool = False,
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Decision | None:
@@ -253,8 +249,8 @@ def decide(
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
         # What keeps as much may miss a strict gate by its interval.
-        floor, sure = join_names([gate.in_words for gate in gates]), "surely " if strict else ""
-        enough = [i for i in fitting if all(gate.is_met(comparisons[i], strict=strict) for gate in gates)]
+        floor, sure = join_names([gate.in_words for gate in gates]), "surely " if gates[0].strict else ""
+        enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
         if not enough:
             most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"

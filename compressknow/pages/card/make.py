@@ -49,7 +49,6 @@ def make_card(
     early: EarlyStop | None = None,
     path: str | None = None,
     gates: Sequence[Gate] = (),
-    strict: bool = False,
     within: int | None = None,
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
@@ -61,7 +60,7 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
-    gates, strict, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The advice
+    gates, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The advice
         on each goes by the gates, too.
 
     Raises
@@ -77,7 +76,7 @@ def make_card(
     model = read_model_facts(original.record.model)
     comparisons = []
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
-        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates, strict=strict)
+        compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
         # The figures of each wording are of answers that are not put together yet.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
@@ -93,7 +92,7 @@ def make_card(
     if len(comparisons) == 1:
         outcome, decision = comparisons[0].verdict, None
     else:
-        decision = decide(original, compressed, comparisons, gates=gates, strict=strict, within=within, broken=broken)
+        decision = decide(original, compressed, comparisons, gates=gates, within=within, broken=broken)
         outcome = _write_joint_verdict(original, comparisons, decision)
     return Card(
         verdict=outcome,
@@ -112,7 +111,6 @@ def make_card(
         known=known,
         decision=decision,
         gates=tuple(gates),
-        strict=strict,
     )
 
 
@@ -155,10 +153,8 @@ def compare(
     early: EarlyStop | None = None,
     path: str | None = None,
     gates: Sequence[Gate] = (),
-    strict: bool = False,
 ) -> Comparison:
-    """Return all figures of one compressed model, with advice that goes by `gates`, `strict` or not. Raises
-    CompressknowError where the two cannot be compared."""
+    """Return all figures of one compressed model; parameters and errors are those of `make_card`."""
     before, model = read_model_facts(original.record.model), read_model_facts(compressed.record.model)
     _check_comparable(original, compressed)
     common = [probe for probe in original.probes if probe in compressed.probes]
@@ -203,12 +199,12 @@ def compare(
     )
     is_broken = any(any(warnings.warn_of_answers("", side)) for side in (original, compressed))
     source = path if warnings.is_made_from(model, before) else None
-    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates, strict=strict))
+    return replace(compared, next=_REPAIR if is_broken else _advise(compared, source, gates))
 
 
-def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate], *, strict: bool) -> str:
+def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
     """Return what to do next: of a domain or relation it is enough that a gate is missed."""
-    met = {gate: gate.is_met(comparison, strict=strict) for gate in gates if gate.of}
+    met = {gate: gate.is_met(comparison) for gate in gates if gate.of}
     missed, unsure = ([gate for gate in met if met[gate] is which] for which in (False, None))
     if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
         return verdict.advise_less(comparison, f"less than {describe_share(missed)} is kept", path)

@@ -70,7 +70,6 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
             marks,
             looks,
             edge=kinds,
-            told="The best",
             more_is_better=get_cost is _get_speed,
             rounding=estimate_rounding_kept(list_probes(card.comparisons)).value,
         )
@@ -170,7 +169,6 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     return replace(
         page,
         what="report card",
-        title=f"{page.headline}: {clean(card.original.name, 60)}",
         models=f"{clean(card.original.name, 80)} {others}",
         verdict=clean(card.verdict, 1000),
         warnings=tuple(dict.fromkeys((*(clean(warning, 1000) for warning in card.warnings), *page.warnings))),

@@ -150,8 +150,6 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     if not known:
         return f"{name} knew none of the facts, so there is nothing that a compressed model could keep."
     best, worst = max(known, key=_get_kept), min(known, key=_get_kept)
-    if len(known) == 1:
-        return f"{best[1]} keeps {_write_share(best[0])} of the facts that {name} knew."
     if alike is None:
         return f"The {len(comparisons)} compressed models answered different facts: what each keeps cannot be compared."
     if _get_kept(best) == _get_kept(worst):

@@ -71,9 +71,7 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn that the compressed model was made from other files than the original's, that files changed since, or that
-    the model taken for the original was made from the other one.
-    """
+    """Warn that the model was made from another original, that files changed since, or that the two are swapped."""
     if check_source(original, model) is False:
         source = model.source or {}
         other, own = clean(source.get("sha256"), 13), clean(original.sha256, 13)
@@ -91,9 +89,7 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
 
 
 def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
-    """Return whether a model says that it was made from the original, or from what that was made from; None where it
-    does not say so, or where the original's files are on a server.
-    """
+    """Return whether a model was made from the original, or from what that was; None where it does not tell."""
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
     if not hashes or is_on_server(original):
         return None
@@ -142,7 +138,8 @@ def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
 
 def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     """Warn that the facts stand in the text that a model was calibrated on, or that the text hardly reached it."""
-    yield from warn_of_facts_in_text(original, model)
+    source = model.calibration["source"] if model.calibration else ""
+    yield from warn_of_facts_in_text(original, model.in_calibration, source)
     if not model.calibration:
         return
     if (unseen := model.calibration["unseen_share"]) > MANY_UNSEEN:
@@ -152,22 +149,15 @@ def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[s
         )
 
 
-def warn_of_facts_in_text(original: ModelRecord, model: ModelRecord, source: str | None = None) -> Iterator[str]:
-    """Warn that many facts stand in the calibration text of a model; with its source, in that of several models."""
-    text, it = f"the text that {clean(model.name, 80)} was calibrated on", "It"
-    if source is not None:
-        text, it = f"the calibration text {clean(source, 80)}", "What is calibrated on it"
-    yield from describe_facts_in_text(original, model.in_calibration, text, it)
-
-
-def describe_facts_in_text(original: ModelRecord, found: FactsInText | None, text: str, it: str) -> Iterator[str]:
-    """Say that many facts stand in a text, and that so `it`, which was made with the text, may keep more of them."""
+def warn_of_facts_in_text(original: ModelRecord, found: FactsInText | None, source: str = "") -> Iterator[str]:
+    """Warn that many facts stand in the calibration text of this source."""
     if found and found.known_found > MANY_IN_TEXT * found.known:
         stand = "stands" if found.found == 1 else "stand"
+        text = f"the calibration text {clean(source, 80)}".rstrip()
         yield (
             f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in {text}, {count(found.known_found)} of "
-            f"them among the {count(found.known)} that {clean(original.name, 80)} knew. {it} may keep more of these "
-            "than of other facts."
+            f"them among the {count(found.known)} that {clean(original.name, 80)} knew. What is calibrated on it may "
+            "keep more of these than of other facts."
         )
 
 
@@ -347,14 +337,12 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     facts = sum(probe.counts.n for probe in measured)
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
-    for name, found in (
-        ("rounding", [(probe.noise_floor, probe.counts.n) for probe in measured]),
-        ("the runtime", [(probe.runtime_noise_floor, probe.counts.n) for probe in measured]),
-    ):
-        if floors := [(floor, number) for floor, number in found if floor and floor.n]:
+    for name, floor_of in (("rounding", "noise_floor"), ("the runtime", "runtime_noise_floor")):
+        found = [(floor, p.counts.n) for p in measured if (floor := getattr(p, floor_of)) and floor.n]
+        if found:
             # Of a large probe a smaller part was put to it.
             alone = average_estimates(
-                [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
+                [estimate_proportion(floor.changed, floor.n) for floor, _ in found], [number for _, number in found]
             )
             could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
             parts.append(f"{name} alone changes {write_estimate(alone)}")
@@ -368,12 +356,8 @@ def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
 
 
 def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
-    """Return the share of all that the original knows which it still knows in another precision (0 to 1), with its
-    interval: it is measured on a sample of the facts.
-
-    A probe counts as much as it has known facts, as in knowledge kept. None where the original knows nothing, or where
-    this was not found for every probe of which it knows something.
-    """
+    """Return the share of what the original knows that it still knows in another precision (0 to 1), with its interval:
+    it is measured on a sample. A probe counts as much as it has known facts; None where one of these has no sample."""
     known = [probe for probe in probes if probe.counts.known_before]
     floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
     if len(floors) < len(known):

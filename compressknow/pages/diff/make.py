@@ -35,11 +35,8 @@ class Behaviour:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointComparison(Shown):
-    """Comparison of two checkpoints, b against a.
-
-    They are `identical` where all files that decide what they answer are the same to the byte; there is no `difference`
-    then, nor where the weights cannot be read: a warning says so.
-    """
+    """Comparison of two checkpoints, b against a. They are `identical` where all files that decide what they answer are
+    the same to the byte; there is no `difference` then, nor where the weights cannot be read."""
 
     verdict: str
     a: ModelRecord
@@ -152,10 +149,19 @@ def write_verdict(
     return " ".join(sentences) or f"The weights of {names[0]} and {names[1]} could not be compared."
 
 
+_UNMATCHED: dict[Kind, str] = {
+    "added": "only in B",
+    "missing": "only in A",
+    "reshaped": "of another shape",
+    "packed": "packed in a form that cannot be compared",
+}
+
+
 def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str:
     a, b = names
     changed = [tensor for tensor in difference.tensors if not tensor.same_bytes]
-    unmatched = _describe_unmatched(difference)
+    kinds = Counter(change.kind for change in difference.structure)
+    unmatched = ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
     if not difference.tensors:
         return f"No tensor of {a} and {b} can be compared: {unmatched or 'there is none'}."
     if not changed and not unmatched:
@@ -181,19 +187,6 @@ def _name_worst_group(difference: CheckpointDiff) -> str:
     return f", most in {group} ({number(errors[group], 4)})"
 
 
-_UNMATCHED: dict[Kind, str] = {
-    "added": "only in B",
-    "missing": "only in A",
-    "reshaped": "of another shape",
-    "packed": "packed in a form that cannot be compared",
-}
-
-
-def _describe_unmatched(difference: CheckpointDiff) -> str:
-    kinds = Counter(change.kind for change in difference.structure)
-    return ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
-
-
 def _count_tensors(number_of: int) -> str:
     return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
 
@@ -213,18 +206,11 @@ def _count_kept(counts: Counts) -> str:
 
 
 def make_behaviour(
-    there: Direction,
-    back: Direction,
-    *,
-    show_facts: bool,
-    known: str = RECOGNIZED,
-    gates: Sequence[Gate] = (),
-    strict: bool = False,
+    there: Direction, back: Direction, *, show_facts: bool, known: str = RECOGNIZED, gates: Sequence[Gate] = ()
 ) -> Behaviour:
-    """Make the statistics in both directions; `gates` are of B against A. Parameters and errors are those of
-    `make_card`."""
+    """Make the statistics in both directions; `gates` are of B against A. The rest is as in `make_card`."""
     a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*there, *back))
-    b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates, strict=strict)
+    b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates)
     a_against_b = make_card(b, [a_like_b], show_facts=show_facts)
     told = (*warnings.warn_of_known(known), *_list_warnings((a, b_like_a), b, b_against_a, a_against_b))
     return Behaviour(

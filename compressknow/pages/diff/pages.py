@@ -61,7 +61,7 @@ def make_comparison_page(
 ) -> parts.Page:
     """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
     a, b = name_both(comparison.a, comparison.b)
-    headline, difference = _write_headline(comparison), comparison.difference
+    difference = comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
     origin = (
         parts.Entries(_describe_checkpoint(comparison.a), "A"),
@@ -77,14 +77,13 @@ def make_comparison_page(
     behaviour, show_facts = comparison.behaviour, comparison.show_facts
     sections = (
         *(_show_behaviour(behaviour, facts, shown, show_facts=show_facts, charts=charts) if behaviour else ()),
-        *(_show_difference(difference, comparison.files, tensors, charts) if difference else ()),
+        *(_show_difference(difference, comparison.files, tensors) if difference else ()),
         parts.Shown("compare-method", "Method", (parts.Sentences(method),), look="text"),
     )
     return parts.Page(
         what="comparison",
-        title=f"{headline}: {a} and {b}",
         models=f"{a} and {b}",
-        headline=headline,
+        headline=_write_headline(comparison),
         verdict=clean(comparison.verdict, 1000),
         warnings=tuple(clean(warning, 1000) for warning in comparison.warnings),
         sections=tuple(section for section in sections if section.parts),
@@ -141,11 +140,9 @@ def _show_behaviour(
         yield parts.Shown("compare-answers", "Answers side by side", tuple(answers))
 
 
-def _show_difference(
-    difference: CheckpointDiff, files: tuple[str, ...], tensors: int, charts: bool
-) -> Iterator[parts.Shown]:
+def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int) -> Iterator[parts.Shown]:
     if difference.total.energy_change or not difference.total.finite:
-        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference, charts)))
+        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference)))
         if layers := sum_layers(difference):
             table = build_sums_table("Linear weights by layer", "Layer", layers)
             yield parts.Shown("compare-layers", "By layer", (table,))
@@ -185,12 +182,12 @@ def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
         yield parts.Folded("By domain and by relation", tuple(tables))
 
 
-def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[parts.Part]:
+def _show_map(difference: CheckpointDiff) -> Iterator[parts.Part]:
     grid = make_grid(difference)
     if grid is None:
         return
     title = "Relative error by layer and module"
-    if charts and (drawn := tuple(parts.draw_twice(partial(draw_heat_map, grid, title), "heat"))):
+    if drawn := tuple(parts.draw_twice(partial(draw_heat_map, grid, title), "heat")):
         yield from drawn
         yield parts.Note("", drawn=_MAP_NOTE)
     rows = tuple((row, *(number(cell, 4) for cell in cells)) for row, cells in zip(grid.rows, grid.cells, strict=True))
@@ -201,8 +198,6 @@ def _show_map(difference: CheckpointDiff, charts: bool) -> Iterator[parts.Part]:
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
 _ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
-# Words for a page that is cut, and the file that has all of it.
-_OF_COMPARISON = ("comparison", "compare.json")
 
 
 def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
@@ -231,7 +226,7 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
         )
         for a, b in answers[:limit]
     )
-    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows), of=_OF_COMPARISON)
+    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows))
 
 
 def _list_best(given: Answer) -> tuple[str, ...]:
@@ -350,7 +345,7 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
             "Tensors that differ", ("Tensor", "Type", *_WEIGHT_COLUMNS), tuple(rows), sortable=len(rows) > 1
         )
         left_out = len(changed) - len(rows)
-        rest = (parts.make_rest_note(left_out, *_OF_COMPARISON),) if left_out else ()
+        rest = (parts.make_rest_note(left_out),) if left_out else ()
         several = f"{count(len(rows))} tensors that differ, those first that differ most"
         yield parts.Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 

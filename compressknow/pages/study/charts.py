@@ -16,7 +16,6 @@ from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
 from compressknow.pages.drawing import Bar, Line
 from compressknow.pages.records import Comparison
 from compressknow.pages.study.records import (
-    AMOUNT,
     ATTENTION_KINDS,
     GPQ_AMOUNTS,
     IN_WORDS,
@@ -27,7 +26,6 @@ from compressknow.pages.study.records import (
     Study,
     StudyCell,
     StudyProbe,
-    find_axes,
     label_method,
 )
 
@@ -165,11 +163,8 @@ _BY_PROBE = "-by-probe"  # how the names of charts end that have a plot for each
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Figure: `name` of letters and hyphens, of its file; one panel, or one for each probe.
-
-    A panel is the probe that it is of, "" for all, and its SVG element, fit to stand in the page. Charts of means that
-    have the same `scale` have the same axis; so have the panels of a chart by probe.
-    """
+    """Figure, by its file's `name`, of panels: the probe of each, "" for all, and its SVG element. Charts of means that
+    have the same `scale` have the same axis; so have the panels of a chart by probe."""
 
     name: str
     title: str
@@ -296,14 +291,14 @@ def draw_charts(study: Study) -> tuple[Chart, ...]:
     """Draw all figures that the study has cells for; those by probe last, where it has several probes."""
     several = len(study.probes) > 1
     charts = [_draw_means(study, figure) for figure in _FIGURES]
-    charts += [_draw_means(study, _make_figure(axis)) for axis in find_axes(study)]
+    charts += [_draw_means(study, _make_figure(axis)) for axis in study.find_axes()]
     charts += [_draw_by_probe(study, figure) for figure in _FIGURES if several and figure.by_probe is not None]
     return tuple(chart for chart in charts if chart)
 
 
 def _make_figure(axis: Axis) -> _Figure:
     """Return a line for each group of amounts; of all else a group of bars for each, as many as a reader looks at."""
-    if axis.name == AMOUNT:
+    if axis.is_amount:
         by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
         lines = _draw_lines(by_amount, compute_mean_kept)[:_MOST]
         return _Figure(axis.chart, "Knowledge kept by how much was pruned", _KEPT, lambda _: lines)

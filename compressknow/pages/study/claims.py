@@ -137,9 +137,7 @@ def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def _test_limits(bounds: Sequence[Bound]) -> float | None:
-    """Return the p-value of "all are below their limits" where all are, which each must show by itself; else of "one is
-    above" (Bonferroni).
-    """
+    """Return the p-value of "all are below their limits" where all are; else of "one is above" (Bonferroni)."""
     known = [bound.p for bound in bounds if bound.p is not None]
     if len(known) < len(bounds):
         return None
@@ -213,11 +211,8 @@ def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:
 
 
 def measure_decline(study: Study, cell: StudyCell) -> Figure:
-    """Return how far accuracy fell over all probes' facts, relative to the original's; negative where it rose.
-
-    From the paired difference, with Newcombe's interval or the one over relations; the original's accuracy is taken as
-    it was measured.
-    """
+    """Return how far accuracy fell over all probes' facts, relative to the original's, taken as it was measured;
+    negative where it rose. The interval is Newcombe's, or the one over relations."""
     probes = tuple(probe for probe in study.probes if probe.name in cell.correct)
     right = _join([cell.correct[probe.name] for probe in probes])
     clusters = intervals.tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
@@ -238,11 +233,8 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
 
 def measure_remaining(study: Study, cell: StudyCell) -> Figure:
     """Return the share left of what the original knows beyond a model that has forgotten everything (see
-    `StudyProbe.floor`); negative where the cell scores below that.
-
-    Over the probes of which the original knows clearly more than the floor; None where there is no such probe. The
-    interval is that of the cell's accuracy; the original's is taken as it was measured.
-    """
+    `StudyProbe.floor`), over the probes of which it knows clearly more; negative where the cell scores below that, None
+    where there is no such probe. The interval is that of the cell's accuracy alone."""
     probes = [probe for probe in study.probes if probe.name in cell.correct and _is_known(probe)]
     n, nothing = sum(probe.n for probe in probes), sum(probe.n * probe.floor for probe in probes)
     known = sum(sum(probe.correct) for probe in probes) - nothing

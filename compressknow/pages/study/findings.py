@@ -60,12 +60,8 @@ FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
 def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
-    """Return all ten, in order, and those of the cells of one method alone, in the place of the paper's.
-
-    The ten need plain cells by scope; what is missing makes a finding "cannot tell". Of one method there are those of
-    each that modules are pruned by, and of each scheme; of kinds of which the study has several. Findings without cells
-    are left out there.
-    """
+    """Return all ten, in order; and of each method, where the study has several, those that it has cells for, tested on
+    these cells in the place of the paper's method."""
     studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     adjusted = iter(claims.adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
@@ -243,11 +239,9 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
         _claim_final_near_baseline,
     ),
 )
-# Of findings that hold a figure to a limit, what it is, in full and in short.
-_FIGURES = {
-    "F1": ("Relative fall in accuracy", "relative fall"),
-    **dict.fromkeys(("F5", "F10"), ("Left of what the original knows beyond the baseline", "left beyond the baseline")),
-}
+# Of findings that hold a figure to a limit, what it is.
+_LEFT = "left of what the original knows beyond the baseline"
+_FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
 
 
 def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:
@@ -256,7 +250,7 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
     if not pairs and not bounds:
         return replace(finding, answer=answer, why=NO_CELLS)
     if bounds:
-        figure, short = _FIGURES[finding.id]
+        figure = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
         return replace(
             finding,
@@ -264,7 +258,7 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
             statistic=_describe_bounds(bounds, figure, names),
             why=_explain_bounds(tested),
             bounds=bounds,
-            numbers=f"{short}: {_describe_bound(_find_largest(known), names)}" if known else "",
+            numbers=f"{figure}: {_describe_bound(_find_largest(known), names)}" if known else "",
         )
     return replace(
         finding,
@@ -330,10 +324,8 @@ def _summarize_comparisons(pairs: Sequence[claims.CellComparison], names: Mappin
 def _explain_comparisons(answer: str, pairs: Sequence[claims.CellComparison], parts: Sequence[str]) -> str:
     if answer == claims.HOLDS:
         return "Every significant comparison agrees with the claim."
-    if answer != claims.CANNOT_TELL:
-        if any(pair.direction > 0 for pair in pairs):
-            return "Some significant comparisons agree with the claim, others contradict it."
-        return "All significant comparisons contradict the claim."
+    if answer == claims.DOES_NOT_HOLD:
+        return "A significant comparison contradicts the claim."
     open_parts = [part for part in parts if not any(p.direction > 0 and p.part == part for p in pairs)]
     missing = [part for part in open_parts if not any(pair.part == part for pair in pairs)]
     if missing and missing != [""]:
@@ -367,7 +359,7 @@ def _describe_bounds(bounds: Sequence[claims.Bound], figure: str, names: Mapping
         return "-"
     shown = [_find_largest(bounds)] if len(bounds) > _FEW else bounds
     most = f", the largest of {count(len(bounds))}" if len(bounds) > _FEW else ""
-    return f"{figure}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
+    return f"{figure.capitalize()}{most}: " + "; ".join(_describe_bound(bound, names) for bound in shown) + "."
 
 
 def _find_largest(bounds: Sequence[claims.Bound]) -> claims.Bound:

@@ -99,12 +99,11 @@ _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> parts.Page:
     """Return the study as text, with its charts where they are given; no fact's text is in it."""
-    headline, forms = summary.write_headline(study), "form" if len(study.cells) == 1 else "forms"
+    forms = "form" if len(study.cells) == 1 else "forms"
     return parts.Page(
         what="study",
-        title=f"{headline}: {clean(study.original.name, 60)}",
         models=f"{clean(study.original.name, 80)} and {count(len(study.cells))} compressed {forms} of it",
-        headline=headline,
+        headline=summary.write_headline(study),
         verdict=summary.write_verdict(study),
         warnings=_write_warnings(study),
         sections=tuple(section for section in _make_sections(study, charts) if section.parts),
@@ -120,13 +119,9 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Show
     yield parts.Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
     yield parts.Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
-    yield parts.Shown(
-        "findings",
-        "The paper's ten findings, tested on this model",
-        tuple(_show_findings(study, findings)),
-        short="The paper's findings",
-    )
-    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)), short="By method")
+    title = "The paper's ten findings, tested on this model"
+    yield parts.Shown("findings", title, tuple(_show_findings(study, findings)))
+    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)))
     yield parts.Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
     yield parts.Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
     yield parts.Shown("failed", "Cells that failed", _show_failed(study.failed))
@@ -242,16 +237,12 @@ def _show_failed(cells: Sequence[FailedCell]) -> tuple[parts.Part, ...]:
 
 
 def _write_warnings(study: Study) -> tuple[str, ...]:
-    """Say what counts as known, that some cells failed, which calibration texts hold facts, and what holds for every
-    cell, once.
-    """
     warnings = [*warn_of_known(study.known)]
     if study.failed:
         total = len(study.cells) + len(study.failed) + len(study.refused)
         warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
     for cell in study.cells:
-        if calibration := cell.comparison.model.calibration:
-            warnings += warn_of_facts_in_text(study.original, cell.comparison.model, calibration["source"])
+        warnings += _warn_of_text(study, cell)
     warnings += _find_common_warnings(study)
     return tuple(dict.fromkeys(clean(warning, 1000) for warning in warnings))
 
@@ -262,12 +253,14 @@ def _find_common_warnings(study: Study) -> list[str]:
 
 
 def _list_warnings(study: Study, cell: StudyCell) -> list[str]:
-    """Return the warnings of a cell, but for those of grades, which a study does not show, and of facts in its
-    calibration text, which stand above all cells.
-    """
-    of_text = warn_of_facts_in_text(study.original, cell.comparison.model)
-    elsewhere = {*warn_of_grades(cell.comparison.grades), *of_text}
+    """Return the warnings of a cell, but of grades, which a study does not show, and of its text, which stand above."""
+    elsewhere = {*warn_of_grades(cell.comparison.grades), *_warn_of_text(study, cell)}
     return [warning for warning in cell.comparison.warnings if warning not in elsewhere]
+
+
+def _warn_of_text(study: Study, cell: StudyCell) -> Iterator[str]:
+    model = cell.comparison.model
+    return warn_of_facts_in_text(study.original, model.in_calibration, (model.calibration or {}).get("source", ""))
 
 
 def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
@@ -329,7 +322,10 @@ def build_cells_table(study: Study) -> parts.Table:
     columns = [
         ("Setup", ["original", *names.values()]),
         *(
-            (clean(name, 30).replace("_", " ").capitalize(), ["", *(_write_setting(c, name) for c in study.cells)])
+            (
+                clean(name, 30).replace("_", " ").capitalize(),
+                ["", *(format_setting(name, c.settings[name]) if name in c.settings else "" for c in study.cells)],
+            )
             for name in settings
         ),
         ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
@@ -360,10 +356,6 @@ def build_cells_table(study: Study) -> parts.Table:
         sortable=len(study.cells) > 1,
         captioned=False,
     )
-
-
-def _write_setting(cell: StudyCell, name: str) -> str:
-    return format_setting(name, cell.settings[name]) if name in cell.settings else ""
 
 
 def _write_millions(weights: int) -> str:

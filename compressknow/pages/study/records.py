@@ -169,6 +169,11 @@ class Study(Tabular):
                 values.setdefault(name, set()).add(value)
         return [name for name, different in values.items() if len(different) > 1]
 
+    def find_axes(self) -> tuple[Axis, ...]:
+        """Return an axis for each setting that some cells differ in and in nothing else, by their order in recipes."""
+        axes = (_make_axis(self, name) for name in self.list_varying_settings())
+        return tuple(axis for axis in axes if axis.groups)
+
     def name_cells(self) -> dict[str, str]:
         """Return what to call each cell, by key: its setup, with the scheme where there are several, with its key where
         that does not tell it from another either."""
@@ -223,12 +228,10 @@ _LONGEST = 2000  # characters of an error
 
 
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
-    """Return one row per cell and probe, in the order of the grid; failed cells come last, with None for what is not
-    known. A running text has a row per cell too, without counts of facts. Beside `COLUMNS` there is a column for each
-    setting that any cell has (``layers``, ``rounding``, ``group_size``, ...).
+    """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, None for
+    what is not known. Beside `COLUMNS` there is a column for each setting that any cell has (``layers``, ...).
 
-    Accuracies are averaged as the probe's protocol does (over facts, or over relations); `status` is ``ok``,
-    ``failed`` or ``refused``; the text of an error is on one line.
+    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``.
     """
     rows = []
     for cell in study.cells:
@@ -323,11 +326,8 @@ def label_method(method: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Setting that varies while all else stays, and the groups of cells in which it does.
-
-    A group is the name of what its cells share and those of other groups do not, and the cells by the setting's value,
-    ascending where it is a number.
-    """
+    """Setting that varies while all else stays, and groups of cells in which it does: the name of what they alone
+    share, and the cells by the setting's value, ascending where it is a number."""
 
     name: str
     groups: tuple[tuple[str, Mapping[str, StudyCell]], ...]
@@ -337,11 +337,19 @@ class Axis:
         """Name of the chart that shows it."""
         return f"axis-{self.name.replace('_', '-')}"
 
+    @property
+    def is_amount(self) -> bool:
+        return self.name == AMOUNT
 
-def find_axes(study: Study) -> tuple[Axis, ...]:
-    """Return an axis for each setting that some cells differ in and in nothing else, by their order in recipes."""
-    axes = (_make_axis(study, name) for name in study.list_varying_settings())
-    return tuple(axis for axis in axes if axis.groups)
+    def pair_groups(self) -> Iterator[dict[str, list[StudyCell]]]:
+        """Yield, for groups of the same values, their cells that knew something, by value in the same order."""
+        alike: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
+        for _, group in self.groups:
+            known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
+            cells = alike.setdefault(frozenset(known), {value: [] for value in known})
+            for value, cell in known.items():
+                cells[value].append(cell)
+        yield from (each for each in alike.values() if len(each) > 1)
 
 
 def _make_axis(study: Study, name: str) -> Axis:
@@ -424,14 +432,3 @@ def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setti
         return name
     # What tells this group from the others is that it lacks what they have.
     return "not pruned" if AMOUNT not in rest and any(AMOUNT in each for each in of_all) else "not quantized"
-
-
-def pair_groups(axis: Axis) -> Iterator[dict[str, list[StudyCell]]]:
-    """Yield, for groups that have the same values, their cells that knew something, by value in the same order."""
-    alike: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
-    for _, group in axis.groups:
-        known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
-        cells = alike.setdefault(frozenset(known), {value: [] for value in known})
-        for value, cell in known.items():
-            cells[value].append(cell)
-    yield from (each for each in alike.values() if len(each) > 1)

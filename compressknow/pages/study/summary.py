@@ -13,18 +13,7 @@ from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
 from compressknow.pages.study.claims import CANNOT_TELL, HOLDS, CellComparison, Claim, adjust_claims, compare_cells
 from compressknow.pages.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, Finding, limit_amounts
-from compressknow.pages.study.records import (
-    AMOUNT,
-    IN_WORDS,
-    MODULES,
-    UNSTRUCTURED,
-    Axis,
-    Study,
-    StudyCell,
-    find_axes,
-    label_method,
-    pair_groups,
-)
+from compressknow.pages.study.records import IN_WORDS, MODULES, UNSTRUCTURED, Axis, Study, StudyCell, label_method
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
 CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keeps less
@@ -102,7 +91,7 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
             (scheme, (), {module: [of[scheme]] for module, of in quantized.items() if scheme in of})
             for scheme in study.list_schemes()
         ],
-        **{axis.chart: [(axis.name, (), cells) for cells in pair_groups(axis)] for axis in find_axes(study)},
+        **{axis.chart: [(axis.name, (), cells) for cells in axis.pair_groups()] for axis in study.find_axes()},
     }
     compared = {kind: [each for each in of_kind if len(each[2]) > 1] for kind, of_kind in compared.items()}
     claims = [claim for of_kind in compared.values() for *_, cells in of_kind for claim in _claim_ends(study, cells)]
@@ -149,7 +138,7 @@ def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] |
     """Return that of each name's cells by amount, where there are two or more; by default by module."""
     if amounts is None:
         amounts = {module: study.select_pruned(module) for module in MODULES}
-    groups = sum(len(axis.groups) for axis in find_axes(study) if axis.name == AMOUNT)
+    groups = sum(len(axis.groups) for axis in study.find_axes() if axis.is_amount)
     # All these intervals together hold with 95 % (Bonferroni).
     level = 1 - 0.05 / (len(MODULES) + groups)
     known = {name: _index_cells(cells) for name, cells in amounts.items()}
@@ -271,7 +260,7 @@ class Conclusion:
 
 def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclusion, ...]:
     """Return, by chart, the study's own findings, then the paper's for this family of which the study has cells."""
-    orders, axes = rank_cells(study), find_axes(study)
+    orders, axes = rank_cells(study), study.find_axes()
     by = f" ({_PAPER_METHOD})" if len(study.list_methods()) > 1 else ""
     conclusions = [
         *(
@@ -314,7 +303,7 @@ def _conclude_method(study: Study, least: Least) -> Conclusion:
 
 def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterator[Conclusion]:
     """Yield, of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
-    if axis.name == AMOUNT:
+    if axis.is_amount:
         groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
         yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, groups))
         return

@@ -29,7 +29,7 @@ from tests.pages.card.test_make import card_of
 
 
 def gated(card: Card, *given: Any, strict: bool = False) -> Card:
-    return replace(card, gates=parse_gates(given), strict=strict)
+    return replace(card, gates=parse_gates(given, strict=strict))
 
 
 def held(card: Card, *given: Any, strict: bool = False) -> None:
@@ -178,11 +178,11 @@ class TestOnPages:
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
-        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"]), strict=True).comparisons
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"], strict=True)).comparisons
         assert comparison.next == "Next: evaluate more facts: these do not tell whether 65 % of science is kept."
-        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"]), strict=True).comparisons
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"], strict=True)).comparisons
         assert "deploy" not in comparison.next
-        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.2"]), strict=True).comparisons
+        (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.2"], strict=True)).comparisons
         assert "deploy" in comparison.next
 
 
@@ -267,11 +267,11 @@ class TestDecision:
         assert [each["beaten_by"] for each in told["standings"]] == [None, None, None]
 
     def test_a_strict_gate_asks_for_the_interval(self) -> None:
-        card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95), strict=True)
+        card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))
         assert card.decision is not None
         only = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
         assert card.decision.reason.startswith(only)
-        none = several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95), strict=True).decision
+        none = several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95, strict=True)).decision
         assert none is not None
         assert none.reason.startswith("No model surely keeps at least 95 %: none is recommended. keeps 195 keeps")
 

@@ -148,8 +148,8 @@ def test_facts_beyond_the_first_are_folded_and_beyond_the_limit_counted() -> Non
     lost = with_class(page, "table", "facts")
     assert [len(table.all("tr")) - 1 for table in lost] == [20, 480, 3]
     assert "480 more" in [summary.text for summary in page.all("summary")]
-    assert "112 more are in the JSON of this report" in page.text
-    assert "1 more is in the JSON of this report" in read(render_html(card_of_one(lost=501, gained=0))).text
+    assert "112 more are in the JSON, which" in page.text
+    assert "1 more is in the JSON, which" in read(render_html(card_of_one(lost=501, gained=0))).text
 
 
 def test_facts_are_left_out_on_request() -> None:

@@ -86,7 +86,7 @@ def test_tables_are_those_of_the_page(name: str) -> None:
 def test_facts_are_limited_and_the_rest_counted() -> None:
     text = render_markdown(card_of_one(lost=60, gained=3))
     assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
-    assert "10 more are in the JSON of this report" in text
+    assert "10 more are in the JSON, which" in text
 
 
 def test_method_and_glossary_are_two_lists() -> None:

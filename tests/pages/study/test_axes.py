@@ -22,7 +22,7 @@ from compressknow.pages.study.pages import (
     to_parquet,
     write_study,
 )
-from compressknow.pages.study.records import Study, find_axes, tidy_rows
+from compressknow.pages.study.records import Study, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
 from tests.pages.pages import read
 from tests.pages.study.studies import own_grid, study, two_methods, whole_grid
@@ -89,7 +89,7 @@ def made_of(name: str, folder: Path) -> Study:
 @pytest.mark.parametrize("name", GRIDS)
 def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: Path) -> None:
     made, values = made_of(name, tmp_path), GRIDS[name][2]
-    axis = next(each for each in find_axes(made) if each.name == name)
+    axis = next(each for each in made.find_axes() if each.name == name)
     assert [list(cells) for _, cells in axis.groups] == [values] * len(axis.groups)
     (chart,) = [chart for chart in draw_charts(made) if chart.name == axis.chart]
     assert all(value in chart.panels[0][1] for value in values)
@@ -106,7 +106,7 @@ def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: P
 
 def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None:
     made = made_of("layers", tmp_path)
-    by_layers, by_amount = {axis.name: axis for axis in find_axes(made)}["layers"], find_axes(made)[-1]
+    by_layers, by_amount = {axis.name: axis for axis in made.find_axes()}["layers"], made.find_axes()[-1]
     assert [name for name, _ in by_layers.groups] == ["20 %", "50 %"]
     assert (by_amount.name, [name for name, _ in by_amount.groups]) == ("prune", ["layers 0-5", "layers 6-11"])
     found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
@@ -117,7 +117,7 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
 
 def test_groups_are_not_named_by_what_only_some_methods_have(tmp_path: Path) -> None:
     grid = '[axes]\nmethod = ["l1-unstructured", "ln-structured"]\nprune = [0, 0.5]\nquantize = ["int8", "fp8"]\n'
-    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]))
+    axes = own_grid(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]).find_axes()
     (of_schemes,) = (axis for axis in axes if axis.name == "quantize")
     assert [name for name, _ in of_schemes.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
 
@@ -132,19 +132,19 @@ def test_a_group_that_lacks_what_the_others_have_has_a_name(tmp_path: Path) -> N
 def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
     made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
-    axis = next(each for each in find_axes(made) if each.name == "rounding")
+    axis = next(each for each in made.find_axes() if each.name == "rounding")
     assert [name for name, _ in axis.groups] == ["calibration self", "calibration hf:some/set"]
     assert [list(cells) for _, cells in axis.groups] == [["nearest", "gptq"]] * 2
 
 
 def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> None:
     grid = (ROOT / "examples" / "grid.toml").read_text(encoding="utf-8")
-    assert find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100])) == ()
+    assert own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100]).find_axes() == ()
 
 
 def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
-    assert find_axes(whole_grid()) == ()
-    assert find_axes(study(two_methods())) == ()
+    assert whole_grid().find_axes() == ()
+    assert study(two_methods()).find_axes() == ()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
 )
 def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
     grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
-    axes = find_axes(own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]))
+    axes = own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]).find_axes()
     groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
     assert groups == {"scope": amounts, "prune": ["attention", "feed-forward"]}
 
@@ -165,7 +165,7 @@ def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[s
 def test_a_group_is_not_called_what_one_in_the_papers_figures_is(tmp_path: Path) -> None:
     grid = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.5, 0.9]\nquantize = ["none", "int8"]\n'
     made = own_grid(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
-    groups = {axis.name: [name for name, _ in axis.groups] for axis in find_axes(made)}
+    groups = {axis.name: [name for name, _ in axis.groups] for axis in made.find_axes()}
     assert groups["prune"] == ["attention, int8", "feed-forward, int8"]
     claims = [conclusion.claim for conclusion in draw_conclusions(made, [])]
     assert len(set(claims)) == len(claims)

@@ -193,10 +193,7 @@ def add_sections(
 def _measure(
     name: str, section: Section, comparison: Comparison, answers: tuple[Answers, Answers]
 ) -> Mapping[str, Any]:
-    """Return what a section measures, by probe.
-
-    Raises TypeError or ValueError for what is no JSON, NaN included, or has the name of something else in it.
-    """
+    """Return what a section measures, by probe. Raises TypeError or ValueError for what cannot stand in the JSON."""
     if type(section).measure is Section.measure:
         return {}
     original, compressed = answers
@@ -239,11 +236,7 @@ def show_sections(
 
 
 def _check_part(part: Any) -> Any:
-    """Return a part with all its text plain.
-
-    Raises TypeError where it is no part, or holds what is neither text nor a number; ValueError where a row of a table
-    has more or fewer cells than there are columns, a table more or fewer bars than rows, or facts too few columns.
-    """
+    """Return a part with all its text plain. Raises TypeError or ValueError where it cannot be shown."""
     for each in (part, *(part.parts if type(part) is Folded else ())):
         if type(each) not in _KINDS:
             raise TypeError(f"`parts` gives {type(each).__name__}, which is no part of a section")

@@ -25,7 +25,7 @@ from compressknow.model.manifest import describe_calibration, describe_removed
 from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
-from compressknow.pages.records import write_estimate
+from compressknow.pages.records import write_estimate, write_part
 
 _AVERAGES = {"micro": "share of all facts", "macro": "mean over relations"}
 
@@ -124,8 +124,7 @@ def _write_facts(probe: ProbeFigures) -> str:
 def _write_suppressed(probe: ProbeFigures) -> str:
     if probe.lost_still_in_top5 is None or not probe.counts.lost:
         return NONE
-    share_of_lost = write_percent(probe.lost_still_in_top5, probe.counts.lost)
-    return f"{count(probe.lost_still_in_top5)} of {count(probe.counts.lost)} ({share_of_lost})"
+    return write_part(probe.lost_still_in_top5, probe.counts.lost)
 
 
 def _write_changes(floor: NoiseFloor | None) -> str:
@@ -138,17 +137,6 @@ def _write_flips(floor: NoiseFloor | None) -> str:
 
 def _write_moves(floor: NoiseFloor | None) -> str:
     return number(floor.kl_mean) if floor else NONE
-
-
-def _write_lost(probe: ProbeFigures) -> str:
-    counts = probe.counts
-    return f"{count(counts.lost)} of {count(counts.known_before)} ({write_percent(counts.lost, counts.known_before)})"
-
-
-def _write_gained(probe: ProbeFigures) -> str:
-    counts = probe.counts
-    unknown = counts.gained + counts.neither
-    return f"{count(counts.gained)} of {count(unknown)} ({write_percent(counts.gained, unknown)})"
 
 
 _NO_FACTS = "there is nothing to count."
@@ -180,8 +168,8 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
         lambda p: write_estimate(p.kept_above_chance),
         "the answer is free text, so that nothing is right by chance, or the original knew none of the facts.",
     ),
-    ("Lost", _write_lost, ""),
-    ("Gained", _write_gained, ""),
+    ("Lost", lambda p: write_part(p.counts.lost, p.counts.known_before), ""),
+    ("Gained", lambda p: write_part(p.counts.gained, p.counts.gained + p.counts.neither), ""),
     ("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
     ("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
     ("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
