@@ -54,12 +54,7 @@ _LONGEST = 80
 
 
 def diff_models(
-    a: Located,
-    b: Located,
-    *,
-    trust_remote_code: bool = False,
-    threads: int | None = None,
-    on_progress: Listener | None = None,
+    a: Located, b: Located, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
 ) -> CheckpointDiff | None:
     """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
     weights have other names and another order."""

@@ -166,7 +166,7 @@ class FactsInText:
 
 @dataclass(frozen=True)
 class ModelRecord(_Part):
-    """Object "model": the model that gave the answers. Old records and other tools' lack some of it.
+    """Object "model": the model that gave the answers.
 
     Attributes
     ----------
