@@ -208,9 +208,10 @@ def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def find_decoder_start(model: PreTrainedModel) -> int:
     """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
     # Its generation_config.json comes first; without that file, the generation config is made of config.json.
+    generation = getattr(model, "generation_config", None)  # A classifier has none.
     for holder, name in (
-        (model.generation_config, "decoder_start_token_id"),
-        (model.generation_config, "bos_token_id"),
+        (generation, "decoder_start_token_id"),
+        (generation, "bos_token_id"),
         (model.config, "decoder_start_token_id"),
     ):
         if isinstance(token := getattr(holder, name, None), int):

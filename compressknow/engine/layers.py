@@ -241,6 +241,11 @@ class Int4Linear(EngineLinear):
             values += self.bias
         return values.reshape(*x.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return integers: code that asks only what dtype to cast to casts nothing to integers (NLLB-MoE)."""
+        return self.packed.view(torch.int8)
+
     def integers(self) -> torch.Tensor:
         """Return int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
         ones = torch.ones(self.in_features // self.group_size, self.out_features)

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError, suggest_word
+from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.files import claim_folder, find_cache_folder, write_whole
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Begin, Listener, Stage, ignore_advance, report_progress
@@ -121,7 +121,7 @@ def check_architecture(architecture: str, converter: Path) -> None:
     if architecture not in known:
         raise UnsupportedError(
             f"llama.cpp's converter does not know {architecture}.",
-            hint=f"{suggest_word(architecture, known)}It knows {', '.join(known)}. {_NEWER}",
+            hint=f"It knows {', '.join(known)}. {_NEWER}",
         )
 
 

@@ -49,9 +49,9 @@ def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
     # It imports torch, as the conversion did.
     from compressknow.model.meta import needs_own_code
 
-    own_code = needs_own_code(read_json(source / "config.json"), str(manifest["source"]["architecture"]))
-    metadata = read_card_metadata(source / "README.md")
-    return render_model_card(manifest, source_card_metadata=metadata, own_code=own_code)
+    config = read_json(source / "config.json")
+    auto_map = config["auto_map"] if needs_own_code(config, str(manifest["source"]["architecture"])) else None
+    return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"), auto_map=auto_map)
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
@@ -66,18 +66,19 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def render_model_card(
-    manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], own_code: bool = False
+    manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], auto_map: Mapping[str, Any] | None = None
 ) -> str:
     """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's;
-    `own_code` is whether the model loads only with the Python code that it brings."""
+    `auto_map` is the entry of its config.json if it loads only with the Python code that it brings."""
     source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     # The name comes from a config that anyone may have written, and goes into code that people paste.
-    name = find_auto_class(architecture, model_type)
+    own = (auto for auto, reference in (auto_map or {}).items() if str(reference).endswith(f".{architecture}"))
+    name = next(own, find_auto_class(architecture, model_type))
     auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
-    trust = ["--trust-remote-code"] if own_code else []
+    trust = ["--trust-remote-code"] if auto_map else []
     command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision, *trust]
     return render(
         "model_card.md.j2",
@@ -88,9 +89,9 @@ def render_model_card(
         removed=" ".join(describe_removed(manifest.get("removed"))),
         quantized=bool(schemes),
         auto_class=auto_class,
-        own_code=own_code,
+        own_code=bool(auto_map),
         word=choose_word(find_schemes(schemes)),
-        generate_needs_load=bool(schemes) and is_encoder_decoder(architecture, model_type),
+        generate_needs_load=bool(schemes) and auto_class == "AutoModelForSeq2SeqLM",
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
         vllm=find_vllm_obstacle(manifest) is None,
@@ -159,17 +160,12 @@ def find_auto_class(architecture: str, model_type: str) -> str:
     >>> find_auto_class("BertForMaskedLM", "bert"), find_auto_class("T5ForConditionalGeneration", "t5")
     ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
     """
-    if is_encoder_decoder(architecture, model_type):
+    if model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel")):
         return "AutoModelForSeq2SeqLM"
     if architecture.endswith("ForMaskedLM"):
         return "AutoModelForMaskedLM"
     is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel")) and not architecture.endswith("WithLMHeadModel")
     return "AutoModelForCausalLM" if is_causal else architecture
-
-
-def is_encoder_decoder(architecture: str, model_type: str) -> bool:
-    """Return whether it is a text-to-text model with an encoder of its own."""
-    return model_type in _TEXT_ENCODER_DECODERS and architecture.endswith(("ForConditionalGeneration", "MTModel"))
 
 
 def describe_runtimes(manifest: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
 import compressknow
 from compressknow.engine import layers
@@ -18,7 +19,7 @@ from compressknow.engine.layers import Int4Linear, disable_rounding, has_rounded
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
 from tests.knowing import facts_file, knowing
-from tests.models import logits, tiny_of_groups
+from tests.models import VOCABULARY, logits, tiny_of_groups
 
 pytestmark = pytest.mark.skipif(
     not layers.Int4Kind().runs_on("cpu"), reason="this CPU has no fast kernel: int4 layers run as floats"
@@ -155,6 +156,17 @@ def test_what_the_kernel_does_not_take_runs_in_floats(tmp_path: Path) -> None:
     assert len(int4_layers(model)) == 14
     assert type(model.lm_head) is not Int4Linear
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_code_that_asks_for_the_dtype_of_a_weight_runs(tmp_path: Path) -> None:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
+    config = NllbMoeConfig(vocab_size=VOCABULARY, d_model=32, num_experts=4, **sizes)
+    NllbMoeForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
+    ours, plain = load(tmp_path / "out"), in_floats(tmp_path / "out")
+    assert int4_layers(ours)
+    with disable_rounding(ours):
+        torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_a_recipe_that_mixes_schemes_runs_each_in_its_own_layers(tmp_path: Path) -> None:

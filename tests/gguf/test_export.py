@@ -289,7 +289,10 @@ def test_overwrite(tmp_path: Path) -> None:
 @needs_converter
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("bert", "masked language model"), ("bart", "does not know BartForConditionalGeneration.*LlamaForCausalLM")],
+    [
+        ("bert", "masked language model"),
+        ("bart", r"does not know BartForConditionalGeneration\.\n\s*It knows.*LlamaForCausalLM"),
+    ],
 )
 def test_refused_architectures(name: str, words: str, tmp_path: Path) -> None:
     """What llama.cpp has no form for is refused before anything is written."""

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressknow.base.errors import CompressknowError, is_out_of_memory
+from compressknow.base.errors import CompressknowError, UnsupportedError, is_out_of_memory
 from compressknow.base.progress import silence_libraries
 from compressknow.compress.sources import Sources
+from compressknow.engine.load import find_reason
 from compressknow.model.groups import list_block_names
 from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
@@ -124,9 +125,18 @@ class StreamedModel:
             self._set(name, torch.empty(self._get(name).shape, device="meta").as_subclass(Absent))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """Run the whole model, which must hold all its weights, on a batch, for what is seen of it."""
-        with torch.no_grad():
-            self.model(**batch)
+        """Run the whole model, which must hold all its weights, on a batch, for what is seen of it.
+
+        Raises UnsupportedError where it fails.
+        """
+        try:
+            with torch.no_grad():
+                self.model(**batch)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, CompressknowError):
+                raise
+            what = f"{type(self.model).__name__} fails on the calibration text."
+            raise UnsupportedError(what, find_reason(error), "It may need an input beside the text.") from error
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
 from tests.compress.conftest import Refused
 from tests.knowing import KNOWN_FACTS, knowing
@@ -111,6 +111,15 @@ def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
 )
 def test_options_that_do_not_fit(options: list[str], code: int, message: str, llama: Path, refused: Refused) -> None:
     assert message in refused(llama, *options, code=code)
+
+
+def test_a_model_that_reads_no_text_is_refused(llama: Path, tmp_path: Path, notes: Path, refused: Refused) -> None:
+    sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    special = {f"{name}_token_id": 1 for name in ("bos", "eos", "pad", "decoder_start")}
+    WhisperForConditionalGeneration(WhisperConfig(vocab_size=99, **sizes, **special)).save_pretrained(tmp_path / "ear")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "ear")
+    said = refused(tmp_path / "ear", *WANDA, "--calibration", str(notes))
+    assert "WhisperForConditionalGeneration fails on the calibration text." in said
 
 
 def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(

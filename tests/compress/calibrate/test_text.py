@@ -18,7 +18,7 @@ from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import build_meta_model
 from tests.knowing import KNOWN_FACTS, knowing
 from tests.long import long
-from tests.models import save_tiny
+from tests.models import edit_config, save_tiny
 
 SHARED = Path(__file__).parents[4] / "shared" / "models"
 FAMILIES = ("bert", "llama", "t5")
@@ -114,8 +114,10 @@ def test_a_t5_reads_what_is_left_and_its_decoder_what_was_hidden(folders: dict[s
     assert [*read[:place], *written[2:-1], *read[place + 1 : -1]] == whole[:20]
 
 
-def test_a_bart_reads_masks_and_its_decoder_the_whole_text(tmp_path: Path, notes: Path) -> None:
+@pytest.mark.parametrize("architecture", ["BartForConditionalGeneration", "BartModel"])
+def test_a_bart_reads_masks_and_its_decoder_the_whole_text(architecture: str, tmp_path: Path, notes: Path) -> None:
     folder = save_tiny("bart", tmp_path / "bart")
+    edit_config(folder, architectures=[architecture])
     tokens = tokenizer_of(knowing("bert", tmp_path / "bert"))
     tokens.save_pretrained(folder)
     # BERT's words that the tiny embedding has rows for.
@@ -127,6 +129,7 @@ def test_a_bart_reads_masks_and_its_decoder_the_whole_text(tmp_path: Path, notes
     assert read.count(tokens.mask_token_id) == 2
     assert len(read) == 40 - 6 + 2
     assert len(written) == 40
+    assert written[0] == 2
     assert written[1] == tokens.cls_token_id
     assert tokens.mask_token_id not in written
     assert written[2:] == tokens(text, add_special_tokens=False)["input_ids"][:38]

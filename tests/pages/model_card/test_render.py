@@ -146,16 +146,19 @@ def test_source_card_is_read(tmp_path: Path) -> None:
     assert read_card_metadata(tmp_path / "README.md") == {"license": "mit"}
 
 
+@pytest.mark.parametrize("architecture", ["OwnForCausalLM", "OwnWriter"])
 def test_a_model_with_its_own_code_is_loaded_and_made_again_as_its_card_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     own, out = knowing_by_own_code(tmp_path / "own"), tmp_path / "out"
+    for name in ("config.json", "own.py"):
+        (own / name).write_text((own / name).read_text().replace("OwnForCausalLM", architecture))
     compressknow.convert(own, out, prune=0.3, trust_remote_code=True)
     card = (out / "README.md").read_text(encoding="utf-8")
     (snippet,) = code_blocks(card, "python")
     names: dict[str, Any] = {}
     exec(snippet.replace("PATH/TO/THIS/FOLDER", out.as_posix()), names)
-    assert type(names["model"]).__name__ == "OwnForCausalLM"
+    assert type(names["model"]).__name__ == architecture
     assert code_blocks(card, "sh")[-1] == "compressknow convert own OUTPUT --recipe recipe.toml --trust-remote-code\n"
