@@ -79,7 +79,9 @@ def is_scale_of(scale: StoredTensor, tensor: StoredTensor) -> bool:
     """Tell whether a scale is one number for the tensor, one for each of its rows, or one for each group of columns."""
     rows, columns = get_matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
-    return scale.dtype in FLOAT_DTYPES and (scale.numel in (1, rows) or bool(per_group))
+    # Of blocks of rows and columns there may be as many as rows.
+    per_row = scale.numel == rows and scale.shape[:1] == tensor.shape[:1]
+    return scale.dtype in FLOAT_DTYPES and (scale.numel == 1 or per_row or bool(per_group))
 
 
 def _unpack(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
