@@ -261,3 +261,11 @@ def _remove_dead(temporaries: Iterable[Path]) -> None:
         with lock_dead(temporary) as is_dead, contextlib.suppress(OSError):
             if is_dead:
                 _find_content(temporary).unlink(missing_ok=True)
+
+
+def walk_visible(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder, at any depth, by the path within it, in order; nothing hidden."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not any(part.startswith((".", "__pycache__")) for part in name.parts):
+            yield name

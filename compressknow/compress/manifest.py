@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from compressknow._version import __version__
 from compressknow.base.format import NONE, clean, count, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCALE, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
@@ -20,6 +18,8 @@ from compressknow.model.structure import GROUPS, NOT_LINEAR
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.compression import Calibrated
     from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.plan import Plan, PlannedTensor
+    from compressknow.compress.process import Measured
     from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from compressknow.base.errors import CheckpointError
+from compressknow.base.files import walk_visible
 from compressknow.base.format import dump_json
 from compressknow.base.progress import Repeating
 from compressknow.base.reading import compute_sha256
@@ -41,10 +42,8 @@ from compressknow.model.checkpoint import (
     list_module_folders,
 )
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
-from compressknow.model.tensors import DTYPE_SIZES, get_torch_dtype, view_bytes
+from compressknow.model.tensors import DTYPE_SIZES, PT_FORMAT, get_torch_dtype, view_bytes
 
-# transformers refuses a file without it.
-METADATA = {"format": "pt"}
 FLUSH_SECONDS = 0.1
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
@@ -193,7 +192,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
     """Return a file's first bytes, its whole size, and the offset of each tensor (name, dtype, shape), in this order:
     the widest dtypes first, so that each lies aligned."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": PT_FORMAT}
     position = 0
     for name, dtype, shape in entries:
         end = position + DTYPE_SIZES[dtype] * math.prod(shape)
@@ -305,11 +304,3 @@ def list_carried_files(folder: Path) -> Iterator[str]:
         if path.is_file():
             check_inside(folder, path)
             yield name.as_posix()
-
-
-def walk_visible(folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder, at any depth, by the path within it, in order; nothing hidden."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if not any(part.startswith((".", "__pycache__")) for part in name.parts):
-            yield name

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,13 @@ from compressknow.compress.blocks import (
     make_raw_keys,
     view_bits,
 )
-from compressknow.compress.plan import PlannedTensor
 from compressknow.compress.pruning import METHODS, Mask, Pruned
 from compressknow.compress.schemes import SCALE, SCHEMES, Rounding, Scheme, Stored, repeat_scales, round_to_nearest
-from compressknow.compress.weights import Values
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dtype, view_bytes
+
+if TYPE_CHECKING:
+    from compressknow.compress.plan import PlannedTensor
+    from compressknow.compress.weights import Values
 
 COPY_BYTES = 1 << 20
 # Below it float32 loses digits of the squares it is a sum of.

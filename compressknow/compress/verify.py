@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CheckpointError, VerificationError
+from compressknow.base.files import walk_visible
 from compressknow.base.format import count, write_size
 from compressknow.base.notebook import Shown, Summary
 from compressknow.base.progress import Advance, count_progress, ignore_advance
 from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import Pool, Reader, make_raw_keys
 from compressknow.compress.manifest import count_weights
-from compressknow.compress.output import METADATA, walk_visible
 from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import (
@@ -28,7 +28,7 @@ from compressknow.model.manifest import (
     list_expected_tensors,
     read_manifest,
 )
-from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_metadata
+from compressknow.model.tensors import PT_FORMAT, OpenFiles, StoredTensor, read_header, read_metadata
 
 SHOWN = 20
 ADDED, CHANGED = "not in the manifest", "its bytes differ (sha256)"
@@ -138,8 +138,8 @@ def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, Sto
         except CheckpointError as error:
             differences.append(Difference(file, None, error.what))
             continue
-        if metadata != METADATA:
-            differences.append(Difference(file, None, f"its metadata is {metadata}, expected {METADATA}"))
+        if metadata != PT_FORMAT:
+            differences.append(Difference(file, None, f"its metadata is {metadata}, expected {PT_FORMAT}"))
         differences += [Difference(file, name, "stored twice") for name in tensors if name in stored]
         stored |= tensors
     return stored, differences

@@ -351,6 +351,9 @@ PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
             f"{x}.weight_g_idx": torch.arange(32, dtype=torch.int32) % 4,
         }
     ),
+    "fp8 in blocks, as many as rows": lambda tensors, x: tensors.update(
+        {f"{x}.weight": torch.ones(32, 32).to(torch.float8_e4m3fn), f"{x}.weight_scale": torch.ones(4, 8)}
+    ),
     "int8 with scales of another shape": lambda tensors, x: tensors.update(
         {f"{x}.weight": torch.ones(32, 32, dtype=torch.int8), f"{x}.weight_scale": torch.ones(32, 5)}
     ),

@@ -77,7 +77,7 @@ def test_the_smallest_of_each_group_of_input_channels_fall(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 5), st.data())
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 5), st.data())
 def test_smallest_of_rows_is_a_stable_sort(rows: int, columns: int, highest: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, columns))
     values = st.lists(st.integers(-1, highest), min_size=rows * columns, max_size=rows * columns)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,11 @@ def test_a_change_is_named_with_its_file_and_tensor(
     assert main(["verify", str(converted), "--json"]) == 1
     differences = json.loads(capsys.readouterr().out)["differences"]
     assert {difference["file"] for difference in differences} <= {"model.safetensors", *message.split(":")}
+
+
+def test_it_does_not_wait_for_transformers() -> None:
+    code = "import sys, compressknow.compress.verify; print('transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
 def test_the_model_card_may_be_edited(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:

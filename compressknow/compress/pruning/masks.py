@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -186,10 +187,22 @@ def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
     return keys
 
 
+# Up to so many, comparing each two is faster than a partition of each row: ten times with 4.
+FEW_COLUMNS = 8
+
+
 def mask_smallest_of_rows(keys: Keys, count: int) -> BoolArray:
     """Mask the `count` smallest keys of each row [rows, columns], ties in the order of columns."""
     if count == 0:
         return np.zeros(keys.shape, dtype=np.bool_)
+    if keys.shape[1] <= FEW_COLUMNS:
+        columns = np.ascontiguousarray(keys.T)
+        ranks = np.zeros(columns.shape, dtype=np.int8)
+        for one, other in combinations(range(len(columns)), 2):
+            is_first = columns[one] <= columns[other]
+            ranks[other] += is_first
+            ranks[one] += ~is_first
+        return np.ascontiguousarray((ranks < count).T)
     # Partitioning integers is ten times as fast as sorting them, which finding the indices would take.
     highest = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     pruned: BoolArray = keys <= highest
