@@ -178,32 +178,55 @@ class GgufTokenizer:
 
 # Of an answer that shows that a file works.
 _ANSWER_TOKENS = 8
+# In several scripts, with names and numbers.
+_TEXTS = (
+    "The capital of France is",
+    "In 1998, São Paulo's 9,839,066 people didn't speak Māori.",
+    "北京是中国的首都。",
+    "القاهرة عاصمة مصر.",
+    "Москва — столица России. 😀",
+)
 
 
-def complete_prompt(path: Path, prompt: str) -> str:
-    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early. The file is taken
-    as sound: one that llama.cpp has just written. Raises what `GgufModel` does, and CompressknowError where it computes
-    no numbers, or fails."""
-    with closing(GgufModel(path, trial=True)) as model:
-        tokenizer = GgufTokenizer(model)
-        read: list[int] = tokenizer(prompt)["input_ids"] or [0]
-        written: list[int] = []
-        start, following = 0, read
-        with closing(Context(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
-            while len(written) < _ANSWER_TOKENS:
-                logits = context.read([Span(0, start, following, 1)])[0]
-                if not np.isfinite(logits).all():
-                    raise CompressknowError(f"{path.name} computes no numbers in llama.cpp (NaN).")
-                start, following = start + len(following), [int(logits.argmax())]
-                if tokenizer.is_end(following[0]):
-                    break
-                written += following
-        return tokenizer.decode(written)
+def complete_prompt(model: GgufModel, prompt: str) -> str:
+    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
+
+    Raises CompressknowError where it computes no numbers, or fails.
+    """
+    tokenizer = GgufTokenizer(model)
+    read: list[int] = tokenizer(prompt)["input_ids"] or [0]
+    written: list[int] = []
+    start, following = 0, read
+    with closing(Context(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
+        while len(written) < _ANSWER_TOKENS:
+            logits = context.read([Span(0, start, following, 1)])[0]
+            if not np.isfinite(logits).all():
+                raise CompressknowError(f"{model.path.name} computes no numbers in llama.cpp (NaN).")
+            start, following = start + len(following), [int(logits.argmax())]
+            if tokenizer.is_end(following[0]):
+                break
+            written += following
+    return tokenizer.decode(written)
+
+
+def find_other_tokens(model: GgufModel, tokenizer: Any) -> tuple[str, str] | None:
+    """Return a text as llama.cpp splits it, and as the checkpoint's tokenizer does, where these differ: llama.cpp has
+    no way of its own for all tokenizers, such as a Llama's that is of SentencePiece's unigrams."""
+    own = GgufTokenizer(model)
+    for text in _TEXTS:
+        read = [reader(text)["input_ids"] for reader in (own, tokenizer)]
+        if read[0] != read[1]:
+            there, here = ("|".join(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in read)
+            return there, here
+    return None
 
 
 def _try_file(path: Path) -> None:
-    """Read a token, in a process that `compressknow.gguf.llama_cpp` starts, for it may crash."""
-    context = Context(GgufModel(path, trial=True), cells=_TRIAL_CELLS, sequences=1, threads=1)
+    """Split a text of a letter that no vocabulary has, and read a token, in a process that
+    `compressknow.gguf.llama_cpp` starts, for it may crash."""
+    model = GgufModel(path, trial=True)
+    GgufTokenizer(model)("\ue000")
+    context = Context(model, cells=_TRIAL_CELLS, sequences=1, threads=1)
     context.read([Span(0, 0, [0], 1)])
 
 

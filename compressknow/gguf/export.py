@@ -8,12 +8,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.format import write_size
 from compressknow.base.progress import Begin, count_progress, ignore_progress
 from compressknow.base.reading import compute_sha256
@@ -25,7 +26,7 @@ from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
-from compressknow.engine.load import find_family_of_class
+from compressknow.engine.load import find_family_of_class, load_tokenizer
 from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
     check_architecture,
@@ -271,9 +272,15 @@ def write(
         if modelfile:
             place.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
-            from compressknow.gguf.context import complete_prompt
+            from compressknow.gguf.context import complete_prompt, find_other_tokens
+            from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
-            record.answer = PROMPT, complete_prompt(place.file, PROMPT)
+            check_no_crash(place.file)
+            with closing(GgufModel(place.file, trial=True)) as model:
+                record.answer = PROMPT, complete_prompt(model, PROMPT)
+                with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
+                    tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
+                    record.other_tokens = find_other_tokens(model, tokenizer)
         export.checkpoint.check_unchanged()
         place.commit()
     return record

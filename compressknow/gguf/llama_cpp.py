@@ -115,7 +115,7 @@ _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
 def check_no_crash(path: Path) -> None:
-    """Raise CheckpointError where a process in which llama.cpp loads the file and reads a token of it ends there.
+    """Raise CheckpointError where llama.cpp ends a process in which it loads a file, splits a text and reads a token.
 
     All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
     """
@@ -125,7 +125,8 @@ def check_no_crash(path: Path) -> None:
         return
     assertion = _ASSERTED.search(output)
     why = f"llama.cpp says: {assertion[0]}" if assertion else f"The process that tried it ended with {code}."
-    raise CheckpointError(f"{path} makes llama.cpp crash.", why, "Download it again: it is damaged, or not sound.")
+    hint = "Download or make it again: it is damaged, or its vocabulary cannot spell every letter (no byte fallback)."
+    raise CheckpointError(f"{path} makes llama.cpp crash.", why, hint)
 
 
 @cache

@@ -51,7 +51,7 @@ _MODELS = {
 
 
 @cache
-def _sentencepiece(kind: str) -> bytes:
+def train_sentencepiece(kind: str, *, byte_fallback: bool) -> bytes:
     """A model of sentencepiece over the sentences of the facts that small models know: ``bpe`` or ``unigram``."""
     trained = io.BytesIO()
     sentences = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
@@ -60,7 +60,7 @@ def _sentencepiece(kind: str) -> bytes:
         model_writer=trained,
         model_type=kind,
         vocab_size=VOCABULARY,
-        byte_fallback=kind == "bpe",
+        byte_fallback=byte_fallback,
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
@@ -77,16 +77,16 @@ def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **op
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.to(dtype).save_pretrained(folder, **options)
     if name == "t5":
-        (folder / "spiece.model").write_bytes(_sentencepiece("unigram"))
+        (folder / "spiece.model").write_bytes(train_sentencepiece("unigram", byte_fallback=False))
     else:
-        (folder / "tokenizer.model").write_bytes(_sentencepiece("bpe"))
+        (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=True))
     return folder
 
 
 def knowing_llama(folder: Path) -> Path:
     """Write a tiny Llama that knows the facts of `tests.knowing`, and that llama.cpp's converter takes."""
     folder.mkdir(parents=True)
-    (folder / "tokenizer.model").write_bytes(_sentencepiece("bpe"))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=True))
     config = hf.LlamaConfig(**_LLAMA, initializer_range=0.05, dtype=torch.float32)
     config.save_pretrained(folder)
     return knowing_as(folder, config)

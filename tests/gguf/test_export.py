@@ -42,6 +42,7 @@ from tests.gguf.making import (
     checkpoint,
     metadata,
     needs_converter,
+    train_sentencepiece,
     types,
     values,
     weights,
@@ -422,6 +423,30 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="converter failed"):
         compressknow.export(source, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_converter
+@pytest.mark.parametrize(("kind", "is_told"), [("bpe", False), ("unigram", True)])
+def test_a_vocabulary_that_llama_cpp_splits_text_otherwise_by_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, is_told: bool
+) -> None:
+    source = checkpoint("llama", tmp_path / "model")
+    (source / "tokenizer.model").write_bytes(train_sentencepiece(kind, byte_fallback=True))
+    # Nothing is put before a text, by either.
+    (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert main(["export", str(source), str(tmp_path / "out.gguf")]) == 0
+    assert ("llama.cpp reads other tokens than the model's own tokenizer" in capsys.readouterr().out) == is_told
+
+
+@needs_converter
+def test_a_vocabulary_that_crashes_llama_cpp_on_some_texts_is_refused(tmp_path: Path) -> None:
+    source = checkpoint("llama", tmp_path / "model")
+    (source / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=False))
+    with pytest.raises(CheckpointError, match=r"makes llama\.cpp crash"):
+        compressknow.export(source, tmp_path / "out.gguf")
+    compressknow.export(source, tmp_path / "out.gguf", smoke=False)
+    with pytest.raises(CheckpointError, match=r"makes llama\.cpp crash"):
+        compressknow.probe(tmp_path / "out.gguf", tmp_path / "answers", limit=8)
 
 
 @needs_converter
