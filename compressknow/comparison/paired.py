@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
+from compressknow.base.format import SIGNIFICANT
 from compressknow.comparison.distributions import (
     PERCENTILES,
     assign_popularity_bins,
@@ -24,7 +25,6 @@ from compressknow.comparison.distributions import (
     name_popularity_bins,
 )
 from compressknow.comparison.intervals import (
-    SIGNIFICANT,
     adjust_holm,
     average_relations,
     correct_for_chance,

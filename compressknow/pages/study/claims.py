@@ -10,8 +10,8 @@ from itertools import chain
 
 import numpy as np
 
+from compressknow.base.format import SIGNIFICANT
 from compressknow.comparison.intervals import (
-    SIGNIFICANT,
     adjust_holm,
     compare_rates,
     estimate_difference,
