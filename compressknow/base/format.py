@@ -129,8 +129,8 @@ def write_points(value: float | None) -> str:
     return f"{_write_signed(100 * value, digits)} points"
 
 
-# The reader holds p to this, and what is said beside it does too.
-_SIGNIFICANT = 0.05
+# A change is called real below this p-value.
+SIGNIFICANT = 0.05
 
 
 def write_p_value(p: float | None) -> str:
@@ -148,7 +148,7 @@ def write_p_value(p: float | None) -> str:
     if 0.99 < p < 1:
         return "p > 0.99"
     texts = (f"{p:.{digits}g}" for digits in range(2, 18))
-    return f"p = {next(text for text in texts if (float(text) < _SIGNIFICANT) == (p < _SIGNIFICANT))}"
+    return f"p = {next(text for text in texts if (float(text) < SIGNIFICANT) == (p < SIGNIFICANT))}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -300,9 +300,11 @@ class Line:
         columns = 80
         with contextlib.suppress(OSError, ValueError):
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
-        text = text[: max(columns - 1, 1)]
-        before, self._shown = self._shown, len(text)
-        return f"\r{text:<{before}}" + "\b" * max(before - len(text), 0)
+        while _count_cells(text) >= columns:
+            text = text[:-1]
+        before, self._shown = self._shown, _count_cells(text)
+        rest = max(before - self._shown, 0)
+        return f"\r{text}{' ' * rest}" + "\b" * rest
 
     def _clear(self) -> str:
         before, self._shown = self._shown, 0

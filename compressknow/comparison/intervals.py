@@ -18,8 +18,6 @@ import numpy as np
 
 from compressknow.comparison.records import Counts, Estimate, PairedTest
 
-# A change is called real below this p-value.
-SIGNIFICANT = 0.05
 RESAMPLES = 10_000
 SEED = 0
 _QUANTILES = (2.5, 97.5)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compressknow.base.errors import CompressknowError
+from compressknow.base.format import SIGNIFICANT
 from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,
@@ -365,7 +366,7 @@ def rank_models(
     adjusted = intervals.adjust_holm(
         [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
     )
-    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < intervals.SIGNIFICANT}
+    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]
     order = sorted(range(len(models)), key=lambda place: -known[place])
     found = []

@@ -26,7 +26,7 @@ from compressknow.compress.steps import (
     Where,
 )
 from compressknow.model.manifest import MANIFEST_NAME
-from compressknow.model.structure import ModuleMap
+from compressknow.model.structure import ModuleMap, check_module_map
 
 # The table of a recipe's file that says how a GGUF file is made: see `compressknow.gguf.choice`.
 EXPORT = "export"
@@ -72,8 +72,7 @@ class Recipe:
                 "--drop-blocks N or --drop-neurons.",
                 names=("calibration", "calibration_tokens"),
             )
-        if self.module_map not in get_args(ModuleMap):
-            raise UsageError(f"Unknown module map {self.module_map!r}.", hint="Choose structural or paper.")
+        check_module_map(self.module_map)
         kinds = [_ORDER.index(type(step)) for step in self.steps]
         if kinds != sorted(kinds):
             if min(kinds) < _ORDER.index(Prune):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compressknow.model.structure import Group, Kind, LinearWeight, ModuleMap, Structure
+from compressknow.model.structure import Group, Kind, LinearWeight, ModuleMap, Structure, check_module_map
 
 # Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
@@ -72,6 +72,7 @@ FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.ou
 def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
     """Read the structure of a model, as a rule one on the meta device. The module map ``paper`` counts BERT's and
     RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code does; ``structural`` as attention."""
+    check_module_map(module_map)
     tree = _Tree(model)
     linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _list_linear_parameters(model)]
     if module_map == "paper":

@@ -20,6 +20,12 @@ Kind = Literal["linear", "conv1d", "experts"]
 NOT_LINEAR = "not-linear"
 
 
+def check_module_map(name: str) -> None:
+    """Raise UsageError where that is no module map."""
+    if name not in get_args(ModuleMap):
+        raise UsageError(f"Unknown module map {name!r}.", hint="Choose structural or paper.")
+
+
 @dataclass(frozen=True)
 class LinearWeight:
     """Weight matrix, or stack of matrices, of the module tree.

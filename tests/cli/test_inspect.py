@@ -106,6 +106,11 @@ def test_the_papers_map_moves_parameters(tmp_path: Path, capsys: pytest.CaptureF
     assert structural["overall"] == paper["overall"]
 
 
+def test_a_map_that_there_is_not_is_no_other_one(tmp_path: Path) -> None:
+    with pytest.raises(compressknow.UsageError, match="Unknown module map 'papr'"):
+        compressknow.inspect(config_only(tmp_path, "BertForMaskedLM", **BERT), module_map="papr")  # type: ignore[arg-type]
+
+
 def test_the_page_fits_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for architecture, config in (("BertForMaskedLM", BERT), ("T5ForConditionalGeneration", T5)):
         page = printed(capsys, config_only(tmp_path, architecture, **config))

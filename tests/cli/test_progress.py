@@ -76,6 +76,18 @@ def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
     assert max(map(len, screen.lines)) < 80
 
 
+@pytest.mark.usefixtures("often")
+def test_a_line_in_wide_letters_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch(monkeypatch, terminal=True)
+    with report_progress(Lines(), replace(STAGE, model="模" * 20, probe="facts:问题.jsonl")) as told:
+        assert told is not None
+        told(2000, 4021, 50.0)
+        until(screen, "facts:")
+        told(4000, 4021)
+    assert max(sum(2 if letter in "模问题" else 1 for letter in line) for line in screen.lines) == 79
+    assert screen.getvalue().endswith(f"\r{' ' * 79}\r")
+
+
 @both
 def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
     terminal: bool, monkeypatch: pytest.MonkeyPatch

@@ -132,11 +132,13 @@ def describe_share(gates: Iterable[Gate]) -> str:
 
 def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
     """Say how many known facts would tell of all, were the shares kept as they are."""
-    needed = [None if gate.of else estimate_facts_needed(comparison, gate.least) for comparison, gate in unsure]
-    known = [number for number in needed if number is not None]
-    if len(known) < len(needed):
-        return "Evaluate more facts (--limit, more probes), or leave out --strict to go by the share alone."
-    about = round_up(max(*known, *(c.counts.known_before + 1 for c, _ in unsure)))
+    needed = [estimate_facts_needed(comparison, gate.least) for comparison, gate in unsure if not gate.of]
+    share_alone = "or leave out --strict to go by the share alone."
+    if None in needed:
+        return f"More of these facts would not soon tell: choose other probes (-p), {share_alone}"
+    if len(needed) < len(unsure):
+        return f"Evaluate more facts (--limit, more probes), {share_alone}"
+    about = round_up(max(*filter(None, needed), *(c.counts.known_before + 1 for c, _ in unsure)))
     return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
 
 

@@ -204,9 +204,10 @@ def compare(
 
 def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
     """Return what to do next: of a domain or relation it is enough that a gate is missed."""
-    met = {gate: gate.is_met(comparison) for gate in gates if gate.of}
-    missed, unsure = ([gate for gate in met if met[gate] is which] for which in (False, None))
-    if any(gate.measure_kept(comparison)[0].known_before for gate in missed):
+    met = {gate: gate.is_met(comparison) for gate in gates}
+    missed = [gate for gate in gates if met[gate] is False]
+    unsure = [gate for gate in gates if gate.of and met[gate] is None]
+    if any(gate.of and gate.measure_kept(comparison)[0].known_before for gate in missed):
         return verdict.advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
     least = next((gate.least for gate in gates if gate.of is None), verdict.ENOUGH)
     if unsure and (comparison.kept.low or 0.0) >= least:

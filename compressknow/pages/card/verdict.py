@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import NONE, clean, count, share, share_beside, write_p_value, write_percent
-from compressknow.comparison.intervals import SIGNIFICANT, design_of_kept, estimate_kept, run_mcnemar
+from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share, share_beside, write_p_value, write_percent
+from compressknow.comparison.intervals import design_of_kept, estimate_kept, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures

@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 
+from compressknow.base.format import SIGNIFICANT
 from compressknow.comparison import intervals
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe
@@ -55,7 +56,7 @@ class CellComparison:
 
 
 def _get_direction(change: float, p: float | None) -> int:
-    if p is None or p >= intervals.SIGNIFICANT or not change:
+    if p is None or p >= SIGNIFICANT or not change:
         return 0
     return 1 if change > 0 else -1
 
@@ -93,7 +94,7 @@ class Claim:
     @property
     def answer(self) -> str:
         if self.bounds:
-            if self.p_holm is None or self.p_holm >= intervals.SIGNIFICANT:
+            if self.p_holm is None or self.p_holm >= SIGNIFICANT:
                 return CANNOT_TELL
             if not all(bound.is_below for bound in self.bounds):
                 return DOES_NOT_HOLD

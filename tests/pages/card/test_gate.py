@@ -74,6 +74,13 @@ class TestGate:
         assert caught.value.exit_code == 4
         assert re.search("about [0-9,]+ that the original knows would tell", str(caught.value))
 
+    def test_where_more_facts_would_not_tell_neither_page_nor_error_asks_for_them(self) -> None:
+        original, compressed = run(sides(95, 5))
+        card = make_card(original, [compressed], gates=parse_gates(0.95), strict=True)
+        assert "no number of facts of these probes would soon tell" in card.comparisons[0].next
+        with pytest.raises(GateUndecided, match="More of these facts would not soon tell: choose other probes"):
+            hold_to_gates(card, card)
+
     def test_an_interval_that_begins_just_below_a_strict_gate_is_written_so(self) -> None:
         # It begins at 95.056 %.
         card = card_of(964, 36)
@@ -178,6 +185,8 @@ class TestOnPages:
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
+        (comparison,) = make_card(original, [compressed], gates=parse_gates([0.995, "science=0.85"])).comparisons
+        assert "less than what --fail-under asks is kept" in comparison.next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"], strict=True)).comparisons
         assert comparison.next == "Next: evaluate more facts: these do not tell whether 65 % of science is kept."
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"], strict=True)).comparisons

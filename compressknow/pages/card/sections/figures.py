@@ -224,11 +224,11 @@ class HowSure(Section):
         ),
     )
     method = (
-        "Intervals over relations are Wilson's, of as many independent facts as tell as much (design effect, Kish "
-        f"1965; Korn and Graubard 1998), with Student's t; the difference's is Newcombe's of as many. Below {FEWEST} "
-        "relations there are none.",
-        "The smallest loss seen is that which the test shows with a power of 80 % (Duffy 1984), were facts gained as "
-        "often as they were here. Facts that hang together count as the independent ones that tell as much.",
+        "Facts that hang together count as fewer, unrelated ones that tell as much (design effect, Kish 1965; Korn and "
+        "Graubard 1998). Intervals over relations are Wilson's of so many facts, with Student's t, and Newcombe's for "
+        f"the difference. With fewer than {FEWEST} relations there are none.",
+        "The smallest loss seen is the one that the test would show in four of five cases (a power of 80 %, Duffy "
+        "1984), if facts were gained as often as here.",
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
