@@ -91,7 +91,7 @@ class Probe:
     keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
         are dropped, as the official LAMA code does.
     score_rest : causal and seq2seq models are scored on what follows the blank too (BEAR's sentence scores). Without,
-        they are so only where it holds words, or where one candidate begins another.
+        they are so only where it holds words, or one candidate begins another (by a full stop where nothing follows).
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
     source : where the facts come from: file names with sha256, the set's licence, the template.
     read : the number of facts that the set has, those dropped and those beyond a limit included.

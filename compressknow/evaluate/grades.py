@@ -188,8 +188,8 @@ def apply_reading(answers: Answers, known: str) -> Answers:
 def merge_wordings(answers: Answers) -> Answers:
     """Merge the wordings of each fact into one answer: known if more than half of them are.
 
-    The rank is the middle one, log-probability and divergence are means, and what is answered is what most wordings
-    give, of equally many the first.
+    The rank is the middle one, log-probability and divergence are means, and what is answered is what most of those
+    wordings give that are right, or wrong, as the fact is; of equally many the first.
     """
     split = {name: entry for name, entry in answers.record.probes.items() if entry.templates}
     if not split:
@@ -214,8 +214,8 @@ def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
 
 
 def _merge(wordings: Sequence[Answer]) -> Answer:
-    first = wordings[0]
-    predicted = Counter(answer.predicted for answer in wordings).most_common(1)[0][0]
+    first, correct = wordings[0], 2 * sum(answer.correct for answer in wordings) > len(wordings)
+    predicted = Counter(answer.predicted for answer in wordings if answer.correct == correct).most_common(1)[0][0]
     shown = next(answer for answer in wordings if answer.predicted == predicted)
     rank = median_high(math.inf if answer.rank is None else answer.rank for answer in wordings)
     tried = [answer.with_example for answer in wordings if answer.with_example is not None]
@@ -228,7 +228,7 @@ def _merge(wordings: Sequence[Answer]) -> Answer:
         first,
         fact_id=strip_wording(first.fact_id),
         template=None,
-        correct=2 * sum(answer.correct for answer in wordings) > len(wordings),
+        correct=correct,
         predicted=predicted,
         produced=shown.produced,
         top5=shown.top5,

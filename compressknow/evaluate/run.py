@@ -369,8 +369,8 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
     settings = handle.settings
     decides: list[object] = [
         # Another version may prompt or score otherwise; this one finds answers in Chinese, in quotes and as whole
-        # numbers, and the sum over all.
-        *(SCHEMA_VERSION, __version__, "grades/3", handle.sha256, probe.fingerprint()),
+        # numbers, the sum over all, and a candidate that begins another where no full stop follows.
+        *(SCHEMA_VERSION, __version__, "grades/4", handle.sha256, probe.fingerprint()),
         context.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
         *handle.runtime.key(),

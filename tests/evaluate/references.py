@@ -211,8 +211,8 @@ def word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> Wo
 def word_facts(*, first: bool = True) -> tuple[Fact, ...]:
     """Facts of these words: the blank last, in the middle and first, candidates of one to three words."""
     draw = random.Random(0)
-    templates = ["w1 of {} is [MASK].", "w2 {} is [MASK] of w3.", "Who of {} of w4 is [MASK]", "w5 w6 w7 {} is [MASK]."]
-    templates += ["[MASK] is w8 of {}."] * first
+    templates = ["w1 of {} is [MASK].", "w2 {} is [MASK] of w3.", "Who of {} of w4 is [MASK]."]
+    templates += ["w5 w6 w7 {} is [MASK].", *["[MASK] is w8 of {}."] * first]
     facts = []
     for number, template in enumerate(templates):
         texts = [" ".join(draw.choices(WORDS[20:], k=number % 3 + 1)) for number in range(9)]

@@ -92,6 +92,13 @@ def test_the_rest_of_the_sentence_counts_where_one_candidate_begins_another(know
     assert all(answer.correct for answer in answers.values())
 
 
+def test_a_candidate_that_begins_another_ends_in_a_full_stop_where_the_prompt_has_none(knows: LanguageModel) -> None:
+    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in known_facts()[:16:3]]  # type: ignore[misc]
+    answers = asked(knows, as_probe([replace(fact, prompt=fact.prompt.removesuffix(".")) for fact in facts]))
+    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+    assert all(answer.correct and answer.grade == "produced" for answer in answers.values())
+
+
 def test_one_token_of_the_whole_vocabulary_or_of_given_words(knows: LanguageModel) -> None:
     facts = known_facts(closed=False)
     one_word = [fact for fact in facts if " " not in fact.obj_label]

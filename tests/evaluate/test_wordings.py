@@ -174,6 +174,8 @@ def test_a_fact_is_known_by_most_of_its_wordings(
     probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
     (merged,) = merge_wordings(answers(own, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
+    # Else a fact might be lost and its answer unchanged.
+    assert (merged.predicted == merged.gold) is known
 
 
 @pytest.mark.parametrize(

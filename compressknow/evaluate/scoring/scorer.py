@@ -210,8 +210,9 @@ class Scorer(ABC):
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
             options = self.encode_options(fact, fact.candidates, rest=rest)
             if not rest and any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options)))):
-                # It would never be the less likely one of both.
-                options = self.encode_options(fact, fact.candidates, rest=True)
+                # It would never be the less likely one of both: a full stop tells where it ends.
+                ended = fact if fact.after.strip() else replace(fact, prompt=f"{fact.prompt}.")
+                options = self.encode_options(ended, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
             aliases = self._find_aliases(fact)
