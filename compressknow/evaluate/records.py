@@ -29,7 +29,7 @@ class _Part:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the record from a JSON object whose form was checked; `to_dict` keeps keys that are no fields."""
+        """Build the record from a JSON object whose hash was checked; `to_dict` keeps keys that are no fields."""
         known = {each.name for each in fields(cls)} - {"read"}
         return cls(**{key: value for key, value in values.items() if key in known}, read=dict(values))
 
@@ -78,7 +78,7 @@ class NoiseFloor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build it from a JSON object whose form was checked; other keys are left out."""
+        """Build it from a JSON object whose hash was checked; other keys are left out."""
         produced = values.get("produced")
         values_by_name = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
         return cls(**values_by_name, produced=cls.from_dict(produced) if produced else None)
