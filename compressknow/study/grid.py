@@ -255,7 +255,8 @@ def _check_keys(values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], 
     own = set().union(*map(_list_own_parameters, points))
     there = [*AXES, *(name for name in list_parameters() if name in own)]
     if unknown := sorted(set(values) - set(there)):
-        near = suggest_word(unknown[0], there)
+        owners = ", ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
+        near = f"Only {owners} has it. " if owners else suggest_word(unknown[0], there)
         raise UsageError(f"{where}: {unknown[0]!r} is no key here.", hint=f"{near}Choose from {', '.join(there)}.")
     for keys, applies, to, hint in _APPLY:
         idle = [key for key in keys if _has(values, key)]

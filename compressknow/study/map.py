@@ -151,8 +151,13 @@ def format_millinats(kl: float) -> str:
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats that the names of the files ask for."""
-    renderers = {".html": render_map_html, ".md": render_map_markdown, ".csv": _to_csv, ".json": map_to_json}
-    write_files({suffix: partial(renderer, map) for suffix, renderer in renderers.items()}, files, overwrite=overwrite)
+    texts = {
+        ".html": lambda: render_html(build_page(map, charts=True)),
+        ".md": lambda: render_markdown(build_page(map, charts=False)),
+        ".csv": lambda: _to_csv(map),
+        ".json": lambda: map_to_json(map),
+    }
+    write_files(texts, files, overwrite=overwrite)
 
 
 def map_to_json(map: Map) -> str:
@@ -194,16 +199,6 @@ _CURVE_NOTE = (
     "The line is the least predicted loss at each size, with a type chosen for each weight; a mark is all weights of "
     "one type. Sizes are those of the weights: a file has its vocabulary and metadata beside them."
 )
-
-
-def render_map_html(map: Map) -> str:
-    """Render the page: the same sensitivity gives the same bytes."""
-    return render_html(build_page(map, charts=True))
-
-
-def render_map_markdown(map: Map) -> str:
-    """Render the same as GitHub-flavoured Markdown, without its charts and the tables of domains."""
-    return render_markdown(build_page(map, charts=False))
 
 
 def build_page(map: Map, *, charts: bool) -> parts.Page:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from compressknow.pages.pages import render_html, render_markdown
+from compressknow.study.map import Map, build_page
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 
 TYPES = {"q8_0": 1.0, "q6_k": 4.0, "q4_k": 40.0, "q4_0": 64.0, "q3_k": 300.0}
@@ -37,3 +39,11 @@ def sensitivity_of(layers: int = 6, **changes: Any) -> Sensitivity:
     ]
     guidance = Guidance("gguf", tuple(TYPES), 120, "f" * 64, 2048, "e" * 64)
     return replace(Sensitivity("a" * 64, guidance, tuple(rows), DOMAINS, 5000), **changes)
+
+
+def render_map_html(map: Map) -> str:
+    return render_html(build_page(map, charts=True))
+
+
+def render_map_markdown(map: Map) -> str:
+    return render_markdown(build_page(map, charts=False))

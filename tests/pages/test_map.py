@@ -16,21 +16,12 @@ import pytest
 from compressknow.base.errors import OutputError
 from compressknow.pages.pages import check_outputs
 from compressknow.study.allocation import Option
-from compressknow.study.map import (
-    FORMATS,
-    Map,
-    compute_kl_per_mb,
-    compute_risk,
-    render_map_html,
-    render_map_markdown,
-    write_map,
-    write_verdict,
-)
+from compressknow.study.map import FORMATS, Map, compute_kl_per_mb, compute_risk, write_map, write_verdict
 from compressknow.study.sensitivity import Sensitivity
 from tests.long import one_in
 from tests.pages.hostile import TEXTS
 from tests.pages.in_browser import cut, overflow, overlapping, unfold, violations
-from tests.pages.maps import TYPES, sensitivity_of, weight
+from tests.pages.maps import TYPES, render_map_html, render_map_markdown, sensitivity_of, weight
 from tests.pages.pages import read
 
 if TYPE_CHECKING:

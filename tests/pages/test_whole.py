@@ -14,15 +14,14 @@ import pytest
 from compressknow.pages.card.pages import render_html
 from compressknow.pages.diff.pages import render_comparison_html
 from compressknow.pages.search import render_search_html
-from compressknow.pages.study.pages import render_study_html
-from compressknow.study.map import Map, render_map_html
+from compressknow.study.map import Map
 from tests.long import long
 from tests.pages.card.test_html import CARDS
 from tests.pages.diff.test_pages import MADE
-from tests.pages.maps import sensitivity_of
+from tests.pages.maps import render_map_html, sensitivity_of
 from tests.pages.pages import Element, read
 from tests.pages.search.searches import found, sized
-from tests.pages.study.studies import STUDIES
+from tests.pages.study.studies import STUDIES, render_study_html
 
 PAGES: dict[str, Callable[[], str]] = {
     **{f"card, {name}": lambda make=make: render_html(make()) for name, make in CARDS.items()},

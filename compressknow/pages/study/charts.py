@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -112,36 +112,17 @@ def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar,
     )
 
 
-def draw_pruned_by_method(study: Study) -> tuple[Bar, ...]:
-    """Draw a group for each scope that has no such lines and each amount, a bar for each method."""
-    scopes = [scope for scope in MODULES if not draw_by_method(study, scope)]
-    return _draw_methods(study, scopes, None)
-
-
-def _draw_methods(study: Study, scopes: Iterable[str], scheme: str | None) -> tuple[Bar, ...]:
+def draw_methods(
+    study: Study, scopes: Iterable[str], methods: Sequence[str], scheme: str | None = None
+) -> tuple[Bar, ...]:
     """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
-    methods = study.list_methods()[:_MOST]
-    quantized = f", {clean(scheme, 60)}" if scheme else ""
-    return _draw_groups(
-        (f"{scope} {amount:g} %{quantized}", cells)
-        for scope in scopes
-        if len(methods) > 1
-        for amount, cells in _list_by_amount(study, scope, methods, scheme)
-    )
-
-
-def draw_final_layer(study: Study) -> tuple[Bar, ...]:
-    """Draw a group for each amount, a bar for each of the paper's methods."""
-    by_amount = _list_by_amount(study, "final", (UNSTRUCTURED, STRUCTURED))
-    return _draw_groups((f"{amount:g} %", cells) for amount, cells in by_amount)
-
-
-def _list_by_amount(
-    study: Study, scope: str, methods: Iterable[str], scheme: str | None = None
-) -> Iterator[tuple[float, dict[str, StudyCell | None]]]:
-    by_method = {label_method(method): study.select_pruned(scope, method, scheme) for method in methods}
-    for amount in sorted({amount for cells in by_method.values() for amount in cells}):
-        yield amount, {name: cells.get(amount) for name, cells in by_method.items()}
+    groups: list[tuple[str, dict[str, StudyCell | None]]] = []
+    for scope in scopes if len(methods) > 1 else ():
+        by_method = {label_method(each): study.select_pruned(scope, each, scheme) for each in methods[:_MOST]}
+        for amount in sorted({amount for cells in by_method.values() for amount in cells}):
+            name = f"{scope} {amount:g} %{f', {clean(scheme, 60)}' if scheme else ''}"
+            groups.append((name, {method: cells.get(amount) for method, cells in by_method.items()}))
+    return _draw_groups(groups)
 
 
 def _draw_groups(
@@ -224,7 +205,13 @@ _FIGURES = (
         )
         for scope in MODULES
     ),
-    _Figure("methods-pruned", "Accuracy lost to pruning by method, in points", _BARS, draw_pruned_by_method, {}),
+    _Figure(
+        "methods-pruned",
+        "Accuracy lost to pruning by method, in points",
+        _BARS,
+        # The other scopes have lines.
+        lambda study: draw_methods(study, [s for s in MODULES if not draw_by_method(study, s)], study.list_methods()),
+    ),
     _Figure(
         "quantization",
         "Accuracy lost to quantization, in points",
@@ -245,7 +232,9 @@ _FIGURES = (
         "methods-quantized",
         "Accuracy lost to pruning and quantization by method, in points",
         _BARS,
-        lambda study: [bar for scheme in study.list_schemes() for bar in _draw_methods(study, MODULES, scheme)],
+        lambda study: [
+            bar for scheme in study.list_schemes() for bar in draw_methods(study, MODULES, study.list_methods(), scheme)
+        ],
     ),
     _Figure(
         "attention-kinds-drop",
@@ -273,7 +262,7 @@ _FIGURES = (
         "final-layer",
         "Accuracy lost to pruning the final layer, in points",
         _BARS,
-        draw_final_layer,
+        partial(draw_methods, scopes=("final",), methods=(UNSTRUCTURED, STRUCTURED)),
         {"masked": "figure 9", "causal": "figure 10", "seq2seq": "figure 13"},
         {"masked": "figure 25", "causal": "figure 26", "seq2seq": "figure 27"},
     ),

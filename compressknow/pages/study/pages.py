@@ -415,16 +415,6 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table
 SCHEMA = 1
 
 
-def render_study_html(study: Study, charts: Sequence[Chart] | None = None) -> str:
-    """Return the page, with charts that are drawn already or are drawn here; the same study gives the same bytes."""
-    return render_html(make_study_page(study, draw_charts(study) if charts is None else charts))
-
-
-def render_study_markdown(study: Study) -> str:
-    """Return the study as GitHub-flavoured Markdown; the same study gives the same text."""
-    return render_markdown(make_study_page(study))
-
-
 def write_study(study: Study, folder: Path) -> None:
     """Write the study into `folder`, which is there; each file appears only when it is whole, the page last.
 
@@ -437,8 +427,8 @@ def write_study(study: Study, folder: Path) -> None:
     _write_figures(charts, folder / "figures")
     texts = {
         ".json": lambda: dump_json(dump_study(study)),
-        ".md": lambda: render_study_markdown(study),
-        ".html": lambda: render_study_html(study, charts),
+        ".md": lambda: render_markdown(make_study_page(study)),
+        ".html": lambda: render_html(make_study_page(study, charts)),
     }
     write_files(texts, [folder / f"study{suffix}" for suffix in texts], overwrite=True)
 

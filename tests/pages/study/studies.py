@@ -10,6 +10,9 @@ from compressknow.compress.recipe import Recipe, build_recipe
 from compressknow.compress.steps import Prune, Quantize, Where
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
+from compressknow.pages.pages import render_html, render_markdown
+from compressknow.pages.study.charts import draw_charts
+from compressknow.pages.study.pages import make_study_page
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study import grid
 from tests.pages.answering import COMPRESSED_HASH, answer, answers, entry, model
@@ -215,3 +218,11 @@ def _hostile_cell(cell: StudyCell, text: str, names: dict[str, str]) -> StudyCel
         comparison=replace(comparison, probes=probes, warnings=(text[text.index(" ") :],)),
         correct={names[probe]: right for probe, right in cell.correct.items()},
     )
+
+
+def render_study_html(made: Study) -> str:
+    return render_html(make_study_page(made, draw_charts(made)))
+
+
+def render_study_markdown(made: Study) -> str:
+    return render_markdown(make_study_page(made))

@@ -13,19 +13,11 @@ import pytest
 
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
-from compressknow.pages.study.pages import (
-    build_cells_table,
-    dump_study,
-    render_study_html,
-    render_study_markdown,
-    to_csv,
-    to_parquet,
-    write_study,
-)
+from compressknow.pages.study.pages import build_cells_table, dump_study, to_csv, to_parquet, write_study
 from compressknow.pages.study.records import Study, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
 from tests.pages.pages import read
-from tests.pages.study.studies import own_grid, study, two_methods, whole_grid
+from tests.pages.study.studies import own_grid, render_study_html, render_study_markdown, study, two_methods, whole_grid
 from tests.shown import ROOT
 
 LAYERS = '[axes]\nprune = [0.2, 0.5]\nlayers = ["0-5", "6-11"]\n'

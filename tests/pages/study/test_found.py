@@ -6,11 +6,20 @@ import pytest
 
 from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
-from compressknow.pages.study.pages import render_study_html, render_study_markdown
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import Conclusion, draw_conclusions
 from tests.pages.pages import read
-from tests.pages.study.studies import STUDIES, TASKS, Asked, gp, gq, study, whole_grid
+from tests.pages.study.studies import (
+    STUDIES,
+    TASKS,
+    Asked,
+    gp,
+    gq,
+    render_study_html,
+    render_study_markdown,
+    study,
+    whole_grid,
+)
 
 
 def found(made: Study) -> dict[str, Conclusion]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.drawing import WIDTH
-from compressknow.pages.study.pages import render_study_html
 from tests.pages.hostile import TEXTS
 from tests.pages.in_browser import check_accessible, check_fits, sizes, unfold
-from tests.pages.study.studies import STUDIES, hostile, whole_grid
+from tests.pages.study.studies import STUDIES, hostile, render_study_html, whole_grid
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from compressknow.pages.study.charts import draw_by_method, draw_charts
 from compressknow.pages.study.findings import describe_changes, evaluate_findings, list_ids
-from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown
+from compressknow.pages.study.pages import dump_study
 from compressknow.pages.study.records import FailedCell, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions, rank_cells, write_verdict
-from tests.pages.study.studies import Cell, gp, gq, own_grid, study, two_methods, whole_grid
+from tests.pages.study.studies import (
+    Cell,
+    gp,
+    gq,
+    own_grid,
+    render_study_html,
+    render_study_markdown,
+    study,
+    two_methods,
+    whole_grid,
+)
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
 GOOD, BAD = range(190), range(100)

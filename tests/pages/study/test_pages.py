@@ -14,11 +14,22 @@ from markdown_it import MarkdownIt
 from compressknow.base.format import clean
 from compressknow.pages.study.charts import is_chart
 from compressknow.pages.study.findings import evaluate_findings
-from compressknow.pages.study.pages import dump_study, render_study_html, render_study_markdown, write_study
+from compressknow.pages.study.pages import dump_study, write_study
 from tests.long import one_in
 from tests.pages.hostile import TEXTS
 from tests.pages.pages import Element, read
-from tests.pages.study.studies import STUDIES, TASKS, Asked, empty, gp, hostile, study, whole_grid
+from tests.pages.study.studies import (
+    STUDIES,
+    TASKS,
+    Asked,
+    empty,
+    gp,
+    hostile,
+    render_study_html,
+    render_study_markdown,
+    study,
+    whole_grid,
+)
 
 FILES = {"study.html", "study.md", "study.json", "cells.csv", "cells.parquet"}
 

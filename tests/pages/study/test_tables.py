@@ -14,13 +14,12 @@ from compressknow.pages.study.pages import (
     build_cells_table,
     build_comparisons_table,
     build_paper_tables,
-    render_study_markdown,
     to_csv,
     to_parquet,
 )
 from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
 from tests.pages.hostile import TEXTS
-from tests.pages.study.studies import Asked, gp, gpq, gq, study, whole_grid
+from tests.pages.study.studies import Asked, gp, gpq, gq, render_study_markdown, study, whole_grid
 
 TASKS = Asked(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
 
