@@ -266,7 +266,7 @@ def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[st
         "shape": list(tensor.source.shape),
         **({"shape_before": list(cut.source.shape)} if cut else {}),
         "dtype_before": tensor.source.dtype,
-        "dtype_after": tensor.dtype,
+        "dtype_after": tensor.stored[0].dtype,
         "numel": tensor.source.numel,
         "in_scope": tensor.in_scope,
         "scheme": tensor.scheme.name if tensor.scheme else None,

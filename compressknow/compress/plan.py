@@ -75,11 +75,6 @@ class PlannedTensor:
         with SCHEMES.explain_failures(self.scheme.name):
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
-    @property
-    def dtype(self) -> str:
-        """Name the dtype of what holds its values."""
-        return self.stored[0].dtype
-
     def names(self, part: Stored) -> tuple[str, ...]:
         """Return the names under which a part is written: its own, and those of modules that share the weight. A loader
         ties their values; scales and the like it wants of each."""

@@ -299,8 +299,9 @@ def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any])
 
 def _unify(value: Any) -> Any:
     # One scope is as good as a sequence of it, and nothing chosen is None; zero is a choice.
-    values = (value,) if isinstance(value, str) else value
-    return tuple(values) or None if isinstance(values, list | tuple | dict) else values
+    if isinstance(value, list | tuple | dict):
+        return tuple(value) or None
+    return (value,) if isinstance(value, str) else value
 
 
 def format_options(recipe: Recipe) -> list[str] | None:

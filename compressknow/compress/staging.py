@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -141,9 +141,12 @@ def check_overlap(output: Path, source: Path | None) -> None:
     """Raise OutputError where an output is, lies in or holds its source, if that is a folder here (no hub id)."""
     if source is not None and source.exists():
         here, there = output.resolve(), source.resolve()
-        inside = "lies inside the input" if there in here.parents else None
-        around = "contains the input" if here in there.parents else None
-        if relation := "is the input itself" if here == there else inside or around:
+        overlaps = {
+            "is the input itself": here == there,
+            "lies inside the input": there in here.parents,
+            "contains the input": here in there.parents,
+        }
+        if relation := next((words for words, holds in overlaps.items() if holds), None):
             raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
 
 
@@ -155,11 +158,15 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
     if not overwrite:
         raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink():
-        hint = "Give the folder that it leads to, or remove it."
-        raise OutputError(f"{output} is a link: not overwritten.", hint=hint)
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
-        what = f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten."
-        raise OutputError(what, hint="Remove it yourself, or choose another OUTPUT.")
+        raise OutputError(
+            f"{output} is a link: not overwritten.", hint="Give the folder that it leads to, or remove it."
+        )
+    is_ours = output.is_dir() and ((output / MANIFEST_NAME).is_file() or not any(output.iterdir()))
+    if not is_ours:
+        raise OutputError(
+            f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
+            hint="Remove it yourself, or choose another OUTPUT.",
+        )
 
 
 def _make_prefix(output: Path, kind: str) -> str:
@@ -171,16 +178,21 @@ def _find_twin(output: Path, path: Path, kind: str) -> Path:
     return output.with_name(_make_prefix(output, kind) + path.name.rpartition("-")[2])
 
 
+def _find_kind(output: Path, kind: str) -> list[Path]:
+    return list(output.parent.glob(glob.escape(_make_prefix(output, kind)) + "*"))
+
+
 def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
     """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is called
     with each staging folder before."""
-    for kind in ("lock", "old", "new"):
-        for path in list(output.parent.glob(glob.escape(_make_prefix(output, kind)) + "*")):
-            lock = _find_twin(output, path, "lock")
-            # A run takes its lock first and removes it last: without one it has ended.
-            with lock_dead(lock) if kind == "lock" else nullcontext(not lock.exists()) as ended:
-                if ended:
-                    _clean_one(output, path, finish)
+    for lock_file in _find_kind(output, "lock"):
+        with lock_dead(lock_file) as ended:
+            if ended:
+                _clean_one(output, lock_file, finish)
+    for path in (*_find_kind(output, "old"), *_find_kind(output, "new")):
+        # A run takes its lock first and removes it last: without one it has ended.
+        if not _find_twin(output, path, "lock").exists():
+            _clean_one(output, path, finish)
 
 
 @contextmanager

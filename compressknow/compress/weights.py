@@ -55,8 +55,8 @@ class Values:
     @property
     def bytes_read(self) -> int:
         """Count the bytes that are read, without scales."""
-        whole, compared = (get_matrix_shape(shape)[0] for shape in (self.tensor.shape, self.shape))
-        return self.stored.nbytes // max(whole, 1) * compared
+        rows = get_matrix_shape(self.shape)[0]
+        return self.stored.nbytes // max(get_matrix_shape(self.tensor.shape)[0], 1) * rows
 
     def blocks(self, reader: Reader, columns: int | None = None, *, whole: bool = False) -> Iterator[Block]:
         """Yield blocks of what is compared as `Reader.blocks` does, by default with as many rows as fit its width."""
@@ -225,6 +225,7 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
 
 def _find_module(name: str, modules: set[str]) -> str | None:
     """Return the innermost module that a name lies in."""
-    parts = name.split(".")
-    above = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-    return next((module for module in above if module in modules), None)
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return name
+    return None

@@ -28,8 +28,8 @@ CONFIGS = tuple(
 def list_module_folders(folder: Path) -> tuple[str, ...]:
     """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
     modules = _read_if_readable(folder / MODULES)
-    entries = (entry for entry in modules if isinstance(entry, dict)) if isinstance(modules, list) else ()
-    return tuple(path for each in entries if isinstance(path := each.get("path"), str) and PurePosixPath(path).parts)
+    paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
 
 
 def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

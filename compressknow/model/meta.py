@@ -171,8 +171,10 @@ def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrained
 
 def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     # The text part of a multimodal checkpoint, as the auto classes of transformers take it.
-    wanted = getattr(model_class, "config_class", None) or PreTrainedConfig
-    text = config if isinstance(config, wanted) else config.get_text_config(decoder=True)
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    text = config.get_text_config(decoder=True)
     return text if isinstance(text, wanted) else config
 
 

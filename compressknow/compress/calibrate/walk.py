@@ -197,12 +197,11 @@ def run_text(
     on_progress: OnProgress,
 ) -> None:
     """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
-    by one.
+    by one. Raises what `walk` does, but BlockwiseUnsupported.
 
     `make` gives the visitors of a model, who may work with a pool, and is told whether it runs as a whole; `why` says
     what takes so much memory where there is not enough. `on_progress` is called with the visitors' modules that have
-    run, and with how many there are; with batches, if the model runs as a whole. Raises what `walk` does, but
-    BlockwiseUnsupported.
+    run, and with how many there are; with batches, if the model runs as a whole.
     """
     name = type(tree).__name__
     try:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.compress.calibrate.compensation import DAMPINGS
 from compressknow.compress.removal.settings import Cuts, Keys, Settings, find_widths, parse_block, read_shapes, set_at
 from compressknow.compress.steps import DropNeurons, Where
 from compressknow.compress.weights import Values
@@ -24,8 +25,6 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, view_bytes
 MOST_MULTIPLE = 128
 # A width is cut in steps of an eighth at most.
 FEWEST_STEPS = 8
-# Of the mean diagonal of X^T X; the second if the first does not suffice.
-DAMPING = (0.01, 0.1)
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     dropped[selected] = False
     weight = down.to(torch.float64)
     target = weight[:, dropped] @ products[dropped][:, selected].to(torch.float64)
-    for damping in DAMPING:
+    for damping in DAMPINGS:
         # Made anew for each: a second copy of so large a matrix would be most of the memory that this takes.
         inner = products[selected][:, selected].to(torch.float64)
         mean = float(inner.diagonal().mean())

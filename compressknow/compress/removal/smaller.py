@@ -299,7 +299,8 @@ def _map_stored(
             lists[match["list"]] = place[0]
     names = {}
     for stored in checkpoint.tensors:
-        match, parameter, number = BLOCK.match(stored), bound[stored].parameter if stored in bound else None, None
+        match, number = BLOCK.match(stored), None
+        parameter = bound[stored].parameter if stored in bound else None
         if parameter is not None and parameter not in places:
             continue
         if match is None or match["list"] not in lists:
