@@ -221,8 +221,9 @@ def find_family_of_class(architecture: str) -> str | None:
 def _find_auto_with_head(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    # An encoder's config has a causal class too, which no checkpoint is of.
-    kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
+    # An encoder's config has a causal class too, which no checkpoint is of, and Whisper's one without its encoder.
+    kinds = [AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM]
+    kinds = kinds[:2] if config.is_encoder_decoder else kinds
     return next((auto for auto in kinds if type(config) in auto._model_mapping), None)
 
 
